@@ -53,7 +53,7 @@ PRESETS: dict[str, Preset] = {
     name: Preset(**dict(zip([f.name for f in fields(Preset)], row, strict=True)))  # type: ignore[arg-type]
     for name, row in {
         "tiny": (192, 3, 12, 4, 6, 2, 128, 4.0),
-        "small": (320, 5, 12, 4, 6, 2, 192, 8.0),
+        "small": (320, 5, 12, 4, 6, 2, 160, 8.0),
         "base": (448, 7, 12, 5, 7, 3, 384, 12.0),
         "large": (640, 10, 17, 7, 10, 4, 384, 20.0),
     }.items()

@@ -1,0 +1,463 @@
+"""The tri-modal model: image, text and audio encoders, and a fusion transformer over whatever is given.
+
+    model = create_model("base")
+    outputs = model(images=images, input_ids=ids, attention_mask=mask, audio=log_mel)
+    outputs["fused_features"], outputs["logits"]     # [B, 512], [B, num_classes]
+
+Nothing in here draws a random number: patch subsets and drop-path arrive as arguments, so that splitting a batch
+never changes the mathematics.
+
+Shape suffixes: B samples, N tokens, K kept tokens or keys, Q queries, D width, H heads, E head width (D = H * E),
+P values of a patch, L text tokens, T mel frames, W audio windows, F embed_dim, C classes, Z depth of a tower.
+`valid_BN` is True where a token is real; None means that all are.
+"""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, ModelConfig, UserError, config_from_dict
+
+IMAGE_PATCH = 16
+AUDIO_PATCH_FRAMES = 16
+AUDIO_PATCH_MELS = 16
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
+LOG_MEL_MEAN, LOG_MEL_STD = -6.0, 4.0  # of natural-log mel power of everyday sounds
+POSITION_BASE = 100.0  # 10,000 (arXiv:1706.03762) hardly varies over the 4 to 14 steps of a patch grid
+PAIRS = ("image_text", "audio_text", "image_audio")
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class Tokens(NamedTuple):
+    """Output of an encoder: `tokens_BND` after the last norm, `valid_BN` or None."""
+
+    tokens_BND: Tensor
+    valid_BN: Tensor | None
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------
+
+
+def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | None, chunk: int | str) -> Tensor:
+    """Softmax attention of every query over the valid keys; (B, H, Q, E).
+
+    `chunk` "auto" takes a fused kernel where one accepts the mask; a number, or the lack of such a kernel, computes
+    that many queries at a time and recomputes their scores in the backward pass: rows of softmax(QK^T)V are
+    independent, so this is exact, and the peak falls from B*H*Q*K to B*H*chunk*K scores. A sample without any valid
+    key gives zeros and no gradient.
+    """
+    if valid_BK is None:
+        mask_B11K = None
+    else:
+        some_B = valid_BK.any(1)
+        mask_B11K = (valid_BK | ~some_B[:, None])[:, None, None, :]  # no softmax over nothing
+    if chunk == "auto" and _has_fused_kernel(q_BHQE, k_BHKE, v_BHKE, mask_B11K):
+        out_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
+    else:
+        size = 128 if chunk == "auto" else int(chunk)
+        out_BHQE = torch.cat([_attend_chunk(q, k_BHKE, v_BHKE, mask_B11K) for q in q_BHQE.split(size, dim=2)], dim=2)
+    return out_BHQE if valid_BK is None else out_BHQE * some_B[:, None, None, None]
+
+
+def _attend_chunk(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled():  # without the recompute autograd would keep the scores of every chunk
+        return recompute(_plain_attention, q_BHQE, k_BHKE, v_BHKE, mask_B11K, use_reentrant=False,
+                         preserve_rng_state=False)
+    return _plain_attention(q_BHQE, k_BHKE, v_BHKE, mask_B11K)
+
+
+def _plain_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
+    scores_BHQK = q_BHQE @ k_BHKE.transpose(-2, -1) * q_BHQE.shape[-1] ** -0.5
+    if mask_B11K is not None:
+        scores_BHQK = scores_BHQK.masked_fill(~mask_B11K, float("-inf"))
+    return scores_BHQK.softmax(-1).to(v_BHKE.dtype) @ v_BHKE
+
+
+def _has_fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """True where SDPA has a kernel that never holds the Q x K scores for these inputs."""
+    if q.device.type == "cpu":
+        return True  # flash attention for float and double, masks included
+    if q.device.type != "cuda":
+        return False
+    cuda = torch.backends.cuda
+    expanded = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    params = cuda.SDPAParams(q, k, v, expanded, 0.0, False, False)
+    return cuda.can_use_flash_attention(params) or cuda.can_use_efficient_attention(params)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (arXiv:2010.11929) whose residual branches are scaled by `path_B` (drop-path)."""
+
+    def __init__(self, dim: int, num_heads: int, chunk: int | str):
+        super().__init__()
+        self.num_heads, self.chunk = num_heads, chunk
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_B: Tensor | None) -> Tensor:
+        scale = 1.0 if path_B is None else path_B[:, None, None].to(x_BND.dtype)
+        x_BND = x_BND + scale * self._attention(self.norm1(x_BND), valid_BN)
+        return x_BND + scale * self.down(F.gelu(self.up(self.norm2(x_BND))))
+
+    def _attention(self, x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
+        B, N, D = x_BND.shape
+        q, k, v = self.qkv(x_BND).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
+        return self.out(attend(q, k, v, valid_BN, self.chunk).transpose(1, 2).reshape(B, N, D))
+
+
+class Blocks(nn.Module):
+    """A stack of blocks and the last norm; `path_BZ` holds each sample's drop-path scale at each block."""
+
+    def __init__(self, dim: int, num_heads: int, depth: int, chunk: int | str, use_checkpoint: bool = False):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, chunk) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_BZ: Tensor | None = None) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            path_B = None if path_BZ is None else path_BZ[:, i]
+            if self.use_checkpoint and torch.is_grad_enabled():
+                x_BND = recompute(block, x_BND, valid_BN, path_B, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BND = block(x_BND, valid_BN, path_B)
+        return self.norm(x_BND)
+
+
+# ---- positions and patches ---------------------------------------------------------------------------------------
+
+
+def position_codes(positions_N: Tensor, dim: int) -> Tensor:
+    """Fixed sine-cosine codes of real-valued positions; (N, dim), any dim (the last columns of an odd one are 0)."""
+    half = dim // 2
+    rates = POSITION_BASE ** (-torch.arange(half, dtype=torch.float32, device=positions_N.device) / max(half, 1))
+    angles = positions_N.float()[:, None] * rates
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim - 2 * half))
+
+
+def grid_codes(rows_R: Tensor, columns_S: Tensor, dim: int) -> Tensor:
+    """Codes of a grid, row-major: half of the width tells the row, half the column; (R * S, dim)."""
+    row = position_codes(rows_R, dim // 2)
+    column = position_codes(columns_S, dim - dim // 2)
+    return torch.cat([row.repeat_interleave(len(columns_S), 0), column.repeat(len(rows_R), 1)], dim=1)
+
+
+def take(x_BNP: Tensor, index_BK: Tensor) -> Tensor:
+    """Rows `index_BK` of each sample; (B, K, P)."""
+    return x_BNP.gather(1, index_BK[:, :, None].expand(-1, -1, x_BNP.shape[2]))
+
+
+def masked_mean(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
+    """Mean over the valid tokens, in at least float32; zeros where there is none. (B, D)"""
+    x_BND = at_least_float32(x_BND)
+    if valid_BN is None:
+        return x_BND.mean(1)
+    weight_BN1 = valid_BN[:, :, None].to(x_BND.dtype)
+    return (x_BND * weight_BN1).sum(1) / weight_BN1.sum(1).clamp(min=1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision raised to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ---- encoders ----------------------------------------------------------------------------------------------------
+
+
+class ImageEncoder(nn.Module):
+    """ViT (arXiv:2010.11929) with 16-pixel patches and fixed positions, so that any multiple of 16 pixels will do."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        p = config.preset
+        self.dim, self.patch_dim = p.dim, 3 * IMAGE_PATCH**2
+        self.embed = nn.Linear(self.patch_dim, p.dim)
+        self.blocks = Blocks(p.dim, p.num_heads, p.image_depth, config.attention_chunk)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)
+
+    def patches(self, images: Tensor) -> tuple[Tensor, None]:
+        """(B, 3, S, S), uint8 or floats in 0..1 -> standardised patches (B, N, P), row-major; all are valid."""
+        pixels = images.to(self.mean.dtype)
+        pixels = ((pixels / 255 if images.dtype == torch.uint8 else pixels) - self.mean) / self.std
+        B, _, rows, columns = (*pixels.shape[:2], pixels.shape[2] // IMAGE_PATCH, pixels.shape[3] // IMAGE_PATCH)
+        grid = pixels.reshape(B, 3, rows, IMAGE_PATCH, columns, IMAGE_PATCH)
+        return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, rows * columns, self.patch_dim), None
+
+    def positions(self, images: Tensor) -> Tensor:
+        """(N, D). Coordinates are scaled to a 14 x 14 grid, so that a place keeps its code at every image size."""
+        rows, columns = (torch.arange(s // IMAGE_PATCH, device=images.device) for s in images.shape[2:])
+        return grid_codes((rows + 0.5) * 14 / len(rows), (columns + 0.5) * 14 / len(columns), self.dim)
+
+    def forward(self, images: Tensor, keep_BK: Tensor | None = None, path_BZ: Tensor | None = None) -> Tokens:
+        """Encode all patches, or only those in `keep_BK` (masked pretraining, token dropping arXiv:2212.00794)."""
+        patches_BNP, _ = self.patches(images)
+        positions_BND = self.positions(images).expand(len(images), -1, -1)
+        if keep_BK is not None:
+            patches_BNP, positions_BND = take(patches_BNP, keep_BK), take(positions_BND, keep_BK)
+        return Tokens(self.blocks(self.embed(patches_BNP) + positions_BND, None, path_BZ), None)
+
+
+class AudioEncoder(nn.Module):
+    """Spectrogram transformer (arXiv:2104.01778): patches of 16 frames x 16 mels of log-mels, time-major.
+
+    A clip longer than one window (10.24 s) is cut into windows that are encoded alone, so that its length and its
+    neighbours in the batch never change an embedding.
+    """
+
+    bands = NUM_MELS // AUDIO_PATCH_MELS
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        p = config.preset
+        self.dim, self.patch_dim = p.dim, AUDIO_PATCH_FRAMES * AUDIO_PATCH_MELS
+        self.embed = nn.Linear(self.patch_dim, p.dim)
+        self.blocks = Blocks(p.dim, p.num_heads, p.audio_depth, config.attention_chunk)
+
+    def patches(self, audio_BTM: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T, 80) log-mels, lengths in frames -> standardised patches (B, N, P), valid (B, N); padding is 0."""
+        B, T, _ = audio_BTM.shape
+        lengths_B = torch.full((B,), T, device=audio_BTM.device) if lengths_B is None else lengths_B
+        real_BT = torch.arange(T, device=audio_BTM.device) < lengths_B[:, None]
+        x_BTM = (audio_BTM.to(self.embed.weight.dtype) - LOG_MEL_MEAN) / LOG_MEL_STD
+        x_BTM = torch.where(real_BT[:, :, None], x_BTM, 0.0)
+        x_BTM = F.pad(x_BTM, (0, 0, 0, -T % AUDIO_PATCH_FRAMES))
+        steps = x_BTM.shape[1] // AUDIO_PATCH_FRAMES
+        grid = x_BTM.view(B, steps, AUDIO_PATCH_FRAMES, self.bands, AUDIO_PATCH_MELS).transpose(2, 3)
+        first = torch.arange(steps, device=x_BTM.device) * AUDIO_PATCH_FRAMES
+        valid_BN = (first < lengths_B[:, None]).repeat_interleave(self.bands, 1)
+        return grid.reshape(B, steps * self.bands, self.patch_dim), valid_BN
+
+    def positions(self, audio_BTM: Tensor) -> Tensor:
+        """(N, D) codes of (time, band) within a window, for up to one window of frames."""
+        steps = math.ceil(min(audio_BTM.shape[1], AUDIO_WINDOW_FRAMES) / AUDIO_PATCH_FRAMES)
+        device = audio_BTM.device
+        return grid_codes(torch.arange(steps, device=device), torch.arange(self.bands, device=device), self.dim)
+
+    def forward(self, audio_BTM: Tensor, lengths_B: Tensor | None = None, keep_BK: Tensor | None = None,
+                kept_valid_BK: Tensor | None = None, path_BZ: Tensor | None = None) -> Tokens:
+        """Encode the valid patches, or only those in `keep_BK` where `kept_valid_BK`; T of at most one window then."""
+        patches_BNP, valid_BN = self.patches(audio_BTM, lengths_B)
+        positions_ND = self.positions(audio_BTM)
+        if keep_BK is None and patches_BNP.shape[1] > len(positions_ND):
+            return self._windows(patches_BNP, valid_BN, positions_ND)
+        positions_BND = positions_ND.expand(len(patches_BNP), -1, -1)
+        if keep_BK is None:
+            kept_valid_BK = valid_BN
+        else:
+            patches_BNP, positions_BND = take(patches_BNP, keep_BK), take(positions_BND, keep_BK)
+        return Tokens(self.blocks(self.embed(patches_BNP) + positions_BND, kept_valid_BK, path_BZ), kept_valid_BK)
+
+    def _windows(self, patches_BNP: Tensor, valid_BN: Tensor, positions_ND: Tensor) -> Tokens:
+        B, N, P = patches_BNP.shape
+        size = len(positions_ND)
+        pad = -N % size
+        x = F.pad(patches_BNP, (0, 0, 0, pad)).reshape(-1, size, P)  # (B * W, size, P)
+        valid = F.pad(valid_BN, (0, pad)).reshape(-1, size)
+        tokens = self.blocks(self.embed(x) + positions_ND, valid)
+        return Tokens(tokens.reshape(B, N + pad, -1)[:, :N], valid_BN)
+
+
+class TextEncoder(nn.Module):
+    """Bidirectional transformer (arXiv:1810.04805) on a factorised word table (arXiv:1909.11942)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        p = config.preset
+        self.dim = p.dim
+        self.words = nn.Embedding(config.vocab_size, p.word_rank)
+        self.embed = nn.Linear(p.word_rank, p.dim)
+        self.norm = nn.LayerNorm(p.dim)  # pretrained tables differ in scale; positions must not drown the words
+        self.blocks = Blocks(p.dim, p.num_heads, p.text_depth, config.attention_chunk)
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor | None = None, path_BZ: Tensor | None = None) -> Tokens:
+        positions_LD = position_codes(torch.arange(ids_BL.shape[1], device=ids_BL.device), self.dim)
+        valid_BL = None if mask_BL is None else mask_BL.bool()
+        words_BLD = self.norm(self.embed(self.words(ids_BL)))
+        return Tokens(self.blocks(words_BLD + positions_LD, valid_BL, path_BZ), valid_BL)
+
+
+class Fusion(nn.Module):
+    """A fusion token and the given modalities' tokens through blocks with chunked attention and recompute."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        p = config.preset
+        self.token = nn.Parameter(torch.randn(p.dim) * 0.02)
+        self.modality = nn.ParameterDict({name: nn.Parameter(torch.randn(p.dim) * 0.02) for name in MODALITIES})
+        self.blocks = Blocks(p.dim, p.num_heads, p.fusion_depth, config.attention_chunk, config.use_checkpoint)
+
+    def forward(self, given: dict[str, Tokens]) -> Tensor:
+        """Fused state of each sample, (B, D) in float32; a sample whose tokens are all invalid is the token alone."""
+        parts, valids = [], []
+        for name, (tokens_BND, valid_BN) in given.items():
+            parts.append(tokens_BND + self.modality[name])
+            valids.append(tokens_BND.new_ones(tokens_BND.shape[:2], dtype=torch.bool) if valid_BN is None else valid_BN)
+        token_B1D = self.token.expand(len(parts[0]), 1, -1)
+        x_BND = torch.cat([token_B1D.to(parts[0].dtype), *parts], dim=1)
+        every = all(valid_BN is None for _, valid_BN in given.values())
+        valid_BN = None if every else F.pad(torch.cat(valids, dim=1), (1, 0), value=True)
+        return at_least_float32(self.blocks(x_BND, valid_BN)[:, 0])
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------
+
+
+class TriModalModel(nn.Module):
+    """Three encoders, three projections into one space, a fusion over any subset of modalities, a classifier."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dim = config.preset.dim
+        self.image, self.text, self.audio = ImageEncoder(config), TextEncoder(config), AudioEncoder(config)
+        self.projections = nn.ModuleDict({name: nn.Linear(dim, config.embed_dim, bias=False) for name in MODALITIES})
+        self.fusion = Fusion(config)
+        self.fused_projection = nn.Linear(dim, config.embed_dim)
+        self.classifier = nn.Linear(config.embed_dim, config.num_classes)
+        # per pair, since image-text and audio-text settle at temperatures of their own; stores the log of the scale
+        self.logit_scale = nn.ParameterDict({pair: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for pair in PAIRS})
+        self.apply(_initialise)
+
+    def features(self, modality: str, encoded: Tokens) -> Tensor:
+        """Pooled, projected and L2-normalised in float32; (B, F)."""
+        pooled_BD = masked_mean(*encoded)
+        with torch.autocast(pooled_BD.device.type, enabled=False):
+            return F.normalize(self.projections[modality](pooled_BD), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S), uint8 or floats in 0..1 -> (B, F)."""
+        return self.features("image", self.image(images))
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, L) token ids and their mask -> (B, F)."""
+        return self.features("text", self.text(input_ids, attention_mask))
+
+    def audio_features(self, audio: Tensor, audio_lengths: Tensor | None = None) -> Tensor:
+        """(B, T, 80) log-mels of any T, lengths in frames (None: T counts) -> (B, F)."""
+        return self.features("audio", self.audio(audio, audio_lengths))
+
+    def fuse(self, given: dict[str, Tokens]) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused state (B, D), L2-normalised fused features (B, F) and class logits (B, C), in float32."""
+        fused_BD = self.fusion(given)
+        with torch.autocast(fused_BD.device.type, enabled=False):
+            projected_BF = self.fused_projection(fused_BD)
+            return fused_BD, F.normalize(projected_BF, dim=-1), self.classifier(projected_BF)
+
+    def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None,
+                attention_mask: Tensor | None = None, audio: Tensor | None = None,
+                audio_lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """Features of each modality given, their fusion and the class logits.
+
+        Args:
+            images: (B, 3, S, S), uint8 0..255 or floats 0..1, S a multiple of 16.
+            input_ids, attention_mask: (B, L) WordPiece ids; mask 1 or True = real token.
+            audio, audio_lengths: (B, T, 80) natural-log mel power (audio.log_mel); frames that are real.
+
+        Returns:
+            `image_features`, `text_features`, `audio_features` of what is given, `fused_features` (all (B, F),
+            L2-normalised) and `logits` (B, num_classes).
+
+        Raises:
+            ValueError: nothing is given, or a shape does not fit.
+        """
+        encoded: dict[str, Tokens] = {}
+        if images is not None:
+            encoded["image"] = self.image(_checked("images", images, (None, 3, IMAGE_PATCH, IMAGE_PATCH)))
+        if input_ids is not None:
+            encoded["text"] = self.text(_checked("input_ids", input_ids, (None, None)), attention_mask)
+        if audio is not None:
+            encoded["audio"] = self.audio(_checked("audio", audio, (None, None, NUM_MELS)), audio_lengths)
+        if not encoded:
+            raise ValueError("model: nothing given; pass at least one of images, input_ids, audio")
+        sizes = {len(tokens.tokens_BND) for tokens in encoded.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"model: the modalities given differ in batch size: {sorted(sizes)}")
+        outputs = {f"{name}_features": self.features(name, tokens) for name, tokens in encoded.items()}
+        _, outputs["fused_features"], outputs["logits"] = self.fuse(encoded)
+        return outputs
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's; a state of another size or another `embed_dim`, `num_classes` or vocabulary says so."""
+        own = self.state_dict()
+        other = [name for name, value in state_dict.items() if name in own and value.shape != own[name].shape]
+        missing = [name for name in own if name not in state_dict]
+        extra = [name for name in state_dict if name not in own]
+        if strict and (other or missing or extra):
+            example = (other or missing or extra)[0]
+            raise UserError(
+                f"model: these weights are of another model than '{self.config.size}' as created here ({example}: "
+                f"{len(other)} shapes differ, {len(missing)} are missing, {len(extra)} are unknown); "
+                "open the file with model.load_model(path), which reads its configuration")
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def create_model(size: str = "base", **overrides: Any) -> TriModalModel:
+    """A model of `size` (tiny, small, base, large) with fresh weights; `overrides` are keys of ModelConfig.
+
+    Raises:
+        ConfigError: an unknown size or key, or a value that is not allowed.
+    """
+    return TriModalModel(config_from_dict({"model": {"size": size, **overrides}}).model)
+
+
+def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, dict[str, Any]]:
+    """Open any checkpoint of this project: the model in eval mode, and everything else that the file holds.
+
+    Raises:
+        UserError: the file is missing, or is not a checkpoint of this project.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        config = config_from_dict({"model": state["config"]["model"]}).model
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0][:120]})") from None
+    model = TriModalModel(config)
+    model.load_state_dict(state.pop("model_state_dict"))
+    return model.to(device).eval(), state
+
+
+@functools.cache
+def count_parameters(size: str) -> dict[str, int]:
+    """Parameters of each part of a model of `size`, and `all`; allocates nothing."""
+    with torch.device("meta"):
+        model = create_model(size)
+    parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    return {**parts, "all": sum(p.numel() for p in model.parameters())}
+
+
+def _checked(name: str, value: Tensor, shape: tuple[int | None, ...]) -> Tensor:
+    fits = value.ndim == len(shape) and value.numel() > 0
+    for given, wanted in zip(value.shape, shape, strict=False):
+        fits = fits and (wanted is None or given == wanted or (wanted == IMAGE_PATCH and given % wanted == 0))
+    if not fits:
+        allowed = {"images": "[B, 3, S, S] with S a multiple of 16", "input_ids": "[B, L]",
+                   "audio": f"[B, T, {NUM_MELS}]"}[name]
+        raise ValueError(f"model: {name} has shape {list(value.shape)}, expected {allowed}, nothing empty")
+    return value
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.05)  # the spread of MiniLM's table
+
+
+if __name__ == "__main__":
+    for name in ("tiny", "small", "base", "large"):
+        print(f"{name:6}", "  ".join(f"{part} {n / 1e6:.1f}M" for part, n in count_parameters(name).items()))

@@ -1,0 +1,257 @@
+"""The one shape of all data sets: `Sample`, and `SampleTable`, which holds millions of them in a dozen numpy arrays.
+
+Loader workers inherit or unpickle the table; arrays stay shared or copy at memory speed, where lists of Python objects
+would be copied page by page as their reference counts change.
+
+    table = SampleTable.pack([Sample(key="1", source="coco", split="train", image="/data/1.jpg", captions=("a dog",))])
+    table[0].captions, table.has_audio
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+_BLANKS = re.compile(r"\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An image, a sound, or both, with what is said about them."""
+
+    key: str  # stable id, unique within (source, split)
+    source: str  # name of the set: "coco", "clotho", ...
+    split: str  # one of SPLITS
+    image: str = ""  # absolute path of an image or video; "" = none; "synthetic:N" = drawn
+    audio: str = ""  # absolute path of a sound or video; "" = none; "synthetic:N" = drawn
+    start_s: float = 0.0
+    duration_s: float = 0.0  # 0 = to the end
+    captions: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()  # names that the set brings: categories, folders, the user's labels
+    speaker: str = ""
+
+
+def normalise_caption(text: str) -> str:
+    """Lower case, single blanks, no punctuation at the end: equal results mean the same words."""
+    return _BLANKS.sub(" ", text).strip().lower().rstrip(" .,;:!?。！？，；：…")
+
+
+def stable_hash(text: str) -> int:
+    """63-bit number of `text`, the same in every process (Python's `hash` is salted)."""
+    digest = hashlib.blake2b(_encode(text), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def ragged_take(offsets: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the flat array of the rows `indices` of a ragged array, and the offsets of the result."""
+    lengths = offsets[indices + 1] - offsets[indices]
+    taken = offsets_of(lengths)
+    positions = np.arange(taken[-1]) + np.repeat(offsets[indices] - taken[:-1], lengths)
+    return positions, taken
+
+
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int64 [n + 1], beginning with 0: row i of a ragged array is flat[offsets[i]:offsets[i + 1]]."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(np.asarray(lengths, np.int64), out=offsets[1:])
+    return offsets
+
+
+@dataclass(frozen=True)
+class Strings:
+    """Many strings as one UTF-8 buffer and int64 offsets. Odd bytes of file names survive (surrogateescape)."""
+
+    buffer: np.ndarray  # uint8 [bytes]
+    offsets: np.ndarray  # int64 [n + 1]
+
+    @staticmethod
+    def pack(texts: Iterable[str]) -> "Strings":
+        encoded = [_encode(text) for text in texts]
+        buffer = np.frombuffer(b"".join(encoded), np.uint8)
+        return Strings(buffer, offsets_of([len(piece) for piece in encoded]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return self.buffer[self.offsets[index]:self.offsets[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Bytes of each string, int64 [n]."""
+        return np.diff(self.offsets)
+
+    def select(self, indices: np.ndarray) -> "Strings":
+        positions, offsets = ragged_take(self.offsets, indices)
+        return Strings(self.buffer[positions], offsets)
+
+    @staticmethod
+    def concat(parts: Sequence["Strings"]) -> "Strings":
+        lengths = np.concatenate([part.lengths for part in parts])
+        return Strings(np.concatenate([part.buffer for part in parts]), offsets_of(lengths))
+
+
+@dataclass(frozen=True)
+class Names:
+    """Many strings of few different values: int32 codes into `names`. Iterates and indexes like a list of strings."""
+
+    codes: np.ndarray  # int32 [n]
+    names: tuple[str, ...]
+
+    @staticmethod
+    def pack(texts: Iterable[str]) -> "Names":
+        known: dict[str, int] = {}
+        codes = [known.setdefault(text, len(known)) for text in texts]
+        return Names(np.array(codes, np.int32), tuple(known))
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int) -> str:
+        return self.names[self.codes[index]]
+
+    def select(self, indices: np.ndarray) -> "Names":
+        return Names(self.codes[indices], self.names)
+
+    @staticmethod
+    def concat(parts: Sequence["Names"]) -> "Names":
+        known: dict[str, int] = {}
+        recoded = []
+        for part in parts:
+            table = np.array([known.setdefault(name, len(known)) for name in part.names], np.int32)
+            recoded.append(table[part.codes] if len(table) else part.codes)
+        return Names(np.concatenate(recoded), tuple(known))
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """Samples as columns. Captions and labels of sample i are rows `offsets[i]:offsets[i + 1]` of their columns."""
+
+    keys: Strings
+    sources: Names
+    splits: Names
+    images: Strings
+    audio: Strings
+    start_s: np.ndarray  # float64 [n]
+    duration_s: np.ndarray  # float64 [n]
+    captions: Strings
+    caption_offsets: np.ndarray  # int64 [n + 1]
+    labels: Names
+    label_offsets: np.ndarray  # int64 [n + 1]
+    speakers: Names
+
+    @staticmethod
+    def pack(samples: Iterable[Sample]) -> "SampleTable":
+        """Columns of `samples`; captions of blanks alone are dropped."""
+        rows = list(samples)
+        captions = [[text for text in row.captions if text.strip()] for row in rows]
+        return SampleTable(
+            keys=Strings.pack(row.key for row in rows),
+            sources=Names.pack(row.source for row in rows),
+            splits=Names.pack(row.split for row in rows),
+            images=Strings.pack(row.image for row in rows),
+            audio=Strings.pack(row.audio for row in rows),
+            start_s=np.array([row.start_s for row in rows], np.float64),
+            duration_s=np.array([row.duration_s for row in rows], np.float64),
+            captions=Strings.pack(text for texts in captions for text in texts),
+            caption_offsets=offsets_of([len(texts) for texts in captions]),
+            labels=Names.pack(label for row in rows for label in row.labels),
+            label_offsets=offsets_of([len(row.labels) for row in rows]),
+            speakers=Names.pack(row.speaker for row in rows),
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        labels = range(self.label_offsets[index], self.label_offsets[index + 1])
+        return Sample(
+            key=self.keys[index], source=self.sources[index], split=self.splits[index],
+            image=self.images[index], audio=self.audio[index],
+            start_s=float(self.start_s[index]), duration_s=float(self.duration_s[index]),
+            captions=self.captions_of(index), labels=tuple(self.labels[j] for j in labels),
+            speaker=self.speakers[index],
+        )
+
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        return tuple(self.captions[j] for j in range(self.caption_offsets[index], self.caption_offsets[index + 1]))
+
+    @property
+    def has_image(self) -> np.ndarray:
+        return self.images.lengths > 0
+
+    @property
+    def has_audio(self) -> np.ndarray:
+        return self.audio.lengths > 0
+
+    @property
+    def has_text(self) -> np.ndarray:
+        return self.caption_count > 0
+
+    @property
+    def caption_count(self) -> np.ndarray:
+        return np.diff(self.caption_offsets)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "SampleTable":
+        """The samples at `indices`, in that order."""
+        chosen = np.asarray(indices, np.int64)
+        caption_rows, caption_offsets = ragged_take(self.caption_offsets, chosen)
+        label_rows, label_offsets = ragged_take(self.label_offsets, chosen)
+        return SampleTable(
+            keys=self.keys.select(chosen), sources=self.sources.select(chosen), splits=self.splits.select(chosen),
+            images=self.images.select(chosen), audio=self.audio.select(chosen),
+            start_s=self.start_s[chosen], duration_s=self.duration_s[chosen],
+            captions=self.captions.select(caption_rows), caption_offsets=caption_offsets,
+            labels=self.labels.select(label_rows), label_offsets=label_offsets,
+            speakers=self.speakers.select(chosen),
+        )
+
+    @staticmethod
+    def concat(tables: Sequence["SampleTable"]) -> "SampleTable":
+        if not tables:
+            return SampleTable.pack([])
+        joined: dict[str, Any] = {}
+        for name in (f.name for f in fields(SampleTable)):
+            columns = [getattr(table, name) for table in tables]
+            if name.endswith("offsets"):
+                joined[name] = offsets_of(np.concatenate([np.diff(column) for column in columns]))
+            elif isinstance(columns[0], np.ndarray):
+                joined[name] = np.concatenate(columns)
+            else:
+                joined[name] = type(columns[0]).concat(columns)
+        return SampleTable(**joined)
+
+    def digest(self) -> str:
+        """SHA-256 over every column in order, file names without their folders: the same wherever the data lies."""
+        state = hashlib.sha256()
+        for name in (f.name for f in fields(self)):
+            column = getattr(self, name)
+            if isinstance(column, np.ndarray):
+                state.update(np.ascontiguousarray(column).tobytes())
+                continue
+            texts = [column[i] for i in range(len(column))]
+            if name in ("images", "audio"):
+                texts = [text.rsplit("/", 1)[-1].rsplit("\\", 1)[-1] for text in texts]
+            packed = Strings.pack(texts)
+            state.update(packed.offsets.tobytes())
+            state.update(packed.buffer.tobytes())
+        return state.hexdigest()
+
+    def with_split(self, split: str) -> "SampleTable":
+        """The same samples under another split's name."""
+        return dataclasses.replace(self, splits=Names(np.zeros(len(self), np.int32), (split,)))
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

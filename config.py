@@ -101,8 +101,8 @@ class TrainingConfig:
     grad_clip_norm: float = 1.0
     ema_decay: float = 0.0
     captions_per_visit: int = 1
-    label_smoothing: float = 0.0
     seed: int = 0
+    save_every_epochs: int = 1
     keep_checkpoints: int = 3
     log_every_steps: int = 10
     max_bad_steps: int = 10
@@ -114,14 +114,12 @@ class TrainingConfig:
 
     def problems(self) -> list[str]:
         found = _below("training", self, epochs=1, batch_size=1, gradient_accumulation_steps=1, captions_per_visit=1,
-                       log_every_steps=1, keep_checkpoints=1, weight_decay=0, grad_clip_norm=0, max_bad_steps=1,
+                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, weight_decay=0, grad_clip_norm=0, max_bad_steps=1,
                        warmup_pct=0, min_lr_pct=0, seed=0)
         if not self.learning_rate > 0:
             found.append(f"training.learning_rate: {self.learning_rate} is not above 0")
         if not 0 <= self.ema_decay < 1:
             found.append(f"training.ema_decay: {self.ema_decay} is outside [0, 1)")
-        if not 0 <= self.label_smoothing < 1:
-            found.append(f"training.label_smoothing: {self.label_smoothing} is outside [0, 1)")
         return found
 
 
@@ -142,6 +140,11 @@ class TaskConfig:
             found.append(f"{where}: needs at least one entry in inputs and in objectives")
         if self.passes <= 0:
             found.append(f"{where}.passes: {self.passes} is not above 0")
+        pairs = [name for name in ("contrastive", "matching") if name in self.objectives]
+        if pairs and len(set(self.inputs)) != 2:
+            found.append(f"{where}: {pairs[0]} needs exactly two inputs, got {', '.join(self.inputs)}")
+        if "speaker" in self.objectives and "audio" not in self.inputs:
+            found.append(f"{where}: speaker needs audio among its inputs")
         return found
 
 
@@ -164,6 +167,10 @@ class StageConfig:
         for name in ("image_keep", "audio_keep"):
             if not 0 < getattr(self, name) <= 1:
                 found.append(f"{where}.{name}: {getattr(self, name)} is outside (0, 1]")
+        for task in self.tasks:
+            if "masked" in task.objectives:
+                found += [f"{where}.{name}_keep: masked pretraining needs it below 1" for name in ("image", "audio")
+                          if name in task.inputs and getattr(self, f"{name}_keep") == 1]
         if not 0 <= self.drop_path < 1:
             found.append(f"{where}.drop_path: {self.drop_path} is outside [0, 1)")
         if self.share <= 0 or self.lr_factor <= 0:
@@ -340,14 +347,14 @@ def _plain(value: Any) -> Any:
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, which YAML would let the last one win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # before `<<` merges keys that may be given again
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key_node.value!r} is given twice")
+            seen.add(str(key_node.value))
+        return node
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

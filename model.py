@@ -215,7 +215,7 @@ class AudioEncoder(nn.Module):
     neighbours in the batch never change an embedding.
     """
 
-    bands = NUM_MELS // AUDIO_PATCH_MELS
+    patch_frames, bands = AUDIO_PATCH_FRAMES, NUM_MELS // AUDIO_PATCH_MELS
 
     def __init__(self, config: ModelConfig):
         super().__init__()

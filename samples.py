@@ -9,6 +9,7 @@ would be copied page by page as their reference counts change.
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+_PART = 65536  # samples packed at once
 _BLANKS = re.compile(r"\s+")
 
 
@@ -150,8 +152,13 @@ class SampleTable:
 
     @staticmethod
     def pack(samples: Iterable[Sample]) -> "SampleTable":
-        """Columns of `samples`; captions of blanks alone are dropped."""
-        rows = list(samples)
+        """Columns of `samples`; captions of blanks alone are dropped. Takes an iterator in parts, to bound memory."""
+        stream = iter(samples)
+        parts = [SampleTable._pack(rows) for rows in iter(lambda: list(itertools.islice(stream, _PART)), [])]
+        return SampleTable.concat(parts) if len(parts) > 1 else parts[0] if parts else SampleTable._pack([])
+
+    @staticmethod
+    def _pack(rows: Sequence[Sample]) -> "SampleTable":
         captions = [[text for text in row.captions if text.strip()] for row in rows]
         return SampleTable(
             keys=Strings.pack(row.key for row in rows),

@@ -1,0 +1,274 @@
+"""From data sets to batches: reading splits, the order of an epoch, and the loader (batches.py draws the batches).
+
+    data = load_data(config)
+    pools = [pool(data.tables["train"], ("image", "text"))]
+    jobs = epoch_batches(pools, [1.0], batch_size=32, seed=0, epoch=1)
+    for batch in loader(data, "train", jobs, config, inputs=[("image", "text")], train=True, epoch=1): ...
+
+This file has the name of a library that it does not use: never add that one to the requirements.
+"""
+
+import math
+import os
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+
+import prepare
+from batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
+from concepts import concept_names, concepts_of
+from config import FRAME_RATE_HZ, NUM_MELS, Config, UserError
+from readers import READERS, read_split
+from samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
+from vocabulary import Tokenizer, load_tokenizer
+
+__all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample", "Split", "epoch_batches", "load_data",
+           "loader", "pool"]
+
+MAX_WORKERS = 8
+VAL_PCT = 5  # of train, where a set has no validation split
+
+_SIDES = re.compile(r"\b(left|right)\b")
+
+
+@dataclass(frozen=True)
+class Data:
+    """All splits, and the names behind the numbers of a batch."""
+
+    splits: dict[str, Split]
+    tokenizer: Tokenizer
+    concepts: tuple[str, ...]
+    speakers: tuple[str, ...]
+
+    @property
+    def tables(self) -> dict[str, SampleTable]:
+        return {name: split.table for name, split in self.splits.items()}
+
+    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Samples by set, split, and kind of inputs ("image+text"), and captions."""
+        found: dict[str, dict[str, dict[str, int]]] = {}
+        for split, table in self.tables.items():
+            for code, source in enumerate(table.sources.names):
+                rows = table.sources.codes == code
+                has = np.stack([table.has_image, table.has_audio, table.has_text], 1)[rows]
+                kinds = Counter("+".join(np.array(["image", "audio", "text"])[row]) for row in has)
+                captions = int(table.caption_count[rows].sum())
+                found.setdefault(source, {})[split] = {**dict(sorted(kinds.items())), "captions": captions}
+        return found
+
+    def names(self) -> list[str]:
+        """The sets that have samples."""
+        return sorted({name for table in self.tables.values() for name in table.sources.names})
+
+    def licences(self) -> dict[str, str]:
+        return {name: READERS[name].licence for name in self.names()}
+
+    def describe(self) -> dict[str, Any]:
+        """Counts, digests and licences as plain JSON, for reports."""
+        digests = {split: table.digest() for split, table in self.tables.items()}
+        return {"counts": self.counts(), "digests": digests, "licences": self.licences(),
+                "concepts": len(self.concepts), "speakers": len(self.speakers)}
+
+
+def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Tokenizer | None = None,
+              concepts: Sequence[str] | None = None, speakers: Sequence[str] | None = None) -> Data:
+    """Read `config.data.datasets`, tokenise captions, choose concepts, and open (or fill) the cache of files.
+
+    A set without validation samples gives up 5 % of its training samples, chosen by caption, so that no caption
+    stands on both sides. `tokenizer`, `concepts` and `speakers` come from a checkpoint when it is evaluated.
+
+    Raises:
+        UserError: data is missing, too much of it is broken, or its labels are more than `model.num_classes`.
+    """
+    tables = _read_tables(config, splits)
+    tokenizer = tokenizer or load_tokenizer(config.model)
+    train = tables.get("train") or SampleTable.pack([])
+    if concepts is None:
+        concepts = concept_names(train, config.model.num_classes)
+    if speakers is None:
+        speakers = sorted(set(train.speakers.names) - {""})
+    ready = {name: _prepare_split(table, config, tokenizer, concepts, speakers) for name, table in tables.items()}
+    return Data(ready, tokenizer, tuple(concepts), tuple(speakers))
+
+
+def _read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]:
+    parts: dict[str, list[SampleTable]] = {name: [] for name in splits}
+    for source in config.data.datasets:
+        wanted = set(splits) | ({"train", "val"} if {"train", "val"} & set(splits) else set())
+        tables = {split: SampleTable.pack(read_split(source, split, config)) for split in SPLITS if split in wanted}
+        if not len(tables.get("val", ())) and len(tables.get("train", ())):
+            tables["train"], tables["val"] = carve_val(tables["train"])
+        for split in splits:
+            parts[split].append(tables[split])
+    joined = {split: SampleTable.concat(tables) for split, tables in parts.items()}
+    if "train" in joined and not len(joined["train"]):
+        raise UserError(f"data.datasets: {', '.join(config.data.datasets)}: no training samples; add a set, or give "
+                        "some lines of the manifest the split 'train'")
+    return joined
+
+
+def carve_val(train: SampleTable) -> tuple[SampleTable, SampleTable]:
+    """Split off 5 % for validation by a hash of the first caption (else the speaker, else the key)."""
+    groups = [stable_hash(_group(train, row)) % 100 for row in range(len(train))]
+    chosen = np.array(groups, np.int64) < VAL_PCT
+    if not chosen.any() and len(train) > 1:
+        chosen = np.array([_group(train, row) == _group(train, 0) for row in range(len(train))])
+    if chosen.all():
+        chosen[:] = False
+    return train.select(np.flatnonzero(~chosen)), train.select(np.flatnonzero(chosen)).with_split("val")
+
+
+def _group(table: SampleTable, row: int) -> str:
+    if table.caption_count[row]:
+        return normalise_caption(table.captions[table.caption_offsets[row]])
+    return table.speakers[row] or table.keys[row]
+
+
+def _prepare_split(table: SampleTable, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
+                   speakers: Sequence[str]) -> Split:
+    captions = [table.captions[i] for i in range(len(table.captions))]
+    token_ids, token_offsets = tokenizer.encode_flat(captions, config.model.context_length)
+    normalised = [normalise_caption(text) for text in captions]
+    concept_ids, concept_offsets = concepts_of(table, concepts)
+    may_flip = np.ones(len(table), bool)
+    owners = np.repeat(np.arange(len(table)), table.caption_count)
+    may_flip[owners[[bool(_SIDES.search(text)) for text in normalised]]] = False
+    set_hash, place = _seeds(table)
+    numbers = {name: number for number, name in enumerate(speakers)}
+    by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
+    return Split(
+        table=table, store=prepare.open_store(table, config), pad_id=tokenizer.pad_id, set_hash=set_hash, place=place,
+        token_ids=token_ids, token_offsets=token_offsets,
+        caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
+        concept_ids=concept_ids, concept_offsets=concept_offsets, may_flip=may_flip,
+        speakers=by_code[table.speakers.codes],
+    )
+
+
+def _seeds(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
+    """Hash of each sample's set (32 bits) and its position within the set, int64 [n] each."""
+    codes = table.sources.codes
+    hashes = np.array([stable_hash(name) & 0xFFFFFFFF for name in table.sources.names], np.int64)
+    place = np.zeros(len(table), np.int64)
+    for code in range(len(hashes)):
+        place[codes == code] = np.arange(np.count_nonzero(codes == code))
+    return hashes[codes], place
+
+
+# ---- the order of an epoch ----------------------------------------------------------------------------------------
+
+
+def epoch_batches(pools: Sequence[np.ndarray], passes: Sequence[float], batch_size: int, seed: int,
+                  epoch: int) -> list[tuple[int, np.ndarray]]:
+    """Batches of one epoch, (task, indices): every sample of pool i once in each of `passes[i]` passes.
+
+    Batches of a pass are near-equal in size; a shuffle interleaves those of the tasks; a part of a pass takes a random
+    part of the pool. A function of its arguments alone. Indices of the second and later passes carry VISIT.
+    """
+    cut: list[list[np.ndarray]] = []
+    for task, (members, times) in enumerate(zip(pools, passes, strict=True)):
+        rng = np.random.default_rng([seed, epoch, task + 1])  # 0 shuffles the turns
+        cut.append([])
+        for visit in range(math.ceil(times)):
+            share = min(1.0, times - visit)
+            order = rng.permutation(members)[:round(share * len(members))] + visit * VISIT
+            if len(order):
+                cut[task] += np.array_split(order, math.ceil(len(order) / batch_size))
+    turns = np.repeat(np.arange(len(cut)), [len(batches) for batches in cut])
+    turns = np.random.default_rng([seed, epoch, 0]).permutation(turns)
+    queues = [iter(batches) for batches in cut]
+    return [(task, next(queues[task])) for task in turns.tolist()]
+
+
+# ---- the loader ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Iterates over the batches of `jobs[start:]`, one for each job, in order, read ahead by worker processes.
+
+    In evaluation (`train` false): no augmentation, whole sounds, all captions, draws of seed 0 and epoch 0 whatever is
+    given, and broken samples left out. In training the next good sample of the pool stands in for a broken one.
+
+    Iterating raises:
+        UserError: more than `data.max_bad_pct` of the samples of `jobs` are broken, or all of a pool.
+    """
+
+    data: Data
+    split: str
+    jobs: Jobs
+    config: Config
+    _: KW_ONLY
+    inputs: Sequence[tuple[str, ...]]  # of each task
+    train: bool
+    epoch: int
+    workers: int | None = None  # None: as config.data.workers says
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.jobs) - self.start
+
+    def __iter__(self) -> Iterator[Batch]:
+        reader = BatchReader(self.data.splits[self.split], self.jobs, self.inputs, self.config, self.train, self.epoch)
+        count = worker_count(reader, len(self)) if self.workers is None else self.workers
+        reads: Iterable[Read] = torch.utils.data.DataLoader(
+            reader,  # type: ignore[arg-type]  # map-style by its methods
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            batch_size=None, sampler=range(self.start, len(self.jobs)), num_workers=count,
+            prefetch_factor=2 if count else None, pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator())  # its own: the global stream of random numbers stays untouched
+        return _checked(reads, reader)
+
+
+loader = Loader
+
+
+def worker_count(reader: BatchReader, num_jobs: int) -> int:
+    """Processes that read ahead: `data.workers`, or as many as the cores, the jobs and /dev/shm allow."""
+    wanted = reader.config.data.workers
+    if wanted != "auto":
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(cores - 1 if cores > 2 else 1, MAX_WORKERS, num_jobs)
+    if not count or not os.path.isdir("/dev/shm"):
+        return count
+    largest = max(len(indices) for _, indices in reader.jobs)
+    side, frames = reader.config.model.image_size, reader.config.data.audio_max_s * FRAME_RATE_HZ
+    batch_bytes = largest * (3 * side**2 + 2 * NUM_MELS * frames)  # of the largest kind there could be
+    fitting = int(shutil.disk_usage("/dev/shm").free / (4 * batch_bytes))  # two ahead, one waiting, one in use
+    if fitting < count:
+        warnings.warn(f"/dev/shm has room for batches of {fitting} reading processes, not {count}; give a container "
+                      "more of it with --ipc=host or --shm-size", stacklevel=2)
+    return min(count, fitting)
+
+
+def _checked(reads: Iterable[Read], reader: BatchReader) -> Iterator[Batch]:
+    """Pass batches on; record broken samples once, and stop when there are too many."""
+    met: set[str] = set()
+    rows = [np.empty(0, np.int64), *(indices % VISIT for _, indices in reader.jobs)]
+    total = len(np.unique(np.concatenate(rows)))
+    for batch, broken, problem in reads:
+        fresh = [record for record in broken if record["key"] not in met]
+        if fresh:
+            met.update(record["key"] for record in fresh)
+            prepare.record_broken(fresh, reader.config)
+        if problem:
+            raise UserError(problem)
+        if fresh:
+            prepare.check_broken("data", len(met), total, fresh[0]["reason"], reader.config)
+        assert batch is not None
+        yield batch
+
+
+def _as_it_is(read: Read) -> Read:
+    return read
+
+

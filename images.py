@@ -1,0 +1,149 @@
+"""Pictures: any common file to RGB, and from there to the squares that the image encoder reads.
+
+    picture = decode_image("cat.png")                        # uint8 [H, W, 3]; of a video, its middle frame
+    square = augment(picture, 224, rng, min_crop=0.5)        # uint8 [224, 224, 3], for training
+    square = fit_eval(picture, 224)                          # uint8 [224, 224, 3], for evaluation
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 89_000_000  # just below the size at which Pillow warns
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+WHITE = 255
+MAX_ASPECT = 8  # the cache keeps the long side within this multiple of the short side it was asked for
+MAX_CROP_ASPECT = 4 / 3  # of the windows that `augment` cuts
+
+
+class BrokenImage(ValueError):
+    """A file that holds no usable picture. The message begins with the path."""
+
+
+def decode_image(path: str | Path) -> np.ndarray:
+    """Decode `path` to uint8 [H, W, 3], RGB, upright: EXIF orientation applied, transparency over white, CMYK, palette,
+    grey and 16-bit pixels converted. Of an animation the first frame; of a video (by suffix) the middle one.
+
+    Raises:
+        BrokenImage: no such file, not a picture, truncated, over 89 megapixels.
+    """
+    if not os.path.isfile(path):
+        raise BrokenImage(f"{path}: no such file")
+    read = _read_video if str(path).lower().endswith(VIDEO_SUFFIXES) else _read_picture
+    try:
+        return read(str(path))
+    except MemoryError:
+        raise
+    except BrokenImage as error:
+        raise BrokenImage(f"{path}: {error}") from None
+    except Exception as error:  # damaged files make the decoders raise nearly any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BrokenImage(f"{path}: cannot be decoded ({reason})") from None
+
+
+def resize_for_cache(picture: np.ndarray, short_side: int) -> np.ndarray:
+    """Shrink uint8 [H, W, 3] so that its shorter side is `short_side` and its longer one at most 8 times that; the
+    proportions stay. A smaller picture is returned as it is."""
+    height, width = picture.shape[:2]
+    scale = min(1.0, short_side / min(height, width), MAX_ASPECT * short_side / max(height, width))
+    if scale == 1.0:
+        return picture
+    return _resize(picture, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def fit_eval(picture: np.ndarray, size: int, fit: str = "crop") -> np.ndarray:
+    """The same square of uint8 [H, W, 3] every time, uint8 [size, size, 3]: "crop" takes the centre, with the whole of
+    the shorter side; "pad" takes everything and makes it square with white."""
+    if fit == "pad":
+        picture = _pad(picture)
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resize(picture, size, size, (left, top, left + side, top + side))
+
+
+def augment(picture: np.ndarray, size: int, rng: np.random.Generator, min_crop: float, fit: str = "crop",
+            flip: bool = False) -> np.ndarray:
+    """A random window of uint8 [H, W, 3], resized to uint8 [size, size, 3], half of the time mirrored where `flip`.
+
+    The window takes `min_crop` to all of the area of the largest window that fits with sides within 4:3, and its own
+    sides are within 4:3. "pad" first makes the picture square with white. Takes exactly five numbers from `rng`,
+    whatever the picture, so that what is drawn afterwards does not depend on it.
+    """
+    of_area, of_aspect, of_left, of_top, of_flip = rng.random(5)
+    if fit == "pad":
+        picture = _pad(picture)
+    height, width = picture.shape[:2]
+    largest = min(width, MAX_CROP_ASPECT * height) * min(height, MAX_CROP_ASPECT * width)
+    area = largest * (min_crop + (1 - min_crop) * of_area)
+    low = math.log(max(1 / MAX_CROP_ASPECT, area / height**2))
+    high = math.log(min(MAX_CROP_ASPECT, width**2 / area))
+    aspect = math.exp(low + (high - low) * of_aspect)
+    crop_width, crop_height = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
+    left, top = (width - crop_width) * of_left, (height - crop_height) * of_top
+    square = _resize(picture, size, size, (left, top, left + crop_width, top + crop_height))
+    return np.ascontiguousarray(square[:, ::-1]) if flip and of_flip < 0.5 else square
+
+
+def _resize(picture: np.ndarray, width: int, height: int,
+            box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def _pad(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), WHITE, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top: top + height, left: left + width] = picture
+    return square
+
+
+def _read_picture(path: str) -> np.ndarray:
+    with Image.open(path) as image:
+        _check_size(*image.size)
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.array(_to_rgb(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BrokenImage("has floating-point pixels of unknown range: save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would cut these off at 255
+        grey = np.clip(np.asarray(image, np.float64) * (255 / 65535), 0, 255)
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _read_video(path: str) -> np.ndarray:
+    """The first frame at or after the middle, turned upright."""
+    import av
+
+    with av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise BrokenImage("has no picture track")
+        stream = container.streams.video[0]
+        _check_size(stream.codec_context.width, stream.codec_context.height)
+        middle = (container.start_time or 0) + (container.duration or 0) // 2
+        if container.duration:
+            container.seek(middle)  # to the key frame before it
+        frame = None
+        for frame in container.decode(stream):
+            if frame.time is None or frame.time * av.time_base >= middle:
+                break
+        if frame is None:
+            raise BrokenImage("holds no frame that can be decoded")
+        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BrokenImage(f"has {width} x {height} pixels, over {MAX_PIXELS / 1e6:.0f} million")

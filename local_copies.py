@@ -1,0 +1,100 @@
+"""Copies of a data set that the user has already: linked into the layout that the readers expect, never changed.
+
+`--local FOLDER` names the copy. Archives in it are used by download_datasets as if they had just arrived.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from config import UserError
+
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
+_SPEAKER = re.compile(r"id(\d{5})")
+_TEST = re.compile(r"(^|[_-])test([_-]|$)")
+_DEEPEST = 4  # folders between the given one and those of the speakers
+
+
+def link_voxceleb(local: Path, folder: Path) -> dict[str, int]:
+    """Link each speaker's folder below `local` into `folder`/voxceleb1/wav or voxceleb2/{dev,test}/{aac,mp4}.
+
+    Returns the number of speakers by place. Generation and part follow from the number and what the folders are called.
+    """
+    places: dict[str, int] = {}
+    for speakers in _speaker_folders(local, _DEEPEST):
+        for speaker in sorted(speakers.iterdir()):
+            place = _voxceleb_place(speaker, local) if _SPEAKER.fullmatch(speaker.name) else None
+            if place:
+                _link(speaker, folder / place / speaker.name)
+                places[place] = places.get(place, 0) + 1
+    return places
+
+
+def _speaker_folders(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        below = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    if any(_SPEAKER.fullmatch(entry.name) for entry in below):
+        yield folder
+    elif depth:
+        for entry in below:
+            yield from _speaker_folders(entry, depth - 1)
+
+
+def _voxceleb_place(speaker: Path, local: Path) -> str | None:
+    suffix = next((path.suffix for path in speaker.glob("*/*") if path.suffix in (".wav", ".m4a", ".mp4")), "")
+    if int(speaker.name[2:]) > 10_000:  # VoxCeleb 1 is id10001 to id11251, VoxCeleb 2 ends at id09272
+        return "voxceleb1/wav" if suffix == ".wav" else None
+    kind = {".m4a": "aac", ".mp4": "mp4"}.get(suffix)
+    part = "test" if any(_TEST.search(step) for step in speaker.relative_to(local.parent).parts) else "dev"
+    return f"voxceleb2/{part}/{kind}" if kind else None
+
+
+def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
+    """Link the sounds below `local` to `folder`/SPLIT/YOUTUBEID_START.SUFFIX, by SPLIT.csv in the folder `lists`.
+
+    Returns the number of clips by split. Known names: YOUTUBEID, YYOUTUBEID, either with _START (seconds or
+    milliseconds) and _END, or the clip's id in the lists.
+    """
+    known = _audiocaps_names(lists)
+    found: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
+    for root, below, names in os.walk(local, followlinks=True):
+        below.sort()
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            clip = known.get(stem) if suffix.lower() in SOUND_SUFFIXES else None
+            if clip and clip[1] not in found[clip[0]]:
+                found[clip[0]].add(clip[1])
+                _link(Path(root, name), folder / clip[0] / f"{clip[1]}{suffix.lower()}")
+    return {split: len(clips) for split, clips in found.items()}
+
+
+def _audiocaps_names(lists: Path) -> dict[str, tuple[str, str]]:
+    """Name of a sound without suffix -> (split, YOUTUBEID_START); the plainer form wins where two clips share one."""
+    forms: list[dict[str, tuple[str, str]]] = [{}, {}, {}]
+    for split in ("train", "val", "test"):
+        with (lists / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                video, start = row["youtube_id"], int(row["start_time"])
+                clip = (split, f"{video}_{start}")
+                spans = ("", f"_{start}", f"_{start}_{start + 10}", f"_{start * 1000}_{start * 1000 + 10_000}")
+                forms[0] |= {video + span: clip for span in spans}
+                forms[1] |= {f"Y{video}{span}": clip for span in spans}
+                forms[2][row["audiocap_id"]] = clip
+    return forms[2] | forms[1] | forms[0]
+
+
+def _link(source: Path, place: Path) -> None:
+    """Make `place` a link to `source`. An older link is replaced; anything else that is there is left and kept."""
+    source = source.resolve()
+    if place.is_symlink():
+        if place.resolve() == source:
+            return
+        place.unlink()
+    elif place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(source, target_is_directory=source.is_dir())

@@ -1,0 +1,479 @@
+"""Loss mathematics first, then the objectives, then the OBJECTIVES table that config.yaml's stages name.
+
+An objective turns a `Step` (one effective batch) into terms. Each term is a sum over some samples together with
+its named parts; `count` is known before the first backward, from masks alone, so that sums divided by the count over
+the whole effective batch are exact however the batch is split. Single-sample objectives give one term a micro-batch,
+contrast gives one for the whole batch, whose encoders run in micro-batches under recompute.
+
+Shape suffixes: B samples, C captions, Q queries, K keys or kept patches, N patches, D width, F embed_dim,
+P values of a patch, L text tokens, U distinct captions, V classes, Z depth.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+TEXT_MASK_PART = 0.25  # part of the words hidden in masked pretraining
+TEXT_DROP_PART = 0.75  # part of the samples whose text is hidden from the concept classifier, since it tells them
+# columns of the "path" uniforms: the image encoder takes the first, the audio encoder those from here on
+AUDIO_PATH_COLUMN, HARD_KEY_COLUMN, HARD_QUERY_COLUMN = 24, 62, 63
+PAIR_ORDER = ("image", "audio", "text")  # pairs are named image_text, audio_text, image_audio
+CHUNK_ROWS = 1024  # rows of a similarity matrix held at once
+SPEAKER_MARGIN, SPEAKER_SCALE = 0.2, 30.0  # arXiv:1801.07698 with the values usual for VoxCeleb
+
+Term = tuple[Tensor, dict[str, Tensor]]
+
+
+# ---- mathematics -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Which keys are right for which queries: those that share a group, of which a query may have several.
+
+    `member_BU` marks the groups of each sample, `group_C` names the group of each caption.
+    """
+
+    member_BU: Tensor
+    group_C: Tensor
+
+    @staticmethod
+    def of(owner_C: Tensor, ids_C: Tensor, num_samples: int) -> "Positives":
+        """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them."""
+        unique_U, group_C = ids_C.unique(return_inverse=True)
+        member_BU = torch.zeros(num_samples, len(unique_U), dtype=torch.bool)
+        member_BU[owner_C, group_C] = True
+        return Positives(member_BU, group_C)
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> "Positives":
+        return Positives(move(self.member_BU), move(self.group_C))
+
+    def of_samples(self, rows: Tensor) -> Tensor:
+        """(Q, C) for samples as queries."""
+        return self.member_BU[rows][:, self.group_C]
+
+    def of_captions(self, rows: Tensor) -> Tensor:
+        """(Q, B) for captions as queries."""
+        return self.member_BU[:, self.group_C[rows]].T
+
+
+def info_nce(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: Callable[[Tensor], Tensor],
+             chunk: int = CHUNK_ROWS) -> Tensor:
+    """Sum over the queries of -mean over a query's positives of log p(key | query) (arXiv:1807.03748; several
+    positives as in arXiv:2004.11362, L_out).
+
+    `positives(rows)` gives the (rows, K) mask of some queries. Rows are independent: beyond `chunk` of them they are
+    computed in chunks with recompute, so that memory is O(chunk * K) and not O(Q * K). Every query needs a positive.
+    """
+    def chunk_sum(rows: Tensor) -> Tensor:
+        log_p = (scale * query_QF[rows] @ key_KF.T).log_softmax(1)
+        right = positives(rows)
+        return -((log_p * right).sum(1) / right.sum(1)).sum()
+
+    parts = torch.arange(len(query_QF), device=query_QF.device).split(chunk)
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return torch.stack([chunk_sum(rows) for rows in parts]).sum()
+    sums = [recompute(chunk_sum, rows, use_reentrant=False, preserve_rng_state=False) for rows in parts]
+    return torch.stack(sums).sum()
+
+
+def hard_negatives(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: Callable[[Tensor], Tensor],
+                   uniform_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query one wrong key drawn with probability softmax(similarity) (arXiv:2107.07651) by inverting the
+    distribution at `uniform_Q`; and whether the query has any wrong key. (Q,) int64, (Q,) bool."""
+    picks, some = [], []
+    for rows in torch.arange(len(query_QF), device=query_QF.device).split(CHUNK_ROWS):
+        wrong = ~positives(rows)
+        logits = (scale * query_QF[rows] @ key_KF.T).masked_fill(~wrong, -torch.inf)
+        some.append(wrong.any(1))
+        cumulated = logits.masked_fill(~some[-1][:, None], 0.0).softmax(1).double().cumsum(1)
+        target = uniform_Q[rows, None].double() * cumulated[:, -1:]
+        picks.append(torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=len(key_KF) - 1))
+    return torch.cat(picks), torch.cat(some)
+
+
+def patch_error(predicted_BNP: Tensor, target_BNP: Tensor, hidden_BN: Tensor) -> Tensor:
+    """Sum over hidden patches of the mean squared error against the patch's own normalised values
+    (arXiv:2111.06377)."""
+    variance, mean = torch.var_mean(target_BNP, dim=-1, keepdim=True, correction=0)
+    target_BNP = (target_BNP - mean) / (variance + 1e-3).sqrt()
+    return ((predicted_BNP.float() - target_BNP).square().mean(-1) * hidden_BN).sum()
+
+
+def margin_logits(features_BF: Tensor, weight_VF: Tensor, labels_B: Tensor) -> Tensor:
+    """Cosines of features and class vectors with an additive angular margin on the right class
+    (arXiv:1801.07698), times the scale; (B, V)."""
+    cosine_BV = features_BF @ F.normalize(weight_VF, dim=1).T
+    right = F.one_hot(labels_B, len(weight_VF)).bool()
+    angle = cosine_BV.clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    return SPEAKER_SCALE * torch.where(right, (angle + SPEAKER_MARGIN).clamp(max=math.pi).cos(), cosine_BV)
+
+
+# ---- what an objective sees of a step ------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """One effective batch on its way through the model.
+
+    `batch` stays on the host; `encode` brings the rows asked for to the device. `micro_batch` is how many samples of
+    each tower are in memory at once. In evaluation (`train` False) all patches are seen and no path is dropped,
+    save where hiding patches is the task itself.
+    """
+
+    model: Any
+    batch: Any
+    device: torch.device
+    micro_batch: Mapping[str, int]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    keep: Mapping[str, float] = field(default_factory=dict)
+    drop_path: float = 0.0
+    train: bool = True
+    mask_id: int = 103
+    num_concepts: int = 0
+    detached: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, modality: str) -> int:
+        return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
+
+    def parts(self, modality: str) -> tuple[Tensor, ...]:
+        """Row indices of this tower's micro-batches, on the host."""
+        return torch.arange(self.rows(modality)).split(self.micro_batch[modality])
+
+    def to_device(self, value: Tensor) -> Tensor:
+        return value.to(self.device, non_blocking=True)
+
+    def to_host(self, value: Tensor) -> Tensor:
+        return value.cpu()
+
+    def encode(self, modality: str, rows: Tensor, *, hide: bool = False) -> Any:
+        """Tokens of some rows of the batch. `hide` keeps patches by the stage's share even in evaluation."""
+        encoder, noise = getattr(self.model, modality), self.batch.noise
+        keep = self.keep.get(modality, 1.0) if self.train or hide else 1.0
+        if modality == "text":
+            path = self._path(noise["path_text"][rows], 0, encoder)
+            return encoder(self.to_device(self.batch.input_ids[rows]),
+                           self.to_device(self.batch.attention_mask[rows]), path)
+        path = self._path(noise["path"][rows], AUDIO_PATH_COLUMN if modality == "audio" else 0, encoder)
+        if modality == "image":
+            kept = None if keep == 1 else self.to_device(kept_patches(noise["image"][rows], None, keep)[0])
+            return encoder(self.to_device(self.batch.images[rows]), kept, path)
+        audio, lengths = self.to_device(self.batch.audio[rows]), self.to_device(self.batch.audio_lengths[rows])
+        if keep == 1:
+            return encoder(audio, lengths, None, None, path)
+        kept, valid = kept_patches(noise["audio"][rows], self.valid_patches(rows), keep)
+        return encoder(audio, lengths, self.to_device(kept), self.to_device(valid), path)
+
+    def valid_patches(self, rows: Tensor) -> Tensor:
+        """How many audio patches of each row are real; int64, on the host."""
+        audio = self.model.audio
+        steps = (self.batch.audio_lengths[rows] + audio.patch_frames - 1).div(audio.patch_frames, rounding_mode="floor")
+        return steps * audio.bands
+
+    def _path(self, uniform: Tensor, column: int, encoder: Any) -> Tensor | None:
+        """Scale of each residual branch: 0 where dropped, else 1 / (1 - p), p rising linearly (arXiv:1603.09382)."""
+        if not self.train or self.drop_path == 0:
+            return None
+        depth = len(encoder.blocks.blocks)
+        p_Z = self.drop_path * torch.arange(1, depth + 1) / depth
+        return self.to_device((uniform[:, column: column + depth] >= p_Z) / (1 - p_Z))
+
+    def features(self, modality: str) -> Tensor:
+        """L2-normalised features of all rows in the graph; each micro-batch is recomputed in the backward pass if
+        there are several. (rows, F)"""
+        def part_features(rows: Tensor) -> Tensor:
+            with self.autocast():
+                return self.model.features(modality, self.encode(modality, rows))
+
+        parts = self.parts(modality)
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            features = torch.cat([part_features(rows) for rows in parts])
+        else:
+            features = torch.cat([recompute(part_features, rows, use_reentrant=False, preserve_rng_state=False)
+                                  for rows in parts])
+        self.detached[modality] = features.detach()
+        return features
+
+
+def kept_patches(uniform_BN: Tensor, counts_B: Tensor | None, keep: float) -> tuple[Tensor, Tensor]:
+    """The first ceil(keep * count) patches of each sample in the order of its uniforms, equal K by padding.
+
+    `counts_B`: real patches of each sample, which come first (None: all N). Returns indices (B, K) and valid (B, K).
+    """
+    B, N = uniform_BN.shape
+    counts_B = torch.full((B,), N) if counts_B is None else counts_B
+    kept_B = (counts_B * keep).ceil().long().clamp(min=1)
+    order_BN = uniform_BN.masked_fill(torch.arange(N) >= counts_B[:, None], 2.0).argsort(dim=1)
+    K = int(kept_B.max())
+    return order_BN[:, :K], torch.arange(K) < kept_B[:, None]
+
+
+# ---- objectives --------------------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """`count(step)` units of the whole batch (0: nothing to learn here), `terms(step)` sums to be divided by it.
+
+    Parameters of an objective are heads that only its stage needs; they are never part of the model.
+    """
+
+    def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
+        super().__init__()
+        self.inputs = tuple(sorted(inputs, key=PAIR_ORDER.index))
+
+    def count(self, step: Step) -> float:
+        raise NotImplementedError
+
+    def terms(self, step: Step) -> Iterator[Term]:
+        raise NotImplementedError
+
+
+class Contrastive(Objective):
+    """Symmetric InfoNCE between two modalities (arXiv:2103.00020) over the whole effective batch."""
+
+    def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
+        super().__init__(model, inputs, num_speakers)
+        assert len(self.inputs) == 2, f"contrast needs two modalities, got {self.inputs}"
+
+    def count(self, step: Step) -> float:
+        return 1.0 if step.rows(self.inputs[0]) > 1 else 0.0
+
+    def terms(self, step: Step) -> Iterator[Term]:
+        query, key = (step.features(name) for name in self.inputs)
+        scale = pair_scale(step, self.inputs)
+        positives = batch_positives(step, self.inputs)
+        forward = info_nce(query, key, scale, positives.of_samples) / len(query)
+        backward = info_nce(key, query, scale, positives.of_captions) / len(key)
+        loss = (forward + backward) / 2
+        yield loss, {f"contrastive_{'_'.join(self.inputs)}": loss.detach()}
+
+
+def pair_scale(step: Step, inputs: Sequence[str]) -> Tensor:
+    """exp of the pair's learned log-scale, at most 100 (arXiv:2103.00020)."""
+    return step.model.logit_scale["_".join(inputs)].clamp(max=math.log(100.0)).exp()
+
+
+def batch_positives(step: Step, inputs: Sequence[str]) -> Positives:
+    """Captions are told by their text; images and sounds by their sample."""
+    batch = step.batch
+    if "text" in inputs:
+        owner, ids = batch.caption_owner, batch.caption_ids
+    else:
+        owner, ids = torch.arange(len(batch.sample_ids)), batch.sample_ids
+    return Positives.of(owner, ids, len(batch.sample_ids)).to(step.to_device)
+
+
+class Matching(Objective):
+    """Does this pair belong together? Read off the fusion token, on right pairs and on hard wrong ones, drawn by
+    similarity over the whole effective batch (arXiv:2107.07651)."""
+
+    def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
+        super().__init__(model, inputs, num_speakers)
+        self.head = nn.Linear(model.config.preset.dim, 1)
+
+    def count(self, step: Step) -> float:
+        return 3.0 * len(step.batch.sample_ids) if len(step.batch.sample_ids) > 1 else 0.0
+
+    @torch.no_grad()
+    def _negatives(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """A wrong key for each sample, a wrong query for each sample's first key, and whether both exist; host."""
+        query, key = (step.detached[n] if n in step.detached else step.features(n).detach() for n in self.inputs)
+        positives, scale = batch_positives(step, self.inputs), pair_scale(step, self.inputs).detach()
+        first = step.to_device(first_keys(step, self.inputs))
+        uniform = step.to_device(step.batch.noise["path"])
+        keys, some = hard_negatives(query, key, scale, positives.of_samples, uniform[:, HARD_KEY_COLUMN])
+        queries, _ = hard_negatives(key[first], query, scale, lambda rows: positives.of_captions(first[rows]),
+                                    uniform[:, HARD_QUERY_COLUMN])
+        return step.to_host(keys), step.to_host(queries), step.to_host(some)
+
+    def terms(self, step: Step) -> Iterator[Term]:
+        keys, queries, some = self._negatives(step)
+        first = first_keys(step, self.inputs)
+        for rows in torch.arange(len(step.batch.sample_ids)).split(step.micro_batch["fusion"]):
+            logits = self._pair_logits(step, torch.cat([rows, queries[rows]]), torch.cat([first[rows], keys[rows]]))
+            n = len(rows)
+            target = step.to_device(torch.cat([torch.ones(n), torch.zeros(2 * n)]))
+            weight = step.to_device(torch.cat([torch.ones(n), some[rows].float(), some[rows].float()]))
+            loss = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).sum()
+            right = ((logits > 0) == (target > 0.5)).float().sum()
+            yield loss, {"matching": loss.detach(), "matching_accuracy": right.detach()}
+
+    def _pair_logits(self, step: Step, query_rows: Tensor, key_rows: Tensor) -> Tensor:
+        """Rows hold n right ones, then n wrong ones: pairs (right, right), (right, wrong key), (wrong query, right)."""
+        n = len(query_rows) // 2
+        first, second = torch.arange(n), torch.arange(n, 2 * n)
+        with step.autocast():
+            query = step.encode(self.inputs[0], query_rows)
+            key = step.encode(self.inputs[1], key_rows)
+            pairs = {self.inputs[0]: pick(query, step.to_device(torch.cat([first, first, second]))),
+                     self.inputs[1]: pick(key, step.to_device(torch.cat([first, second, first])))}
+            fused_BD = step.model.fuse(pairs)[0]
+        return self.head(fused_BD)[:, 0]
+
+
+def first_keys(step: Step, inputs: Sequence[str]) -> Tensor:
+    """Row of the first caption (or the sample's own row) of each sample; int64 [B], on the host."""
+    num_samples = len(step.batch.sample_ids)
+    if "text" not in inputs:
+        return torch.arange(num_samples)
+    return torch.searchsorted(step.batch.caption_owner, torch.arange(num_samples))
+
+
+def pick(tokens: Any, rows: Tensor) -> Any:
+    """The same Tokens, of some rows."""
+    return type(tokens)(*(None if part is None else part[rows] for part in tokens))
+
+
+class Concepts(Objective):
+    """Multi-label classification of the fused features. Most samples are shown without their text, which names the
+    concepts; count = labels in the batch, so that long and short label lists weigh alike."""
+
+    def count(self, step: Step) -> float:
+        return float(step.batch.concepts.sum()) if step.num_concepts else 0.0
+
+    def terms(self, step: Step) -> Iterator[Term]:
+        for rows in torch.arange(len(step.batch.sample_ids)).split(step.micro_batch["fusion"]):
+            with step.autocast():
+                logits_BV = step.model.fuse(self._given(step, rows))[2]
+            target_BV = step.to_device(step.batch.concepts[rows]).float()
+            used = step.num_concepts
+            loss = F.binary_cross_entropy_with_logits(logits_BV[:, :used], target_BV[:, :used], reduction="sum")
+            yield loss, {"concepts": loss.detach()}
+
+    def _given(self, step: Step, rows: Tensor) -> dict[str, Any]:
+        others = [name for name in self.inputs if name != "text"]
+        given = {name: step.encode(name, rows) for name in others}
+        if "text" in self.inputs:
+            text = step.encode("text", first_keys(step, self.inputs)[rows])
+            seen = step.batch.noise["drop_text"][rows] >= TEXT_DROP_PART if others else torch.ones(len(rows)).bool()
+            given["text"] = text._replace(valid_BN=text.valid_BN & step.to_device(seen)[:, None])
+        return given
+
+
+class Masked(Objective):
+    """Predict what is hidden: patches of images and sounds (arXiv:2111.06377, arXiv:2207.06405; the encoder sees
+    kept patches only), words of captions (arXiv:1810.04805, with the word table as output layer)."""
+
+    def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
+        super().__init__(model, inputs, num_speakers)
+        heads: dict[str, nn.Module] = {
+            name: PatchDecoder(model.config.preset, getattr(model, name).patch_dim)
+            for name in self.inputs if name != "text"}
+        if "text" in self.inputs:
+            preset = model.config.preset
+            heads["text"] = nn.Sequential(nn.Linear(preset.dim, preset.word_rank), nn.LayerNorm(preset.word_rank))
+        self.heads = nn.ModuleDict(heads)
+
+    def count(self, step: Step) -> float:
+        return float(sum(self._hidden_count(step, name) for name in self.inputs))
+
+    def _hidden_count(self, step: Step, name: str) -> int:
+        if name == "text":
+            return int(hidden_words(step.batch).sum())
+        uniform = step.batch.noise[name]
+        counts = step.valid_patches(torch.arange(len(uniform))) if name == "audio" else None
+        _, valid = kept_patches(uniform, counts, step.keep.get(name, 1.0))
+        real = uniform.numel() if counts is None else int(counts.sum())
+        return real - int(valid.sum())
+
+    def terms(self, step: Step) -> Iterator[Term]:
+        for name in self.inputs:
+            for rows in step.parts(name):
+                loss = self._words(step, rows) if name == "text" else self._patches(step, name, rows)
+                yield loss, {f"masked_{name}": loss.detach()}
+
+    def _patches(self, step: Step, name: str, rows: Tensor) -> Tensor:
+        encoder, uniform = getattr(step.model, name), step.batch.noise[name][rows]
+        media = step.to_device(getattr(step.batch, {"image": "images", "audio": "audio"}[name])[rows])
+        counts = step.valid_patches(rows) if name == "audio" else None
+        kept, kept_valid = (step.to_device(x) for x in kept_patches(uniform, counts, step.keep.get(name, 1.0)))
+        with step.autocast():
+            tokens_BKD, _ = step.encode(name, rows, hide=True)
+            target, valid = (encoder.patches(media) if counts is None
+                             else encoder.patches(media, step.to_device(step.batch.audio_lengths[rows])))
+            predicted, seen = self.heads[name](tokens_BKD, kept, kept_valid, encoder.positions(media), valid)
+        hidden = ~seen if valid is None else ~seen & valid
+        return patch_error(predicted, target.float(), hidden)
+
+    def _words(self, step: Step, rows: Tensor) -> Tensor:
+        batch = step.batch
+        hidden = hidden_words(batch)[rows]
+        at = step.to_device(hidden.nonzero())
+        ids = step.to_device(batch.input_ids[rows])
+        with step.autocast():
+            shown = ids.masked_fill(step.to_device(hidden), step.mask_id)
+            states_BLD, _ = step.model.text(shown, step.to_device(batch.attention_mask[rows]))
+            words_MR = self.heads["text"](states_BLD[at[:, 0], at[:, 1]])
+            logits_MV = words_MR @ step.model.text.words.weight.T
+        return F.cross_entropy(logits_MV.float(), ids[at[:, 0], at[:, 1]], reduction="sum")
+
+
+def hidden_words(batch: Any) -> Tensor:
+    """Which tokens masked pretraining hides: drawn among the real ones between the first and the last. (C, L)"""
+    mask = batch.attention_mask
+    last = torch.nn.functional.pad(mask[:, 1:], (0, 1))  # a real token follows
+    inner = mask & last
+    inner[:, 0] = False
+    return inner & (batch.noise["text"] < TEXT_MASK_PART)
+
+
+class PatchDecoder(nn.Module):
+    """One transformer layer over kept tokens and mask tokens at their positions, then the patch's values."""
+
+    def __init__(self, preset: Any, patch_dim: int):
+        super().__init__()
+        self.embed = nn.Linear(preset.dim, preset.dim)
+        self.mask = nn.Parameter(torch.zeros(preset.dim))
+        self.layer = nn.TransformerEncoderLayer(preset.dim, preset.num_heads, 4 * preset.dim, dropout=0.0,
+                                                activation="gelu", batch_first=True, norm_first=True)
+        self.norm, self.out = nn.LayerNorm(preset.dim), nn.Linear(preset.dim, patch_dim)
+
+    def forward(self, tokens_BKD: Tensor, kept_BK: Tensor, kept_valid_BK: Tensor, positions_ND: Tensor,
+                valid_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Predicted patches (B, N, P), and which patches the encoder saw (B, N)."""
+        B, N, D = len(tokens_BKD), *positions_ND.shape
+        slot_BK = kept_BK.masked_fill(~kept_valid_BK, N)  # padding lands in a slot that is cut off again
+        embedded = self.embed(tokens_BKD)
+        full = self.mask.to(embedded.dtype).expand(B, N + 1, D)
+        full = full.scatter(1, slot_BK[:, :, None].expand(-1, -1, D), embedded)[:, :N] + positions_ND
+        seen = torch.zeros(B, N + 1, dtype=torch.bool, device=full.device).scatter(1, slot_BK, True)[:, :N]
+        padding = None if valid_BN is None else ~valid_BN
+        return self.out(self.norm(self.layer(full, src_key_padding_mask=padding))), seen
+
+
+class Speaker(Objective):
+    """Who speaks: an angular-margin softmax on audio_features, so that cosines of features verify speakers."""
+
+    def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
+        super().__init__(model, inputs, num_speakers)
+        self.weight = nn.Parameter(torch.randn(max(num_speakers, 1), model.config.embed_dim) * 0.05)
+
+    def count(self, step: Step) -> float:
+        return float((step.batch.speakers >= 0).sum())
+
+    def terms(self, step: Step) -> Iterator[Term]:
+        for rows in step.parts("audio"):
+            rows = rows[step.batch.speakers[rows] >= 0]
+            if not len(rows):
+                continue
+            with step.autocast():
+                features_BF = step.model.features("audio", step.encode("audio", rows))
+            labels_B = step.to_device(step.batch.speakers[rows])
+            loss = F.cross_entropy(margin_logits(features_BF, self.weight, labels_B), labels_B, reduction="sum")
+            yield loss, {"speaker": loss.detach()}
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "contrastive": Contrastive,
+    "matching": Matching,
+    "concepts": Concepts,
+    "masked": Masked,
+    "speaker": Speaker,
+}

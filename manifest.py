@@ -1,0 +1,290 @@
+"""The user's own data: a JSONL, CSV or TSV file with one sample a line.
+
+    {"image": "photos/1.jpg", "text": ["a dog on grass", "a dog"], "labels": ["dog"], "split": "train"}
+    {"audio": "talk.flac", "start": 12.5, "duration": 10, "text": "a door slams", "speaker": "anna"}
+
+Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id; all optional, but
+a line needs an image, an audio file or a text. In a CSV, `labels` are separated by ";", and a text is one caption, or
+several as a JSON list: ["a dog", "a dog on grass"]. Relative paths start at the manifest's folder.
+"""
+
+import csv
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from config import UserError
+from samples import SPLITS, Sample, normalise_caption, stable_hash
+
+COLUMNS = ("image", "audio", "start", "duration", "text", "labels", "speaker", "split", "id")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".jsonl", *DELIMITERS)
+HELD_OUT = {"test": 0.1, "val": 0.1}  # shares where no line names a split; the rest is train
+
+
+def read_manifest(path: Path, split: str) -> Iterator[Sample]:
+    """The samples of one split. The whole file is checked first, whichever split is asked for.
+
+    Without a `split` column, 10 % of the samples are test and 10 % val, told by their ids alone, so that lines may be
+    reordered, and few samples change sides when lines are added; lines that share a picture or a stretch of sound stay
+    on one side. Without an `id`, a sample's id is its file name as written, with its start.
+
+    Raises:
+        UserError: file and line number, what is wrong there, what is allowed.
+    """
+    rows = [_Row.parse(where, raw, path.parent) for where, raw in _lines(path)]
+    if not rows:
+        raise UserError(f"{path}: holds no samples; write one JSON object (or one CSV row below the header) a line")
+    _name(rows)
+    if any(row.split for row in rows):
+        _check_splits(rows)
+    else:
+        _draw_splits(rows)
+    return (row.sample() for row in rows if row.split == split)
+
+
+def distinct_captions(texts: Iterable[str]) -> tuple[str, ...]:
+    """`texts` without outer blanks, without those that hold no word, and of equal ones (but for case, blanks and
+    final punctuation) only the first."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(normalise_caption(text), text.strip())
+    first.pop("", None)
+    return tuple(first.values())
+
+
+@dataclass(slots=True)
+class _Row:
+    """One checked line; `key` and `split` are filled in later where the line does not give them."""
+
+    where: str  # "file, line N", for errors
+    key: str
+    split: str
+    image: str
+    audio: str
+    start_s: float
+    duration_s: float
+    captions: tuple[str, ...]
+    labels: tuple[str, ...]
+    speaker: str
+    name: str  # the default id
+
+    @staticmethod
+    def parse(where: str, raw: dict[str, Any], folder: Path) -> "_Row":
+        for column in raw:
+            if column not in COLUMNS:
+                close = difflib.get_close_matches(str(column), COLUMNS, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(COLUMNS)}"
+                raise UserError(f"{where}: unknown column {column!r}; {hint}")
+        given = {column: value for column, value in raw.items() if value is not None and value != ""}
+
+        def take(column: str, convert: Callable[[Any], Any], empty: Any) -> Any:
+            if column not in given:
+                return empty
+            try:
+                return convert(given[column])
+            except ValueError as error:
+                raise UserError(f"{where}: {column}: {error}, got {given[column]!r}") from None
+
+        row = _Row(
+            where=where, key=take("id", _word, ""), split=take("split", _split, ""),
+            image=take("image", lambda value: _file(value, folder), ""),
+            audio=take("audio", lambda value: _file(value, folder), ""),
+            start_s=take("start", _seconds, 0.0), duration_s=take("duration", _seconds, 0.0),
+            captions=distinct_captions(take("text", _texts, ())),
+            labels=tuple(dict.fromkeys(take("labels", _texts, ()))), speaker=take("speaker", _word, ""), name="")
+        row._check(given)
+        return row
+
+    def _check(self, given: dict[str, Any]) -> None:
+        if not (self.image or self.audio or self.captions):
+            raise UserError(f"{self.where}: nothing to learn from; give an image, an audio file or a text")
+        if not self.audio and ("start" in given or "duration" in given):
+            raise UserError(f"{self.where}: start and duration need an audio file")
+        self.name = str(given.get("image") or given.get("audio") or self.captions[0])
+        if "start" in given:
+            self.name += f"@{self.start_s:g}"
+
+    def media(self) -> list[tuple[str, str, float, float]]:
+        """What must not stand on two sides."""
+        found = [("image", self.image, 0.0, 0.0)] if self.image else []
+        return found + ([("audio", self.audio, self.start_s, self.duration_s)] if self.audio else [])
+
+    def sample(self) -> Sample:
+        return Sample(key=self.key, source="manifest", split=self.split, image=self.image, audio=self.audio,
+                      start_s=self.start_s, duration_s=self.duration_s, captions=self.captions, labels=self.labels,
+                      speaker=self.speaker)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"data.manifest: {path}: unknown kind of file; allowed: {', '.join(SUFFIXES)}")
+    read = _json_lines if path.suffix.lower() == ".jsonl" else _csv_lines
+    try:
+        yield from read(path)
+    except FileNotFoundError:
+        raise UserError(f"data.manifest: {path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"data.manifest: {path}: cannot be read ({error.strerror})") from None
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                raw = json.loads(line.rstrip(), object_pairs_hook=partial(_no_twins, where))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(raw, dict):
+                raise UserError(f'{where}: expected an object such as {{"image": "1.jpg"}}, got {line.strip()[:40]}')
+            yield where, raw
+
+
+def _no_twins(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twin = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise UserError(f"{where}: {twin!r} is given twice")
+    return found
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+        try:
+            header = [column.strip() for column in next(reader, [])]
+            _no_twins(f"{path}, line 1", [(column, None) for column in header])
+            before = reader.line_num
+            for cells in reader:
+                where, before = f"{path}, line {before + 1}", reader.line_num
+                if len(cells) != len(header) and cells:
+                    raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns"
+                                    " (a text that holds the delimiter needs quotes)")
+                if cells:
+                    yield where, {key: _cell(key, cell) for key, cell in zip(header, cells, strict=True)}
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+
+
+def _cell(column: str, cell: str) -> Any:
+    """What a cell means: lists where a column may hold several values."""
+    if column == "labels":
+        return [label.strip() for label in cell.split(";") if label.strip()]
+    if column == "text" and cell.lstrip().startswith('["'):
+        try:
+            return json.loads(cell)
+        except json.JSONDecodeError:
+            return cell
+    return cell if column in ("image", "audio", "text") else cell.strip()
+
+
+def _file(value: Any, folder: Path) -> str:
+    if not isinstance(value, str):
+        raise ValueError("expected a path")
+    path = os.path.abspath(os.path.join(folder, value))
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file ({path})")
+    return path
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError("expected seconds, 0 or more")
+    return seconds
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("expected a text or a list of texts")
+    return tuple(text.strip() for text in texts if text.strip())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise ValueError("expected a text or a whole number")
+    return str(value).strip()
+
+
+def _split(value: Any) -> str:
+    if value not in SPLITS:
+        raise ValueError(f"expected one of {', '.join(SPLITS)}")
+    return value
+
+
+def _name(rows: list[_Row]) -> None:
+    """Give each row an id of its own; raise where two lines give the same one."""
+    seen: dict[str, str] = {}
+    for row in rows:
+        if row.key in seen:
+            _clash(row, f"id {row.key!r} is already used on {seen[row.key]}; ids are unique")
+        if row.key:
+            seen[row.key] = row.where.rpartition(", ")[2]
+    times: dict[str, int] = {}
+    for row in rows:
+        while not row.key:
+            times[row.name] = times.get(row.name, 0) + 1
+            key = row.name if times[row.name] == 1 else f"{row.name}#{times[row.name]}"
+            if key not in seen:
+                row.key = key
+                seen[key] = row.where
+
+
+def _check_splits(rows: list[_Row]) -> None:
+    side: dict[tuple[str, str, float, float], _Row] = {}
+    for row in rows:
+        if not row.split:
+            _clash(row, f"no split, though other lines have one; give {', '.join(SPLITS)}, on all lines or on none")
+        for medium in row.media():
+            first = side.setdefault(medium, row)
+            if first.split != row.split:
+                _clash(row, f"{medium[0]} {medium[1]} is in {row.split!r} here and in {first.split!r} on "
+                            f"{first.where.rpartition(', ')[2]}; nothing may be on two sides")
+
+
+def _clash(row: _Row, message: str) -> NoReturn:
+    raise UserError(f"{row.where}: {message}")
+
+
+def _draw_splits(rows: list[_Row]) -> None:
+    """Order the groups of rows that belong together by a hash of their first id, and cut the shares off its head."""
+    groups: dict[int, list[_Row]] = {}
+    for row, root in zip(rows, _roots(rows), strict=True):
+        groups.setdefault(root, []).append(row)
+    ordered = sorted(groups.values(), key=lambda group: stable_hash(min(row.key for row in group)))
+    ends = [("test", HELD_OUT["test"]), ("val", sum(HELD_OUT.values())), ("train", 1.0)]
+    for position, group in enumerate(ordered):
+        split = next(name for name, end in ends if position < round(end * len(ordered)))
+        for row in group:
+            row.split = split
+
+
+def _roots(rows: list[_Row]) -> list[int]:
+    """For each row the number of a row that stands for all rows connected to it by shared media (union-find)."""
+    parent = list(range(len(rows)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[tuple[str, str, float, float], int] = {}
+    for i, row in enumerate(rows):
+        for medium in row.media():
+            parent[find(i)] = find(first.setdefault(medium, i))
+    return [find(i) for i in range(len(rows))]

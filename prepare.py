@@ -1,0 +1,419 @@
+"""Pictures and log-mels of samples: drawn, decoded on the spot, or read from a cache that holds each file decoded.
+
+The cache has one entry for each set, split and kind: a flat file (uint8 pictures with a short side of up to 8/7 of the
+model's, or float16 log-mels) and an index. An entry's name holds a digest of file names, sizes, dates and settings, so
+that after any change the old entry is not found. It appears whole, by a rename, or not at all.
+
+    store = open_store(table, config)
+    picture_HW3, mel_TM = store.image(0), store.mel(1)
+
+Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+import synthetic
+from config import NUM_MELS, Config, UserError
+from samples import SampleTable, offsets_of
+
+Kind = Literal["image", "sound"]
+Item = tuple[str, float, float]  # path, start_s, duration_s
+
+FORMAT = 1  # counts up with every change of what an entry holds
+PROBES = 16  # files decoded first, to foretell the size of an entry
+CHUNK = 8  # files that a process decodes before it hands them over
+FEW = 64  # files that are not worth starting processes for
+GB = 1e9
+RESERVE_GB = 2.0  # of the disk that the cache leaves free
+
+
+class BrokenSample(ValueError):
+    """A picture or sound that cannot be read; the message is the path and the reason."""
+
+
+class _NoRoom(Exception):
+    """The cache cannot take an entry; the message says why."""
+
+
+# ---- decoding -----------------------------------------------------------------------------------------------------
+
+
+def cache_side(image_size: int) -> int:
+    """Short side of cached pictures: random crops of all but the smallest pictures still shrink."""
+    return round(image_size * 8 / 7)
+
+
+def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
+    """uint8 [H, W, 3] with a short side of at most `side`, or float16 [T, 80]: what the cache holds.
+
+    Raises:
+        BrokenSample: the file holds no usable picture or sound.
+    """
+    path, start_s, duration_s = item
+    if kind == "image":
+        from images import BrokenImage, decode_image, resize_for_cache
+
+        try:
+            return np.ascontiguousarray(resize_for_cache(decode_image(path), side))
+        except BrokenImage as error:
+            raise BrokenSample(str(error)) from None
+    from audio import BrokenSound, decode_audio, log_mel
+
+    try:
+        return log_mel(decode_audio(path, start_s, duration_s)).astype(np.float16)
+    except BrokenSound as error:
+        raise BrokenSample(str(error)) from None
+
+
+def _decode_chunk(kind: Kind, items: Sequence[Item], side: int) -> list[np.ndarray | str]:
+    """Decoded files, or the reason why not."""
+    found: list[np.ndarray | str] = []
+    for item in items:
+        try:
+            found.append(decode(kind, item, side))
+        except BrokenSample as error:
+            found.append(str(error))
+    return found
+
+
+def _decode_all(kind: Kind, items: Sequence[Item], side: int, processes: int) -> Generator[np.ndarray | str, None, None]:
+    """All of `items` in order, decoded by `processes`, which run only a few chunks ahead: that bounds the memory."""
+    chunks = [items[i:i + CHUNK] for i in range(0, len(items), CHUNK)]
+    if processes < 2 or len(items) <= FEW:
+        for chunk in chunks:
+            yield from _decode_chunk(kind, chunk, side)
+        return
+    waiting: deque[Future[list[np.ndarray | str]]] = deque()
+    with ProcessPoolExecutor(processes, initializer=_start_process, initargs=(kind,)) as pool:
+        try:
+            for chunk in chunks:
+                waiting.append(pool.submit(_decode_chunk, kind, chunk, side))
+                if len(waiting) > 3 * processes:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("data: a process that decodes files was killed, perhaps for lack of memory; try again with "
+                            "data.workers=1") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _start_process(kind: Kind) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C ends the parent, and the parent ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if kind == "sound":
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when it is gone, even by kill -9
+        os._exit(1)
+
+
+# ---- the store ----------------------------------------------------------------------------------------------------
+
+
+class Entry:
+    """One entry of the cache, mapped into memory on first use in each process (a map is never pickled)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._bytes: np.ndarray | None = None
+        try:
+            with np.load(folder / "index.npz") as index:
+                self.offsets, self.shapes, self.is_image = index["offsets"], index["shapes"], bool(index["is_image"])
+            broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))
+            whole = (folder / "data.bin").stat().st_size == self.offsets[-1]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            whole = False
+        if not whole:
+            raise UserError(f"{folder}: this entry of the cache is damaged; delete it, and it will be made again")
+        self.reasons = {int(number): str(reason) for number, reason in broken.items()}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_bytes": None}
+
+    def read(self, number: int) -> np.ndarray:
+        if number in self.reasons:
+            raise BrokenSample(self.reasons[number])
+        if self._bytes is None:
+            self._bytes = np.memmap(self.folder / "data.bin", np.uint8, mode="r")
+        flat = self._bytes[self.offsets[number]:self.offsets[number + 1]].view(np.ndarray)
+        if self.is_image:
+            return flat.reshape(*self.shapes[number], 3)
+        return flat.view(np.float16).reshape(-1, NUM_MELS)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Pictures and sounds of the samples of one table, by row, the same whether they are cached or not."""
+
+    table: SampleTable
+    image_size: int
+    entries: list[Entry] = field(default_factory=list)
+    places: dict[Kind, np.ndarray] = field(default_factory=dict)  # int64 [n, 2]: entry (-1: none) and number in it
+
+    def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """uint8 [H, W, 3]: drawn with `rng` at the model's size, else with a short side of up to 8/7 of it."""
+        path = self.table.images[row]
+        if synthetic.is_drawn(path):
+            rng = rng or np.random.default_rng(0)
+            return synthetic.draw_image(synthetic.combination_of(path), self.image_size, rng)
+        return self._read("image", row, path)
+
+    def mel(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """float16 [T, 80], the whole of the sample's stretch of sound."""
+        path = self.table.audio[row]
+        if synthetic.is_drawn(path):
+            from audio import log_mel
+
+            wave = synthetic.draw_sound(synthetic.combination_of(path), rng or np.random.default_rng(0))
+            return log_mel(wave).astype(np.float16)
+        return self._read("sound", row, path)
+
+    def is_drawn(self, row: int) -> bool:
+        return synthetic.is_drawn(self.table.images[row] or self.table.audio[row])
+
+    def record(self, row: int, reason: str) -> dict[str, str]:
+        """What bad_samples.jsonl says about a broken sample."""
+        table = self.table
+        return {"key": f"{table.sources[row]}/{table.keys[row]}", "split": table.splits[row], "reason": reason}
+
+    def _read(self, kind: Kind, row: int, path: str) -> np.ndarray:
+        entry, number = self.places[kind][row].tolist() if kind in self.places else (-1, 0)
+        if entry >= 0:
+            return self.entries[entry].read(number)
+        item = (path, float(self.table.start_s[row]), float(self.table.duration_s[row]))
+        return decode(kind, item, cache_side(self.image_size))
+
+
+def open_store(table: SampleTable, config: Config) -> Store:
+    """The store of one split; fills the cache first where `data.cache` is on and there is room.
+
+    Raises:
+        UserError: more than `data.max_bad_pct` of a set's pictures or sounds cannot be read.
+    """
+    store = Store(table, config.model.image_size)
+    if not config.data.cache:
+        return store
+    kinds: tuple[Kind, ...] = ("image", "sound")
+    for kind in kinds:
+        store.places[kind] = np.full((len(table), 2), -1, np.int64)
+        for code, source in enumerate(table.sources.names):
+            rows, numbers, items = _files(table, kind, np.flatnonzero(table.sources.codes == code))
+            if not items:
+                continue
+            name = f"{source}-{table.splits[int(rows[0])]}-{kind}"
+            entry = _open_entry(kind, name, items, config)
+            if entry:
+                store.places[kind][rows] = np.stack([np.full(len(rows), len(store.entries)), numbers], 1)
+                store.entries.append(entry)
+                _report(store, rows, [entry.reasons.get(number) for number in numbers.tolist()], f"{name}s", config)
+    return store
+
+
+def _files(table: SampleTable, kind: Kind, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Item]]:
+    """Those of `rows` that have a file of `kind`, the number of each one's file, and the different files."""
+    paths = table.images if kind == "image" else table.audio
+    kept, numbers, known = [], [], dict[Item, int]()
+    for row in rows.tolist():
+        path = paths[row]
+        if not path or synthetic.is_drawn(path):
+            continue
+        start, duration = (0.0, 0.0) if kind == "image" else (float(table.start_s[row]), float(table.duration_s[row]))
+        kept.append(row)
+        numbers.append(known.setdefault((path, start, duration), len(known)))
+    return np.array(kept, np.int64), np.array(numbers, np.int64), list(known)
+
+
+# ---- filling the cache --------------------------------------------------------------------------------------------
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.paths.data_root) / "cache"
+
+
+def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Entry | None:
+    """The entry of `items`, made if need be; None, with a printed reason, where there is no room for it."""
+    cache, side = cache_folder(config), cache_side(config.model.image_size)
+    folder = cache / f"{name}-{_digest(kind, items, side, config)}"
+    if folder.is_dir():
+        return Entry(folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(cache):
+            if not folder.is_dir():  # another process may have made it while we waited
+                _fill(folder, kind, items, config)
+    except (_NoRoom, OSError) as error:
+        print(f"Cache: {name} is not kept but decoded at each use: {error}", flush=True)
+        return None
+    return Entry(folder)
+
+
+def _digest(kind: Kind, items: Sequence[Item], side: int, config: Config) -> str:
+    """Of all that decides what an entry holds. Files below data_root are named from there, so it may be moved."""
+    state = hashlib.sha256(f"{FORMAT} {kind} {side if kind == 'image' else ''}".encode())
+    root = os.path.join(os.path.abspath(config.paths.data_root), "")
+    for path, start_s, duration_s in items:
+        try:
+            found = os.stat(path)
+            size, changed_ns = found.st_size, found.st_mtime_ns
+        except OSError:
+            size, changed_ns = -1, -1
+        line = f"\0{path.removeprefix(root)}\0{start_s!r} {duration_s!r} {size} {changed_ns}"
+        state.update(line.encode("utf-8", "surrogateescape"))
+    return state.hexdigest()[:16]
+
+
+@contextmanager
+def _lock(cache: Path) -> Iterator[None]:
+    """One process at a time fills a cache; the system frees the lock when its holder dies."""
+    import fcntl
+
+    with (cache / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, our children do not hold it as well
+        except (BlockingIOError, PermissionError):
+            print(f"Cache: waiting for another process that fills {cache}", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
+    """Decode `items` into `folder`, which appears when all is on the disk."""
+    room = _room(folder.parent, config)
+    _check_room(_predicted_bytes(kind, items, config), room, folder.parent, config)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed: we hold the lock
+    temporary.mkdir()
+    try:
+        _write(temporary, kind, items, room, config)
+        os.rename(temporary, folder)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
+    lengths, shapes, reasons = [], [], {}
+    found = closing(_decode_all(kind, items, cache_side(config.model.image_size), _processes(config)))
+    title = f"Decoding {folder.name.rsplit('-', 1)[0]}s"
+    with (folder / "data.bin").open("wb") as file, found as each:
+        for number, decoded in enumerate(tqdm(each, title, len(items), unit="file", disable=None)):
+            if isinstance(decoded, str):
+                reasons[number] = decoded
+                decoded = np.empty((0, 0), np.uint8)
+            file.write(decoded.tobytes())
+            lengths.append(decoded.nbytes)
+            shapes.append(decoded.shape[:2])
+            if file.tell() > room:
+                raise _NoRoom(_no_room(file.tell(), room, folder.parent, config))
+        _sync(file)
+    with (folder / "index.npz").open("wb") as file:
+        np.savez(file, offsets=offsets_of(lengths), shapes=np.array(shapes, np.int32), is_image=kind == "image")
+        _sync(file)
+    with (folder / "broken.json").open("w", encoding="utf-8") as text:
+        json.dump(reasons, text)
+        _sync(text)
+
+
+def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float:
+    """Size of all, from a few spread over the list."""
+    if len(items) <= FEW:
+        return 0.0
+    spread = [items[int(i)] for i in np.linspace(0, len(items) - 1, PROBES)]
+    sizes = [found.nbytes for found in _decode_chunk(kind, spread, cache_side(config.model.image_size))
+             if not isinstance(found, str)]
+    return len(items) * sum(sizes) / max(len(sizes), 1)
+
+
+def _room(cache: Path, config: Config) -> float:
+    """Bytes that an entry may take: what `data.cache_max_gb` leaves, and what the disk does."""
+    used = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    return min(config.data.cache_max_gb * GB - used, shutil.disk_usage(cache).free - RESERVE_GB * GB)
+
+
+def _check_room(needed: float, room: float, cache: Path, config: Config) -> None:
+    if needed > room or room <= 0:
+        raise _NoRoom(_no_room(needed, room, cache, config))
+
+
+def _no_room(needed: float, room: float, cache: Path, config: Config) -> str:
+    limits = f"data.cache_max_gb={config.data.cache_max_gb:g}, and {RESERVE_GB:g} GB of the disk stay free"
+    return (f"it takes {needed / GB:.1f} GB or more, and {max(room, 0) / GB:.1f} GB are left in {cache} ({limits}); "
+            "old entries there may be deleted")
+
+
+def _processes(config: Config) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16) if config.data.workers == "auto" else config.data.workers
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- broken samples -----------------------------------------------------------------------------------------------
+
+
+def bad_samples_path(config: Config) -> Path:
+    return Path(config.paths.output_dir) / "logs" / "bad_samples.jsonl"
+
+
+def record_broken(records: Sequence[dict[str, str]], config: Config) -> None:
+    """Append to bad_samples.jsonl what it does not hold yet, one JSON object a line."""
+    path = bad_samples_path(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(line + "\n" for line in dict.fromkeys(lines) if line not in known)
+
+
+def check_broken(what: str, broken: int, total: int, first: str, config: Config) -> None:
+    """Raise UserError where more than `data.max_bad_pct` of `total` are broken."""
+    if broken * 100 > config.data.max_bad_pct * total:
+        limit = f"data.max_bad_pct={config.data.max_bad_pct:g}"
+        raise UserError(f"{what}: {broken} of {total} cannot be read, more than {limit} allows; mend or remove those "
+                        f"listed in {bad_samples_path(config)}; the first: {first}")
+
+
+def _report(store: Store, rows: np.ndarray, reasons: Sequence[str | None], what: str, config: Config) -> None:
+    """List the broken ones of `rows` in bad_samples.jsonl, and stop where there are too many."""
+    records = [store.record(row, reason) for row, reason in zip(rows.tolist(), reasons, strict=True) if reason]
+    if records:
+        record_broken(records, config)
+        check_broken(what, len(records), len(rows), records[0]["reason"], config)

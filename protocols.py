@@ -1,0 +1,458 @@
+"""Evaluation protocols: encode a split once per modality, then every figure that its data allow.
+
+    encoded = encode_split(model, data, "test", config, Setting(device=device, amp=torch.bfloat16))
+    figures = score(encoded, data, config)
+    figures["coco"]["image-text"]["image_to_text_R@1"]["value"]
+
+`score` gives {set: {pair: {metric: figure}}} (a figure: see metrics). Pairs: "image-text", "audio-text",
+"image-audio", "image-concepts" and "audio-concepts" (what the classifier says of a picture or a sound alone, through
+the fusion), "speakers" (verification). The set "all" holds the samples of all sets together; with several sets its
+candidates come from all of them. "stamps" stands a second time as "stamps_without_symbols": letters and digits are
+told apart by their shapes alone.
+
+Retrieval is over all captions of each sample. Speakers are verified on the official trial list where it is there
+(cosines of audio_features), else on all pairs of at most `SPEAKER_UTTERANCES` utterances.
+
+Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import metrics
+from config import AUDIO_WINDOW_FRAMES, MODALITIES, Config, UserError
+from datasets import Batch, Data, loader
+from metrics import Figure
+
+ALL = "all"
+WITHOUT_SYMBOLS = "stamps_without_symbols"
+SPEAKER_UTTERANCES = 300  # of at most UTTERANCES_EACH a speaker, where there is no trial list: up to 44,850 pairs
+UTTERANCES_EACH = 10
+TRIAL_LISTS = ("veri_test2.txt", "veri_test.txt")  # cleaned Vox1-O first; the figures of papers are on either
+SAMPLING_SEED = 0  # of the parts of a split that are used; never the training seed, so that runs compare
+
+Figures = dict[str, dict[str, dict[str, Figure]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a split is encoded."""
+
+    device: torch.device
+    amp: torch.dtype | None = None  # of autocast; None = float32
+    limit: int | None = None  # at most so many samples of each set and kind of inputs, drawn by a fixed seed
+    concepts: bool = True  # pictures and sounds also through the fusion, for the classifier's figures
+
+
+@dataclass(frozen=True)
+class Items:
+    """What was encoded of one modality."""
+
+    features_NF: Tensor
+    rows_N: np.ndarray  # row of each item's sample in the split's table, ascending
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the classifier says of the items whose concepts are known, given that one modality. On the host."""
+
+    logits_NK: Tensor
+    concepts_NK: Tensor  # bool
+    rows_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of a split, and what part of it they are."""
+
+    split: str
+    items: dict[str, Items]  # by modality; of text, one item a caption
+    answers: dict[str, Answers]  # by modality
+    caption_ids_C: Tensor  # equal for equal normalised captions
+    captions_C: np.ndarray  # row of each caption in the table's captions
+    facts: dict[str, dict[str, Any]]  # by set, as plain JSON; `score` adds how speakers were tried
+
+
+# ---- encoding ----------------------------------------------------------------------------------------------------
+
+
+def encode_split(model: Any, data: Data, split: str, config: Config, setting: Setting) -> Encoded:
+    """Encode each picture, caption and sound of `split` once, in eval mode, `evaluation.batch_size` at a time.
+
+    Features stay on the device. Out of memory halves the parts, which changes nothing else. Samples whose file is
+    broken are left out and counted.
+
+    Raises:
+        UserError: too many broken files, or out of memory with one sample at a time.
+    """
+    table = data.tables[split]
+    rows_by_kind = chosen_rows(data, split, setting.limit)
+    size = config.evaluation.batch_size
+    jobs = [(task, part) for task, rows in enumerate(rows_by_kind.values())
+            for part in np.array_split(rows, -(-len(rows) // size))]
+    inputs = list(rows_by_kind)
+    gathered = _Gathered(model, setting, size)
+    was_training = model.training
+    model.eval()
+    try:
+        batches = loader(data, split, jobs, config, inputs=inputs, train=False, epoch=0) if jobs else iter(())
+        with torch.inference_mode():
+            for batch in tqdm(batches, total=len(jobs), desc=f"evaluating {split}", unit="batch", disable=None):
+                gathered.add(batch, table.caption_offsets)
+    finally:
+        model.train(was_training)
+    rows = np.concatenate([np.empty(0, np.int64), *rows_by_kind.values()])
+    return gathered.result(split, _facts(data, split, rows, gathered))
+
+
+def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ...], np.ndarray]:
+    """Rows to encode by the modalities that their samples have, ascending.
+
+    Samples with one modality alone only count where they have labels or a speaker. With a limit, a fixed random part
+    of each set and kind.
+    """
+    table = data.tables[split]
+    has = np.stack([table.has_image, table.has_text, table.has_audio], axis=1)
+    labelled = (np.diff(table.label_offsets) > 0) | (np.array([bool(name) for name in table.speakers.names], bool)[
+        table.speakers.codes] & table.has_audio)
+    useful = (has.sum(1) > 1) | (labelled & (has[:, 0] | has[:, 2]))
+    chosen: dict[tuple[str, ...], np.ndarray] = {}
+    for kind in np.unique(has[useful], axis=0):
+        parts = []
+        for code in range(len(table.sources.names)):
+            rows = np.flatnonzero(useful & (has == kind).all(1) & (table.sources.codes == code))
+            if limit is not None and len(rows) > limit:
+                rows = np.sort(np.random.default_rng(SAMPLING_SEED).choice(rows, limit, replace=False))
+            parts.append(rows)
+        chosen[tuple(name for name, there in zip(MODALITIES, kind, strict=True) if there)] = np.sort(
+            np.concatenate(parts))
+    return chosen
+
+
+def _facts(data: Data, split: str, rows: np.ndarray, gathered: "_Gathered") -> dict[str, dict[str, Any]]:
+    """Of each set: samples used, samples there are, broken ones, and features that are not finite."""
+    table, facts = data.tables[split], {}
+    for code, source in enumerate(table.sources.names):
+        there = table.sources.codes == code
+        used = int(there[rows].sum())
+        seen = int(there[np.array(sorted(gathered.seen), np.int64)].sum())
+        facts[source] = {"samples": used, "of": int(there.sum()), "broken": used - seen,
+                         "subset_seed": SAMPLING_SEED if used < there.sum() else None,
+                         "nonfinite": gathered.nonfinite(there)}
+    return facts
+
+
+class _Gathered:
+    """Encodes batches and keeps what they give."""
+
+    def __init__(self, model: Any, setting: Setting, size: int):
+        self.model, self.setting, self.size = model, setting, size
+        self.seen: set[int] = set()
+        self.features: dict[str, list[Tensor]] = {name: [] for name in MODALITIES}
+        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in MODALITIES}
+        self.answers: dict[str, list[Answers]] = {name: [] for name in MODALITIES}
+        self.caption_ids: list[Tensor] = []
+        self.captions: list[np.ndarray] = []
+
+    def add(self, batch: Batch, caption_offsets: np.ndarray) -> None:
+        rows = batch.sample_ids.numpy()
+        self.seen.update(rows.tolist())
+        with torch.autocast(self.setting.device.type, self.setting.amp, enabled=self.setting.amp is not None):
+            if batch.images is not None:
+                self._keep("image", rows, batch, in_parts(self._image(batch), self.size, batch.images))
+            if batch.audio is not None:
+                assert batch.audio_lengths is not None
+                windows = -(-batch.audio.shape[1] // AUDIO_WINDOW_FRAMES)  # the size counts windows: long sounds fit
+                size = max(1, self.size // windows)
+                self._keep("audio", rows, batch, in_parts(self._audio(batch), size, batch.audio, batch.audio_lengths))
+            if batch.input_ids is not None:
+                assert batch.caption_owner is not None and batch.caption_ids is not None
+                assert batch.attention_mask is not None
+                found = in_parts(self._text, self.size, batch.input_ids, batch.attention_mask)
+                self._keep("text", rows[batch.caption_owner.numpy()], batch, found)
+                self.caption_ids.append(batch.caption_ids)
+                self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
+
+    def _keep(self, name: str, rows: np.ndarray, batch: Batch, found: list[dict[str, Tensor]]) -> None:
+        self.rows[name].append(rows)
+        self.features[name] += [part[f"{name}_features"].float() for part in found]
+        if "logits" in found[0]:
+            assert batch.concepts is not None
+            known = batch.concepts.any(1)  # of a sample without any nobody knows which ones it lacks
+            logits = torch.cat([part["logits"].float().cpu() for part in found])
+            self.answers[name].append(Answers(logits[known], batch.concepts[known], rows[known.numpy()]))
+
+    def _classifies(self, batch: Batch) -> bool:
+        return self.setting.concepts and batch.concepts is not None and bool(batch.concepts.any())
+
+    def _image(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
+        classify = self._classifies(batch)
+
+        def encode(images: Tensor) -> dict[str, Tensor]:
+            images = images.to(self.setting.device)
+            return self.model(images=images) if classify else {"image_features": self.model.image_features(images)}
+
+        return encode
+
+    def _audio(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
+        classify = self._classifies(batch)
+
+        def encode(audio: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+            frames = min(-(-int(lengths.max()) // 16) * 16, audio.shape[1])  # no more padding than this part needs
+            audio, lengths = audio[:, :frames].to(self.setting.device), lengths.to(self.setting.device)
+            if classify:
+                return self.model(audio=audio, audio_lengths=lengths)
+            return {"audio_features": self.model.audio_features(audio, lengths)}
+
+        return encode
+
+    def _text(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        ids, mask = ids.to(self.setting.device), mask.to(self.setting.device)
+        return {"text_features": self.model.text_features(ids, mask)}
+
+    def nonfinite(self, members: np.ndarray) -> dict[str, int]:
+        """Items of `members` (bool, by row) whose features are not finite, by modality, where there are any."""
+        counts = {}
+        for name in (name for name in MODALITIES if self.rows[name]):
+            own = torch.from_numpy(members[np.concatenate(self.rows[name])])
+            features = torch.cat(self.features[name])
+            counts[name] = metrics.count_nonfinite(features[own.to(features.device)])
+        return {name: count for name, count in counts.items() if count}
+
+    def result(self, split: str, facts: dict[str, dict[str, Any]]) -> Encoded:
+        """Everything in order of rows, so that sets and pairs can be picked out by searching."""
+        items = {}
+        ids, captions = torch.empty(0, dtype=torch.int64), np.empty(0, np.int64)
+        for name in (name for name in MODALITIES if self.rows[name]):
+            rows = np.concatenate(self.rows[name])
+            order = np.argsort(rows, kind="stable")
+            items[name] = Items(_rows(torch.cat(self.features[name]), order), rows[order])
+            if name == "text":
+                ids = torch.cat(self.caption_ids)[torch.from_numpy(order)]
+                captions = np.concatenate(self.captions)[order]
+        answers = {name: Answers(torch.cat([p.logits_NK for p in parts]), torch.cat([p.concepts_NK for p in parts]),
+                                 np.concatenate([p.rows_N for p in parts]))
+                   for name, parts in self.answers.items() if parts}
+        return Encoded(split, items, answers, ids, captions, facts)
+
+
+def in_parts(encode: Callable[..., dict[str, Tensor]], size: int, *inputs: Tensor) -> list[dict[str, Tensor]]:
+    """What `encode` makes of `inputs`, at most `size` rows at a time; out of memory halves the size and goes on."""
+    found: list[dict[str, Tensor]] = []
+    start = 0
+    while start < len(inputs[0]):
+        try:
+            found.append(encode(*(x[start:start + size] for x in inputs)))
+            start += size
+            continue
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise UserError(f"evaluation: out of memory with one sample at a time ({str(error)[:100]}); free the "
+                                "device for this run, or evaluate with --device cpu") from None
+        size //= 2  # outside of the handler, so that the failed part's tensors are let go
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found
+
+
+# ---- scoring -----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def score(encoded: Encoded, data: Data, config: Config) -> Figures:
+    """All figures of an encoded split: {set: {pair: {metric: figure}}}; pairs without two samples are left out."""
+    options = metrics.Options(tile=config.evaluation.tile, resamples=config.evaluation.resamples)
+    figures: Figures = {}
+    for name, members in _sets(data, encoded.split):
+        pairs: dict[str, dict[str, Figure]] = {}
+        for first, second in (("image", "text"), ("audio", "text"), ("image", "audio")):
+            pairs[f"{first}-{second}"] = _retrieval(encoded, (first, second), members, options)
+        if name != WITHOUT_SYMBOLS:
+            for modality in ("image", "audio"):
+                pairs[f"{modality}-concepts"] = _concepts(encoded, modality, members, options)
+            if name != ALL:
+                pairs["speakers"] = _speakers(encoded, data, members, config, options)
+        figures[name] = {pair: found for pair, found in pairs.items() if found}
+    if len(data.tables[encoded.split].sources.names) == 1:
+        figures[ALL] = figures[data.tables[encoded.split].sources.names[0]]
+    return {name: pairs for name, pairs in figures.items() if pairs}
+
+
+def evaluate_split(model: Any, data: Data, split: str, config: Config, setting: Setting) -> tuple[Figures, Encoded]:
+    """`encode_split`, then `score`."""
+    encoded = encode_split(model, data, split, config, setting)
+    return score(encoded, data, config), encoded
+
+
+def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Names of sets, and True at the rows of each; `ALL` first where there are several."""
+    table = data.tables[split]
+    names = table.sources.names
+    if len(names) > 1:
+        yield ALL, np.ones(len(table), bool)
+    for code, name in enumerate(names):
+        members = table.sources.codes == code
+        yield name, members
+        if name == "stamps":
+            symbols = np.array([label == "symbols" for label in table.labels.names], bool)[table.labels.codes]
+            owners = np.repeat(np.arange(len(table)), np.diff(table.label_offsets))
+            plain = members.copy()
+            plain[owners[symbols]] = False
+            if plain.sum() < members.sum():
+                yield WITHOUT_SYMBOLS, plain
+
+
+def _paired(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items of both modalities whose samples have both, and for each of the second the place of its sample's first."""
+    if not set(pair) <= encoded.items.keys():
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
+    first, second = (encoded.items[name].rows_N for name in pair)
+    left = np.flatnonzero(members[first] & np.isin(first, second))
+    right = np.flatnonzero(members[second] & np.isin(second, first))
+    return left, right, np.searchsorted(first[left], second[right])
+
+
+def _retrieval(encoded: Encoded, pair: tuple[str, str], members: np.ndarray,
+               options: metrics.Options) -> dict[str, Figure]:
+    left, right, owners = _paired(encoded, pair, members)
+    if len(left) < 2:
+        return {}
+    first, second = (_rows(encoded.items[name].features_NF, rows) for name, rows in zip(pair, (left, right),
+                                                                                          strict=True))
+    texts = encoded.caption_ids_C[torch.from_numpy(right)] if pair[1] == "text" else None
+    return metrics.retrieval(first, second, torch.from_numpy(owners), texts, names=pair, options=options)
+
+
+def _rows(features: Tensor, rows: np.ndarray) -> Tensor:
+    return features[torch.from_numpy(rows).to(features.device)]
+
+
+def _concepts(encoded: Encoded, modality: str, members: np.ndarray, options: metrics.Options) -> dict[str, Figure]:
+    answers = encoded.answers.get(modality)
+    if answers is None:
+        return {}
+    own = torch.from_numpy(members[answers.rows_N])
+    if int(own.sum()) < 2:
+        return {}
+    return metrics.concept_precision(answers.logits_NK[own], answers.concepts_NK[own],
+                                     name=f"{modality}_to_concepts_mAP", options=options)
+
+
+# ---- speakers ----------------------------------------------------------------------------------------------------
+
+
+def read_trials(path: Path) -> list[tuple[bool, str, str]]:
+    """Lines `1 id10270/x6uYqmx31kE/00001.wav id10270/8jEAjG6SegY/00008.wav` of a trial list; 1 = one speaker.
+
+    Raises:
+        UserError: a line that is none, with its number.
+    """
+    trials = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 3 or words[0] not in ("0", "1"):
+            raise UserError(f"{path}, line {number}: expected '1 FILE FILE' or '0 FILE FILE', got {line[:80]!r}; "
+                            "download the list again")
+        trials.append((words[0] == "1", words[1], words[2]))
+    return trials
+
+
+def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
+              options: metrics.Options) -> dict[str, Figure]:
+    """Verification on the official trials where they are there, else on pairs of our own; adds to the set's facts."""
+    table, items = data.tables[encoded.split], encoded.items.get("audio")
+    if items is None:
+        return {}
+    places = np.array([n for n, row in enumerate(items.rows_N) if members[row] and table.speakers[row]], np.int64)
+    names = np.array([table.speakers[row] for row in items.rows_N[places]])
+    if len(np.unique(names)) < 2:
+        return {}
+    source = table.sources[items.rows_N[places[0]]]
+    found = None
+    if source == "voxceleb" and encoded.split == "test":
+        found = _listed_trials([table.keys[row] for row in items.rows_N[places]], config)
+    pairs_T2, about = found or _own_trials(names)
+    encoded.facts[source]["trials"] = about
+    same_T = names[pairs_T2[:, 0]] == names[pairs_T2[:, 1]]
+    features = _rows(items.features_NF, places).double().cpu()
+    scores = torch.cat([(features[part[:, 0]] * features[part[:, 1]]).sum(1)
+                        for part in torch.from_numpy(pairs_T2).split(10_000)])
+    return metrics.verification(scores.numpy(), same_T, names[pairs_T2], options)
+
+
+def _listed_trials(keys: Sequence[str], config: Config) -> tuple[np.ndarray, str] | None:
+    """Pairs of places in `keys` from the first list that is there, of the utterances that are; None without any."""
+    folder = Path(config.paths.data_root) / "voxceleb" / "voxceleb1"
+    path = next((folder / name for name in TRIAL_LISTS if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    place = {key: n for n, key in enumerate(keys)}
+    trials = read_trials(path)
+    pairs = [(place[f"vox1/{one}"], place[f"vox1/{other}"]) for _, one, other in trials
+             if f"vox1/{one}" in place and f"vox1/{other}" in place]
+    if not pairs:
+        return None
+    return np.array(pairs, np.int64), f"{path.name}: {len(pairs)} of its {len(trials)} trials have both files here"
+
+
+def _own_trials(names: np.ndarray) -> tuple[np.ndarray, str]:
+    """All pairs among at most SPEAKER_UTTERANCES utterances, UTTERANCES_EACH a speaker, drawn by a fixed seed."""
+    order = np.random.default_rng(SAMPLING_SEED).permutation(len(names))
+    by_speaker: dict[str, list[int]] = {}
+    for place in order.tolist():
+        own = by_speaker.setdefault(str(names[place]), [])
+        if len(own) < UTTERANCES_EACH:
+            own.append(place)
+    drawn = np.array([place for own in by_speaker.values() for place in own][:SPEAKER_UTTERANCES], np.int64)
+    first, second = np.triu_indices(len(drawn), k=1)
+    return np.stack([drawn[first], drawn[second]], axis=1), (
+        f"no trial list: all {len(first)} pairs of {len(drawn)} utterances drawn by seed {SAMPLING_SEED}")
+
+
+# ---- examples ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: int = 5) -> list[dict[str, Any]]:
+    """What a few captions find among all pictures ("image") or sounds ("audio") of the split, for the gallery.
+
+    The captions are the first ones of samples drawn by a fixed seed. Each gives {"query", "source", "modality", "rank"
+    (of the best right answer, ties against the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or log-mel
+    float16 (T, 80), "caption", "score", "right"}]}, best answer first.
+    """
+    table = data.tables[encoded.split]
+    left, right, owners = _paired(encoded, (modality, "text"), np.ones(len(table), bool))
+    if not len(left):
+        return []
+    gallery = _rows(encoded.items[modality].features_NF, left)
+    rows_G, ids = encoded.items[modality].rows_N[left], encoded.caption_ids_C.numpy()[right]
+    relation = metrics.Relation(torch.from_numpy(owners), torch.from_numpy(ids), len(left))
+    firsts = np.unique(owners, return_index=True)[1]  # one caption a sample
+    chosen = np.sort(np.random.default_rng(SAMPLING_SEED).permutation(firsts)[:queries])
+    out = []
+    for c in chosen.tolist():
+        query_F = _rows(encoded.items["text"].features_NF, right[c:c + 1])[0]
+        scores_G = (gallery @ query_F).nan_to_num(-2.0, -2.0, -2.0).cpu()
+        right_G = relation.tile(slice(0, len(left)), slice(c, c + 1))[:, 0]
+        rank = 1 + int((scores_G[~right_G] >= scores_G[right_G].max()).sum())
+        best = scores_G.sort(descending=True, stable=True).indices[:found].tolist()
+        out.append({"query": table.captions[encoded.captions_C[right[c]]], "source": table.sources[rows_G[owners[c]]],
+                    "modality": modality, "rank": rank, "candidates": len(left),
+                    "answers": [{"picture": _picture(data, encoded.split, modality, int(rows_G[g])),
+                                 "caption": (table.captions_of(int(rows_G[g])) or ("",))[0],
+                                 "score": float(scores_G[g]), "right": bool(right_G[g])} for g in best]})
+    return out
+
+
+def _picture(data: Data, split: str, modality: str, row: int) -> np.ndarray:
+    store = data.splits[split].store
+    return store.image(row) if modality == "image" else store.mel(row)[:AUDIO_WINDOW_FRAMES]

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# From an empty folder to a trained, evaluated and reported model; running it again skips what is done.
+#
+#   ./run_all.sh --demo                                               small real set, tiny model, two CPU cores
+#   ./run_all.sh                                                      the full job: base, config.yaml's sets and epochs
+#   ./run_all.sh --model-size base --batch-size 8 --epochs 50         any flags of run_training.py
+#   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    sets and their folder, for download and training
+#   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
+#
+# --demo stands for --config recipes/demo.yaml --model-size tiny. --plan stops before any data is fetched.
+# Relative paths are relative to this folder. The variables of setup_environment.sh hold here too.
+#
+# Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job, days on one GPU.
+# Disk:    the environment (setup_environment.sh) and the data (README.md lists each set's size).
+# Network: for the installation and the data only.
+set -euo pipefail
+
+VENV_DIR=${VENV_DIR:-venv}
+PYTHON_HERE=$VENV_DIR/bin/python
+
+say() { echo "run_all: $*"; }
+die() {
+    echo "run_all: $*" >&2
+    exit 2
+}
+usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"; }
+
+# A flag that run_training.py does not name is refused here, before minutes of set-up and hours of download.
+check_flags() {
+    local argument
+    for argument in "$@"; do
+        case $argument in
+            --demo) die "--demo comes first, before all other flags" ;;
+            -*) grep -qF -e "\"${argument%%=*}\"" run_training.py ||
+                die "unknown flag '${argument%%=*}'; see ./run_all.sh --help and $PYTHON_HERE run_training.py --help" ;;
+        esac
+    done
+}
+
+given() { # is the flag $1 among the other arguments?
+    local flag=$1 argument
+    shift
+    for argument in "$@"; do
+        case $argument in "$flag" | "$flag="*) return 0 ;; esac
+    done
+    return 1
+}
+
+# Prints data folder, output folder and sets of the run, one a line, as run_training.py reads its arguments. Mistakes in
+# them end here, before any download.
+settings() {
+    "$PYTHON_HERE" - "$@" <<'EOP'
+import sys
+from config import UserError
+from run_training import configuration, parse
+try:
+    config = configuration(parse(sys.argv[1:]))
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+print(config.paths.data_root, config.paths.output_dir, " ".join(config.data.datasets), sep="\n")
+EOP
+}
+
+newest_report() { # of the output folder $1; nothing where there is none
+    local file newest=
+    for file in "$1"/reports/report_*.md; do
+        if [ -f "$file" ] && { [ -z "$newest" ] || [ "$file" -nt "$newest" ]; }; then newest=$file; fi
+    done
+    echo "$newest"
+}
+
+what_next() { # $1: output folder, $2: report
+    cat <<EOP
+  report       $2
+  checkpoints  $1/checkpoints/best_model.pt, final_model.pt
+  curves       tensorboard --logdir=$1/logs/tensorboard
+Next, after source $VENV_DIR/bin/activate:
+  python evaluate.py --checkpoint $1/checkpoints/best_model.pt    the same measures, on any set: --datasets ...
+  python run_training.py --plan                                   what a run takes in memory, before it starts
+  ./run_all.sh --epochs 200                                       any flag of run_training.py; config.yaml explains the rest
+EOP
+}
+
+main() {
+    local answers data_root output_dir names report
+    case ${1-} in -h | --help) usage && return ;; esac
+    if [ "${1-}" = --demo ]; then
+        shift
+        if given --config "$@"; then die "--demo brings its own --config; leave one of them out"; fi
+        set -- --config recipes/demo.yaml --model-size tiny "$@"
+    fi
+    check_flags "$@"
+
+    say "[1/5] environment"
+    bash setup_environment.sh
+    answers=$(settings "$@")
+    { read -r data_root && read -r output_dir && read -r names; } <<<"$answers"
+    if given --plan "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
+
+    say "[2/5] data: $names in $data_root"
+    # shellcheck disable=SC2086 # one word for each set
+    "$PYTHON_HERE" download_datasets.py --datasets $names --data-root "$data_root" --skip-existing
+
+    say "[3/5] training: pictures, texts and sounds apart, then together (Ctrl-C is safe: run this again to go on)"
+    if ! given --resume "$@" && ! given --overwrite "$@"; then set -- "$@" --resume auto; fi
+    "$PYTHON_HERE" run_training.py "$@"
+
+    say "[4/5] evaluation and report"
+    report=$(newest_report "$output_dir")
+    [ -n "$report" ] || die "no report in $output_dir/reports; make it with $PYTHON_HERE evaluate.py --checkpoint" \
+        "$output_dir/checkpoints/best_model.pt"
+
+    say "[5/5] done"
+    what_next "$output_dir" "$report"
+}
+
+cd -P "$(dirname "${BASH_SOURCE[0]}")"
+main "$@"

@@ -1,0 +1,97 @@
+"""Train the tri-modal model: pretrain, align, finetune, evaluate, report. `--help` is instant: torch loads later.
+
+    python run_training.py --model-size base --batch-size 8 --epochs 100
+    python run_training.py --config recipes/synthetic.yaml
+    python run_training.py --resume outputs/checkpoints/checkpoint_epoch_50.pt
+    python run_training.py --plan
+
+Exit codes: 0 done, 1 the run could not go on, 2 a mistake in what was asked for, 130 interrupted.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from config import DATASETS, SIZES, Config, UserError, load_config
+
+DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
+FLAGS = {  # flag -> key of the configuration
+    "data_root": "paths.data_root", "output_dir": "paths.output_dir", "model_size": "model.size",
+    "batch_size": "training.batch_size", "epochs": "training.epochs", "lr": "training.learning_rate",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes take one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        description=(__doc__ or "").split("\n\n", 1)[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any key of config.yaml can be overridden: training.seed=1 stages.align.lr_factor=0.5")
+    parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default ./data)")
+    parser.add_argument("--output-dir", metavar="DIR", help="checkpoints, logs and reports (default ./outputs)")
+    parser.add_argument("--model-size", metavar="SIZE", help=f"{', '.join(SIZES)} (default base)")
+    parser.add_argument("--batch-size", metavar="N", help="samples of one accumulation step (default 8); times "
+                        "training.gradient_accumulation_steps it is the effective batch")
+    parser.add_argument("--epochs", metavar="N", help="epochs of all stages together (default 100)")
+    parser.add_argument("--lr", metavar="RATE", help="peak learning rate (default 1e-4)")
+    parser.add_argument("--resume", metavar="PATH", help="a checkpoint_epoch_N.pt to go on from, or 'auto': the newest "
+                        "good one in the output folder, or a fresh start (default None)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the earlier run in the output folder")
+    parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings (default config.yaml)")
+    parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(DATASETS)}")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
+    options, rest = parser.parse_known_args(arguments)
+    options.overrides = []
+    for word in rest:
+        if word.startswith("-") or "=" not in word:
+            parser.error(f"unknown argument {word!r}")
+        options.overrides.append(word)
+    return options
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """config.yaml, then flags, then `section.key=value`, each winning over the one before."""
+    flags = [f"{key}={_literal(value)}" for name, key in FLAGS.items() if (value := getattr(options, name)) is not None]
+    given = options.datasets or []  # argparse gives it the overrides that follow it, too
+    if names := [word for word in given if "=" not in word]:
+        flags.append(f"data.datasets={json.dumps(names)}")
+    return load_config(options.config, flags + [word for word in given if "=" in word] + options.overrides)
+
+
+def _literal(value: str) -> str:
+    """Numbers as they are, all else as quoted text, so that a folder called `1: a` stays a folder."""
+    try:
+        float(value)
+        return value
+    except ValueError:
+        return json.dumps(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        config = configuration(options)
+        import training
+
+        if options.plan:
+            return training.print_plan(config, options.device)
+        run_options = training.Options(options.device, options.resume, options.overwrite)
+        return training.run(config, run_options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. Go on with --resume auto", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+#!/usr/bin/env bash
+# Make venv/ with everything that the project needs. Running it again does nothing when all is there.
+#
+#   bash setup_environment.sh [--dev] [--torch-version X] [--dry-run]
+#   source venv/bin/activate
+#
+#   --dev              also the tools that tests/run.sh needs (requirements-dev.txt)
+#   --torch-version X  a torch of your choice within the range of requirements.txt; also TORCH_VERSION=X
+#   --dry-run          say what would be done, and why; install nothing
+#
+# Time:    1 to 5 minutes at 100 Mbit/s and up, under 2 s when all is there.
+# Disk:    about 2 GB with a CPU-only torch, about 7 GB with the default index's torch (it brings CUDA).
+# Network: pip's own configuration (index, extra indexes, find-links, constraints) holds. Where there is no NVIDIA
+#          GPU, TORCH_INDEX_URL is asked for a CPU-only torch, PROBE_S seconds at most; no answer: the default index.
+set -euo pipefail
+
+PYTHON=${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10} # first one that fits is taken
+VENV_DIR=${VENV_DIR:-venv}                                            # relative to this folder
+TORCH_VERSION=${TORCH_VERSION:-}                                      # empty: the newest that requirements.txt allows
+TORCH_INDEX_URL=${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu} # empty: the default index, ask nobody
+PROBE_S=5
+CPU_DISK_GB=2
+DEFAULT_DISK_GB=7
+
+say() { echo "setup: $*"; }
+die() {
+    echo "setup: $*" >&2
+    exit 2
+}
+usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"; }
+
+parse() {
+    DEV=no DRY_RUN=no
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --dev) DEV=yes ;;
+            --dry-run) DRY_RUN=yes ;;
+            --torch-version) TORCH_VERSION=${2-nothing} && shift $(($# > 1)) ;;
+            --torch-version=*) TORCH_VERSION=${1#*=} ;;
+            -h | --help) usage && exit 0 ;;
+            *) die "unknown flag '$1'; known: --dev, --torch-version X, --dry-run, --help" ;;
+        esac
+        shift
+    done
+    case $TORCH_VERSION in
+        '' | [0-9]*.[0-9]*.[0-9]*) ;;
+        [0-9]*.[0-9]*) TORCH_VERSION=$TORCH_VERSION.0 ;;
+        *) die "--torch-version: '$TORCH_VERSION' is no version; give one such as 2.11.0" ;;
+    esac
+}
+
+# The base Python, in BASE_PYTHON: CPython 3.10 to 3.13 that can make virtual environments. A name on the PATH is
+# tried, not trusted: shims of version managers exist for versions that do not run.
+find_python() {
+    local name no_venv=
+    for name in $PYTHON; do
+        "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue
+        if "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+            BASE_PYTHON=$name
+            return
+        fi
+        no_venv=$name
+    done
+    [ -z "$no_venv" ] || die "$no_venv has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)"
+    die "needs Python 3.10 to 3.13, found none among: $PYTHON; install one, or name it: PYTHON=/path/to/python3.11"
+}
+
+has_gpu() {
+    command -v nvidia-smi >/dev/null && timeout 30 nvidia-smi -L 2>/dev/null | grep -q GPU
+}
+
+# Does the index $1 list torch? The thread bounds the whole question, name look-up included.
+answers() {
+    "$BASE_PYTHON" - "${1%/}/torch/" "$PROBE_S" 2>/dev/null <<'EOP'
+import os, sys, threading, urllib.request
+url, limit_s = sys.argv[1], float(sys.argv[2])
+def ask():
+    with urllib.request.urlopen(url, timeout=limit_s) as reply:
+        reply.read(1)
+    os._exit(0)
+thread = threading.Thread(target=ask, daemon=True)
+thread.start()
+thread.join(limit_s)
+os._exit(1)
+EOP
+}
+
+# PLACE (cpu or default), PLACE_DISK_GB and WHY: where all three torch packages come from.
+choose_place() {
+    local shown
+    shown=${TORCH_INDEX_URL/\/\/*@///} # without a password
+    PLACE=default PLACE_DISK_GB=$DEFAULT_DISK_GB
+    if has_gpu; then
+        WHY="there is an NVIDIA GPU"
+    elif [ -z "$TORCH_INDEX_URL" ]; then
+        WHY="there is no NVIDIA GPU, and TORCH_INDEX_URL is empty, so no CPU index is asked"
+    elif answers "$TORCH_INDEX_URL"; then
+        PLACE=cpu PLACE_DISK_GB=$CPU_DISK_GB
+        WHY="there is no NVIDIA GPU, and $shown answers"
+    else
+        WHY="there is no NVIDIA GPU, but $shown gave no answer within $PROBE_S s; it also works on the CPU, only larger"
+    fi
+}
+
+# An environment that runs and was made for this very path (scripts inside name it, so a moved one is broken).
+usable() {
+    "$VENV_PYTHON" -c 'import pip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null &&
+        grep -qF "$VENV" "$VENV/bin/activate"
+}
+
+# What the stamp records: digests of the requirement files, versions of Python and of the three torch packages.
+state() {
+    "$VENV_PYTHON" - <<'EOP'
+import hashlib, importlib.metadata, pathlib, platform
+def digest(*names):
+    return hashlib.sha256(b"\0".join(pathlib.Path(name).read_bytes() for name in names)).hexdigest()
+print("requirements=" + digest("requirements.txt", "requirements-embeddings.txt"))
+print("dev=" + digest("requirements-dev.txt"))
+print("python=" + platform.python_version())
+found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+print("torch=" + " ".join(found.get(name, "none") for name in ("torch", "torchvision", "torchaudio")))
+EOP
+}
+
+# Are the three torch packages there, from one place, in range, of the version asked for, and fit for this machine?
+torch_stays() {
+    local gpu=no
+    if has_gpu; then gpu=yes; fi
+    "$VENV_PYTHON" - "$TORCH_VERSION" "$gpu" <<'EOP'
+import importlib.metadata, sys
+from pip._vendor.packaging.requirements import Requirement
+wanted, gpu = sys.argv[1:]
+lines = [Requirement(line.split("#")[0]) for line in open("requirements.txt") if line.startswith("torch")]
+try:
+    versions = {line.name: importlib.metadata.version(line.name) for line in lines}
+except importlib.metadata.PackageNotFoundError:
+    sys.exit(1)
+builds = {version.partition("+")[2] for version in versions.values()}
+stays = len(builds) == 1 and all(line.specifier.contains(versions[line.name]) for line in lines)
+stays &= wanted in ("", versions["torch"], versions["torch"].partition("+")[0])
+sys.exit(not stays or (gpu == "yes" and builds == {"cpu"}))
+EOP
+}
+
+complete() {
+    local line now
+    [ -f "$STAMP" ] && usable && torch_stays && now=$(state) || return 1
+    while read -r line; do
+        case $DEV$line in nodev=*) continue ;; esac
+        grep -qxF "$line" "$STAMP" || return 1
+    done <<<"$now"
+}
+
+check_disk() {
+    local folder=$VENV free_gb
+    while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+    free_gb=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
+    say "needs about $1 GB of disk; $folder has $free_gb GB free"
+    [ "$free_gb" -ge "$1" ] || die "not enough disk: free some, or put the environment elsewhere: VENV_DIR=/other/disk/venv"
+}
+
+pip_install() {
+    local quiet=
+    [ -t 1 ] || quiet=--quiet
+    "$VENV_PYTHON" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check "$@" || {
+        say "pip failed on: $* (its own lines above say why); running this script again goes on from here" >&2
+        [ "$PLACE" != cpu ] || say "to do without the CPU index: TORCH_INDEX_URL= bash setup_environment.sh" >&2
+        exit 1
+    }
+}
+
+# All three from one place: a CPU-only torch beside the default index's torchvision does not even import.
+install_torch() {
+    local name specs=() index=()
+    "$VENV_PYTHON" -m pip uninstall --quiet --yes torch torchvision torchaudio 2>/dev/null
+    while read -r name; do specs+=("$name"); done < <(sed -n 's/[[:space:]]*#.*//; /^torch/p' requirements.txt)
+    if [ "$PLACE" = cpu ]; then
+        index=(--index-url "$TORCH_INDEX_URL")
+        [ -z "$TORCH_VERSION" ] || specs+=("torch==$TORCH_VERSION")
+    elif [ -n "$TORCH_VERSION" ]; then
+        specs+=("torch===$TORCH_VERSION") # === refuses another build (X+cpu) of the same version, from find-links say
+    fi
+    pip_install ${index[@]+"${index[@]}"} "${specs[@]}"
+    if [ "$PLACE" = default ] && ! torch_stays; then
+        read -r -a specs <<<"$(state | sed -n 's/^torch=//p')"
+        say "a find-links or extra index brought other builds (${specs[*]}): taking the plain ones"
+        pip_install "torch===${specs[0]%+*}" "torchvision===${specs[1]%+*}" "torchaudio===${specs[2]%+*}"
+    fi
+}
+
+verify() {
+    torch_stays || die "the torch packages do not fit together ($(state | grep ^torch=)): look for a find-links or" \
+        "extra-index-url in 'pip config list' that offers other builds, remove $VENV, and run this again"
+    "$VENV_PYTHON" - <<'EOP' || die "the three torch packages cannot be imported together: remove $VENV, and run this again"
+import platform, torch, torchaudio, torchvision
+device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device in reach"
+print(f"setup: Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__},"
+      f" torchaudio {torchaudio.__version__}; {device}")
+EOP
+}
+
+make_environment() {
+    if [ -d "$VENV" ] && [ -n "$(ls -A "$VENV")" ]; then
+        [ -f "$VENV/pyvenv.cfg" ] || die "$VENV holds other things, no environment; name another folder in VENV_DIR"
+        say "$VENV_DIR does not run here, or was made for another folder: making it anew"
+    fi
+    "$BASE_PYTHON" -m venv --clear "$VENV"
+}
+
+install() {
+    local dev
+    usable || make_environment
+    torch_stays || install_torch
+    pip_install -r requirements.txt
+    pip_install --no-deps --require-hashes -r requirements-embeddings.txt
+    if [ "$DEV" = yes ]; then
+        pip_install -r requirements-dev.txt
+        dev=$(state | grep '^dev=')
+    else
+        dev=$(grep -s '^dev=' "$STAMP" || true)
+    fi
+    verify
+    { state | grep -v '^dev=' && echo "$dev"; } >"$STAMP.new" && mv "$STAMP.new" "$STAMP"
+}
+
+main() {
+    parse "$@"
+    case $VENV_DIR in /*) VENV=$VENV_DIR ;; *) VENV=$PWD/$VENV_DIR ;; esac
+    PLACE=kept VENV_PYTHON=$VENV/bin/python STAMP=$VENV/setup_environment.stamp
+    if complete && [ "$DRY_RUN" = no ]; then
+        say "nothing to do: $VENV_DIR has all of it ($(grep ^torch= "$STAMP"))"
+        return
+    fi
+    find_python
+    say "$("$BASE_PYTHON" -V) ($BASE_PYTHON); environment: $VENV_DIR"
+    if usable && torch_stays; then
+        say "torch stays as it is ($(state | grep ^torch=))" && check_disk 1
+    else
+        choose_place
+        say "torch ${TORCH_VERSION:+$TORCH_VERSION }from the $PLACE index: $WHY" && check_disk "$PLACE_DISK_GB"
+    fi
+    if [ "$DRY_RUN" = yes ]; then
+        if complete; then say "dry run: nothing to do"; else say "dry run: would install now"; fi
+        return
+    fi
+    install
+    say "done. Next: source $VENV_DIR/bin/activate"
+}
+
+cd -P "$(dirname "${BASH_SOURCE[0]}")"
+main "$@"

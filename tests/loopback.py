@@ -1,0 +1,130 @@
+"""A web server on the loopback interface that misbehaves on command.
+
+    with Loopback({"/a.zip": data}) as server:
+        server.faults["/a.zip"] = ["cut:70000", "503"]     # the first two requests; later ones are answered well
+        ... server.url("/a.zip"), server.requests
+"""
+
+import hashlib
+import threading
+import time
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+
+PAGE = b"<!DOCTYPE html>\n<html><body>Please sign in</body></html>"
+
+
+class Loopback:
+    """`faults` holds, by path, what goes wrong with the next requests:
+
+    a status ("503"), "retry:SECONDS" or "retry:DATE" (429 with Retry-After), "redirect:URL", "page", "sly-page" (a page
+    that does not call itself one), "cut:BYTES" (the connection ends after so many), "stall:BYTES" (it then hangs),
+    "no-length" (the length is not told and half is sent), "no-range", "wrong-range", "gzip", "other" (other bytes),
+    "more" (bytes too many).
+    """
+
+    def __init__(self, files: dict[str, bytes] | None = None) -> None:
+        self.files = dict(files or {})
+        self.faults: dict[str, list[str]] = {}
+        self.headers: dict[str, str] = {}  # sent with every answer
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        self.stop_stalling = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"loopback": self}))
+        self._server.daemon_threads = True
+
+    def __enter__(self) -> "Loopback":
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.stop_stalling.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def url(self, path: str = "", host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self._server.server_port}{path}"
+
+    def ranges(self, path: str) -> list[str]:
+        """The Range header of each request for `path`, "" where it had none."""
+        return [headers.get("range", "") for asked, headers in self.requests if asked == path]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    loopback: Loopback
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.loopback.requests.append((path, {name.lower(): value for name, value in self.headers.items()}))
+        queue = self.loopback.faults.get(path, [])
+        fault, _, detail = (queue.pop(0) if queue else "").partition(":")
+        data = self.loopback.files.get(path)
+        if data is None:
+            self._answer(404, PAGE)
+        elif fault.isdigit():
+            self._answer(int(fault), b"")
+        elif fault == "retry":
+            self._answer(429, b"", {"Retry-After": detail})
+        elif fault == "redirect":
+            self._answer(302, b"", {"Location": detail, "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+        elif fault == "page":
+            self._answer(200, PAGE, {"Content-Type": "text/html; charset=utf-8"})
+        elif fault == "sly-page":
+            self._answer(200, PAGE)
+        else:
+            self._file(data, fault, detail)
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {**self.loopback.headers, **(headers or {}), "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _file(self, data: bytes, fault: str, detail: str) -> None:
+        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        start = self._start(data, etag) if fault != "no-range" else 0
+        if start >= len(data):
+            return self._answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        body = data[start:]
+        if fault == "other":
+            body = bytes(len(body))
+        elif fault == "more":
+            body += b"x" * 1000
+        shown = start + 1 if fault == "wrong-range" else start
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {shown}-{len(data) - 1}/{len(data)}")
+        for name, value in {"ETag": etag, **self.loopback.headers}.items():
+            self.send_header(name, value)
+        if fault == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+        if fault != "no-length":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "no-length":
+            body = body[: len(body) // 2]
+        self._send(body, fault, detail)
+
+    def _start(self, data: bytes, etag: str) -> int:
+        wanted, condition = self.headers.get("Range", ""), self.headers.get("If-Range", etag)
+        return int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and condition == etag else 0
+
+    def _send(self, body: bytes, fault: str, detail: str) -> None:
+        if fault in ("cut", "stall"):
+            self.wfile.write(body[: int(detail)])
+            self.wfile.flush()
+            if fault == "stall":
+                self.loopback.stop_stalling.wait(30)
+        else:
+            self.wfile.write(body)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The test's own output says enough."""
+
+
+def http_date(seconds_from_now: float) -> str:
+    return formatdate(time.time() + seconds_from_now, usegmt=True)

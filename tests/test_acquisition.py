@@ -1,0 +1,479 @@
+"""Getting one set: from servers, the package tool, or what the user has; stopped and resumed; never by half."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inventory
+from acquisition import Acquisition, Options, Outcome, peak_bytes
+from sources import SOURCES, Count, File, Item, Source
+from tests import miniature, packing, trees
+from tests.loopback import Loopback
+from transfer import Policy
+
+QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+def options(folder: Path, server: Loopback | None = None, **settings: Any) -> Options:
+    """Everything from the loopback server; without one, from nowhere."""
+    url = server.url() if server else "http://127.0.0.1:9"
+    bases = {name: f"{url}/{name}" for name in SOURCES}
+    return Options(**{"data_root": folder / "data", "base_urls": bases, "policy": QUICK, **settings})
+
+
+def serve(server: Loopback, pair: tuple[Source, dict[str, bytes]]) -> Source:
+    source, served = pair
+    server.files |= {f"/{source.name}/{name}": data for name, data in served.items()}
+    return source
+
+
+def run(source: Source, settings: Options) -> Outcome:
+    return Acquisition(source, settings).run()
+
+
+def small(server: Loopback, **files: bytes) -> Source:
+    """A set of one zip with these files in the folder val2017."""
+    members = {f"val2017/{name}": data for name, data in files.items()}
+    source, served = miniature.shrink("coco", {"val2017.zip": members}, Path("/nonexistent"))
+    item = replace(source.items[0], counts=(Count(folder="val2017", suffix="", number=len(files)),))
+    return serve(server, (replace(source, items=(item,)), served))
+
+
+# --- Again, and again after an interruption --------------------------------------------------------------------------
+
+
+def test_second_run_asks_for_nothing(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1", b=b"2")
+    assert run(source, options(tmp_path, server)).state == "done"
+    asked = len(server.requests)
+    assert run(source, options(tmp_path, server)).state == "done"
+    assert run(source, options(tmp_path, server, skip_existing=True)).state == "skipped"
+    assert len(server.requests) == asked == 1
+
+
+def test_what_is_gone_is_fetched_again(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1", b=b"2")
+    run(source, options(tmp_path, server))
+    for skip_existing in (True, False):
+        (tmp_path / "data/coco/val2017/a").unlink()
+        assert run(source, options(tmp_path, server, skip_existing=skip_existing)).state == "done"
+        assert (tmp_path / "data/coco/val2017/a").read_bytes() == b"1"
+
+
+def test_only_the_thorough_look_sees_a_changed_file(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1", b=b"2")
+    run(source, options(tmp_path, server))
+    (tmp_path / "data/coco/val2017/a").write_bytes(b"")
+    assert run(source, options(tmp_path, server, skip_existing=True)).state == "skipped"
+    assert run(source, options(tmp_path, server)).state == "done"
+    assert (tmp_path / "data/coco/val2017/a").read_bytes() == b"1"
+
+
+def test_a_plain_file_is_hashed_again(server: Loopback, tmp_path: Path) -> None:
+    source = serve(server, miniature.clotho(tmp_path / "true"))
+    run(source, options(tmp_path, server))
+    path = tmp_path / "data/clotho/clotho_captions_evaluation.csv"
+    right = path.read_bytes()
+    path.write_bytes(right[:-1] + b"x")
+    server.requests.clear()
+    assert run(source, options(tmp_path, server)).state == "done"
+    assert path.read_bytes() == right and [name for name, _ in server.requests] == [f"/clotho/{path.name}"]
+
+
+def test_a_folder_without_marker_is_not_trusted(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1", b=b"2", c=b"3")
+    (tmp_path / "data/coco/val2017").mkdir(parents=True)
+    (tmp_path / "data/coco/val2017/a").write_bytes(b"half")
+    (tmp_path / "data/coco/val2017/own").write_bytes(b"own")
+    outcome = run(source, options(tmp_path, server, skip_existing=True))
+    assert outcome.state == "done" and outcome.detail == "val2017 4 of 3"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data/coco/val2017").iterdir()} == {
+        "a": b"1", "b": b"2", "c": b"3", "own": b"own"}
+
+
+def test_what_another_program_unpacked_is_taken_over(server: Loopback, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """If the number of files is right, none is empty, and all together they are not far too small."""
+    source = small(server, a=b"1" * 99, b=b"2")
+    folder = tmp_path / "data/coco/val2017"
+    folder.mkdir(parents=True)
+    for a, b in ((b"1" * 99, b""), (b"1", b"2")):
+        (folder / "a").write_bytes(a)
+        (folder / "b").write_bytes(b)
+        assert run(source, options(tmp_path)).code == 1
+    (folder / "a").write_bytes(b"1" * 99)
+    assert run(source, options(tmp_path)).state == "done"
+    assert "2 files are here, as many as published; taken over, contents not checked" in capsys.readouterr().out
+    marker = inventory.read_marker(tmp_path / "data/coco")
+    assert marker["items"]["val2017.zip"] == {"sha256": [], "checked": [], "url": [], "adopted": True, "files": 2,
+                                              "bytes": 100}
+
+
+def test_stopped_before_the_marker_was_written(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1", b=b"")
+    run(source, options(tmp_path, server))
+    written = inventory.read_marker(tmp_path / "data/coco")
+    (tmp_path / "data/coco" / inventory.MARKER).unlink()
+    assert run(source, options(tmp_path)).state == "done"
+    assert inventory.read_marker(tmp_path / "data/coco")["items"] == written["items"]
+
+
+def test_stopped_between_two_renames(server: Loopback, tmp_path: Path) -> None:
+    """The list of contents is there, a part of the files is not: the item counts as missing."""
+    source = small(server, a=b"1", b=b"")
+    run(source, options(tmp_path, server))
+    (tmp_path / "data/coco" / inventory.MARKER).unlink()
+    (tmp_path / "data/coco/val2017/b").unlink()
+    assert [item.name for item in Acquisition(source, options(tmp_path)).todo()] == ["val2017.zip"]
+    assert run(source, options(tmp_path, server)).state == "done"
+    assert (tmp_path / "data/coco/val2017/b").exists()
+
+
+def test_an_item_that_is_whole_survives_the_failure_of_the_next(server: Loopback, tmp_path: Path) -> None:
+    source = serve(server, miniature.coco(tmp_path / "true"))
+    train = server.files.pop("/coco/train2017.zip")
+    outcome = run(source, options(tmp_path, server))
+    assert (outcome.state, outcome.code) == ("failed", 1) and "train2017.zip" in outcome.detail
+    server.requests.clear()
+    server.files["/coco/train2017.zip"] = train
+    assert run(source, options(tmp_path, server)).state == "done"
+    assert [name for name, _ in server.requests] == ["/coco/train2017.zip"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_archives_are_kept_or_not(server: Loopback, tmp_path: Path, keep: bool) -> None:
+    source = small(server, a=b"1")
+    run(source, options(tmp_path, server, keep_archives=keep))
+    assert (tmp_path / "data/coco/archives/val2017.zip").exists() == keep
+    assert (tmp_path / "data/coco/archives").exists() == keep and not (tmp_path / "data/coco/.unpacking").exists()
+    if keep:
+        shutil.rmtree(tmp_path / "data/coco/val2017")
+        assert run(source, options(tmp_path)).state == "done"
+
+
+def test_a_damaged_archive_of_right_digest_is_reported_in_one_line(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1")
+    broken = server.files["/coco/val2017.zip"][:-30]
+    server.files["/coco/val2017.zip"] = broken
+    file = File(name="val2017.zip", urls=(("official", "http://x"),), size=len(broken))
+    source = replace(source, items=(replace(source.items[0], files=(file,)),))
+    outcome = run(source, options(tmp_path, server))
+    assert outcome.code == 1 and "val2017.zip is broken" in outcome.detail and "\n" not in outcome.detail
+
+
+def test_fewer_files_than_published_are_not_all(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1")
+    item = replace(source.items[0], counts=(Count(folder="val2017", suffix="", number=2),))
+    outcome = run(replace(source, items=(item,)), options(tmp_path, server))
+    assert (outcome.state, outcome.code, outcome.detail) == ("partial", 1, "val2017 1 of 2")
+
+
+# --- Checks beforehand -----------------------------------------------------------------------------------------------
+
+
+def test_space_is_checked_before_anything_is_fetched(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1")
+    source = replace(source, items=(replace(source.items[0], unpacked=10**18),))
+    outcome = run(source, options(tmp_path, server))
+    assert outcome.code == 2 and "1,000,000,000.0 GB are needed" in outcome.detail and server.requests == []
+
+
+def test_peak_bytes_counts_an_archive_only_while_it_is_needed(tmp_path: Path) -> None:
+    items = [Item(name=str(i), kind="zip", into="", unpacked=50, files=(File(name=str(i), urls=(), size=100),))
+             for i in range(3)]
+    assert peak_bytes(items, options(tmp_path)) == 2 * 50 + 100 + 50
+    assert peak_bytes(items, options(tmp_path, keep_archives=True)) == 3 * 150
+
+
+def test_two_downloads_of_a_set_exclude_each_other(server: Loopback, tmp_path: Path) -> None:
+    import fcntl
+
+    source = small(server, a=b"1")
+    (tmp_path / "data/coco").mkdir(parents=True)
+    with (tmp_path / "data/coco/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = run(source, options(tmp_path, server))
+    assert outcome.code == 2 and "another download is at work" in outcome.detail and server.requests == []
+
+
+def test_a_missing_package_is_named_before_its_archive_is_fetched(server: Loopback, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    source = serve(server, miniature.clotho(tmp_path / "true"))
+    monkeypatch.setitem(sys.modules, "py7zr", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    outcome = run(source, options(tmp_path, server))
+    assert outcome.code == 2 and outcome.detail.endswith("is unpacked by the optional package py7zr: pip install py7zr")
+    assert not [name for name, _ in server.requests if name.endswith(".7z")]
+
+
+# --- Addresses and keys ----------------------------------------------------------------------------------------------
+
+
+def hosts(name: str, file: str, **settings: Any) -> list[str]:
+    work = Acquisition(SOURCES[name], Options(data_root=Path("data"), **settings))
+    (found,) = [each for item in work.source.items for each in item.files if each.name == file]
+    return [url.split("/")[2] for url in work.addresses(found)]
+
+
+@pytest.mark.parametrize(("mirror", "expected"), [
+    ("auto", ["images.cocodataset.org", "s3.amazonaws.com", "huggingface.co", "www.modelscope.cn"]),
+    ("official", ["images.cocodataset.org", "s3.amazonaws.com"]), ("hf", ["huggingface.co"]),
+    ("hf-mirror", ["hf-mirror.com"]), ("modelscope", ["www.modelscope.cn"])])
+def test_mirrors(mirror: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert hosts("coco", "val2017.zip", mirror=mirror) == expected
+
+
+def test_a_file_that_a_mirror_lacks_comes_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert hosts("clotho", "clotho_audio_evaluation.7z", mirror="modelscope") == ["zenodo.org"] * 2
+    assert hosts("audiocaps", "test-00000-of-00041.parquet", mirror="official") == ["huggingface.co"]
+
+
+def test_the_hub_follows_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid/")
+    assert hosts("coco", "val2017.zip", mirror="hf") == ["hub.invalid"]
+
+
+def test_base_url_is_the_only_address(tmp_path: Path) -> None:
+    work = Acquisition(SOURCES["audiocaps"], options(tmp_path))
+    assert work.addresses(work.items[0].files[0]) == ("http://127.0.0.1:9/audiocaps/dataset/train.csv",)
+
+
+def test_the_key_goes_to_its_server_only_and_a_third_party_is_asked_only_when_named() -> None:
+    keys = {"VOXCELEB_KEY": "k/1"}
+    assert hosts("voxceleb", "vox1_test_wav.zip") == []
+    assert hosts("voxceleb", "vox1_test_wav.zip", mirror="hf-mirror") == ["hf-mirror.com"]
+    work = Acquisition(SOURCES["voxceleb"], Options(data_root=Path("data"), keys=keys))
+    file = next(item for item in work.items if item.name == "vox1_test_wav.zip").files[0]
+    assert work.addresses(file) == ("https://cn01.mmai.io/download/voxceleb?key=k%2F1&file=vox1_test_wav.zip",)
+    assert work.addresses(file, hide_key=True)[0].split("?")[1] == "key=***&file=vox1_test_wav.zip"
+    assert hosts("voxceleb", "veri_test2.txt", keys=keys) == ["www.robots.ox.ac.uk"]
+
+
+def test_voxceleb_without_key_is_told_what_to_do(tmp_path: Path) -> None:
+    outcome = run(SOURCES["voxceleb"], options(tmp_path, base_urls={}))
+    assert (outcome.state, outcome.code) == ("needs key", 2)
+    assert "keyreq/voxceleb" in outcome.detail and "--local" in outcome.detail
+    assert outcome.next_command.startswith("VOXCELEB_KEY=YOUR_KEY python download_datasets.py --datasets voxceleb")
+    assert not (tmp_path / "data/voxceleb").exists()
+
+
+def test_voxceleb_with_key(server: Loopback, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The key is sent to the server, and is in no output, file or outcome, whether it goes well or not."""
+    source, served = miniature.voxceleb(tmp_path / "true")
+    source = replace(source, items=tuple(replace(item, files=tuple(
+        replace(file, urls=(("official", server.url(f"/{file.name}") + "?key={key}"),)) for file in item.files))
+        for item in source.items))
+    server.files |= {f"/{name}": data for name, data in served.items()}
+    settings = options(tmp_path, base_urls={}, keys={source.needs_key: "s3cr3t"}, also={"voxceleb": ("vox2-aac",)})
+    server.faults["/vox1_dev_wav_partac"] = ["page"]
+    failed = run(source, settings)
+    assert failed.code == 1 and "web page" in failed.detail and "is VOXCELEB_KEY right" in failed.detail
+    done = run(source, settings)
+    assert done.state == "done", done.detail
+    output = capfd.readouterr()
+    files = "".join(path.read_text("latin-1") for path in (tmp_path / "data").rglob("*") if path.is_file())
+    assert "s3cr3t" not in output.out + output.err + files + str(failed) + str(done)
+    assert not list((tmp_path / "data/voxceleb").glob("archives/*"))
+
+
+# --- The package tool and alternatives -------------------------------------------------------------------------------
+
+
+def fake_apt(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An apt-get that runs `body`, with `package` set to what is asked for; it stands alone on PATH."""
+    script = folder / "bin/apt-get"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"#!{sys.executable}\nimport pathlib, shutil, sys\nassert sys.argv[1] == 'download'\n"
+                      f"package = sys.argv[2]\n{body}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent))
+
+
+def stamps(folder: Path, server: Loopback | None = None) -> tuple[Source, dict[str, bytes]]:
+    """The miniature stamps, the tarball from `server` instead of its real address."""
+    source, served = miniature.stamps(folder / "true")
+    deb, tarball = source.items
+    url = server.url(f"/{tarball.name}") if server else "http://127.0.0.1:9/"
+    if server:
+        server.files[f"/{tarball.name}"] = served[tarball.name]
+    tarball = replace(tarball, files=(replace(tarball.files[0], urls=(("official", url),)),))
+    return replace(source, items=(deb, tarball)), served
+
+
+def assert_stamps(folder: Path) -> None:
+    expected = miniature.files_of(folder / "true/stamps")
+    assert miniature.files_of(folder / "data/stamps") == {**expected, "COPYRIGHT": b"GPL-2"}
+    assert "GPL-2" in (folder / "data/stamps/LICENCE.txt").read_text()
+
+
+def test_stamps_by_the_package_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, served = stamps(tmp_path)
+    deb = source.items[0].files[0]
+    (tmp_path / "made.deb").write_bytes(served[deb.name])
+    fake_apt(tmp_path, f"assert package == 'tuxpaint-stamps-default=2022.06.04-1'\n"
+                       f"shutil.copy({str(tmp_path / 'made.deb')!r}, 'package.deb')", monkeypatch)
+    outcome = run(source, options(tmp_path, base_urls={}))
+    assert outcome.state == "done" and outcome.code == 0, outcome.detail
+    assert_stamps(tmp_path)
+    record = json.loads((tmp_path / "data/stamps/.downloaded.json").read_text())["items"][deb.name]
+    assert record["checked"] == [f"sha256:{deb.sha256}"] and record["url"] == [deb.urls[0][1]]
+    assert record["files"] == len(miniature.files_of(tmp_path / "true/stamps")) + 1
+    assert run(source, options(tmp_path, base_urls={}, skip_existing=True)).state == "skipped"
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ("sys.exit('E: Version 2022.06.04-1 for tuxpaint-stamps-default was not found')", "was not found"),
+    ("pathlib.Path('tuxpaint-stamps-default_2099.deb').write_bytes(b'!<arch>')", "gives another release than the one"),
+    ("pass", "no file came"),
+])
+def test_stamps_from_the_tarball_where_the_package_tool_fails(server: Loopback, tmp_path: Path, body: str, said: str,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    source, _ = stamps(tmp_path, server)
+    fake_apt(tmp_path, body, monkeypatch)
+    outcome = run(source, options(tmp_path, base_urls={}))
+    assert outcome.code == 0 and outcome.state == "done", outcome.detail
+    assert_stamps(tmp_path)
+    assert said in capsys.readouterr().out
+
+
+def test_stamps_from_nowhere_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = stamps(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    outcome = run(source, options(tmp_path, base_urls={}))
+    assert outcome.code == 1 and "\n" not in outcome.detail
+    assert "this system has no apt-get" in outcome.detail and "--local FILE" in outcome.detail
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_stamps_from_a_local_file(tmp_path: Path, number: int) -> None:
+    source, served = stamps(tmp_path)
+    local = tmp_path / "renamed"
+    local.write_bytes(served[source.items[number].name])
+    outcome = run(source, options(tmp_path, base_urls={}, local={"stamps": local}))
+    assert outcome.state == "done", outcome.detail
+    assert_stamps(tmp_path)
+    assert local.exists()
+
+
+def test_another_release_of_the_stamps_is_refused(tmp_path: Path) -> None:
+    source, _ = stamps(tmp_path)
+    local = tmp_path / "tuxpaint-stamps-default_2031.deb"
+    local.write_bytes(packing.deb_of({"./usr/share/tuxpaint/stamps/a.png": b""}))
+    outcome = run(source, options(tmp_path, base_urls={}, local={"stamps": local}))
+    assert outcome.code == 2 and "is another release than those that were verified" in outcome.detail
+    assert source.items[0].files[0].sha256 in outcome.detail and not (tmp_path / "data/stamps/a.png").exists()
+
+
+# --- What the user has -----------------------------------------------------------------------------------------------
+
+
+def test_archives_of_the_user_are_used_and_kept(tmp_path: Path) -> None:
+    """One folder down, one of the multi-part archives put together already."""
+    source, served = miniature.voxceleb(tmp_path / "true")
+    own = tmp_path / "own/vox1"
+    own.mkdir(parents=True)
+    parts = [data for name, data in sorted(served.items()) if name.startswith("vox1_dev_wav_part")]
+    assert len(parts) == 4
+    (own / "vox1_dev_wav.zip").write_bytes(b"".join(parts))
+    for name in ("vox1_test_wav.zip", "vox1_meta.csv", "iden_split.txt", "veri_test2.txt"):
+        (own / name).write_bytes(served[name])
+    before = miniature.files_of(tmp_path / "own")
+    outcome = run(source, options(tmp_path, base_urls={}, local={"voxceleb": tmp_path / "own"}))
+    assert (outcome.state, outcome.code) == ("done", 0), outcome.detail
+    assert miniature.files_of(tmp_path / "own") == before
+    assert miniature.files_of(tmp_path / "data/voxceleb", "voxceleb1/wav") == miniature.files_of(
+        tmp_path / "true/voxceleb", "voxceleb1/wav")
+
+
+def test_a_damaged_archive_of_the_user_is_named(tmp_path: Path) -> None:
+    source, _ = miniature.voxceleb(tmp_path / "true")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/vox1_test_wav.zip").write_bytes(b"PK")
+    outcome = run(source, options(tmp_path, local={"voxceleb": tmp_path / "own"}))
+    assert outcome.code == 2 and "vox1_test_wav.zip: has 2 bytes" in outcome.detail
+
+
+def test_recordings_of_the_user_are_linked_and_the_lists_fetched(server: Loopback, tmp_path: Path) -> None:
+    source = serve(server, miniature.voxceleb(tmp_path / "true"))
+    wav = tmp_path / "true/voxceleb/voxceleb1/wav"
+    settings = options(tmp_path, server, local={"voxceleb": wav.rename(tmp_path / "own")})
+    outcome = run(source, settings)
+    assert (outcome.state, outcome.code) == ("done", 0), outcome.detail
+    assert (tmp_path / "data/voxceleb/voxceleb1/wav/id10001").is_symlink()
+    assert not [name for name, _ in server.requests if "_wav" in name]
+    assert run(source, options(tmp_path, server, skip_existing=True)).state == "skipped"  # no --local, no key, no need
+
+
+def test_recordings_of_the_user_are_of_use_without_the_lists(tmp_path: Path) -> None:
+    source, _ = miniature.voxceleb(tmp_path / "true")
+    local = tmp_path / "true/voxceleb/voxceleb1/wav"
+    outcome = run(source, options(tmp_path, local={"voxceleb": local}))
+    assert (outcome.state, outcome.code) == ("partial", 0)
+    assert "not to be had: vox1_meta.csv, iden_split.txt, veri_test2.txt" in outcome.detail
+
+
+def test_a_local_folder_without_the_set_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    outcome = run(SOURCES["voxceleb"], options(tmp_path, local={"voxceleb": tmp_path / "own"}))
+    assert outcome.code == 2 and "own: holds neither files nor archives of VoxCeleb 1 and 2" in outcome.detail
+
+
+def test_sounds_of_the_user_for_audiocaps(server: Loopback, tmp_path: Path) -> None:
+    source = serve(server, miniature.audiocaps(tmp_path / "true"))
+    outcome = run(source, options(tmp_path, server, local={"audiocaps": tmp_path / "true/audiocaps"}))
+    there = {split: sum(bool(name) for *_, name in clips) for split, clips in trees.AUDIOCAPS.items()}
+    assert (outcome.state, outcome.code) == ("partial", 0)
+    assert outcome.detail == f"train {there['train']} of 8, val 2, test {there['test']} of 3"
+    assert run(source, options(tmp_path, server, skip_existing=True)).state == "skipped"
+
+
+def test_sounds_from_shards_need_a_package_or_come(server: Loopback, tmp_path: Path) -> None:
+    try:
+        source = serve(server, miniature.audiocaps(tmp_path / "true", shards=True))
+    except ImportError:
+        source, served = miniature.audiocaps(tmp_path / "true")
+        shard = next(item for item in SOURCES["audiocaps"].items if item.kind == "parquet")
+        source = serve(server, (replace(source, items=(*source.items, shard)), served))
+        outcome = run(source, options(tmp_path, server))
+        assert outcome.code == 2 and "pip install pyarrow, or name sounds that you have: --local" in outcome.detail
+        assert (tmp_path / "data/audiocaps/dataset/train.csv").exists()
+        return
+    outcome = run(source, options(tmp_path, server))
+    assert (outcome.state, outcome.code) == ("partial", 0), outcome.detail
+    for split in ("train", "val", "test"):
+        clips = {f"{video}_{start}" for video, start, _ in trees.AUDIOCAPS[split]}
+        for path in (tmp_path / "data/audiocaps" / split).iterdir():
+            assert path.stem in clips
+            assert path.read_bytes() == (tmp_path / "true/audiocaps" / split / path.name).read_bytes()
+
+
+def test_a_list_of_unexpected_length_is_mentioned(server: Loopback, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    source, served = miniature.audiocaps(tmp_path / "true")
+    items = tuple(replace(item, files=(replace(item.files[0], size=0, sha256=""),)) for item in source.items
+                  if item.name == "dataset2.0/train.csv")
+    outcome = run(serve(server, (replace(source, items=items, partly=()), served)), options(tmp_path, server))
+    assert outcome.code == 0
+    assert "note: dataset2.0/train.csv has 16 rows, 91,256 are published" in capsys.readouterr().out
+
+
+def test_nothing_is_written_where_writing_is_not_possible(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/coco").write_text("a file")
+    outcome = run(small(server, a=b"1"), options(tmp_path, server))
+    assert outcome.code == 2 and "data/coco" in outcome.detail and "\n" not in outcome.detail

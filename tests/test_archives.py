@@ -1,0 +1,356 @@
+"""Unpacking: all there under the right names, or nothing; and nothing ever outside its folder."""
+
+import io
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import archives
+from archives import ArchiveError, Expected, Unpacked, declared_size, destination, safe_name, unpack
+from config import UserError
+from tests import packing
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {" leading blank.wav": b"one", "sub/naïve 水.txt": b"two" * 999, "sub/deep/x..WAV.wav": b"", "z": bytes(70_000)}
+ENOUGH = Expected(files=1000, size=10_000_000)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def run(folder: Path, data: bytes, kind: str, expected: Expected = ENOUGH) -> Unpacked:
+    """Unpack `data` into folder/out."""
+    return unpack([write(folder / "archive", data)], kind, folder / "out", folder / "beside", expected)
+
+
+def seven_zip(folder: Path, files: dict[str, bytes]) -> bytes:
+    for name, data in files.items():
+        write(folder / "src" / name, data)
+    return packing.seven_zip_of(folder / "src", folder / "made.7z")
+
+
+def makers(folder: Path) -> dict[str, Callable[[dict[str, bytes]], bytes]]:
+    return {"zip": packing.zip_of, "tar": packing.tar_of, "deb": packing.deb_of,
+            "7z": lambda files: seven_zip(folder, files)}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+def test_everything_is_there_under_its_own_name(tmp_path: Path, kind: str) -> None:
+    done = run(tmp_path, makers(tmp_path)[kind](FILES), kind)
+    assert tree(tmp_path / "out") == FILES
+    assert done == Unpacked(files=4, size=sum(map(len, FILES.values())))
+    assert not (tmp_path / "beside").exists()
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+def test_compressions_of_tar(tmp_path: Path, compression: str) -> None:
+    run(tmp_path, packing.tar_of(FILES, compression=compression), "tar")
+    run(tmp_path, packing.deb_of({"from deb": b"1"}, compression), "deb")
+    assert tree(tmp_path / "out") == {**FILES, "from deb": b"1"}
+
+
+@pytest.mark.parametrize("size", [1, 1000, 10**9])
+def test_parts_are_read_as_one_archive(tmp_path: Path, size: int) -> None:
+    data = packing.zip_of(FILES)
+    parts = [write(tmp_path / f"part{i:05d}", data[at: at + size]) for i, at in enumerate(range(0, len(data), size))]
+    parts.insert(1, write(tmp_path / "empty", b""))
+    if size == 1:  # one open file a byte would be too many
+        parts = [*parts[:40], write(tmp_path / "rest", data[39:])]
+    unpack(parts, "zip", tmp_path / "out", tmp_path / "beside", ENOUGH)
+    assert tree(tmp_path / "out") == FILES
+
+
+def test_spans_read_like_a_file(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(1000)
+    first, second = write(tmp_path / "a", b"xx" + data[:300]), write(tmp_path / "b", data)
+    spans = archives.Spans([(first, 2, 300), (second, 300, 700)])
+    with io.BufferedReader(spans, 64) as file:
+        assert file.read() == data
+        for start, length in ((0, 10), (295, 10), (990, 100), (300, 1)):
+            file.seek(start)
+            assert (file.tell(), file.read(length)) == (start, data[start: start + length])
+        assert file.seek(-5, os.SEEK_END) == 995 and file.read() == data[995:]
+
+
+def test_declared_size(tmp_path: Path) -> None:
+    size = sum(map(len, FILES.values()))
+    for kind, make in makers(tmp_path).items():
+        path = write(tmp_path / kind, make(FILES))
+        assert declared_size([path], kind) == (size if kind in ("zip", "7z") else 0)
+
+
+@pytest.mark.parametrize(("name", "rules", "place"), [
+    ("a/b", (), "a/b"),
+    ("usr/share/stamps/animals/cat.png", (("usr/share/stamps/", ""),), "animals/cat.png"),
+    ("usr/share/doc/copyright", (("usr/share/stamps/", ""), ("usr/share/doc/copyright", "COPYRIGHT")), "COPYRIGHT"),
+    ("top-1.0/stamps/cat.png", (("*/stamps/", "x"),), "x/cat.png"),
+    ("top/more/stamps/cat.png", (("*/stamps/", ""),), None),
+    ("stamps", (("stamps/", ""),), None),
+    ("list.json", (("*/list.json", "l"), ("list.json", "l")), "l"),
+    ("list.json/x", (("list.json", "l"),), None),
+])
+def test_rules_choose_and_place(name: str, rules: archives.Rules, place: str | None) -> None:
+    assert destination(name, rules) == place
+
+
+def test_only_what_the_rules_name_is_written(tmp_path: Path) -> None:
+    data = packing.deb_of({"./usr/stamps/a.png": b"a", "./usr/doc/b": b"b"})
+    run(tmp_path, data, "deb", Expected(files=9, size=9, rules=(("usr/stamps/", ""),)))
+    assert tree(tmp_path / "out") == {"a.png": b"a"}
+    with pytest.raises(ArchiveError, match="nothing of what is expected"):
+        run(tmp_path, data, "deb", Expected(files=9, size=9, rules=(("opt/", ""),)))
+
+
+def test_the_listing_is_shown_before_anything_is_renamed(tmp_path: Path) -> None:
+    seen: list[dict[str, bytes]] = []
+
+    def look(folder: Path) -> None:
+        seen.append(tree(folder))
+        assert not (tmp_path / "out").exists()
+
+    unpack([write(tmp_path / "a", packing.zip_of(FILES))], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH, look)
+    assert seen == [FILES]
+
+
+# --- Into a folder that is there -------------------------------------------------------------------------------------
+
+
+def test_two_archives_of_one_folder_are_merged(tmp_path: Path) -> None:
+    write(tmp_path / "out/wav/id1/own.txt", b"mine")
+    run(tmp_path, packing.zip_of({"wav/id1/a.wav": b"a", "wav/id2/b.wav": b"b"}), "zip")
+    run(tmp_path, packing.zip_of({"wav/id1/a.wav": b"A", "wav/id3/c.wav": b"c"}), "zip")
+    assert tree(tmp_path / "out") == {"wav/id1/own.txt": b"mine", "wav/id1/a.wav": b"A", "wav/id2/b.wav": b"b",
+                                      "wav/id3/c.wav": b"c"}
+
+
+def test_a_linked_folder_of_the_user_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/wav").symlink_to(tmp_path / "own")
+    with pytest.raises(UserError, match="link to a folder of yours"):
+        run(tmp_path, packing.zip_of({"wav/a": b"a"}), "zip")
+    assert tree(tmp_path / "own") == {}
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "out/a/x", b"")
+    with pytest.raises(UserError, match=r"out/a: is a folder where a file"):
+        run(tmp_path, packing.zip_of({"a": b"a"}), "zip")
+
+
+def test_killed_in_mid_unpacking_then_run_again(tmp_path: Path) -> None:
+    files = {f"folder{i % 7}/file{i:04d}.bin": bytes([i % 256]) * 20_000 for i in range(400)}
+    path = write(tmp_path / "a.zip", packing.zip_of(files))
+    code = (f"import archives, pathlib; p = pathlib.Path({str(tmp_path)!r}); archives.unpack([p / 'a.zip'], 'zip', "
+            "p / 'out', p / 'beside', archives.Expected(files=1000, size=10**8))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "beside").rglob("*.bin")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "beside").exists() and not (tmp_path / "out").exists()
+    unpack([path], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH)
+    assert tree(tmp_path / "out") == files and not (tmp_path / "beside").exists()
+
+
+# --- What is never unpacked ------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, data: bytes, kind: str, why: str, expected: Expected = ENOUGH) -> None:
+    """The archive is refused for this reason, nothing is left, and a file that an attack would hit is as it was."""
+    write(folder / "victim", b"whole")
+    with pytest.raises(ArchiveError, match=why) as error:
+        run(folder, data, kind, expected)
+    assert "\n" not in str(error.value)
+    left = {name for name in tree(folder) if not name.startswith(("src/", "made.7z"))}
+    assert left == {"archive", "victim"} and (folder / "victim").read_bytes() == b"whole"
+    assert not (folder / "beside").exists() and not (folder / "out").exists()
+
+
+UNSAFE = ["../victim", "a/../../victim", "/tmp/trimodal-victim", "a\\..\\b", "./C:/victim", "..", "a/./../../victim"]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb"])
+def test_names_that_lead_out_are_refused(tmp_path: Path, kind: str, name: str) -> None:
+    refused(tmp_path, makers(tmp_path)[kind]({"good": b"good", name: b"bad"}), kind, "unsafe name")
+
+
+@pytest.mark.parametrize("name", [*UNSAFE, "", ".", "/", "a\0b"])
+def test_unsafe_names(name: str) -> None:
+    with pytest.raises(ArchiveError, match="unsafe name"):
+        safe_name(name)
+
+
+@pytest.mark.parametrize(("name", "safe"), [("./a//b/", "a/b"), (" a /b ", " a /b "), ("a..b/...", "a..b/..."),
+                                            ("w: x.wav", "w: x.wav")])
+def test_odd_names_that_are_safe(name: str, safe: str) -> None:
+    assert safe_name(name) == safe
+
+
+def test_names_that_lead_out_of_7z_are_refused(tmp_path: Path) -> None:
+    packing.seven_zip_with_name("aa/victim", "../victim", tmp_path / "made.7z")
+    refused(tmp_path, (tmp_path / "made.7z").read_bytes(), "7z", "unsafe name")
+
+
+def test_links_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path, packing.zip_of({"a": b"a"}, links={"link": "../victim"}), "zip", "link or device")
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        refused(tmp_path, packing.tar_of({"a": b"a"}, links={"link": (kind, "../victim")}), "tar", "link or device")
+
+
+def test_links_in_7z_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "src/a", b"a")
+    (tmp_path / "src/link").symlink_to("a")
+    refused(tmp_path, packing.seven_zip_of(tmp_path / "src", tmp_path / "made.7z"), "7z", "link or device")
+
+
+def test_a_link_that_is_not_taken_out_harms_nobody(tmp_path: Path) -> None:
+    data = packing.tar_of({"in/a": b"a"}, links={"out/link": (tarfile.SYMTYPE, "/")})
+    run(tmp_path, data, "tar", Expected(files=9, size=9, rules=(("in/", ""),)))
+    assert tree(tmp_path / "out") == {"a": b"a"}
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+def test_bombs_are_bounded(tmp_path: Path, kind: str) -> None:
+    bomb = makers(tmp_path)[kind]({"bomb": bytes(3_000_000)})
+    assert len(bomb) < 30_000
+    refused(tmp_path, bomb, kind, "expected here", Expected(files=10, size=1_000_000))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+def test_swarms_of_files_are_bounded(tmp_path: Path, kind: str) -> None:
+    swarm = makers(tmp_path)[kind]({f"f{i}": b"" for i in range(50)})
+    refused(tmp_path, swarm, kind, "files", Expected(files=49, size=1_000_000))
+
+
+def test_a_zip_that_lies_about_its_sizes(tmp_path: Path) -> None:
+    data = packing.zip_of({"bomb": bytes(3_000_000)})
+    lie = data.replace((3_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
+    assert lie != data
+    refused(tmp_path, lie, "zip", "broken", Expected(files=10, size=1_000_000))
+
+
+def test_a_name_twice_is_refused(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a", b"1")
+        archive.writestr("a", b"2")
+    refused(tmp_path, out.getvalue(), "zip", "twice")
+
+
+def test_encrypted_archives_are_refused(tmp_path: Path) -> None:
+    data = bytearray(packing.zip_of({"a": b"a"}))
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    refused(tmp_path, bytes(data), "zip", "encrypted")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "page"])
+def test_damage_is_noticed(tmp_path: Path, kind: str, damage: str) -> None:
+    noise = {f"n{i}": random.Random(i).randbytes(20_000) for i in range(5)}
+    data = makers(tmp_path)[kind](noise)
+    middle = len(data) // 2
+    data = {"cut": data[:middle], "flip": data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1:],
+            "page": b"<html>not found</html>"}[damage]
+    refused(tmp_path, data, kind, "^archive ")
+
+
+def test_modes_and_owners_of_the_archive_are_not_taken_over(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("suid")
+    info.mode, info.uid = 0o6777, 12345
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(info)
+    run(tmp_path, out.getvalue(), "tar")
+    status = (tmp_path / "out/suid").stat()
+    assert not status.st_mode & (stat.S_ISUID | stat.S_ISGID) and status.st_uid == os.getuid()
+
+
+# --- 7z by a tool of the system --------------------------------------------------------------------------------------
+
+
+def fake_tool(folder: Path, body: str) -> str:
+    """A program 7zz that runs `body` with `archive` and `out` set; returns the PATH that finds it first."""
+    script = write(folder / "bin/7zz", f"""#!{sys.executable}
+import pathlib, sys
+archive, (out,) = sys.argv[-1], [word[2:] for word in sys.argv if word.startswith("-o")]
+assert sys.argv[1] == "x" and "-y" in sys.argv
+{body}
+""".encode())
+    script.chmod(0o755)
+    return f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_a_tool_of_the_system_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+    body = f"import py7zr; py7zr.SevenZipFile(archive).extractall(out); pathlib.Path({str(log)!r}).write_text(archive)"
+    monkeypatch.setenv("PATH", fake_tool(tmp_path, body))
+    run(tmp_path, seven_zip(tmp_path, FILES), "7z")
+    assert tree(tmp_path / "out") == FILES and log.read_text() == str((tmp_path / "archive").resolve())
+
+
+@pytest.mark.parametrize(("body", "why"), [
+    ("sys.exit('no such method')", "cannot be unpacked by 7zz .no such method"),
+    ("pathlib.Path(out, 'a').write_text('a')", "gave 1 files and 1 bytes instead of 4"),
+    ("pathlib.Path(out, 'a').symlink_to('/')", "link or device"),
+])
+def test_a_tool_that_fails_or_strays_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str,
+                                               why: str) -> None:
+    monkeypatch.setenv("PATH", fake_tool(tmp_path, body))
+    with pytest.raises(ArchiveError, match=why):
+        run(tmp_path, seven_zip(tmp_path, FILES), "7z")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tool", archives.SEVEN_ZIP_TOOLS)
+def test_the_tools_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
+    found = shutil.which(tool)
+    if not found:
+        pytest.skip(f"{tool} is not on this system")
+    write(tmp_path / "bin" / tool, f"#!/bin/sh\nexec {found} \"$@\"\n".encode()).chmod(0o755)
+    data = seven_zip(tmp_path, FILES)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    run(tmp_path, data, "7z")
+    assert tree(tmp_path / "out") == FILES
+
+
+# --- Shards of sounds ------------------------------------------------------------------------------------------------
+
+
+def test_shards_need_a_package_or_are_unpacked(tmp_path: Path) -> None:
+    """Five rows a clip become one file, named by its id and start, with the suffix of what the bytes are."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        with pytest.raises(UserError, match=r"optional package pyarrow; run: pip install pyarrow$"):
+            run(tmp_path, b"PAR1", "parquet")
+        return
+    rows = [{"youtube_id": video, "start_time": start, "audio": {"bytes": data, "path": None}}
+            for video, start, data in (("-Ab_1", 30, b"fLaC1"), ("-Ab_1", 30, b"fLaC1"), ("Ycd", 0, b"RIFF2"))]
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    run(tmp_path, out.getvalue(), "parquet")
+    assert tree(tmp_path / "out") == {"-Ab_1_30.flac": b"fLaC1", "Ycd_0.wav": b"RIFF2"}
+    shutil.rmtree(tmp_path / "out")
+    refused(tmp_path, b"<html>", "parquet", "not a readable shard")

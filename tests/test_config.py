@@ -1,0 +1,272 @@
+"""The configuration is strict, documented line by line, and the same wherever it is read from."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config import DEFAULT_STAGES, PRESETS, SIZES, Config, ConfigError, UserError, config_from_dict, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG_YAML = ROOT / "config.yaml"
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def error_of(*overrides: str, path: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- config.yaml and the recipes ---------------------------------------------------------------------------------
+
+
+def test_config_yaml_loads_to_the_built_in_defaults() -> None:
+    assert load_config(CONFIG_YAML) == Config()
+
+
+def field_paths(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted name of every field of `cls`; fields of items of a tuple stand under the tuple's name."""
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = [item for item in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(item)]
+        yield f"{prefix}{name}"
+        for item in inner:
+            yield from field_paths(item, f"{prefix}{name}.")
+
+
+def key_paths(node: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted name of every key of a nested YAML value, items of a list under the name of the list."""
+    if isinstance(node, list):
+        for item in node:
+            yield from key_paths(item, prefix)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from key_paths(value, f"{prefix}{key}.")
+
+
+def missing_keys(text: str) -> set[str]:
+    return set(field_paths(Config)) - set(key_paths(yaml.safe_load(text)))
+
+
+def test_config_yaml_has_every_field() -> None:
+    text = CONFIG_YAML.read_text("utf-8")
+    assert missing_keys(text) == set()
+    assert missing_keys(re.sub(r"\n +seed:.*", "", text)) == {"training.seed"}
+    assert missing_keys(re.sub(r"\n +passes:.*", "", text)) == {"stages.tasks.passes"}
+
+
+def uncommented_keys(text: str) -> list[str]:
+    """Keys that neither bear a comment nor stand for the second time: each is explained where it is met first."""
+    seen, found = set(), []
+    for line in text.splitlines():
+        match = re.match(r" +(?:- )?(\w+): *([^#]*)(#?)", line)
+        if match and match[1] not in seen and match[1] != "tasks":
+            seen.add(match[1])
+            found += [] if match[3] else [match[1]]
+    return found
+
+
+def test_config_yaml_explains_every_key() -> None:
+    assert uncommented_keys(CONFIG_YAML.read_text("utf-8")) == []
+    assert uncommented_keys("a:\n  size: 1  # so\n  depth: 2\n") == ["depth"]
+
+
+def test_config_yaml_keeps_the_keys_of_the_documentation() -> None:
+    raw = yaml.safe_load(CONFIG_YAML.read_text("utf-8"))
+    assert {key: raw["model"][key] for key in ("size", "embed_dim", "use_checkpoint")} == {
+        "size": "base", "embed_dim": 512, "use_checkpoint": True}
+    names = ("epochs", "batch_size", "learning_rate", "use_amp", "gradient_accumulation_steps")
+    assert [raw["training"][name] for name in names] == [100, 8, 1.0e-4, True, 4]
+    assert raw["paths"] == {"data_root": "./data", "output_dir": "./outputs"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_say_how_to_run_them(path: Path) -> None:
+    assert load_config(path) != Config()
+    assert f"python run_training.py --config recipes/{path.name}" in path.read_text("utf-8")
+
+
+def test_recipes_keep_out_of_the_full_jobs_folder() -> None:
+    folders = [load_config(path).paths.output_dir for path in RECIPES]
+    assert len({*folders, Config().paths.output_dir}) == len(RECIPES) + 1 and {"demo", "synthetic"} <= {
+        path.stem for path in RECIPES}
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_command_line_wins_over_file_over_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "training: {epochs: 7, seed: 3}")
+    config = load_config(path, ["training.epochs=9"])
+    assert (config.training.epochs, config.training.seed, config.training.batch_size) == (9, 3, 8)
+
+
+def test_empty_file_and_empty_section_are_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")) == Config()
+    assert load_config(write(tmp_path, "training:\n")) == Config()
+
+
+def test_plain_dict_and_back() -> None:
+    config = load_config(CONFIG_YAML, ["stages.align.lr_factor=2", "memory.budget_gb=3.5", "data.cache_dir=/x"])
+    assert config_from_dict(config.to_dict()) == config
+    assert config_from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "1E-4"])
+def test_every_way_to_write_a_float(text: str) -> None:
+    assert load_config(None, [f"training.learning_rate={text}"]).training.learning_rate == 1.0e-4
+
+
+def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
+    value = load_config(None, ["memory.budget_gb=20"]).memory.budget_gb
+    assert value == 20.0 and isinstance(value, float)
+
+
+def test_stages_are_addressed_by_name_and_position() -> None:
+    by_name = load_config(None, ["stages.align.drop_path=0.3", "stages.align.tasks.0.passes=2"])
+    by_position = load_config(None, ["stages.1.drop_path=0.3", "stages.1.tasks.0.passes=2"])
+    assert by_name == by_position
+    assert by_name.stages[1].drop_path == 0.3 and by_name.stages[1].tasks[0].passes == 2.0
+    assert by_name.stages[0] == DEFAULT_STAGES[0]
+
+
+def test_an_override_leaves_the_defaults_alone() -> None:
+    load_config(None, ["stages.align.tasks.0.objectives.contrastive=9"])
+    assert Config().stages[1].tasks[0].objectives == {"contrastive": 1.0}
+
+
+def test_yaml_anchors_work(tmp_path: Path) -> None:
+    text = """
+        stages:
+          - &one {name: a, share: 1, tasks: [{inputs: [image, text], objectives: {contrastive: 1}}]}
+          - &two {<<: *one, name: b, share: 2}
+          - {<<: *two, name: c}"""
+    assert [stage.share for stage in load_config(write(tmp_path, text)).stages] == [1.0, 2.0, 2.0]
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("override", "parts"), [
+    ("training.epoch=3", ["training.epoch", "unknown key", "Did you mean 'epochs'?"]),
+    ("trainig.epochs=3", ["trainig", "Did you mean 'training'?"]),
+    ("training.zzz=3", ["training.zzz", "Known: epochs, batch_size"]),
+    ("training.epochs=three", ["training.epochs", "expected int", "'three'"]),
+    ("training.epochs=2.5", ["training.epochs", "expected int", "2.5"]),
+    ("training.epochs=true", ["training.epochs", "expected int"]),
+    ("training.use_amp=1", ["training.use_amp", "expected bool"]),
+    ("training.learning_rate=true", ["training.learning_rate", "expected float"]),
+    ("training.learning_rate=.nan", ["training.learning_rate", "nan"]),
+    ("training.learning_rate=0", ["training.learning_rate", "above 0"]),
+    ("training.epochs=0", ["training.epochs: 0 is below 1"]),
+    ("model.size=huge", ["model.size", "'huge'", "tiny, small, base, large"]),
+    ("model.image_size=100", ["model.image_size: 100", "16"]),
+    ("model.word_embeddings=glove", ["model.word_embeddings: 'glove'", "minilm", "hub:NAME"]),
+    ("model.attention_chunk=all", ["model.attention_chunk", "'auto'", "'all'"]),
+    ("model.attention_chunk=0", ["model.attention_chunk: 0", "'auto'"]),
+    ("data.datasets=[coco, clohto]", ["data.datasets", "'clohto'", "Did you mean 'clotho'?"]),
+    ("data.datasets=coco", ["data.datasets", "expected a list", "'coco'"]),
+    ("data.datasets=[]", ["data.datasets"]),
+    ("data.datasets=[manifest]", ["data.manifest"]),
+    ("data.audiocaps_version=3", ["data.audiocaps_version", "1, 2"]),
+    ("data.audio_max_s=11", ["data.audio_max_s: 11", "10.24"]),
+    ("data.workers=-1", ["data.workers: -1"]),
+    ("memory.budget_gb=0", ["memory.budget_gb: 0"]),
+    ("memory.micro_batch=many", ["memory.micro_batch", "'many'", "'auto'"]),
+    ("stages.algn.share=1", ["stages.algn", "'algn'", "pretrain, align, finetune"]),
+    ("stages.align.shares=1", ["stages[1].shares", "Did you mean 'share'?"]),
+    ("stages.align.share=0", ["stages[1]", "share"]),
+    ("stages.align.tasks.0.objectives={clip: 1}", ["stages[1].tasks[0].objectives", "'clip'"]),
+    ("stages.align.tasks.0.inputs=[video]", ["stages[1].tasks[0].inputs", "'video'", "image, text, audio"]),
+    ("stages=[]", ["section.key=value"]),
+    ("training.epochs", ["section.key=value"]),
+    ("training.epochs.more=1", ["training.epochs"]),
+])
+def test_a_mistake_names_the_place_the_value_and_what_is_allowed(override: str, parts: list[str]) -> None:
+    message = error_of(override)
+    assert [part for part in parts if part not in message] == [], message
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("training: {seed: 1, seed: 2}", ["'seed'", "twice", "line 1"]),
+    ("training:\n  seed: 1\nmodel: {}\ntraining: {}", ["'training'", "twice", "line 4"]),
+    ("training: [1", ["not valid YAML"]),
+    ("- training", ["expected sections", "list"]),
+    ("training: 3", ["training", "expected a section", "3"]),
+    ("stages: [{name: a, share: 1}]", ["stages[0]", "missing tasks"]),
+    ("stages: []", ["stages", "at least one"]),
+    ("stages: [{name: a, share: 1, tasks: []}]", ["stages[0].tasks", "at least one"]),
+    ("model: {size: !!python/object/apply:os.getcwd []}", ["not valid YAML"]),
+])
+def test_a_broken_file_is_named(tmp_path: Path, text: str, parts: list[str]) -> None:
+    message = error_of(path=write(tmp_path, text))
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "no such file" in error_of(path=tmp_path / "none.yaml")
+    assert str(tmp_path) in error_of(path=tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
+    assert "cannot be read" in error_of(path=tmp_path / "binary")
+
+
+def test_two_stages_of_one_name(tmp_path: Path) -> None:
+    task = "{inputs: [image, text], objectives: {contrastive: 1}}"
+    text = f"stages: [{{name: a, share: 1, tasks: [{task}]}}, {{name: a, share: 1, tasks: [{task}]}}]"
+    assert "stages" in error_of(path=write(tmp_path, text))
+
+
+def test_all_problems_are_told_at_once() -> None:
+    message = error_of("training.epochs=0", "model.image_size=17", "stages.align.drop_path=1")
+    assert all(part in message for part in ("training.epochs", "model.image_size", "stages[1].drop_path"))
+
+
+def test_mistakes_are_user_errors() -> None:
+    assert issubclass(ConfigError, UserError)
+
+
+def test_nothing_can_be_changed_afterwards() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().training.epochs = 3  # type: ignore[misc]
+
+
+# ---- derived values ----------------------------------------------------------------------------------------------
+
+
+def test_effective_batch() -> None:
+    config = load_config(None, ["training.batch_size=6", "training.gradient_accumulation_steps=5",
+                                "stages.align.effective_batch=256"])
+    assert [config.effective_batch(stage) for stage in config.stages] == [30, 256, 30]
+
+
+def test_budget_follows_the_size_unless_given() -> None:
+    assert [load_config(None, [f"model.size={size}"]).budget_gb for size in SIZES] == [4, 8, 12, 20]
+    assert load_config(None, ["memory.budget_gb=3.5"]).budget_gb == 3.5
+
+
+def test_presets_have_whole_heads() -> None:
+    assert SIZES == ("tiny", "small", "base", "large")
+    assert all(preset.dim == 64 * preset.num_heads for preset in PRESETS.values())
+
+
+def test_config_alone_needs_no_other_library_than_yaml() -> None:
+    code = ("import sys; before = set(sys.modules); import config;"
+            "print(*{getattr(m, '__file__', None) for n, m in sys.modules.items() if n not in before})")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"site-packages/(\w+)", run.stdout)) == {"yaml"}

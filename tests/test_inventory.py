@@ -1,0 +1,84 @@
+"""Markers and lists of contents: they must notice what is not there, and never claim what was not finished."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inventory
+
+NAMES = (" a.wav", "sub/é.wav", "sub/b.txt", "sub/deeper/c.wav", "z")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in (*NAMES, ".hidden/x.wav"):
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "set"
+
+
+def contents(folder: Path) -> Path:
+    path = inventory.contents_path(folder, "dataset/archive.zip")
+    inventory.write_contents(path, {"sha256": ["x"]}, inventory.tree(folder))
+    return path
+
+
+def test_tree_and_count_leave_out_what_is_hidden(folder: Path) -> None:
+    assert {name for name, _ in inventory.tree(folder)} == set(NAMES)
+    assert dict(inventory.tree(folder, ".wav"))["sub/é.wav"] == len("sub/é.wav".encode())
+    assert [inventory.count(folder, suffix) for suffix in ("", ".wav", ".no")] == [5, 3, 0]
+    assert inventory.count(folder / "absent", "") == 0
+
+
+def test_record_comes_back_with_its_numbers(folder: Path) -> None:
+    size = sum(len(name.encode()) for name in NAMES)
+    assert inventory.read_record(contents(folder)) == {"sha256": ["x"], "files": 5, "bytes": size}
+    assert inventory.read_record(folder / "absent") == {}
+
+
+def test_nothing_is_missing_when_all_is_there(folder: Path) -> None:
+    for sizes in (True, False):
+        assert inventory.missing(folder, contents(folder), sizes=sizes) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    path = contents(folder)
+    (folder / name).unlink()
+    for sizes in (True, False):
+        assert inventory.missing(folder, path, sizes=sizes) == [name]
+
+
+def test_another_size_is_seen_by_the_thorough_check_only(folder: Path) -> None:
+    path = contents(folder)
+    (folder / "z").write_text("longer")
+    assert inventory.missing(folder, path, sizes=True) == ["z"]
+    assert inventory.missing(folder, path, sizes=False) == []
+
+
+def test_a_missing_folder_is_all_its_files(folder: Path) -> None:
+    path = contents(folder)
+    assert len(inventory.missing(folder / "elsewhere", path, sizes=False)) == 5
+
+
+@pytest.mark.parametrize("damage", [b"", b"not gzip"])
+def test_a_damaged_list_vouches_for_nothing(folder: Path, damage: bytes) -> None:
+    path = contents(folder)
+    path.write_bytes(damage)
+    assert inventory.missing(folder, path, sizes=False) == [path.name]
+
+
+def test_marker_is_written_whole_and_read_back(folder: Path) -> None:
+    marker: dict[str, Any] = {"items": {"a": {"bytes": 1}}, "complete": True, "title": "é"}
+    inventory.write_marker(folder, marker)
+    assert inventory.read_marker(folder) == marker
+    assert not list(folder.glob("*.new"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"items": 3}'])
+def test_a_damaged_marker_counts_as_none(folder: Path, text: str) -> None:
+    (folder / inventory.MARKER).write_text(text)
+    assert inventory.read_marker(folder) == {}
+    assert inventory.read_marker(folder / "absent") == {}

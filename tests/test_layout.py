@@ -1,0 +1,361 @@
+"""Quality gates over the files of the project. Each gate is a function over sources, proved able to fail here too."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MAY_IMPORT = {module: set(others.split()) for module, others in {
+    "config": "", "samples": "", "images": "config", "audio": "config", "synthetic": "config samples",
+    "manifest": "config samples", "readers": "config samples manifest synthetic", "vocabulary": "config",
+    "prepare": "config samples images audio synthetic", "datasets": "config samples readers vocabulary prepare",
+    "model": "config", "losses": "", "metrics": "", "memory": "config", "checkpoint": "", "report": "",
+    "distributed": "", "optimization": "", "protocols": "config datasets metrics",
+    "training": "config model datasets vocabulary losses metrics memory checkpoint distributed optimization report"
+                " protocols",
+    "run_training": "config training",
+    "evaluate": "config model datasets vocabulary metrics checkpoint report protocols",
+    "sources": "", "transfer": "config", "archives": "config", "download_datasets": "config sources transfer archives",
+}.items()}
+WITHOUT_TORCH = ("config", "report", "sources", "transfer", "archives", "download_datasets", "run_training", "evaluate")
+ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
+COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
+
+MAX_FUNCTION, MAX_MEDIAN_FUNCTION, MAX_FILE, MAX_PARAMETERS = 60, 15, 500, 6  # lines; a count
+MAX_FILE_BYTES = 1_000_000
+
+
+def tracked() -> list[Path]:
+    """Files of the project: what git tracks, and what it would not ignore."""
+    listing = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                             capture_output=True, text=True, check=True).stdout
+    return sorted({ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()})
+
+
+def python_files() -> list[Path]:
+    return [path for path in tracked() if path.suffix == ".py"]
+
+
+def modules() -> dict[str, str]:
+    """Source of each top-level module by name."""
+    return {path.stem: path.read_text("utf-8") for path in python_files() if path.parent == ROOT}
+
+
+# ---- imports -----------------------------------------------------------------------------------------------------
+
+
+def imports(source: str, *, on_top: bool = False) -> set[str]:
+    """Top-level names that `source` imports, inside functions and by name in a string too unless `on_top`."""
+    names = set()
+    for node in (_outside_functions(ast.parse(source)) if on_top else ast.walk(ast.parse(source))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." if node.level else (node.module or "").split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names |= {arg.value.split(".")[0] for arg in node.args[:1]
+                      if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+    return names
+
+
+def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        only_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if not only_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from _outside_functions(node)
+
+
+def import_problems(sources: dict[str, str]) -> list[str]:
+    graph = {name: imports(source) & (sources.keys() | {"."}) - {name} for name, source in sources.items()}
+    found = [f"{name} is not in the table of modules" for name in sources if name not in MAY_IMPORT]
+    found += [f"{name} may not import {other}" for name, others in graph.items()
+              for other in sorted(others - MAY_IMPORT.get(name, others))]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found.append(f"cycle: {' <- '.join(error.args[1])}")
+    return found
+
+
+def test_imports_follow_the_table() -> None:
+    assert import_problems(modules()) == []
+
+
+def test_table_names_only_modules_that_exist() -> None:
+    assert MAY_IMPORT.keys() == modules().keys()
+
+
+def test_table_has_no_cycle() -> None:
+    TopologicalSorter(MAY_IMPORT).prepare()
+
+
+@pytest.mark.parametrize(("sources", "expected"), [
+    ({"losses": "def f():\n    import model", "model": ""}, "losses may not import model"),
+    ({"losses": "from model import x", "model": ""}, "losses may not import model"),
+    ({"losses": "import importlib\nimportlib.import_module('model')", "model": ""}, "losses may not import model"),
+    ({"losses": "from . import model", "model": ""}, "losses may not import ."),
+    ({"utils": ""}, "utils is not in the table of modules"),
+    ({"new": "import other", "other": "import new"}, "cycle: new <- other <- new"),
+])
+def test_import_gate_can_fail(sources: dict[str, str], expected: str) -> None:
+    assert expected in import_problems(sources)
+
+
+def test_optional_packages_are_imported_where_needed() -> None:
+    assert {name: found for name, source in modules().items()
+            if (found := imports(source, on_top=True) & ONLY_WHERE_NEEDED)} == {}
+    assert imports("if True:\n    import av.codec\ndef f():\n    import py7zr", on_top=True) == {"av"}
+
+
+# ---- what an import does -----------------------------------------------------------------------------------------
+
+# Forks one child for each module, with torch loaded but none of ours, and prints what its import changed.
+WATCH_IMPORTS = r"""
+import contextlib, io, json, logging, os, sys, warnings
+import numpy, torch
+sys.path.insert(0, sys.argv[1])
+
+def state():
+    return {"printed": printed.getvalue(), "files": sorted(os.listdir(".")), "environment": dict(os.environ),
+            "threads": torch.get_num_threads(), "dtype": str(torch.get_default_dtype()),
+            "device": str(torch.get_default_device()), "grad": torch.is_grad_enabled(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "matmul": torch.get_float32_matmul_precision(), "cudnn": torch.backends.cudnn.benchmark,
+            "seed": torch.initial_seed(), "random": numpy.random.get_state()[1].tolist(),
+            "torch_random": torch.get_rng_state().tolist(), "sharing": torch.multiprocessing.get_sharing_strategy(),
+            "logging": [logging.root.level, len(logging.root.handlers)], "warnings": len(warnings.filters)}
+
+results = {}
+for name in sys.argv[2:]:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            before = state()
+            __import__(name)
+            after = state()
+        changed = [key for key in before if before[key] != after[key]]
+        os.write(writer, json.dumps(changed).encode())
+        os._exit(0)
+    os.close(writer)
+    results[name] = json.loads(os.fdopen(reader).read() or '["it raised"]')
+print(json.dumps(results))
+"""
+
+
+def import_effects(folder: Path, names: Iterable[str], cwd: Path) -> dict[str, list[str]]:
+    run = subprocess.run([sys.executable, "-B", "-c", WATCH_IMPORTS, str(folder), *names], cwd=cwd,
+                         capture_output=True, text=True, check=True)
+    return {name: changed for name, changed in json.loads(run.stdout.splitlines()[-1]).items() if changed}
+
+
+def test_importing_a_module_changes_nothing(tmp_path: Path) -> None:
+    before = sorted(path.name for path in ROOT.iterdir())
+    assert import_effects(ROOT, modules(), tmp_path) == {}
+    assert sorted(path.name for path in ROOT.iterdir()) == before
+
+
+def test_import_effects_gate_can_fail(tmp_path: Path) -> None:
+    bad = {"prints": "print(1)", "writes": "open('left', 'w').close()", "seeds": "import torch; torch.manual_seed(1)",
+           "threads": "import torch; torch.set_num_threads(torch.get_num_threads() + 1)", "breaks": "1 / 0"}
+    for name, source in bad.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    (tmp_path / "cwd").mkdir()
+    effects = import_effects(tmp_path, bad, tmp_path / "cwd")
+    assert {name: effects[name][0] for name in bad} == {
+        "prints": "printed", "writes": "files", "seeds": "seed", "threads": "threads", "breaks": "it raised"}
+
+
+def loads_torch(*command: str) -> bool:
+    """Whether `python command` imports torch, from the interpreter's own record of imports."""
+    run = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr.splitlines()[-1]
+    return re.search(r"\| +torch$", run.stderr, re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_light_modules_load_no_torch(module: str) -> None:
+    assert not loads_torch("-c", f"import {module}")
+
+
+@pytest.mark.parametrize("script", ["run_training.py", "evaluate.py", "download_datasets.py"])
+def test_help_loads_no_torch(script: str) -> None:
+    assert not loads_torch(script, "--help")
+
+
+def test_torch_gate_can_fail() -> None:
+    assert loads_torch("-c", "import torch")
+
+
+@pytest.mark.parametrize(("script", "flags"), [
+    ("run_training.py", "--data-root --output-dir --model-size --batch-size --epochs --lr --resume --config --datasets"
+                        " --device --plan --overwrite"),
+    ("download_datasets.py", "--datasets --data-root --skip-existing"),
+    ("evaluate.py", "--checkpoint --datasets"),
+])
+def test_help_names_every_flag(script: str, flags: str) -> None:
+    text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [flag for flag in flags.split() if not re.search(rf"^ +(-\w, )?{flag}\b", text.stdout, re.MULTILINE)] == []
+
+
+# ---- size --------------------------------------------------------------------------------------------------------
+
+
+def functions(source: str) -> Iterator[tuple[str, int, int]]:
+    """(name, lines, parameters without self and cls) of every function."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(p.arg not in ("self", "cls") for p in parameters)
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1, count
+
+
+def size_problems(name: str, source: str) -> list[str]:
+    lines = source.count("\n") + (not source.endswith("\n"))
+    found = [f"{name}: {lines} lines"] if lines > MAX_FILE else []
+    found += [f"{name}: {function} has {length} lines" for function, length, _ in functions(source)
+              if length > MAX_FUNCTION]
+    return found + [f"{name}: {function} has {count} parameters" for function, _, count in functions(source)
+                    if count > MAX_PARAMETERS]
+
+
+def test_files_and_functions_are_short() -> None:
+    assert [p for path in python_files()
+            for p in size_problems(str(path.relative_to(ROOT)), path.read_text("utf-8"))] == []
+
+
+def test_most_functions_are_very_short() -> None:
+    lengths = [length for source in modules().values() for _, length, _ in functions(source)]
+    assert statistics.median(lengths) <= MAX_MEDIAN_FUNCTION
+
+
+def test_size_gate_can_fail() -> None:
+    long = "def f(a, b, c, d, e, g, h):\n" + "    pass\n" * MAX_FUNCTION
+    assert size_problems("x", long) == ["x: f has 61 lines", "x: f has 7 parameters"]
+    assert size_problems("x", "\n" * 501) == ["x: 501 lines"]
+    assert size_problems("x", "def f(self, a, b, c, d, e, g):\n" + "    pass\n" * (MAX_FUNCTION - 1)) == []
+
+
+def test_no_large_file() -> None:
+    assert [str(path) for path in tracked() if path.stat().st_size > MAX_FILE_BYTES] == []
+
+
+# ---- the name `datasets` -----------------------------------------------------------------------------------------
+
+
+def closure(requirements: Iterable[str], needs: Callable[[str], list[str] | None]) -> set[str]:
+    """Canonical names of all distributions that `requirements` pull in here, installed or not."""
+    found: set[str] = set()
+    waiting = [(line, "") for line in requirements]
+    while waiting:
+        text, extra = waiting.pop()
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = canonicalize_name(requirement.name)
+        new = name not in found
+        found.add(name)
+        extras = [*requirement.extras] + ([""] if new else [])
+        waiting += [(line, extra) for extra in extras for line in needs(name) or []]
+    return found
+
+
+def requirement_lines(name: str) -> list[str]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text("utf-8").splitlines()]
+    return [line for line in lines if line]
+
+
+def installed_needs(name: str) -> list[str] | None:
+    try:
+        return importlib.metadata.requires(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def test_no_dependency_collides_with_our_datasets() -> None:
+    names = closure(requirement_lines("requirements.txt") + requirement_lines("requirements-dev.txt"), installed_needs)
+    assert {"torch", "transformers", "numpy"} <= names
+    assert names & COLLIDING == set()
+    assert importlib.metadata.packages_distributions().get("datasets", []) == []
+
+
+def test_closure_gate_can_fail() -> None:
+    needs = {"a": ['b; python_version >= "3"', 'datasets; extra == "hub"', 'c; python_version < "3"'], "b": ["a[hub]"]}
+    assert closure(["a"], needs.get) == {"a", "b", "datasets"}
+    assert closure(["a"], {"a": needs["a"]}.get) == {"a", "b"}
+
+
+def test_datasets_is_ours() -> None:
+    spec = importlib.util.find_spec("datasets")
+    assert spec is not None and spec.origin is not None and Path(spec.origin) == ROOT / "datasets.py"
+
+
+def bound_names(source: str) -> set[str]:
+    tree = ast.parse(source)
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names | {alias.asname or alias.name for node in ast.walk(tree)
+                    if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+
+
+def test_datasets_binds_no_name_of_the_hub_library() -> None:
+    taken = {"Dataset", "IterableDataset", "DatasetDict", "load_dataset"}
+    assert bound_names(modules()["datasets"]) & taken == set()
+    assert bound_names("from torch.utils.data import Dataset") & taken == {"Dataset"}
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+CPU_INDEX = "download" + ".pytorch.org"
+FORBIDDEN = {
+    "a host of a package registry": "|".join(re.escape(host) for host in (
+        "py" + "pi.org", "python" + "hosted.org", CPU_INDEX, "registry." + "npmjs", "deb." + "debian.org",
+        "archive." + "ubuntu.com", "crates" + ".io", "conda" + ".anaconda.org", "proxy." + "golang.org")),
+    "a path of one machine": r"(?<![\w.~/-])/" + r"(?:work|root|home/\w+|Users/\w+)(?:/|\b(?![\w.-]))",
+    "a document that is not in the project": r"\bDES" + r"IGN\b|\bCONT" + r"RACT\.md|\bshared" + "/",
+    "an exported PYTHONPATH": r"export +(?:\w+=\S* +)*PYTHON" + "PATH",
+}
+
+
+def word_problems(name: str, text: str) -> list[str]:
+    return [f"{name}: {what}: {found.group()}" for what, pattern in FORBIDDEN.items()
+            for found in re.finditer(pattern, text)
+            if (name, found.group()) != ("setup_environment.sh", CPU_INDEX)]
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    for path in tracked():
+        try:
+            yield str(path.relative_to(ROOT)), path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+
+
+def test_no_forbidden_words() -> None:
+    assert [problem for name, text in texts() for problem in word_problems(name, text)] == []
+
+
+@pytest.mark.parametrize("text", [
+    f"see https://{CPU_INDEX}/whl", "https://py" + "pi.org/simple", "cd /wo" + "rk/main", "('/ro" + "ot')",
+    "as DES" + "IGN 2 says", "export PYTHON" + "PATH=."])
+def test_word_gate_can_fail(text: str) -> None:
+    assert len(word_problems("README.md", text)) == 1
+
+
+def test_word_gate_lets_other_words_be() -> None:
+    assert word_problems("README.md", "frame/work, ./work, a network/root, rooted, https://x.org/work/1, design") == []
+    assert word_problems("setup_environment.sh", f"https://{CPU_INDEX}/whl/cpu") == []

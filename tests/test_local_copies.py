@@ -1,0 +1,89 @@
+"""A copy that the user has is linked into the readers' layout, and left as it is."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import local_copies
+from config import UserError
+from tests import trees
+
+
+def put(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(path.name)
+    return path
+
+
+@pytest.mark.parametrize(("given", "place"), [
+    ("wav/id10001/v/00001.wav", "voxceleb1/wav"), ("id11251/v/00001.wav", "voxceleb1/wav"),
+    ("voxceleb1/dev/wav/id10001/v/00001.wav", "voxceleb1/wav"), ("vox1_test_wav/wav/id10270/v/1.wav", "voxceleb1/wav"),
+    ("dev/aac/id00012/v/00001.m4a", "voxceleb2/dev/aac"), ("vox2_test_aac/aac/id00017/v/1.m4a", "voxceleb2/test/aac"),
+    ("vox2/dev/mp4/id09272/v/1.mp4", "voxceleb2/dev/mp4"), ("vox2/test/mp4/id00017/v/1.mp4", "voxceleb2/test/mp4"),
+])
+def test_speakers_are_linked_where_the_readers_look(tmp_path: Path, given: str, place: str) -> None:
+    sound = put(tmp_path / "latest" / given)  # "latest" holds the letters of "test"
+    linked = local_copies.link_voxceleb(tmp_path / "latest", tmp_path / "data")
+    assert linked == {place: 1}
+    speaker = sound.parent.parent
+    link = tmp_path / "data" / place / speaker.name
+    assert link.is_symlink() and link.resolve() == speaker and (link / "v" / sound.name).read_text() == sound.name
+
+
+def test_what_is_no_speaker_is_left_alone(tmp_path: Path) -> None:
+    for name in ("wav/id1/v/1.wav", "wav/other/v/1.wav", "wav/id00012/v/1.wav", "wav/id10002/v/1.txt", "iden.txt"):
+        put(tmp_path / "own" / name)
+    assert local_copies.link_voxceleb(tmp_path / "own", tmp_path / "data") == {}
+    assert not (tmp_path / "data").exists()
+
+
+def test_linking_again_changes_nothing_and_a_new_place_wins(tmp_path: Path) -> None:
+    for own in ("first", "second"):
+        put(tmp_path / own / "wav/id10001/v/1.wav")
+    for own in ("first", "first", "second"):
+        local_copies.link_voxceleb(tmp_path / own, tmp_path / "data")
+        assert (tmp_path / "data/voxceleb1/wav/id10001").resolve() == tmp_path / own / "wav/id10001"
+
+
+def test_a_real_folder_in_the_way_is_kept(tmp_path: Path) -> None:
+    put(tmp_path / "own/wav/id10001/v/1.wav")
+    put(tmp_path / "data/voxceleb1/wav/id10001/v/2.wav")
+    local_copies.link_voxceleb(tmp_path / "own", tmp_path / "data")
+    assert (tmp_path / "data/voxceleb1/wav/id10001/v/2.wav").exists()
+
+
+def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent: cannot be read"):
+        local_copies.link_voxceleb(tmp_path / "absent", tmp_path / "data")
+
+
+@pytest.fixture
+def lists(tmp_path: Path) -> Path:
+    for split, clips in {"train": [(1, "-abcdefghi1", 30), (2, "YYcdefghi12", 5)], "val": [(7, "vwxyzvwxyz1", 0)],
+                         "test": [(8, "YcdefghiX12", 70)]}.items():
+        trees.rows(tmp_path / f"dataset/{split}.csv", [("audiocap_id", "youtube_id", "start_time", "caption"),
+                                                      *((*clip, "a, \"b\"") for clip in clips)])
+    return tmp_path / "dataset"
+
+
+@pytest.mark.parametrize(("given", "place"), [
+    ("-abcdefghi1.wav", "train/-abcdefghi1_30.wav"), ("x/Y-abcdefghi1.FLAC", "train/-abcdefghi1_30.flac"),
+    ("-abcdefghi1_30.ogg", "train/-abcdefghi1_30.ogg"), ("-abcdefghi1_30_40.wav", "train/-abcdefghi1_30.wav"),
+    ("Y-abcdefghi1_30000_40000.wav", "train/-abcdefghi1_30.wav"), ("1.wav", "train/-abcdefghi1_30.wav"),
+    ("YYcdefghi12.wav", "train/YYcdefghi12_5.wav"), ("test/YcdefghiX12_70.m4a", "test/YcdefghiX12_70.m4a"),
+    ("vwxyzvwxyz1_0.mp3", "val/vwxyzvwxyz1_0.mp3"),
+])
+def test_sounds_are_known_by_their_usual_names(tmp_path: Path, lists: Path, given: str, place: str) -> None:
+    sound = put(tmp_path / "own" / given)
+    linked = local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists)
+    assert linked == {split: int(place.startswith(split)) for split in ("train", "val", "test")}
+    assert (tmp_path / "data" / place).resolve() == sound
+    assert sum(len(names) for _, _, names in os.walk(tmp_path / "data")) == 1
+
+
+def test_other_sounds_are_not_linked_and_none_twice(tmp_path: Path, lists: Path) -> None:
+    for name in ("-abcdefghi1_31.wav", "elsewhere1.wav", "vwxyzvwxyz1.txt", "vwxyzvwxyz1.flac", "vwxyzvwxyz1.wav"):
+        put(tmp_path / "own" / name)
+    assert local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists) == {"train": 0, "val": 1, "test": 0}
+    assert [path.name for path in (tmp_path / "data").rglob("*.*")] == ["vwxyzvwxyz1_0.flac"]

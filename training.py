@@ -1,0 +1,453 @@
+"""Training: `train` runs the stages of config.yaml, `train_stage` its epochs, `train_step` one optimizer step.
+
+A stage is a row of the configuration; nothing here knows one by name. What a stage inherits: the model's weights, the
+run's clock and its step count. What it begins anew: its objectives' heads, the optimizer, the schedule.
+"""
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memory
+from config import FRAME_RATE_HZ, Config, ConfigError, StageConfig, TaskConfig, UserError
+from datasets import Batch, Data, epoch_batches, loader, pool
+from losses import OBJECTIVES, Step
+from optimization import MovingAverage, Optimizer, lr_at
+from runs import Options, Run, TrainingError, finish, open_run, remember_best, retrieval_figures, save
+
+VALIDATION_BATCH = 512  # contrast on validation data is over at most this many samples, whatever the training batch
+
+
+@dataclass
+class Stage:
+    """What lives as long as a stage."""
+
+    row: StageConfig
+    tasks: list[TaskConfig]
+    objectives: nn.ModuleDict  # "task/objective" -> head parameters, if any
+    optimizer: Optimizer
+    average: MovingAverage | None
+    steps: int  # optimizer steps of the whole stage
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.objectives.load_state_dict(state["objectives"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None and state["average"]:
+            self.average.load_state_dict(state["average"])
+
+    def objectives_of(self, task: int) -> Iterator[tuple[str, float, Any]]:
+        """Name, weight and objective of one task; contrast first, since matching looks at its features."""
+        weights = self.tasks[task].objectives
+        for name in (known for known in OBJECTIVES if known in weights):
+            yield name, weights[name], self.objectives[f"{task}_{name}"]
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+
+def stage_epochs(config: Config) -> list[int]:
+    """Epochs of each stage: `training.epochs` by `share`, at least one each where there are enough, rest by largest
+    remainder (a tie goes to the later stage)."""
+    total, shares = config.training.epochs, [stage.share for stage in config.stages]
+    wanted = [total * share / sum(shares) for share in shares]
+    least = 1 if total >= len(shares) else 0
+    given = [max(least, int(w)) for w in wanted]
+    while sum(given) != total:
+        behind = [w - g for w, g in zip(wanted, given, strict=True)]
+        if sum(given) < total:
+            given[max(range(len(given)), key=lambda i: (behind[i], i))] += 1
+        else:
+            able = [i for i in range(len(given)) if given[i] > least]
+            given[min(able, key=lambda i: behind[i])] -= 1
+    return given
+
+
+def stage_of_epoch(config: Config, epoch: int) -> int:
+    """Index of the stage that epoch 1 .. `training.epochs` belongs to."""
+    last = 0
+    for index, epochs in enumerate(stage_epochs(config)):
+        last += epochs
+        if epoch <= last:
+            return index
+    raise AssertionError(f"epoch {epoch} of {last}")
+
+
+def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[str]]:
+    """Tasks that have samples, and a line about each that has none.
+
+    Raises:
+        UserError: no task of the stage has samples.
+    """
+    table, tasks, skipped = data.tables["train"], [], []
+    for task in row.tasks:
+        objectives = {name: weight for name, weight in task.objectives.items()
+                      if name != "speaker" or data.speakers}
+        enough = len(pool(table, task.inputs)) >= 2
+        if enough and objectives:
+            tasks.append(dataclasses.replace(task, objectives=objectives))
+        elif "speaker" not in task.objectives or not enough:
+            skipped.append(f"[{row.name}] no samples with {' and '.join(task.inputs)}: "
+                           f"{', '.join(task.objectives)} on them is skipped")
+    if not tasks:
+        raise UserError(f"stages.{row.name}: none of its tasks has samples in {', '.join(data.names())}; "
+                        "add a set (--datasets) or remove the stage")
+    return tasks, skipped
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Train the parameters whose whole name matches one of `patterns`, freeze the others.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(f"trainable: {pattern!r} matches no parameter; names look like {names[0]}, {names[-1]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in patterns))
+
+
+def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int) -> Stage:
+    """Heads, optimizer and average of a stage, with fresh state."""
+    torch.manual_seed(run.config.training.seed)
+    freeze(run.model, row.trainable)
+    objectives = nn.ModuleDict({
+        f"{i}_{name}": OBJECTIVES[name](run.model, task.inputs, len(run.data.speakers))
+        for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
+    training = run.config.training
+    both = nn.ModuleDict({"model": run.model, "objectives": objectives})
+    optimizer = Optimizer(both, training.weight_decay, training.grad_clip_norm,
+                          run.device.type if run.use_scaler else None)
+    optimizer.allocate()
+    average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
+    stage = Stage(row, tasks, objectives, optimizer, average, 0)
+    stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
+    return stage
+
+
+def epoch_jobs(run: Run, stage: Stage, epoch: int) -> list[Any]:
+    """The batches of an epoch: (task, indices), a pure function of the seed and the epoch."""
+    pools = [pool(run.data.tables["train"], task.inputs) for task in stage.tasks]
+    return epoch_batches(pools, [task.passes for task in stage.tasks], run.config.effective_batch(stage.row),
+                         run.config.training.seed, epoch)
+
+
+# ---- one step ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepResult:
+    """Device tensors, so that nobody waits for the device; `read` costs one synchronisation."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    grad_norm: Tensor
+    finite: Tensor
+
+    def read(self) -> tuple[float, dict[str, float], float, bool]:
+        loss, norm, finite, *parts = torch.stack(
+            [x.detach().float() for x in (self.loss, self.grad_norm, self.finite, *self.parts.values())]).tolist()
+        return loss, dict(zip(self.parts, parts, strict=True)), norm, bool(finite)
+
+
+def make_step(run: Run, stage: Stage, batch: Batch, *, train: bool) -> Step:
+    return Step(model=run.model, batch=batch, device=run.device, micro_batch=run.micro_batch[stage.row.name],
+                autocast=run.autocast, keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep},
+                drop_path=stage.row.drop_path, train=train, mask_id=run.data.tokenizer.mask_id,
+                num_concepts=len(run.data.concepts))
+
+
+def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Every term of every objective, divided by the count over the whole effective batch and weighted."""
+    for _, weight, objective in stage.objectives_of(task):
+        count = objective.count(step)
+        if count:
+            for loss, parts in objective.terms(step):
+                yield weight / count * loss, {name: value / count for name, value in parts.items()}
+
+
+def accumulate(stage: Stage, task: int, step: Step, backward: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of all terms and of each part; `backward` is called on each term, whose graph is then freed."""
+    total = torch.zeros((), device=step.device)
+    sums: dict[str, Tensor] = {}
+    for loss, parts in weighted_terms(stage, task, step):
+        backward(loss)
+        total += loss.detach()
+        for name, value in parts.items():
+            sums[name] = sums[name] + value if name in sums else value
+    return total, sums
+
+
+def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
+    """One optimizer step on one effective batch. Out of memory halves the micro-batches and does the same step again:
+    all randomness is in the batch, so the mathematics stays the same.
+
+    Raises:
+        UserError: out of memory at micro-batch 1; names what can be turned.
+    """
+    while True:
+        try:
+            step = make_step(run, stage, batch, train=True)
+            loss, parts = accumulate(stage, task, step, stage.optimizer.backward)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            cause = str(error).splitlines()[0][:100]
+        shrink(run, stage, cause)
+    training = run.config.training
+    lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
+               training.warmup_pct, training.min_lr_pct)
+    norm, finite = stage.optimizer.step(lr)
+    with torch.no_grad():
+        for scale in run.model.logit_scale.values():
+            scale.clamp_(0.0, 4.6052)  # 1 to 100, arXiv:2103.00020
+    if stage.average is not None:
+        stage.average.update(run.model.parameters())
+    return StepResult(loss, parts, norm, finite)
+
+
+def shrink(run: Run, stage: Stage, cause: str) -> None:
+    """After running out of memory: free what the failed step left, halve the stage's micro-batches, say so."""
+    stage.optimizer.adamw.zero_grad(set_to_none=True)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    name = stage.row.name
+    smaller = memory.halve(run.micro_batch[name])
+    if smaller is None:
+        raise UserError(f"stages.{name}: out of memory at micro-batch 1 ({cause}); {memory.KNOBS}")
+    run.micro_batch[name] = smaller
+    sizes = ", ".join(f"{tower} {size}" for tower, size in smaller.items())
+    run.tracker.event(f"[{name}] out of memory ({cause}): the same step again with micro-batch {sizes}",
+                      run.progress.step)
+
+
+# ---- an epoch ----------------------------------------------------------------------------------------------------
+
+
+class StepLog:
+    """Reads each step's device tensors one step late, so that the device never waits for the host; logs every n-th,
+    counts bad steps, drives the progress bar."""
+
+    def __init__(self, run: Run, stage: Stage, epoch: int):
+        self.run, self.stage, self.epoch = run, stage, epoch
+        self.pending: tuple[StepResult, dict[str, Any], list[str]] | None = None
+        self.bad_in_a_row = 0
+        self.losses: list[float] = []
+        self.clock = memory.Clock()
+        self.samples = 0
+        self.start_s = time.perf_counter()
+        self.window_start = (self.start_s, 0)
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.samples / max(time.perf_counter() - self.start_s, 1e-9)
+
+    def add(self, result: StepResult, batch: Batch) -> None:
+        self.flush()
+        self.samples += len(batch.keys)
+        facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
+                 "task": "_".join(batch.inputs), "samples": len(batch.keys),
+                 "lr": self.stage.optimizer.adamw.param_groups[0]["lr"]}
+        self.pending = (result, facts, batch.keys)
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (result, facts, keys), self.pending = self.pending, None
+        loss, parts, norm, finite = result.read()
+        self.run.tracker.advance(facts["samples"], loss)
+        if not finite:
+            self._bad(facts, loss, parts, norm, keys)
+            return
+        self.bad_in_a_row = 0
+        self.losses.append(loss)
+        if facts["step"] % self.run.config.training.log_every_steps == 0:
+            self._write(facts, loss, parts, norm)
+
+    def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
+        now, (start, before) = time.perf_counter(), self.window_start
+        self.window_start = (now, self.samples)
+        temperature = {pair: float(scale.exp()) for pair, scale in self.run.model.logit_scale.items()}
+        self.run.tracker.step({
+            **facts, "loss": loss, "parts": parts, "grad_norm": norm, "temperature": temperature,
+            "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
+            "data_wait_pct": self.clock.wait_pct, "memory_gib": memory.peak_gib(self.run.device)[0]})
+
+    def _bad(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float, keys: list[str]) -> None:
+        """A step whose gradient was not finite changed nothing; many in a row end the run."""
+        self.bad_in_a_row += 1
+        name, step = facts["stage"], facts["step"]
+        causes = [part for part, value in parts.items() if value != value or abs(value) == float("inf")]
+        cause = f"loss part {', '.join(causes)}" if causes else "the gradient, not the loss"
+        self.run.tracker.event(f"[{name}] step {step} skipped: not finite in {cause} (samples {', '.join(keys[:3])}, "
+                               "...)", step)
+        if self.bad_in_a_row >= self.run.config.training.max_bad_steps:
+            last = sorted((self.run.folder / "checkpoints").glob("checkpoint_epoch_*.pt"), key=lambda p: p.stat().st_mtime)
+            raise TrainingError(f"stage {name}, step {step}: {self.bad_in_a_row} steps in a row were not finite, in "
+                                f"{cause}; last good checkpoint: {last[-1] if last else 'none yet'}. "
+                                "Lower --lr, or set training.use_amp=false")
+
+
+def train_epoch(run: Run, stage: Stage, epoch: int) -> StepLog:
+    """All optimizer steps of one epoch."""
+    run.model.train()
+    log = StepLog(run, stage, epoch)
+    batches = loader(run.data, "train", epoch_jobs(run, stage, epoch), run.config,
+                     inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch)
+    tasks = (task for task, _ in epoch_jobs(run, stage, epoch))
+    for task, batch in zip(tasks, log.clock.waiting_for(batches), strict=True):
+        result = train_step(run, stage, task, batch)
+        run.progress.step += 1
+        run.progress.stage_step += 1
+        log.add(result, batch)
+    log.flush()
+    return log
+
+
+# ---- validation --------------------------------------------------------------------------------------------------
+
+
+def validation_jobs(run: Run, stage: Stage) -> list[Any]:
+    """The same batches every epoch: a seeded part of each task's validation pool."""
+    pools = []
+    for task in stage.tasks:
+        indices = pool(run.data.tables["val"], task.inputs)
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+        pools.append(indices[order[:run.config.evaluation.max_validation].sort().values.numpy()])
+    size = min(run.config.effective_batch(stage.row), VALIDATION_BATCH)
+    return epoch_batches(pools, [1.0] * len(pools), size, seed=0, epoch=0)
+
+
+def crop_sounds(batch: Batch, max_s: float) -> Batch:
+    """At most `max_s` from the start of each sound: validation losses are over one window, as in training."""
+    if batch.audio is None:
+        return batch
+    frames = -(-int(max_s * FRAME_RATE_HZ) // 16) * 16
+    patches = batch.noise["audio"].shape[1] * min(frames, batch.audio.shape[1]) // batch.audio.shape[1]
+    assert batch.audio_lengths is not None
+    return dataclasses.replace(batch, audio=batch.audio[:, :frames], audio_lengths=batch.audio_lengths.clamp(max=frames),
+                               noise={**batch.noise, "audio": batch.noise["audio"][:, :patches]})
+
+
+@torch.no_grad()
+def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
+    """Mean over tasks of their loss on validation samples, and each part; no augmentation, all captions.
+
+    Batches weigh by their samples within a task. Tasks without validation samples are left out; none at all: NaN.
+    """
+    jobs = validation_jobs(run, stage)
+    batches = loader(run.data, "val", jobs, run.config, inputs=[task.inputs for task in stage.tasks],
+                     train=False, epoch=0)
+    sums: dict[str, list[float]] = {}
+    for (task, indices), batch in zip(jobs, batches, strict=True):
+        batch = crop_sounds(batch, run.config.data.audio_max_s)
+        step = make_step(run, stage, batch, train=False)
+        loss, parts = accumulate(stage, task, step, lambda loss: None)
+        for name, value in {f"task_{task}": loss, **parts}.items():
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += float(value) * len(indices)
+            entry[1] += len(indices)
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    losses = [value for name, value in means.items() if name.startswith("task_")]
+    return (sum(losses) / len(losses) if losses else float("nan"),
+            {name: value for name, value in means.items() if not name.startswith("task_")})
+
+
+@contextlib.contextmanager
+def averaged(run: Run, stage: Stage) -> Iterator[None]:
+    """Evaluate with the averaged weights, where an average is kept."""
+    run.model.eval()
+    if stage.average is None:
+        yield
+        return
+    stage.average.swap(run.model)
+    try:
+        yield
+    finally:
+        stage.average.swap(run.model)
+
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, options: Options) -> Path:
+    """Run what is left of every stage, evaluate the best weights on the test split, write the report; its path.
+
+    Raises:
+        UserError: a mistake that the user can mend.
+        TrainingError: the run cannot go on.
+    """
+    run, state = open_run(config, options)
+    try:
+        run.micro_batch = plan_run(run)
+        epochs = stage_epochs(config)
+        for index, row in enumerate(config.stages):
+            first = sum(epochs[:index]) + 1
+            if epochs[index] == 0:
+                run.tracker.say(f"[{row.name}] skipped: {config.training.epochs} epochs are too few for its share")
+            elif run.progress.epoch < first + epochs[index] - 1:
+                train_stage(run, row, range(first, first + epochs[index]), state)
+        return finish(run)
+    finally:
+        run.tracker.close()
+
+
+def train_stage(run: Run, row: StageConfig, epochs: range, state: dict[str, Any] | None) -> None:
+    """The epochs of a stage that are not done yet; validates and saves after each."""
+    tasks, skipped = active_tasks(row, run.data)
+    for line in skipped:
+        run.tracker.say(line)
+    stage = build_stage(run, row, tasks, len(epochs))
+    if run.progress.epoch >= epochs[0]:
+        assert state is not None, "only a resumed run begins inside a stage"
+        stage.load_state_dict(state["stage_state"])
+    else:
+        run.progress.stage_step = 0
+    start_s, before = time.perf_counter(), run.progress.step
+    memory.reset_peak(run.device)
+    samples = sum(len(indices) for _, indices in epoch_jobs(run, stage, 1))
+    run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]), row.name)
+    for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
+        log = train_epoch(run, stage, epoch)
+        run.progress.epoch = epoch
+        validate(run, stage, log)
+        if epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]:
+            save(run, stage.row.name, stage.state_dict())
+    run.tracker.close_bar()
+    run.tracker.record({
+        "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
+        "steps": run.progress.step - before, "seconds": time.perf_counter() - start_s,
+        "peak_gib": memory.peak_gib(run.device)[0], "samples": samples * len(epochs)})
+
+
+def validate(run: Run, stage: Stage, log: StepLog) -> None:
+    """Validation loss, and retrieval where the stage contrasts; remembers the best weights; prints the epoch's line."""
+    start_s = time.perf_counter()
+    with averaged(run, stage):
+        loss, parts = validation_loss(run, stage)
+        contrasts = any("contrastive" in task.objectives for task in stage.tasks)
+        figures = retrieval_figures(run) if contrasts else {}
+        best = remember_best(run, stage.row.name, loss)
+    progress = run.progress
+    run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
+                            "parts": parts, "metrics": figures, "seconds": time.perf_counter() - start_s})
+    mean = sum(log.losses) / max(len(log.losses), 1)
+    shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("R@1"))
+    run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}  "
+                    f"validation {loss:.4f}{' *' if best else ''}{shown}  {log.samples_per_s:.0f} samples/s  "
+                    f"waiting {log.clock.wait_pct:.0f} %")

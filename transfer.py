@@ -1,0 +1,457 @@
+"""Fetch one file over HTTP: resumed where it stopped, checked while it arrives, there whole or not at all.
+
+While a file arrives it is NAME.part, with a note NAME.part.json of the server's validators beside it. It gets its name
+only when its size and digest are right. Killed at any moment, the next call goes on from the bytes that are there.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from config import UserError
+
+if TYPE_CHECKING:
+    from requests import Response, Session
+
+# Some hosts turn away the default agents of HTTP libraries; a name of our own is what they ask for.
+USER_AGENT = "trimodal-trainer/0.1 (data set downloader; resumes by Range, obeys Retry-After)"
+CHUNK_BYTES = 64 * 1024  # what a cut connection may cost
+AGAIN = (408, 425, 429, 500, 502, 503, 504)  # answers that may be different later
+
+
+class TransferError(Exception):
+    """A file could not be had from any server. One line, without secrets."""
+
+
+class _NextServer(Exception):
+    """This server will not give the file, however often it is asked."""
+
+
+class _Again(Exception):
+    """This try failed; another may not. `wait_s` is the server's wish."""
+
+    def __init__(self, why: str, wait_s: float | None = None, *, unreachable: bool = False) -> None:
+        super().__init__(why)
+        self.wait_s = wait_s
+        self.unreachable = unreachable
+
+
+class Mismatch(Exception):
+    """All bytes are there and they are the wrong ones: another size or digest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A file to fetch into `path` from the first of `urls` that gives it. Digests are hex, "" where none is known."""
+
+    path: Path
+    urls: tuple[str, ...]
+    size: int = 0
+    sha256: str = ""
+    md5: str = ""
+    also_good: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    unverified_hosts: tuple[str, ...] = ()  # whose TLS certificate the user agreed not to check
+
+    @property
+    def pinned(self) -> str:
+        """The digest to check, as "sha256:..." or "md5:...", or ""."""
+        return f"sha256:{self.sha256}" if self.sha256 else f"md5:{self.md5}" if self.md5 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Patience. `failures` counts tries in a row without one new byte; a server that cannot be reached gets fewer."""
+
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+    failures: int = 6
+    failures_to_connect: int = 2
+    backoff_s: float = 1.0
+    longest_wait_s: float = 600.0
+    sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetched:
+    path: Path
+    size: int
+    sha256: str
+    checked: str  # the digest that matched, as "sha256:..." or "md5:..."; "" where none is known
+    url: str = ""  # without secrets; "" for a file that was there already
+
+
+def redact(text: str, secrets: tuple[str, ...]) -> str:
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
+    return text
+
+
+def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
+    """Have `wanted.path`, from the disk if it is there and right, else from the first server that gives it.
+
+    Raises:
+        TransferError: no server gave it; says what each answered.
+        UserError: the disk is full.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError, Mismatch):
+            return check_file(wanted)
+        wanted.path.unlink(missing_ok=True)
+        wanted.path.parent.mkdir(parents=True, exist_ok=True)
+        return _from_any_server(wanted, policy or Policy())
+    except OSError as error:
+        raise _disk_error(error, wanted.path) from None
+
+
+def check_file(wanted: Wanted) -> Fetched:
+    """Hash `wanted.path` and compare. Raises FileNotFoundError or Mismatch."""
+    hashes = _new_hashes()
+    with wanted.path.open("rb") as file, _bar(f"checking {wanted.path.name}", wanted.path.stat().st_size) as bar:
+        size = _hash_into(hashes, file, bar)
+    return _verdict(wanted, size, hashes)
+
+
+def _from_any_server(wanted: Wanted, policy: Policy) -> Fetched:
+    problems = []
+    with _session() as session:
+        for url in wanted.urls:
+            try:
+                return _from_server(session, url, wanted, policy)
+            except _NextServer as error:
+                problems.append(f"{urlsplit(url).netloc} {error}")
+    what_they_said = "; ".join(problems) or "no address is known"
+    raise TransferError(redact(f"{wanted.path.name}: {what_they_said}", wanted.secrets))
+
+
+def _session() -> "Session":
+    from requests import Session
+
+    session = Session()  # honours proxies and CA bundles of the environment, and drops credentials on other hosts
+    session.headers.update({"User-Agent": USER_AGENT, "Accept": "*/*"})
+    return session
+
+
+def _from_server(session: "Session", url: str, wanted: Wanted, policy: Policy) -> Fetched:
+    """Ask one server until the file is whole; gives up when tries bring nothing new."""
+    part = _Part(wanted, redact(url, wanted.secrets))
+    failures = mismatches = 0
+    best = part.size
+    while True:
+        try:
+            _receive(session, url, part, policy)
+            return part.finish()
+        except Mismatch as error:
+            part.restart()
+            mismatches += 1
+            if mismatches == 2:  # once may be a bad line, twice is another file
+                raise _NextServer(str(error)) from None
+        except _Again as error:
+            failures = 0 if part.size > best else failures + 1
+            best = max(best, part.size)
+            allowed = policy.failures_to_connect if error.unreachable else policy.failures
+            if failures > allowed:
+                raise _NextServer(f"{error} ({failures} tries)") from None
+            _wait(error, failures, part, policy)
+
+
+def _wait(error: _Again, failures: int, part: "_Part", policy: Policy) -> None:
+    wait_s = error.wait_s
+    if wait_s is None:
+        wait_s = min(60.0, policy.backoff_s * 2 ** max(0, failures - 1)) * random.uniform(0.75, 1.25)
+    if wait_s > policy.longest_wait_s:
+        raise _NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
+    _say(f"{part.wanted.path.name}: {error}; trying again in {wait_s:.0f} s, {part.size:,} bytes are kept")
+    policy.sleep(wait_s)
+
+
+def _receive(session: "Session", url: str, part: "_Part", policy: Policy) -> None:
+    """One request: adds what arrives to the part. Returns when the file is whole, raises `_Again` when it is not."""
+    if part.whole():
+        return
+    verify = urlsplit(url).hostname not in part.wanted.unverified_hosts
+    with _translated(policy), _quiet_about_tls(verify):
+        response = session.get(url, headers=part.headers(), stream=True, verify=verify,
+                               timeout=(policy.connect_timeout_s, policy.read_timeout_s))
+        with response:
+            start = _start_of_body(response, part)
+            if start is None:
+                return
+            _store(response, part, start)
+    if part.size < part.total:
+        raise _Again(f"ended {part.total - part.size:,} bytes early")
+
+
+def _start_of_body(response: "Response", part: "_Part") -> int | None:
+    """Where the body of this answer belongs in the file; None when there is nothing left to fetch."""
+    status = response.status_code
+    if status in AGAIN:
+        raise _Again(f"answered {status}", _retry_after_s(response.headers))
+    first, total = _content_range(response.headers.get("Content-Range", ""))
+    if status == 416:
+        if part.size and total == part.size and part.wanted.size in (0, total):
+            part.total = part.size
+            return None
+        part.restart()
+        raise _Again("answered 416 to a request to resume")
+    if status not in (200, 206):
+        raise _NextServer(f"answered {status} {response.reason}".strip())
+    if "text/html" in response.headers.get("Content-Type", "").lower():
+        raise _NextServer("answered with a web page instead of the file")
+    if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
+        raise _NextServer("sends the file encoded, though asked not to")
+    if status == 200:
+        first, total = 0, int(response.headers.get("Content-Length") or 0)
+    _check_offer(part, first, total)
+    return first
+
+
+def _check_offer(part: "_Part", first: int, total: int) -> None:
+    if part.wanted.size and total and total != part.wanted.size:
+        raise _NextServer(f"offers {total:,} bytes instead of {part.wanted.size:,}: another file or release")
+    if first not in (0, part.size) or (first and part.total and total and total != part.total):
+        part.restart()
+        raise _Again("answered with another part of the file than asked for")
+
+
+def _store(response: "Response", part: "_Part", start: int) -> None:
+    chunks = response.iter_content(CHUNK_BYTES)
+    head = next(chunks, b"")
+    if start == 0 and _looks_like_page(head):
+        raise _NextServer("answered with a web page instead of the file")
+    if start == 0:
+        part.restart()
+    part.note(response, start)
+    with part.path.open("ab") as file, _bar(part.wanted.path.name, part.total or None, part.size) as bar:
+        for chunk in _prepend(head, chunks):
+            file.write(chunk)
+            part.add(chunk)
+            bar.update(len(chunk))
+            if part.total and part.size > part.total:
+                break  # found out in `finish`
+
+
+class _Part:
+    """What has arrived: the bytes in NAME.part, their hashes, and the server's validators in NAME.part.json."""
+
+    def __init__(self, wanted: Wanted, url: str) -> None:
+        self.wanted = wanted
+        self.url = url
+        self.path = wanted.path.with_name(wanted.path.name + ".part")
+        self.notes_path = wanted.path.with_name(wanted.path.name + ".part.json")
+        self.notes = self._read_notes()
+        self.size = 0
+        self.hashes = _new_hashes()
+        self.total = wanted.size or int(self.notes.get("total") or 0)
+        if self._can_resume():
+            self._load()
+        else:
+            self.restart()
+
+    def _read_notes(self) -> dict[str, Any]:
+        try:
+            notes = json.loads(self.notes_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return notes if isinstance(notes, dict) else {}
+
+    def _can_resume(self) -> bool:
+        """Bytes of unknown origin count only where a pinned digest will judge the whole."""
+        if not self.path.is_file() or not self.notes:
+            return False
+        return bool(self.wanted.pinned) or (self.notes.get("url") == self.url and bool(self._validator()))
+
+    def _validator(self) -> str:
+        etag = str(self.notes.get("etag") or "")
+        return str(self.notes.get("last_modified") or "") if etag.startswith("W/") or not etag else etag
+
+    def _load(self) -> None:
+        with self.path.open("rb") as file, _bar(f"checking {self.path.name}", self.path.stat().st_size) as bar:
+            self.size = _hash_into(self.hashes, file, bar)
+        if self.total and self.size > self.total:
+            self.restart()
+
+    def restart(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.size = 0
+        self.hashes = _new_hashes()
+
+    def whole(self) -> bool:
+        return self.size > 0 and self.size == self.total
+
+    def headers(self) -> dict[str, str]:
+        headers = {"Accept-Encoding": "identity"}  # a compressed answer would break byte counts and Range
+        if self.size:
+            headers["Range"] = f"bytes={self.size}-"
+            if self.notes.get("url") == self.url and self._validator():
+                headers["If-Range"] = self._validator()
+        return headers
+
+    def note(self, response: "Response", start: int) -> None:
+        """Write down what identifies the file on this server, before the first byte of it is written."""
+        length = int(response.headers.get("Content-Length") or 0)
+        self.total = self.wanted.size or (start + length if length else 0)
+        self.notes = {"url": self.url, "total": self.total, "etag": response.headers.get("ETag", ""),
+                      "last_modified": response.headers.get("Last-Modified", ""), "sha256": _announced(response)}
+        self.notes_path.write_text(json.dumps(self.notes), encoding="utf-8")
+
+    def add(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        for hasher in self.hashes.values():
+            hasher.update(chunk)
+
+    def finish(self) -> Fetched:
+        """Check, make durable, give the file its name."""
+        wanted = self.wanted
+        if not wanted.pinned and self.notes.get("sha256"):
+            wanted = Wanted(path=wanted.path, urls=(), size=wanted.size, sha256=self.notes["sha256"])
+        if self.total and self.size > self.total:
+            raise Mismatch(f"sent more than the {self.total:,} bytes of the file")
+        fetched = _verdict(wanted, self.size, self.hashes, self.url)
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self.path, self.wanted.path)
+        self.notes_path.unlink(missing_ok=True)
+        sync_folder(self.wanted.path.parent)
+        return fetched
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any], url: str = "") -> Fetched:
+    if size == 0 or (wanted.size and size != wanted.size):
+        raise Mismatch(f"has {size:,} bytes" + (f" instead of {wanted.size:,}" if wanted.size else ""))
+    found = {f"{name}:{hasher.hexdigest()}" for name, hasher in hashes.items()}
+    good = [digest for digest in (wanted.pinned, *wanted.also_good) if digest]
+    matched = next((digest for digest in good if digest in found), "")
+    if good and not matched:
+        kind = good[0].split(":")[0]
+        theirs = next(digest for digest in sorted(found) if digest.startswith(kind))
+        raise Mismatch(f"has the digest {theirs} instead of {good[0]}")
+    return Fetched(path=wanted.path, size=size, sha256=hashes["sha256"].hexdigest(), checked=matched, url=url)
+
+
+def _new_hashes() -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
+
+
+def _hash_into(hashes: Mapping[str, Any], file: Any, bar: Any) -> int:
+    size = 0
+    while chunk := file.read(1 << 20):
+        size += len(chunk)
+        bar.update(len(chunk))
+        for hasher in hashes.values():
+            hasher.update(chunk)
+    return size
+
+
+def _announced(response: "Response") -> str:
+    """The sha256 that Hub-like servers name in the answer that redirects to the bytes."""
+    for answer in (*response.history, response):
+        digest = answer.headers.get("X-Linked-ETag", "").strip('"').lower()
+        if len(digest) == 64 and all(c in "0123456789abcdef" for c in digest):
+            return digest
+    return ""
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After header, which is a number or a date; None where there is none or it is not readable."""
+    text = headers.get("Retry-After", "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _content_range(text: str) -> tuple[int, int]:
+    """(first byte, total) of `bytes 5-9/10` or `bytes */10`; -1 and 0 stand for what it does not say."""
+    unit, _, rest = text.partition(" ")
+    span, _, total = rest.partition("/")
+    first = span.partition("-")[0]
+    if unit != "bytes":
+        return -1, 0
+    return int(first) if first.isdigit() else -1, int(total) if total.isdigit() else 0
+
+
+def _looks_like_page(head: bytes) -> bool:
+    start = head[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return start.startswith((b"<!doctype html", b"<html", b"<head"))
+
+
+def _prepend(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    if head:
+        yield head
+    yield from chunks
+
+
+@contextlib.contextmanager
+def _translated(policy: Policy) -> Iterator[None]:
+    """Turn the library's exceptions, whose texts hold addresses and with them keys, into our short ones."""
+    import requests
+    from urllib3.exceptions import NameResolutionError, NewConnectionError
+
+    errors = requests.exceptions
+    try:
+        yield
+    except errors.SSLError:
+        raise _NextServer("shows a TLS certificate that is not accepted") from None
+    except (errors.TooManyRedirects, errors.MissingSchema, errors.InvalidSchema, errors.InvalidURL) as error:
+        raise _NextServer(f"cannot be used ({type(error).__name__})") from None
+    except errors.ConnectTimeout:
+        raise _Again(f"did not answer in {policy.connect_timeout_s:.0f} s", unreachable=True) from None
+    except errors.ReadTimeout:
+        raise _Again(f"sent nothing for {policy.read_timeout_s:.0f} s") from None
+    except errors.RequestException as error:
+        reason = getattr(error.args[0], "reason", None) if error.args else None
+        lost = not isinstance(reason, NewConnectionError | NameResolutionError)
+        raise _Again("cut the connection" if lost else "cannot be reached", unreachable=not lost) from None
+
+
+@contextlib.contextmanager
+def _quiet_about_tls(verify: bool) -> Iterator[None]:
+    """The user asked for no verification of this host: one warning a request adds nothing."""
+    import warnings
+
+    with warnings.catch_warnings():
+        if not verify:
+            warnings.filterwarnings("ignore", message="Unverified HTTPS request")
+        yield
+
+
+def _disk_error(error: OSError, path: Path) -> UserError:
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        return UserError(f"{path.parent}: the disk is full; what has arrived is kept, free some space and run again")
+    return UserError(f"{error.filename or path}: {error.strerror or error}")
+
+
+def _bar(text: str, total: int | None, initial: int = 0) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, desc=text, unit="B", unit_scale=True, leave=False, disable=None)
+
+
+def _say(text: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -94,7 +95,7 @@ class Acquisition:
             return self._outcome("done")
         except (UserError, TransferError, ArchiveError) as error:
             detail = transfer.redact(str(error), self._secrets())
-            if self._key() and isinstance(error, TransferError):
+            if self._key() and re.search(r"answered 40[13]|web page", detail):
                 detail += f"; is {self.source.needs_key} right and still valid?"
             return Outcome(name=self.source.name, state="failed", detail=detail, next_command=self._command(),
                            code=2 if isinstance(error, UserError) else 1)
@@ -129,9 +130,17 @@ class Acquisition:
         inventory.write_marker(self.folder, self.marker)
         (self.folder / LICENCE).write_text(f"{self.source.title}\n{self.source.page}\n\n{self.source.licence}\n"
                                            f"{self.source.note}\n", encoding="utf-8")
-        for name in (STAGING, ARCHIVES):
-            with contextlib.suppress(OSError):
-                (self.folder / name).rmdir()  # only when empty
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what a complete set needs no more, that of interrupted runs too."""
+        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        if not self.options.keep_archives:
+            for file in (file for item in self.items for file in item.files):
+                for suffix in ("", ".part", ".part.json"):
+                    (self.folder / ARCHIVES / (file.name + suffix)).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.folder / ARCHIVES).rmdir()  # only when empty
 
     def _obtain_or_note(self, item: Item) -> None:
         """A list that no server gives does not spoil the recordings that the user has."""
@@ -238,7 +247,7 @@ class Acquisition:
                             "names that they have there")
 
     def _adopt(self, item: Item) -> bool:
-        """Take over what somebody else unpacked here: as many files as published, none empty, of a likely size in all."""
+        """Take over what somebody else unpacked: as many files as published, none empty, of a likely size in all."""
         if self.source.one_of or not item.counts or not all(count.number for count in item.counts):
             return False
         files: list[tuple[str, int]] = []

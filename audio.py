@@ -122,7 +122,7 @@ def _read_with_soundfile(file: "soundfile.SoundFile", start_s: float, duration_s
 def _read_with_av(path: str, start_s: float, duration_s: float) -> tuple[np.ndarray, int]:
     import av
 
-    with av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
+    with av.open(path, metadata_errors="ignore") as container:
         if not container.streams.audio:
             raise BrokenSound("has no sound track")
         return _decode_stream(container, container.streams.audio[0], start_s, duration_s)

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,25 +135,24 @@ class BatchReader:
                 return Read(None, broken, str(error))
             return Read(self._collate([one for one in found if one is not None], inputs), broken)
 
-    @cached_property
-    def _pools(self) -> dict[tuple[str, ...], np.ndarray]:
-        return {tuple(names): pool(self.split.table, names) for names in self.inputs}
-
     def _draw_good(self, index: int, inputs: tuple[str, ...], broken: list[dict[str, str]],
                    stand_in: bool) -> _Drawn | None:
         """The sample; if it is broken, the next good one of its pool, or None without `stand_in`."""
         visit, row = divmod(index, VISIT)
-        members = self._pools[inputs]
-        start = int(np.searchsorted(members, row))
-        for candidate in [row, *np.roll(members, -start - 1).tolist()] if stand_in else [row]:
-            try:
-                return self._draw(candidate, visit, inputs)
-            except BrokenSample as error:
-                broken.append(self.split.store.record(candidate, str(error)))
+        try:
+            return self._draw(row, visit, inputs)
+        except BrokenSample as error:
+            broken.append(self.split.store.record(row, str(error)))
         if not stand_in:
             return None
+        members = pool(self.split.table, inputs)
+        for candidate in np.roll(members, -int(np.searchsorted(members, row, "right"))).tolist():
+            try:
+                return self._draw(candidate, visit, inputs)
+            except BrokenSample:
+                continue  # it is recorded in its own turn
         raise UserError(f"data: none of the {len(members)} samples with {' and '.join(inputs)} can be read; the first: "
-                        f"{broken[0]['reason']}")
+                        f"{broken[-1]['reason']}")
 
     def _draw(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Drawn:
         split, data = self.split, self.config.data

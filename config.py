@@ -314,14 +314,15 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     raw: dict[str, Any] = {}
     if path is not None:
         raw = _read_yaml(Path(path))
+    return config_from_dict(raw, overrides)
+
+
+def config_from_dict(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """Build a checked Config from a nested dict (the inverse of `Config.to_dict`) and `section.key=value` overrides."""
+    changed: Any = _plain(raw)  # a copy
     for override in overrides:
-        _apply_override(raw, override)
-    return config_from_dict(raw)
-
-
-def config_from_dict(raw: Mapping[str, Any]) -> Config:
-    """Build a checked Config from a nested dict; the inverse of `Config.to_dict`."""
-    return _build(Config, raw, "")
+        _apply_override(changed, override)
+    return _build(Config, changed, "")
 
 
 def _below(section: str, config: Any, **minimum: float) -> list[str]:

@@ -188,11 +188,11 @@ def _from_bytes(raw: Tensor, like: Tensor) -> Tensor:
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of gradients of one type, each at most BUCKET_BYTES or one tensor."""
+    """Runs of gradients, each at most BUCKET_BYTES or one tensor. Types may mix: concatenated they take the widest."""
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:
-        if bucket and (gradient.dtype != bucket[0].dtype or size + gradient.nbytes > BUCKET_BYTES):
+        if bucket and size + gradient.nbytes > BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
         bucket.append(gradient)

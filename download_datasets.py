@@ -74,7 +74,7 @@ def _read_arguments(argv: Sequence[str] | None, table: Mapping[str, Source],
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="download_datasets.py", description="Get data sets: fetched, checked, unpacked.",
-                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--datasets", nargs="+", required=True, metavar="NAME",
         help=f"{', '.join(SOURCES)}, or all ({' '.join(ALL)}); {', '.join(NEEDS_NOTHING)} need no download")
@@ -106,7 +106,7 @@ def _names(given: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     return f"{name!r} is unknown; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
 
 

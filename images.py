@@ -127,7 +127,7 @@ def _read_video(path: str) -> np.ndarray:
     """The first frame at or after the middle, turned upright."""
     import av
 
-    with av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
+    with av.open(path, metadata_errors="ignore") as container:
         if not container.streams.video:
             raise BrokenImage("has no picture track")
         stream = container.streams.video[0]

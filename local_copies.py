@@ -73,18 +73,17 @@ def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
 
 
 def _audiocaps_names(lists: Path) -> dict[str, tuple[str, str]]:
-    """Name of a sound without suffix -> (split, YOUTUBEID_START); the plainer form wins where two clips share one."""
-    forms: list[dict[str, tuple[str, str]]] = [{}, {}, {}]
+    """Name of a sound without suffix -> (split, YOUTUBEID_START). An id has 11 characters, so no two forms are alike."""
+    known: dict[str, tuple[str, str]] = {}
     for split in ("train", "val", "test"):
         with (lists / f"{split}.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 video, start = row["youtube_id"], int(row["start_time"])
                 clip = (split, f"{video}_{start}")
                 spans = ("", f"_{start}", f"_{start}_{start + 10}", f"_{start * 1000}_{start * 1000 + 10_000}")
-                forms[0] |= {video + span: clip for span in spans}
-                forms[1] |= {f"Y{video}{span}": clip for span in spans}
-                forms[2][row["audiocap_id"]] = clip
-    return forms[2] | forms[1] | forms[0]
+                known |= {name + span: clip for name in (video, f"Y{video}") for span in spans}
+                known[row["audiocap_id"]] = clip
+    return known
 
 
 def _link(source: Path, place: Path) -> None:

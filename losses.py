@@ -162,14 +162,35 @@ class Step:
             return encoder(self.to_device(self.batch.input_ids[rows]),
                            self.to_device(self.batch.attention_mask[rows]), path)
         path = self._path(noise["path"][rows], AUDIO_PATH_COLUMN if modality == "audio" else 0, encoder)
+        kept, valid = (None, None) if keep == 1 else map(self.to_device, self.kept(modality, rows))
         if modality == "image":
-            kept = None if keep == 1 else self.to_device(kept_patches(noise["image"][rows], None, keep)[0])
             return encoder(self.to_device(self.batch.images[rows]), kept, path)
         audio, lengths = self.to_device(self.batch.audio[rows]), self.to_device(self.batch.audio_lengths[rows])
-        if keep == 1:
-            return encoder(audio, lengths, None, None, path)
-        kept, valid = kept_patches(noise["audio"][rows], self.valid_patches(rows), keep)
-        return encoder(audio, lengths, self.to_device(kept), self.to_device(valid), path)
+        return encoder(audio, lengths, kept, valid, path)
+
+    def kept(self, modality: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (B, K) of the patches that the stage keeps of each row, and which of them are real; on the host."""
+        counts = self.valid_patches(rows) if modality == "audio" else None
+        return kept_patches(self.batch.noise[modality][rows], counts, self.keep.get(modality, 1.0))
+
+    def positives(self, inputs: Sequence[str]) -> Positives:
+        """Which of the second input belong to which of the first: captions are told by their text, images and sounds
+        by their sample."""
+        batch = self.batch
+        if "text" in inputs:
+            owner, ids = batch.caption_owner, batch.caption_ids
+        else:
+            owner, ids = torch.arange(len(batch.sample_ids)), batch.sample_ids
+        return Positives.of(owner, ids, len(batch.sample_ids)).to(self.to_device)
+
+    def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that masked pretraining hides, drawn among the real ones between the first and the last: a mask
+        (C, L), and their places (M, 2); on the host."""
+        hidden = hidden_words(self.batch)[rows]
+        return hidden, hidden.nonzero()
+
+    def with_speaker(self, rows: Tensor) -> Tensor:
+        return rows[self.batch.speakers[rows] >= 0]
 
     def valid_patches(self, rows: Tensor) -> Tensor:
         """How many audio patches of each row are real; int64, on the host."""
@@ -248,7 +269,7 @@ class Contrastive(Objective):
     def terms(self, step: Step) -> Iterator[Term]:
         query, key = (step.features(name) for name in self.inputs)
         scale = pair_scale(step, self.inputs)
-        positives = batch_positives(step, self.inputs)
+        positives = step.positives(self.inputs)
         forward = info_nce(query, key, scale, positives.of_samples) / len(query)
         backward = info_nce(key, query, scale, positives.of_captions) / len(key)
         loss = (forward + backward) / 2
@@ -258,16 +279,6 @@ class Contrastive(Objective):
 def pair_scale(step: Step, inputs: Sequence[str]) -> Tensor:
     """exp of the pair's learned log-scale, at most 100 (arXiv:2103.00020)."""
     return step.model.logit_scale["_".join(inputs)].clamp(max=math.log(100.0)).exp()
-
-
-def batch_positives(step: Step, inputs: Sequence[str]) -> Positives:
-    """Captions are told by their text; images and sounds by their sample."""
-    batch = step.batch
-    if "text" in inputs:
-        owner, ids = batch.caption_owner, batch.caption_ids
-    else:
-        owner, ids = torch.arange(len(batch.sample_ids)), batch.sample_ids
-    return Positives.of(owner, ids, len(batch.sample_ids)).to(step.to_device)
 
 
 class Matching(Objective):
@@ -285,7 +296,7 @@ class Matching(Objective):
     def _negatives(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """A wrong key for each sample, a wrong query for each sample's first key, and whether both exist; host."""
         query, key = (step.detached[n] if n in step.detached else step.features(n).detach() for n in self.inputs)
-        positives, scale = batch_positives(step, self.inputs), pair_scale(step, self.inputs).detach()
+        positives, scale = step.positives(self.inputs), pair_scale(step, self.inputs).detach()
         first = step.to_device(first_keys(step, self.inputs))
         uniform = step.to_device(step.batch.noise["path"])
         keys, some = hard_negatives(query, key, scale, positives.of_samples, uniform[:, HARD_KEY_COLUMN])
@@ -296,7 +307,7 @@ class Matching(Objective):
     def terms(self, step: Step) -> Iterator[Term]:
         keys, queries, some = self._negatives(step)
         first = first_keys(step, self.inputs)
-        for rows in torch.arange(len(step.batch.sample_ids)).split(step.micro_batch["fusion"]):
+        for rows in step.parts("fusion"):
             logits = self._pair_logits(step, torch.cat([rows, queries[rows]]), torch.cat([first[rows], keys[rows]]))
             n = len(rows)
             target = step.to_device(torch.cat([torch.ones(n), torch.zeros(2 * n)]))
@@ -339,7 +350,7 @@ class Concepts(Objective):
         return float(step.batch.concepts.sum()) if step.num_concepts else 0.0
 
     def terms(self, step: Step) -> Iterator[Term]:
-        for rows in torch.arange(len(step.batch.sample_ids)).split(step.micro_batch["fusion"]):
+        for rows in step.parts("fusion"):
             with step.autocast():
                 logits_BV = step.model.fuse(self._given(step, rows))[2]
             target_BV = step.to_device(step.batch.concepts[rows]).float()
@@ -377,11 +388,9 @@ class Masked(Objective):
     def _hidden_count(self, step: Step, name: str) -> int:
         if name == "text":
             return int(hidden_words(step.batch).sum())
-        uniform = step.batch.noise[name]
-        counts = step.valid_patches(torch.arange(len(uniform))) if name == "audio" else None
-        _, valid = kept_patches(uniform, counts, step.keep.get(name, 1.0))
-        real = uniform.numel() if counts is None else int(counts.sum())
-        return real - int(valid.sum())
+        uniform, rows = step.batch.noise[name], torch.arange(step.rows(name))
+        real = int(step.valid_patches(rows).sum()) if name == "audio" else uniform.numel()
+        return real - int(step.kept(name, rows)[1].sum())
 
     def terms(self, step: Step) -> Iterator[Term]:
         for name in self.inputs:
@@ -390,22 +399,21 @@ class Masked(Objective):
                 yield loss, {f"masked_{name}": loss.detach()}
 
     def _patches(self, step: Step, name: str, rows: Tensor) -> Tensor:
-        encoder, uniform = getattr(step.model, name), step.batch.noise[name][rows]
+        encoder = getattr(step.model, name)
         media = step.to_device(getattr(step.batch, {"image": "images", "audio": "audio"}[name])[rows])
-        counts = step.valid_patches(rows) if name == "audio" else None
-        kept, kept_valid = (step.to_device(x) for x in kept_patches(uniform, counts, step.keep.get(name, 1.0)))
+        lengths = [step.to_device(step.batch.audio_lengths[rows])] if name == "audio" else []
+        kept, kept_valid = map(step.to_device, step.kept(name, rows))
         with step.autocast():
             tokens_BKD, _ = step.encode(name, rows, hide=True)
-            target, valid = (encoder.patches(media) if counts is None
-                             else encoder.patches(media, step.to_device(step.batch.audio_lengths[rows])))
+            target, valid = encoder.patches(media, *lengths)
             predicted, seen = self.heads[name](tokens_BKD, kept, kept_valid, encoder.positions(media), valid)
         hidden = ~seen if valid is None else ~seen & valid
         return patch_error(predicted, target.float(), hidden)
 
     def _words(self, step: Step, rows: Tensor) -> Tensor:
         batch = step.batch
-        hidden = hidden_words(batch)[rows]
-        at = step.to_device(hidden.nonzero())
+        hidden, places = step.hidden_words(rows)
+        at = step.to_device(places)
         ids = step.to_device(batch.input_ids[rows])
         with step.autocast():
             shown = ids.masked_fill(step.to_device(hidden), step.mask_id)
@@ -416,10 +424,9 @@ class Masked(Objective):
 
 
 def hidden_words(batch: Any) -> Tensor:
-    """Which tokens masked pretraining hides: drawn among the real ones between the first and the last. (C, L)"""
+    """Mask of the tokens of the whole batch that masked pretraining hides; (C, L)."""
     mask = batch.attention_mask
-    last = torch.nn.functional.pad(mask[:, 1:], (0, 1))  # a real token follows
-    inner = mask & last
+    inner = mask & F.pad(mask[:, 1:], (0, 1))  # a real token follows
     inner[:, 0] = False
     return inner & (batch.noise["text"] < TEXT_MASK_PART)
 
@@ -460,7 +467,7 @@ class Speaker(Objective):
 
     def terms(self, step: Step) -> Iterator[Term]:
         for rows in step.parts("audio"):
-            rows = rows[step.batch.speakers[rows] >= 0]
+            rows = step.with_speaker(rows)
             if not len(rows):
                 continue
             with step.autocast():

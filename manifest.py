@@ -172,20 +172,20 @@ def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns"
                                     " (a text that holds the delimiter needs quotes)")
                 if cells:
-                    yield where, {key: _cell(key, cell) for key, cell in zip(header, cells, strict=True)}
+                    yield where, {key: _cell(where, key, cell) for key, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
 
 
-def _cell(column: str, cell: str) -> Any:
+def _cell(where: str, column: str, cell: str) -> Any:
     """What a cell means: lists where a column may hold several values."""
     if column == "labels":
         return [label.strip() for label in cell.split(";") if label.strip()]
     if column == "text" and cell.lstrip().startswith('["'):
         try:
             return json.loads(cell)
-        except json.JSONDecodeError:
-            return cell
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: text: begins like a JSON list, but is none: {error.msg}") from None
     return cell if column in ("image", "audio", "text") else cell.strip()
 
 

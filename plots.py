@@ -21,7 +21,7 @@ INK, FAINT, RIGHT, FRAME = (30, 30, 30), (120, 120, 120), (20, 150, 60), (205, 2
 THUMB, GAP, MARGIN, TEXT_WIDTH, SMALL, LARGE = 132, 14, 16, 230, 12, 15  # pixels
 MEL_COLOURS = np.array([(8, 6, 30), (75, 15, 110), (185, 50, 90), (245, 130, 40), (252, 250, 165)], np.float64)
 CJK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc",
-             "simhei.ttf", "DroidSansFallback.ttf", "DejaVuSans.ttf")
+             "simhei.ttf", "DroidSansFallback.ttf")
 
 
 # ---- curves ------------------------------------------------------------------------------------------------------
@@ -209,9 +209,10 @@ def _row_height(row: Mapping[str, Any]) -> int:
 
 def _below(answer: Mapping[str, Any]) -> list[str]:
     """Lines below an answer: its score, and of a sound its length and caption."""
+    score = f"{round(answer['score'], 2) + 0.0:.2f}"  # never -0.00
     if answer["picture"].ndim == 3:
-        return [f"{answer['score']:.2f}"]
-    return [f"{answer['score']:.2f}   {len(answer['picture']) / 100:.1f} s", *wrap(answer["caption"], SMALL, THUMB, 3)]
+        return [score]
+    return [f"{score}   {len(answer['picture']) / 100:.1f} s", *wrap(answer["caption"], SMALL, THUMB, 3)]
 
 
 def _thumb_size(picture: np.ndarray) -> tuple[int, int]:
@@ -267,8 +268,9 @@ def wrap(text: str, size: int, width: int, max_lines: int) -> list[str]:
 
 
 def _write(draw: Any, place: tuple[int, int], lines: Sequence[str], colour: tuple[int, int, int], size: int) -> None:
+    font = _font(size, _is_wide("".join(lines)))
     for n, line in enumerate(lines):
-        draw.text((place[0], place[1] + n * (size + 4)), line, colour, _font(size, _is_wide(line)))
+        draw.text((place[0], place[1] + n * (size + 4)), line, colour, font)
 
 
 def _is_wide(text: str) -> bool:
@@ -277,7 +279,8 @@ def _is_wide(text: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def _font(size: int, wide: bool = False) -> Any:
-    """Pillow's own font; for letters that it lacks, the first one found that has Chinese characters, if any."""
+    """Pillow's own font, which has English letters; for others the first one found with Chinese characters, else
+    matplotlib's, which has those of Europe."""
     from PIL import ImageFont
 
     for name in CJK_FONTS if wide else ():
@@ -285,4 +288,8 @@ def _font(size: int, wide: bool = False) -> Any:
             return ImageFont.truetype(name, size)
         except OSError:
             continue
-    return ImageFont.load_default(size)
+    if not wide:
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

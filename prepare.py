@@ -305,10 +305,11 @@ def _lock(cache: Path) -> Iterator[None]:
 
 def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
     """Decode `items` into `folder`, which appears when all is on the disk."""
+    for left in folder.parent.glob("*.tmp"):  # by runs that were killed: we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     room = _room(folder.parent, config)
     _check_room(_predicted_bytes(kind, items, config), room, folder.parent, config)
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed: we hold the lock
     temporary.mkdir()
     try:
         _write(temporary, kind, items, room, config)

@@ -271,10 +271,10 @@ def score(encoded: Encoded, data: Data, config: Config) -> Figures:
     options = metrics.Options(tile=config.evaluation.tile, resamples=config.evaluation.resamples)
     figures: Figures = {}
     for name, members in _sets(data, encoded.split):
-        pairs: dict[str, dict[str, Figure]] = {}
-        for first, second in (("image", "text"), ("audio", "text"), ("image", "audio")):
-            pairs[f"{first}-{second}"] = _retrieval(encoded, (first, second), members, options)
+        pairs = {"image-text": _retrieval(encoded, ("image", "text"), members, options)}
         if name != WITHOUT_SYMBOLS:
+            pairs["audio-text"] = _retrieval(encoded, ("audio", "text"), members, options)
+            pairs["image-audio"] = _retrieval(encoded, ("image", "audio"), members, options)
             for modality in ("image", "audio"):
                 pairs[f"{modality}-concepts"] = _concepts(encoded, modality, members, options)
             if name != ALL:

@@ -46,7 +46,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="delete the earlier run in the output folder")
     parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings (default config.yaml)")
     parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(DATASETS)}")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
     options, rest = parser.parse_known_args(arguments)
     options.overrides = []
@@ -82,12 +82,18 @@ def main(arguments: list[str] | None = None) -> int:
         import training
 
         if options.plan:
-            return training.print_plan(config, options.device)
-        run_options = training.Options(options.device, options.resume, options.overwrite)
-        return training.run(config, run_options)
+            training.print_plan(config, options.device)
+        else:
+            training.train(config, training.Options(options.device, options.resume, options.overwrite))
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Go on with --resume auto", file=sys.stderr)
         return 130

@@ -1,9 +1,10 @@
 """A run from its folder's point of view: open it fresh or resumed, save checkpoints, evaluate and report at the end."""
 
 import contextlib
-import os
+import dataclasses
+import shlex
 import shutil
-import time
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,19 +57,19 @@ class Run:
     config: Config
     folder: Path
     device: torch.device
-    amp: torch.dtype | None
-    use_scaler: bool
+    precision: memory.Precision
     data: Data
     model: TriModalModel
     tracker: Tracker
     micro_batch: dict[str, dict[str, int]] = field(default_factory=dict)  # by stage, then by tower
+    predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss, model_state_dict on the host
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.amp is None:
+        if self.precision.dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.amp)
+        return torch.autocast(self.device.type, self.precision.dtype)
 
 
 # ---- opening -----------------------------------------------------------------------------------------------------
@@ -83,9 +84,9 @@ def open_run(config: Config, options: Options) -> tuple[Run, dict[str, Any] | No
     folder = Path(config.paths.output_dir)
     state = _find_state(folder, options)
     device = memory.choose_device(options.device)
-    amp, use_scaler, reason = memory.choose_precision(device, config.training.use_amp)
+    precision = memory.choose_precision(device, config.training.use_amp)
     _prepare_folder(folder, options, state)
-    print(f"Device: {device}; {reason}")
+    print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
     data = load_data(config)
@@ -94,7 +95,7 @@ def open_run(config: Config, options: Options) -> tuple[Run, dict[str, Any] | No
                                         encoding="utf-8")
     progress = Progress(**state["progress"]) if state else Progress()
     tracker = Tracker(folder / "logs", progress.step if state else None)
-    run = Run(config, folder, device, amp, use_scaler, data, model, tracker, progress=progress)
+    run = Run(config, folder, device, precision, data, model, tracker, progress=progress)
     if state:
         run.best = _best_on_disk(folder)
         tracker.event(f"Resumed after epoch {progress.epoch} (step {progress.step})", progress.step)
@@ -105,7 +106,10 @@ def _find_state(folder: Path, options: Options) -> dict[str, Any] | None:
     if options.resume is None:
         return None
     if options.resume != "auto":
-        state = load(options.resume)
+        try:
+            state = load(options.resume)
+        except CheckpointError as error:
+            raise UserError(f"--resume: {error}") from None
         if "progress" not in state or "stage_state" not in state:
             raise UserError(f"{options.resume}: holds weights only, training cannot go on from it; "
                             "give a checkpoint_epoch_*.pt")
@@ -204,9 +208,68 @@ def save(run: Run, stage: str, stage_state: Mapping[str, Any]) -> None:
     rotate(folder, run.config.training.keep_checkpoints, KEEP_EVERY)
 
 
+def last_checkpoint(run: Run) -> str:
+    """Name of the newest whole checkpoint of this run, or "none yet"."""
+    return str(find_latest(run.folder / "checkpoints", say=run.tracker.say) or "none yet")
+
+
 def _best_on_disk(folder: Path) -> dict[str, Any]:
     try:
         state = load(folder / "checkpoints" / "best_model.pt")
     except CheckpointError:
         return {}
     return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")}
+
+
+# ---- evaluating and reporting --------------------------------------------------------------------------------------
+
+
+def retrieval_figures(run: Run) -> dict[str, float]:
+    """Retrieval on a fixed part of the validation split, over all sets: values by name, and each one's chance."""
+    if not len(run.data.tables["val"]):
+        return {}
+    setting = protocols.Setting(device=run.device, amp=run.precision.dtype, concepts=False,
+                                limit=run.config.evaluation.max_validation)
+    quick = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, resamples=0))
+    pairs = protocols.evaluate_split(run.model, run.data, "val", quick, setting)[0].get(protocols.ALL, {})
+    return {name: float(figure["value"]) for kind, figures in pairs.items() if kind != "speakers"
+            for name, figure in figures.items() if figure["value"] is not None}
+
+
+def show_examples(run: Run) -> None:
+    """A grid of what a few validation captions find, as a picture in TensorBoard."""
+    setting = protocols.Setting(device=run.device, amp=run.precision.dtype, concepts=False, limit=200)
+    encoded = protocols.encode_split(run.model, run.data, "val", run.config, setting)
+    for modality in ("image", "audio"):
+        if modality in encoded.items and "text" in encoded.items:
+            rows = protocols.examples(encoded, run.data, modality, queries=4)
+            if rows:
+                run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
+
+
+def finish(run: Run) -> Path:
+    """Evaluate the best weights on the test split, save final_model.pt, write the report; path of its Markdown."""
+    if run.best:
+        run.model.load_state_dict(run.best["model_state_dict"])
+    run.model.to(run.device).eval()
+    setting = protocols.Setting(device=run.device, amp=run.precision.dtype)
+    figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
+    run.tracker.say(report.format_table(figures))
+    count = run.config.report.gallery_queries
+    gallery = [row for modality in ("image", "audio")
+               for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
+    save_file({**description(run), **run.best, "progress": vars(run.progress).copy()},
+              run.folder / "checkpoints" / "final_model.pt")
+    facts = {
+        "kind": "training", "command": shlex.join(["python", *sys.argv]),
+        "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
+        "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
+        "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
+        "config": run.config.to_dict(), "data": run.data.describe(), "device": str(run.device),
+        "precision": run.precision.reason, "predicted_gib": run.predicted_gib,
+        "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
+    }
+    _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
+                                      language=run.config.report.language, gallery=gallery)
+    run.tracker.say(f"Report: {markdown}")
+    return markdown

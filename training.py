@@ -21,7 +21,21 @@ from config import FRAME_RATE_HZ, Config, ConfigError, StageConfig, TaskConfig, 
 from datasets import Batch, Data, epoch_batches, loader, pool
 from losses import OBJECTIVES, Step
 from optimization import MovingAverage, Optimizer, lr_at
-from runs import Options, Run, TrainingError, finish, open_run, remember_best, retrieval_figures, save
+from planning import plan_stages, print_plan, without_speaker
+from runs import (
+    Options,
+    Run,
+    TrainingError,
+    finish,
+    last_checkpoint,
+    open_run,
+    remember_best,
+    retrieval_figures,
+    save,
+    show_examples,
+)
+
+__all__ = ["Options", "TrainingError", "print_plan", "train"]
 
 VALIDATION_BATCH = 512  # contrast on validation data is over at most this many samples, whatever the training batch
 
@@ -92,12 +106,10 @@ def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[s
     """
     table, tasks, skipped = data.tables["train"], [], []
     for task in row.tasks:
-        objectives = {name: weight for name, weight in task.objectives.items()
-                      if name != "speaker" or data.speakers}
-        enough = len(pool(table, task.inputs)) >= 2
-        if enough and objectives:
-            tasks.append(dataclasses.replace(task, objectives=objectives))
-        elif "speaker" not in task.objectives or not enough:
+        possible = task if data.speakers else without_speaker(task)
+        if len(pool(table, task.inputs)) >= 2 and possible.objectives:
+            tasks.append(possible)
+        elif possible.objectives:
             skipped.append(f"[{row.name}] no samples with {' and '.join(task.inputs)}: "
                            f"{', '.join(task.objectives)} on them is skipped")
     if not tasks:
@@ -130,7 +142,7 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     training = run.config.training
     both = nn.ModuleDict({"model": run.model, "objectives": objectives})
     optimizer = Optimizer(both, training.weight_decay, training.grad_clip_norm,
-                          run.device.type if run.use_scaler else None)
+                          run.device.type if run.precision.use_scaler else None)
     optimizer.allocate()
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
     stage = Stage(row, tasks, objectives, optimizer, average, 0)
@@ -223,12 +235,11 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
 def shrink(run: Run, stage: Stage, cause: str) -> None:
     """After running out of memory: free what the failed step left, halve the stage's micro-batches, say so."""
     stage.optimizer.adamw.zero_grad(set_to_none=True)
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
+    memory.free_cached(run.device)
     name = stage.row.name
     smaller = memory.halve(run.micro_batch[name])
     if smaller is None:
-        raise UserError(f"stages.{name}: out of memory at micro-batch 1 ({cause}); {memory.KNOBS}")
+        raise UserError(memory.out_of_memory_message(f"stages.{name}", run.device))
     run.micro_batch[name] = smaller
     sizes = ", ".join(f"{tower} {size}" for tower, size in smaller.items())
     run.tracker.event(f"[{name}] out of memory ({cause}): the same step again with micro-batch {sizes}",
@@ -281,7 +292,7 @@ class StepLog:
     def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
-        temperature = {pair: float(scale.exp()) for pair, scale in self.run.model.logit_scale.items()}
+        temperature = {pair: float(scale.detach().exp()) for pair, scale in self.run.model.logit_scale.items()}
         self.run.tracker.step({
             **facts, "loss": loss, "parts": parts, "grad_norm": norm, "temperature": temperature,
             "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
@@ -296,9 +307,8 @@ class StepLog:
         self.run.tracker.event(f"[{name}] step {step} skipped: not finite in {cause} (samples {', '.join(keys[:3])}, "
                                "...)", step)
         if self.bad_in_a_row >= self.run.config.training.max_bad_steps:
-            last = sorted((self.run.folder / "checkpoints").glob("checkpoint_epoch_*.pt"), key=lambda p: p.stat().st_mtime)
             raise TrainingError(f"stage {name}, step {step}: {self.bad_in_a_row} steps in a row were not finite, in "
-                                f"{cause}; last good checkpoint: {last[-1] if last else 'none yet'}. "
+                                f"{cause}; last good checkpoint: {last_checkpoint(self.run)}. "
                                 "Lower --lr, or set training.use_amp=false")
 
 
@@ -339,8 +349,9 @@ def crop_sounds(batch: Batch, max_s: float) -> Batch:
     frames = -(-int(max_s * FRAME_RATE_HZ) // 16) * 16
     patches = batch.noise["audio"].shape[1] * min(frames, batch.audio.shape[1]) // batch.audio.shape[1]
     assert batch.audio_lengths is not None
-    return dataclasses.replace(batch, audio=batch.audio[:, :frames], audio_lengths=batch.audio_lengths.clamp(max=frames),
-                               noise={**batch.noise, "audio": batch.noise["audio"][:, :patches]})
+    return dataclasses.replace(
+        batch, audio=batch.audio[:, :frames], audio_lengths=batch.audio_lengths.clamp(max=frames),
+        noise={**batch.noise, "audio": batch.noise["audio"][:, :patches]})
 
 
 @torch.no_grad()
@@ -394,24 +405,35 @@ def train(config: Config, options: Options) -> Path:
     """
     run, state = open_run(config, options)
     try:
-        run.micro_batch = plan_run(run)
+        tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
+        plan(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs = stage_epochs(config)
         for index, row in enumerate(config.stages):
             first = sum(epochs[:index]) + 1
             if epochs[index] == 0:
                 run.tracker.say(f"[{row.name}] skipped: {config.training.epochs} epochs are too few for its share")
             elif run.progress.epoch < first + epochs[index] - 1:
-                train_stage(run, row, range(first, first + epochs[index]), state)
+                found, skipped = tasks[row.name]
+                for line in skipped:
+                    run.tracker.say(line)
+                train_stage(run, row, found, range(first, first + epochs[index]), state)
         return finish(run)
     finally:
         run.tracker.close()
 
 
-def train_stage(run: Run, row: StageConfig, epochs: range, state: dict[str, Any] | None) -> None:
+def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | None) -> None:
+    """Micro-batches of each stage: the checkpoint's where it has them, since another split rounds otherwise."""
+    plans = plan_stages(run.config, tasks, run.device.type, run.precision.dtype, len(run.data.speakers))
+    run.micro_batch = {name: dict(found.micro_batch) for name, found in plans.items()}
+    run.micro_batch.update({name: sizes for name, sizes in (state or {}).get("micro_batch", {}).items()
+                            if name in plans})
+    run.predicted_gib = {name: found.peak_bytes / memory.GIB for name, found in plans.items()}
+
+
+def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range,
+                state: dict[str, Any] | None) -> None:
     """The epochs of a stage that are not done yet; validates and saves after each."""
-    tasks, skipped = active_tasks(row, run.data)
-    for line in skipped:
-        run.tracker.say(line)
     stage = build_stage(run, row, tasks, len(epochs))
     if run.progress.epoch >= epochs[0]:
         assert state is not None, "only a resumed run begins inside a stage"
@@ -428,6 +450,8 @@ def train_stage(run: Run, row: StageConfig, epochs: range, state: dict[str, Any]
         validate(run, stage, log)
         if epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]:
             save(run, stage.row.name, stage.state_dict())
+            if contrasts(stage):
+                show_examples(run)
     run.tracker.close_bar()
     run.tracker.record({
         "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
@@ -435,13 +459,16 @@ def train_stage(run: Run, row: StageConfig, epochs: range, state: dict[str, Any]
         "peak_gib": memory.peak_gib(run.device)[0], "samples": samples * len(epochs)})
 
 
+def contrasts(stage: Stage) -> bool:
+    return any("contrastive" in task.objectives for task in stage.tasks)
+
+
 def validate(run: Run, stage: Stage, log: StepLog) -> None:
     """Validation loss, and retrieval where the stage contrasts; remembers the best weights; prints the epoch's line."""
     start_s = time.perf_counter()
     with averaged(run, stage):
         loss, parts = validation_loss(run, stage)
-        contrasts = any("contrastive" in task.objectives for task in stage.tasks)
-        figures = retrieval_figures(run) if contrasts else {}
+        figures = retrieval_figures(run) if contrasts(stage) else {}
         best = remember_best(run, stage.row.name, loss)
     progress = run.progress
     run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,

@@ -37,6 +37,10 @@ class TransferError(Exception):
 class _NextServer(Exception):
     """This server will not give the file, however often it is asked."""
 
+    def __init__(self, why: str, *, unreachable: bool = False) -> None:
+        super().__init__(why)
+        self.unreachable = unreachable
+
 
 class _Again(Exception):
     """This try failed; another may not. `wait_s` is the server's wish."""
@@ -124,13 +128,18 @@ def check_file(wanted: Wanted) -> Fetched:
 
 
 def _from_any_server(wanted: Wanted, policy: Policy) -> Fetched:
-    problems = []
+    problems: list[str] = []
+    dead: set[str] = set()
     with _session() as session:
         for url in wanted.urls:
+            host = _host(url)
+            if host in dead:
+                continue
             try:
                 return _from_server(session, url, wanted, policy)
             except _NextServer as error:
-                problems.append(f"{urlsplit(url).netloc} {error}")
+                problems.append(f"{host} {error}")
+                dead |= {host} if error.unreachable else set()
     what_they_said = "; ".join(problems) or "no address is known"
     raise TransferError(redact(f"{wanted.path.name}: {what_they_said}", wanted.secrets))
 
@@ -162,8 +171,13 @@ def _from_server(session: "Session", url: str, wanted: Wanted, policy: Policy) -
             best = max(best, part.size)
             allowed = policy.failures_to_connect if error.unreachable else policy.failures
             if failures > allowed:
-                raise _NextServer(f"{error} ({failures} tries)") from None
+                raise _NextServer(f"{error} ({failures} tries)", unreachable=error.unreachable) from None
             _wait(error, failures, part, policy)
+
+
+def _host(url: str) -> str:
+    """Name and port, without the user's name and password that an address can hold."""
+    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def _wait(error: _Again, failures: int, part: "_Part", policy: Policy) -> None:
@@ -172,7 +186,8 @@ def _wait(error: _Again, failures: int, part: "_Part", policy: Policy) -> None:
         wait_s = min(60.0, policy.backoff_s * 2 ** max(0, failures - 1)) * random.uniform(0.75, 1.25)
     if wait_s > policy.longest_wait_s:
         raise _NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
-    _say(f"{part.wanted.path.name}: {error}; trying again in {wait_s:.0f} s, {part.size:,} bytes are kept")
+    kept = f"; {part.size:,} bytes are kept" if part.size else ""
+    _say(f"{part.wanted.path.name}: {_host(part.url)} {error}; trying again in {wait_s:.0f} s{kept}")
     policy.sleep(wait_s)
 
 

@@ -22,7 +22,7 @@ class Loopback:
     a status ("503"), "retry:SECONDS" or "retry:DATE" (429 with Retry-After), "redirect:URL", "page", "sly-page" (a page
     that does not call itself one), "cut:BYTES" (the connection ends after so many), "stall:BYTES" (it then hangs),
     "no-length" (the length is not told and half is sent), "no-range", "wrong-range", "gzip", "other" (other bytes),
-    "more" (bytes too many).
+    "more" (bytes too many, their number not told).
     """
 
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "redirect":
             self._answer(302, b"", {"Location": detail, "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
         elif fault == "page":
-            self._answer(200, PAGE, {"Content-Type": "text/html; charset=utf-8"})
+            self._answer(200, b"<p>Please sign in", {"Content-Type": "text/html; charset=utf-8"})
         elif fault == "sly-page":
             self._answer(200, PAGE)
         else:
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if fault == "gzip":
             self.send_header("Content-Encoding", "gzip")
-        if fault != "no-length":
+        if fault not in ("no-length", "more"):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if fault == "no-length":

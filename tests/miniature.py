@@ -3,6 +3,7 @@ and counts in place of the published ones. Nothing else differs: the same code f
 
 import hashlib
 import io
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,8 @@ def files_of(folder: Path, below: str = "") -> dict[str, bytes]:
 
 def coco(folder: Path) -> tuple[Source, dict[str, bytes]]:
     root = trees.coco(folder)
+    noise = random.Random(0).randbytes(200_000)  # a picture that no list names, so that the archive is of some size
+    (root / "train2017/000000999999.jpg").write_bytes(noise)
     lists = {name: data for name, data in files_of(root, "annotations").items() if not name.endswith("coco.json")}
     for part in ("train2017", "val2017"):
         (root / f"annotations/person_keypoints_{part}.json").write_bytes(b"{}")

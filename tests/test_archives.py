@@ -104,6 +104,7 @@ def test_declared_size(tmp_path: Path) -> None:
     ("top-1.0/stamps/cat.png", (("*/stamps/", "x"),), "x/cat.png"),
     ("top/more/stamps/cat.png", (("*/stamps/", ""),), None),
     ("stamps", (("stamps/", ""),), None),
+    ("usr", (("usr/share/doc/copyright", "COPYRIGHT"),), None),
     ("list.json", (("*/list.json", "l"), ("list.json", "l")), "l"),
     ("list.json/x", (("list.json", "l"),), None),
 ])
@@ -222,6 +223,16 @@ def test_links_in_7z_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "src/a", b"a")
     (tmp_path / "src/link").symlink_to("a")
     refused(tmp_path, packing.seven_zip_of(tmp_path / "src", tmp_path / "made.7z"), "7z", "link or device")
+
+
+def test_a_bad_7z_is_not_even_given_to_a_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/link").symlink_to("a")
+    data = packing.seven_zip_of(tmp_path / "src", tmp_path / "made.7z")
+    monkeypatch.setenv("PATH", fake_tool(tmp_path, f"pathlib.Path({str(tmp_path / 'log')!r}).write_text('used')"))
+    with pytest.raises(ArchiveError, match="link or device"):
+        run(tmp_path, data, "7z")
+    assert not (tmp_path / "log").exists()
 
 
 def test_a_link_that_is_not_taken_out_harms_nobody(tmp_path: Path) -> None:

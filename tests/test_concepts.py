@@ -14,7 +14,7 @@ def table(*rows: tuple[tuple[str, ...], tuple[str, ...]]) -> SampleTable:
 
 TRAIN = table((("A dog runs.", "the dog and the ball", "dog dog dog"), ("Traffic Light",)),
               (("a dog on grass",), ()), (("two birds on grass",), ("apple", "Traffic Light")),
-              (("birds and grass", "an unusual word"), ()))
+              (("an unusual word", "birds and grass"), ()))
 
 
 def test_labels_come_first_and_words_by_the_samples_that_have_them() -> None:

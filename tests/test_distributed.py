@@ -116,7 +116,7 @@ def test_gradients_equal_those_of_one_process(ranks):
     loss = model.loss(*model.features(slice(None)))
     loss.backward()
     expected = model.gradients()
-    assert min(abs(model.temperature.grad.item()), abs(model.bias.grad.item())) > 1e-3  # else nothing is compared
+    assert all(g is not None and g.abs().max() > 1e-3 for name, g in expected.items() if "unused" not in name)
     for rank in ranks:
         assert torch.allclose(rank["contrastive_step"]["loss"], loss.detach(), rtol=0, atol=1e-12)
         found = rank["contrastive_step"]["gradients"]

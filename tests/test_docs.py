@@ -240,9 +240,9 @@ def _value_problems(flag: str, value: str) -> list[str]:
             load_config(None, [value])
         except ConfigError as error:
             return [str(error)]
-    wrong = (flag == "--datasets" and value not in (*DATASETS, "all") or flag == "--model-size" and value not in SIZES
-             or flag == "--config" and value.startswith("recipes/") and value not in project_files())
-    return [f"{flag} takes no {value}"] if wrong and not placeholder else []
+    allowed = {"--datasets": {*DATASETS, "all"}, "--model-size": SIZES, "--config": project_files()}.get(flag)
+    foreign = allowed is None or placeholder or (flag == "--config" and not value.startswith("recipes/"))
+    return [] if foreign or value in (allowed or ()) else [f"{flag} takes no {value}"]
 
 
 @READMES

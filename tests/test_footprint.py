@@ -38,7 +38,7 @@ def train(tower: Tower, x: Tensor, micro_batch: int, steps: int = 2) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def measure(mode: PeakMemory, micro_batch: int, batch: int = 32, tokens: int = 20) -> footprint.Usage:
+def measure(mode: PeakMemory, micro_batch: int, batch: int = 16, tokens: int = 20) -> footprint.Usage:
     with mode:
         tower = Tower()
         mode.watch(tower.parameters())
@@ -82,8 +82,9 @@ def test_nothing_is_followed_after_the_end() -> None:
         tracker.watch([weight])
     live = tracker.live_bytes
     weight.sum().backward()
+    assert tracker.live_bytes == live and tracker.live_by_tag["gradients"] == 0
     del weight
-    assert tracker.live_bytes == live and tracker.usage().by_tag["gradients"] == 0
+    assert tracker.live_bytes == live
 
 
 def test_the_peak_is_told_by_tag() -> None:
@@ -118,7 +119,7 @@ def test_the_backward_of_the_loss_is_loss_and_that_of_the_tower_is_not() -> None
     assert usage.by_tag["activations"] <= 3 * x.nbytes
 
 
-@pytest.mark.parametrize("micro_batch", [32, 9])
+@pytest.mark.parametrize("micro_batch", [16, 6])
 def test_fake_and_real_steps_peak_alike(micro_batch: int) -> None:
     with FakeTensorMode():
         fake = measure(PeakMemory(), micro_batch)
@@ -126,11 +127,11 @@ def test_fake_and_real_steps_peak_alike(micro_batch: int) -> None:
     assert sum(fake.by_tag.values()) == fake.peak_bytes and set(fake.by_tag) == set(TAGS)
 
 
-@pytest.mark.parametrize("micro_batch", [32, 8])
+@pytest.mark.parametrize("micro_batch", [16, 8])
 def test_the_peak_agrees_with_the_record_of_the_allocator(micro_batch: int) -> None:
     """The profiler writes down every allocation of the CPU allocator, those within operations too."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        train(Tower(), torch.ones(32, 20, 32), micro_batch)
+        train(Tower(), torch.ones(16, 20, 32), micro_batch)
     assert profile.profiler is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0

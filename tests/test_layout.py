@@ -19,16 +19,30 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {module: set(others.split()) for module, others in {
-    "config": "", "samples": "", "images": "config", "audio": "config", "synthetic": "config samples",
-    "manifest": "config samples", "readers": "config samples manifest synthetic", "vocabulary": "config",
-    "prepare": "config samples images audio synthetic", "datasets": "config samples readers vocabulary prepare",
-    "model": "config", "losses": "", "metrics": "", "memory": "config", "checkpoint": "", "report": "",
-    "distributed": "", "optimization": "", "protocols": "config datasets metrics",
-    "training": "config model datasets vocabulary losses metrics memory checkpoint distributed optimization report"
-                " protocols",
+    # settings and samples
+    "config": "", "samples": "", "manifest": "config samples", "synthetic": "config samples",
+    "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
+    # pictures and sounds
+    "images": "config", "audio": "config", "prepare": "config samples images audio synthetic",
+    "batches": "config samples images prepare vocabulary",
+    "datasets": "config samples readers vocabulary concepts prepare batches",
+    # mathematics
+    "model": "config", "losses": "", "metrics": "", "optimization": "",
+    # the machine
+    "footprint": "", "memory": "config footprint", "checkpoint": "", "distributed": "",
+    # what a run writes
+    "plots": "", "report": "plots", "tracking": "",
+    # runs
+    "protocols": "config datasets metrics",
+    "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
+    "training": "config model datasets vocabulary losses metrics memory checkpoint distributed optimization tracking"
+                " report protocols runs",
     "run_training": "config training",
     "evaluate": "config model datasets vocabulary metrics checkpoint report protocols",
-    "sources": "", "transfer": "config", "archives": "config", "download_datasets": "config sources transfer archives",
+    # getting data
+    "sources": "", "transfer": "config", "archives": "config", "inventory": "", "local_copies": "config",
+    "acquisition": "config sources transfer archives inventory local_copies",
+    "download_datasets": "config sources transfer archives acquisition",
 }.items()}
 WITHOUT_TORCH = ("config", "report", "sources", "transfer", "archives", "download_datasets", "run_training", "evaluate")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top

@@ -88,8 +88,9 @@ def test_a_caption_in_brackets_is_a_caption(folder: Path) -> None:
 
 
 def test_leading_blanks_of_file_names_are_real(folder: Path) -> None:
-    path = table(folder, "image,split\npictures/ b.png,train\n")
-    assert everything(path)[0].image == str(folder / "pictures/ b.png")
+    trees.picture(folder / " b.png")
+    path = table(folder, "image,split\n b.png,train\npictures/ b.png,train\n")
+    assert [sample.image for sample in everything(path)] == [str(folder / " b.png"), str(folder / "pictures/ b.png")]
 
 
 def test_paths_start_at_the_manifest_and_absolute_ones_stand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,9 +116,10 @@ def test_captions_of_blanks_and_doubles_are_dropped(folder: Path) -> None:
 
 def test_ids_are_file_name_and_start_unless_given(folder: Path) -> None:
     lines = [{"image": "pictures/a.png", "text": "one"}, {"image": "pictures/a.png", "text": "two"},
-             {"audio": "sounds/a.wav", "start": 1.50, "duration": 1}, {"image": "pictures/c d.png", "id": 5}]
+             {"audio": "sounds/a.wav", "start": 1.50, "duration": 1}, {"image": "pictures/c d.png", "id": 5},
+             {"audio": "sounds/b.wav"}, {"text": "named like a file", "id": "sounds/b.wav"}]
     assert {sample.key for sample in everything(jsonl(folder, *lines))} == {
-        "pictures/a.png", "pictures/a.png#2", "sounds/a.wav@1.5", "5"}
+        "pictures/a.png", "pictures/a.png#2", "sounds/a.wav@1.5", "5", "sounds/b.wav#2", "sounds/b.wav"}
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------
@@ -191,6 +193,7 @@ def test_splits_on_some_lines_only_are_refused(folder: Path) -> None:
     ({"audio": "sounds/a.wav", "duration": "long"}, "duration: expected seconds, 0 or more, got 'long'"),
     ({"audio": "sounds/a.wav", "start": True}, "start: expected seconds"),
     ({"audio": "sounds/a.wav", "start": float("nan")}, "start: expected seconds"),
+    ({"audio": "sounds/a.wav", "start": float("inf")}, "start: expected seconds"),
     ({"image": "pictures/a.png", "start": 1}, "start and duration need an audio file"),
     ({"image": "pictures/a.png", "text": {"en": "dog"}}, "text: expected a text or a list of texts"),
     ({"image": "pictures/a.png", "text": ["dog", 1]}, "text: expected a text or a list of texts"),
@@ -216,6 +219,8 @@ def test_wrong_line_of_jsonl(folder: Path, line: Any, complaint: str) -> None:
     ("image,text\npictures/a.png,a dog, on grass\n", 2, "3 cells, but the header has 2 columns (a text that holds the"),
     ("image,text\npictures/a.png\n", 2, "1 cells, but the header has 2 columns"),
     ('image,text\npictures/a.png,"two\nlines"\npictures/none.png,x\n', 4, "image: no such file"),
+    ('image,text\n\npictures/none.png,"two\nlines"\n', 3, "image: no such file"),
+    ('image,text\npictures/a.png,"[""one"", ""two]"\n', 2, "text: begins like a JSON list, but is none: Unterminated"),
     ('image,text\npictures/a.png,"never closed\n', 2, "not valid CSV: unexpected end of data"),
     ("audio,start\nsounds/a.wav,1;5\n", 2, "start: expected seconds, 0 or more, got '1;5'"),
 ])

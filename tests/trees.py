@@ -45,14 +45,15 @@ def tone(seconds: float = 1.0, rate_hz: int = 16_000, hz: float = 440.0) -> np.n
 
 
 def sound(path: Path, samples: np.ndarray, rate_hz: int = 16_000, channels: int = 1) -> Path:
-    """Mono `samples` on every channel, as wav, flac, ogg or mp3 (libsndfile), or as AAC or Opus in any other suffix."""
+    """`samples` [S] on every channel, or [S, channels]: wav, flac, ogg or mp3, else AAC, or Opus in webm."""
     import soundfile
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    planes = samples if samples.ndim == 2 else np.tile(samples[:, None], (1, channels))
     if path.suffix in (".wav", ".flac", ".ogg", ".mp3"):
-        soundfile.write(path, np.tile(samples[:, None], (1, channels)), rate_hz)
+        soundfile.write(path, planes, rate_hz)
     else:
-        _media(path, [], samples, rate_hz, channels)
+        _media(path, [], planes, rate_hz)
     return path
 
 
@@ -60,26 +61,27 @@ def video(path: Path, frames: Iterable[Sequence[int]], samples: np.ndarray | Non
           rate_hz: int = 16_000) -> Path:
     """One plain frame for each colour of `frames` at 25 per second, with a sound where `samples` are given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _media(path, [np.full((size, 2 * size, 3), colour, np.uint8) for colour in frames], samples, rate_hz, 1)
+    _media(path, [np.full((size, 2 * size, 3), colour, np.uint8) for colour in frames],
+           None if samples is None else samples[:, None], rate_hz)
     return path
 
 
-def _media(path: Path, frames: Sequence[np.ndarray], samples: np.ndarray | None, rate_hz: int, channels: int) -> None:
+def _media(path: Path, frames: Sequence[np.ndarray], planes: np.ndarray | None, rate_hz: int) -> None:
     import av
 
     with av.open(str(path), "w") as container:
         codec = "libopus" if path.suffix == ".webm" else "aac"
-        layout = {1: "mono", 2: "stereo"}[channels]
+        layout = "stereo" if planes is not None and planes.shape[1] == 2 else "mono"
         pictures = container.add_stream("mpeg4", rate=25) if frames else None
-        voice = container.add_stream(codec, rate=rate_hz, layout=layout) if samples is not None else None
+        voice = container.add_stream(codec, rate=rate_hz, layout=layout) if planes is not None else None
         if pictures is not None:
             pictures.height, pictures.width = frames[0].shape[:2]
             for array in frames:
                 container.mux(pictures.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
             container.mux(pictures.encode(None))
-        if voice is not None and samples is not None:
+        if voice is not None and planes is not None:
             voice.bit_rate = 128_000
-            frame = av.AudioFrame.from_ndarray(np.tile(samples, (channels, 1)), format="fltp", layout=layout)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(planes.T, np.float32), format="fltp", layout=layout)
             frame.sample_rate, frame.pts, frame.time_base = rate_hz, 0, fractions.Fraction(1, rate_hz)
             to_codec = av.AudioResampler(format=voice.format, layout=layout, rate=rate_hz)
             for part in [*to_codec.resample(frame), *to_codec.resample(None)]:

@@ -1,0 +1,157 @@
+"""Evaluate a checkpoint on any data set, by the protocols of training. `--help` is instant: torch loads later.
+
+    python evaluate.py --checkpoint outputs/checkpoints/best_model.pt --datasets stamps
+    python evaluate.py --checkpoint best_model.pt --datasets manifest --split val data.manifest=own.jsonl
+
+Prints one aligned table and writes report_*.json and report_*.md to the output folder's reports/.
+Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from config import DATASETS, Config, UserError, config_from_dict
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes take one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        description=(__doc__ or "").split("\n\n", 1)[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Settings are those of the checkpoint; any key can be overridden: evaluation.batch_size=16 "
+               "report.language=en")
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pt, or any other checkpoint")
+    parser.add_argument("--datasets", nargs="+", metavar="SET",
+                        help=f"any of {', '.join(DATASETS)} (default: those of the training)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default test")
+    parser.add_argument("--data-root", metavar="DIR", default="./data", help="folder of the data sets (default ./data)")
+    parser.add_argument("--output-dir", metavar="DIR", default="./outputs", help="default ./outputs")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N samples of each set and kind, drawn by a "
+                        "fixed seed (default: all)")
+    options, rest = parser.parse_known_args(arguments)
+    given = options.datasets or []  # argparse gives it the overrides that follow it, too
+    options.datasets = [word for word in given if "=" not in word]
+    options.overrides = [word for word in given + rest if "=" in word and not word.startswith("-")]
+    if unknown := [word for word in rest if word not in options.overrides]:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    if options.limit is not None and options.limit < 2:
+        parser.error(f"--limit: {options.limit} is below 2")
+    return options
+
+
+def configuration(options: argparse.Namespace, saved: dict[str, Any]) -> Config:
+    """The configuration in the checkpoint, then flags, then overrides. The model stays as it was trained.
+
+    Raises:
+        UserError: an unknown key, value or set, or a setting of the model.
+    """
+    if changed := [word for word in options.overrides if word.startswith("model.")]:
+        raise UserError(f"{changed[0]}: the model is that of the checkpoint; only other sections can be changed")
+    flags = [f"paths.data_root={json.dumps(options.data_root)}", f"paths.output_dir={json.dumps(options.output_dir)}"]
+    if options.datasets:
+        flags.append(f"data.datasets={json.dumps(options.datasets)}")
+    return config_from_dict(saved, flags + options.overrides)
+
+
+def evaluate(options: argparse.Namespace) -> Path:
+    """Print the table, write the report; path of its Markdown file.
+
+    Raises:
+        UserError: the checkpoint, the data, the device or the output folder cannot be used.
+    """
+    import memory
+    import protocols
+    import report
+    from datasets import load_data
+    from vocabulary import Tokenizer
+
+    device = memory.choose_device(options.device)
+    model, state = _open_checkpoint(options.checkpoint)
+    config = configuration(options, state["config"])
+    precision = memory.choose_precision(device, config.training.use_amp)
+    print(f"Device: {device}; {precision.reason}")
+    folder = _reports_folder(config)
+    data = load_data(config, [options.split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
+                     concepts=state["concepts"], speakers=state["speakers"])
+    setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit)
+    figures, encoded = protocols.evaluate_split(model.to(device), data, options.split, config, setting)
+    if not figures:
+        raise UserError(f"--split {options.split}: {', '.join(config.data.datasets)} has no two samples there with two "
+                        "modalities, labels or speakers; choose another --split or other --datasets")
+    print(report.format_table(figures))
+    run = {
+        "kind": "evaluation", "command": shlex.join(["python", "evaluate.py", *options.arguments]),
+        "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
+        "model": {"size": model.config.size, "parameters": sum(p.numel() for p in model.parameters())},
+        "config": config.to_dict(), "data": data.describe(), "device": str(device), "precision": precision.reason,
+        "evaluation": {"split": options.split, "figures": figures, "facts": encoded.facts},
+    }
+    gallery = [row for modality in ("image", "audio")
+               for row in protocols.examples(encoded, data, modality, config.report.gallery_queries)]
+    return _write(folder, run, config, gallery)
+
+
+def _open_checkpoint(path: str) -> tuple[Any, dict[str, Any]]:
+    """The model and what else the file holds, after a check of its digest."""
+    import checkpoint
+    from model import load_model
+
+    try:
+        checkpoint.verify(path)
+    except checkpoint.CheckpointError as error:
+        raise UserError(str(error)) from None
+    return load_model(path)
+
+
+def _write(folder: Path, run: dict[str, Any], config: Config, gallery: list[dict[str, Any]]) -> Path:
+    import report
+
+    try:
+        _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=gallery)
+    except OSError as error:
+        raise UserError(f"{folder}: the report cannot be written ({error.strerror}); free space, or choose another "
+                        "--output-dir") from None
+    print(f"Report: {markdown}")
+    return markdown
+
+
+def _reports_folder(config: Config) -> Path:
+    """Made at once: to find out after an hour that it cannot be written helps nobody."""
+    folder = Path(config.paths.output_dir) / "reports"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
+    return folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    options.arguments = arguments
+    try:
+        evaluate(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

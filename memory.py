@@ -407,13 +407,18 @@ def choose_precision(device: torch.device, use_amp: bool) -> Precision:
         if major == 7:
             return Precision(torch.float16, True, f"fp16 with a loss scaler: {where} has no bf16")
         return Precision(None, False, f"fp32: {where} has neither fast bf16 nor fast fp16")
-    if device.type == "cpu" and _cpu_has_amx():
-        return Precision(torch.bfloat16, False, "bf16: this CPU has AMX")
-    lacking = "this CPU has no AMX" if device.type == "cpu" else f"nothing else is tested on {device.type}"
+    units = _cpu_bf16_units() if device.type == "cpu" else None
+    if units:
+        return Precision(torch.bfloat16, False, f"bf16: this CPU has {units}")
+    lacking = "this CPU has no bf16 units (AMX, AVX512_BF16)" if device.type == "cpu" else f"nothing else is tested on {device.type}"
     return Precision(None, False, f"fp32: {lacking}")
 
 
-def _cpu_has_amx() -> bool:
-    """Tile units. oneDNN's own answer is yes on every AVX-512 machine, also where bf16 is slower than fp32."""
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, so it may go
-    return bool(has_tiles and has_tiles())
+def _cpu_bf16_units() -> str | None:
+    """Name of the units that multiply bf16 in hardware. oneDNN's own answer is yes on every AVX-512 machine, also where
+    bf16 is emulated and far slower than fp32."""
+    for name, units in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512_BF16")):
+        has_units = getattr(torch.cpu, name, None)  # private, so it may go
+        if has_units and has_units():
+            return units
+    return None

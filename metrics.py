@@ -22,6 +22,7 @@ R resamples, M metrics, A groups that are resampled together.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ RECALL_AT = (1, 5, 10)
 MAP_DEPTH = 10  # mAP@10, as the DCASE retrieval task reports it
 P_TARGET = (0.05, 0.01)  # priors of the two detection costs that VoxCeleb papers report
 
-Figure = dict[str, float | int | None]
+Figure = dict[str, Any]  # numbers; None where there is no interval
 Interval = tuple[float | None, float | None]
 
 

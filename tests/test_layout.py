@@ -34,11 +34,12 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "plots": "", "report": "plots", "tracking": "",
     # runs
     "protocols": "config datasets metrics",
+    "planning": "config model datasets losses memory footprint optimization",
     "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
     "training": "config model datasets vocabulary losses metrics memory checkpoint distributed optimization tracking"
-                " report protocols runs",
+                " report protocols planning runs",
     "run_training": "config training",
-    "evaluate": "config model datasets vocabulary metrics checkpoint report protocols",
+    "evaluate": "config model datasets vocabulary metrics memory checkpoint report protocols",
     # getting data
     "sources": "", "transfer": "config", "archives": "config", "inventory": "", "local_copies": "config",
     "acquisition": "config sources transfer archives inventory local_copies",

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metrics
 from metrics import Options
@@ -68,6 +70,25 @@ def test_float32_unit_features_give_the_float64_answer():
     double = metrics.retrieval(left, right, owners, options=options)
     assert {name: f["value"] for name, f in single.items()} == {name: f["value"] for name, f in double.items()}
     assert 0.2 < double["image_to_text_R@1"]["value"] < 0.98  # neither trivial nor hopeless
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+def test_no_matrix_of_all_scores_is_held():
+    g = torch.Generator().manual_seed(0)
+    left, right, owners = torch.randn(120, 4, generator=g), torch.randn(500, 4, generator=g), torch.arange(500) % 120
+    with _Largest() as largest:
+        metrics.retrieval(left, right, owners, torch.zeros(500, dtype=torch.int64), options=Options(tile=50))
+    assert largest.numel <= max(500 * 10, 50 * 50 * 2)  # features, ranks, tiles; everything is relevant to everything
 
 
 def test_the_five_caption_rule_by_hand():

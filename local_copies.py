@@ -73,7 +73,7 @@ def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
 
 
 def _audiocaps_names(lists: Path) -> dict[str, tuple[str, str]]:
-    """Name of a sound without suffix -> (split, YOUTUBEID_START). An id has 11 characters, so no two forms are alike."""
+    """Name of a sound without suffix -> (split, YOUTUBEID_START). Ids have 11 characters: no two forms are alike."""
     known: dict[str, tuple[str, str]] = {}
     for split in ("train", "val", "test"):
         with (lists / f"{split}.csv").open(encoding="utf-8", newline="") as file:

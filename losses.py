@@ -10,7 +10,7 @@ P values of a patch, L text tokens, U distinct captions, V classes, Z depth.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +104,7 @@ def patch_error(predicted_BNP: Tensor, target_BNP: Tensor, hidden_BN: Tensor) ->
     (arXiv:2111.06377)."""
     variance, mean = torch.var_mean(target_BNP, dim=-1, keepdim=True, correction=0)
     target_BNP = (target_BNP - mean) / (variance + 1e-3).sqrt()
-    return ((predicted_BNP.float() - target_BNP).square().mean(-1) * hidden_BN).sum()
+    return ((predicted_BNP - target_BNP).square().mean(-1) * hidden_BN).sum()  # of float32 targets: float32
 
 
 def margin_logits(features_BF: Tensor, weight_VF: Tensor, labels_B: Tensor) -> Tensor:
@@ -139,13 +139,17 @@ class Step:
     mask_id: int = 103
     num_concepts: int = 0
     detached: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    every_row: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, modality: str) -> int:
         return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
 
     def parts(self, modality: str) -> tuple[Tensor, ...]:
         """Row indices of this tower's micro-batches, on the host."""
-        return torch.arange(self.rows(modality)).split(self.micro_batch[modality])
+        everything = self.every_row.setdefault(modality, torch.arange(self.rows(modality)))
+        size = self.micro_batch[modality]
+        return (everything,) if len(everything) <= size else everything.split(size)
 
     def to_device(self, value: Tensor) -> Tensor:
         return value.to(self.device, non_blocking=True)
@@ -153,8 +157,26 @@ class Step:
     def to_host(self, value: Tensor) -> Tensor:
         return value.cpu()
 
+    @property
+    def is_whole(self) -> bool:
+        """The whole batch is one micro-batch for each tower: encoded once, whatever the number of objectives."""
+        return self.train and len(self.parts("fusion")) == 1 and all(
+            len(self.parts(name)) == 1 for name in self.batch.inputs)
+
     def encode(self, modality: str, rows: Tensor, *, hide: bool = False) -> Any:
-        """Tokens of some rows of the batch. `hide` keeps patches by the stage's share even in evaluation."""
+        """Tokens of some rows of the batch. `hide` keeps patches by the stage's share even in evaluation.
+
+        Tokens of the same rows are always the same, since nothing is drawn here; so where memory holds the whole batch
+        they are kept for the step's other objectives.
+        """
+        if not (self.is_whole and torch.is_grad_enabled()):
+            return self._encode(modality, rows, hide)
+        everything = self.parts(modality)[0]
+        if modality not in self.tokens:
+            self.tokens[modality] = self._encode(modality, everything, hide)
+        return self.tokens[modality] if rows is everything else pick(self.tokens[modality], self.to_device(rows))
+
+    def _encode(self, modality: str, rows: Tensor, hide: bool) -> Any:
         encoder, noise = getattr(self.model, modality), self.batch.noise
         keep = self.keep.get(modality, 1.0) if self.train or hide else 1.0
         if modality == "text":
@@ -236,6 +258,26 @@ def kept_patches(uniform_BN: Tensor, counts_B: Tensor | None, keep: float) -> tu
     return order_BN[:, :K], torch.arange(K) < kept_B[:, None]
 
 
+def accumulate(step: Step, terms: Iterable[Term],
+               backward: Callable[[Tensor], None]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of all terms and of each part. `backward` is called on each term, whose graph is then freed; once, on their
+    sum, where the objectives share the tokens of the whole batch."""
+    total = torch.zeros((), device=step.device)
+    shared: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+    for loss, parts in terms:
+        if step.is_whole:
+            shared.append(loss)
+        else:
+            backward(loss)
+        total += loss.detach()
+        for name, value in parts.items():
+            sums[name] = sums[name] + value if name in sums else value
+    if shared:
+        backward(torch.stack(shared).sum())
+    return total, sums
+
+
 # ---- objectives --------------------------------------------------------------------------------------------------
 
 
@@ -300,9 +342,9 @@ class Matching(Objective):
         first = step.to_device(first_keys(step, self.inputs))
         uniform = step.to_device(step.batch.noise["path"])
         keys, some = hard_negatives(query, key, scale, positives.of_samples, uniform[:, HARD_KEY_COLUMN])
-        queries, _ = hard_negatives(key[first], query, scale, lambda rows: positives.of_captions(first[rows]),
-                                    uniform[:, HARD_QUERY_COLUMN])
-        return step.to_host(keys), step.to_host(queries), step.to_host(some)
+        queries, also = hard_negatives(key[first], query, scale, lambda rows: positives.of_captions(first[rows]),
+                                       uniform[:, HARD_QUERY_COLUMN])
+        return step.to_host(keys), step.to_host(queries), step.to_host(some & also)
 
     def terms(self, step: Step) -> Iterator[Term]:
         keys, queries, some = self._negatives(step)
@@ -312,7 +354,7 @@ class Matching(Objective):
             n = len(rows)
             target = step.to_device(torch.cat([torch.ones(n), torch.zeros(2 * n)]))
             weight = step.to_device(torch.cat([torch.ones(n), some[rows].float(), some[rows].float()]))
-            loss = (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).sum()
+            loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight, reduction="sum")
             right = ((logits > 0) == (target > 0.5)).float().sum()
             yield loss, {"matching": loss.detach(), "matching_accuracy": right.detach()}
 
@@ -339,7 +381,7 @@ def first_keys(step: Step, inputs: Sequence[str]) -> Tensor:
 
 def pick(tokens: Any, rows: Tensor) -> Any:
     """The same Tokens, of some rows."""
-    return type(tokens)(*(None if part is None else part[rows] for part in tokens))
+    return type(tokens)(*(None if part is None else part.index_select(0, rows) for part in tokens))
 
 
 class Concepts(Objective):
@@ -353,7 +395,7 @@ class Concepts(Objective):
         for rows in step.parts("fusion"):
             with step.autocast():
                 logits_BV = step.model.fuse(self._given(step, rows))[2]
-            target_BV = step.to_device(step.batch.concepts[rows]).float()
+            target_BV = step.to_device(step.batch.concepts[rows]).to(logits_BV.dtype)
             used = step.num_concepts
             loss = F.binary_cross_entropy_with_logits(logits_BV[:, :used], target_BV[:, :used], reduction="sum")
             yield loss, {"concepts": loss.detach()}
@@ -408,7 +450,7 @@ class Masked(Objective):
             target, valid = encoder.patches(media, *lengths)
             predicted, seen = self.heads[name](tokens_BKD, kept, kept_valid, encoder.positions(media), valid)
         hidden = ~seen if valid is None else ~seen & valid
-        return patch_error(predicted, target.float(), hidden)
+        return patch_error(predicted, target, hidden)
 
     def _words(self, step: Step, rows: Tensor) -> Tensor:
         batch = step.batch
@@ -420,7 +462,8 @@ class Masked(Objective):
             states_BLD, _ = step.model.text(shown, step.to_device(batch.attention_mask[rows]))
             words_MR = self.heads["text"](states_BLD[at[:, 0], at[:, 1]])
             logits_MV = words_MR @ step.model.text.words.weight.T
-        return F.cross_entropy(logits_MV.float(), ids[at[:, 0], at[:, 1]], reduction="sum")
+        logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+        return F.cross_entropy(logits_MV, ids[at[:, 0], at[:, 1]], reduction="sum")
 
 
 def hidden_words(batch: Any) -> Tensor:

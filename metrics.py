@@ -33,7 +33,7 @@ MAP_DEPTH = 10  # mAP@10, as the DCASE retrieval task reports it
 P_TARGET = (0.05, 0.01)  # priors of the two detection costs that VoxCeleb papers report
 
 Figure = dict[str, Any]  # numbers; None where there is no interval
-Interval = tuple[float | None, float | None]
+Interval = tuple[Any, Any]  # two floats, or None and None without resamples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,11 +58,20 @@ def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | No
         some_B = valid_BK.any(1)
         mask_B11K = (valid_BK | ~some_B[:, None])[:, None, None, :]  # no softmax over nothing
     if chunk == "auto" and _has_fused_kernel(q_BHQE, k_BHKE, v_BHKE, mask_B11K):
-        out_BHQE = F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
+        out_BHQE = _fused_attention(q_BHQE, k_BHKE, v_BHKE, mask_B11K)
     else:
         size = 128 if chunk == "auto" else int(chunk)
         out_BHQE = torch.cat([_attend_chunk(q, k_BHKE, v_BHKE, mask_B11K) for q in q_BHQE.split(size, dim=2)], dim=2)
     return out_BHQE if valid_BK is None else out_BHQE * some_B[:, None, None, None]
+
+
+def _fused_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
+    if q_BHQE.device.type != "cpu" or q_BHQE.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
+    # the CPU kernel is several times slower in bf16 than in fp32 (benchmarks/attention_memory.py), casts included
+    with torch.autocast("cpu", enabled=False):
+        out_BHQE = F.scaled_dot_product_attention(q_BHQE.float(), k_BHKE.float(), v_BHKE.float(), attn_mask=mask_B11K)
+    return out_BHQE.to(torch.bfloat16)
 
 
 def _attend_chunk(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
@@ -420,12 +429,13 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         config = config_from_dict({"model": state["config"]["model"]}).model
+        weights = state.pop("model_state_dict")
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:
-        raise UserError(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0][:120]})") from None
+    except Exception as error:  # repr: one line, and some errors have no message
+        raise UserError(f"{path}: not a checkpoint of this project ({repr(error)[:150]})") from None
     model = TriModalModel(config)
-    model.load_state_dict(state.pop("model_state_dict"))
+    model.load_state_dict(weights)
     return model.to(device).eval(), state
 
 

@@ -62,12 +62,11 @@ class Optimizer:
         with_gradient = [p for p in self.parameters if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(with_gradient, self.clip)
         finite = norm.isfinite()
+        # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
+        self.adamw.grad_scale, self.adamw.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        self.adamw.step()
         if self.scaler is not None:
-            self.scaler.step(self.adamw)
             self.scaler.update()
-        else:
-            self.adamw.grad_scale, self.adamw.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-            self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm, finite
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 import footprint
 import losses
 import memory
-from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
+from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig, UserError
 from datasets import Batch
 from footprint import Usage
 from losses import OBJECTIVES, Positives, Step
 from memory import GIB, MicroBatch, Plan
 from model import TriModalModel
-from optimization import Optimizer
+from optimization import MovingAverage, Optimizer
 
 PARTS = 3
 VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound, before their lists are read
@@ -87,6 +87,10 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
 def step_usage(config: Config, row: StageConfig, task: TaskConfig, micro_batch: MicroBatch,
                amp: torch.dtype | None, num_speakers: int) -> Usage:
     """Bytes at the peak of two optimizer steps of one task on fake tensors."""
+    def backward(loss: Tensor) -> None:
+        with footprint.phase("loss"):
+            optimizer.backward(loss)
+
     with footprint.tracing() as tracker:
         model = TriModalModel(config.model)
         objectives = nn.ModuleDict({name: OBJECTIVES[name](model, task.inputs, num_speakers)
@@ -95,7 +99,9 @@ def step_usage(config: Config, row: StageConfig, task: TaskConfig, micro_batch: 
         tracker.watch(both.parameters())
         optimizer = Optimizer(both, config.training.weight_decay, config.training.grad_clip_norm, None)
         optimizer.allocate()
-        tracker.mark("optimizer", [list(state.values()) for state in optimizer.adamw.state.values()])
+        average = MovingAverage(model, config.training.ema_decay) if config.training.ema_decay else None
+        tracker.mark("optimizer", [list(state.values()) for state in optimizer.adamw.state.values()],
+                     average.values if average else [])
         batch = largest_batch(config, row, task)
         tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, Tensor)], batch.noise)
         for _ in range(2):
@@ -104,11 +110,11 @@ def step_usage(config: Config, row: StageConfig, task: TaskConfig, micro_batch: 
                 autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
                 keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
                 num_concepts=config.model.num_classes)
-            for name in (known for known in OBJECTIVES if known in task.objectives):
-                for loss, _ in objectives[name].terms(step):  # type: ignore[operator]
-                    with footprint.phase("loss"):
-                        optimizer.backward(loss)
+            names = [known for known in OBJECTIVES if known in task.objectives]
+            losses.accumulate(step, (term for name in names for term in objectives[name].terms(step)), backward)  # type: ignore[operator]
             optimizer.step(1e-4)
+            if average:
+                average.update(model.parameters())
     return tracker.usage()
 
 
@@ -132,7 +138,10 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], de
 
         pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
         plan = memory.plan_micro_batches(run_step, TOWERS, int(config.budget_gb * GIB), upper, device, pinned)
-        memory.write_plan(folder, key, plan)
+        try:
+            memory.write_plan(folder, key, plan)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
     return plan
 
 

@@ -94,7 +94,8 @@ def _decode_chunk(kind: Kind, items: Sequence[Item], side: int) -> list[np.ndarr
     return found
 
 
-def _decode_all(kind: Kind, items: Sequence[Item], side: int, processes: int) -> Generator[np.ndarray | str, None, None]:
+def _decode_all(kind: Kind, items: Sequence[Item], side: int,
+                processes: int) -> Generator[np.ndarray | str, None, None]:
     """All of `items` in order, decoded by `processes`, which run only a few chunks ahead: that bounds the memory."""
     chunks = [items[i:i + CHUNK] for i in range(0, len(items), CHUNK)]
     if processes < 2 or len(items) <= FEW:

@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 the run could not go on, 2 a mistake in what was asked for
 """
 
 import argparse
+import errno
 import json
 import sys
 from pathlib import Path
@@ -88,6 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or config.paths.output_dir}: {error.strerror}; free space, then go on with "
+              "--resume auto", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`

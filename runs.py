@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import shlex
 import shutil
 import sys
@@ -17,13 +19,13 @@ import memory
 import model as model_module
 import protocols
 import report
-from checkpoint import CheckpointError, describe_mismatch, find_latest, load, plain, rotate
+from checkpoint import CheckpointError, describe_mismatch, find_latest, load, plain, remove_leftovers, rotate
 from checkpoint import save as save_file
 from config import Config, UserError
 from datasets import Data, load_data
 from model import TriModalModel
 from tracking import Tracker, read_records
-from vocabulary import load_word_table
+from vocabulary import Tokenizer, load_word_table
 
 KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
 
@@ -43,11 +45,12 @@ class Options:
 
 @dataclass
 class Progress:
-    """Where a run is: whole epochs done over all stages, optimizer steps since its start and in this stage."""
+    """Where a run is: whole epochs done over all stages, steps since its start, steps and time in this stage."""
 
     epoch: int = 0
     step: int = 0
     stage_step: int = 0
+    stage_s: float = 0.0
 
 
 @dataclass
@@ -72,64 +75,131 @@ class Run:
         return torch.autocast(self.device.type, self.precision.dtype)
 
 
+# ---- stages and epochs ----------------------------------------------------------------------------------------------
+
+
+def stage_epochs(config: Config) -> list[int]:
+    """Epochs of each stage: `training.epochs` by `share`, at least one each where there are enough, rest by largest
+    remainder (a tie goes to the later stage)."""
+    total, shares = config.training.epochs, [stage.share for stage in config.stages]
+    wanted = [total * share / sum(shares) for share in shares]
+    least = 1 if total >= len(shares) else 0
+    given = [max(least, int(w)) for w in wanted]
+    while sum(given) != total:
+        behind = [w - g for w, g in zip(wanted, given, strict=True)]
+        if sum(given) < total:
+            given[max(range(len(given)), key=lambda i: (behind[i], i))] += 1
+        else:
+            able = [i for i in range(len(given)) if given[i] > least]
+            given[min(able, key=lambda i: behind[i])] -= 1
+    return given
+
+
+def _check_stage(config: Config, state: dict[str, Any]) -> None:
+    """Raises UserError where the last epoch of a checkpoint belongs to another stage than it was trained in."""
+    epoch, total, ends = state["progress"]["epoch"], config.training.epochs, itertools.accumulate(stage_epochs(config))
+    now = next((row.name for row, end in zip(config.stages, ends, strict=True) if epoch <= end), "no stage")
+    if now != state["stage"]:
+        raise UserError(f"--resume: the checkpoint's epoch {epoch} belongs to stage {state['stage']}, but to {now} of "
+                        f"training.epochs={total}; resume with the epochs and stages it was trained with "
+                        f"(--epochs {state['config']['training']['epochs']}), or start anew in another --output-dir")
+
+
 # ---- opening -----------------------------------------------------------------------------------------------------
 
 
-def open_run(config: Config, options: Options) -> tuple[Run, dict[str, Any] | None]:
-    """Folder, device, data, model and logs of a run, and the checkpoint that it goes on from, if any.
+def find_state(config: Config, options: Options) -> dict[str, Any] | None:
+    """The checkpoint that `options` ask to go on from, with its run's `best` so far; None: a fresh start.
 
     Raises:
-        UserError: the folder is in use or cannot be written; no such device, data, or checkpoint.
+        UserError: no such checkpoint, or none that training can go on from with this configuration.
+    """
+    if options.resume is None:
+        return None
+    if options.overwrite:
+        raise UserError("--overwrite deletes the run that --resume would go on with; give one of them")
+    auto = options.resume == "auto"
+    path = find_latest(Path(config.paths.output_dir) / "checkpoints") if auto else Path(options.resume)
+    if path is None:
+        return None
+    if auto:
+        print(f"Going on from {path}")
+    try:
+        state = load(path)
+    except CheckpointError as error:
+        raise UserError(f"--resume: {error}") from None
+    if "progress" not in state or "stage_state" not in state:
+        raise UserError(f"--resume: {path}: holds weights only, training cannot go on from it; "
+                        "give a checkpoint_epoch_*.pt")
+    _check_stage(config, state)
+    return state | {"best": _best_beside(path, state["progress"]["epoch"])}
+
+
+def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
+    """What best_model.pt in the checkpoint's folder holds, if it was known by then: a later one will be found anew."""
+    try:
+        state = load(path.with_name("best_model.pt"))
+    except CheckpointError:
+        return {}
+    if state["epoch"] > epoch:
+        return {}
+    return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")}
+
+
+def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None:
+    """The report of a run whose epochs are all done; None while there is something left to do."""
+    if state is None or state["progress"]["epoch"] < config.training.epochs:
+        return None
+    folder = Path(config.paths.output_dir)
+    made = [folder / "reports" / record["file"] for record in read_records(folder / "logs" / "metrics.jsonl")
+            if record["kind"] == "report"]
+    return next((path for path in reversed(made) if path.is_file()), None)
+
+
+def open_run(config: Config, options: Options, state: dict[str, Any] | None) -> Run:
+    """Folder, device, data, model and logs of a run, fresh or as `state` left it.
+
+    Raises:
+        UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
     """
     folder = Path(config.paths.output_dir)
-    state = _find_state(folder, options)
     device = memory.choose_device(options.device)
     precision = memory.choose_precision(device, config.training.use_amp)
-    _prepare_folder(folder, options, state)
+    _prepare_folder(folder, options)
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
-    data = load_data(config)
+    data = _load_data(config, state)
     model = build_model(config, data, state).to(device)
+    if options.overwrite:
+        _delete_run(folder)  # not before all that could fail has been tried
+    remove_leftovers(folder / "checkpoints")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True),
                                         encoding="utf-8")
     progress = Progress(**state["progress"]) if state else Progress()
-    tracker = Tracker(folder / "logs", progress.step if state else None)
+    tracker = Tracker(folder / "logs", progress.step)
     run = Run(config, folder, device, precision, data, model, tracker, progress=progress)
     if state:
-        run.best = _best_on_disk(folder)
+        run.best = state["best"]
         tracker.event(f"Resumed after epoch {progress.epoch} (step {progress.step})", progress.step)
-    return run, state
+    return run
 
 
-def _find_state(folder: Path, options: Options) -> dict[str, Any] | None:
-    if options.resume is None:
-        return None
-    if options.resume != "auto":
-        try:
-            state = load(options.resume)
-        except CheckpointError as error:
-            raise UserError(f"--resume: {error}") from None
-        if "progress" not in state or "stage_state" not in state:
-            raise UserError(f"{options.resume}: holds weights only, training cannot go on from it; "
-                            "give a checkpoint_epoch_*.pt")
-        return state
-    latest = find_latest(folder / "checkpoints")
-    if latest is None:
-        return None
-    print(f"Going on from {latest}")
-    return load(latest)
+def _load_data(config: Config, state: Mapping[str, Any] | None) -> Data:
+    """A resumed run keeps the numbers of its words, concepts and speakers, whatever has come to its data since."""
+    if state is None:
+        return load_data(config)
+    return load_data(config, tokenizer=Tokenizer.from_json(state["tokenizer"]), concepts=state["concepts"],
+                     speakers=state["speakers"])
 
 
-def _prepare_folder(folder: Path, options: Options, state: dict[str, Any] | None) -> None:
+def _prepare_folder(folder: Path, options: Options) -> None:
     """Make the folder's three parts; refuse one in use unless it is resumed or thrown away."""
-    used = [path for path in (folder / "checkpoints", folder / "logs") if path.is_dir() and any(path.iterdir())]
-    if used and options.overwrite:
-        for path in used:
-            shutil.rmtree(path)
-    elif used and state is None and options.resume is None:
-        raise UserError(f"{folder}: holds an earlier run ({', '.join(p.name for p in used)}/). Continue it with "
-                        "--resume auto, delete it with --overwrite, or choose another --output-dir")
+    used = [part for part in ("checkpoints", "logs/metrics.jsonl") if any(folder.glob(f"{part}/*"))
+            or (folder / part).is_file()]
+    if used and not options.overwrite and options.resume is None:
+        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
+                        "it with --overwrite, or choose another --output-dir")
     try:
         for name in ("checkpoints", "logs", "reports"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -138,6 +208,14 @@ def _prepare_folder(folder: Path, options: Options, state: dict[str, Any] | None
         probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
+
+
+def _delete_run(folder: Path) -> None:
+    """Checkpoints and logs of an earlier run; what this one has found out about its files stays."""
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+    shutil.rmtree(folder / "logs" / "tensorboard", ignore_errors=True)
+    (folder / "logs" / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> TriModalModel:
@@ -169,8 +247,9 @@ def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> 
 
 def remember_best(run: Run, stage: str, loss: float) -> bool:
     """Keep these weights on the host if their validation loss is the lowest of the stage; later stages start anew."""
-    if run.best and run.best["stage"] == stage and not loss < run.best["loss"]:
-        return False
+    before = run.best["loss"] if run.best and run.best["stage"] == stage else math.nan
+    if loss >= before or (math.isnan(loss) and not math.isnan(before)):
+        return False  # without validation samples all losses are NaN: then the newest weights are taken
     run.best = {"stage": stage, "epoch": run.progress.epoch, "loss": loss,
                 "model_state_dict": plain(run.model.state_dict(), copy=True)}
     return True
@@ -190,35 +269,30 @@ def description(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run, stage: str, stage_state: Mapping[str, Any]) -> None:
-    """checkpoint_epoch_N.pt with all that training needs to go on, and best_model.pt; deletes what has been outlived.
+    """best_model.pt, then checkpoint_epoch_N.pt with all that training needs to go on; deletes what has been outlived.
 
-    A disk that is full costs this checkpoint, not the run: earlier files stay whole, and the run says so.
+    In this order a kill between them loses nothing: the epoch is redone and finds the same best weights. A disk that
+    is full costs this checkpoint, not the run: earlier files stay whole, and the run says so.
     """
     folder = run.folder / "checkpoints"
     progress = run.progress
     common = {**description(run), "progress": vars(progress).copy(), "stage": stage}
     best = {**common, **run.best}
     try:
+        save_file(best, folder / "best_model.pt")
         save_file({**common, "model_state_dict": run.model.state_dict(), "stage_state": stage_state,
                    "micro_batch": run.micro_batch}, folder / f"checkpoint_epoch_{progress.epoch}.pt")
-        save_file(best, folder / "best_model.pt")
     except CheckpointError as error:
         run.tracker.event(f"Not saved after epoch {progress.epoch}: {error}", progress.step)
         return
+    for later in range(progress.epoch + 1, run.config.training.epochs + 1):  # of a run that went on from before them
+        (folder / f"checkpoint_epoch_{later}.pt").unlink(missing_ok=True)
     rotate(folder, run.config.training.keep_checkpoints, KEEP_EVERY)
 
 
 def last_checkpoint(run: Run) -> str:
     """Name of the newest whole checkpoint of this run, or "none yet"."""
     return str(find_latest(run.folder / "checkpoints", say=run.tracker.say) or "none yet")
-
-
-def _best_on_disk(folder: Path) -> dict[str, Any]:
-    try:
-        state = load(folder / "checkpoints" / "best_model.pt")
-    except CheckpointError:
-        return {}
-    return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")}
 
 
 # ---- evaluating and reporting --------------------------------------------------------------------------------------
@@ -248,7 +322,11 @@ def show_examples(run: Run) -> None:
 
 
 def finish(run: Run) -> Path:
-    """Evaluate the best weights on the test split, save final_model.pt, write the report; path of its Markdown."""
+    """Evaluate the best weights on the test split, save final_model.pt, write the report; path of its Markdown.
+
+    Raises:
+        UserError: the disk is full, or the test data are broken.
+    """
     if run.best:
         run.model.load_state_dict(run.best["model_state_dict"])
     run.model.to(run.device).eval()
@@ -258,8 +336,6 @@ def finish(run: Run) -> Path:
     count = run.config.report.gallery_queries
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
-    save_file({**description(run), **run.best, "progress": vars(run.progress).copy()},
-              run.folder / "checkpoints" / "final_model.pt")
     facts = {
         "kind": "training", "command": shlex.join(["python", *sys.argv]),
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
@@ -269,7 +345,13 @@ def finish(run: Run) -> Path:
         "precision": run.precision.reason, "predicted_gib": run.predicted_gib,
         "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
     }
-    _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
-                                      language=run.config.report.language, gallery=gallery)
+    try:
+        save_file({**description(run), **run.best, "progress": vars(run.progress).copy()},
+                  run.folder / "checkpoints" / "final_model.pt")
+        _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
+                                          language=run.config.report.language, gallery=gallery)
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"{error}; training is done: mend this, then --resume auto evaluates and reports") from None
+    run.tracker.record({"kind": "report", "step": run.progress.step, "file": markdown.name})
     run.tracker.say(f"Report: {markdown}")
     return markdown

@@ -91,6 +91,10 @@ class Strings:
         """Bytes of each string, int64 [n]."""
         return np.diff(self.offsets)
 
+    def hashed(self) -> tuple[np.ndarray, ...]:
+        """Arrays that are equal for equal strings."""
+        return self.offsets, self.buffer
+
     def select(self, indices: np.ndarray) -> "Strings":
         positions, offsets = ragged_take(self.offsets, indices)
         return Strings(self.buffer[positions], offsets)
@@ -119,6 +123,13 @@ class Names:
 
     def __getitem__(self, index: int) -> str:
         return self.names[self.codes[index]]
+
+    def hashed(self) -> tuple[np.ndarray, ...]:
+        """Arrays that are equal for equal strings, whatever codes stand for them."""
+        used = sorted({self.names[code] for code in np.unique(self.codes)})
+        places = {name: place for place, name in enumerate(used)}
+        recoded = np.array([places.get(name, -1) for name in self.names], np.int32)
+        return *Strings.pack(used).hashed(), recoded[self.codes]
 
     def select(self, indices: np.ndarray) -> "Names":
         return Names(self.codes[indices], self.names)
@@ -242,17 +253,13 @@ class SampleTable:
     def digest(self) -> str:
         """SHA-256 over every column in order, file names without their folders: the same wherever the data lies."""
         state = hashlib.sha256()
-        for name in (f.name for f in fields(self)):
-            column = getattr(self, name)
-            if isinstance(column, np.ndarray):
-                state.update(np.ascontiguousarray(column).tobytes())
-                continue
-            texts = [column[i] for i in range(len(column))]
-            if name in ("images", "audio"):
-                texts = [text.rsplit("/", 1)[-1].rsplit("\\", 1)[-1] for text in texts]
-            packed = Strings.pack(texts)
-            state.update(packed.offsets.tobytes())
-            state.update(packed.buffer.tobytes())
+        for f in fields(self):
+            column = getattr(self, f.name)
+            if f.name in ("images", "audio"):
+                texts = (column[i] for i in range(len(column)))
+                column = Strings.pack(text.rsplit("/", 1)[-1].rsplit("\\", 1)[-1] for text in texts)
+            for part in [column] if isinstance(column, np.ndarray) else column.hashed():
+                state.update(np.ascontiguousarray(part).tobytes())
         return state.hexdigest()
 
     def with_split(self, split: str) -> "SampleTable":

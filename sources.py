@@ -214,11 +214,11 @@ _AUDIOCAPS_HF = HF_HOST + "/datasets/OpenSound/AudioCaps/resolve/b29b3243d6ce49c
 AUDIOCAPS_SOUNDS_BYTES = 41 * GB  # all 473 shards; the sounds are FLAC, so they unpack to about as much
 
 
-def _audiocaps_list(folder: str, split: str, subset: str, size: int, sha256: str, md5: str, lines: int) -> Item:
-    name = f"{folder}/{split}.csv"
+def _audiocaps_list(name: str, size: int, sha256: str, md5: str, lines: int) -> Item:
     file = File(name=name, urls=(("official", f"{_AUDIOCAPS_RAW}/{name}"),), size=size, sha256=sha256, md5=md5,
                 lines=lines)
-    return Item(name=name, kind="plain", into=name, files=(file,), subset=subset, unpacked=size)
+    return Item(name=name, kind="plain", into=name, files=(file,), subset="v1" if name.startswith("dataset/") else "v2",
+                unpacked=size)
 
 
 def _audiocaps_shards(ours: str, theirs: str, number: int) -> Iterable[Item]:
@@ -239,20 +239,20 @@ AUDIOCAPS = Source(
     note="the sounds are those that still exist: about 92 % of train and 883 of 975 test clips in the pinned mirror; "
          "the complete set is granted by hand at https://forms.gle/2wF54Y1Ft2LtPdhW8 (then --local FOLDER)",
     items=(
-        _audiocaps_list("dataset", "train", "v1", 3_576_723,
+        _audiocaps_list("dataset/train.csv", 3_576_723,
                         "c0c5223db682b3bf724ce7e7ce58d5b36929f74572e8526a7211f92d2eef7c8e",
                         "be909c34c4aa154f53acab960a1e998b", 49_838),
-        _audiocaps_list("dataset", "val", "v1", 171_918,
+        _audiocaps_list("dataset/val.csv", 171_918,
                         "dab1c96641d5f3053ddb99dca3949450da9a75737bda53e11cc0aa8b102be0c3",
                         "29adf3a58afc406fa3a9bd785e20db51", 2_475),
-        _audiocaps_list("dataset", "test", "v1", 402_246,
+        _audiocaps_list("dataset/test.csv", 402_246,
                         "b91c4b7ded2f4f6e7db5b9c4983dc1e1dca3d556f505b61e3fd65cac7e1c638a",
                         "9775aec3f52037d12cacda132dd5316d", 4_875),
-        _audiocaps_list("dataset2.0", "train", "v2", 0, "", "", 91_256),
-        _audiocaps_list("dataset2.0", "val", "v2", 169_508,
+        _audiocaps_list("dataset2.0/train.csv", 0, "", "", 91_256),
+        _audiocaps_list("dataset2.0/val.csv", 169_508,
                         "dfdd0f83c70fb818fbb86dcba42754abfb97f7774d811fff91a1c89d84d868c5",
                         "b319beea34769896c80399b14befdf8a", 2_475),
-        _audiocaps_list("dataset2.0", "test", "v2", 397_498,
+        _audiocaps_list("dataset2.0/test.csv", 397_498,
                         "365c8a8a71c9070a8d5dba5dd44f3a781f906632a49cb82b38bebaaa8f3c5ccb",
                         "11f06bd97a512e62d7907d724c76e7c3", 4_875),
         *_audiocaps_shards("test", "test", 41),
@@ -272,11 +272,13 @@ def _vox(generation: int, name: str, size: int = 0, md5: str = "", sha256: str =
         ("official", _VOX_KEYED + name), ("hf", f"{_VOX_HF}/vox{generation}/{name}")))
 
 
-def _vox_list(name: str, folder: str, *, urls: tuple[tuple[str, str], ...] = (), md5: str = "", sha256: str = "",
-              size: int = 0, lines: int = 0, also_good: tuple[str, ...] = (), subset: str = "vox1") -> Item:
-    file = File(name=name, urls=urls or (("official", _VOX_LISTS + name),), md5=md5, sha256=sha256, size=size,
-                lines=lines, also_good=also_good)
-    return Item(name=name, kind="plain", into=f"{folder}/{name}", files=(file,), subset=subset, unpacked=size)
+def _vox_list(file: File, generation: int = 1, subset: str = "vox1") -> Item:
+    return Item(name=file.name, kind="plain", into=f"voxceleb{generation}/{file.name}", files=(file,), subset=subset,
+                unpacked=file.size)
+
+
+def _vox_trials(name: str, lines: int, md5: str = "") -> File:
+    return File(name=name, urls=(("official", _VOX_LISTS + name),), lines=lines, md5=md5)
 
 
 _VOX1_PARTS = (
@@ -306,27 +308,25 @@ VOXCELEB = Source(
          "255 GB of video. --mirror hf is a third party's copy with the official digests: its lawfulness is yours "
          "to judge",
     items=(
-        _vox_list("vox1_meta.csv", "voxceleb1", lines=1_251,
-                  sha256="48bcb2f0024cae5d4ccf37e4480f686afb1161c5793a2a9a4c670c0e8dab0892",
-                  also_good=("md5:f5067cae5157ca27904c4b0a926e2661",),
-                  urls=(("hf", f"{_VOX_HF}/vox1/vox1_meta.csv"),
-                        ("official", "https://www.openslr.org/resources/49/vox1_meta.csv"),
-                        ("official", "https://mm.kaist.ac.kr/datasets/voxceleb/meta/vox1_meta.csv"))),
-        _vox_list("iden_split.txt", "voxceleb1", lines=153_516),
-        _vox_list("veri_test.txt", "voxceleb1", size=2_338_640, lines=37_720,
-                  md5="29fc7cc1c5d59f0816dc15d6e8be60f7",
-                  sha256="303b2b657042a27bf465d4c8aa84e12765373cdc01046665241ccd5783bd5976",
-                  urls=(("official", _VOX_LISTS + "veri_test.txt"),  # OpenSLR's "v2" is this list, not the cleaned one
-                        ("official", "https://www.openslr.org/resources/49/voxceleb1_test_v2.txt"))),
-        _vox_list("veri_test2.txt", "voxceleb1", md5="b73110731c9223c1461fe49cb48dddfc", lines=37_611),
-        _vox_list("list_test_hard.txt", "voxceleb1", md5="21c341b6b2168eea2634df0fb4b8fff1", lines=552_536,
-                  subset="vox1-trials"),
-        _vox_list("list_test_hard2.txt", "voxceleb1", md5="857790e09d579a68eb2e339a090343c8", lines=550_894,
-                  subset="vox1-trials"),
-        _vox_list("list_test_all.txt", "voxceleb1", md5="b9ecf7aa49d4b656aa927a8092844e4a", lines=581_480,
-                  subset="vox1-trials"),
-        _vox_list("list_test_all2.txt", "voxceleb1", md5="a53e059deb562ffcfc092bf5d90d9f3a", lines=579_818,
-                  subset="vox1-trials"),
+        _vox_list(File(
+            name="vox1_meta.csv", lines=1_251,
+            sha256="48bcb2f0024cae5d4ccf37e4480f686afb1161c5793a2a9a4c670c0e8dab0892",
+            also_good=("md5:f5067cae5157ca27904c4b0a926e2661",),
+            urls=(("hf", f"{_VOX_HF}/vox1/vox1_meta.csv"),
+                  ("official", "https://www.openslr.org/resources/49/vox1_meta.csv"),
+                  ("official", "https://mm.kaist.ac.kr/datasets/voxceleb/meta/vox1_meta.csv")))),
+        _vox_list(_vox_trials("iden_split.txt", 153_516)),
+        _vox_list(File(
+            name="veri_test.txt", size=2_338_640, lines=37_720, md5="29fc7cc1c5d59f0816dc15d6e8be60f7",
+            sha256="303b2b657042a27bf465d4c8aa84e12765373cdc01046665241ccd5783bd5976",
+            urls=(("official", _VOX_LISTS + "veri_test.txt"),  # OpenSLR's "v2" is this list, not the cleaned one
+                  ("official", "https://www.openslr.org/resources/49/voxceleb1_test_v2.txt")))),
+        _vox_list(_vox_trials("veri_test2.txt", 37_611, "b73110731c9223c1461fe49cb48dddfc")),
+        *(_vox_list(_vox_trials(name, lines, md5), subset="vox1-trials") for name, lines, md5 in (
+            ("list_test_hard.txt", 552_536, "21c341b6b2168eea2634df0fb4b8fff1"),
+            ("list_test_hard2.txt", 550_894, "857790e09d579a68eb2e339a090343c8"),
+            ("list_test_all.txt", 581_480, "b9ecf7aa49d4b656aa927a8092844e4a"),
+            ("list_test_all2.txt", 579_818, "a53e059deb562ffcfc092bf5d90d9f3a"))),
         Item(name="vox1_test_wav.zip", kind="zip", into="voxceleb1", subset="vox1", unpacked=1_100_000_000,
              files=(_vox(1, "vox1_test_wav.zip", 1_072_793_438, "185fdc63c3c739954633d50379a3d102",
                          "8de57f347fe22b2c24526e9f444f689ecf5096fc2a92018cf420ff6b5b15eaea"),),
@@ -335,10 +335,11 @@ VOXCELEB = Source(
              whole_md5="ae63e55b951748cc486645f532ba230b",
              files=tuple(_vox(1, f"vox1_dev_wav_part{part}", 0, md5, sha) for part, md5, sha in _VOX1_PARTS),
              counts=(Count(folder="voxceleb1/wav", suffix=".wav", number=148_642),)),
-        _vox_list("vox2_meta.csv", "voxceleb2", size=159_126, subset="vox2-aac", lines=6_114,
-                  sha256="9a4f437fcf78b8030e597941703ab82a4d1af314f6eba3952afafe8a3664bd1b",
-                  urls=(("hf", f"{_VOX_HF}/vox2/vox2_meta.csv"),
-                        ("official", "https://mm.kaist.ac.kr/datasets/voxceleb/meta/vox2_meta.csv"))),
+        _vox_list(File(
+            name="vox2_meta.csv", size=159_126, lines=6_114,
+            sha256="9a4f437fcf78b8030e597941703ab82a4d1af314f6eba3952afafe8a3664bd1b",
+            urls=(("hf", f"{_VOX_HF}/vox2/vox2_meta.csv"),
+                  ("official", "https://mm.kaist.ac.kr/datasets/voxceleb/meta/vox2_meta.csv"))), 2, "vox2-aac"),
         Item(name="vox2_test_aac.zip", kind="zip", into="voxceleb2/test", subset="vox2-aac", unpacked=2_600_000_000,
              files=(_vox(2, "vox2_test_aac.zip", 2_594_018_146, "0d2b3ea430a821c33263b5ea37ede312",
                          "e4d9200107a7bc60f0b620d5dc04c3aab66681b649f9c218380ac43c6c722079"),),

@@ -1,6 +1,7 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard, the progress bar and one printed line an epoch.
 
-`outputs/logs/metrics.jsonl` holds one JSON object a line, told apart by `kind`: "step", "validation", "stage", "event".
+`outputs/logs/metrics.jsonl` holds one JSON object a line, told apart by `kind`: "step", "validation", "stage", "event",
+and "report" once the run is complete.
 `step` is the number of optimizer steps since the start of the run, over all stages.
 """
 
@@ -16,18 +17,17 @@ from tqdm import tqdm
 
 
 class Tracker:
-    """Writes records of one run; on resume, records past `last_step` are dropped from both logs."""
+    """Writes records of one run; what an earlier attempt left past `last_step` is dropped from both logs."""
 
-    def __init__(self, logs: Path, last_step: int | None):
+    def __init__(self, logs: Path, last_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
         logs.mkdir(parents=True, exist_ok=True)
         self.path = logs / "metrics.jsonl"
-        if last_step is not None and self.path.exists():
+        if self.path.exists():
             _drop_after(self.path, last_step)
         self.file = open(self.path, "a", encoding="utf-8")
-        purge = None if last_step is None else last_step + 1
-        self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=purge, flush_secs=10)
+        self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
         self.bar: Any = None
 
     def open_bar(self, total: int, done: int, description: str) -> None:

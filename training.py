@@ -17,22 +17,26 @@ import torch
 from torch import Tensor, nn
 
 import memory
+from checkpoint import describe_mismatch
 from config import FRAME_RATE_HZ, Config, ConfigError, StageConfig, TaskConfig, UserError
 from datasets import Batch, Data, epoch_batches, loader, pool
-from losses import OBJECTIVES, Step
+from losses import OBJECTIVES, Step, accumulate
 from optimization import MovingAverage, Optimizer, lr_at
 from planning import plan_stages, print_plan, without_speaker
 from runs import (
     Options,
     Run,
     TrainingError,
+    find_state,
     finish,
+    finished_report,
     last_checkpoint,
     open_run,
     remember_best,
     retrieval_figures,
     save,
     show_examples,
+    stage_epochs,
 )
 
 __all__ = ["Options", "TrainingError", "print_plan", "train"]
@@ -49,13 +53,21 @@ class Stage:
     objectives: nn.ModuleDict  # "task/objective" -> head parameters, if any
     optimizer: Optimizer
     average: MovingAverage | None
-    steps: int  # optimizer steps of the whole stage
+    steps: int = 0  # optimizer steps of the whole stage
+    bad_in_a_row: int = 0  # steps whose gradient was not finite
 
     def state_dict(self) -> dict[str, Any]:
         return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict() if self.average else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint's stage had other heads or trained other parameters."""
+        mismatch = describe_mismatch(state["objectives"], self.objectives.state_dict())
+        saved, own = (one["param_groups"] for one in (state["optimizer"]["adamw"], self.optimizer.adamw.state_dict()))
+        if mismatch or [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+            raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives or trainable parameters "
+                            f"({mismatch or 'other parameters are trained'}); resume with the settings it was trained "
+                            "with, or start anew in another --output-dir")
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None and state["average"]:
@@ -71,33 +83,6 @@ class Stage:
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
-def stage_epochs(config: Config) -> list[int]:
-    """Epochs of each stage: `training.epochs` by `share`, at least one each where there are enough, rest by largest
-    remainder (a tie goes to the later stage)."""
-    total, shares = config.training.epochs, [stage.share for stage in config.stages]
-    wanted = [total * share / sum(shares) for share in shares]
-    least = 1 if total >= len(shares) else 0
-    given = [max(least, int(w)) for w in wanted]
-    while sum(given) != total:
-        behind = [w - g for w, g in zip(wanted, given, strict=True)]
-        if sum(given) < total:
-            given[max(range(len(given)), key=lambda i: (behind[i], i))] += 1
-        else:
-            able = [i for i in range(len(given)) if given[i] > least]
-            given[min(able, key=lambda i: behind[i])] -= 1
-    return given
-
-
-def stage_of_epoch(config: Config, epoch: int) -> int:
-    """Index of the stage that epoch 1 .. `training.epochs` belongs to."""
-    last = 0
-    for index, epochs in enumerate(stage_epochs(config)):
-        last += epochs
-        if epoch <= last:
-            return index
-    raise AssertionError(f"epoch {epoch} of {last}")
-
-
 def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[str]]:
     """Tasks that have samples, and a line about each that has none.
 
@@ -109,9 +94,9 @@ def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[s
         possible = task if data.speakers else without_speaker(task)
         if len(pool(table, task.inputs)) >= 2 and possible.objectives:
             tasks.append(possible)
-        elif possible.objectives:
-            skipped.append(f"[{row.name}] no samples with {' and '.join(task.inputs)}: "
-                           f"{', '.join(task.objectives)} on them is skipped")
+        else:
+            wanted = " and ".join(task.inputs) if possible.objectives else "named speakers"
+            skipped.append(f"[{row.name}] no samples with {wanted}: {', '.join(task.objectives)} on them is skipped")
     if not tasks:
         raise UserError(f"stages.{row.name}: none of its tasks has samples in {', '.join(data.names())}; "
                         "add a set (--datasets) or remove the stage")
@@ -145,7 +130,7 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
                           run.device.type if run.precision.use_scaler else None)
     optimizer.allocate()
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
-    stage = Stage(row, tasks, objectives, optimizer, average, 0)
+    stage = Stage(row, tasks, objectives, optimizer, average)
     stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
     return stage
 
@@ -188,19 +173,10 @@ def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor
         count = objective.count(step)
         if count:
             for loss, parts in objective.terms(step):
+                if step.train and not loss.requires_grad:
+                    raise ConfigError(f"stages.{stage.row.name}.trainable: {', '.join(parts)} depends on none of the "
+                                      "parameters named; name some of its encoders', or leave it out")
                 yield weight / count * loss, {name: value / count for name, value in parts.items()}
-
-
-def accumulate(stage: Stage, task: int, step: Step, backward: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of all terms and of each part; `backward` is called on each term, whose graph is then freed."""
-    total = torch.zeros((), device=step.device)
-    sums: dict[str, Tensor] = {}
-    for loss, parts in weighted_terms(stage, task, step):
-        backward(loss)
-        total += loss.detach()
-        for name, value in parts.items():
-            sums[name] = sums[name] + value if name in sums else value
-    return total, sums
 
 
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
@@ -213,7 +189,7 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
     while True:
         try:
             step = make_step(run, stage, batch, train=True)
-            loss, parts = accumulate(stage, task, step, stage.optimizer.backward)
+            loss, parts = accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
             break
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
@@ -243,7 +219,7 @@ def shrink(run: Run, stage: Stage, cause: str) -> None:
     run.micro_batch[name] = smaller
     sizes = ", ".join(f"{tower} {size}" for tower, size in smaller.items())
     run.tracker.event(f"[{name}] out of memory ({cause}): the same step again with micro-batch {sizes}",
-                      run.progress.step)
+                      run.progress.step + 1)
 
 
 # ---- an epoch ----------------------------------------------------------------------------------------------------
@@ -256,7 +232,6 @@ class StepLog:
     def __init__(self, run: Run, stage: Stage, epoch: int):
         self.run, self.stage, self.epoch = run, stage, epoch
         self.pending: tuple[StepResult, dict[str, Any], list[str]] | None = None
-        self.bad_in_a_row = 0
         self.losses: list[float] = []
         self.clock = memory.Clock()
         self.samples = 0
@@ -284,7 +259,7 @@ class StepLog:
         if not finite:
             self._bad(facts, loss, parts, norm, keys)
             return
-        self.bad_in_a_row = 0
+        self.stage.bad_in_a_row = 0
         self.losses.append(loss)
         if facts["step"] % self.run.config.training.log_every_steps == 0:
             self._write(facts, loss, parts, norm)
@@ -300,15 +275,15 @@ class StepLog:
 
     def _bad(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float, keys: list[str]) -> None:
         """A step whose gradient was not finite changed nothing; many in a row end the run."""
-        self.bad_in_a_row += 1
+        self.stage.bad_in_a_row += 1
         name, step = facts["stage"], facts["step"]
         causes = [part for part, value in parts.items() if value != value or abs(value) == float("inf")]
         cause = f"loss part {', '.join(causes)}" if causes else "the gradient, not the loss"
         self.run.tracker.event(f"[{name}] step {step} skipped: not finite in {cause} (samples {', '.join(keys[:3])}, "
                                "...)", step)
-        if self.bad_in_a_row >= self.run.config.training.max_bad_steps:
-            raise TrainingError(f"stage {name}, step {step}: {self.bad_in_a_row} steps in a row were not finite, in "
-                                f"{cause}; last good checkpoint: {last_checkpoint(self.run)}. "
+        if self.stage.bad_in_a_row >= self.run.config.training.max_bad_steps:
+            raise TrainingError(f"stage {name}, step {step}: {self.stage.bad_in_a_row} steps in a row were not finite, "
+                                f"in {cause}; last good checkpoint: {last_checkpoint(self.run)}. "
                                 "Lower --lr, or set training.use_amp=false")
 
 
@@ -358,7 +333,7 @@ def crop_sounds(batch: Batch, max_s: float) -> Batch:
 def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
     """Mean over tasks of their loss on validation samples, and each part; no augmentation, all captions.
 
-    Batches weigh by their samples within a task. Tasks without validation samples are left out; none at all: NaN.
+    Batches weigh by their samples within a task. Tasks with nothing to compare or predict are left out; all: NaN.
     """
     jobs = validation_jobs(run, stage)
     batches = loader(run.data, "val", jobs, run.config, inputs=[task.inputs for task in stage.tasks],
@@ -367,7 +342,9 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
     for (task, indices), batch in zip(jobs, batches, strict=True):
         batch = crop_sounds(batch, run.config.data.audio_max_s)
         step = make_step(run, stage, batch, train=False)
-        loss, parts = accumulate(stage, task, step, lambda loss: None)
+        loss, parts = accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
+        if not parts:
+            continue
         for name, value in {f"task_{task}": loss, **parts}.items():
             entry = sums.setdefault(name, [0.0, 0.0])
             entry[0] += float(value) * len(indices)
@@ -392,7 +369,6 @@ def averaged(run: Run, stage: Stage) -> Iterator[None]:
         stage.average.swap(run.model)
 
 
-
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +379,11 @@ def train(config: Config, options: Options) -> Path:
         UserError: a mistake that the user can mend.
         TrainingError: the run cannot go on.
     """
-    run, state = open_run(config, options)
+    state = find_state(config, options)
+    if report := finished_report(config, state):
+        print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")
+        return report
+    run = open_run(config, options, state)
     try:
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         plan(run, {name: found for name, (found, _) in tasks.items()}, state)
@@ -439,8 +419,8 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
         assert state is not None, "only a resumed run begins inside a stage"
         stage.load_state_dict(state["stage_state"])
     else:
-        run.progress.stage_step = 0
-    start_s, before = time.perf_counter(), run.progress.step
+        run.progress.stage_step, run.progress.stage_s = 0, 0.0
+    start_s = time.perf_counter() - run.progress.stage_s
     memory.reset_peak(run.device)
     samples = sum(len(indices) for _, indices in epoch_jobs(run, stage, 1))
     run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]), row.name)
@@ -448,15 +428,17 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
         log = train_epoch(run, stage, epoch)
         run.progress.epoch = epoch
         validate(run, stage, log)
+        run.progress.stage_s = time.perf_counter() - start_s
+        if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
+            run.tracker.record({
+                "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
+                "steps": run.progress.stage_step, "seconds": run.progress.stage_s,
+                "peak_gib": memory.peak_gib(run.device)[0], "samples": samples * len(epochs)})
         if epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]:
             save(run, stage.row.name, stage.state_dict())
             if contrasts(stage):
                 show_examples(run)
     run.tracker.close_bar()
-    run.tracker.record({
-        "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
-        "steps": run.progress.step - before, "seconds": time.perf_counter() - start_s,
-        "peak_gib": memory.peak_gib(run.device)[0], "samples": samples * len(epochs)})
 
 
 def contrasts(stage: Stage) -> bool:

@@ -226,7 +226,7 @@ def test_links_in_7z_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_bad_7z_is_not_even_given_to_a_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "src").mkdir()
+    write(tmp_path / "src/a", b"a")
     (tmp_path / "src/link").symlink_to("a")
     data = packing.seven_zip_of(tmp_path / "src", tmp_path / "made.7z")
     monkeypatch.setenv("PATH", fake_tool(tmp_path, f"pathlib.Path({str(tmp_path / 'log')!r}).write_text('used')"))

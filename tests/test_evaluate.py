@@ -12,6 +12,7 @@ import report
 from checkpoint import save
 from config import config_from_dict
 from datasets import load_data
+from memory import choose_precision
 from model import create_model
 
 
@@ -43,7 +44,8 @@ def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(tr
     assert _main(tmp_path, "--checkpoint", path) == 0
     out = capsys.readouterr().out
     found = json.loads(next((tmp_path / "out" / "reports").glob("report_*.json")).read_text("utf-8"))
-    setting = protocols.Setting(device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    setting = protocols.Setting(device=cpu, amp=choose_precision(cpu, use_amp=True).dtype)
     expected, encoded = protocols.evaluate_split(model, data, "test", config, setting)
     assert found["evaluation"] == {"split": "test", "figures": expected, "facts": encoded.facts}
     assert report.format_table(expected) in out

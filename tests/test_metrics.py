@@ -17,7 +17,7 @@ QUIET = Options(tile=7, resamples=0)
 
 def _naive_direction(scores, relevant, depth=10):
     """Ranks by sorting every query's whole list, the wrong items first among those with equal scores."""
-    out = {"R@1": [], "R@5": [], "R@10": [], "rank": [], "mAP@10": []}
+    out: dict[str, list[float]] = {"R@1": [], "R@5": [], "R@10": [], "rank": [], "mAP@10": []}
     for row, right in zip(scores.tolist(), relevant.tolist(), strict=True):
         if not any(right):
             continue

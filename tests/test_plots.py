@@ -28,7 +28,8 @@ def _rows(modality: str = "image", count: int = 2, right: int = 1) -> list[dict]
                           "score": 0.9 - 0.1 * k, "right": k == right} for k in range(5)]} for n in range(count)]
 
 
-def _pixels(png: bytes) -> np.ndarray:
+def _pixels(png: bytes | None) -> np.ndarray:
+    assert png is not None
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 

@@ -25,9 +25,10 @@ def _config(tmp_path: Path, lines: list[dict] | None, **sections: dict) -> Confi
     if lines is not None:
         (tmp_path / "own.jsonl").write_text("".join(json.dumps({"split": "test", **line}) + "\n" for line in lines))
         sets = ["manifest"]
-    base = {"data": {"datasets": sets, "manifest": str(tmp_path / "own.jsonl"), "workers": 0, "cache": False},
-            "model": {"size": "tiny", "image_size": 32}, "evaluation": {"batch_size": 5, "resamples": 20},
-            "paths": {"data_root": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}}
+    base: dict[str, dict] = {
+        "data": {"datasets": sets, "manifest": str(tmp_path / "own.jsonl"), "workers": 0, "cache": False},
+        "model": {"size": "tiny", "image_size": 32}, "evaluation": {"batch_size": 5, "resamples": 20},
+        "paths": {"data_root": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}}
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}
     return config_from_dict(base)
@@ -67,7 +68,7 @@ def _captioned(tmp_path, count=12):
     captions = {n: [f"number {n} phrase {k}" for k in range(1 + n % 3)] for n in range(count)}
     config = _config(tmp_path, [{"image": _picture(tmp_path, n), "text": captions[n]} for n in range(count)])
     data = load_data(config, ["test"])
-    numbers = {}
+    numbers: dict[tuple[int, ...], int] = {}
     for n, texts in captions.items():
         ids, mask = data.tokenizer.encode(texts, 64)
         numbers |= {tuple(row[keep].tolist()): n for row, keep in zip(ids, mask, strict=True)}
@@ -149,7 +150,7 @@ def test_an_untrained_model_says_what_chance_is_and_answers_concepts(synthetic, 
                     train=False, epoch=0)
     with torch.no_grad():
         assert torch.allclose(answers.logits_NK[-3:], model(images=batch.images)["logits"], atol=1e-4)
-    assert torch.equal(answers.concepts_NK[-3:], batch.concepts)
+    assert batch.concepts is not None and torch.equal(answers.concepts_NK[-3:], batch.concepts)
     figure = figures["synthetic"]["image-concepts"]["image_to_concepts_mAP"]
     assert 0 < figure["chance"] < 1 and figure["candidates"] == 32
     without = protocols.evaluate_split(model, data, "test", config, PLAIN)[0]
@@ -180,7 +181,8 @@ def test_features_that_are_not_finite_are_counted(synthetic, monkeypatch):
 
 
 def test_image_and_audio_of_one_sample_pair_up(tmp_path):
-    lines = [{"image": _picture(tmp_path, n), "audio": _sound(tmp_path, n), "text": f"both {n}"} for n in range(6)]
+    lines: list[dict] = [{"image": _picture(tmp_path, n), "audio": _sound(tmp_path, n), "text": f"both {n}"}
+                         for n in range(6)]
     lines += [{"image": _picture(tmp_path, n), "text": f"picture {n}"} for n in range(6, 9)]
     lines += [{"audio": _sound(tmp_path, 30), "labels": ["hum"]}]
     config = _config(tmp_path, lines)
@@ -214,7 +216,7 @@ def test_stamps_stand_with_and_without_symbols(tmp_path):
     data = load_data(config, ["test"])
     figures, _ = protocols.evaluate_split(create_model("tiny", image_size=32), data, "test", config, CPU)
     stamps = data.tables["test"].sources.codes == data.tables["test"].sources.names.index("stamps")
-    symbols = [data.tables["test"][i].labels == ("symbols",) for i in np.flatnonzero(stamps)]
+    symbols = [data.tables["test"][i].labels == ("symbols",) for i in np.flatnonzero(stamps).tolist()]
     count = {name: pairs["image-text"]["text_to_image_R@1"]["candidates"] for name, pairs in figures.items()}
     assert count["stamps"] == stamps.sum() and 0 < sum(symbols) < len(symbols)
     assert count["stamps_without_symbols"] == len(symbols) - sum(symbols)

@@ -1,0 +1,106 @@
+"""Does it learn? Trains a recipe over several seeds and prints what held-out captions find, with chance beside it.
+
+    python benchmarks/learning.py                                  # synthetic, seeds 0 1 2: about 20 minutes on 2 cores
+    python benchmarks/learning.py --recipe recipes/demo.yaml       # the demo set; fetch it first (run_all.sh --demo)
+    python benchmarks/learning.py --seeds 0 training.learning_rate=5e-4
+
+Every figure comes from the report of a whole run (run_training.py): the weights were chosen on the validation split,
+the test split was read once, at the end. "mean" and "sd" are over seeds, "chance" is the exact expectation under a random
+order, and the limit that the project sets itself stands in the last column.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = {  # recipe -> (set, pair, metric, limit as text)
+    "synthetic": [
+        ("synthetic", "image-text", "image_to_text_R@1", "0.80"),
+        ("synthetic", "image-text", "text_to_image_R@1", "0.80"),
+        ("synthetic", "audio-text", "audio_to_text_R@1", "0.80"),
+        ("synthetic", "audio-text", "text_to_audio_R@1", "0.80"),
+    ],
+    "demo": [
+        ("stamps", "image-text", "image_to_text_R@5", "0.20"), ("stamps", "image-text", "text_to_image_R@5", "-"),
+        ("stamps_without_symbols", "image-text", "image_to_text_R@5", "2.5 x chance"),
+        ("stamps_without_symbols", "image-text", "text_to_image_R@5", "-"),
+        ("stamps", "audio-text", "audio_to_text_R@5", "-"), ("stamps", "audio-text", "text_to_audio_R@5", "-"),
+    ],
+}
+
+
+def run(recipe: Path, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """The JSON report of one whole run."""
+    command = [sys.executable, str(ROOT / "run_training.py"), "--config", str(recipe), "--output-dir", str(folder),
+               "--overwrite", f"training.seed={seed}", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(max((folder / "reports").glob("report_*.json")).read_text(encoding="utf-8"))
+
+
+def describe(report: dict[str, Any]) -> str:
+    stages = report["stages"]
+    times = ", ".join(f"{stage['stage']} {stage['seconds']:.0f} s" for stage in stages)
+    waits = [stage["data_wait_pct"] or 0.0 for stage in stages]
+    return (f"training {sum(stage['seconds'] for stage in stages):.0f} s, validation included ({times}); waiting for data "
+            f"{max(waits):.1f} % at most; best weights: epoch {report['best']['epoch']}")
+
+
+def table(reports: list[dict[str, Any]], rows: list[tuple[str, str, str, str]]) -> str:
+    lines = [f"{'set':22}  {'metric':18}  mean   sd     {'by seed':19}  chance  candidates  queries  limit"]
+    for name, pair, metric, limit in rows:
+        figures = [report["evaluation"]["figures"][name][pair][metric] for report in reports]
+        values = [figure["value"] for figure in figures]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        by_seed = " ".join(f"{value:.3f}" for value in values)
+        lines.append(f"{name:22}  {metric:18}  {statistics.mean(values):.3f}  {spread:.3f}  {by_seed:19}  "
+                     f"{figures[0]['chance']:.3f}  {figures[0]['candidates']:10}  {figures[0]['queries']:7}  {limit}")
+    return "\n".join(lines)
+
+
+def intervals(reports: list[dict[str, Any]]) -> str:
+    """The bootstrap interval of each seed's audio figure, since its queries are few."""
+    figures = [report["evaluation"]["figures"]["stamps"]["audio-text"]["audio_to_text_R@5"] for report in reports]
+    return "audio_to_text_R@5, 95 % interval by seed: " + ", ".join(
+        f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" for figure in figures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "synthetic.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options, overrides = parser.parse_known_args()
+    reports, temporary = [], Path(tempfile.mkdtemp(prefix="learning_"))
+    print(f"{options.recipe.stem}, {datetime.date.today()}, {_cpu()}, {os.cpu_count()} cores", flush=True)
+    try:
+        for seed in options.seeds:
+            report = run(options.recipe, seed, overrides, temporary / str(seed))
+            reports.append(report)
+            print(f"seed {seed}: {describe(report)}", flush=True)
+    finally:
+        shutil.rmtree(temporary)
+    print(f"torch {reports[0]['environment']['packages']['torch']}, {reports[0]['environment']['precision']}")
+    print(table(reports, ROWS[options.recipe.stem]))
+    if options.recipe.stem == "demo":
+        print(intervals(reports))
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Training runs of seconds: drawn pictures of 32 pixels and half a second of drawn sounds, the tiny model, few steps.
+
+    small = SmallRuns(tmp_path_factory.mktemp("shared"))       # one for a test file: prepared data and plans are kept
+    small.train(tmp_path / "run", "training.epochs=3")         # all three stages, evaluation, report
+    run = small.open(tmp_path / "run"); stage = small.stage(run, "align")    # or step by step
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import runs
+import training
+from config import Config, config_from_dict
+from datasets import Batch, loader
+from runs import Options, Run
+
+STAGES: list[dict[str, Any]] = [
+    {"name": "pretrain", "share": 1, "image_keep": 0.5, "tasks": [
+        {"inputs": ["image"], "objectives": {"masked": 1.0}}, {"inputs": ["text"], "objectives": {"masked": 1.0}}]},
+    {"name": "align", "share": 1, "drop_path": 0.1, "audio_keep": 0.5, "tasks": [
+        {"inputs": ["image", "text"], "objectives": {"contrastive": 1.0}},
+        {"inputs": ["audio", "text"], "objectives": {"contrastive": 1.0}}]},
+    {"name": "finetune", "share": 1, "lr_factor": 0.5, "tasks": [
+        {"inputs": ["image", "text"], "objectives": {"contrastive": 1.0, "matching": 0.5, "concepts": 0.5}}]},
+]
+RECIPE: dict[str, Any] = {
+    "data": {"datasets": ["synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "min_crop": 1.0,
+             "flip": False, "audio_max_s": 0.5, "workers": 0},
+    "model": {"size": "tiny", "image_size": 32, "context_length": 12, "word_embeddings": "random"},
+    "memory": {"micro_batch": 32},
+    "training": {"epochs": 3, "batch_size": 32, "gradient_accumulation_steps": 1, "use_amp": False,
+                 "log_every_steps": 1, "learning_rate": 1e-3},
+    "evaluation": {"resamples": 0}, "report": {"gallery_queries": 2}, "stages": STAGES,
+}
+
+
+class SmallRuns:
+    """Runs that share their prepared data and their plans, below `root`."""
+
+    def __init__(self, root: Path):
+        self.data_root, self.plans = root / "data", root / "plans"
+        self.plans.mkdir(parents=True)
+
+    def config(self, folder: Path, *overrides: str) -> Config:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "plans").exists():
+            (folder / "plans").symlink_to(self.plans)
+        return config_from_dict(copy.deepcopy(RECIPE), [f"paths.data_root={json.dumps(str(self.data_root))}",
+                                                        f"paths.output_dir={json.dumps(str(folder))}", *overrides])
+
+    def train(self, folder: Path, *overrides: str, resume: str | None = None, overwrite: bool = False) -> Path:
+        return training.train(self.config(folder, *overrides), Options("cpu", resume, overwrite))
+
+    def open(self, folder: Path, *overrides: str, micro_batch: int = 32) -> Run:
+        """A fresh run before its first step, its micro-batches given and not planned."""
+        run = runs.open_run(self.config(folder, *overrides), Options("cpu"), None)
+        run.micro_batch = {row.name: dict.fromkeys(("image", "audio", "text", "fusion"), micro_batch)
+                           for row in run.config.stages}
+        return run
+
+    def stage(self, run: Run, name: str, epochs: int = 1) -> training.Stage:
+        """A stage of `run` before its first step, and an open progress bar for it."""
+        row = next(row for row in run.config.stages if row.name == name)
+        run.tracker.open_bar(1, 0, name)
+        return training.build_stage(run, row, training.active_tasks(row, run.data)[0], epochs)
+
+
+def batches(run: Run, stage: training.Stage, task: int = 0, epoch: int = 1) -> list[Batch]:
+    """The training batches of one task in an epoch."""
+    jobs = [job for job in training.epoch_jobs(run, stage, epoch) if job[0] == task]
+    return list(loader(run.data, "train", jobs, run.config, inputs=[task.inputs for task in stage.tasks], train=True,
+                       epoch=epoch))
+
+
+def step(run: Run, stage: training.Stage, batch: Batch, task: int = 0) -> training.StepResult:
+    """One optimizer step, counted."""
+    result = training.train_step(run, stage, task, batch)
+    run.progress.step += 1
+    run.progress.stage_step += 1
+    return result
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all that `module` saves."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def differing(one: Any, other: Any, where: str = "") -> list[str]:
+    """Places in two nests of dicts, lists and tensors whose values are not bit for bit the same."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in differing(one[key], other[key], f"{where}.{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [place for i, pair in enumerate(zip(one, other, strict=True))
+                for place in differing(*pair, f"{where}[{i}]")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
+    return [] if type(one) is type(other) and one == other else [where]
+
+
+def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl, all of them or those of some kinds."""
+    lines = (folder / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for line in lines if (record := json.loads(line)) and (not kinds or record["kind"] in kinds)]
+
+
+def without_times(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without what two runs of the same mathematics may differ in."""
+    vary = {"samples_per_s", "data_wait_pct", "memory_gib", "seconds", "peak_gib"}
+    return [{name: value for name, value in record.items() if name not in vary} for record in found]

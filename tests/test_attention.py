@@ -1,0 +1,109 @@
+"""Attention in chunks is plain attention: every output, every gradient, masks and empty rows included; and it does save
+the memory that it is for."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import model as model_module
+from config import MODALITIES
+from footprint import tracing
+from model import PAIRS, Blocks, attend
+from tests.narrow import gradients, largest_difference, narrow_model, small_inputs, weighted_sum
+
+N = 7  # tokens
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, chunk: object = None) -> Tensor:
+    """One query of one head at a time, over the valid keys alone; zeros where there is none."""
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    rows = []
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        keys, values = (k[b, h], v[b, h]) if valid is None else (k[b, h][valid[b]], v[b, h][valid[b]])
+        weights = torch.softmax(keys @ q[b, h, i] / math.sqrt(q.shape[3]), 0)
+        rows.append(weights @ values)
+    return torch.stack(rows).view_as(out)
+
+
+def masks_of(kind: str, batch: int, keys: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    valid = torch.arange(keys) < torch.tensor([keys, 4, 1])[:batch, None]
+    valid[1, 0] = False  # not only at the end
+    if kind == "empty row":
+        valid[2] = False
+    return valid
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
+@pytest.mark.parametrize("chunk", [1, 3, N, N + 5, "auto"])
+def test_attention_is_exact(chunk: int | str, mask: str, grad: bool) -> None:
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, 2, n, 5, generator=g, dtype=torch.float64).requires_grad_() for n in (N, N + 2, N + 2))
+    valid = masks_of(mask, 3, N + 2)
+    upstream = torch.randn(3, 2, N, 5, generator=g, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        ours, plain = attend(q, k, v, valid, chunk), naive_attention(q, k, v, valid)
+    assert float((ours - plain).detach().abs().max()) <= 1e-12
+    if mask == "empty row":
+        assert not ours[2].any()
+    if grad:
+        pairs = zip(torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(plain, (q, k, v), upstream),
+                    strict=True)
+        for ours_grad, plain_grad in pairs:
+            assert float((ours_grad - plain_grad).abs().max()) <= 1e-12
+            assert mask != "empty row" or not ours_grad[2].any()
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False], ids=["recompute", "kept"])
+@pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
+@pytest.mark.parametrize("chunk", [1, 3, N, N + 5, "auto"])
+def test_blocks_are_exact(chunk: int | str, mask: str, use_checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    plain = Blocks(16, 2, 2, "auto").double()
+    ours = Blocks(16, 2, 2, chunk, use_checkpoint).double()
+    ours.load_state_dict(plain.state_dict())
+    x, upstream = torch.randn(2, 3, N, 16, dtype=torch.float64).unbind()
+    valid, path_BZ = masks_of(mask, 3, N), torch.tensor([[1.0, 0.0], [1.0, 1.5], [1.0, 1.5]])
+    results = []
+    for blocks in (ours, plain):
+        if blocks is plain:
+            monkeypatch.setattr(model_module, "attend", naive_attention)
+        given = x.clone().requires_grad_()
+        out = blocks(given, valid, path_BZ)
+        out.backward(upstream)
+        assert given.grad is not None
+        results.append({"output": out, "input": given.grad, **gradients(blocks)})
+    assert len(results[0]) == 2 + len(list(plain.parameters()))
+    assert largest_difference(*results) <= 1e-12
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False], ids=["recompute", "kept"])
+def test_whole_model_in_chunks_is_exact(use_checkpoint: bool) -> None:
+    results = []
+    for chunk, flag in ((3, use_checkpoint), ("auto", False)):
+        model = narrow_model(attention_chunk=chunk, use_checkpoint=flag)
+        outputs = model(**small_inputs(set(MODALITIES)))
+        weighted_sum(outputs).backward()
+        results.append({**outputs, **gradients(model)})
+    assert len(results[0]) == 5 + len(list(model.parameters())) - len(PAIRS)
+    assert largest_difference(*results) <= 1e-12
+
+
+def peak_bytes(blocks_of: dict[str, object], tokens: int = 256) -> int:
+    with tracing() as tracker:
+        blocks = Blocks(64, 4, 4, **blocks_of)  # type: ignore[arg-type]
+        blocks(torch.ones(2, tokens, 64, requires_grad=True), None).sum().backward()
+    return tracker.usage().peak_bytes
+
+
+def test_chunks_and_recompute_save_memory() -> None:
+    whole = peak_bytes({"chunk": 256})
+    scores = 2 * 4 * 256 * 256 * 4
+    assert peak_bytes({"chunk": 16}) < whole - 2 * scores, "the scores of a chunk are freed before the next"
+    kept, recomputed = (peak_bytes({"chunk": 16, "use_checkpoint": flag}) for flag in (False, True))
+    assert recomputed < 0.5 * kept, "of four blocks one is in memory"

@@ -1,0 +1,242 @@
+"""Loss mathematics against naive formulas: what is positive, negative, hidden and kept. The objectives have a file of
+their own."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets import Batch
+from footprint import PeakMemory
+from losses import (
+    SPEAKER_MARGIN,
+    SPEAKER_SCALE,
+    TEXT_MASK_PART,
+    Positives,
+    hard_negatives,
+    hidden_words,
+    info_nce,
+    kept_patches,
+    margin_logits,
+    patch_error,
+)
+from tests.narrow import make_batch
+
+OWNER, IDS = [0, 0, 1, 2, 2, 3], [7, 8, 7, 9, 9, 5]  # samples 0 and 1 share a caption, 2 has the same one twice
+RIGHT = [[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(x, dim=-1)
+
+
+def rows_of(table: Tensor):
+    return lambda rows: table[rows]
+
+
+# ---- positives and InfoNCE ---------------------------------------------------------------------------------------
+
+
+def test_positives_share_a_sample_or_a_caption() -> None:
+    positives = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4)
+    right = torch.tensor(RIGHT).bool()
+    assert torch.equal(positives.of_samples(torch.arange(4)), right)
+    assert torch.equal(positives.of_captions(torch.arange(6)), right.T)
+    rows = torch.tensor([3, 1])
+    assert torch.equal(positives.of_samples(rows), right[rows])
+    assert torch.equal(positives.of_captions(rows), right.T[rows])
+
+
+def test_positives_of_many_captions_are_those_of_the_definition() -> None:
+    batch = make_batch(("image", "text"), 40)
+    owner, ids = batch.caption_owner, batch.caption_ids
+    assert owner is not None and ids is not None
+    right = Positives.of(owner, ids, 40).of_samples(torch.arange(40))
+    for b, c in itertools.product(range(40), range(len(ids))):
+        assert bool(right[b, c]) == (int(ids[c]) in ids[owner == b].tolist())
+    assert (right.sum(0) > 1).any(), "some captions belong to several samples"
+
+
+def test_positives_move_to_the_device() -> None:
+    moved = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4).to(lambda t: t.to("meta"))
+    assert moved.member_BU.is_meta and moved.group_C.is_meta
+
+
+def naive_nce(query: Tensor, key: Tensor, scale: Tensor, right: Tensor) -> Tensor:
+    total = query.new_zeros(())
+    for i, q in enumerate(query):
+        scores = torch.stack([scale * (q * k).sum() for k in key])
+        normaliser = scores.exp().sum().log()
+        total = total - torch.stack([s - normaliser for s, r in zip(scores, right[i], strict=True) if r]).mean()
+    return total
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 6, 11, 1024])
+@pytest.mark.parametrize("side", ["samples", "captions"])
+def test_info_nce_is_the_mean_log_probability_of_the_positives(chunk: int, side: str) -> None:
+    sample, caption = unit(4, 8).requires_grad_(), unit(6, 8, seed=1).requires_grad_()
+    scale = torch.tensor(11.0, dtype=torch.float64, requires_grad=True)
+    positives = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4)
+    right = torch.tensor(RIGHT)
+    if side == "samples":
+        ours = info_nce(sample, caption, scale, positives.of_samples, chunk)
+        naive = naive_nce(sample, caption, scale, right)
+    else:
+        ours = info_nce(caption, sample, scale, positives.of_captions, chunk)
+        naive = naive_nce(caption, sample, scale, right.T)
+    assert float((ours - naive).detach().abs()) <= 1e-12
+    wanted = (sample, caption, scale)
+    pairs = zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(naive, wanted), strict=True)
+    assert all(float((one - other).abs().max()) <= 1e-12 for one, other in pairs)
+    with torch.no_grad():
+        assert float((info_nce(sample, caption, scale, positives.of_samples, chunk)
+                      - naive_nce(sample, caption, scale, right)).abs()) <= 1e-12
+
+
+def test_info_nce_in_chunks_saves_memory() -> None:
+    def peak(chunk: int) -> int:
+        query, key = unit(256, 8).requires_grad_(), unit(256, 8, seed=1).requires_grad_()
+        with PeakMemory() as tracker:
+            info_nce(query, key, torch.tensor(10.0), rows_of(torch.eye(256).bool()), chunk).backward()
+        return tracker.peak_bytes
+
+    assert peak(16) < 0.35 * peak(256), "the scores of a chunk are freed before the next"
+
+
+# ---- hard negatives ----------------------------------------------------------------------------------------------
+
+
+def test_hard_negatives_are_drawn_by_similarity() -> None:
+    draws = 20_000  # over several chunks of rows
+    key = unit(6, 8)
+    right = torch.tensor([True, False, False, True, False, False])
+    scale = torch.tensor(4.0, dtype=torch.float64)
+    query = unit(8, seed=2)
+    picks, some = hard_negatives(query.expand(draws, -1), key, scale, lambda rows: right.expand(len(rows), -1),
+                                 torch.rand(draws, generator=torch.Generator().manual_seed(3)))
+    assert some.all()
+    counts = torch.bincount(picks, minlength=6).double()
+    assert not counts[right].any()
+    expected = draws * (scale * key[~right] @ query).softmax(0)
+    assert expected.max() > 2 * expected.min(), "the draws would be uniform anyway"
+    chi_square = ((counts[~right] - expected) ** 2 / expected).sum()
+    assert chi_square < 16.27, "3 degrees of freedom: one seed in a thousand is beyond this"
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+def test_hard_negatives_are_never_positives(uniform: float, scale: float) -> None:
+    """Positives are the most similar, and stand first, last and between."""
+    key, query = unit(50, 8).float(), unit(50, 8).float()
+    right = torch.eye(50).bool() | (torch.rand(50, 50, generator=torch.Generator().manual_seed(0)) < 0.3)
+    right[:, [0, -1]] = True
+    picks, some = hard_negatives(query, key, torch.tensor(scale), rows_of(right), torch.full((50,), uniform))
+    assert some.all() and not right[torch.arange(50), picks].any()
+
+
+def test_rows_without_wrong_keys_are_marked() -> None:
+    right = torch.tensor([[True, True, True], [True, False, True], [False, False, False]])
+    picks, some = hard_negatives(unit(3, 8), unit(3, 8), torch.tensor(5.0), rows_of(right), torch.full((3,), 0.9))
+    assert some.tolist() == [False, True, True]
+    assert picks[1] == 1 and 0 <= int(picks.min()) and int(picks.max()) <= 2
+
+
+# ---- what is kept, what is hidden --------------------------------------------------------------------------------
+
+
+def test_kept_patches_are_those_of_the_smallest_draws() -> None:
+    uniform = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([20, 15, 10, 5, 1, 3])
+    index, valid = kept_patches(uniform, counts, 0.5)
+    assert index.shape == valid.shape == (6, 10), "equal K"
+    assert valid.sum(1).tolist() == [10, 8, 5, 3, 1, 2], "rounded up"
+    for row, (count, u) in enumerate(zip(counts.tolist(), uniform, strict=True)):
+        smallest = sorted(range(count), key=lambda i: float(u[i]))[:int(valid[row].sum())]
+        assert index[row][valid[row]].tolist() == smallest
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]], ids=str)
+def test_kept_patches_do_not_depend_on_the_split(sizes: list[int]) -> None:
+    uniform = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([20, 15, 10, 5, 1, 3])
+
+    def subsets(u: Tensor, c: Tensor) -> list[list[int]]:
+        index, valid = kept_patches(u, c, 0.4)
+        return [i[v].tolist() for i, v in zip(index, valid, strict=True)]
+
+    parts = zip(uniform.split(sizes), counts.split(sizes), strict=True)
+    assert [s for u, c in parts for s in subsets(u, c)] == subsets(uniform, counts)
+
+
+def test_kept_patches_of_images_and_at_least_one() -> None:
+    index, valid = kept_patches(torch.rand(3, 9, generator=torch.Generator().manual_seed(0)), None, 0.25)
+    assert index.shape == (3, 3) and valid.all()
+    index, valid = kept_patches(torch.tensor([[0.5, 0.1]]), torch.tensor([1]), 0.01)
+    assert index.tolist() == [[0]] and valid.tolist() == [[True]]
+
+
+def words(lengths: list[int], uniform: Tensor) -> Batch:
+    mask = torch.arange(uniform.shape[1]) < torch.tensor(lengths)[:, None]
+    return Batch(("text",), [], torch.arange(len(lengths)), attention_mask=mask, noise={"text": uniform})
+
+
+def test_hidden_words_are_inner_ones() -> None:
+    lengths = [1, 2, 3, 4, 8, 9]
+    hidden = hidden_words(words(lengths, torch.zeros(6, 9)))
+    assert hidden.sum(1).tolist() == [0, 0, 1, 2, 6, 7], "zeros hide whatever may be hidden"
+    for row, length in zip(hidden.tolist(), lengths, strict=True):
+        assert not row[0] and not any(row[length - 1:])
+    assert not hidden_words(words(lengths, torch.full((6, 9), TEXT_MASK_PART))).any()
+
+
+def test_the_stated_share_of_words_is_hidden() -> None:
+    uniform = torch.rand(500, 22, generator=torch.Generator().manual_seed(0))
+    hidden = hidden_words(words([22] * 500, uniform))
+    assert hidden[:, 1:-1].float().mean() == pytest.approx(TEXT_MASK_PART, abs=0.02)
+    assert torch.equal(hidden[:, 1:-1], uniform[:, 1:-1] < TEXT_MASK_PART)
+
+
+def test_patch_error_is_over_hidden_patches_normalised_one_by_one() -> None:
+    g = torch.Generator().manual_seed(0)
+    predicted, target = (torch.randn(2, 5, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    target = 3 * target + 2
+    target[0, 1] = 4.0  # a patch of one colour
+    hidden = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 1, 0, 0]]).bool()
+    total = 0.0
+    for b, n in hidden.nonzero().tolist():
+        values = target[b, n].tolist()
+        mean = sum(values) / 6
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / 6 + 1e-3)
+        total += sum((p - (v - mean) / spread) ** 2 for p, v in zip(predicted[b, n].tolist(), values, strict=True)) / 6
+    assert float(patch_error(predicted, target, hidden)) == pytest.approx(total, abs=1e-12)
+    other = predicted.clone()
+    other[~hidden] = 1e6
+    assert float(patch_error(other, target, hidden)) == pytest.approx(total, abs=1e-12)
+
+
+# ---- speakers ----------------------------------------------------------------------------------------------------
+
+
+def test_margin_is_added_to_the_right_angle_alone() -> None:
+    features, weight = unit(5, 8), 3 * torch.randn(4, 8, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 3, 1, 2])
+    logits = margin_logits(features, weight, labels)
+    for b, v in itertools.product(range(5), range(4)):
+        cosine = float(features[b] @ weight[v] / weight[v].norm())
+        angle = math.acos(cosine) + (SPEAKER_MARGIN if labels[b] == v else 0.0)
+        assert float(logits[b, v]) == pytest.approx(SPEAKER_SCALE * math.cos(angle), abs=1e-9)
+    assert logits.shape == (5, 4)
+
+
+def test_margin_at_the_poles_has_finite_gradients() -> None:
+    weight = torch.eye(3, requires_grad=True)
+    features = torch.stack([torch.eye(3)[0], -torch.eye(3)[1]]).requires_grad_()
+    logits = margin_logits(features, weight, torch.tensor([0, 1]))
+    assert float(logits[1, 1].detach()) == pytest.approx(-SPEAKER_SCALE, abs=1e-3), "never beyond the pole"
+    logits.sum().backward()
+    assert features.grad is not None and features.grad.isfinite().all()
+    assert weight.grad is not None and weight.grad.isfinite().all()

@@ -1,0 +1,366 @@
+"""A run's folder: opened, refused, resumed bit for bit, completed; what its checkpoints hold and which of them stay."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoint
+import model as model_module
+import runs
+import training
+from config import UserError
+from runs import Options
+from tests.small_runs import STAGES, SmallRuns, differing, records, step, batches, without_times
+
+QUICK = ("training.epochs=4", "evaluation.max_validation=8", "report.gallery_queries=0", "training.ema_decay=0.5",
+         "stages.align.tasks.1.passes=0.5")
+ALL_EPOCHS = ["checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
+    return SmallRuns(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def whole(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four epochs (pretrain, align, finetune twice) that nothing interrupted, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    small.train(folder, *QUICK, "training.keep_checkpoints=9")
+    return folder
+
+
+def state_of(folder: Path, name: str) -> dict[str, Any]:
+    return checkpoint.load(folder / "checkpoints" / name)
+
+
+def mathematics(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without paths and times."""
+    state = {**state, "progress": {**state["progress"], "stage_s": 0.0}}
+    return {**state, "config": {**state["config"], "paths": {}, "training": {}}}
+
+
+def interrupted(whole: Path, folder: Path, epoch: int) -> Path:
+    """The folder as a kill in the middle of epoch `epoch` + 1 leaves it: logs go on past the last checkpoint."""
+    shutil.copytree(whole / "logs", folder / "logs")
+    (folder / "checkpoints").mkdir()
+    for one in range(1, epoch + 1):
+        shutil.copy(whole / "checkpoints" / f"checkpoint_epoch_{one}.pt", folder / "checkpoints")
+    state = state_of(whole, f"checkpoint_epoch_{epoch}.pt")  # its weights are the best ones: the loss falls
+    best = next(line for line in records(whole, "validation") if line["epoch"] == epoch)
+    average = state["stage_state"]["average"]["values"]
+    kept = {name: value for name, value in state.items() if name not in ("stage_state", "micro_batch")}
+    checkpoint.save({**kept, "epoch": epoch, "loss": best["loss"],
+                     "model_state_dict": {**state["model_state_dict"], **average}}, folder / "checkpoints" / "best_model.pt")
+    lines = (folder / "logs" / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if json.loads(line).get("epoch", 0) == epoch + 1
+               and json.loads(line)["kind"] == "step")
+    (folder / "logs" / "metrics.jsonl").write_text("".join(lines[:last]) + lines[last][:20], "utf-8")
+    return folder
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_run_has_a_best_epoch_in_each_stage_and_all_checkpoints(whole: Path) -> None:
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
+        "best_model.pt", *ALL_EPOCHS, "final_model.pt"]
+    assert [line["stage"] for line in records(whole, "validation")] == ["pretrain", "align", "finetune", "finetune"]
+    assert state_of(whole, "best_model.pt")["epoch"] == 4, "the tests below need a loss that falls"
+
+
+@pytest.mark.parametrize("epoch", [1, 3], ids=["at the end of a stage", "within a stage"])
+def test_a_killed_run_goes_on_bit_for_bit(small: SmallRuns, whole: Path, tmp_path: Path, epoch: int) -> None:
+    folder = interrupted(whole, tmp_path / "run", epoch)
+    small.train(folder, *QUICK, "training.keep_checkpoints=9", resume="auto")
+    for name in (*ALL_EPOCHS[epoch:], "best_model.pt", "final_model.pt"):
+        assert differing(mathematics(state_of(folder, name)), mathematics(state_of(whole, name))) == [], name
+    again = [line for line in records(folder) if not line.get("message", "").startswith("Resumed after")]
+    expected = [{**line, "file": None} if line["kind"] == "report" else line for line in without_times(records(whole))]
+    found = [{**line, "file": None} if line["kind"] == "report" else line for line in without_times(again)]
+    assert found == expected
+    assert len(records(folder)) == len(again) + 1, "and one line says where it was resumed"
+
+
+def test_pieces_that_a_kill_leaves_behind_are_cleared(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", 3)
+    leftover = folder / "checkpoints" / "checkpoint_epoch_4.pt.tmp"
+    leftover.write_bytes(b"half")
+    config = small.config(folder, *QUICK)
+    options = Options("cpu", "auto")
+    runs.open_run(config, options, runs.find_state(config, options))
+    assert not leftover.exists()
+    assert max(line["step"] for line in records(folder)) == state_of(whole, "checkpoint_epoch_3.pt")["progress"]["step"]
+
+
+def test_a_kill_between_the_two_files_of_an_epoch_loses_no_best_weights(
+        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = interrupted(whole, tmp_path / "run", 3)
+    save_file, written = runs.save_file, []
+
+    def killed(state: Any, path: Path) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        save_file(state, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "save_file", killed)
+        small.train(folder, *QUICK, resume="auto")
+    small.train(folder, *QUICK, resume="auto")
+    assert differing(mathematics(state_of(folder, "best_model.pt")), mathematics(state_of(whole, "best_model.pt"))) == []
+
+
+def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(small: SmallRuns, whole: Path) -> None:
+    def best(epoch: int) -> dict[str, Any]:
+        path = whole / "checkpoints" / f"checkpoint_epoch_{epoch}.pt"
+        state = runs.find_state(small.config(whole, *QUICK), Options("cpu", str(path)))
+        assert state is not None
+        return state["best"]
+
+    assert best(3) == {}, "best_model.pt is of epoch 4"
+    assert best(4).keys() == {"stage", "epoch", "loss", "model_state_dict"} and best(4)["epoch"] == 4
+
+
+def test_going_back_drops_the_checkpoints_of_the_time_that_is_redone(
+        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+
+    def stop_after_an_epoch(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "show_examples", stop_after_an_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        small.train(folder, *QUICK, "training.keep_checkpoints=1",
+                    resume=str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
+    assert sorted(path.name for path in (folder / "checkpoints").glob("checkpoint_*")) == ["checkpoint_epoch_3.pt"]
+
+
+def test_a_finished_run_says_so_and_trains_nothing(small: SmallRuns, whole: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    monkeypatch.setattr(training, "open_run", None)
+    report = small.train(whole, *QUICK, resume="auto")
+    assert report.parent == whole / "reports" and report.suffix == ".md"
+    assert f"Complete: all 4 epochs are done and evaluated. Report: {report}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_without_its_report_is_evaluated_again(
+        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    shutil.rmtree(folder / "reports")
+    (folder / "checkpoints" / "final_model.pt").unlink()
+    monkeypatch.setattr(training, "train_stage", None)
+    report = small.train(folder, *QUICK, resume="auto")
+    first = json.loads(next((whole / "reports").glob("*.json")).read_text("utf-8"))
+    second = json.loads(report.with_suffix(".json").read_text("utf-8"))
+    for name in ("evaluation", "best", "stages", "validations", "model", "data"):
+        assert second[name] == first[name], name
+    assert differing(mathematics(state_of(folder, "final_model.pt")), mathematics(state_of(whole, "final_model.pt"))) == []
+    assert small.train(folder, *QUICK, resume="auto") == report
+
+
+def test_auto_in_an_empty_folder_is_a_fresh_start(small: SmallRuns, tmp_path: Path) -> None:
+    config = small.config(tmp_path)
+    assert runs.find_state(config, Options("cpu", "auto")) is None
+    run = runs.open_run(config, Options("cpu", "auto"), None)
+    assert run.progress == runs.Progress() and run.best == {}
+
+
+def test_auto_after_a_kill_before_the_first_checkpoint_leaves_no_records_of_it(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path)
+    run.tracker.event("half an epoch", 3)
+    run.tracker.close()
+    assert len(records(tmp_path)) == 1
+    config = small.config(tmp_path)
+    runs.open_run(config, Options("cpu", "auto"), runs.find_state(config, Options("cpu", "auto")))
+    assert records(tmp_path) == []
+
+
+def test_names_keep_their_numbers_when_the_data_grow(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", 3)
+    config = small.config(folder, *QUICK, "data.synthetic_images=400", "model.num_classes=12")
+    options = Options("cpu", "auto")
+    state = state_of(whole, "checkpoint_epoch_3.pt")
+    names = state["concepts"][::-1]
+    with pytest.raises(UserError, match="model is of another shape"):  # 12 classes: only to see the order below
+        runs.open_run(config, options, {**state, "best": {}})
+    data = runs._load_data(small.config(folder, *QUICK, "data.synthetic_images=400"), {**state, "concepts": names})
+    assert list(data.concepts) == names != list(runs.load_data(small.config(folder, *QUICK)).concepts)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_a_used_folder_is_refused_then_thrown_away(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    with pytest.raises(UserError, match=re.escape(
+            f"{folder}: holds an earlier run (checkpoints, logs/metrics.jsonl). Continue it with --resume auto, delete it "
+            "with --overwrite, or choose another --output-dir")):
+        small.train(folder, *QUICK)
+    assert len(list((folder / "checkpoints").iterdir())) == 6
+    run = runs.open_run(small.config(folder, *QUICK), Options("cpu", overwrite=True), None)
+    assert list((folder / "checkpoints").iterdir()) == [] and records(folder) == []
+    assert run.progress.step == 0
+    events = list((folder / "logs" / "tensorboard").iterdir())
+    assert len(events) == 1, "the curves of the run that was thrown away are gone"
+
+
+def test_a_mistake_found_late_throws_nothing_away(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    with pytest.raises(UserError, match="download_datasets.py --datasets clotho"):
+        small.train(folder, *QUICK, "data.datasets=[clotho]", overwrite=True)
+    assert len(list((folder / "checkpoints").iterdir())) == 6 and len(records(folder)) == len(records(whole))
+
+
+def test_a_folder_in_which_only_setting_up_failed_is_not_in_use(small: SmallRuns, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "bad_samples.jsonl").write_text("{}\n")
+    small.open(tmp_path)
+    with pytest.raises(UserError, match=r"holds an earlier run \(logs/metrics\.jsonl\)"):
+        small.open(tmp_path)
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["model.size=small"], "the checkpoint's model is of another shape: other shape: image (151)?.*image.embed.weight"),
+    (["model.num_classes=7"], r"another shape: other shape: classifier.* \[1000, 192\] in the file, \[7, 192\] in the model"),
+    (["training.epochs=3"], "the checkpoint's epoch 4 belongs to stage finetune, but to no stage of training.epochs=3; "
+                            r"resume with .* \(--epochs 4\)"),
+    (["training.epochs=40"], "epoch 4 belongs to stage finetune, but to pretrain of training.epochs=40"),
+])
+def test_another_model_or_other_epochs_are_refused(small: SmallRuns, whole: Path, tmp_path: Path, overrides: list[str],
+                                                   words: str) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints" / "checkpoint_epoch_4.pt", tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match=f"^--resume: .*{words}"):
+        small.train(tmp_path / "run", *QUICK, *overrides, resume="auto")
+    assert records(tmp_path / "run") == [] if (tmp_path / "run" / "logs" / "metrics.jsonl").exists() else True
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("stages.finetune.tasks.0.objectives={contrastive: 1.0}", r"unexpected: 0_matching \(2\)"),
+    ("stages.finetune.trainable=['image.*', 'logit_scale.*']", "other parameters are trained"),
+])
+def test_a_stage_that_trains_something_else_is_refused(small: SmallRuns, whole: Path, tmp_path: Path, override: str,
+                                                       words: str) -> None:
+    run = small.open(tmp_path / "run", *QUICK, override)
+    stage = small.stage(run, "finetune")
+    with pytest.raises(UserError, match=rf"--resume: stages\.finetune had other tasks, objectives or .*{words}"):
+        stage.load_state_dict(state_of(whole, "checkpoint_epoch_3.pt")["stage_state"])
+
+
+def test_checkpoints_that_training_cannot_go_on_from(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    config = small.config(tmp_path, *QUICK)
+    for name in ("best_model.pt", "final_model.pt"):
+        path = whole / "checkpoints" / name
+        with pytest.raises(UserError, match=f"--resume: {path}: holds weights only, .*give a checkpoint_epoch_"):
+            runs.find_state(config, Options("cpu", str(path)))
+    with pytest.raises(UserError, match=r"--resume: .*none\.pt: no such checkpoint"):
+        runs.find_state(config, Options("cpu", str(tmp_path / "none.pt")))
+    newer = tmp_path / "checkpoints" / "checkpoint_epoch_1.pt"
+    checkpoint.save({"schema": 99}, newer)
+    with pytest.raises(UserError, match="--resume: .*written by a newer version"):
+        runs.find_state(config, Options("cpu", "auto"))
+    with pytest.raises(UserError, match="--overwrite deletes the run that --resume would go on with"):
+        runs.find_state(config, Options("cpu", "auto", overwrite=True))
+
+
+# ---- what a checkpoint holds -----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRuns, whole: Path) -> None:
+    config = small.config(whole, *QUICK)
+    for name in ("best_model.pt", "final_model.pt", "checkpoint_epoch_4.pt"):
+        state = torch.load(whole / "checkpoints" / name)  # torch's default, which refuses code
+        assert state["config"] == config.to_dict() | {"training": config.to_dict()["training"] | {
+            "keep_checkpoints": 9}}, name
+        assert json.loads(state["tokenizer"])["model"]["vocab"]["circle"] > 0
+        assert {"red", "circle", "melody"} <= set(state["concepts"]) and state["speakers"] == []
+        assert state["normalisation"] == {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+                                          "log_mel_mean": -6.0, "log_mel_std": 4.0}
+        tensors = [value for value in state["model_state_dict"].values()]
+        assert all(value.device.type == "cpu" and value.dtype == torch.float32 for value in tensors)
+        assert not [key for key in state["model_state_dict"] if key.startswith(("0_", "1_"))], "no stage's heads"
+    going_on = torch.load(whole / "checkpoints" / "checkpoint_epoch_4.pt")
+    assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average"}
+    assert going_on["micro_batch"].keys() == {"pretrain", "align", "finetune"}
+    assert {**going_on["progress"], "stage_s": 0} == {"epoch": 4, "step": records(whole, "stage")[-1]["step"],
+                                                      "stage_step": 4, "stage_s": 0}
+
+
+def test_a_trained_model_loads_as_the_readme_says(whole: Path) -> None:
+    model = model_module.create_model("tiny")  # of 224 pixels; the run's were 32
+    state = torch.load(whole / "checkpoints" / "best_model.pt")
+    model.load_state_dict(state["model_state_dict"])
+    model.eval()
+    loaded, extras = model_module.load_model(whole / "checkpoints" / "final_model.pt")
+    assert loaded.config.image_size == 32 and extras["concepts"] == state["concepts"]
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        one, other = model(images=images, audio=torch.zeros(2, 48, 80)), loaded(images=images, audio=torch.zeros(2, 48, 80))
+    assert differing(one, other) == []
+    assert one["fused_features"].shape == (2, 512) and one["logits"].shape == (2, 1000)
+
+
+def test_the_used_settings_are_saved_in_the_folder(small: SmallRuns, whole: Path) -> None:
+    from config import load_config
+
+    kept = load_config(whole / "config.yaml")
+    expected = small.config(whole, *QUICK, "training.keep_checkpoints=9")
+    assert kept == expected and kept.stages[1].name == STAGES[1]["name"]
+
+
+# ---- saving ------------------------------------------------------------------------------------------------------
+
+
+def saved(small: SmallRuns, folder: Path, epochs: range, keep: int) -> runs.Run:
+    run = small.open(folder, f"training.keep_checkpoints={keep}", f"training.epochs={epochs[-1]}")
+    for epoch in epochs:
+        run.progress.epoch = epoch
+        run.best = {"stage": "pretrain", "epoch": epoch, "loss": 1.0, "model_state_dict": {}}
+        runs.save(run, "pretrain", {})
+    return run
+
+
+def test_the_newest_and_every_tenth_checkpoint_stay(small: SmallRuns, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module.TriModalModel, "state_dict", lambda self: {"w": torch.zeros(1)})  # 24 small files
+    run = saved(small, tmp_path, range(1, 25), keep=2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "best_model.pt", *(f"checkpoint_epoch_{epoch}.pt" for epoch in (10, 20, 23, 24))}
+    assert runs.last_checkpoint(run) == str(tmp_path / "checkpoints" / "checkpoint_epoch_24.pt")
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(small: SmallRuns, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module.TriModalModel, "state_dict", lambda self: {"w": torch.zeros(1)})
+    run = saved(small, tmp_path, range(1, 2), keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        run.progress.epoch = 2
+        runs.save(run, "pretrain", {})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best_model.pt", "checkpoint_epoch_1.pt"]
+    [event] = records(tmp_path, "event")
+    assert "Not saved after epoch 2" in event["message"] and "No space left on device" in event["message"]
+
+
+def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    shutil.rmtree(folder / "reports")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device.*--resume auto"):
+        patch.setattr(checkpoint.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        small.train(folder, *QUICK, resume="auto")
+    assert not [line for line in records(folder, "report") if (folder / "reports" / line["file"]).exists()]

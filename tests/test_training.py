@@ -1,0 +1,416 @@
+"""Training: epochs of stages, what a step changes, running out of memory, bad steps, validation and the best weights."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import memory
+import runs
+import training
+from config import Config, ConfigError, StageConfig, TaskConfig, UserError
+from datasets import Batch
+from runs import Options, Run, TrainingError
+from tests.small_runs import SmallRuns, batches, differing, records, step, weights
+from training import Stage
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
+    return SmallRuns(tmp_path_factory.mktemp("shared"))
+
+
+# ---- stages ------------------------------------------------------------------------------------------------------
+
+
+def sharing(epochs: int, *shares: float) -> Config:
+    task = TaskConfig(inputs=("image",), objectives={"concepts": 1.0})
+    return dataclasses.replace(
+        Config(), training=dataclasses.replace(Config().training, epochs=epochs),
+        stages=tuple(StageConfig(name=str(i), share=share, tasks=(task,)) for i, share in enumerate(shares)))
+
+
+@pytest.mark.parametrize("shares", [(0.2, 0.6, 0.2), (0.1, 0.7, 0.2), (1, 1, 1), (5,), (0.98, 0.01, 0.01), (3, 1), (7, 0.1)])
+def test_stages_share_any_number_of_epochs(shares: tuple[float, ...]) -> None:
+    for epochs in range(1, 131):
+        given = training.stage_epochs(sharing(epochs, *shares))
+        wanted = [epochs * share / sum(shares) for share in shares]
+        assert sum(given) == epochs and min(given) >= (epochs >= len(shares)), (epochs, given)
+        if min(wanted) >= 1:
+            assert all(abs(g - w) < 1 for g, w in zip(given, wanted, strict=True)), (epochs, given, wanted)
+
+
+def test_shares_of_the_defaults() -> None:
+    default = {epochs: training.stage_epochs(sharing(epochs, 0.2, 0.6, 0.2)) for epochs in (1, 2, 3, 4, 7, 100)}
+    assert default == {1: [0, 1, 0], 2: [0, 1, 1], 3: [1, 1, 1], 4: [1, 2, 1], 7: [1, 4, 2], 100: [20, 60, 20]}
+
+
+def test_one_epoch_trains_one_stage_and_says_which_are_skipped(small: SmallRuns, tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    small.train(tmp_path, "training.epochs=1", "stages.align.share=2", "evaluation.max_validation=8",
+                "report.gallery_queries=0")
+    out = capsys.readouterr().out
+    assert [line["stage"] for line in records(tmp_path, "stage")] == ["align"]
+    assert "[pretrain] skipped: 1 epochs are too few" in out and "[finetune] skipped: 1 epochs are too few" in out
+
+
+def test_tasks_without_samples_are_named_and_a_stage_without_any_is_an_error(small: SmallRuns, tmp_path: Path) -> None:
+    data = small.open(tmp_path).data
+
+    def row(*tasks: tuple[str, str]) -> StageConfig:
+        return StageConfig(name="own", share=1, audio_keep=0.5, tasks=tuple(
+            TaskConfig(inputs=tuple(inputs.split("+")), objectives=dict.fromkeys(names.split("+"), 1.0))
+            for inputs, names in tasks))
+
+    tasks, skipped = training.active_tasks(row(
+        ("image+text", "contrastive"), ("image+audio", "contrastive"), ("audio", "masked+speaker"), ("audio", "speaker"),
+    ), data)
+    assert [task.inputs for task in tasks] == [("image", "text"), ("audio",)]
+    assert tasks[1].objectives == {"masked": 1.0}, "no speaker is known here"
+    assert skipped == ["[own] no samples with image and audio: contrastive on them is skipped",
+                       "[own] no samples with named speakers: speaker on them is skipped"]
+    with pytest.raises(UserError, match=r"stages\.own: none of its tasks has samples in synthetic; add a set \(--data"):
+        training.active_tasks(row(("image+audio", "contrastive"), ("audio", "speaker")), data)
+
+
+def test_patterns_choose_what_moves(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "stages.align.trainable=['image\\.blocks\\..*', 'logit_scale.*']")
+    stage = small.stage(run, "align")
+    before = weights(run.model)
+    step(run, stage, batches(run, stage)[0])
+    moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith("image.blocks.")} | {"logit_scale.image_text"}
+
+
+def test_a_pattern_must_match_a_whole_name(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path)
+    for pattern in ("imag", "image.block", "vision.*"):
+        with pytest.raises(ConfigError, match=f"trainable: '{pattern}' matches no parameter; names look like "):
+            training.freeze(run.model, (".*", pattern))
+
+
+def test_a_loss_that_can_train_nothing_is_an_error(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "stages.align.trainable=['audio.*']")
+    stage = small.stage(run, "align")
+    with pytest.raises(ConfigError, match=r"stages\.align\.trainable: contrastive_image_text depends on none"):
+        step(run, stage, batches(run, stage)[0])
+
+
+# ---- one step ----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_modality_leaves_its_tower_bit_identical(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "training.weight_decay=0.5")
+    stage = small.stage(run, "align")
+    for task, without in ((0, "audio."), (1, "image."), (0, "audio.")):  # the moments of audio exist by the third
+        before = weights(run.model)
+        step(run, stage, batches(run, stage, task)[0], task)
+        moved = {name for name, value in run.model.state_dict().items() if not torch.equal(value, before[name])}
+        assert not [name for name in moved if name.startswith(without)]
+        assert [name for name in moved if name.startswith("text.")]
+
+
+def trained(small: SmallRuns, folder: Path, name: str, micro_batch: int, steps: int, task: int = 0,
+            *overrides: str) -> tuple[Run, Stage]:
+    run = small.open(folder, *overrides, micro_batch=micro_batch)
+    stage = small.stage(run, name)
+    for batch in batches(run, stage, task)[:steps]:
+        step(run, stage, batch, task)
+    return run, stage
+
+
+@pytest.mark.parametrize(("name", "task"), [("pretrain", 0), ("pretrain", 1), ("align", 0), ("align", 1), ("finetune", 0)])
+def test_a_micro_batch_changes_the_weights_by_rounding_only(small: SmallRuns, tmp_path: Path, name: str,
+                                                            task: int) -> None:
+    start = weights(small.open(tmp_path / "start").model)
+    whole, parts = (trained(small, tmp_path / str(size), name, size, 2, task)[0].model for size in (32, 7))
+    one, other, begin = (torch.cat([value.flatten() for value in state.values()])
+                         for state in (whole.state_dict(), parts.state_dict(), start))
+    assert float((one - begin).norm() / begin.norm()) > 1e-3, "two steps move the weights far more than rounding does"
+    assert float((one - other).norm() / one.norm()) < 1e-6
+
+
+OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+                 RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exception) -> None:
+    """The first time that `where` is reached, it runs out of memory."""
+    left = [error]
+
+    def fail(*_: Any) -> None:
+        if left:
+            raise left.pop()
+
+    fuse, features = run.model.fuse, run.model.features
+    if where == "fusion":  # the contrast before it has left its gradients by then
+        monkeypatch.setattr(run.model, "fuse", lambda encoded: fail() or fuse(encoded))
+    elif where == "encoding":
+        monkeypatch.setattr(run.model, "features", lambda *given: fail() or features(*given))
+    else:
+        def hooked(*given: Any) -> torch.Tensor:
+            found = features(*given)
+            if found.requires_grad:
+                found.register_hook(fail)
+            return found
+
+        monkeypatch.setattr(run.model, "features", hooked)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "host"])
+@pytest.mark.parametrize("where", ["encoding", "backward", "fusion"])
+def test_out_of_memory_redoes_the_step_in_smaller_parts(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception) -> None:
+    expected, expected_stage = trained(small, tmp_path / "expected", "finetune", 16, 2)
+    run = small.open(tmp_path / "failing", micro_batch=32)
+    stage = small.stage(run, "finetune")
+    fail_once(monkeypatch, run, where, error)
+    for batch in batches(run, stage):
+        step(run, stage, batch)
+    assert run.micro_batch["finetune"] == dict.fromkeys(("image", "audio", "text", "fusion"), 16)
+    assert run.micro_batch["align"]["image"] == 32, "other stages are not concerned"
+    assert differing(run.model.state_dict(), expected.model.state_dict()) == []
+    assert differing(stage.state_dict(), expected_stage.state_dict()) == []
+    [event] = records(tmp_path / "failing", "event")
+    assert event["step"] == 1 and str(error)[:20] in event["message"]
+    assert "[finetune] out of memory" in event["message"] and "micro-batch image 16, audio 16" in event["message"]
+
+
+def test_out_of_memory_again_and_again_ends_at_one_with_what_to_turn(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path, micro_batch=8)
+    stage = small.stage(run, "align")
+    before = weights(run.model)
+    monkeypatch.setattr(run.model, "features", lambda *_: (_ for _ in ()).throw(OUT_OF_MEMORY[0]))
+    with pytest.raises(UserError, match=r"stages\.align: out of memory on cpu even at micro-batch 1 .*batch_size.*budget_gb"):
+        step(run, stage, batches(run, stage)[0])
+    assert len(records(tmp_path, "event")) == 3  # 4, 2, 1
+    assert differing(run.model.state_dict(), before) == []
+
+
+def test_other_errors_of_a_step_are_not_taken_for_a_lack_of_memory(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "align")
+    fail_once(monkeypatch, run, "encoding", RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        step(run, stage, batches(run, stage)[0])
+    assert run.micro_batch["align"]["image"] == 32
+
+
+# ---- bad steps ---------------------------------------------------------------------------------------------------
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, steps: set[int]) -> None:
+    """Makes the loss, or only its gradient, NaN in some steps, counted from 1."""
+    features = run.model.features
+
+    def poisoned(*given: Any) -> torch.Tensor:
+        found = features(*given)
+        if run.progress.step + 1 in steps and torch.is_grad_enabled():
+            if where == "loss":
+                return found * math.nan
+            found.register_hook(lambda gradient: gradient * math.nan)
+        return found
+
+    monkeypatch.setattr(run.model, "features", poisoned)
+
+
+@pytest.mark.parametrize(("where", "cause"), [
+    ("loss", "loss part contrastive_image_text"), ("gradient", "the gradient, not the loss")])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, cause: str) -> None:
+    run = small.open(tmp_path, "stages.align.tasks.1.passes=0.0001")
+    stage = small.stage(run, "align")
+    first, second = batches(run, stage)
+    step(run, stage, first)
+    before, state = weights(run.model), [value.clone() for one in stage.optimizer.adamw.state.values()
+                                         for value in one.values()]
+    poison(monkeypatch, run, where, {2})
+    log = training.StepLog(run, stage, epoch=1)
+    log.add(step(run, stage, second), second)
+    assert differing(run.model.state_dict(), before) == []
+    assert differing([value for one in stage.optimizer.adamw.state.values() for value in one.values()], state) == []
+    log.add(step(run, stage, first), first)
+    log.flush()
+    assert differing(run.model.state_dict(), before) != [], "the run goes on"
+    [event] = records(tmp_path, "event")
+    assert event == {"kind": "event", "step": 2, "message": f"[align] step 2 skipped: not finite in {cause} "
+                     f"(samples {', '.join(second.keys[:3])}, ...)"}
+    assert [record["step"] for record in records(tmp_path, "step")] == [3]
+    assert len(log.losses) == 1 and math.isfinite(log.losses[0])
+
+
+def test_bad_steps_in_a_row_end_the_run_though_epochs_are_short(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path, "training.max_bad_steps=3", "training.epochs=4")
+    stage = small.stage(run, "finetune", epochs=4)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint_epoch_1.pt"
+    poison(monkeypatch, run, "loss", {1, 2, 4, 5, 6})  # two steps an epoch
+    training.train_epoch(run, stage, 1)
+    run.progress.epoch = 1
+    training.validate(run, stage, training.StepLog(run, stage, 1))
+    runs.save(run, "finetune", stage.state_dict())
+    training.train_epoch(run, stage, 2)
+    with pytest.raises(TrainingError) as stop:
+        training.train_epoch(run, stage, 3)
+    assert str(stop.value) == (
+        "stage finetune, step 6: 3 steps in a row were not finite, in loss part contrastive_image_text; "
+        f"last good checkpoint: {checkpoint}. Lower --lr, or set training.use_amp=false")
+    assert len(records(tmp_path, "event")) == 5
+
+
+# ---- validation --------------------------------------------------------------------------------------------------
+
+
+def test_validation_is_the_same_whatever_happened_before_and_in_which_order(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path, "training.batch_size=8")
+    stage = small.stage(run, "align")
+    run.model.eval()
+    first = training.validation_loss(run, stage)
+    assert first[1].keys() == {"contrastive_image_text", "contrastive_audio_text"}
+    assert first[0] == pytest.approx(sum(first[1].values()) / 2)
+    random.random(), np.random.rand(), torch.rand(3)
+    run.progress.step, run.progress.epoch = 77, 7
+    assert training.validation_loss(run, stage) == first
+    jobs = training.validation_jobs(run, stage)
+    assert len(jobs) == 8 and sorted(set(sum((rows.tolist() for _, rows in jobs), []))) == list(range(64))
+    monkeypatch.setattr(training, "validation_jobs", lambda *_: jobs[::-1])
+    loss, parts = training.validation_loss(run, stage)
+    assert loss == pytest.approx(first[0], rel=1e-6) and parts == pytest.approx(first[1], rel=1e-6)
+
+
+def test_validation_averages_over_samples_and_leaves_out_what_it_cannot_tell(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "align")
+    run.model.eval()
+    pictures = np.flatnonzero(run.data.tables["val"].has_image)
+
+    def loss_of(*groups: np.ndarray) -> float:
+        monkeypatch.setattr(training, "validation_jobs", lambda *_: [(0, rows) for rows in groups])
+        return training.validation_loss(run, stage)[0]
+
+    large, small_one = loss_of(pictures[:24]), loss_of(pictures[24:])
+    assert loss_of(pictures[:24], pictures[24:]) == pytest.approx((24 * large + 8 * small_one) / 32)
+    assert loss_of(pictures[:24], pictures[24:25]) == pytest.approx(large), "one picture has nothing to be told from"
+    assert math.isnan(loss_of(pictures[:1])) and math.isnan(loss_of())
+
+
+def test_best_weights_are_those_of_the_lowest_loss_of_the_last_stage(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path)
+
+    def remember(stage: str, *losses: float) -> list[int]:
+        """Epochs, counted from 1, whose weights were remembered."""
+        run.best, taken = {} if stage == "a" else run.best, []
+        for epoch, loss in enumerate(losses, start=1):
+            run.progress.epoch = epoch
+            with torch.no_grad():
+                run.model.text.norm.bias.fill_(epoch)
+            if runs.remember_best(run, stage, loss):
+                taken.append(epoch)
+        assert run.best["epoch"] == taken[-1] and run.best["stage"] == stage
+        assert float(run.best["model_state_dict"]["text.norm.bias"][0]) == taken[-1], "a copy, not the live weights"
+        return taken
+
+    nan = math.nan
+    assert remember("a", 3.0, 2.0, 2.0, 2.5, 1.0, nan, 4.0) == [1, 2, 5]
+    assert remember("b", 9.0, 9.5, 8.0) == [1, 3], "another stage has another loss"
+    assert remember("a", nan, nan, 5.0, nan, 6.0) == [1, 2, 3], "without any validation the newest"
+
+
+def test_the_average_is_what_is_validated_and_remembered(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "training.ema_decay=0.9")
+    stage = small.stage(run, "finetune")
+    log = training.train_epoch(run, stage, 1)
+    run.progress.epoch = 1
+    live = weights(run.model)
+    training.validate(run, stage, log)
+    assert stage.average is not None
+    assert differing(run.model.state_dict(), live) == [], "training goes on from its own weights"
+    averaged = dict(zip(stage.average.names, stage.average.values, strict=True))
+    best = run.best["model_state_dict"]
+    assert differing({name: best[name] for name in averaged}, averaged) == []
+    assert not torch.equal(best["image.embed.weight"], live["image.embed.weight"])
+    run.model.load_state_dict(best)
+    run.model.eval()
+    assert training.validation_loss(run, stage)[0] == run.best["loss"] == records(tmp_path, "validation")[0]["loss"]
+
+
+class Tripwire:
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"training reads the test split ({name})")
+
+    def __getitem__(self, item: Any) -> Any:
+        raise AssertionError("training reads the test split")
+
+
+def test_training_never_reads_the_test_split(small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, evaluated = runs.load_data, []
+
+    def load_guarded(config: Config) -> Any:
+        data = load(config)
+        contents = ("store", "token_ids", "caption_ids", "concept_ids", "speakers", "set_hash")
+        guarded = dataclasses.replace(data.splits["test"], **dict.fromkeys(contents, Tripwire()))
+        return dataclasses.replace(data, splits={**data.splits, "test": guarded})
+
+    def stop(run: Run) -> Path:
+        evaluated.append(run.best)
+        with pytest.raises(AssertionError, match="reads the test split"):  # the wire is taut
+            runs.finish(run)
+        return tmp_path
+
+    monkeypatch.setattr(runs, "load_data", load_guarded)
+    monkeypatch.setattr(training, "finish", stop)
+    small.train(tmp_path, "training.epochs=4", "training.learning_rate=0.01")
+    losses = {line["epoch"]: line["loss"] for line in records(tmp_path, "validation") if line["stage"] == "finetune"}
+    assert len(losses) == 2 and evaluated[0]["stage"] == "finetune"
+    assert evaluated[0]["epoch"] == min(losses, key=losses.__getitem__)
+
+
+# ---- what is logged ----------------------------------------------------------------------------------------------
+
+
+def test_records_of_steps_and_their_rates(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "training.log_every_steps=3", "training.batch_size=16", "training.warmup_pct=50")
+    stage = small.stage(run, "finetune", epochs=2)
+    assert stage.steps == 8
+    for epoch in (1, 2):
+        training.train_epoch(run, stage, epoch)
+    found = records(tmp_path)
+    assert [(line["kind"], line["stage"], line["epoch"], line["step"]) for line in found] == [
+        ("step", "finetune", 1, 3), ("step", "finetune", 2, 6)]
+    assert [line["lr"] for line in found] == [pytest.approx(0.0005 * 3 / 4), pytest.approx(
+        0.0005 * (0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2))]
+    names = {"contrastive_image_text", "matching", "matching_accuracy", "concepts"}
+    for line in found:
+        assert line["task"] == "image_text" and line["samples"] == 16 and line["parts"].keys() == names
+        parts = line["parts"]
+        assert line["loss"] == pytest.approx(
+            parts["contrastive_image_text"] + 0.5 * parts["matching"] + 0.5 * parts["concepts"], rel=1e-5)
+        assert 0 <= parts["matching_accuracy"] <= 1 and line["grad_norm"] > 0
+        assert 1 <= line["temperature"]["image_text"] <= 100 and line["memory_gib"] > 0
+        assert 0 <= line["data_wait_pct"] <= 100 and line["samples_per_s"] > 0
+
+
+def test_validation_hears_at_most_what_training_hears(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "align")
+    seen: list[Batch] = []
+    make = training.make_step
+    training_step = lambda run, stage, batch, train: seen.append(batch) or make(run, stage, batch, train=train)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_step", training_step)
+        training.validation_loss(run, stage)
+    sounds = [batch for batch in seen if batch.audio is not None]
+    assert sounds and all(batch.audio.shape[1] == 64 and int(batch.audio_lengths.max()) == 64
+                          and batch.noise["audio"].shape[1] == 20 for batch in sounds)
+    assert all(len(batch.input_ids) == 2 * len(batch.keys) for batch in seen), "all captions"
+    json.dumps(memory.peak_gib(run.device).gib)

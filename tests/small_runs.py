@@ -1,13 +1,15 @@
 """Training runs of seconds: drawn pictures of 32 pixels and half a second of drawn sounds, the tiny model, few steps.
 
-    small = SmallRuns(tmp_path_factory.mktemp("shared"))       # one for a test file: prepared data and plans are kept
+    with one_thread():                                  # steps this small are slower with two
+        small = SmallRuns(tmp_path_factory.mktemp("shared"))   # one for a test file: prepared data and plans are kept
     small.train(tmp_path / "run", "training.epochs=3")         # all three stages, evaluation, report
     run = small.open(tmp_path / "run"); stage = small.stage(run, "align")    # or step by step
 """
 
+import contextlib
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,16 @@ RECIPE: dict[str, Any] = {
                  "log_every_steps": 1, "learning_rate": 1e-3},
     "evaluation": {"resamples": 0}, "report": {"gallery_queries": 2}, "stages": STAGES,
 }
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class SmallRuns:

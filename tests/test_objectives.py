@@ -21,6 +21,7 @@ from losses import (
     Step,
     accumulate,
     first_keys,
+    hard_negatives,
     hidden_words,
     pair_scale,
 )
@@ -259,6 +260,19 @@ def test_no_right_pair_is_ever_called_wrong(model: TriModalModel, seed: int) -> 
             assert right[b].all() or right[:, first[b]].all()
 
 
+def test_negatives_are_drawn_by_similarity_each_with_draws_of_its_own(model: TriModalModel) -> None:
+    batch = make_batch(("image", "text"), B)
+    objective, step = objective_of(model, "matching", "image text"), plainly(model, batch)
+    keys, queries, _ = objective._negatives(step)
+    first, uniform = first_keys(step, objective.inputs), batch.noise["path"]
+    positives, scale = step.positives(objective.inputs), torch.tensor(1 / 0.07)
+    image, text = (step.features(name).detach() for name in objective.inputs)
+    expected = hard_negatives(image, text, scale, positives.of_samples, uniform[:, 62])[0]
+    assert torch.equal(keys, expected)
+    right = positives.of_captions(first)
+    assert torch.equal(queries, hard_negatives(text[first], image, scale, lambda rows: right[rows], uniform[:, 63])[0])
+
+
 def test_negatives_come_from_the_whole_batch(model: TriModalModel) -> None:
     batch = make_batch(("image", "audio"), B)
     objective = objective_of(model, "matching", "image audio")
@@ -300,11 +314,12 @@ def test_unused_classes_are_left_alone(model: TriModalModel) -> None:
     assert float(before["loss"] * count) == pytest.approx(float(after["loss"]), abs=1e-12)
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["training", "validation"])
 @pytest.mark.parametrize("name", ["image", "audio"])
-def test_hidden_patches_are_not_seen(model: TriModalModel, name: str) -> None:
+def test_hidden_patches_are_not_seen(model: TriModalModel, name: str, train: bool) -> None:
     """Other values in a hidden patch change its target and nothing of what is predicted."""
     batch = make_batch((name,), 4)
-    objective, step = objective_of(model, "masked", name), step_of(model, batch, drop_path=0.0)
+    objective, step = objective_of(model, "masked", name), step_of(model, batch, train=train)
     media = batch.images if name == "image" else batch.audio
     lengths = [] if name == "image" else [batch.audio_lengths]
     encoder, rows = getattr(model, name), torch.arange(4)

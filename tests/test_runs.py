@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import runs
 import training
 from config import UserError
 from runs import Options
-from tests.small_runs import STAGES, SmallRuns, differing, records, step, batches, without_times
+from tests.small_runs import STAGES, SmallRuns, differing, one_thread, records, without_times
 
 QUICK = ("training.epochs=4", "evaluation.max_validation=8", "report.gallery_queries=0", "training.ema_decay=0.5",
          "stages.align.tasks.1.passes=0.5")
@@ -24,8 +25,9 @@ ALL_EPOCHS = ["checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoc
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
-    return SmallRuns(tmp_path_factory.mktemp("shared"))
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+    with one_thread():
+        yield SmallRuns(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")

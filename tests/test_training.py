@@ -1,9 +1,9 @@
-"""Training: epochs of stages, what a step changes, running out of memory, bad steps, validation and the best weights."""
+"""Training: epochs of stages, what a step changes, lack of memory, bad steps, validation and the best weights."""
 
 import dataclasses
-import json
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-import memory
 import runs
 import training
 from config import Config, ConfigError, StageConfig, TaskConfig, UserError
 from datasets import Batch
-from runs import Options, Run, TrainingError
-from tests.small_runs import SmallRuns, batches, differing, records, step, weights
+from runs import Run, TrainingError
+from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, weights
 from training import Stage
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
-    return SmallRuns(tmp_path_factory.mktemp("shared"))
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+    with one_thread():
+        yield SmallRuns(tmp_path_factory.mktemp("shared"))
 
 
 # ---- stages ------------------------------------------------------------------------------------------------------
@@ -36,7 +36,8 @@ def sharing(epochs: int, *shares: float) -> Config:
         stages=tuple(StageConfig(name=str(i), share=share, tasks=(task,)) for i, share in enumerate(shares)))
 
 
-@pytest.mark.parametrize("shares", [(0.2, 0.6, 0.2), (0.1, 0.7, 0.2), (1, 1, 1), (5,), (0.98, 0.01, 0.01), (3, 1), (7, 0.1)])
+@pytest.mark.parametrize("shares", [
+    (0.2, 0.6, 0.2), (0.1, 0.7, 0.2), (1, 1, 1), (5,), (0.98, 0.01, 0.01), (3, 1), (7, 0.1)])
 def test_stages_share_any_number_of_epochs(shares: tuple[float, ...]) -> None:
     for epochs in range(1, 131):
         given = training.stage_epochs(sharing(epochs, *shares))
@@ -53,11 +54,10 @@ def test_shares_of_the_defaults() -> None:
 
 def test_one_epoch_trains_one_stage_and_says_which_are_skipped(small: SmallRuns, tmp_path: Path,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
-    small.train(tmp_path, "training.epochs=1", "stages.align.share=2", "evaluation.max_validation=8",
-                "report.gallery_queries=0")
+    small.train(tmp_path, "training.epochs=1", "evaluation.max_validation=8", "report.gallery_queries=0")
     out = capsys.readouterr().out
-    assert [line["stage"] for line in records(tmp_path, "stage")] == ["align"]
-    assert "[pretrain] skipped: 1 epochs are too few" in out and "[finetune] skipped: 1 epochs are too few" in out
+    assert [line["stage"] for line in records(tmp_path, "stage")] == ["finetune"]
+    assert "[pretrain] skipped: 1 epochs are too few" in out and "[align] skipped: 1 epochs are too few" in out
 
 
 def test_tasks_without_samples_are_named_and_a_stage_without_any_is_an_error(small: SmallRuns, tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_tasks_without_samples_are_named_and_a_stage_without_any_is_an_error(sma
             for inputs, names in tasks))
 
     tasks, skipped = training.active_tasks(row(
-        ("image+text", "contrastive"), ("image+audio", "contrastive"), ("audio", "masked+speaker"), ("audio", "speaker"),
-    ), data)
+        ("image+text", "contrastive"), ("image+audio", "contrastive"), ("audio", "masked+speaker"),
+        ("audio", "speaker")), data)
     assert [task.inputs for task in tasks] == [("image", "text"), ("audio",)]
     assert tasks[1].objectives == {"masked": 1.0}, "no speaker is known here"
     assert skipped == ["[own] no samples with image and audio: contrastive on them is skipped",
@@ -125,7 +125,8 @@ def trained(small: SmallRuns, folder: Path, name: str, micro_batch: int, steps: 
     return run, stage
 
 
-@pytest.mark.parametrize(("name", "task"), [("pretrain", 0), ("pretrain", 1), ("align", 0), ("align", 1), ("finetune", 0)])
+@pytest.mark.parametrize(("name", "task"), [
+    ("pretrain", 0), ("pretrain", 1), ("align", 0), ("align", 1), ("finetune", 0)])
 def test_a_micro_batch_changes_the_weights_by_rounding_only(small: SmallRuns, tmp_path: Path, name: str,
                                                             task: int) -> None:
     start = weights(small.open(tmp_path / "start").model)
@@ -136,8 +137,8 @@ def test_a_micro_batch_changes_the_weights_by_rounding_only(small: SmallRuns, tm
     assert float((one - other).norm() / one.norm()) < 1e-6
 
 
-OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-                 RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
+ON_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+ON_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exception) -> None:
@@ -148,26 +149,31 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exce
         if left:
             raise left.pop()
 
-    fuse, features = run.model.fuse, run.model.features
-    if where == "fusion":  # the contrast before it has left its gradients by then
-        monkeypatch.setattr(run.model, "fuse", lambda encoded: fail() or fuse(encoded))
-    elif where == "encoding":
-        monkeypatch.setattr(run.model, "features", lambda *given: fail() or features(*given))
-    else:
-        def hooked(*given: Any) -> torch.Tensor:
-            found = features(*given)
-            if found.requires_grad:
-                found.register_hook(fail)
-            return found
+    name = "fuse" if where == "fusion" else "features"  # the contrast before fusion has left its gradients by then
+    method = getattr(run.model, name)
 
-        monkeypatch.setattr(run.model, "features", hooked)
+    def failing(*given: Any) -> Any:
+        if where != "backward":
+            fail()
+        found = method(*given)
+        if where == "backward" and found.requires_grad:
+            found.register_hook(fail)
+        return found
+
+    monkeypatch.setattr(run.model, name, failing)
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["device", "host"])
-@pytest.mark.parametrize("where", ["encoding", "backward", "fusion"])
+@pytest.fixture(scope="module")
+def in_parts_of_16(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Stage]:
+    return trained(small, tmp_path_factory.mktemp("expected"), "finetune", 16, 2)
+
+
+@pytest.mark.parametrize(("where", "error"), [
+    ("encoding", ON_DEVICE), ("backward", ON_HOST), ("fusion", ON_DEVICE)])
 def test_out_of_memory_redoes_the_step_in_smaller_parts(
-        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception) -> None:
-    expected, expected_stage = trained(small, tmp_path / "expected", "finetune", 16, 2)
+        small: SmallRuns, in_parts_of_16: tuple[Run, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        where: str, error: Exception) -> None:
+    expected, expected_stage = in_parts_of_16
     run = small.open(tmp_path / "failing", micro_batch=32)
     stage = small.stage(run, "finetune")
     fail_once(monkeypatch, run, where, error)
@@ -187,8 +193,12 @@ def test_out_of_memory_again_and_again_ends_at_one_with_what_to_turn(
     run = small.open(tmp_path, micro_batch=8)
     stage = small.stage(run, "align")
     before = weights(run.model)
-    monkeypatch.setattr(run.model, "features", lambda *_: (_ for _ in ()).throw(OUT_OF_MEMORY[0]))
-    with pytest.raises(UserError, match=r"stages\.align: out of memory on cpu even at micro-batch 1 .*batch_size.*budget_gb"):
+
+    def never_fits(*_: Any) -> None:
+        raise ON_DEVICE
+
+    monkeypatch.setattr(run.model, "features", never_fits)
+    with pytest.raises(UserError, match=r"stages\.align: out of memory on cpu even at micro-batch 1 .*batch_size.*_gb"):
         step(run, stage, batches(run, stage)[0])
     assert len(records(tmp_path, "event")) == 3  # 4, 2, 1
     assert differing(run.model.state_dict(), before) == []
@@ -281,7 +291,7 @@ def test_validation_is_the_same_whatever_happened_before_and_in_which_order(
     run.progress.step, run.progress.epoch = 77, 7
     assert training.validation_loss(run, stage) == first
     jobs = training.validation_jobs(run, stage)
-    assert len(jobs) == 8 and sorted(set(sum((rows.tolist() for _, rows in jobs), []))) == list(range(64))
+    assert len(jobs) == 8 and sorted({row for _, rows in jobs for row in rows.tolist()}) == list(range(64))
     monkeypatch.setattr(training, "validation_jobs", lambda *_: jobs[::-1])
     loss, parts = training.validation_loss(run, stage)
     assert loss == pytest.approx(first[0], rel=1e-6) and parts == pytest.approx(first[1], rel=1e-6)
@@ -357,8 +367,8 @@ def test_training_never_reads_the_test_split(small: SmallRuns, tmp_path: Path, m
 
     def load_guarded(config: Config) -> Any:
         data = load(config)
-        contents = ("store", "token_ids", "caption_ids", "concept_ids", "speakers", "set_hash")
-        guarded = dataclasses.replace(data.splits["test"], **dict.fromkeys(contents, Tripwire()))
+        contents: Any = dict.fromkeys(("store", "token_ids", "caption_ids", "concept_ids", "set_hash"), Tripwire())
+        guarded = dataclasses.replace(data.splits["test"], **contents)
         return dataclasses.replace(data, splits={**data.splits, "test": guarded})
 
     def stop(run: Run) -> Path:
@@ -369,7 +379,7 @@ def test_training_never_reads_the_test_split(small: SmallRuns, tmp_path: Path, m
 
     monkeypatch.setattr(runs, "load_data", load_guarded)
     monkeypatch.setattr(training, "finish", stop)
-    small.train(tmp_path, "training.epochs=4", "training.learning_rate=0.01")
+    small.train(tmp_path, "training.epochs=4", "evaluation.max_validation=8", "report.gallery_queries=0")
     losses = {line["epoch"]: line["loss"] for line in records(tmp_path, "validation") if line["stage"] == "finetune"}
     assert len(losses) == 2 and evaluated[0]["stage"] == "finetune"
     assert evaluated[0]["epoch"] == min(losses, key=losses.__getitem__)
@@ -400,17 +410,22 @@ def test_records_of_steps_and_their_rates(small: SmallRuns, tmp_path: Path) -> N
         assert 0 <= line["data_wait_pct"] <= 100 and line["samples_per_s"] > 0
 
 
-def test_validation_hears_at_most_what_training_hears(small: SmallRuns, tmp_path: Path) -> None:
+def test_validation_hears_at_most_what_training_hears(small: SmallRuns, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     run = small.open(tmp_path)
     stage = small.stage(run, "align")
     seen: list[Batch] = []
     make = training.make_step
-    training_step = lambda run, stage, batch, train: seen.append(batch) or make(run, stage, batch, train=train)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_step", training_step)
-        training.validation_loss(run, stage)
+
+    def seeing(run: Run, stage: Stage, batch: Batch, *, train: bool) -> Any:
+        seen.append(batch)
+        return make(run, stage, batch, train=train)
+
+    monkeypatch.setattr(training, "make_step", seeing)
+    training.validation_loss(run, stage)
     sounds = [batch for batch in seen if batch.audio is not None]
-    assert sounds and all(batch.audio.shape[1] == 64 and int(batch.audio_lengths.max()) == 64
-                          and batch.noise["audio"].shape[1] == 20 for batch in sounds)
-    assert all(len(batch.input_ids) == 2 * len(batch.keys) for batch in seen), "all captions"
-    json.dumps(memory.peak_gib(run.device).gib)
+    assert len(sounds) == 1 and len(seen) == 2
+    assert sounds[0].audio is not None and sounds[0].audio.shape[1] == 64 and sounds[0].noise["audio"].shape[1] == 20
+    assert sounds[0].audio_lengths is not None and int(sounds[0].audio_lengths.max()) == 64
+    for batch in seen:
+        assert batch.input_ids is not None and len(batch.input_ids) == 2 * len(batch.keys), "all captions"

@@ -314,7 +314,7 @@ def _parquet_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> I
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError(f"{parts[0].name}: sounds in parquet files need the optional package pyarrow; run: "
+        raise UserError(f"{parts[0].name}: sounds in parquet files need the package pyarrow; run: "
                         "pip install pyarrow") from None
     from pyarrow import ArrowException
 

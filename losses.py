@@ -10,9 +10,7 @@ P values of a patch, L text tokens, U distinct captions, V classes, Z depth.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,48 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-TEXT_MASK_PART = 0.25  # part of the words hidden in masked pretraining
+from steps import Positives, Step, Term, accumulate, hidden_words, kept_patches, pick
+
+__all__ = ["OBJECTIVES", "Objective", "Positives", "Step", "Term", "accumulate", "kept_patches"]
+
 TEXT_DROP_PART = 0.75  # part of the samples whose text is hidden from the concept classifier, since it tells them
-# columns of the "path" uniforms: the image encoder takes the first, the audio encoder those from here on
-AUDIO_PATH_COLUMN, HARD_KEY_COLUMN, HARD_QUERY_COLUMN = 24, 62, 63
+HARD_KEY_COLUMN, HARD_QUERY_COLUMN = 62, 63  # columns of the "path" uniforms, behind those of the encoders
 PAIR_ORDER = ("image", "audio", "text")  # pairs are named image_text, audio_text, image_audio
 CHUNK_ROWS = 1024  # rows of a similarity matrix held at once
 SPEAKER_MARGIN, SPEAKER_SCALE = 0.2, 30.0  # arXiv:1801.07698 with the values usual for VoxCeleb
 
-Term = tuple[Tensor, dict[str, Tensor]]
-
 
 # ---- mathematics -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Positives:
-    """Which keys are right for which queries: those that share a group, of which a query may have several.
-
-    `member_BU` marks the groups of each sample, `group_C` names the group of each caption.
-    """
-
-    member_BU: Tensor
-    group_C: Tensor
-
-    @staticmethod
-    def of(owner_C: Tensor, ids_C: Tensor, num_samples: int) -> "Positives":
-        """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them."""
-        unique_U, group_C = ids_C.unique(return_inverse=True)
-        member_BU = torch.zeros(num_samples, len(unique_U), dtype=torch.bool)
-        member_BU[owner_C, group_C] = True
-        return Positives(member_BU, group_C)
-
-    def to(self, move: Callable[[Tensor], Tensor]) -> "Positives":
-        return Positives(move(self.member_BU), move(self.group_C))
-
-    def of_samples(self, rows: Tensor) -> Tensor:
-        """(Q, C) for samples as queries."""
-        return self.member_BU[rows][:, self.group_C]
-
-    def of_captions(self, rows: Tensor) -> Tensor:
-        """(Q, B) for captions as queries."""
-        return self.member_BU[:, self.group_C[rows]].T
 
 
 def info_nce(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: Callable[[Tensor], Tensor],
@@ -114,168 +82,6 @@ def margin_logits(features_BF: Tensor, weight_VF: Tensor, labels_B: Tensor) -> T
     right = F.one_hot(labels_B, len(weight_VF)).bool()
     angle = cosine_BV.clamp(-1 + 1e-6, 1 - 1e-6).acos()
     return SPEAKER_SCALE * torch.where(right, (angle + SPEAKER_MARGIN).clamp(max=math.pi).cos(), cosine_BV)
-
-
-# ---- what an objective sees of a step ------------------------------------------------------------------------------
-
-
-@dataclass
-class Step:
-    """One effective batch on its way through the model.
-
-    `batch` stays on the host; `encode` brings the rows asked for to the device. `micro_batch` is how many samples of
-    each tower are in memory at once. In evaluation (`train` False) all patches are seen and no path is dropped,
-    save where hiding patches is the task itself.
-    """
-
-    model: Any
-    batch: Any
-    device: torch.device
-    micro_batch: Mapping[str, int]
-    autocast: Callable[[], AbstractContextManager[Any]]
-    keep: Mapping[str, float] = field(default_factory=dict)
-    drop_path: float = 0.0
-    train: bool = True
-    mask_id: int = 103
-    num_concepts: int = 0
-    detached: dict[str, Tensor] = field(default_factory=dict)
-    tokens: dict[str, Any] = field(default_factory=dict)
-    every_row: dict[str, Tensor] = field(default_factory=dict)
-
-    def rows(self, modality: str) -> int:
-        return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
-
-    def parts(self, modality: str) -> tuple[Tensor, ...]:
-        """Row indices of this tower's micro-batches, on the host."""
-        everything = self.every_row.setdefault(modality, torch.arange(self.rows(modality)))
-        size = self.micro_batch[modality]
-        return (everything,) if len(everything) <= size else everything.split(size)
-
-    def to_device(self, value: Tensor) -> Tensor:
-        return value.to(self.device, non_blocking=True)
-
-    def to_host(self, value: Tensor) -> Tensor:
-        return value.cpu()
-
-    @property
-    def is_whole(self) -> bool:
-        """The whole batch is one micro-batch for each tower: encoded once, whatever the number of objectives."""
-        return self.train and len(self.parts("fusion")) == 1 and all(
-            len(self.parts(name)) == 1 for name in self.batch.inputs)
-
-    def encode(self, modality: str, rows: Tensor, *, hide: bool = False) -> Any:
-        """Tokens of some rows of the batch. `hide` keeps patches by the stage's share even in evaluation.
-
-        Tokens of the same rows are always the same, since nothing is drawn here; so where memory holds the whole batch
-        they are kept for the step's other objectives.
-        """
-        if not (self.is_whole and torch.is_grad_enabled()):
-            return self._encode(modality, rows, hide)
-        everything = self.parts(modality)[0]
-        if modality not in self.tokens:
-            self.tokens[modality] = self._encode(modality, everything, hide)
-        return self.tokens[modality] if rows is everything else pick(self.tokens[modality], self.to_device(rows))
-
-    def _encode(self, modality: str, rows: Tensor, hide: bool) -> Any:
-        encoder, noise = getattr(self.model, modality), self.batch.noise
-        keep = self.keep.get(modality, 1.0) if self.train or hide else 1.0
-        if modality == "text":
-            path = self._path(noise["path_text"][rows], 0, encoder)
-            return encoder(self.to_device(self.batch.input_ids[rows]),
-                           self.to_device(self.batch.attention_mask[rows]), path)
-        path = self._path(noise["path"][rows], AUDIO_PATH_COLUMN if modality == "audio" else 0, encoder)
-        kept, valid = (None, None) if keep == 1 else map(self.to_device, self.kept(modality, rows))
-        if modality == "image":
-            return encoder(self.to_device(self.batch.images[rows]), kept, path)
-        audio, lengths = self.to_device(self.batch.audio[rows]), self.to_device(self.batch.audio_lengths[rows])
-        return encoder(audio, lengths, kept, valid, path)
-
-    def kept(self, modality: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices (B, K) of the patches that the stage keeps of each row, and which of them are real; on the host."""
-        counts = self.valid_patches(rows) if modality == "audio" else None
-        return kept_patches(self.batch.noise[modality][rows], counts, self.keep.get(modality, 1.0))
-
-    def positives(self, inputs: Sequence[str]) -> Positives:
-        """Which of the second input belong to which of the first: captions are told by their text, images and sounds
-        by their sample."""
-        batch = self.batch
-        if "text" in inputs:
-            owner, ids = batch.caption_owner, batch.caption_ids
-        else:
-            owner, ids = torch.arange(len(batch.sample_ids)), batch.sample_ids
-        return Positives.of(owner, ids, len(batch.sample_ids)).to(self.to_device)
-
-    def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that masked pretraining hides, drawn among the real ones between the first and the last: a mask
-        (C, L), and their places (M, 2); on the host."""
-        hidden = hidden_words(self.batch)[rows]
-        return hidden, hidden.nonzero()
-
-    def with_speaker(self, rows: Tensor) -> Tensor:
-        return rows[self.batch.speakers[rows] >= 0]
-
-    def valid_patches(self, rows: Tensor) -> Tensor:
-        """How many audio patches of each row are real; int64, on the host."""
-        audio = self.model.audio
-        steps = (self.batch.audio_lengths[rows] + audio.patch_frames - 1).div(audio.patch_frames, rounding_mode="floor")
-        return steps * audio.bands
-
-    def _path(self, uniform: Tensor, column: int, encoder: Any) -> Tensor | None:
-        """Scale of each residual branch: 0 where dropped, else 1 / (1 - p), p rising linearly (arXiv:1603.09382)."""
-        if not self.train or self.drop_path == 0:
-            return None
-        depth = len(encoder.blocks.blocks)
-        p_Z = self.drop_path * torch.arange(1, depth + 1) / depth
-        return self.to_device((uniform[:, column: column + depth] >= p_Z) / (1 - p_Z))
-
-    def features(self, modality: str) -> Tensor:
-        """L2-normalised features of all rows in the graph; each micro-batch is recomputed in the backward pass if
-        there are several. (rows, F)"""
-        def part_features(rows: Tensor) -> Tensor:
-            with self.autocast():
-                return self.model.features(modality, self.encode(modality, rows))
-
-        parts = self.parts(modality)
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            features = torch.cat([part_features(rows) for rows in parts])
-        else:
-            features = torch.cat([recompute(part_features, rows, use_reentrant=False, preserve_rng_state=False)
-                                  for rows in parts])
-        self.detached[modality] = features.detach()
-        return features
-
-
-def kept_patches(uniform_BN: Tensor, counts_B: Tensor | None, keep: float) -> tuple[Tensor, Tensor]:
-    """The first ceil(keep * count) patches of each sample in the order of its uniforms, equal K by padding.
-
-    `counts_B`: real patches of each sample, which come first (None: all N). Returns indices (B, K) and valid (B, K).
-    """
-    B, N = uniform_BN.shape
-    counts_B = torch.full((B,), N) if counts_B is None else counts_B
-    kept_B = (counts_B * keep).ceil().long().clamp(min=1)
-    order_BN = uniform_BN.masked_fill(torch.arange(N) >= counts_B[:, None], 2.0).argsort(dim=1)
-    K = int(kept_B.max())
-    return order_BN[:, :K], torch.arange(K) < kept_B[:, None]
-
-
-def accumulate(step: Step, terms: Iterable[Term],
-               backward: Callable[[Tensor], None]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of all terms and of each part. `backward` is called on each term, whose graph is then freed; once, on their
-    sum, where the objectives share the tokens of the whole batch."""
-    total = torch.zeros((), device=step.device)
-    shared: list[Tensor] = []
-    sums: dict[str, Tensor] = {}
-    for loss, parts in terms:
-        if step.is_whole:
-            shared.append(loss)
-        else:
-            backward(loss)
-        total += loss.detach()
-        for name, value in parts.items():
-            sums[name] = sums[name] + value if name in sums else value
-    if shared:
-        backward(torch.stack(shared).sum())
-    return total, sums
 
 
 # ---- objectives --------------------------------------------------------------------------------------------------
@@ -379,11 +185,6 @@ def first_keys(step: Step, inputs: Sequence[str]) -> Tensor:
     return torch.searchsorted(step.batch.caption_owner, torch.arange(num_samples))
 
 
-def pick(tokens: Any, rows: Tensor) -> Any:
-    """The same Tokens, of some rows."""
-    return type(tokens)(*(None if part is None else part.index_select(0, rows) for part in tokens))
-
-
 class Concepts(Objective):
     """Multi-label classification of the fused features. Most samples are shown without their text, which names the
     concepts; count = labels in the batch, so that long and short label lists weigh alike."""
@@ -464,14 +265,6 @@ class Masked(Objective):
             logits_MV = words_MR @ step.model.text.words.weight.T
         logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
         return F.cross_entropy(logits_MV, ids[at[:, 0], at[:, 1]], reduction="sum")
-
-
-def hidden_words(batch: Any) -> Tensor:
-    """Mask of the tokens of the whole batch that masked pretraining hides; (C, L)."""
-    mask = batch.attention_mask
-    inner = mask & F.pad(mask[:, 1:], (0, 1))  # a real token follows
-    inner[:, 0] = False
-    return inner & (batch.noise["text"] < TEXT_MASK_PART)
 
 
 class PatchDecoder(nn.Module):

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import footprint
-import losses
 import memory
+import steps
 from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig, UserError
 from datasets import Batch
 from footprint import Usage
-from losses import OBJECTIVES, Positives, Step
+from losses import OBJECTIVES
 from memory import GIB, MicroBatch, Plan
 from model import TriModalModel
 from optimization import MovingAverage, Optimizer
+from steps import Positives, Step, accumulate
 
 PARTS = 3
 VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound, before their lists are read
@@ -55,7 +56,7 @@ class PlanStep(Step):
     def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         length = self.batch.input_ids.shape[1]
         hidden = torch.zeros(len(rows), length, dtype=torch.bool)
-        most = int(len(rows) * length * losses.TEXT_MASK_PART * 1.5)  # a draw is rarely above its mean by half
+        most = int(len(rows) * length * steps.TEXT_MASK_PART * 1.5)  # a draw is rarely above its mean by half
         return hidden, torch.zeros(max(most, 1), 2, dtype=torch.int64)
 
     def with_speaker(self, rows: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def step_usage(config: Config, row: StageConfig, task: TaskConfig, micro_batch: 
                 keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
                 num_concepts=config.model.num_classes)
             names = [known for known in OBJECTIVES if known in task.objectives]
-            losses.accumulate(step, (term for name in names for term in objectives[name].terms(step)), backward)  # type: ignore[operator]
+            accumulate(step, (term for name in names for term in objectives[name].terms(step)), backward)  # type: ignore[operator]
             optimizer.step(1e-4)
             if average:
                 average.update(model.parameters())
@@ -123,12 +124,14 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], de
     """Micro-batches at which every task of the stage fits the budget, from the cache if it was planned before."""
     B = config.effective_batch(row)
     upper = {tower: B * (config.training.captions_per_visit if tower == "text" else 1) for tower in TOWERS}
-    facts = {"model": config.to_dict()["model"], "training": config.to_dict()["training"] | {"seed": 0, "epochs": 0},
-             "audio_max_s": config.data.audio_max_s, "memory": dataclasses.asdict(config.memory),
-             "row": dataclasses.asdict(row), "tasks": [dataclasses.asdict(task) for task in tasks],
-             "device": device, "amp": str(amp), "speakers": num_speakers}
-    sources = [Path(str(module.__file__)) for module in (losses, footprint)] + [Path(__file__),
-                                                                                Path(__file__).with_name("model.py")]
+    facts = {"model": config.to_dict()["model"], "effective_batch": B, "captions": config.training.captions_per_visit,
+             "average": config.training.ema_decay > 0, "audio_max_s": config.data.audio_max_s,
+             "keep": (row.image_keep, row.audio_keep), "drop_path": row.drop_path > 0,
+             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks],
+             "memory": dataclasses.asdict(config.memory), "budget_gb": config.budget_gb,
+             "device": device, "amp": str(amp), "speakers": num_speakers}  # rates, weights and seeds take no memory
+    sources = [Path(__file__).with_name(f"{name}.py")
+               for name in ("planning", "steps", "losses", "model", "optimization", "footprint")]
     folder, key = Path(config.paths.output_dir) / "plans", memory.plan_key(facts, sources)
     plan = memory.read_plan(folder, key)
     if plan is None:

@@ -20,7 +20,7 @@ import memory
 from checkpoint import describe_mismatch
 from config import FRAME_RATE_HZ, Config, ConfigError, StageConfig, TaskConfig, UserError
 from datasets import Batch, Data, epoch_batches, loader, pool
-from losses import OBJECTIVES, Step, accumulate
+from losses import OBJECTIVES
 from optimization import MovingAverage, Optimizer, lr_at
 from planning import plan_stages, print_plan, without_speaker
 from runs import (
@@ -38,6 +38,7 @@ from runs import (
     show_examples,
     stage_epochs,
 )
+from steps import Step, accumulate
 
 __all__ = ["Options", "TrainingError", "print_plan", "train"]
 
@@ -331,9 +332,10 @@ def crop_sounds(batch: Batch, max_s: float) -> Batch:
 
 @torch.no_grad()
 def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
-    """Mean over tasks of their loss on validation samples, and each part; no augmentation, all captions.
+    """Mean over validation samples of their task's loss, and of each part; no augmentation, all captions.
 
-    Batches weigh by their samples within a task. Tasks with nothing to compare or predict are left out; all: NaN.
+    A sample weighs the same whatever its task, so that a handful of sounds does not outvote thousands of pictures.
+    Batches with nothing to compare or predict are left out; NaN if that is all of them.
     """
     jobs = validation_jobs(run, stage)
     batches = loader(run.data, "val", jobs, run.config, inputs=[task.inputs for task in stage.tasks],
@@ -345,14 +347,12 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
         loss, parts = accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
         if not parts:
             continue
-        for name, value in {f"task_{task}": loss, **parts}.items():
+        for name, value in {"": loss, **parts}.items():
             entry = sums.setdefault(name, [0.0, 0.0])
             entry[0] += float(value) * len(indices)
             entry[1] += len(indices)
     means = {name: total / weight for name, (total, weight) in sums.items()}
-    losses = [value for name, value in means.items() if name.startswith("task_")]
-    return (sum(losses) / len(losses) if losses else float("nan"),
-            {name: value for name, value in means.items() if not name.startswith("task_")})
+    return means.pop("", float("nan")), means
 
 
 @contextlib.contextmanager
@@ -386,6 +386,8 @@ def train(config: Config, options: Options) -> Path:
     run = open_run(config, options, state)
     try:
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
+        for row in config.stages:
+            freeze(run.model, row.trainable)  # a pattern without a match is found now, not after the first stages
         plan(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs = stage_epochs(config)
         for index, row in enumerate(config.stages):

@@ -1,5 +1,6 @@
 """A model narrow enough for float64 on a CPU, and hand-made batches with seeded noise, for tests of the mathematics."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from config import ModelConfig, Preset
 from datasets import Batch
 from model import TriModalModel
+from steps import Step
 
 VOCABULARY = 60
 CLASSES = 12
@@ -112,3 +114,16 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
+
+
+def step_of(model: TriModalModel, batch: Batch, micro: int | dict[str, int] = 1000, **settings: Any) -> Step:
+    """With token dropping and drop-path, as in training."""
+    sizes = micro if isinstance(micro, dict) else dict.fromkeys(("image", "audio", "text", "fusion"), micro)
+    dropping: dict[str, Any] = {"keep": {"image": 0.5, "audio": 0.5}, "drop_path": 0.3}
+    return Step(model=model, batch=batch, device=torch.device("cpu"), micro_batch=sizes, mask_id=3,
+                autocast=contextlib.nullcontext, **{"num_concepts": 10} | dropping | settings)
+
+
+def plainly(model: TriModalModel, batch: Batch) -> Step:
+    """As in validation: all patches, all paths."""
+    return step_of(model, batch, train=False)

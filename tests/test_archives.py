@@ -354,7 +354,7 @@ def test_shards_need_a_package_or_are_unpacked(tmp_path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        with pytest.raises(UserError, match=r"optional package pyarrow; run: pip install pyarrow$"):
+        with pytest.raises(UserError, match=r"package pyarrow; run: pip install pyarrow$"):
             run(tmp_path, b"PAR1", "parquet")
         return
     rows = [{"youtube_id": video, "start_time": start, "audio": {"bytes": data, "path": None}}

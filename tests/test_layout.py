@@ -27,16 +27,16 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "batches": "config samples images prepare vocabulary",
     "datasets": "config samples readers vocabulary concepts prepare batches",
     # mathematics
-    "model": "config", "losses": "", "metrics": "", "optimization": "",
+    "model": "config", "steps": "", "losses": "steps", "metrics": "", "optimization": "",
     # the machine
     "footprint": "", "memory": "config footprint", "checkpoint": "", "distributed": "",
     # what a run writes
     "plots": "", "report": "plots", "tracking": "",
     # runs
     "protocols": "config datasets metrics",
-    "planning": "config model datasets losses memory footprint optimization",
+    "planning": "config model datasets steps losses memory footprint optimization",
     "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
-    "training": "config model datasets vocabulary losses metrics memory checkpoint distributed optimization tracking"
+    "training": "config model datasets vocabulary steps losses metrics memory checkpoint distributed optimization tracking"
                 " report protocols planning runs",
     "run_training": "config training",
     "evaluate": "config model datasets vocabulary metrics memory checkpoint report protocols",

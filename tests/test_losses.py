@@ -1,5 +1,4 @@
-"""Loss mathematics against naive formulas: what is positive, negative, hidden and kept. The objectives have a file of
-their own."""
+"""Loss mathematics against naive formulas. The objectives have a file of their own."""
 
 import itertools
 import math
@@ -9,21 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasets import Batch
 from footprint import PeakMemory
 from losses import (
     SPEAKER_MARGIN,
     SPEAKER_SCALE,
-    TEXT_MASK_PART,
-    Positives,
     hard_negatives,
-    hidden_words,
     info_nce,
-    kept_patches,
     margin_logits,
     patch_error,
 )
-from tests.narrow import make_batch
+from steps import Positives
 
 OWNER, IDS = [0, 0, 1, 2, 2, 3], [7, 8, 7, 9, 9, 5]  # samples 0 and 1 share a caption, 2 has the same one twice
 RIGHT = [[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
@@ -38,32 +32,7 @@ def rows_of(table: Tensor):
     return lambda rows: table[rows]
 
 
-# ---- positives and InfoNCE ---------------------------------------------------------------------------------------
-
-
-def test_positives_share_a_sample_or_a_caption() -> None:
-    positives = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4)
-    right = torch.tensor(RIGHT).bool()
-    assert torch.equal(positives.of_samples(torch.arange(4)), right)
-    assert torch.equal(positives.of_captions(torch.arange(6)), right.T)
-    rows = torch.tensor([3, 1])
-    assert torch.equal(positives.of_samples(rows), right[rows])
-    assert torch.equal(positives.of_captions(rows), right.T[rows])
-
-
-def test_positives_of_many_captions_are_those_of_the_definition() -> None:
-    batch = make_batch(("image", "text"), 40)
-    owner, ids = batch.caption_owner, batch.caption_ids
-    assert owner is not None and ids is not None
-    right = Positives.of(owner, ids, 40).of_samples(torch.arange(40))
-    for b, c in itertools.product(range(40), range(len(ids))):
-        assert bool(right[b, c]) == (int(ids[c]) in ids[owner == b].tolist())
-    assert (right.sum(0) > 1).any(), "some captions belong to several samples"
-
-
-def test_positives_move_to_the_device() -> None:
-    moved = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4).to(lambda t: t.to("meta"))
-    assert moved.member_BU.is_meta and moved.group_C.is_meta
+# ---- InfoNCE ----------------------------------------------------------------------------------------------------
 
 
 def naive_nce(query: Tensor, key: Tensor, scale: Tensor, right: Tensor) -> Tensor:
@@ -145,59 +114,7 @@ def test_rows_without_wrong_keys_are_marked() -> None:
     assert picks[1] == 1 and 0 <= int(picks.min()) and int(picks.max()) <= 2
 
 
-# ---- what is kept, what is hidden --------------------------------------------------------------------------------
-
-
-def test_kept_patches_are_those_of_the_smallest_draws() -> None:
-    uniform = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
-    counts = torch.tensor([20, 15, 10, 5, 1, 3])
-    index, valid = kept_patches(uniform, counts, 0.5)
-    assert index.shape == valid.shape == (6, 10), "equal K"
-    assert valid.sum(1).tolist() == [10, 8, 5, 3, 1, 2], "rounded up"
-    for row, (count, u) in enumerate(zip(counts.tolist(), uniform, strict=True)):
-        smallest = sorted(range(count), key=lambda i: float(u[i]))[:int(valid[row].sum())]
-        assert index[row][valid[row]].tolist() == smallest
-
-
-@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [5, 1]], ids=str)
-def test_kept_patches_do_not_depend_on_the_split(sizes: list[int]) -> None:
-    uniform = torch.rand(6, 20, generator=torch.Generator().manual_seed(0))
-    counts = torch.tensor([20, 15, 10, 5, 1, 3])
-
-    def subsets(u: Tensor, c: Tensor) -> list[list[int]]:
-        index, valid = kept_patches(u, c, 0.4)
-        return [i[v].tolist() for i, v in zip(index, valid, strict=True)]
-
-    parts = zip(uniform.split(sizes), counts.split(sizes), strict=True)
-    assert [s for u, c in parts for s in subsets(u, c)] == subsets(uniform, counts)
-
-
-def test_kept_patches_of_images_and_at_least_one() -> None:
-    index, valid = kept_patches(torch.rand(3, 9, generator=torch.Generator().manual_seed(0)), None, 0.25)
-    assert index.shape == (3, 3) and valid.all()
-    index, valid = kept_patches(torch.tensor([[0.5, 0.1]]), torch.tensor([1]), 0.01)
-    assert index.tolist() == [[0]] and valid.tolist() == [[True]]
-
-
-def words(lengths: list[int], uniform: Tensor) -> Batch:
-    mask = torch.arange(uniform.shape[1]) < torch.tensor(lengths)[:, None]
-    return Batch(("text",), [], torch.arange(len(lengths)), attention_mask=mask, noise={"text": uniform})
-
-
-def test_hidden_words_are_inner_ones() -> None:
-    lengths = [1, 2, 3, 4, 8, 9]
-    hidden = hidden_words(words(lengths, torch.zeros(6, 9)))
-    assert hidden.sum(1).tolist() == [0, 0, 1, 2, 6, 7], "zeros hide whatever may be hidden"
-    for row, length in zip(hidden.tolist(), lengths, strict=True):
-        assert not row[0] and not any(row[length - 1:])
-    assert not hidden_words(words(lengths, torch.full((6, 9), TEXT_MASK_PART))).any()
-
-
-def test_the_stated_share_of_words_is_hidden() -> None:
-    uniform = torch.rand(500, 22, generator=torch.Generator().manual_seed(0))
-    hidden = hidden_words(words([22] * 500, uniform))
-    assert hidden[:, 1:-1].float().mean() == pytest.approx(TEXT_MASK_PART, abs=0.02)
-    assert torch.equal(hidden[:, 1:-1], uniform[:, 1:-1] < TEXT_MASK_PART)
+# ---- patches ----------------------------------------------------------------------------------------------------
 
 
 def test_patch_error_is_over_hidden_patches_normalised_one_by_one() -> None:

@@ -1,7 +1,6 @@
 """Objectives: every way of splitting an effective batch gives the same loss and the same gradients, and each objective
 learns from what it says and from nothing else."""
 
-import contextlib
 import dataclasses
 import itertools
 from typing import Any
@@ -18,15 +17,13 @@ from losses import (
     OBJECTIVES,
     TEXT_DROP_PART,
     Objective,
-    Step,
-    accumulate,
     first_keys,
     hard_negatives,
-    hidden_words,
     pair_scale,
 )
 from model import TriModalModel
-from tests.narrow import VOCABULARY, largest_difference, make_batch, narrow_model, part_of
+from steps import Step, accumulate, hidden_words
+from tests.narrow import VOCABULARY, largest_difference, make_batch, narrow_model, part_of, plainly, step_of
 from training import Stage, weighted_terms
 
 B = 24
@@ -47,19 +44,6 @@ def model() -> TriModalModel:
 def objective_of(model: TriModalModel, name: str, inputs: str) -> Any:
     torch.manual_seed(1)
     return OBJECTIVES[name](model, inputs.split(), 3).double()
-
-
-def step_of(model: TriModalModel, batch: Batch, micro: int | dict[str, int] = 1000, **settings: Any) -> Step:
-    """With token dropping and drop-path, as in training."""
-    sizes = micro if isinstance(micro, dict) else dict.fromkeys(("image", "audio", "text", "fusion"), micro)
-    dropping: dict[str, Any] = {"keep": {"image": 0.5, "audio": 0.5}, "drop_path": 0.3}
-    return Step(model=model, batch=batch, device=torch.device("cpu"), micro_batch=sizes, mask_id=3,
-                autocast=contextlib.nullcontext, **{"num_concepts": 10} | dropping | settings)
-
-
-def plainly(model: TriModalModel, batch: Batch) -> Step:
-    """As in validation: all patches, all paths."""
-    return step_of(model, batch, train=False)
 
 
 def loss_of(objective: Objective, step: Step) -> float:
@@ -130,17 +114,6 @@ def test_a_batch_that_fits_is_encoded_once(model: TriModalModel) -> None:
     assert largest_difference(together, sums) <= 1e-9  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("change", "inputs"), [({"keep": {}}, "image audio"), ({"drop_path": 0.0}, "image audio"),
-                                                ({"drop_path": 0.0}, "audio text"), ({"train": False}, "image text")])
-def test_dropping_is_on_in_these_tests(model: TriModalModel, change: dict, inputs: str) -> None:
-    batch = make_batch(inputs.split(), B)
-    dropped, other = step_of(model, batch), step_of(model, batch, **change)
-    with torch.no_grad():
-        for modality in inputs.split():
-            differ = (dropped.features(modality) - other.features(modality)).abs().max() > 1e-3
-            assert differ or (modality == "text" and "keep" in change)
-
-
 def test_micro_batches_save_memory(model: TriModalModel) -> None:
     objective, batch = objective_of(model, "contrastive", "image text"), make_batch(("image", "text"), B)
 
@@ -163,39 +136,7 @@ def test_matching_looks_at_the_features_of_contrast(model: TriModalModel) -> Non
     assert largest_difference(alone, learn(step, matching)) <= 1e-9
 
 
-# ---- a step ------------------------------------------------------------------------------------------------------
-
-
-def test_evaluation_sees_everything(model: TriModalModel) -> None:
-    batch = make_batch(("image", "audio", "text"), 6)
-    step = dataclasses.replace(plainly(model, batch), micro_batch=dict.fromkeys(("image", "audio", "text"), 4))
-    with torch.no_grad():
-        assert batch.images is not None and batch.audio is not None and batch.input_ids is not None
-        expected = {"image": model.image_features(batch.images),
-                    "audio": model.audio_features(batch.audio, batch.audio_lengths),
-                    "text": model.text_features(batch.input_ids, batch.attention_mask)}
-        for modality, features in expected.items():
-            assert (step.features(modality) - features).abs().max() <= 1e-12
-
-
-def test_paths_are_dropped_as_often_as_said_and_keep_the_mean(model: TriModalModel) -> None:
-    uniform = torch.rand(4000, 64, generator=torch.Generator().manual_seed(0))
-    scale_BZ = step_of(model, make_batch(("image",), 2), drop_path=0.4)._path(uniform, 10, model.image)
-    assert scale_BZ is not None and scale_BZ.shape == (4000, 2)
-    assert torch.allclose((scale_BZ == 0).float().mean(0), torch.tensor([0.2, 0.4]), atol=0.03), "deeper, more often"
-    assert torch.allclose(scale_BZ.max(0).values, 1 / (1 - torch.tensor([0.2, 0.4])))
-    assert torch.equal(scale_BZ == 0, uniform[:, 10:12] < torch.tensor([0.2, 0.4]))
-
-
-def test_images_and_sounds_match_by_sample(model: TriModalModel) -> None:
-    batch = make_batch(("image", "audio"), 5)
-    right = step_of(model, batch).positives(("image", "audio")).of_samples(torch.arange(5))
-    expected = torch.eye(5).bool()
-    expected[0, 4] = expected[4, 0] = True  # two visits of one sample
-    assert torch.equal(right, expected)
-
-
-# ---- objectives against naive formulas ---------------------------------------------------------------------------
+# ---- against naive formulas --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", ["text image", "audio text", "audio image"])
@@ -345,6 +286,17 @@ def test_hidden_patches_are_not_seen(model: TriModalModel, name: str, train: boo
     assert touched == [[b, n]]
 
 
+def test_padding_is_no_hidden_patch(model: TriModalModel) -> None:
+    batch = make_batch(("audio",), 6)
+    assert batch.audio is not None and batch.audio_lengths is not None
+    batch.audio_lengths.clamp_(max=48)
+    noise = {**batch.noise, "audio": batch.noise["audio"][:, :15]}
+    short = dataclasses.replace(batch, audio=batch.audio[:, :48], noise=noise)
+    objective = objective_of(model, "masked", "audio")
+    results = [learn(step_of(model, padded), objective) for padded in (batch, short)]
+    assert largest_difference(*results) <= 1e-12
+
+
 def test_words_are_predicted_from_the_table(model: TriModalModel) -> None:
     batch = make_batch(("text",), 12)
     objective, step = objective_of(model, "masked", "text"), plainly(model, batch)
@@ -393,7 +345,8 @@ def stage_of(tasks: dict[str, float], inputs: str, objectives: dict[str, Objecti
 
 @pytest.mark.parametrize(("name", "inputs", "size", "settings"), NOTHING)
 def test_nothing_to_learn_is_no_loss(model: TriModalModel, name: str, inputs: str, size: int, settings: dict) -> None:
-    step = step_of(model, without_labels(make_batch(inputs.split(), size)), **settings)
+    batch = make_batch(inputs.split(), size)
+    step = step_of(model, batch if settings else without_labels(batch), **settings)
     objective = objective_of(model, name, inputs)
     assert objective.count(step) == 0
     model.zero_grad(set_to_none=True)

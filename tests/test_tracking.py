@@ -1,4 +1,4 @@
-"""What a run writes while it goes: records that survive, logs without duplicates after a resume, a bar only for eyes."""
+"""What a run writes while it goes: records that last, logs without duplicates after a resume, a bar only for eyes."""
 
 import io
 import json
@@ -13,9 +13,9 @@ from tracking import Tracker, read_records
 
 
 def step_record(step: int, stage: str = "align", loss: float = 1.5) -> dict:
-    return {"stage": stage, "epoch": 1, "step": step, "loss": loss, "parts": {"contrastive_image_text": loss}, "lr": 1e-4,
-            "grad_norm": 0.5, "temperature": {"image_text": 14.0}, "samples_per_s": 100.0, "data_wait_pct": 1.0,
-            "memory_gib": 0.25}
+    return {"stage": stage, "epoch": 1, "step": step, "loss": loss, "parts": {"contrastive_image_text": loss},
+            "lr": 1e-4, "grad_norm": 0.5, "temperature": {"image_text": 14.0}, "samples_per_s": 100.0,
+            "data_wait_pct": 1.0, "memory_gib": 0.25}
 
 
 def validation_record(step: int, loss: float = 2.0) -> dict:
@@ -24,12 +24,13 @@ def validation_record(step: int, loss: float = 2.0) -> dict:
 
 
 def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
-    """All curves as TensorBoard shows them."""
+    """All points as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(logs / "tensorboard"), {"scalars": 0, "images": 0})
     board.Reload()
-    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    return {tag: [(event.step, event.value) for event in events] for tag in board.Tags()["scalars"]
+            if (events := board.Scalars(tag))}
 
 
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:

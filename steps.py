@@ -1,0 +1,224 @@
+"""What an objective sees of a training step: one effective batch, its micro-batches, and how to encode them exactly.
+
+Nothing here draws: every random number is in the batch, so rows encoded alone, in parts, or all at once have the same
+tokens and the same gradients.
+
+Shape suffixes: B samples, C captions, K kept patches, N patches, L text tokens, U distinct captions, Z depth.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+TEXT_MASK_PART = 0.25  # part of the words hidden in masked pretraining
+AUDIO_PATH_COLUMN = 24  # "path" uniforms: the image encoder takes the first columns, the audio encoder those from here
+
+Term = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Positives:
+    """Which keys are right for which queries: those that share a group, of which a query may have several.
+
+    `member_BU` marks the groups of each sample, `group_C` names the group of each caption.
+    """
+
+    member_BU: Tensor
+    group_C: Tensor
+
+    @staticmethod
+    def of(owner_C: Tensor, ids_C: Tensor, num_samples: int) -> "Positives":
+        """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them."""
+        unique_U, group_C = ids_C.unique(return_inverse=True)
+        member_BU = torch.zeros(num_samples, len(unique_U), dtype=torch.bool)
+        member_BU[owner_C, group_C] = True
+        return Positives(member_BU, group_C)
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> "Positives":
+        return Positives(move(self.member_BU), move(self.group_C))
+
+    def of_samples(self, rows: Tensor) -> Tensor:
+        """(Q, C) for samples as queries."""
+        return self.member_BU[rows][:, self.group_C]
+
+    def of_captions(self, rows: Tensor) -> Tensor:
+        """(Q, B) for captions as queries."""
+        return self.member_BU[:, self.group_C[rows]].T
+
+
+@dataclass
+class Step:
+    """One effective batch on its way through the model.
+
+    `batch` stays on the host; `encode` brings the rows asked for to the device. `micro_batch` is how many samples of
+    each tower are in memory at once. In evaluation (`train` False) all patches are seen and no path is dropped,
+    save where hiding patches is the task itself.
+    """
+
+    model: Any
+    batch: Any
+    device: torch.device
+    micro_batch: Mapping[str, int]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    keep: Mapping[str, float] = field(default_factory=dict)
+    drop_path: float = 0.0
+    train: bool = True
+    mask_id: int = 103
+    num_concepts: int = 0
+    detached: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    every_row: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, modality: str) -> int:
+        return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
+
+    def parts(self, modality: str) -> tuple[Tensor, ...]:
+        """Row indices of this tower's micro-batches, on the host."""
+        everything = self.every_row.setdefault(modality, torch.arange(self.rows(modality)))
+        size = self.micro_batch[modality]
+        return (everything,) if len(everything) <= size else everything.split(size)
+
+    def to_device(self, value: Tensor) -> Tensor:
+        return value.to(self.device, non_blocking=True)
+
+    def to_host(self, value: Tensor) -> Tensor:
+        return value.cpu()
+
+    @property
+    def is_whole(self) -> bool:
+        """The whole batch is one micro-batch for each tower: encoded once, whatever the number of objectives."""
+        return self.train and len(self.parts("fusion")) == 1 and all(
+            len(self.parts(name)) == 1 for name in self.batch.inputs)
+
+    def encode(self, modality: str, rows: Tensor, *, hide: bool = False) -> Any:
+        """Tokens of some rows of the batch. `hide` keeps patches by the stage's share even in evaluation.
+
+        Tokens of the same rows are always the same, since nothing is drawn here; so where memory holds the whole batch
+        they are kept for the step's other objectives.
+        """
+        if not (self.is_whole and torch.is_grad_enabled()):
+            return self._encode(modality, rows, hide)
+        everything = self.parts(modality)[0]
+        if modality not in self.tokens:
+            self.tokens[modality] = self._encode(modality, everything, hide)
+        return self.tokens[modality] if rows is everything else pick(self.tokens[modality], self.to_device(rows))
+
+    def _encode(self, modality: str, rows: Tensor, hide: bool) -> Any:
+        encoder, noise = getattr(self.model, modality), self.batch.noise
+        keep = self.keep.get(modality, 1.0) if self.train or hide else 1.0
+        if modality == "text":
+            path = self._path(noise["path_text"][rows], 0, encoder)
+            return encoder(self.to_device(self.batch.input_ids[rows]),
+                           self.to_device(self.batch.attention_mask[rows]), path)
+        path = self._path(noise["path"][rows], AUDIO_PATH_COLUMN if modality == "audio" else 0, encoder)
+        kept, valid = (None, None) if keep == 1 else map(self.to_device, self.kept(modality, rows))
+        if modality == "image":
+            return encoder(self.to_device(self.batch.images[rows]), kept, path)
+        audio, lengths = self.to_device(self.batch.audio[rows]), self.to_device(self.batch.audio_lengths[rows])
+        return encoder(audio, lengths, kept, valid, path)
+
+    def kept(self, modality: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (B, K) of the patches that the stage keeps of each row, and which of them are real; on the host."""
+        counts = self.valid_patches(rows) if modality == "audio" else None
+        return kept_patches(self.batch.noise[modality][rows], counts, self.keep.get(modality, 1.0))
+
+    def positives(self, inputs: Sequence[str]) -> Positives:
+        """Which of the second input belong to which of the first: captions are told by their text, images and sounds
+        by their sample."""
+        batch = self.batch
+        if "text" in inputs:
+            owner, ids = batch.caption_owner, batch.caption_ids
+        else:
+            owner, ids = torch.arange(len(batch.sample_ids)), batch.sample_ids
+        return Positives.of(owner, ids, len(batch.sample_ids)).to(self.to_device)
+
+    def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that masked pretraining hides, drawn among the real ones between the first and the last: a mask
+        (C, L), and their places (M, 2); on the host."""
+        hidden = hidden_words(self.batch)[rows]
+        return hidden, hidden.nonzero()
+
+    def with_speaker(self, rows: Tensor) -> Tensor:
+        return rows[self.batch.speakers[rows] >= 0]
+
+    def valid_patches(self, rows: Tensor) -> Tensor:
+        """How many audio patches of each row are real; int64, on the host."""
+        audio = self.model.audio
+        steps = (self.batch.audio_lengths[rows] + audio.patch_frames - 1).div(audio.patch_frames, rounding_mode="floor")
+        return steps * audio.bands
+
+    def _path(self, uniform: Tensor, column: int, encoder: Any) -> Tensor | None:
+        """Scale of each residual branch: 0 where dropped, else 1 / (1 - p), p rising linearly (arXiv:1603.09382)."""
+        if not self.train or self.drop_path == 0:
+            return None
+        depth = len(encoder.blocks.blocks)
+        p_Z = self.drop_path * torch.arange(1, depth + 1) / depth
+        return self.to_device((uniform[:, column: column + depth] >= p_Z) / (1 - p_Z))
+
+    def features(self, modality: str) -> Tensor:
+        """L2-normalised features of all rows in the graph; each micro-batch is recomputed in the backward pass if
+        there are several. (rows, F)"""
+        def part_features(rows: Tensor) -> Tensor:
+            with self.autocast():
+                return self.model.features(modality, self.encode(modality, rows))
+
+        parts = self.parts(modality)
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            features = torch.cat([part_features(rows) for rows in parts])
+        else:
+            features = torch.cat([recompute(part_features, rows, use_reentrant=False, preserve_rng_state=False)
+                                  for rows in parts])
+        self.detached[modality] = features.detach()
+        return features
+
+
+def kept_patches(uniform_BN: Tensor, counts_B: Tensor | None, keep: float) -> tuple[Tensor, Tensor]:
+    """The first ceil(keep * count) patches of each sample in the order of its uniforms, equal K by padding.
+
+    `counts_B`: real patches of each sample, which come first (None: all N). Returns indices (B, K) and valid (B, K).
+    """
+    B, N = uniform_BN.shape
+    counts_B = torch.full((B,), N) if counts_B is None else counts_B
+    kept_B = (counts_B * keep).ceil().long().clamp(min=1)
+    order_BN = uniform_BN.masked_fill(torch.arange(N) >= counts_B[:, None], 2.0).argsort(dim=1)
+    K = int(kept_B.max())
+    return order_BN[:, :K], torch.arange(K) < kept_B[:, None]
+
+
+def accumulate(step: Step, terms: Iterable[Term],
+               backward: Callable[[Tensor], None]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of all terms and of each part. `backward` is called on each term, whose graph is then freed; once, on their
+    sum, where the objectives share the tokens of the whole batch."""
+    total = torch.zeros((), device=step.device)
+    shared: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+    for loss, parts in terms:
+        if step.is_whole:
+            shared.append(loss)
+        else:
+            backward(loss)
+        total += loss.detach()
+        for name, value in parts.items():
+            sums[name] = sums[name] + value if name in sums else value
+    if shared:
+        backward(torch.stack(shared).sum())
+    return total, sums
+
+
+def pick(tokens: Any, rows: Tensor) -> Any:
+    """The same Tokens, of some rows."""
+    return type(tokens)(*(None if part is None else part.index_select(0, rows) for part in tokens))
+
+
+def hidden_words(batch: Any) -> Tensor:
+    """Mask of the tokens of the whole batch that masked pretraining hides; (C, L)."""
+    mask = batch.attention_mask
+    inner = mask & F.pad(mask[:, 1:], (0, 1))  # a real token follows
+    inner[:, 0] = False
+    return inner & (batch.noise["text"] < TEXT_MASK_PART)

@@ -1,0 +1,201 @@
+"""From a command line to a report: all stages on mixed sets, everything that a run promises to leave behind, and the
+same figures from evaluate.py; and one epoch on the official layouts of COCO and Clotho."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import evaluate
+import run_training
+from model import load_model
+from tests import trees
+from tests.small_runs import one_thread, records
+
+MIXED: dict[str, Any] = {
+    "data": {"datasets": ["stamps", "synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "fit": "pad",
+             "audio_max_s": 0.5, "workers": 1},
+    "model": {"size": "tiny", "image_size": 32, "context_length": 16},
+    "memory": {"micro_batch": 16},
+    "training": {"epochs": 4, "batch_size": 16, "gradient_accumulation_steps": 2, "log_every_steps": 2,
+                 "learning_rate": 1e-3},
+    "evaluation": {"resamples": 20, "max_validation": 16}, "report": {"language": "en", "gallery_queries": 2},
+    "stages": [
+        {"name": "pretrain", "share": 1, "image_keep": 0.5, "audio_keep": 0.5, "tasks": [
+            {"inputs": ["image"], "objectives": {"masked": 1.0}},
+            {"inputs": ["audio"], "objectives": {"masked": 1.0, "speaker": 1.0}, "passes": 0.5},
+            {"inputs": ["text"], "objectives": {"masked": 1.0}, "passes": 0.5}]},
+        {"name": "align", "share": 2, "drop_path": 0.1, "tasks": [
+            {"inputs": ["image", "text"], "objectives": {"contrastive": 1.0}},
+            {"inputs": ["audio", "text"], "objectives": {"contrastive": 1.0}, "passes": 0.5},
+            {"inputs": ["image", "audio"], "objectives": {"contrastive": 0.5}}]},
+        {"name": "finetune", "share": 1, "lr_factor": 0.3, "tasks": [
+            {"inputs": ["image", "text"], "objectives": {"contrastive": 1.0, "matching": 0.5, "concepts": 0.5}},
+            {"inputs": ["image", "audio"], "objectives": {"contrastive": 0.5, "matching": 0.5, "concepts": 0.5}}]},
+    ],
+}
+
+
+@dataclass
+class Finished:
+    folder: Path
+    report: dict[str, Any]
+    out: str
+    arguments: list[str]
+
+
+def the_report(folder: Path) -> dict[str, Any]:
+    [path] = (folder / "reports").glob("report_*.json")
+    return json.loads(path.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A whole run, from its command line."""
+    root = tmp_path_factory.mktemp("mixed")
+    trees.stamps(root / "data", captions=40)
+    (root / "mixed.yaml").write_text(yaml.safe_dump(MIXED), "utf-8")
+    arguments = ["--config", str(root / "mixed.yaml"), "--data-root", str(root / "data"), "--output-dir",
+                 str(root / "out"), "--device", "cpu", "--epochs", "4", "--lr", "1e-3", "training.use_amp=false"]
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        import io
+        import sys
+
+        patch.setattr(sys, "stdout", out := io.StringIO())
+        assert run_training.main(arguments) == 0
+        yield Finished(root / "out", the_report(root / "out"), out.getvalue(), arguments)
+
+
+def test_the_folder_holds_what_was_promised(finished: Finished) -> None:
+    names = {path.relative_to(finished.folder).as_posix() for path in finished.folder.rglob("*") if path.is_file()}
+    assert {"config.yaml", "logs/metrics.jsonl", "checkpoints/best_model.pt", "checkpoints/final_model.pt",
+            "checkpoints/checkpoint_epoch_2.pt", "checkpoints/checkpoint_epoch_3.pt",
+            "checkpoints/checkpoint_epoch_4.pt", "logs/bad_samples.jsonl"} <= names
+    assert "checkpoints/checkpoint_epoch_1.pt" not in names, "three are kept"
+    assert [name for name in names if name.startswith("logs/tensorboard/events.out.tfevents.")]
+    files = finished.report["files"]
+    assert {f"reports/{name}" for name in files.values()} <= names
+    assert files.keys() == {"markdown", "losses", "progress", "gallery_image", "gallery_audio"}
+    assert not [name for name in names if ".tmp" in name or ".writable" in name]
+
+
+def test_every_kind_of_record_is_there_with_all_its_parts(finished: Finished) -> None:
+    found = records(finished.folder)
+    assert {line["kind"] for line in found} == {"step", "validation", "stage", "report"}
+    for line in records(finished.folder, "step"):
+        assert line.keys() >= {"stage", "epoch", "step", "loss", "parts", "lr", "grad_norm", "temperature",
+                               "samples_per_s", "data_wait_pct", "memory_gib"}
+        assert math.isfinite(line["loss"]) and line["step"] % 2 == 0
+    validations = records(finished.folder, "validation")
+    assert [(line["stage"], line["epoch"]) for line in validations] == [
+        ("pretrain", 1), ("align", 2), ("align", 3), ("finetune", 4)]
+    assert validations[0]["metrics"] == {} and validations[0]["parts"].keys() == {
+        "masked_image", "masked_audio", "masked_text"}
+    assert {"image_to_text_R@1", "text_to_audio_R@10", "image_to_audio_R@5"} <= validations[1]["metrics"].keys()
+    assert validations[3]["parts"].keys() == {
+        "contrastive_image_text", "contrastive_image_audio", "matching", "matching_accuracy", "concepts"}
+    stages = records(finished.folder, "stage")
+    assert [(line["stage"], line["epochs"]) for line in stages] == [("pretrain", 1), ("align", 2), ("finetune", 1)]
+    assert sum(line["steps"] for line in stages) == stages[-1]["step"] == validations[-1]["step"]
+
+
+def test_the_report_tells_what_was_run_and_found(finished: Finished) -> None:
+    report = finished.report
+    assert report["kind"] == "training" and report["config"]["training"]["epochs"] == 4
+    assert report["config"]["training"]["batch_size"] == 16 and report["config"]["model"]["size"] == "tiny"
+    assert report["data"]["counts"]["synthetic"]["train"] == {"audio+text": 64, "captions": 256, "image+text": 64}
+    assert report["data"]["licences"].keys() == {"stamps", "synthetic"}
+    assert [stage["stage"] for stage in report["stages"]] == ["pretrain", "align", "finetune"]
+    for stage in report["stages"]:
+        assert stage["predicted_gib"] > 0 and stage["peak_gib"] > 0 and stage["seconds"] > 0 and stage["loss"] > 0
+    figures = report["evaluation"]["figures"]
+    assert {"all", "stamps", "synthetic"} <= figures.keys()
+    assert {"image-text", "audio-text", "image-audio", "image-concepts"} <= figures["all"].keys()
+    one = figures["synthetic"]["image-text"]["image_to_text_R@5"]
+    assert one["candidates"] == 64 and one["queries"] == 32 and 0 < one["chance"] < 1 and 0 <= one["value"] <= 1
+    assert len(one["interval"]) == 2
+    losses = {line["epoch"]: line["loss"] for line in report["validations"] if line["stage"] == "finetune"}
+    assert report["best"] == {"stage": "finetune", "epoch": 4, "loss": losses[4]}
+    assert report["evaluation"]["split"] == "test" and len(report["gallery"]) == 4
+
+
+def test_what_is_printed(finished: Finished) -> None:
+    lines = finished.out.splitlines()
+    assert "Device: cpu; fp32: training.use_amp is false" in lines
+    assert [line.split()[0] for line in lines if line.startswith("[")] == [
+        "[pretrain]", "[align]", "[align]", "[finetune]"]
+    assert any(line.startswith("[align] epoch 3/4  loss ") and "image_to_text_R@1" in line for line in lines)
+    [markdown] = (finished.folder / "reports").glob("*.md")
+    assert lines[-1] == f"Report: {markdown}" and markdown.read_text("utf-8").startswith("# ")
+
+
+def test_tensorboard_shows_curves_and_found_pictures(finished: Finished) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(finished.folder / "logs" / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    assert {"loss/pretrain", "loss/align", "loss/finetune", "validation/align/loss", "retrieval/image_to_text_R@1",
+            "train/lr", "train/data_wait_pct", "temperature/image_text"} <= set(tags["scalars"])
+    assert {"examples/image", "examples/audio"} <= set(tags["images"])
+
+
+def test_best_and_final_are_the_weights_that_validation_chose(finished: Finished) -> None:
+    best, final = (torch.load(finished.folder / "checkpoints" / f"{name}_model.pt") for name in ("best", "final"))
+    assert all(torch.equal(value, final["model_state_dict"][name]) for name, value in best["model_state_dict"].items())
+    model, extras = load_model(finished.folder / "checkpoints" / "best_model.pt")
+    assert extras["stage"] == "finetune" and extras["epoch"] == 4
+    with torch.inference_mode():
+        outputs = model(images=torch.zeros(1, 3, 32, 32), input_ids=torch.tensor([[101, 2417, 102]]))
+    assert outputs["fused_features"].shape == (1, 512) and outputs["logits"].shape == (1, 1000)
+
+
+def test_evaluate_gives_the_very_figures_of_the_run(finished: Finished, tmp_path: Path) -> None:
+    status = evaluate.main(["--checkpoint", str(finished.folder / "checkpoints" / "best_model.pt"), "--device", "cpu",
+                            "--data-root", finished.arguments[3], "--output-dir", str(tmp_path)])
+    assert status == 0
+    again = the_report(tmp_path)
+    assert again["kind"] == "evaluation"
+    assert again["evaluation"]["figures"] == finished.report["evaluation"]["figures"]
+    assert again["data"]["digests"]["test"] == finished.report["data"]["digests"]["test"]
+
+
+def test_a_second_start_is_refused_and_auto_says_that_all_is_done(finished: Finished,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_training.main(finished.arguments) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    before = records(finished.folder)
+    assert run_training.main([*finished.arguments, "--resume", "auto"]) == 0
+    assert "Complete: all 4 epochs are done" in capsys.readouterr().out
+    assert records(finished.folder) == before
+
+
+def test_one_epoch_on_the_official_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """COCO with Karpathy's split and Clotho, real files, with a broken one in each."""
+    trees.coco(tmp_path / "data", broken=True)
+    trees.clotho(tmp_path / "data", broken=True)
+    recipe = {**MIXED, "data": {"datasets": ["coco", "clotho"], "audio_max_s": 0.5, "workers": 0, "max_bad_pct": 20.0},
+              "stages": [{"name": "align", "share": 1, "tasks": MIXED["stages"][1]["tasks"][:2]}]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--data-root", str(tmp_path / "data"), "--output-dir",
+                 str(tmp_path / "out"), "--device", "cpu", "--epochs", "1", "training.use_amp=false"]
+    best = tmp_path / "out" / "checkpoints" / "best_model.pt"
+    with one_thread():
+        assert run_training.main([*arguments, "training.log_every_steps=1"]) == 0
+        capsys.readouterr()
+        report = the_report(tmp_path / "out")
+        figures = report["evaluation"]["figures"]
+        assert {"all", "coco", "clotho"} <= figures.keys()
+        assert figures["coco"]["image-text"].keys() and figures["clotho"]["audio-text"].keys()
+        assert report["stages"][0]["steps"] == len(records(tmp_path / "out", "step"))
+        bad = (tmp_path / "out" / "logs" / "bad_samples.jsonl").read_text("utf-8").splitlines()
+        assert sorted(json.loads(line)["key"].split("/")[0] for line in bad) == ["clotho", "coco"]
+        assert evaluate.main(["--checkpoint", str(best), "--device", "cpu", "--data-root", str(tmp_path / "data"),
+                              "--output-dir", str(tmp_path / "again"), "--datasets", "coco"]) == 0
+    assert the_report(tmp_path / "again")["evaluation"]["figures"]["coco"] == figures["coco"]

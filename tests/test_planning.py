@@ -1,0 +1,174 @@
+"""Plans: true to the real step's bytes, inside the README's budgets, kept, obeyed, printed without any data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import memory
+import planning
+import run_training
+import training
+from config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
+from footprint import PeakMemory
+from memory import GIB, Plan
+from tests.small_runs import SmallRuns, batches, one_thread
+
+BF16 = torch.bfloat16
+
+
+def tasks_of(row: StageConfig) -> list[planning.TaskConfig]:
+    return [planning.without_speaker(task) for task in row.tasks if planning.without_speaker(task).objectives]
+
+
+def planned(config: Config, name: str, device: str = "cpu", amp: torch.dtype | None = None) -> Plan:
+    row = next(row for row in config.stages if row.name == name)
+    return planning.plan_stage(config, row, tasks_of(row), device, amp)
+
+
+# ---- the truth ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pretrain", "align", "finetune"])
+def test_the_prediction_is_the_peak_of_the_real_step(tmp_path: Path, name: str) -> None:
+    """Real batches of full size: captions and sounds are longer than what is read. Eight parts, three traced."""
+    with one_thread():
+        small = SmallRuns(tmp_path / "shared")
+        run = small.open(tmp_path / "run", "model.context_length=10", "memory.micro_batch=4", "training.ema_decay=0.9",
+                         micro_batch=4)
+        stage = small.stage(run, name)
+        peaks = []
+        for task in range(len(stage.tasks)):
+            heads = [stage.objectives[f"{task}_{objective}"] for objective in stage.tasks[task].objectives]
+            batch = batches(run, stage, task)[0]
+            with PeakMemory() as tracker:
+                tracker.watch(p for module in (run.model, *heads) for p in module.parameters())
+                own = {id(p) for module in (run.model, *heads) for p in module.parameters()}
+                tracker.mark("optimizer", [list(state.values()) for p, state in stage.optimizer.adamw.state.items()
+                                           if id(p) in own], stage.average.values if stage.average else [])
+                tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise)
+                for _ in range(2):
+                    training.train_step(run, stage, task, batch)
+            peaks.append(tracker.usage().peak_bytes)
+    predicted = planned(run.config, name)
+    assert predicted.micro_batch == dict.fromkeys(planning.TOWERS, 4)
+    assert predicted.peak_bytes == pytest.approx(max(peaks), rel=0.02)
+
+
+def test_an_average_of_the_weights_is_planned_for(tmp_path: Path) -> None:
+    small = SmallRuns(tmp_path / "shared")
+    without, with_average = (planned(small.config(tmp_path / "run", f"training.ema_decay={decay}"), "finetune")
+                             for decay in (0.0, 0.9))
+    weights = without.by_tag["parameters"]
+    assert with_average.by_tag["optimizer"] - without.by_tag["optimizer"] == pytest.approx(weights, rel=0.01)
+
+
+# ---- budgets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_trains_in_the_budget_that_the_readme_states(tmp_path: Path, size: str) -> None:
+    """The default stages on a GPU with bf16, 32 samples an effective batch, 224 pixels, sounds of 10 s."""
+    config = load_config(None, [f"model.size={size}", f"paths.output_dir={tmp_path}"])
+    assert config.budget_gb == PRESETS[size].budget_gb == {"tiny": 4, "small": 8, "base": 12, "large": 20}[size]
+    for row in config.stages:
+        assert config.effective_batch(row) == 32
+        plan = planned(config, row.name, "cuda", BF16)
+        assert plan.fits and plan.peak_bytes + plan.allowance_bytes <= config.budget_gb * GIB
+        assert sum(plan.by_tag.values()) == plan.peak_bytes and min(plan.micro_batch.values()) >= 1
+
+
+@pytest.mark.slow
+def test_a_large_effective_batch_fits_the_same_budget_in_smaller_parts(tmp_path: Path) -> None:
+    config = load_config(None, ["model.size=tiny", "stages.align.effective_batch=1024", f"paths.output_dir={tmp_path}"])
+    plan = planned(config, "align", "cuda", BF16)
+    assert plan.fits and plan.budget_bytes == 4 * GIB
+    assert plan.upper["image"] == 1024 and plan.recomputed, "more than fits at once, so some towers go in parts"
+    assert all(size >= 16 for size in plan.micro_batch.values()), "and the parts are of a useful size"
+
+
+def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path) -> None:
+    small = SmallRuns(tmp_path / "shared")
+    config = small.config(tmp_path / "run", "memory.budget_gb=0.55")
+    with pytest.raises(memory.OverBudget, match=r"memory\.budget_gb: of 0\.55 GiB, .*image 32.*lower training") as stop:
+        planned(config, "finetune")
+    assert isinstance(stop.value, UserError) and "\n" not in str(stop.value)
+
+
+# ---- what is obeyed and kept ---------------------------------------------------------------------------------------
+
+
+def test_plans_are_kept_until_something_that_matters_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = SmallRuns(tmp_path / "shared")
+    traced, step_usage = [], planning.step_usage
+
+    def counting(config: Config, row: StageConfig, *rest: Any) -> Any:
+        traced.append(row.name)
+        return step_usage(config, row, *rest)
+
+    monkeypatch.setattr(planning, "step_usage", counting)
+
+    def plan(*overrides: str) -> tuple[Plan, int]:
+        traced.clear()
+        return planned(small.config(tmp_path / "run", *overrides), "finetune"), len(traced)
+
+    first, runs = plan("memory.micro_batch=16")
+    assert runs == 1 and first.micro_batch == dict.fromkeys(planning.TOWERS, 16), "a pinned size is not searched for"
+    assert plan("memory.micro_batch=16") == (first, 0)
+    assert plan("memory.micro_batch=16", "training.seed=5", "training.epochs=9") == (first, 0)
+    other, runs = plan("memory.micro_batch=8")
+    assert runs == 1 and other.micro_batch["image"] == 8 and other.peak_bytes < first.peak_bytes
+    assert plan("memory.micro_batch=16", "model.image_size=48")[1] == 1
+    assert plan("memory.micro_batch=16", "training.captions_per_visit=2")[1] == 1
+
+
+def test_the_search_takes_everything_at_once_where_it_fits(tmp_path: Path) -> None:
+    small = SmallRuns(tmp_path / "shared")
+    config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.captions_per_visit=2")
+    plan = planned(config, "finetune")
+    assert plan.micro_batch == plan.upper == {"image": 32, "audio": 32, "text": 64, "fusion": 32}
+
+
+def test_speakers_take_memory_where_there_are_any(tmp_path: Path) -> None:
+    config = load_config(None, ["model.size=tiny", "data.audio_max_s=0.5", "memory.micro_batch=32",
+                                f"paths.output_dir={tmp_path}"])
+    row = config.stages[0]
+    audio = [task for task in row.tasks if task.inputs == ("audio",)]
+    few, many = (planning.plan_stage(config, row, audio, "cpu", None, count) for count in (1, 7205))
+    weights = 7204 * 512 * 4  # and as much in gradients, twice in moments
+    assert many.by_tag["parameters"] - few.by_tag["parameters"] == pytest.approx(weights, rel=0.01)
+    assert many.by_tag["optimizer"] - few.by_tag["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+
+
+# ---- --plan ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_every_stage_without_any_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run_training.main([
+        "--plan", "--model-size", "tiny", "--data-root", str(tmp_path / "none"), "--output-dir", str(tmp_path / "out"),
+        "model.image_size=32", "data.audio_max_s=0.5", "memory.micro_batch=32"])
+    out = capsys.readouterr().out
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == "Plan for cuda, bf16, effective batch pretrain 32, align 32, finetune 32"
+    assert lines[1].split() == ["stage", *memory.TAGS, "peak", "allowance", "budget", "micro-batch", "(of)"]
+    assert [line.split()[0] for line in lines[2:5]] == ["pretrain", "align", "finetune"]
+    assert all(line.endswith("image 32 (32), audio 32 (32), text 32 (32), fusion 32 (32)") for line in lines[2:5])
+    assert "4.00" in lines[2].split() and "GiB of context on cuda" in lines[5]
+    assert not (tmp_path / "none").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_plan_for_a_named_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text("stages: [{name: only, share: 1, tasks: [{inputs: [text], objectives: {masked: 1.0}}]}]", "utf-8")
+    arguments = ["--plan", "--config", str(recipe), "--model-size", "tiny", "--output-dir", str(tmp_path / "out"),
+                 "training.use_amp=false"]
+    assert run_training.main([*arguments, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Plan for cpu, fp32, effective batch only 32\n") and "0.5 GiB of context on cpu" in out
+    (tmp_path / "file").write_text("")
+    assert run_training.main([*arguments, "--device", "cpu", "--output-dir", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/file/plans: cannot be written (") and error.count("\n") == 1

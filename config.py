@@ -114,8 +114,8 @@ class TrainingConfig:
 
     def problems(self) -> list[str]:
         found = _below("training", self, epochs=1, batch_size=1, gradient_accumulation_steps=1, captions_per_visit=1,
-                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, weight_decay=0, grad_clip_norm=0, max_bad_steps=1,
-                       warmup_pct=0, min_lr_pct=0, seed=0)
+                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, weight_decay=0, grad_clip_norm=0,
+                       max_bad_steps=1, warmup_pct=0, min_lr_pct=0, seed=0)
         if not self.learning_rate > 0:
             found.append(f"training.learning_rate: {self.learning_rate} is not above 0")
         if not 0 <= self.ema_decay < 1:

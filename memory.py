@@ -410,7 +410,8 @@ def choose_precision(device: torch.device, use_amp: bool) -> Precision:
     units = _cpu_bf16_units() if device.type == "cpu" else None
     if units:
         return Precision(torch.bfloat16, False, f"bf16: this CPU has {units}")
-    lacking = "this CPU has no bf16 units (AMX, AVX512_BF16)" if device.type == "cpu" else f"nothing else is tested on {device.type}"
+    lacking = ("this CPU has no bf16 units (AMX, AVX512_BF16)" if device.type == "cpu"
+               else f"nothing else is tested on {device.type}")
     return Precision(None, False, f"fp32: {lacking}")
 
 

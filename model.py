@@ -339,7 +339,7 @@ class TriModalModel(nn.Module):
         # per pair, since image-text and audio-text settle at temperatures of their own; stores the log of the scale
         self.logit_scale = nn.ParameterDict({pair: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for pair in PAIRS})
         self.apply(_initialise)
-        nn.init.constant_(self.classifier.bias, -4.0)  # concepts are rare: most answers start out right (arXiv:1708.02002)
+        nn.init.constant_(self.classifier.bias, -4.0)  # concepts are rare; most answers start right (arXiv:1708.02002)
 
     def features(self, modality: str, encoded: Tokens) -> Tensor:
         """Pooled, projected and L2-normalised in float32; (B, F)."""

@@ -195,8 +195,8 @@ def _load_data(config: Config, state: Mapping[str, Any] | None) -> Data:
 
 def _prepare_folder(folder: Path, options: Options) -> None:
     """Make the folder's three parts; refuse one in use unless it is resumed or thrown away."""
-    used = [part for part in ("checkpoints", "logs/metrics.jsonl") if any(folder.glob(f"{part}/*"))
-            or (folder / part).is_file()]
+    parts = {"checkpoints": folder.glob("checkpoints/*"), "logs/metrics.jsonl": folder.glob("logs/metrics.jsonl")}
+    used = [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
     if used and not options.overwrite and options.resume is None:
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
                         "it with --overwrite, or choose another --output-dir")

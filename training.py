@@ -104,24 +104,25 @@ def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[s
     return tasks, skipped
 
 
-def freeze(model: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Train the parameters whose whole name matches one of `patterns`, freeze the others.
+def freeze(model: nn.Module, row: StageConfig) -> None:
+    """Train the parameters whose whole name matches one of the stage's patterns, freeze the others.
 
     Raises:
         ConfigError: a pattern matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
+    for pattern in row.trainable:
         if not any(re.fullmatch(pattern, name) for name in names):
-            raise ConfigError(f"trainable: {pattern!r} matches no parameter; names look like {names[0]}, {names[-1]}")
+            raise ConfigError(f"stages.{row.name}.trainable: {pattern!r} matches no parameter; names look like "
+                              f"{names[0]}, {names[-1]}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in patterns))
+        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
 
 
 def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int) -> Stage:
     """Heads, optimizer and average of a stage, with fresh state."""
     torch.manual_seed(run.config.training.seed)
-    freeze(run.model, row.trainable)
+    freeze(run.model, row)
     objectives = nn.ModuleDict({
         f"{i}_{name}": OBJECTIVES[name](run.model, task.inputs, len(run.data.speakers))
         for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
@@ -387,7 +388,7 @@ def train(config: Config, options: Options) -> Path:
     try:
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:
-            freeze(run.model, row.trainable)  # a pattern without a match is found now, not after the first stages
+            freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
         plan(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs = stage_epochs(config)
         for index, row in enumerate(config.stages):

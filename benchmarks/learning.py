@@ -5,8 +5,8 @@
     python benchmarks/learning.py --seeds 0 training.learning_rate=5e-4
 
 Every figure comes from the report of a whole run (run_training.py): the weights were chosen on the validation split,
-the test split was read once, at the end. "mean" and "sd" are over seeds, "chance" is the exact expectation under a random
-order, and the limit that the project sets itself stands in the last column.
+the test split was read once, at the end. "mean" and "sd" are over seeds, "chance" is the exact expectation under a
+random order, and the limit that the project sets itself stands in the last column.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def describe(report: dict[str, Any]) -> str:
     stages = report["stages"]
     times = ", ".join(f"{stage['stage']} {stage['seconds']:.0f} s" for stage in stages)
     waits = [stage["data_wait_pct"] or 0.0 for stage in stages]
-    return (f"training {sum(stage['seconds'] for stage in stages):.0f} s, validation included ({times}); waiting for data "
-            f"{max(waits):.1f} % at most; best weights: epoch {report['best']['epoch']}")
+    return (f"training {sum(stage['seconds'] for stage in stages):.0f} s, validation included ({times}); waiting for "
+            f"data {max(waits):.1f} % at most; best weights: epoch {report['best']['epoch']}")
 
 
 def table(reports: list[dict[str, Any]], rows: list[tuple[str, str, str, str]]) -> str:

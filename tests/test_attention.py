@@ -59,6 +59,23 @@ def test_attention_is_exact(chunk: int | str, mask: str, grad: bool) -> None:
             assert mask != "empty row" or not ours_grad[2].any()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
+def test_attention_in_half_precision_is_rounded_once(mask: str, autocast: bool) -> None:
+    """bfloat16 keeps 8 bits: results and gradients are within 1 % of those of the same inputs in float64."""
+    g = torch.Generator().manual_seed(2)
+    q, k, v = half = [torch.randn(3, 2, N, 5, generator=g).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    valid, upstream = masks_of(mask, 3, N), torch.randn(3, 2, N, 5, generator=g).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = attend(q, k, v, valid, "auto")
+    plain = naive_attention(exact[0], exact[1], exact[2], valid)
+    assert ours.dtype == torch.bfloat16 and torch.allclose(ours.double(), plain, rtol=0.01, atol=0.005)
+    ours_grads = torch.autograd.grad(ours, half, upstream)
+    for one, other in zip(ours_grads, torch.autograd.grad(plain, exact, upstream.double()), strict=True):
+        assert one.dtype == torch.bfloat16 and torch.allclose(one.double(), other, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("use_checkpoint", [True, False], ids=["recompute", "kept"])
 @pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
 @pytest.mark.parametrize("chunk", [1, 3, N, N + 5, "auto"])
@@ -91,7 +108,7 @@ def test_whole_model_in_chunks_is_exact(use_checkpoint: bool) -> None:
         weighted_sum(outputs).backward()
         results.append({**outputs, **gradients(model)})
     assert len(results[0]) == 5 + len(list(model.parameters())) - len(PAIRS)
-    assert largest_difference(*results) <= 1e-12
+    assert largest_difference(*results) <= 1e-10, "of gradients up to 700"
 
 
 def peak_bytes(blocks_of: dict[str, object], tokens: int = 256) -> int:

@@ -36,8 +36,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "protocols": "config datasets metrics",
     "planning": "config model datasets steps losses memory footprint optimization",
     "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
-    "training": "config model datasets vocabulary steps losses metrics memory checkpoint distributed optimization tracking"
-                " report protocols planning runs",
+    "training": "config model datasets vocabulary steps losses metrics memory checkpoint distributed optimization"
+                " tracking report protocols planning runs",
     "run_training": "config training",
     "evaluate": "config model datasets vocabulary metrics memory checkpoint report protocols",
     # getting data

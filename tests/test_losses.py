@@ -32,7 +32,7 @@ def rows_of(table: Tensor):
     return lambda rows: table[rows]
 
 
-# ---- InfoNCE ----------------------------------------------------------------------------------------------------
+# ---- InfoNCE -----------------------------------------------------------------------------------------------------
 
 
 def naive_nce(query: Tensor, key: Tensor, scale: Tensor, right: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def test_rows_without_wrong_keys_are_marked() -> None:
     assert picks[1] == 1 and 0 <= int(picks.min()) and int(picks.max()) <= 2
 
 
-# ---- patches ----------------------------------------------------------------------------------------------------
+# ---- patches -----------------------------------------------------------------------------------------------------
 
 
 def test_patch_error_is_over_hidden_patches_normalised_one_by_one() -> None:

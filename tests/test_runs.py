@@ -232,7 +232,8 @@ def test_a_mistake_found_late_throws_nothing_away(small: SmallRuns, whole: Path,
 def test_a_folder_in_which_only_setting_up_failed_is_not_in_use(small: SmallRuns, tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "bad_samples.jsonl").write_text("{}\n")
-    small.open(tmp_path)
+    small.open(tmp_path).tracker.close()  # stopped before the first step: its log is empty
+    small.open(tmp_path).tracker.event("a step", 1)
     with pytest.raises(UserError, match=r"holds an earlier run \(logs/metrics\.jsonl\)"):
         small.open(tmp_path)
 

@@ -293,11 +293,15 @@ def test_precision_follows_the_gpu(two_gpus, monkeypatch, capability, dtype, sca
     assert memory.choose_precision(CUDA, False) == (None, False, "fp32: training.use_amp is false")
 
 
-@pytest.mark.parametrize(("tiles", "dtype"), [(True, torch.bfloat16), (False, None)])
-def test_a_cpu_takes_bf16_only_with_tile_units(monkeypatch, tiles, dtype) -> None:
+@pytest.mark.parametrize(("tiles", "dot", "dtype", "named"), [
+    (True, True, torch.bfloat16, "AMX"), (True, False, torch.bfloat16, "AMX"),
+    (False, True, torch.bfloat16, "AVX512_BF16"), (False, False, None, "no bf16 units")])
+def test_a_cpu_takes_bf16_only_with_units_for_it(monkeypatch, tiles, dot, dtype, named) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
-    dtype_, use_scaler, reason = memory.choose_precision(CPU, True)
-    assert dtype_ is dtype and not use_scaler and "AMX" in reason
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dot, raising=False)
+    found = memory.choose_precision(CPU, True)
+    assert found.dtype is dtype and not found.use_scaler and named in found.reason
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert memory.choose_precision(CPU, True) == (None, False, "fp32: this CPU has no AMX")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert memory.choose_precision(CPU, True).dtype is None, "private names may go: fp32 then"
     assert memory.choose_precision(torch.device("mps"), True).dtype is None

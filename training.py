@@ -6,6 +6,7 @@ run's clock and its step count. What it begins anew: its objectives' heads, the 
 
 import contextlib
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -380,6 +381,8 @@ def train(config: Config, options: Options) -> Path:
         UserError: a mistake that the user can mend.
         TrainingError: the run cannot go on.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE: training runs in one process so far; start it with python, not with torchrun")
     state = find_state(config, options)
     if report := finished_report(config, state):
         print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")

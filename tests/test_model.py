@@ -14,6 +14,7 @@ import checkpoint
 from config import MODALITIES, SIZES, Config, ConfigError, UserError, config_from_dict
 from model import (
     Block,
+    Blocks,
     ImageEncoder,
     TriModalModel,
     count_parameters,
@@ -251,6 +252,17 @@ def test_path_of_ones_is_no_path_and_zeros_leave_the_residual() -> None:
         assert torch.equal(mixed[1], plain[1])
         attended = x[2] + 2 * block._attention(block.norm1(x), None)[2]
         assert torch.allclose(mixed[2], attended + 2 * block.down(F.gelu(block.up(block.norm2(attended)))), atol=1e-12)
+
+
+def test_each_block_has_a_path_of_its_own() -> None:
+    torch.manual_seed(6)
+    blocks, x = Blocks(16, 2, 3, "auto"), torch.randn(2, 7, 16)
+    path_BZ = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    first, second, third = blocks.blocks
+    with torch.no_grad():
+        out = blocks(x, None, path_BZ)
+        assert torch.allclose(out[0], blocks.norm(third(first(x, None, None), None, None))[0], atol=1e-6)
+        assert torch.allclose(out[1], blocks.norm(second(x, None, None))[1], atol=1e-6)
 
 
 def test_path_reaches_every_encoder(narrow: TriModalModel) -> None:

@@ -30,13 +30,13 @@ def planned(config: Config, name: str, device: str = "cpu", amp: torch.dtype | N
 # ---- the truth ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pretrain", "align", "finetune"])
-def test_the_prediction_is_the_peak_of_the_real_step(tmp_path: Path, name: str) -> None:
-    """Real batches of full size: captions and sounds are longer than what is read. Eight parts, three traced."""
+@pytest.mark.parametrize(("name", "size"), [("pretrain", 4), ("align", 4), ("finetune", 8), ("finetune", 32)])
+def test_the_prediction_is_the_peak_of_the_real_step(tmp_path: Path, name: str, size: int) -> None:
+    """Real batches of full size: captions and sounds are longer than what is read. Up to eight parts, three traced."""
     with one_thread():
         small = SmallRuns(tmp_path / "shared")
-        run = small.open(tmp_path / "run", "model.context_length=10", "memory.micro_batch=4", "training.ema_decay=0.9",
-                         micro_batch=4)
+        run = small.open(tmp_path / "run", "model.context_length=10", f"memory.micro_batch={size}",
+                         "training.ema_decay=0.9", micro_batch=size)
         stage = small.stage(run, name)
         peaks = []
         for task in range(len(stage.tasks)):
@@ -52,7 +52,7 @@ def test_the_prediction_is_the_peak_of_the_real_step(tmp_path: Path, name: str) 
                     training.train_step(run, stage, task, batch)
             peaks.append(tracker.usage().peak_bytes)
     predicted = planned(run.config, name)
-    assert predicted.micro_batch == dict.fromkeys(planning.TOWERS, 4)
+    assert predicted.micro_batch == dict.fromkeys(planning.TOWERS, size)
     assert predicted.peak_bytes == pytest.approx(max(peaks), rel=0.02)
 
 
@@ -111,17 +111,22 @@ def test_plans_are_kept_until_something_that_matters_changes(tmp_path: Path, mon
     monkeypatch.setattr(planning, "step_usage", counting)
 
     def plan(*overrides: str) -> tuple[Plan, int]:
+        """Of the masked pretraining of texts, and how often a step was traced for it."""
         traced.clear()
-        return planned(small.config(tmp_path / "run", *overrides), "finetune"), len(traced)
+        config = small.config(tmp_path / "run", *overrides)
+        return planning.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], "cpu", None), len(traced)
 
-    first, runs = plan("memory.micro_batch=16")
-    assert runs == 1 and first.micro_batch == dict.fromkeys(planning.TOWERS, 16), "a pinned size is not searched for"
+    first, times = plan("memory.micro_batch=16")
+    assert times == 1 and first.micro_batch == dict.fromkeys(planning.TOWERS, 16), "a pinned size is not searched for"
     assert plan("memory.micro_batch=16") == (first, 0)
-    assert plan("memory.micro_batch=16", "training.seed=5", "training.epochs=9") == (first, 0)
-    other, runs = plan("memory.micro_batch=8")
-    assert runs == 1 and other.micro_batch["image"] == 8 and other.peak_bytes < first.peak_bytes
-    assert plan("memory.micro_batch=16", "model.image_size=48")[1] == 1
-    assert plan("memory.micro_batch=16", "training.captions_per_visit=2")[1] == 1
+    assert plan("memory.micro_batch=16", "training.seed=5", "training.epochs=9", "training.learning_rate=0.1",
+                "stages.pretrain.share=7", "training.keep_checkpoints=1") == (first, 0), "none of these takes memory"
+    other, times = plan("memory.micro_batch=8")
+    assert times == 1 and other.micro_batch == dict.fromkeys(planning.TOWERS, 8)
+    for override in ("model.context_length=20", "training.captions_per_visit=2", "training.batch_size=16",
+                     "training.ema_decay=0.9", "stages.pretrain.drop_path=0.1", "memory.budget_gb=3"):
+        assert plan("memory.micro_batch=16", override)[1] == 1, override
+        assert plan("memory.micro_batch=16", override)[1] == 0, override
 
 
 def test_the_search_takes_everything_at_once_where_it_fits(tmp_path: Path) -> None:
@@ -152,7 +157,7 @@ def test_plan_prints_every_stage_without_any_data(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert status == 0
     lines = out.splitlines()
-    assert lines[0] == "Plan for cuda, bf16, effective batch pretrain 32, align 32, finetune 32"
+    assert lines[0] == "Plan for cuda, bfloat16, effective batch pretrain 32, align 32, finetune 32"
     assert lines[1].split() == ["stage", *memory.TAGS, "peak", "allowance", "budget", "micro-batch", "(of)"]
     assert [line.split()[0] for line in lines[2:5]] == ["pretrain", "align", "finetune"]
     assert all(line.endswith("image 32 (32), audio 32 (32), text 32 (32), fusion 32 (32)") for line in lines[2:5])

@@ -166,29 +166,24 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exce
     monkeypatch.setattr(run.model, name, failing)
 
 
-@pytest.fixture(scope="module")
-def in_parts_of_16(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Stage]:
-    return trained(small, tmp_path_factory.mktemp("expected"), "finetune", 16, 2)
-
-
-@pytest.mark.parametrize(("where", "error"), [
-    ("encoding", ON_DEVICE), ("backward", ON_HOST), ("fusion", ON_DEVICE)])
+@pytest.mark.parametrize(("where", "error", "size"), [
+    ("encoding", ON_DEVICE, 32), ("backward", ON_HOST, 16), ("fusion", ON_DEVICE, 16)])
 def test_out_of_memory_redoes_the_step_in_smaller_parts(
-        small: SmallRuns, in_parts_of_16: tuple[Run, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        where: str, error: Exception) -> None:
-    expected, expected_stage = in_parts_of_16
-    run = small.open(tmp_path / "failing", micro_batch=32)
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception,
+        size: int) -> None:
+    expected, expected_stage = trained(small, tmp_path / "expected", "finetune", size // 2, 2)
+    run = small.open(tmp_path / "failing", micro_batch=size)
     stage = small.stage(run, "finetune")
     fail_once(monkeypatch, run, where, error)
     for batch in batches(run, stage):
         step(run, stage, batch)
-    assert run.micro_batch["finetune"] == dict.fromkeys(("image", "audio", "text", "fusion"), 16)
-    assert run.micro_batch["align"]["image"] == 32, "other stages are not concerned"
+    assert run.micro_batch["finetune"] == dict.fromkeys(("image", "audio", "text", "fusion"), size // 2)
+    assert run.micro_batch["align"]["image"] == size, "other stages are not concerned"
     assert differing(run.model.state_dict(), expected.model.state_dict()) == []
     assert differing(stage.state_dict(), expected_stage.state_dict()) == []
     [event] = records(tmp_path / "failing", "event")
     assert event["step"] == 1 and str(error)[:20] in event["message"]
-    assert "[finetune] out of memory" in event["message"] and "micro-batch image 16, audio 16" in event["message"]
+    assert "[finetune] out of memory" in event["message"] and f"micro-batch image {size // 2}, audio" in event["message"]
 
 
 def test_out_of_memory_again_and_again_ends_at_one_with_what_to_turn(

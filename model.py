@@ -70,7 +70,8 @@ def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | No
 def _fused_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
     if q_BHQE.device.type != "cpu" or q_BHQE.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
-    # the CPU kernel is several times slower in bf16 than in fp32 (benchmarks/attention_memory.py), casts included
+    # at 50 to 130 tokens the CPU kernel takes 2 to 3 times as long in bf16 as in fp32 inside casts; a fifth less at
+    # 2,048 (benchmarks/README.md)
     with torch.autocast("cpu", enabled=False):
         out_BHQE = F.scaled_dot_product_attention(q_BHQE.float(), k_BHKE.float(), v_BHKE.float(), attn_mask=mask_B11K)
     return out_BHQE.to(torch.bfloat16)

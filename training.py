@@ -182,6 +182,12 @@ def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor
                 yield weight / count * loss, {name: value / count for name, value in parts.items()}
 
 
+def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
+    step = make_step(run, stage, batch, train=True)
+    return accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
+
+
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
     """One optimizer step on one effective batch. Out of memory halves the micro-batches and does the same step again:
     all randomness is in the batch, so the mathematics stays the same.
@@ -191,13 +197,12 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
     """
     while True:
         try:
-            step = make_step(run, stage, batch, train=True)
-            loss, parts = accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
+            loss, parts = leave_gradients(run, stage, task, batch)
             break
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            cause = str(error).splitlines()[0][:100]
+            cause = " ".join(str(error).split())[:100] or type(error).__name__  # Python's own says nothing
         shrink(run, stage, cause)
     training = run.config.training
     lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,

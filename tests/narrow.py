@@ -113,7 +113,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).detach().abs().max()) for name in one)
+    return float(torch.stack([(one[name] - other[name]).detach().abs().max().double() for name in one]).max())  # or NaN
 
 
 def step_of(model: TriModalModel, batch: Batch, micro: int | dict[str, int] = 1000, **settings: Any) -> Step:

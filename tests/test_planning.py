@@ -83,7 +83,8 @@ def test_every_size_trains_in_the_budget_that_the_readme_states(tmp_path: Path, 
 @pytest.mark.slow
 def test_a_large_effective_batch_fits_the_same_budget_in_smaller_parts(tmp_path: Path) -> None:
     config = load_config(None, ["model.size=tiny", "stages.align.effective_batch=1024", f"paths.output_dir={tmp_path}"])
-    plan = planned(config, "align", "cuda", BF16)
+    row = config.stages[1]
+    plan = planning.plan_stage(config, row, row.tasks[:1], "cuda", BF16)
     assert plan.fits and plan.budget_bytes == 4 * GIB
     assert plan.upper["image"] == 1024 and plan.recomputed, "more than fits at once, so some towers go in parts"
     assert all(size >= 16 for size in plan.micro_batch.values()), "and the parts are of a useful size"

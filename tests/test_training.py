@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 import re
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import memory
 import runs
 import training
 from config import Config, ConfigError, StageConfig, TaskConfig, UserError
@@ -167,7 +169,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exce
 
 
 @pytest.mark.parametrize(("where", "error", "size"), [
-    ("encoding", ON_DEVICE, 32), ("backward", ON_HOST, 16), ("fusion", ON_DEVICE, 16)])
+    ("encoding", MemoryError(), 32), ("backward", ON_HOST, 16), ("fusion", ON_DEVICE, 16)])
 def test_out_of_memory_redoes_the_step_in_smaller_parts(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception,
         size: int) -> None:
@@ -182,8 +184,32 @@ def test_out_of_memory_redoes_the_step_in_smaller_parts(
     assert differing(run.model.state_dict(), expected.model.state_dict()) == []
     assert differing(stage.state_dict(), expected_stage.state_dict()) == []
     [event] = records(tmp_path / "failing", "event")
-    assert event["step"] == 1 and str(error)[:20] in event["message"]
-    assert "[finetune] out of memory" in event["message"] and f"micro-batch image {size // 2}, audio" in event["message"]
+    assert event["step"] == 1 and event["message"].startswith(
+        f"[finetune] out of memory ({str(error)[:20] or 'MemoryError'}")
+    assert f"the same step again with micro-batch image {size // 2}, audio" in event["message"]
+
+
+def test_nothing_of_the_failed_step_is_alive_when_its_memory_is_given_back(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "finetune")
+    encode, alive = run.model.image.forward, []
+
+    def seen(*given: Any) -> Any:
+        tokens = encode(*given)
+        alive.append(weakref.ref(tokens.tokens_BND))
+        return tokens
+
+    def failing(*_: Any) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(memory, "free_cached", lambda device: left.append([one() is not None for one in alive]))
+        raise torch.OutOfMemoryError
+
+    left: list[list[bool]] = []
+    monkeypatch.setattr(run.model.image, "forward", seen)
+    monkeypatch.setattr(run.model, "fuse", failing)
+    step(run, stage, batches(run, stage)[0])
+    assert left == [[False]]
 
 
 def test_out_of_memory_again_and_again_ends_at_one_with_what_to_turn(

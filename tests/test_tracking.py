@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ def test_resuming_drops_what_came_after_from_both_logs(tmp_path: Path) -> None:
     first.close()
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "step", "step": 15, "lo')  # a kill in the middle of a line
+    time.sleep(1.1)  # TensorBoard orders its files by the second in their names
     second = Tracker(tmp_path, last_step=20)
     second.step(step_record(30, loss=-1))
     second.close()

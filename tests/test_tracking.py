@@ -100,6 +100,7 @@ def test_a_fresh_start_drops_all_of_an_attempt_before_it(tmp_path: Path) -> None
     first = Tracker(tmp_path)
     first.step(step_record(10))
     first.close()
+    time.sleep(1.1)  # as above
     second = Tracker(tmp_path)
     second.close()
     assert read_records(tmp_path / "metrics.jsonl") == [] and scalars(tmp_path) == {}

@@ -4,8 +4,8 @@
 
 `quadratic` is what PyTorch computes where none of its fused kernels takes the inputs; `bf16` rows compare the CPU's
 fused kernel in bfloat16 with float32 inside casts, which is what model.attend does there. MiB: peak of all live tensors
-over what is given, which includes the output and the three gradients that every method has. Time: the shortest of the
-repeats, which take turns, and its multiple of the fused kernel's.
+over what is given, which includes the output and the three gradients that every method has. Time: the shortest of
+the rounds, in which the methods take turns, and its multiple of the fused kernel's.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def methods(chunks: list[int]) -> dict[str, Attention]:
             "bf16 fused": fused, "bf16 in casts": ours("auto")}
 
 
-def measure(compared: dict[str, Attention], shape: tuple[int, ...], masked: bool, repeats: int) -> list[Case]:
+def measure(compared: dict[str, Attention], shape: tuple[int, ...], masked: bool, seconds: float) -> list[Case]:
     """One run of each is followed for its memory, the others for the time."""
     exact = torch.randn(4, *shape)
     given = {dtype: [x.requires_grad_() for x in exact.to(dtype).unbind()] for dtype in (torch.float32, torch.bfloat16)}
@@ -75,7 +75,10 @@ def measure(compared: dict[str, Attention], shape: tuple[int, ...], masked: bool
             before = tracker.live_bytes
             seconds_of(name)
         mib[name] = (tracker.peak_bytes - before) / 2**20
-    rounds = [{name: seconds_of(name) for name in compared} for _ in range(repeats)]
+    rounds: list[dict[str, float]] = []
+    until = time.perf_counter() + seconds
+    while len(rounds) < 3 or time.perf_counter() < until:
+        rounds.append({name: seconds_of(name) for name in compared})
     return [Case(shape[2], masked, name, mib[name], 1000 * min(times[name] for times in rounds)) for name in compared]
 
 
@@ -106,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=15, help="for each number of tokens and mask")
     args = parser.parse_args(argv)
     print(f"{date.today()}, torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads, float32, "
           f"B={args.batch} H={args.heads} E={args.width}")
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     for tokens in args.tokens:
         for masked in (False, True):
             shape = (args.batch, args.heads, tokens, args.width)
-            found = measure(methods(args.chunks), shape, masked, args.repeats)
+            found = measure(methods(args.chunks), shape, masked, args.seconds)
             cases += found
             for case in found:
                 print(f"{tokens:6,}  {'yes' if masked else 'no':8}  {case.method:14} {case.mib:7.1f} "

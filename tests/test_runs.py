@@ -1,23 +1,31 @@
 """A run's folder: opened, refused, resumed bit for bit, completed; what its checkpoints hold and which of them stay."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import checkpoint
 import model as model_module
+import protocols
 import runs
 import training
 from config import UserError
 from runs import Options
 from tests.small_runs import STAGES, SmallRuns, differing, one_thread, records, without_times
 
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("training.epochs=4", "evaluation.max_validation=8", "report.gallery_queries=0", "training.ema_decay=0.5",
          "stages.align.tasks.1.passes=0.5", "training.keep_checkpoints=9")
 ALL_EPOCHS = ["checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt"]
@@ -79,17 +87,50 @@ def test_the_whole_run_has_a_best_epoch_in_each_stage_and_all_checkpoints(whole:
     assert state_of(whole, "best_model.pt")["epoch"] == 4, "the tests below need a loss that falls"
 
 
-@pytest.mark.parametrize("epoch", [1, 3], ids=["at the end of a stage", "within a stage"])
-def test_a_killed_run_goes_on_bit_for_bit(small: SmallRuns, whole: Path, tmp_path: Path, epoch: int) -> None:
-    folder = interrupted(whole, tmp_path / "run", epoch)
-    small.train(folder, *QUICK, resume="auto")
-    for name in (*ALL_EPOCHS[epoch:], "best_model.pt", "final_model.pt"):
+def assert_same_run(folder: Path, whole: Path, epochs: range) -> None:
+    """Weights, optimizer, heads, averages and records bit for bit; times and the name of the report aside."""
+    for name in (*(f"checkpoint_epoch_{epoch}.pt" for epoch in epochs), "best_model.pt", "final_model.pt"):
         assert differing(mathematics(folder, name), mathematics(whole, name)) == [], name
     again = [line for line in records(folder) if not line.get("message", "").startswith("Resumed after")]
-    expected = [{**line, "file": None} if line["kind"] == "report" else line for line in without_times(records(whole))]
-    found = [{**line, "file": None} if line["kind"] == "report" else line for line in without_times(again)]
+    found, expected = ([line | {"file": None} if line["kind"] == "report" else line for line in without_times(lines)]
+                       for lines in (again, records(whole)))
     assert found == expected
     assert len(records(folder)) == len(again) + 1, "and one line says where it was resumed"
+
+
+def test_a_run_that_stopped_at_the_end_of_a_stage_goes_on_bit_for_bit(small: SmallRuns, whole: Path,
+                                                                      tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", 1)
+    small.train(folder, *QUICK, resume="auto")
+    assert_same_run(folder, whole, range(2, 5))
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL to a real process, as soon as the last epoch but one is saved."""
+    folder = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(small.config(folder, *QUICK).to_dict()), "utf-8")
+    with subprocess.Popen([sys.executable, "run_training.py", "--config", str(recipe), "--device", "cpu"], cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE) as process:
+        while process.poll() is None and not (folder / "checkpoints" / "checkpoint_epoch_3.pt").exists():
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not list((folder / "reports").iterdir())
+    small.train(folder, *QUICK, resume="auto")
+    assert_same_run(folder, whole, range(1, 5))
+
+
+def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    """It may have run out of memory once; another split would round otherwise."""
+    folder = interrupted(whole, tmp_path / "run", 3)
+    config = small.config(folder, *QUICK)
+    state = state_of(whole, "checkpoint_epoch_3.pt")
+    smaller = dict.fromkeys(("image", "audio", "text", "fusion"), 16)
+    run = runs.open_run(config, Options("cpu", "auto"), {**state, "best": {}})
+    tasks = {row.name: training.active_tasks(row, run.data)[0] for row in config.stages}
+    training.plan(run, tasks, {**state, "micro_batch": {**state["micro_batch"], "finetune": smaller, "gone": smaller}})
+    assert run.micro_batch == {"pretrain": state["micro_batch"]["pretrain"], "align": state["micro_batch"]["align"],
+                               "finetune": smaller}
 
 
 def test_pieces_that_a_kill_leaves_behind_are_cleared(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
@@ -346,6 +387,18 @@ def test_the_newest_and_every_tenth_checkpoint_stay(small: SmallRuns, tmp_path: 
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
         "best_model.pt", *(f"checkpoint_epoch_{epoch}.pt" for epoch in (10, 20, 23, 24))}
     assert runs.last_checkpoint(run) == str(tmp_path / "checkpoints" / "checkpoint_epoch_24.pt")
+
+
+def test_the_best_weights_are_evaluated_and_kept_not_the_last(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path)
+    torch.manual_seed(5)
+    best = model_module.create_model(**run.config.to_dict()["model"])
+    run.best = {"stage": "align", "epoch": 2, "loss": 1.5, "model_state_dict": best.state_dict()}
+    report = json.loads(runs.finish(run).with_suffix(".json").read_text("utf-8"))
+    setting = protocols.Setting(device=run.device)
+    assert report["evaluation"]["figures"] == protocols.evaluate_split(best, run.data, "test", run.config, setting)[0]
+    assert report["best"] == {"stage": "align", "epoch": 2, "loss": 1.5}
+    assert differing(state_of(tmp_path, "final_model.pt")["model_state_dict"], dict(best.state_dict())) == []
 
 
 def no_space(handle: int) -> None:

@@ -1,6 +1,8 @@
 """Each mistake takes one line on stderr that says where it is and what to do, exit code 2, and nothing else happens."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import yaml
 import checkpoint
 import evaluate
 import run_training
+import runs
 from tests import trees
 from tests.small_runs import RECIPE, one_thread
 
@@ -156,6 +159,22 @@ def test_an_output_folder_that_cannot_be_written(mistake: Main, tmp_path: Path) 
     for folder in (tmp_path / "file", tmp_path / "file" / "out"):
         error = mistake("--output-dir", str(folder))
         assert f"{folder}: cannot be written (" in error and "choose another --output-dir" in error
+
+
+def test_a_full_disk(mistake: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "out" / "logs" / "metrics.jsonl"
+
+    def full(number: int) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number), str(log))
+
+        return fail
+
+    monkeypatch.setattr(runs, "Tracker", full(errno.ENOSPC))
+    assert mistake() == f"error: {log}: No space left on device; free space, then go on with --resume auto\n"
+    monkeypatch.setattr(runs, "Tracker", full(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):  # no mistake of the user's: all of it is shown
+        mistake()
 
 
 def test_a_used_output_folder(mistake: Main, tmp_path: Path) -> None:

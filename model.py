@@ -30,8 +30,9 @@ AUDIO_PATCH_MELS = 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 LOG_MEL_MEAN, LOG_MEL_STD = -6.0, 4.0  # of natural-log mel power of everyday sounds
 POSITION_BASE = 100.0  # 10,000 (arXiv:1706.03762) hardly varies over the 4 to 14 steps of a patch grid
-INIT_GAIN = 1.7  # of 1 / sqrt(inputs): from nothing, twice as many held-out pairs are found in a given time as with the
-# usual std of 0.02 (recipes/synthetic.yaml); attention that starts out sharper tells places and shapes apart sooner
+INIT_GAIN = 1.7  # of 1 / sqrt(inputs), for all but the MLPs: attention that starts out sharper tells parts apart sooner
+VALUE_INIT = 0.4  # of minus the identity: what attention's values and output do together at first (arXiv:2305.09828)
+GRID_SCALE = 2.0  # of a patch's position codes; at 1 the contents of the patches drown them
 PAIRS = ("image_text", "audio_text", "image_audio")
 MAX_LOGIT_SCALE = math.log(100.0)
 
@@ -158,7 +159,7 @@ def grid_codes(rows_R: Tensor, columns_S: Tensor, dim: int) -> Tensor:
     """Codes of a grid, row-major: half of the width tells the row, half the column; (R * S, dim)."""
     row = position_codes(rows_R, dim // 2)
     column = position_codes(columns_S, dim - dim // 2)
-    return torch.cat([row.repeat_interleave(len(columns_S), 0), column.repeat(len(rows_R), 1)], dim=1)
+    return GRID_SCALE * torch.cat([row.repeat_interleave(len(columns_S), 0), column.repeat(len(rows_R), 1)], dim=1)
 
 
 def take(x_BNP: Tensor, index_BK: Tensor) -> Tensor:
@@ -464,12 +465,19 @@ def _checked(name: str, value: Tensor, shape: tuple[int | None, ...]) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
+    """Called for a block after its layers. Chosen on recipes/synthetic.yaml: see benchmarks/README.md."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INIT_GAIN * module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.05)  # the spread of MiniLM's table
+    elif isinstance(module, Block):
+        for layer in (module.up, module.down):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        with torch.no_grad():  # a token starts out less what it attends to, so what differs from its surroundings shows
+            value_DD = nn.init.normal_(module.qkv.weight[-module.out.in_features:], std=module.out.in_features**-0.5)
+            module.out.weight.copy_(-VALUE_INIT * value_DD.T)
 
 
 if __name__ == "__main__":

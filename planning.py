@@ -98,10 +98,10 @@ def step_usage(config: Config, row: StageConfig, task: TaskConfig, micro_batch: 
                                     for name in task.objectives})
         both = nn.ModuleDict({"model": model, "objectives": objectives})
         tracker.watch(both.parameters())
-        optimizer = Optimizer(both, config.training.weight_decay, config.training.grad_clip_norm, None)
+        optimizer = Optimizer(both, config.training, torch.bfloat16 if amp == torch.bfloat16 else torch.float32)
         optimizer.allocate()
         average = MovingAverage(model, config.training.ema_decay) if config.training.ema_decay else None
-        tracker.mark("optimizer", [list(state.values()) for state in optimizer.adamw.state.values()],
+        tracker.mark("optimizer", [list(state.values()) for state in optimizer.state.values()],
                      average.values if average else [])
         batch = largest_batch(config, row, task)
         tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, Tensor)], batch.noise)

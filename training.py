@@ -65,11 +65,10 @@ class Stage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint's stage had other heads or trained other parameters."""
         mismatch = describe_mismatch(state["objectives"], self.objectives.state_dict())
-        saved, own = (one["param_groups"] for one in (state["optimizer"]["adamw"], self.optimizer.adamw.state_dict()))
-        if mismatch or [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
-            raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives or trainable parameters "
-                            f"({mismatch or 'other parameters are trained'}); resume with the settings it was trained "
-                            "with, or start anew in another --output-dir")
+        if mismatch or not self.optimizer.fits(state["optimizer"]):
+            raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives, trainable parameters or "
+                            f"another optimizer ({mismatch or 'other parameters are trained'}); resume with the "
+                            "settings it was trained with, or start anew in another --output-dir")
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None and state["average"]:
@@ -129,8 +128,8 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
         for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
     training = run.config.training
     both = nn.ModuleDict({"model": run.model, "objectives": objectives})
-    optimizer = Optimizer(both, training.weight_decay, training.grad_clip_norm,
-                          run.device.type if run.precision.use_scaler else None)
+    fast = torch.bfloat16 if run.precision.dtype == torch.bfloat16 else torch.float32
+    optimizer = Optimizer(both, training, fast, run.device.type if run.precision.use_scaler else None)
     optimizer.allocate()
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
     stage = Stage(row, tasks, objectives, optimizer, average)
@@ -218,7 +217,7 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
 
 def shrink(run: Run, stage: Stage, cause: str) -> None:
     """After running out of memory: free what the failed step left, halve the stage's micro-batches, say so."""
-    stage.optimizer.adamw.zero_grad(set_to_none=True)
+    stage.optimizer.zero_grad()
     memory.free_cached(run.device)
     name = stage.row.name
     smaller = memory.halve(run.micro_batch[name])
@@ -255,7 +254,7 @@ class StepLog:
         self.samples += len(batch.keys)
         facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
                  "task": "_".join(batch.inputs), "samples": len(batch.keys),
-                 "lr": self.stage.optimizer.adamw.param_groups[0]["lr"]}
+                 "lr": self.stage.optimizer.lr}
         self.pending = (result, facts, batch.keys)
 
     def flush(self) -> None:

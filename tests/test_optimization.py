@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optimization import MovingAverage, Optimizer, lr_at, parameter_groups
+from config import TrainingConfig
+from model import create_model
+from optimization import MovingAverage, Muon, Optimizer, block_matrices, lr_at, orthogonalise, parameter_groups
 from tests.narrow import narrow_model
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -17,24 +19,27 @@ SCALERS = pytest.mark.parametrize("scaler", [None, "cpu"], ids=["plain", "scaler
 
 
 class Toy(nn.Module):
-    """A table, a matrix, a norm, and a branch that may go unused."""
+    """A table, a matrix, a norm, matrices of blocks, and a branch that may go unused."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table, self.linear, self.norm = nn.Embedding(7, 4), nn.Linear(4, 4), nn.LayerNorm(4)
         self.branch = nn.Linear(4, 4)
+        self.tower = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 4))})
 
     def forward(self, seed: int, branch: bool = True) -> Tensor:
         g = torch.Generator().manual_seed(seed)
         x = self.norm(self.linear(self.table(torch.randint(0, 7, (5,), generator=g))))
+        x = x + self.tower["blocks"](x)
         x = self.branch(x) if branch else x
         return (x - torch.randn(5, 4, generator=g)).square().sum()
 
 
-def make(scaler: str | None = None, clip: float = 1.0) -> tuple[Toy, Optimizer]:
+def make(scaler: str | None = None, clip: float = 1.0, optimizer: str = "muon") -> tuple[Toy, Optimizer]:
     toy = Toy()
-    return toy, Optimizer(toy, 0.1, clip, scaler)
+    config = TrainingConfig(optimizer=optimizer, weight_decay=0.1, grad_clip_norm=clip)  # type: ignore[arg-type]
+    return toy, Optimizer(toy, config, scaler_device=scaler)
 
 
 def state_of(toy: Toy, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -42,7 +47,7 @@ def state_of(toy: Toy, optimizer: Optimizer) -> dict[str, Tensor]:
     found = {}
     for name, p in toy.named_parameters():
         found[name] = p.detach().clone()
-        found |= {f"{name}/{key}": value.clone() for key, value in optimizer.adamw.state[p].items()}
+        found |= {f"{name}/{key}": value.clone() for key, value in optimizer.state.get(p, {}).items()}
     return found
 
 
@@ -118,7 +123,8 @@ def test_decay_shrinks_what_decays() -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step(0.5)
     for name, p in toy.named_parameters():
-        factor = 1 - 0.5 * 0.1 if name in ("linear.weight", "branch.weight") else 1.0
+        decays = name in ("linear.weight", "branch.weight") or (name.startswith("tower") and name.endswith("weight"))
+        factor = 1 - 0.5 * 0.1 if decays else 1.0
         assert torch.allclose(p, factor * before[name]), name
 
 
@@ -128,7 +134,7 @@ def test_decay_shrinks_what_decays() -> None:
 @SCALERS
 @pytest.mark.parametrize("clip", [0.0, 1.0, 1e6])
 def test_update_is_adamw_of_the_clipped_gradient(scaler: str | None, clip: float) -> None:
-    toy, optimizer = make(scaler, clip)
+    toy, optimizer = make(scaler, clip, "adamw")
     plain = Toy()
     reference = torch.optim.AdamW(parameter_groups(plain, 0.1), lr=1e-2, betas=(0.9, 0.95), foreach=False)
     for seed in range(5):
@@ -148,16 +154,88 @@ def test_update_is_adamw_of_the_clipped_gradient(scaler: str | None, clip: float
         assert torch.allclose(p, other, atol=1e-5)
 
 
+def test_muon_takes_the_matrices_of_blocks_and_adamw_all_else() -> None:
+    model = create_model("tiny", word_embeddings="random")
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = [names[id(p)] for p in block_matrices(model)]
+    assert len(matrices) == 4 * (12 + 4 + 6 + 2), "qkv, out, up, down of each block"
+    assert all(name.split(".")[-2] in ("qkv", "out", "up", "down") for name in matrices)
+    optimizer = Optimizer(model, TrainingConfig())
+    groups = [id(p) for part in optimizer.parts.values() for group in part.param_groups for p in group["params"]]
+    assert sorted(groups) == sorted(names), "each parameter once"
+    assert list(Optimizer(model, TrainingConfig(optimizer="adamw")).parts) == ["adamw"]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 40), (2, 40, 5)])
+def test_singular_values_become_near_one_and_directions_stay(shape: tuple[int, ...]) -> None:
+    """Of a matrix with singular values from 1 to 1/20 of the largest, as a momentum's are."""
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    spread = torch.logspace(0, -1.3, u.shape[-1], dtype=torch.float64)
+    found = orthogonalise(7.0 * (u * spread) @ vh, torch.float64)
+    inner = u.mT @ found @ vh.mT
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.6 and values.max() < 1.25
+    assert (inner - torch.diag_embed(values)).abs().max() < 1e-9, "singular vectors are as they were"
+
+
+def test_muon_is_its_formula() -> None:
+    """arXiv:2502.16982: W <- (1 - lr wd) W - lr 0.2 sqrt(max side) NS(Nesterov momentum), each matrix by itself."""
+    torch.manual_seed(0)
+    start = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(3, 5)]
+    matrices = [nn.Parameter(w.clone()) for w in start]
+    muon = Muon(matrices, 0.1, torch.float32)
+    muon.BATCH_ELEMENTS = 24  # one matrix at a time, then all of a shape
+    moments = [torch.zeros_like(w) for w in start]
+    for step in range(3):
+        for p, w, m in zip(matrices, start, moments, strict=True):
+            p.grad = torch.randn_like(p)
+            m.copy_(0.95 * m + 0.05 * p.grad)
+            x = 0.05 * p.grad + 0.95 * m
+            x = x / x.norm()
+            for _ in range(4):
+                square = x @ x.T
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            w.copy_((1 - 0.5 * 0.1) * w - 0.5 * 0.2 * max(w.shape) ** 0.5 * x)
+        muon.param_groups[0]["lr"] = 0.5
+        muon.step()
+        muon.BATCH_ELEMENTS = 2**24 if step else 24
+    for p, w in zip(matrices, start, strict=True):
+        assert torch.allclose(p, w, atol=1e-4)
+
+
+def test_an_update_is_as_large_as_adamws() -> None:
+    """Root mean square of 0.2 times the rate, so that one learning rate serves both."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(192, 768))
+    muon = Muon([p], 0.0, torch.float32)
+    p.grad = torch.randn_like(p)
+    muon.param_groups[0]["lr"] = 1.0
+    muon.step()
+    assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.15)
+
+
+def test_other_parts_or_fewer_parameters_do_not_fit() -> None:
+    _, muon = make()
+    _, adamw = make(optimizer="adamw")
+    toy = Toy()
+    toy.branch.requires_grad_(False)
+    fewer = Optimizer(toy, TrainingConfig())
+    assert muon.fits(make()[1].state_dict())
+    assert not muon.fits(adamw.state_dict()) and not adamw.fits(muon.state_dict()) and not muon.fits(fewer.state_dict())
+
+
 def test_rate_is_the_one_given() -> None:
     toy, optimizer = make()
     before = state_of(toy, optimizer)
     optimizer.backward(toy(0))
     optimizer.step(0.0)
+    assert optimizer.lr == 0.0
     assert all(torch.equal(p, before[name]) for name, p in toy.named_parameters())
 
 
 @SCALERS
-@pytest.mark.parametrize("name", ["linear.weight", "norm.bias"])
+@pytest.mark.parametrize("name", ["linear.weight", "norm.bias", "tower.blocks.0.weight"])
 @pytest.mark.parametrize("bad", BAD)
 def test_a_bad_gradient_changes_nothing(scaler: str | None, bad: float, name: str) -> None:
     toy, optimizer = make(scaler)
@@ -227,20 +305,21 @@ def test_parameters_without_a_gradient_stay(scaler: str | None) -> None:
     before = state_of(toy, optimizer)
     train(toy, optimizer, 2, 3, branch=False)
     moved = [name for name, value in state_of(toy, optimizer).items() if not torch.equal(value, before[name])]
-    assert {name.split(".")[0] for name in moved} == {"table", "linear", "norm"}
+    assert {name.split(".")[0] for name in moved} == {"table", "linear", "norm", "tower"}
 
 
 def test_state_is_allocated_before_the_first_step() -> None:
     toy, optimizer = make()
     optimizer.allocate()
-    assert {len(optimizer.adamw.state[p]) for p in toy.parameters()} == {3}
-    held = [value for p in toy.parameters() for value in optimizer.adamw.state[p].values()]
+    assert [len(optimizer.state[p]) for p in toy.parameters()] == [
+        1 if p.ndim == 2 and name.startswith("tower") else 3 for name, p in toy.named_parameters()]
+    held = [value for p in toy.parameters() for value in optimizer.state[p].values()]
     addresses = [value.data_ptr() for value in held]
     other, its = make()
     train(toy, optimizer, 0, 1)
     train(other, its, 0, 1)
     assert same(state_of(toy, optimizer), state_of(other, its)), "the update is that of an optimizer left to itself"
-    now = [value for p in toy.parameters() for value in optimizer.adamw.state[p].values()]
+    now = [value for p in toy.parameters() for value in optimizer.state[p].values()]
     assert [value.data_ptr() for value in now] == addresses, "nothing is allocated later"
     optimizer.allocate()
     assert same(state_of(toy, optimizer), state_of(other, its)), "a second call resets nothing"

@@ -45,7 +45,7 @@ def test_the_prediction_is_the_peak_of_the_real_step(tmp_path: Path, name: str, 
             with PeakMemory() as tracker:
                 tracker.watch(p for module in (run.model, *heads) for p in module.parameters())
                 own = {id(p) for module in (run.model, *heads) for p in module.parameters()}
-                tracker.mark("optimizer", [list(state.values()) for p, state in stage.optimizer.adamw.state.items()
+                tracker.mark("optimizer", [list(state.values()) for p, state in stage.optimizer.state.items()
                                            if id(p) in own], stage.average.values if stage.average else [])
                 tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise)
                 for _ in range(2):

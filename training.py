@@ -67,8 +67,8 @@ class Stage:
         mismatch = describe_mismatch(state["objectives"], self.objectives.state_dict())
         if mismatch or not self.optimizer.fits(state["optimizer"]):
             raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives, trainable parameters or "
-                            f"another optimizer ({mismatch or 'other parameters are trained'}); resume with the "
-                            "settings it was trained with, or start anew in another --output-dir")
+                            f"another optimizer ({mismatch or 'the optimizer holds other parameters'}); resume with "
+                            "the settings it was trained with, or start anew in another --output-dir")
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None and state["average"]:

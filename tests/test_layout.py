@@ -27,7 +27,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "batches": "config samples images prepare vocabulary",
     "datasets": "config samples readers vocabulary concepts prepare batches",
     # mathematics
-    "model": "config", "steps": "", "losses": "steps", "metrics": "", "optimization": "",
+    "model": "config", "steps": "", "losses": "steps", "metrics": "", "optimization": "config",
     # the machine
     "footprint": "", "memory": "config footprint", "checkpoint": "", "distributed": "",
     # what a run writes

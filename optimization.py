@@ -52,7 +52,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices (arXiv:2502.16982): rare directions learn as fast as common ones.
 
     An update has a root mean square of 0.2 times the rate, as AdamW's typically has, so that one learning rate serves
-    both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves everything as it was.
+    both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves all as it
+    was.
     """
 
     MOMENTUM = 0.95
@@ -96,8 +97,8 @@ class Optimizer:
     """Muon for the matrices of the blocks and fused AdamW for all else, or AdamW alone; the update is masked on the
     device when a gradient is not finite: no host synchronisation.
 
-    `step` returns device tensors, which the caller reads a step late. `dtype` is that of Muon's
-    products: bfloat16 where the hardware is fast at it.
+    `step` returns device tensors, which the caller reads a step late. `dtype` is that of Muon's products: bfloat16
+    where the hardware is fast at it.
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32,

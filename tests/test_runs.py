@@ -306,7 +306,8 @@ def test_a_stage_that_trains_something_else_is_refused(small: SmallRuns, whole: 
                                                        words: str) -> None:
     run = small.open(tmp_path / "run", *QUICK, override)
     stage = small.stage(run, "finetune")
-    with pytest.raises(UserError, match=rf"--resume: stages\.finetune had other tasks, objectives, trainable parameters or another .*{words}"):
+    said = rf"--resume: stages\.finetune had other tasks, objectives, trainable parameters or another .*{words}"
+    with pytest.raises(UserError, match=said):
         stage.load_state_dict(state_of(whole, "checkpoint_epoch_3.pt")["stage_state"])
 
 

@@ -52,8 +52,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for matrices (arXiv:2502.16982): rare directions learn as fast as common ones.
 
     An update has a root mean square of 0.2 times the rate, as AdamW's typically has, so that one learning rate serves
-    both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves all as it
-    was.
+    both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves all as
+    it was.
     """
 
     MOMENTUM = 0.95

@@ -29,14 +29,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def block_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The trained matrices within transformer blocks: nearly all of a model's, and what Muon is made for."""
+    """The trained matrices within transformer blocks: most of a model's weights, and what Muon is made for."""
     return [p for name, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and ".blocks." in f".{name}"]
 
 
 def orthogonalise(x_KMN: Tensor, dtype: torch.dtype) -> Tensor:
     """K matrices, each with all its singular values moved near 1 by four Newton-Schulz steps in `dtype`.
 
-    Coefficients of Jordan et al., "Muon", 2024. A step costs 2 to 3 products of the smaller side's square.
+    Coefficients of Jordan et al., "Muon", 2024. A step of an m x n matrix, m <= n, takes 2 m^2 (2 n + m) operations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = x_KMN.shape[1] <= x_KMN.shape[2]
@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.found_inf: Tensor | None = None
+        self.found_inf = torch.zeros(())
         for p in matrices:
             self.state[p] = {"momentum": torch.zeros_like(p)}
 
@@ -79,17 +79,15 @@ class Muon(torch.optim.Optimizer):
                     self._update(all_of_shape[i:i + count], group["lr"], group["weight_decay"])
 
     def _update(self, same_shape: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        gradients = [p.grad for p in same_shape]
+        good = 1 - self.found_inf
+        given_KMN = torch.stack([p.grad for p in same_shape])  # type: ignore[misc]
+        given_KMN = torch.where(self.found_inf == 0, given_KMN, 0.0)  # times 0 would leave nan
         moments = [self.state[p]["momentum"] for p in same_shape]
-        good = 1.0 if self.found_inf is None else 1.0 - self.found_inf
-        if self.found_inf is not None:  # times 0 would leave nan
-            gradients = [torch.where(self.found_inf == 0, g, 0.0) for g in gradients]  # type: ignore[arg-type]
-        for moment, g in zip(moments, gradients, strict=True):
-            moment.lerp_(g, (1 - self.MOMENTUM) * good)
-        ahead = torch.stack([torch.lerp(g, m, self.MOMENTUM)  # type: ignore[arg-type]
-                             for g, m in zip(gradients, moments, strict=True)])
+        for moment, gradient in zip(moments, given_KMN, strict=True):
+            moment.lerp_(gradient, (1 - self.MOMENTUM) * good)
+        ahead_KMN = torch.lerp(given_KMN, torch.stack(moments), self.MOMENTUM)
         rate = lr * good
-        for p, update in zip(same_shape, orthogonalise(ahead, self.dtype), strict=True):
+        for p, update in zip(same_shape, orthogonalise(ahead_KMN, self.dtype), strict=True):
             p.mul_(1 - rate * weight_decay).sub_(update * (rate * 0.2 * max(p.shape) ** 0.5))
 
 
@@ -97,11 +95,11 @@ class Optimizer:
     """Muon for the matrices of the blocks and fused AdamW for all else, or AdamW alone; the update is masked on the
     device when a gradient is not finite: no host synchronisation.
 
-    `step` returns device tensors, which the caller reads a step late. `dtype` is that of Muon's products: bfloat16
-    where the hardware is fast at it.
+    `step` returns device tensors, which the caller reads a step late. Muon's products are in bfloat16 where `amp`, the
+    dtype of autocast, is that, and in float32 elsewhere.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32,
+    def __init__(self, module: nn.Module, config: TrainingConfig, amp: torch.dtype | None = None,
                  scaler_device: str | None = None):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.clip = config.grad_clip_norm or math.inf
@@ -114,6 +112,7 @@ class Optimizer:
         self.parts: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)}
         if matrices:
+            dtype = torch.bfloat16 if amp == torch.bfloat16 else torch.float32
             self.parts["muon"] = Muon(matrices, config.weight_decay, dtype)
         self.scaler = torch.amp.GradScaler(scaler_device) if scaler_device else None
 

@@ -98,7 +98,7 @@ def step_usage(config: Config, row: StageConfig, task: TaskConfig, micro_batch: 
                                     for name in task.objectives})
         both = nn.ModuleDict({"model": model, "objectives": objectives})
         tracker.watch(both.parameters())
-        optimizer = Optimizer(both, config.training, torch.bfloat16 if amp == torch.bfloat16 else torch.float32)
+        optimizer = Optimizer(both, config.training, amp)
         optimizer.allocate()
         average = MovingAverage(model, config.training.ema_decay) if config.training.ema_decay else None
         tracker.mark("optimizer", [list(state.values()) for state in optimizer.state.values()],
@@ -125,7 +125,8 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], de
     B = config.effective_batch(row)
     upper = {tower: B * (config.training.captions_per_visit if tower == "text" else 1) for tower in TOWERS}
     facts = {"model": config.to_dict()["model"], "effective_batch": B, "captions": config.training.captions_per_visit,
-             "average": config.training.ema_decay > 0, "audio_max_s": config.data.audio_max_s,
+             "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
+             "audio_max_s": config.data.audio_max_s,
              "keep": (row.image_keep, row.audio_keep), "drop_path": row.drop_path > 0,
              "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks],
              "memory": dataclasses.asdict(config.memory), "budget_gb": config.budget_gb,

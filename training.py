@@ -63,7 +63,7 @@ class Stage:
                 "average": self.average.state_dict() if self.average else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError where the checkpoint's stage had other heads or trained other parameters."""
+        """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
         mismatch = describe_mismatch(state["objectives"], self.objectives.state_dict())
         if mismatch or not self.optimizer.fits(state["optimizer"]):
             raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives, trainable parameters or "
@@ -128,8 +128,7 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
         for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
     training = run.config.training
     both = nn.ModuleDict({"model": run.model, "objectives": objectives})
-    fast = torch.bfloat16 if run.precision.dtype == torch.bfloat16 else torch.float32
-    optimizer = Optimizer(both, training, fast, run.device.type if run.precision.use_scaler else None)
+    optimizer = Optimizer(both, training, run.precision.dtype, run.device.type if run.precision.use_scaler else None)
     optimizer.allocate()
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
     stage = Stage(row, tasks, objectives, optimizer, average)

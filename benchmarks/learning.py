@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py                                  # synthetic, seeds 0 1 2: about 20 minutes on 2 cores
     python benchmarks/learning.py --recipe recipes/demo.yaml       # the demo set; fetch it first (run_all.sh --demo)
-    python benchmarks/learning.py --seeds 0 training.learning_rate=5e-4
+    python benchmarks/learning.py training.optimizer=adamw --seeds 0
 
 Every figure comes from the report of a whole run (run_training.py): the weights were chosen on the validation split,
 the test split was read once, at the end. "mean" and "sd" are over seeds, "chance" is the exact expectation under a

@@ -241,6 +241,18 @@ def test_keeping_all_patches_is_keeping_no_mask(narrow: TriModalModel, order: st
         assert (whole[:, keep] - kept).abs().max() <= 1e-12
 
 
+def test_attention_starts_as_minus_what_is_attended_to() -> None:
+    """Values and output together, over all blocks of a tower: -0.4 times the identity, and noise of that size."""
+    torch.manual_seed(0)
+    model = create_model("tiny", word_embeddings="random")
+    blocks = [module for module in model.image.modules() if isinstance(module, Block)]
+    products = torch.stack([block.out.weight @ block.qkv.weight[-192:] for block in blocks]).detach()
+    assert torch.allclose(products.diagonal(dim1=1, dim2=2).mean(), torch.tensor(-0.4), atol=0.02)
+    apart = products + 0.4 * torch.eye(192)
+    assert abs(float(apart.mean())) < 0.001
+    assert torch.allclose(apart.std() * 192**0.5, torch.tensor(0.4), atol=0.05)
+
+
 def test_path_of_ones_is_no_path_and_zeros_leave_the_residual() -> None:
     torch.manual_seed(6)
     block, x = Block(16, 2, "auto").double(), torch.randn(3, 7, 16, dtype=torch.float64)

@@ -125,7 +125,8 @@ def test_plans_are_kept_until_something_that_matters_changes(tmp_path: Path, mon
     other, times = plan("memory.micro_batch=8")
     assert times == 1 and other.micro_batch == dict.fromkeys(planning.TOWERS, 8)
     for override in ("model.context_length=20", "training.captions_per_visit=2", "training.batch_size=16",
-                     "training.ema_decay=0.9", "stages.pretrain.drop_path=0.1", "memory.budget_gb=3"):
+                     "training.ema_decay=0.9", "training.optimizer=adamw", "stages.pretrain.drop_path=0.1",
+                     "memory.budget_gb=3"):
         assert plan("memory.micro_batch=16", override)[1] == 1, override
         assert plan("memory.micro_batch=16", override)[1] == 0, override
 

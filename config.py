@@ -93,6 +93,7 @@ class TrainingConfig:
     epochs: int = 100
     batch_size: int = 8
     gradient_accumulation_steps: int = 4
+    contrastive_loss: Literal["infonce", "sigmoid"] = "infonce"
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 1.0e-4
     use_amp: bool = True

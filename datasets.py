@@ -237,6 +237,7 @@ def worker_count(reader: BatchReader, num_jobs: int) -> int:
     if wanted != "auto":
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun: so many processes share this machine
     count = min(cores - 1 if cores > 2 else 1, MAX_WORKERS, num_jobs)
     if not count or not os.path.isdir("/dev/shm"):
         return count

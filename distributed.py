@@ -7,7 +7,9 @@ bias) has received the whole gradient on every rank, so it takes the mean. Both 
 
     world = start(torch.device("cpu"))          # alone, or one of the ranks that torchrun started
     share = batch[world.share(len(batch))]
-    loss = objective(world.gather_rows(encode(share)))
+    features = encode(share)
+    world.agree_on_memory()                     # a process without memory says so here, and all begin again
+    loss = objective(world.gather_rows(features))
     loss.backward()
     world.reduce_gradients(model.parameters(), objective.parameters())
 
@@ -17,9 +19,11 @@ where tensors travel between GPUs (NCCL), so agreeing on something never waits f
 Shapes: R rows of this rank, W rows of the whole world.
 """
 
+import contextlib
+import datetime
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,13 +31,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from config import UserError
+
+# Processes wait for each other as long as this: while the main one validates, evaluates or prepares data. One that dies
+# is noticed at once, whatever this says.
+PATIENCE = datetime.timedelta(days=1)
 BUCKET_BYTES = 64 << 20  # gradients sent in one message: large enough for bandwidth, small beside the activations
 
 T = TypeVar("T")
 
 
-class WorldError(ValueError):
-    """torchrun's environment does not fit this machine; the message is one line."""
+class ToldByMain(UserError):
+    """A mistake that ends every process, and that the main one prints."""
+
+
+class OutOfMemoryElsewhere(MemoryError):
+    """Another process ran out of memory in this step, so all do it again."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,14 @@ class World:
         parts[self.rank] = rows_R
         return torch.cat(parts)
 
+    def reserve(self, parameters: Iterable[Tensor]) -> None:
+        """Take the memory that `reduce_gradients` needs and leave it to the allocator, so that running out of it
+        happens before the ranks meet."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.size > 1 and gradients:
+            largest = max(sum(gradient.nbytes for gradient in bucket) for bucket in _buckets(gradients))
+            torch.empty(largest, dtype=torch.uint8, device=gradients[0].device)
+
     @torch.no_grad()
     def reduce_gradients(self, sum_parameters: Iterable[Tensor], mean_parameters: Iterable[Tensor] = ()) -> None:
         """Give every rank the same `.grad`: summed over the ranks, or averaged for `mean_parameters`.
@@ -103,12 +124,59 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def agree_on_memory(self) -> None:
+        """Before every collective of a step: nobody enters it alone.
+
+        Raises:
+            OutOfMemoryElsewhere: a process called `any_flag(True)` here instead, since it had run out of memory.
+        """
+        if self.any_flag(False):
+            raise OutOfMemoryElsewhere("another process of this run")
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do `work` on every process; a mistake on one of them ends it on all.
+
+        Raises:
+            UserError: as `work` raised it here, or `ToldByMain` on the others; the main process raises that of the
+                first process that has one.
+        """
+        problem: UserError | None = None
+        try:
+            result = work()
+        except UserError as error:
+            problem = error
+        problems = self.gather_objects(None if problem is None else str(problem))
+        first = next((rank for rank, text in enumerate(problems) if text is not None), None)
+        if first is None:
+            return result
+        if self.is_main:
+            raise problem or UserError(f"process {first}: {problems[first]}")
+        raise ToldByMain(problems[first])
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the main process, on every process; a mistake ends all."""
+        return self.broadcast_object(self.together(lambda: work() if self.is_main else None))  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Only the main process prints."""
+        if self.is_main:
+            yield
+            return
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every process's `value`, in rank order. Any picklable object; it travels between our own processes only."""
+        if self.size == 1:
+            return [value]
+        everyones: list[Any] = [None] * self.size
+        dist.all_gather_object(everyones, value)
+        return everyones
+
     def sum_scalars(self, values: Mapping[str, float]) -> dict[str, float]:
         """The sum over the ranks for each name; a rank without that name adds nothing."""
-        if self.size == 1:
-            return dict(values)
-        everyones: list[Any] = [None] * self.size
-        dist.all_gather_object(everyones, dict(values))
+        everyones = self.gather_objects(dict(values))
         names = dict.fromkeys(name for one in everyones for name in one)
         return {name: sum(one.get(name, 0.0) for one in everyones) for name in names}
 
@@ -130,6 +198,12 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any_flag(False)
+
+    def has_lost_someone(self, error: BaseException) -> bool:
+        """Whether `error` says that another process is gone: gloo's or NCCL's words for a connection that broke."""
+        text = str(error).lower()
+        return self.size > 1 and any(sign in text for sign in (
+            "connection closed by peer", "connection reset", "broken pipe", "socket", "nccl", "timed out waiting"))
 
     def stop(self) -> None:
         """Leave the group of processes; call it once, at the end."""
@@ -159,7 +233,7 @@ def start(device: torch.device | None = None) -> World:
     On CUDA each rank takes the device of its LOCAL_RANK, whatever index `device` names.
 
     Raises:
-        WorldError: more processes on this machine than CUDA devices.
+        UserError: more processes on this machine than CUDA devices.
     """
     device = device or torch.device("cpu")
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -169,12 +243,12 @@ def start(device: torch.device | None = None) -> World:
     backend = "gloo"
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise WorldError(f"torchrun: process {local_rank} of this machine has no device, CUDA devices here: "
+            raise UserError(f"torchrun: process {local_rank} of this machine has no device, CUDA devices here: "
                              f"{torch.cuda.device_count()}; lower --nproc_per_node or add --device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=PATIENCE)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 

@@ -70,6 +70,7 @@ def evaluate(options: argparse.Namespace) -> Path:
         UserError: the checkpoint, the data, the device or the output folder cannot be used.
     """
     import memory
+    import planning
     import protocols
     import report
     from datasets import load_data
@@ -83,7 +84,10 @@ def evaluate(options: argparse.Namespace) -> Path:
     folder = _reports_folder(config)
     data = load_data(config, [options.split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
                      concepts=state["concepts"], speakers=state["speakers"])
-    setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit)
+    plan = planning.plan_evaluation(config, planning.Place(device.type, precision.dtype))
+    memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
+    setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, sizes=plan.micro_batch,
+                                less=lambda size, cause: print(f"Out of memory ({cause}): {size} samples at a time"))
     figures, encoded = protocols.evaluate_split(model.to(device), data, options.split, config, setting)
     if not figures:
         raise UserError(f"--split {options.split}: {', '.join(config.data.datasets)} has no two samples there with two "

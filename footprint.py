@@ -8,10 +8,15 @@ the step that trains is the step that is measured. Modules may run any number of
         loss = step(model); loss.backward()
     tracker.usage().peak_bytes
 
+`tracing("cuda")` follows what the step would take on that device, though its fake tensors lie on the CPU: kernels are
+chosen as there (`device_of`), and what waits on the host is left out (`on_host`). `tracing(limit_bytes=...)` ends with
+`OverLimit` as soon as more than that lives, long before the step is through.
+
 A step says what it is doing by `phase`, `mark` and `loss_ends_at`, which do nothing when no tracker follows it.
 """
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -21,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 TAGS = ("parameters", "gradients", "optimizer", "activations", "loss", "data")
+HOST = "host"  # tag of storages that are not on the device, and not counted
 BLOCK_BYTES = 512  # the CUDA allocator hands out multiples of this
 
 
@@ -29,6 +35,10 @@ class Usage(NamedTuple):
 
     peak_bytes: int
     by_tag: dict[str, int]
+
+
+class OverLimit(Exception):
+    """More bytes live than the tracker was told to allow."""
 
 
 class _Block:
@@ -48,9 +58,9 @@ class PeakMemory(TorchDispatchMode):
     within itself is not seen, nor is anything inside a compiled graph.
     """
 
-    def __init__(self, granularity: int = BLOCK_BYTES):
+    def __init__(self, granularity: int = BLOCK_BYTES, device: str = "cpu", limit_bytes: int | None = None):
         super().__init__()
-        self.granularity = granularity
+        self.granularity, self.device, self.limit_bytes = granularity, device, limit_bytes
         self.tag = "activations"  # of storages that appear from now on
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -71,6 +81,14 @@ class PeakMemory(TorchDispatchMode):
             hook.remove()
         self._hooks.clear()
         self._blocks.clear()  # and with it the callbacks: storages that live on are no longer followed
+
+    def on_host(self, *trees: Any) -> None:
+        """Never count these: they wait in the host's memory while the step runs on another device."""
+        for tensor in _tensors(trees):
+            self._see(tensor)
+            block = self._blocks[tensor.untyped_storage()._cdata]
+            self._count(-block.size, block.tag)
+            block.size, block.tag = 0, HOST
 
     def mark(self, tag: str, *trees: Any) -> None:
         """Count every tensor in `trees` (nested lists, tuples, dicts; `vars(batch)` of a dataclass) as `tag`."""
@@ -102,7 +120,7 @@ class PeakMemory(TorchDispatchMode):
         if block is None:
             block = _Block(weakref.ref(storage, lambda dead: self._free(key, dead)), 0, self.tag)
             self._blocks[key] = block
-        if size != block.size:  # new, or resized in place
+        if size != block.size and block.tag != HOST:  # new, or resized in place
             self._count(size - block.size, block.tag)
             block.size = size
         return block
@@ -119,13 +137,33 @@ class PeakMemory(TorchDispatchMode):
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
             self._at_peak = dict(self.live_by_tag)
+            if self.limit_bytes is not None and self.peak_bytes > self.limit_bytes:
+                raise OverLimit
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[PeakMemory]:
-    """All tensors made inside are fake, and counted."""
-    with FakeTensorMode(), PeakMemory() as tracker:
-        yield tracker
+def tracing(device: str = "cpu", limit_bytes: int | None = None) -> Iterator[PeakMemory]:
+    """All tensors made inside are fake, and counted.
+
+    Raises (from the operation that needs too much):
+        OverLimit: more than `limit_bytes` live.
+    """
+    collects = gc.isenabled()
+    gc.disable()  # a tenth faster; and what only the collector would free counts, as it may on a real device
+    try:
+        with FakeTensorMode(), PeakMemory(device=device, limit_bytes=limit_bytes) as tracker:
+            yield tracker
+    finally:
+        if collects:
+            gc.enable()
+
+
+def device_of(tensor: Tensor) -> str:
+    """Type of the device on which a tensor lies or, in a traced run, would lie."""
+    if tensor.device.type != "cpu":
+        return tensor.device.type
+    tracker = _active_tracker()
+    return "cpu" if tracker is None else tracker.device
 
 
 @contextlib.contextmanager

@@ -37,14 +37,31 @@ def info_nce(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: Callabl
     """Sum over the queries of -mean over a query's positives of log p(key | query) (arXiv:1807.03748; several
     positives as in arXiv:2004.11362, L_out).
 
-    `positives(rows)` gives the (rows, K) mask of some queries. Rows are independent: beyond `chunk` of them they are
-    computed in chunks with recompute, so that memory is O(chunk * K) and not O(Q * K). Every query needs a positive.
+    `positives(rows)` gives the (rows, K) mask of some queries, of which each needs a positive. Computed by `chunk` rows
+    at a time: memory is O(chunk * K).
     """
     def chunk_sum(rows: Tensor) -> Tensor:
         log_p = (scale * query_QF[rows] @ key_KF.T).log_softmax(1)
         right = positives(rows)
         return -((log_p * right).sum(1) / right.sum(1)).sum()
 
+    return _sum_by_rows(chunk_sum, query_QF, chunk)
+
+
+def pairwise_sigmoid(query_QF: Tensor, key_KF: Tensor, scale: Tensor, bias: Tensor,
+                     positives: Callable[[Tensor], Tensor], chunk: int = CHUNK_ROWS) -> Tensor:
+    """Sum over all pairs of -log sigmoid(z (scale * similarity + bias)), z = 1 for positives and -1 for all others
+    (arXiv:2303.15343). `positives` and `chunk` as in `info_nce`; a query may do without a positive."""
+    def chunk_sum(rows: Tensor) -> Tensor:
+        logits = scale * query_QF[rows] @ key_KF.T + bias
+        return -F.logsigmoid(torch.where(positives(rows), logits, -logits)).sum()
+
+    return _sum_by_rows(chunk_sum, query_QF, chunk)
+
+
+def _sum_by_rows(chunk_sum: Callable[[Tensor], Tensor], query_QF: Tensor, chunk: int) -> Tensor:
+    """Rows are independent: beyond `chunk` of them each chunk is recomputed in the backward pass, so that no scores of
+    more than one live at a time."""
     parts = torch.arange(len(query_QF), device=query_QF.device).split(chunk)
     if len(parts) == 1 or not torch.is_grad_enabled():
         return torch.stack([chunk_sum(rows) for rows in parts]).sum()
@@ -93,6 +110,8 @@ class Objective(nn.Module):
     Parameters of an objective are heads that only its stage needs; they are never part of the model.
     """
 
+    is_of_whole_batch = False  # True: each process's term is the loss of all rows; else that of its own, to be summed
+
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__()
         self.inputs = tuple(sorted(inputs, key=PAIR_ORDER.index))
@@ -107,6 +126,8 @@ class Objective(nn.Module):
 class Contrastive(Objective):
     """Symmetric InfoNCE between two modalities (arXiv:2103.00020) over the whole effective batch."""
 
+    is_of_whole_batch = True
+
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
         assert len(self.inputs) == 2, f"contrast needs two modalities, got {self.inputs}"
@@ -116,12 +137,24 @@ class Contrastive(Objective):
 
     def terms(self, step: Step) -> Iterator[Term]:
         query, key = (step.features(name) for name in self.inputs)
+        loss = self._loss(step, query, key, step.positives(self.inputs))
+        yield loss, {f"contrastive_{'_'.join(self.inputs)}": loss.detach()}
+
+    def _loss(self, step: Step, query: Tensor, key: Tensor, positives: Positives) -> Tensor:
         scale = pair_scale(step, self.inputs)
-        positives = step.positives(self.inputs)
         forward = info_nce(query, key, scale, positives.of_samples) / len(query)
         backward = info_nce(key, query, scale, positives.of_captions) / len(key)
-        loss = (forward + backward) / 2
-        yield loss, {f"contrastive_{'_'.join(self.inputs)}": loss.detach()}
+        return (forward + backward) / 2
+
+
+class SigmoidContrastive(Contrastive):
+    """The pairwise sigmoid loss (arXiv:2303.15343) over the whole effective batch: each pair is judged by itself, with
+    a learned bias. The mean over keys of the sum over queries, as there, where both are as many."""
+
+    def _loss(self, step: Step, query: Tensor, key: Tensor, positives: Positives) -> Tensor:
+        bias = step.model.logit_bias["_".join(self.inputs)]
+        total = pairwise_sigmoid(query, key, pair_scale(step, self.inputs), bias, positives.of_samples)
+        return total / len(key)
 
 
 def pair_scale(step: Step, inputs: Sequence[str]) -> Tensor:
@@ -243,7 +276,7 @@ class Masked(Objective):
 
     def _patches(self, step: Step, name: str, rows: Tensor) -> Tensor:
         encoder = getattr(step.model, name)
-        media = step.to_device(getattr(step.batch, {"image": "images", "audio": "audio"}[name])[rows])
+        media = step.media(name, rows)
         lengths = [step.to_device(step.batch.audio_lengths[rows])] if name == "audio" else []
         kept, kept_valid = map(step.to_device, step.kept(name, rows))
         with step.autocast():
@@ -313,6 +346,11 @@ class Speaker(Objective):
             yield loss, {"speaker": loss.detach()}
 
 
+def loss_parameters(model: Any) -> list[nn.Parameter]:
+    """Parameters of the losses of whole batches: each process has their whole gradient, not a share of it."""
+    return [*model.logit_scale.values(), *model.logit_bias.values()]
+
+
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "matching": Matching,
@@ -320,3 +358,20 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "masked": Masked,
     "speaker": Speaker,
 }
+
+
+def build_objective(name: str, model: Any, inputs: Sequence[str], num_speakers: int,
+                    contrastive_loss: str) -> Objective:
+    """The objective of this name; `contrastive` in the form that training.contrastive_loss says."""
+    if name == "contrastive" and contrastive_loss == "sigmoid":
+        return SigmoidContrastive(model, inputs, num_speakers)
+    return OBJECTIVES[name](model, inputs, num_speakers)
+
+
+def start_sigmoid(model: Any, effective_batch: int) -> None:
+    """Where the sigmoid loss begins: scale 10 and the log odds that one of `effective_batch` keys is right as bias,
+    which for the 32,768 of arXiv:2303.15343 is its -10."""
+    with torch.no_grad():
+        for scale, bias in zip(model.logit_scale.values(), model.logit_bias.values(), strict=True):
+            scale.fill_(math.log(10.0))
+            bias.fill_(-math.log(max(effective_batch - 1, 1)))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, ModelConfig, UserError, config_from_dict
+from footprint import device_of
 
 IMAGE_PATCH = 16
 AUDIO_PATCH_FRAMES = 16
@@ -69,7 +70,7 @@ def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | No
 
 
 def _fused_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
-    if q_BHQE.device.type != "cpu" or q_BHQE.dtype != torch.bfloat16:
+    if q_BHQE.dtype != torch.bfloat16 or device_of(q_BHQE) != "cpu":
         return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
     # at 50 to 130 tokens the CPU kernel takes 2 to 3 times as long in bf16 as in fp32 inside casts; a fifth less at
     # 2,048 (benchmarks/README.md)
@@ -126,18 +127,22 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """A stack of blocks and the last norm; `path_BZ` holds each sample's drop-path scale at each block."""
+    """A stack of blocks and the last norm; `path_BZ` holds each sample's drop-path scale at each block.
 
-    def __init__(self, dim: int, num_heads: int, depth: int, chunk: int | str, use_checkpoint: bool = False):
+    `recompute_every` n computes the activations of every n-th block again in the backward pass (1: of all, 0: of none):
+    less memory, and up to one forward pass more.
+    """
+
+    def __init__(self, dim: int, num_heads: int, depth: int, chunk: int | str, recompute_every: int = 0):
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, num_heads, chunk) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.use_checkpoint = use_checkpoint
+        self.recompute_every = recompute_every
 
     def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_BZ: Tensor | None = None) -> Tensor:
         for i, block in enumerate(self.blocks):
             path_B = None if path_BZ is None else path_BZ[:, i]
-            if self.use_checkpoint and torch.is_grad_enabled():
+            if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
                 x_BND = recompute(block, x_BND, valid_BN, path_B, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BND = block(x_BND, valid_BN, path_B)
@@ -308,7 +313,7 @@ class Fusion(nn.Module):
         p = config.preset
         self.token = nn.Parameter(torch.randn(p.dim) * 0.02)
         self.modality = nn.ParameterDict({name: nn.Parameter(torch.randn(p.dim) * 0.02) for name in MODALITIES})
-        self.blocks = Blocks(p.dim, p.num_heads, p.fusion_depth, config.attention_chunk, config.use_checkpoint)
+        self.blocks = Blocks(p.dim, p.num_heads, p.fusion_depth, config.attention_chunk, int(config.use_checkpoint))
 
     def forward(self, given: dict[str, Tokens]) -> Tensor:
         """Fused state of each sample, (B, D) in float32; a sample whose tokens are all invalid is the token alone."""
@@ -340,6 +345,8 @@ class TriModalModel(nn.Module):
         self.classifier = nn.Linear(config.embed_dim, config.num_classes)
         # per pair, since image-text and audio-text settle at temperatures of their own; stores the log of the scale
         self.logit_scale = nn.ParameterDict({pair: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for pair in PAIRS})
+        # per pair, of the sigmoid loss alone: log odds that two strangers belong together
+        self.logit_bias = nn.ParameterDict({pair: nn.Parameter(torch.tensor(0.0)) for pair in PAIRS})
         self.apply(_initialise)
         nn.init.constant_(self.classifier.bias, -4.0)  # concepts are rare; most answers start right (arXiv:1708.02002)
 

@@ -53,7 +53,8 @@ class Muon(torch.optim.Optimizer):
 
     An update has a root mean square of 0.2 times the rate, as AdamW's typically has, so that one learning rate serves
     both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves all as
-    it was.
+    it was. A matrix that has been updated gives up its gradient, so a step that ran out of memory goes on with those
+    that have one when it is called again.
     """
 
     MOMENTUM = 0.95
@@ -62,6 +63,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.batch_elements = self.BATCH_ELEMENTS
         self.found_inf = torch.zeros(())
         for p in matrices:
             self.state[p] = {"momentum": torch.zeros_like(p)}
@@ -74,21 +76,25 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, all_of_shape in shapes.items():
-                count = max(1, self.BATCH_ELEMENTS // shape.numel())
+                count = max(1, self.batch_elements // shape.numel())
                 for i in range(0, len(all_of_shape), count):
                     self._update(all_of_shape[i:i + count], group["lr"], group["weight_decay"])
 
     def _update(self, same_shape: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """All that takes memory comes before the first write, so matrices are updated whole or not at all."""
         good = 1 - self.found_inf
+        rate = lr * good
+        kept = 1 - rate * weight_decay
         given_KMN = torch.stack([p.grad for p in same_shape])  # type: ignore[misc]
         given_KMN = torch.where(self.found_inf == 0, given_KMN, 0.0)  # times 0 would leave nan
         moments = [self.state[p]["momentum"] for p in same_shape]
-        for moment, gradient in zip(moments, given_KMN, strict=True):
-            moment.lerp_(gradient, (1 - self.MOMENTUM) * good)
-        ahead_KMN = torch.lerp(given_KMN, torch.stack(moments), self.MOMENTUM)
-        rate = lr * good
-        for p, update in zip(same_shape, orthogonalise(ahead_KMN, self.dtype), strict=True):
-            p.mul_(1 - rate * weight_decay).sub_(update * (rate * 0.2 * max(p.shape) ** 0.5))
+        moment_KMN = torch.stack(moments).lerp_(given_KMN, (1 - self.MOMENTUM) * good)
+        update_KMN = orthogonalise(torch.lerp(given_KMN, moment_KMN, self.MOMENTUM), self.dtype)
+        update_KMN *= rate * 0.2 * max(same_shape[0].shape) ** 0.5
+        for p, moment, new, update in zip(same_shape, moments, moment_KMN, update_KMN, strict=True):
+            moment.copy_(new)
+            p.mul_(kept).sub_(update)
+            p.grad = None
 
 
 class Optimizer:
@@ -115,6 +121,8 @@ class Optimizer:
             dtype = torch.bfloat16 if amp == torch.bfloat16 else torch.float32
             self.parts["muon"] = Muon(matrices, config.weight_decay, dtype)
         self.scaler = torch.amp.GradScaler(scaler_device) if scaler_device else None
+        self._clipped: tuple[Tensor, Tensor] | None = None  # norm and whether it is finite, of a step that has begun
+        self._unscaled: set[str] = set()
 
     @property
     def lr(self) -> float:
@@ -140,28 +148,47 @@ class Optimizer:
     def step(self, lr: float) -> tuple[Tensor, Tensor]:
         """Clip and update, or leave everything as it was if the gradient is not finite; gradients are freed.
 
+        After an error for lack of memory call it again: it goes on where it stopped, Muon with fewer matrices at a time
+        (`take_less`), and nothing is updated twice.
+
         Returns the gradient's norm before clipping and whether it was finite, both on the device.
         """
-        for part in self.parts.values():
-            for group in part.param_groups:
-                group["lr"] = lr
-            if self.scaler is not None and any(p.grad is not None for g in part.param_groups for p in g["params"]):
-                self.scaler.unscale_(part)
-        with_gradient = [p for p in self.parameters if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(with_gradient, self.clip)
-        finite = norm.isfinite()
+        if self._clipped is None:
+            self._clipped = self._clip(lr)
+        norm, finite = self._clipped
         for part in self.parts.values():
             # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
             part.grad_scale, part.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
             part.step()
+            for p in (p for group in part.param_groups for p in group["params"]):
+                p.grad = None
         if self.scaler is not None:
             self.scaler.update()
         self.zero_grad()
         return norm, finite
 
+    def _clip(self, lr: float) -> tuple[Tensor, Tensor]:
+        for name, part in self.parts.items():
+            for group in part.param_groups:
+                group["lr"] = lr
+            if self.scaler is not None and name not in self._unscaled and any(
+                    p.grad is not None for g in part.param_groups for p in g["params"]):
+                self.scaler.unscale_(part)
+                self._unscaled.add(name)
+        norm = nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
+        return norm, norm.isfinite()
+
+    def take_less(self) -> None:
+        """Update fewer matrices at a time from now on."""
+        muon = self.parts.get("muon")
+        if isinstance(muon, Muon):
+            muon.batch_elements //= 4
+
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
+        self._clipped = None
+        self._unscaled.clear()
 
     def fits(self, state: dict[str, dict]) -> bool:
         """Whether a saved state is of the same parts with as many parameters."""

@@ -4,44 +4,77 @@ The step is the one that trains (`losses`, `optimization`), over a batch of the 
 sounds of `data.audio_max_s`, captions of `model.context_length`. What a step reads off its data on the host (how many
 patches are kept, which words are hidden) is put at its worst case, since fake tensors have no values. At most
 `PARTS` micro-batches of each tower are run, beside inputs and features of full size: further ones free what they took.
+
+The search runs one step of each task at each fit that it tries, which ends as soon as it takes too much; what it
+chooses is run for two steps. Under torchrun a plan is that of each process: its share of the batch, features of all.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import budget
 import footprint
 import memory
 import steps
+from budget import Limits, Plan
 from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig, UserError
 from datasets import Batch
-from footprint import Usage
-from losses import OBJECTIVES
-from memory import GIB, MicroBatch, Plan
+from footprint import OverLimit, Usage
+from losses import OBJECTIVES, build_objective
+from memory import GIB, Fit
 from model import TriModalModel
 from optimization import MovingAverage, Optimizer
-from steps import Positives, Step, accumulate
+from steps import Positives, Share, Step, accumulate
 
-PARTS = 3
+PARTS = 2
 VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound, before their lists are read
 TOWERS = ("image", "audio", "text", "fusion")
+EVALUATION = "evaluation"  # beside the names of stages
+FUSING = ("matching", "concepts")  # objectives that use the fusion
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a step is planned to run."""
+
+    device: str  # type of device
+    amp: torch.dtype | None  # of autocast; None: float32
+    num_speakers: int = 0
+    processes: int = 1  # that share each effective batch
+    ratio: float | None = None  # budget.calibration of the device
+
+
+@dataclass
 class PlanStep(Step):
     """A step whose data are shapes only: what depends on values takes its worst case."""
+
+    whole: bool = True  # whether the towers' tokens are shared, whatever part of the objectives is run here
+    encoding: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        return self.whole
 
     def parts(self, modality: str) -> tuple[Tensor, ...]:
         return super().parts(modality)[:PARTS]
 
+    def gather(self, seen: Tensor) -> Tensor:
+        rest = self.rows(self.encoding) - len(seen)
+        return torch.cat([seen, seen.new_zeros(rest, seen.shape[1])]) if rest else seen
+
     def features(self, modality: str) -> Tensor:
-        seen = super().features(modality)
-        rest = self.rows(modality) - len(seen)
-        features = torch.cat([seen, seen.new_zeros(rest, seen.shape[1])]) if rest else seen
-        self.detached[modality] = features.detach()
-        return footprint.loss_ends_at(features)
+        self.encoding = modality
+        return footprint.loss_ends_at(super().features(modality))
 
     def kept(self, modality: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         patches = self.batch.noise[modality].shape[1]
@@ -49,9 +82,8 @@ class PlanStep(Step):
         return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
 
     def positives(self, inputs: Sequence[str]) -> Positives:
-        keys = self.rows(inputs[1])
-        member = torch.zeros(len(self.batch.sample_ids), keys, dtype=torch.bool)
-        return Positives(member, torch.zeros(keys, dtype=torch.int64)).to(self.to_device)
+        keys = torch.zeros(self.rows(inputs[1]), dtype=torch.int64)
+        return Positives(keys, keys, len(self.batch.sample_ids), len(keys))
 
     def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         length = self.batch.input_ids.shape[1]
@@ -85,80 +117,229 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, **columns)
 
 
-def step_usage(config: Config, row: StageConfig, task: TaskConfig, micro_batch: MicroBatch,
-               amp: torch.dtype | None, num_speakers: int) -> Usage:
-    """Bytes at the peak of two optimizer steps of one task on fake tensors."""
-    def backward(loss: Tensor) -> None:
-        with footprint.phase("loss"):
-            optimizer.backward(loss)
+@dataclass(frozen=True)
+class StepPlan:
+    """A step of one task at one fit, or the part of it that some of its objectives make."""
 
-    with footprint.tracing() as tracker:
+    config: Config
+    row: StageConfig
+    task: TaskConfig
+    fit: Fit
+    place: Place
+
+    @property
+    def is_whole(self) -> bool:
+        """As `Step.is_whole`: no tower of the task encodes in parts."""
+        upper = stage_upper(self.config, self.row, self.place)
+        return all(self.fit.micro_batch[tower] >= upper[tower] for tower in (*self.task.inputs, "fusion"))
+
+    def usage(self, *, num_steps: int = 2, limit_bytes: int | None = None,
+              objectives: Sequence[str] | None = None) -> Usage | None:
+        """Bytes at the peak of optimizer steps on fake tensors; None as soon as more than `limit_bytes` live."""
+        names = [name for name in OBJECTIVES if name in (objectives or self.task.objectives)]
+        try:
+            with footprint.tracing(self.place.device, limit_bytes) as tracker:
+                self._run(tracker, names, num_steps)
+            return tracker.usage()
+        except OverLimit:
+            return None
+
+    def _run(self, tracker: footprint.PeakMemory, names: Sequence[str], num_steps: int) -> None:
+        config, training = self.config, self.config.training
         model = TriModalModel(config.model)
-        objectives = nn.ModuleDict({name: OBJECTIVES[name](model, task.inputs, num_speakers)
-                                    for name in task.objectives})
-        both = nn.ModuleDict({"model": model, "objectives": objectives})
+        apply_recompute(model, self.fit)
+        objectives = [build_objective(name, model, self.task.inputs, self.place.num_speakers,
+                                      training.contrastive_loss) for name in names]
+        both = nn.ModuleDict({"model": model, "objectives": nn.ModuleList(objectives)})
         tracker.watch(both.parameters())
-        optimizer = Optimizer(both, config.training, amp)
+        optimizer = Optimizer(both, training, self.place.amp)
         optimizer.allocate()
-        average = MovingAverage(model, config.training.ema_decay) if config.training.ema_decay else None
+        average = MovingAverage(model, training.ema_decay) if training.ema_decay else None
         tracker.mark("optimizer", [list(state.values()) for state in optimizer.state.values()],
                      average.values if average else [])
-        batch = largest_batch(config, row, task)
-        tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, Tensor)], batch.noise)
-        for _ in range(2):
-            step = PlanStep(
-                model=model, batch=batch, device=torch.device("cpu"), micro_batch=micro_batch,
-                autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
-                keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
-                num_concepts=config.model.num_classes)
-            names = [known for known in OBJECTIVES if known in task.objectives]
-            accumulate(step, (term for name in names for term in objectives[name].terms(step)), backward)  # type: ignore[operator]
+        batch = self._batch(tracker)
+        for _ in range(num_steps):
+            step = self._step(model, batch)
+            accumulate(step, (term for objective in objectives for term in objective.terms(step)),
+                       lambda loss: _backward(optimizer, loss))
             optimizer.step(1e-4)
             if average:
                 average.update(model.parameters())
-    return tracker.usage()
+
+    def _batch(self, tracker: footprint.PeakMemory) -> Batch:
+        batch = largest_batch(self.config, self.row, self.task)
+        columns = [[v for v in vars(batch).values() if isinstance(v, Tensor)], batch.noise]
+        if self.place.device == "cpu":
+            tracker.mark("data", columns)
+        else:
+            tracker.on_host(columns)
+        return batch
+
+    def _step(self, model: TriModalModel, batch: Batch) -> PlanStep:
+        amp, row = self.place.amp, self.row
+        return PlanStep(
+            model=model, batch=batch, device=torch.device("cpu"), micro_batch=self.fit.micro_batch,
+            autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
+            keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
+            num_concepts=self.config.model.num_classes, share=_largest_share(self.config, row, self.place),
+            whole=self.is_whole)
 
 
-def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], device: str, amp: torch.dtype | None,
-               num_speakers: int = 0) -> Plan:
-    """Micro-batches at which every task of the stage fits the budget, from the cache if it was planned before."""
-    B = config.effective_batch(row)
-    upper = {tower: B * (config.training.captions_per_visit if tower == "text" else 1) for tower in TOWERS}
-    facts = {"model": config.to_dict()["model"], "effective_batch": B, "captions": config.training.captions_per_visit,
+def _backward(optimizer: Optimizer, loss: Tensor) -> None:
+    with footprint.phase("loss"):
+        optimizer.backward(loss)
+
+
+def stage_upper(config: Config, row: StageConfig, place: Place) -> dict[str, int]:
+    """Rows of each tower in one process's share of an effective batch."""
+    own = -(-config.effective_batch(row) // place.processes)
+    return {tower: own * (config.training.captions_per_visit if tower == "text" else 1) for tower in TOWERS}
+
+
+def apply_recompute(model: TriModalModel, fit: Fit) -> None:
+    """Let the blocks of each tower be recomputed as the fit says."""
+    for tower, every in fit.recompute.items():
+        getattr(model, tower).blocks.recompute_every = every
+
+
+def _largest_share(config: Config, row: StageConfig, place: Place) -> Share | None:
+    """What the process with most rows encodes; it holds all pictures and sounds, as matching asks."""
+    if place.processes == 1:
+        return None
+    own = -(-config.effective_batch(row) // place.processes)
+    return Share(range(own), range(own * config.training.captions_per_visit), 0)
+
+
+class StageMeasure:
+    """Runs the steps of a stage's tasks at a fit. What has been measured is kept, by what it uses of the fit."""
+
+    def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place):
+        self.config, self.row, self.tasks, self.place = config, row, list(tasks), place
+        self.known: dict[str, Usage | None] = {}
+
+    def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
+        """Usage of the task that takes most; with a limit, None where a task passes it, else over one step only."""
+        found: dict[str, tuple[TaskConfig, Usage]] = {}
+        for task in list(self.tasks):
+            usage = self._of_task(task, fit, limit_bytes)
+            if usage is None:
+                self.tasks.remove(task)
+                self.tasks.insert(0, task)  # the likeliest to pass the next limit as well
+                return None
+            found[str(task)] = (task, usage)
+        largest, usage = max(found.values(), key=lambda one: one[1].peak_bytes)
+        if limit_bytes is None:
+            return StepPlan(self.config, self.row, largest, fit, self.place).usage()
+        return usage
+
+    def _of_task(self, task: TaskConfig, fit: Fit, limit_bytes: int | None) -> Usage | None:
+        """In parts the objectives follow each other, so each is measured alone, and anew only when what it uses has
+        changed."""
+        step = StepPlan(self.config, self.row, task, fit, self.place)
+        found = []
+        for names in [tuple(task.objectives)] if step.is_whole else [(name,) for name in task.objectives]:
+            towers = ("fusion",) if set(names) <= set(FUSING) else task.inputs
+            again = [fit.recompute[tower] for tower in (*task.inputs, *towers)]
+            key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in towers]))
+            if key not in self.known or (self.known[key] is None and limit_bytes is None):
+                self.known[key] = step.usage(num_steps=1, limit_bytes=limit_bytes, objectives=names)
+            usage = self.known[key]
+            if usage is None:
+                return None
+            found.append(usage)
+        return max(found, key=lambda usage: usage.peak_bytes)
+
+
+def limits(config: Config, place: Place) -> Limits:
+    return Limits(int(config.budget_gb * GIB), place.device, place.ratio)
+
+
+def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place) -> Plan:
+    """A fit at which every task of the stage stays in the budget, from the cache if it was planned before."""
+    facts = {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
              "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
-             "audio_max_s": config.data.audio_max_s,
-             "keep": (row.image_keep, row.audio_keep), "drop_path": row.drop_path > 0,
-             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks],
-             "memory": dataclasses.asdict(config.memory), "budget_gb": config.budget_gb,
-             "device": device, "amp": str(amp), "speakers": num_speakers}  # rates, weights and seeds take no memory
+             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
+             "drop_path": row.drop_path > 0, "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
+    pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
+
+    def search() -> Plan:
+        return budget.plan_fit(StageMeasure(config, row, tasks, place), stage_upper(config, row, place),
+                               limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint)
+
+    return _kept(config, facts, place, search)
+
+
+def _kept(config: Config, facts: Mapping[str, Any], place: Place, search: Callable[[], Plan]) -> Plan:
+    """A plan from the cache in the output folder, or what `search` finds. Rates, weights and seeds take no memory."""
+    everything = {**facts, "model": config.to_dict()["model"], "audio_max_s": config.data.audio_max_s,
+                  "memory": dataclasses.asdict(config.memory), "budget_gb": config.budget_gb,
+                  "place": dataclasses.asdict(place)}
     sources = [Path(__file__).with_name(f"{name}.py")
                for name in ("planning", "steps", "losses", "model", "optimization", "footprint")]
-    folder, key = Path(config.paths.output_dir) / "plans", memory.plan_key(facts, sources)
-    plan = memory.read_plan(folder, key)
+    folder, key = Path(config.paths.output_dir) / "plans", budget.plan_key(everything, sources)
+    plan = budget.read_plan(folder, key)
     if plan is None:
-        def run_step(micro_batch: MicroBatch) -> Usage:
-            usages = [step_usage(config, row, task, micro_batch, amp, num_speakers) for task in tasks]
-            return max(usages, key=lambda usage: usage.peak_bytes)
-
-        pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
-        plan = memory.plan_micro_batches(run_step, TOWERS, int(config.budget_gb * GIB), upper, device, pinned)
+        plan = search()
         try:
-            memory.write_plan(folder, key, plan)
+            budget.write_plan(folder, key, plan)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
     return plan
 
 
-def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], device: str, amp: torch.dtype | None,
-                num_speakers: int) -> dict[str, Plan]:
-    """The plan of each stage that `tasks` names, and a printed table of them."""
+def plan_evaluation(config: Config, place: Place) -> Plan:
+    """How many samples of each modality are encoded at a time: `evaluation.batch_size`, or what the budget allows.
+
+    Sounds are windows of the encoder's length. Out of memory the encoding halves its parts by itself; a plan spares
+    that, and says beforehand what it takes.
+    """
+    towers = TOWERS[:3]
+
+    def measure(fit: Fit, limit_bytes: int | None) -> Usage | None:
+        found = [_encoding_usage(config, tower, fit.micro_batch[tower], place, limit_bytes) for tower in towers]
+        usages = [usage for usage in found if usage is not None]
+        return max(usages, key=lambda usage: usage.peak_bytes) if len(usages) == len(found) else None
+
+    def search() -> Plan:
+        upper = dict.fromkeys(towers, config.evaluation.batch_size)
+        return budget.plan_fit(measure, upper, limits(config, place), may_recompute=False)
+
+    return _kept(config, {"evaluation": config.evaluation.batch_size}, place, search)
+
+
+def _encoding_usage(config: Config, tower: str, size: int, place: Place, limit_bytes: int | None) -> Usage | None:
+    """Peak of one modality through its encoder, the fusion and the classifier, without gradients."""
+    S, L = config.model.image_size, config.model.context_length
+    try:
+        with footprint.tracing(place.device, limit_bytes) as tracker, torch.no_grad():
+            model = TriModalModel(config.model)
+            tracker.mark("parameters", list(model.parameters()))
+            given = {"image": {"images": torch.zeros(size, 3, S, S, dtype=torch.uint8)},
+                     "audio": {"audio": torch.zeros(size, AUDIO_WINDOW_FRAMES, NUM_MELS, dtype=torch.float16)},
+                     "text": {"input_ids": torch.zeros(size, L, dtype=torch.int64),
+                              "attention_mask": torch.zeros(size, L, dtype=torch.bool)}}[tower]
+            tracker.mark("data", given)
+            with torch.autocast("cpu", place.amp or torch.bfloat16, enabled=place.amp is not None):
+                model(**given)
+        return tracker.usage()
+    except OverLimit:
+        return None
+
+
+def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place) -> dict[str, Plan]:
+    """The plan of each stage that `tasks` names, in order, and of `evaluation`."""
     rows = [row for row in config.stages if tasks.get(row.name)]
-    plans = {row.name: plan_stage(config, row, tasks[row.name], device, amp, num_speakers) for row in rows}
-    print(memory.format_plan(plans), flush=True)
-    return plans
+    work = [(config, row, tasks[row.name], place) for row in rows]
+    if len(rows) < 2 or max(config.effective_batch(row) for row in rows) <= budget.AMPLE_MICRO_BATCH:
+        found = [plan_stage(*one) for one in work]
+    else:  # long searches: side by side
+        with ProcessPoolExecutor(min(len(rows), os.cpu_count() or 1), get_context("spawn")) as pool:
+            found = [future.result() for future in [pool.submit(plan_stage, *one) for one in reversed(work)]][::-1]
+    plans = {row.name: plan for row, plan in zip(rows, found, strict=True)}
+    return plans | {EVALUATION: plan_evaluation(config, place)}
 
 
-def print_plan(config: Config, device_name: str) -> None:
+def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> None:
     """`--plan`: every task of every stage, for a CUDA device with bf16 unless another device is named or found."""
     found = memory.choose_device(device_name)
     device = "cuda" if device_name == "auto" else found.type
@@ -167,10 +348,17 @@ def print_plan(config: Config, device_name: str) -> None:
         amp = torch.bfloat16 if config.training.use_amp else None
     speakers = VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0
     tasks = {row.name: [without_speaker(task) if not speakers else task for task in row.tasks] for row in config.stages}
-    print(f"Plan for {device}, {'fp32' if amp is None else str(amp).removeprefix('torch.')}, effective batch "
-          f"{', '.join(f'{row.name} {config.effective_batch(row)}' for row in config.stages)}")
-    plan_stages(config, {name: [t for t in found if t.objectives] for name, found in tasks.items()}, device, amp,
-                speakers)
+    place = Place(device, amp, speakers, ratio=budget.calibration(memory.device_name(found)))
+    plans = plan_stages(config, {name: [t for t in found if t.objectives] for name, found in tasks.items()}, place)
+    precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
+    batches = {row.name: config.effective_batch(row) for row in config.stages}
+    if as_json:
+        print(json.dumps({"size": config.model.size, "device": device, "precision": precision,
+                          "effective_batch": batches, "plans": {name: plan.to_dict() for name, plan in plans.items()}},
+                         indent=1))
+        return
+    print(f"Plan for {device}, {precision}, effective batch {', '.join(f'{n} {size}' for n, size in batches.items())}")
+    print(budget.format_plan(plans))
 
 
 def without_speaker(task: TaskConfig) -> TaskConfig:

@@ -16,8 +16,8 @@ Retrieval is over all captions of each sample. Speakers are verified on the offi
 Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import memory
 import metrics
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, Config, UserError
 from datasets import Batch, Data, loader
@@ -49,6 +50,8 @@ class Setting:
     amp: torch.dtype | None = None  # of autocast; None = float32
     limit: int | None = None  # at most so many samples of each set and kind of inputs, drawn by a fixed seed
     concepts: bool = True  # pictures and sounds also through the fusion, for the classifier's figures
+    sizes: Mapping[str, int] = field(default_factory=dict)  # samples at a time by modality; else evaluation.batch_size
+    less: Callable[[int, str], None] = lambda size, cause: None  # told when memory ran out: the new size, and why
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Encoded:
 def encode_split(model: Any, data: Data, split: str, config: Config, setting: Setting) -> Encoded:
     """Encode each picture, caption and sound of `split` once, in eval mode, `evaluation.batch_size` at a time.
 
-    Features stay on the device. Out of memory halves the parts, which changes nothing else. Samples whose file is
-    broken are left out and counted.
+    Features stay on the device. Out of memory halves the parts from there on, which changes nothing else. Samples
+    whose file is broken are left out and counted.
 
     Raises:
         UserError: too many broken files, or out of memory with one sample at a time.
@@ -153,7 +156,8 @@ class _Gathered:
     """Encodes batches and keeps what they give."""
 
     def __init__(self, model: Any, setting: Setting, size: int):
-        self.model, self.setting, self.size = model, setting, size
+        self.model, self.setting = model, setting
+        self.size = {name: setting.sizes.get(name, size) for name in MODALITIES}
         self.seen: set[int] = set()
         self.features: dict[str, list[Tensor]] = {name: [] for name in MODALITIES}
         self.rows: dict[str, list[np.ndarray]] = {name: [] for name in MODALITIES}
@@ -166,19 +170,43 @@ class _Gathered:
         self.seen.update(rows.tolist())
         with torch.autocast(self.setting.device.type, self.setting.amp, enabled=self.setting.amp is not None):
             if batch.images is not None:
-                self._keep("image", rows, batch, in_parts(self._image(batch), self.size, batch.images))
+                self._keep("image", rows, batch, self._in_parts("image", self._image(batch), batch.images))
             if batch.audio is not None:
                 assert batch.audio_lengths is not None
                 windows = -(-batch.audio.shape[1] // AUDIO_WINDOW_FRAMES)  # the size counts windows: long sounds fit
-                size = max(1, self.size // windows)
-                self._keep("audio", rows, batch, in_parts(self._audio(batch), size, batch.audio, batch.audio_lengths))
+                found = self._in_parts("audio", self._audio(batch), batch.audio, batch.audio_lengths, windows=windows)
+                self._keep("audio", rows, batch, found)
             if batch.input_ids is not None:
                 assert batch.caption_owner is not None and batch.caption_ids is not None
                 assert batch.attention_mask is not None
-                found = in_parts(self._text, self.size, batch.input_ids, batch.attention_mask)
+                found = self._in_parts("text", self._text, batch.input_ids, batch.attention_mask)
                 self._keep("text", rows[batch.caption_owner.numpy()], batch, found)
                 self.caption_ids.append(batch.caption_ids)
                 self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
+
+    def _in_parts(self, name: str, encode: Callable[..., dict[str, Tensor]], *inputs: Tensor,
+                  windows: int = 1) -> list[dict[str, Tensor]]:
+        """What `encode` makes of `inputs`, so many rows at a time; out of memory halves that for all that follows."""
+        found: list[dict[str, Tensor]] = []
+        start = 0
+        while start < len(inputs[0]):
+            size = max(1, self.size[name] // windows)
+            try:
+                found.append(encode(*(x[start:start + size] for x in inputs)))
+                start += size
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                cause = " ".join(str(error).split())[:100] or type(error).__name__
+            # outside of the handler, so that the failed part's tensors are let go
+            memory.free_cached(self.setting.device)
+            if size == 1:
+                raise UserError(f"evaluation: out of memory with one sample at a time ({cause}); free the device for "
+                                "this run, or evaluate with --device cpu")
+            self.size = {known: max(1, value // 2) for known, value in self.size.items()}
+            self.setting.less(max(self.size.values()), cause)
+        return found
 
     def _keep(self, name: str, rows: np.ndarray, batch: Batch, found: list[dict[str, Tensor]]) -> None:
         self.rows[name].append(rows)
@@ -241,25 +269,6 @@ class _Gathered:
                                  np.concatenate([p.rows_N for p in parts]))
                    for name, parts in self.answers.items() if parts}
         return Encoded(split, items, answers, ids, captions, facts)
-
-
-def in_parts(encode: Callable[..., dict[str, Tensor]], size: int, *inputs: Tensor) -> list[dict[str, Tensor]]:
-    """What `encode` makes of `inputs`, at most `size` rows at a time; out of memory halves the size and goes on."""
-    found: list[dict[str, Tensor]] = []
-    start = 0
-    while start < len(inputs[0]):
-        try:
-            found.append(encode(*(x[start:start + size] for x in inputs)))
-            start += size
-            continue
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                raise UserError(f"evaluation: out of memory with one sample at a time ({str(error)[:100]}); free the "
-                                "device for this run, or evaluate with --device cpu") from None
-        size //= 2  # outside of the handler, so that the failed part's tensors are let go
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return found
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------------

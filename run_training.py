@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 the run could not go on, 2 a mistake in what was asked for
 import argparse
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -49,7 +50,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(DATASETS)}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
+    parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
     options, rest = parser.parse_known_args(arguments)
+    if options.json and not options.plan:
+        parser.error("--json needs --plan")
     options.overrides = []
     for word in rest:
         if word.startswith("-") or "=" not in word:
@@ -83,12 +87,13 @@ def main(arguments: list[str] | None = None) -> int:
         import training
 
         if options.plan:
-            training.print_plan(config, options.device)
+            training.print_plan(config, options.device, as_json=options.json)
         else:
             training.train(config, training.Options(options.device, options.resume, options.overwrite))
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if type(error).__name__ != "ToldByMain":  # of the other processes of torchrun
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -99,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Go on with --resume auto", file=sys.stderr)

@@ -21,12 +21,14 @@ import protocols
 import report
 from checkpoint import CheckpointError, describe_mismatch, find_latest, load, plain, remove_leftovers, rotate
 from checkpoint import save as save_file
-from config import Config, UserError
+from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
+from distributed import World
 from model import TriModalModel
-from tracking import Tracker, read_records
+from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
+EVALUATION = "evaluation"  # in `Run.fits`, beside the names of stages
 KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
 
 
@@ -64,7 +66,8 @@ class Run:
     data: Data
     model: TriModalModel
     tracker: Tracker
-    micro_batch: dict[str, dict[str, int]] = field(default_factory=dict)  # by stage, then by tower
+    world: World = field(default_factory=World)
+    fits: dict[str, memory.Fit] = field(default_factory=dict)  # by stage, and of evaluation
     predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss, model_state_dict on the host
@@ -156,32 +159,37 @@ def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None
     return next((path for path in reversed(made) if path.is_file()), None)
 
 
-def open_run(config: Config, options: Options, state: dict[str, Any] | None) -> Run:
-    """Folder, device, data, model and logs of a run, fresh or as `state` left it.
+def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None) -> Run:
+    """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
+    writes to the folder.
 
     Raises:
         UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
     """
     folder = Path(config.paths.output_dir)
-    device = memory.choose_device(options.device)
+    world = world or World(device=memory.choose_device(options.device))
+    device = world.device
     precision = memory.choose_precision(device, config.training.use_amp)
-    _prepare_folder(folder, options)
+    world.together(lambda: _prepare_folder(folder, options) if world.is_main else None)
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
-    data = _load_data(config, state)
-    model = build_model(config, data, state).to(device)
+    data = world.together(lambda: _load_data(config, state))
+    model = world.together(lambda: build_model(config, data, state)).to(device)
+    world.broadcast_tensors(model.state_dict().values())
+    progress = Progress(**state["progress"]) if state else Progress()
+    run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress)
+    if not world.is_main:
+        return run
     if options.overwrite:
         _delete_run(folder)  # not before all that could fail has been tried
     remove_leftovers(folder / "checkpoints")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True),
                                         encoding="utf-8")
-    progress = Progress(**state["progress"]) if state else Progress()
-    tracker = Tracker(folder / "logs", progress.step)
-    run = Run(config, folder, device, precision, data, model, tracker, progress=progress)
+    run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
-        tracker.event(f"Resumed after epoch {progress.epoch} (step {progress.step})", progress.step)
+        run.tracker.event(f"Resumed after epoch {progress.epoch} (step {progress.step})", progress.step)
     return run
 
 
@@ -280,8 +288,9 @@ def save(run: Run, stage: str, stage_state: Mapping[str, Any]) -> None:
     best = {**common, **run.best}
     try:
         save_file(best, folder / "best_model.pt")
-        save_file({**common, "model_state_dict": run.model.state_dict(), "stage_state": stage_state,
-                   "micro_batch": run.micro_batch}, folder / f"checkpoint_epoch_{progress.epoch}.pt")
+        fits = {name: vars(fit) for name, fit in run.fits.items()}
+        save_file({**common, "model_state_dict": run.model.state_dict(), "stage_state": stage_state, "fits": fits},
+                  folder / f"checkpoint_epoch_{progress.epoch}.pt")
     except CheckpointError as error:
         run.tracker.event(f"Not saved after epoch {progress.epoch}: {error}", progress.step)
         return
@@ -298,12 +307,24 @@ def last_checkpoint(run: Run) -> str:
 # ---- evaluating and reporting --------------------------------------------------------------------------------------
 
 
+def encoding(run: Run, **settings: Any) -> protocols.Setting:
+    """How splits are encoded: in parts of the size that evaluation was planned with."""
+    fit = run.fits.get(EVALUATION)
+
+    def less(size: int, cause: str) -> None:
+        run.fits[EVALUATION] = memory.Fit(dict.fromkeys(MODALITIES, size), dict.fromkeys(MODALITIES, 0))
+        run.tracker.event(f"[evaluation] out of memory ({cause}): the same samples again, {size} at a time",
+                          run.progress.step)
+
+    return protocols.Setting(device=run.device, amp=run.precision.dtype, less=less,
+                             sizes=dict(fit.micro_batch) if fit else {}, **settings)
+
+
 def retrieval_figures(run: Run) -> dict[str, float]:
     """Retrieval on a fixed part of the validation split, over all sets: values by name, and each one's chance."""
     if not len(run.data.tables["val"]):
         return {}
-    setting = protocols.Setting(device=run.device, amp=run.precision.dtype, concepts=False,
-                                limit=run.config.evaluation.max_validation)
+    setting = encoding(run, concepts=False, limit=run.config.evaluation.max_validation)
     quick = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, resamples=0))
     pairs = protocols.evaluate_split(run.model, run.data, "val", quick, setting)[0].get(protocols.ALL, {})
     return {name: float(figure["value"]) for kind, figures in pairs.items() if kind != "speakers"
@@ -312,7 +333,7 @@ def retrieval_figures(run: Run) -> dict[str, float]:
 
 def show_examples(run: Run) -> None:
     """A grid of what a few validation captions find, as a picture in TensorBoard."""
-    setting = protocols.Setting(device=run.device, amp=run.precision.dtype, concepts=False, limit=200)
+    setting = encoding(run, concepts=False, limit=200)
     encoded = protocols.encode_split(run.model, run.data, "val", run.config, setting)
     for modality in ("image", "audio"):
         if modality in encoded.items and "text" in encoded.items:
@@ -330,7 +351,7 @@ def finish(run: Run) -> Path:
     if run.best:
         run.model.load_state_dict(run.best["model_state_dict"])
     run.model.to(run.device).eval()
-    setting = protocols.Setting(device=run.device, amp=run.precision.dtype)
+    setting = encoding(run)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
     run.tracker.say(report.format_table(figures))
     count = run.config.report.gallery_queries

@@ -8,13 +8,15 @@ Shape suffixes: B samples, C captions, K kept patches, N patches, L text tokens,
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
+
+from distributed import World
 
 TEXT_MASK_PART = 0.25  # part of the words hidden in masked pretraining
 AUDIO_PATH_COLUMN = 24  # "path" uniforms: the image encoder takes the first columns, the audio encoder those from here
@@ -26,30 +28,37 @@ Term = tuple[Tensor, dict[str, Tensor]]
 class Positives:
     """Which keys are right for which queries: those that share a group, of which a query may have several.
 
-    `member_BU` marks the groups of each sample, `group_C` names the group of each caption.
+    `owner_C` names the sample of each caption, `group_C` its group. Masks are made for the rows asked for, so that
+    nothing here grows with B * C.
     """
 
-    member_BU: Tensor
+    owner_C: Tensor
     group_C: Tensor
+    num_samples: int
+    num_groups: int
 
     @staticmethod
     def of(owner_C: Tensor, ids_C: Tensor, num_samples: int) -> "Positives":
         """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them."""
         unique_U, group_C = ids_C.unique(return_inverse=True)
-        member_BU = torch.zeros(num_samples, len(unique_U), dtype=torch.bool)
-        member_BU[owner_C, group_C] = True
-        return Positives(member_BU, group_C)
+        return Positives(owner_C, group_C, num_samples, len(unique_U))
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "Positives":
-        return Positives(move(self.member_BU), move(self.group_C))
+        return replace(self, owner_C=move(self.owner_C), group_C=move(self.group_C))
 
     def of_samples(self, rows: Tensor) -> Tensor:
-        """(Q, C) for samples as queries."""
-        return self.member_BU[rows][:, self.group_C]
+        """(Q, C) for samples as queries: captions of a group of which the sample owns one."""
+        return _some(self.owner_C == rows[:, None], self.group_C, self.num_groups)[:, self.group_C]
 
     def of_captions(self, rows: Tensor) -> Tensor:
-        """(Q, B) for captions as queries."""
-        return self.member_BU[:, self.group_C[rows]].T
+        """(Q, B) for captions as queries: samples that own a caption of the same group."""
+        return _some(self.group_C == self.group_C[rows][:, None], self.owner_C, self.num_samples)
+
+
+def _some(flag_QC: Tensor, place_C: Tensor, count: int) -> Tensor:
+    """(Q, count): whether a flag is up among those of each place."""
+    sums = torch.zeros(len(flag_QC), count, dtype=torch.int32, device=flag_QC.device)
+    return sums.index_add_(1, place_C, flag_QC.int()) > 0
 
 
 @dataclass
@@ -59,6 +68,9 @@ class Step:
     `batch` stays on the host; `encode` brings the rows asked for to the device. `micro_batch` is how many samples of
     each tower are in memory at once. In evaluation (`train` False) all patches are seen and no path is dropped,
     save where hiding patches is the task itself.
+
+    Rows are those of the whole effective batch, whichever process encodes them: `share` says which ones are ours, and
+    `features` gathers those of the others.
     """
 
     model: Any
@@ -71,6 +83,8 @@ class Step:
     train: bool = True
     mask_id: int = 103
     num_concepts: int = 0
+    world: World = field(default_factory=World)
+    share: "Share | None" = None  # None: of one process, all rows
     detached: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     every_row: dict[str, Tensor] = field(default_factory=dict)
@@ -78,11 +92,23 @@ class Step:
     def rows(self, modality: str) -> int:
         return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
 
+    def own(self, modality: str) -> range:
+        """The rows that this process encodes."""
+        if self.share is None:
+            return range(self.rows(modality))
+        return self.share.captions if modality == "text" else self.share.samples
+
     def parts(self, modality: str) -> tuple[Tensor, ...]:
         """Row indices of this tower's micro-batches, on the host."""
-        everything = self.every_row.setdefault(modality, torch.arange(self.rows(modality)))
+        own = self.own(modality)
+        everything = self.every_row.setdefault(modality, torch.arange(own.start, own.stop))
         size = self.micro_batch[modality]
         return (everything,) if len(everything) <= size else everything.split(size)
+
+    def media(self, modality: str, rows: Tensor) -> Tensor:
+        """Pictures or sounds of some rows, on the device."""
+        values = self.batch.images if modality == "image" else self.batch.audio
+        return self.to_device(values[rows if self.share is None else rows - self.share.first_media])
 
     def to_device(self, value: Tensor) -> Tensor:
         return value.to(self.device, non_blocking=True)
@@ -92,7 +118,7 @@ class Step:
 
     @property
     def is_whole(self) -> bool:
-        """The whole batch is one micro-batch for each tower: encoded once, whatever the number of objectives."""
+        """This process's share is one micro-batch for each tower: encoded once, whatever the number of objectives."""
         return self.train and len(self.parts("fusion")) == 1 and all(
             len(self.parts(name)) == 1 for name in self.batch.inputs)
 
@@ -105,6 +131,8 @@ class Step:
         if not (self.is_whole and torch.is_grad_enabled()):
             return self._encode(modality, rows, hide)
         everything = self.parts(modality)[0]
+        if self.world.size > 1 and rows is not everything:  # some may be rows of other processes
+            return self._encode(modality, rows, hide)
         if modality not in self.tokens:
             self.tokens[modality] = self._encode(modality, everything, hide)
         return self.tokens[modality] if rows is everything else pick(self.tokens[modality], self.to_device(rows))
@@ -119,9 +147,8 @@ class Step:
         path = self._path(noise["path"][rows], AUDIO_PATH_COLUMN if modality == "audio" else 0, encoder)
         kept, valid = (None, None) if keep == 1 else map(self.to_device, self.kept(modality, rows))
         if modality == "image":
-            return encoder(self.to_device(self.batch.images[rows]), kept, path)
-        audio, lengths = self.to_device(self.batch.audio[rows]), self.to_device(self.batch.audio_lengths[rows])
-        return encoder(audio, lengths, kept, valid, path)
+            return encoder(self.media("image", rows), kept, path)
+        return encoder(self.media("audio", rows), self.to_device(self.batch.audio_lengths[rows]), kept, valid, path)
 
     def kept(self, modality: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Indices (B, K) of the patches that the stage keeps of each row, and which of them are real; on the host."""
@@ -162,8 +189,12 @@ class Step:
         return self.to_device((uniform[:, column: column + depth] >= p_Z) / (1 - p_Z))
 
     def features(self, modality: str) -> Tensor:
-        """L2-normalised features of all rows in the graph; each micro-batch is recomputed in the backward pass if
-        there are several. (rows, F)"""
+        """L2-normalised features of all rows, (rows, F), those of this process in the graph; each micro-batch is
+        recomputed in the backward pass if there are several.
+
+        Raises:
+            OutOfMemoryElsewhere: another process has run out of memory in this step.
+        """
         def part_features(rows: Tensor) -> Tensor:
             with self.autocast():
                 return self.model.features(modality, self.encode(modality, rows))
@@ -174,8 +205,59 @@ class Step:
         else:
             features = torch.cat([recompute(part_features, rows, use_reentrant=False, preserve_rng_state=False)
                                   for rows in parts])
+        features = self.gather(features)
         self.detached[modality] = features.detach()
         return features
+
+    def gather(self, features: Tensor) -> Tensor:
+        self.world.agree_on_memory()
+        return self.world.gather_rows(features)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a whole effective batch that one process encodes, and the row of the first picture or sound that it
+    holds."""
+
+    samples: range
+    captions: range
+    first_media: int
+
+
+def shared_batch(world: World, batch: Any, *, with_media: bool) -> tuple[Any, Share | None]:
+    """The whole effective batch, of which `batch` holds this process's samples, and which rows those are.
+
+    All that is small is gathered: texts, labels, lengths, draws. Pictures and sounds only `with_media`, for objectives
+    that encode other processes' samples; else they stay this process's own.
+    """
+    if world.size == 1:
+        return batch, None
+    media = [name for name in ("images", "audio") if getattr(batch, name) is not None]
+    small = {f.name: value for f in fields(batch)
+             if f.name not in media and isinstance(value := getattr(batch, f.name), Tensor)}
+    everyones = world.gather_objects((small, batch.noise))
+    starts = [sum(len(one["sample_ids"]) for one, _ in everyones[:rank]) for rank in range(world.size)]
+    columns: dict[str, Any] = {name: joined([one[name] for one, _ in everyones]) for name in small}
+    noise = {name: joined([draws[name] for _, draws in everyones]) for name in batch.noise}
+    own = range(starts[world.rank], starts[world.rank] + len(batch.sample_ids))
+    captions = own
+    if batch.caption_owner is not None:
+        owners = [one["caption_owner"] + start for (one, _), start in zip(everyones, starts, strict=True)]
+        columns["caption_owner"] = torch.cat(owners)
+        before = sum(map(len, owners[:world.rank]))
+        captions = range(before, before + len(owners[world.rank]))
+    if with_media:
+        columns |= {name: joined(world.gather_objects(getattr(batch, name))) for name in media}
+    return replace(batch, **columns, noise=noise), Share(own, captions, 0 if with_media else own.start)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of all parts; where the second dimension differs, the shorter ones are padded with zeros."""
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    padding = (0,) * (2 * parts[0].ndim - 4)
+    return torch.cat([F.pad(part, (*padding, 0, longest - part.shape[1])) for part in parts])
 
 
 def kept_patches(uniform_BN: Tensor, counts_B: Tensor | None, keep: float) -> tuple[Tensor, Tensor]:
@@ -191,11 +273,9 @@ def kept_patches(uniform_BN: Tensor, counts_B: Tensor | None, keep: float) -> tu
     return order_BN[:, :K], torch.arange(K) < kept_B[:, None]
 
 
-def accumulate(step: Step, terms: Iterable[Term],
-               backward: Callable[[Tensor], None]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of all terms and of each part. `backward` is called on each term, whose graph is then freed; once, on their
+def accumulate(step: Step, terms: Iterable[Term], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+    """The sum of each part over all terms. `backward` is called on each term, whose graph is then freed; once, on their
     sum, where the objectives share the tokens of the whole batch."""
-    total = torch.zeros((), device=step.device)
     shared: list[Tensor] = []
     sums: dict[str, Tensor] = {}
     for loss, parts in terms:
@@ -203,12 +283,11 @@ def accumulate(step: Step, terms: Iterable[Term],
             shared.append(loss)
         else:
             backward(loss)
-        total += loss.detach()
         for name, value in parts.items():
             sums[name] = sums[name] + value if name in sums else value
     if shared:
         backward(torch.stack(shared).sum())
-    return total, sums
+    return sums
 
 
 def pick(tokens: Any, rows: Tensor) -> Any:

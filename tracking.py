@@ -63,8 +63,9 @@ class Tracker:
         self.board.add_scalar(f"loss/{stage}", record["loss"], at)
         for name, value in record["parts"].items():
             self.board.add_scalar(f"parts/{stage}/{name}", value, at)
-        for pair, value in record["temperature"].items():
-            self.board.add_scalar(f"temperature/{pair}", value, at)
+        for name in ("temperature", "bias"):
+            for pair, value in record.get(name, {}).items():
+                self.board.add_scalar(f"{name}/{pair}", value, at)
         for name in ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib"):
             self.board.add_scalar(f"train/{name}", record[name], at)
 
@@ -77,6 +78,10 @@ class Tracker:
         for name, value in record["metrics"].items():
             self.board.add_scalar(f"retrieval/{name}", value, at)
 
+    def memory(self, stage: str, planned_gib: float, measured_gib: float, at: int) -> None:
+        self.board.add_scalar(f"memory/{stage}/planned_gib", planned_gib, at)
+        self.board.add_scalar(f"memory/{stage}/measured_gib", measured_gib, at)
+
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         self.board.add_image(name, pixels_HWC, step, dataformats="HWC")
 
@@ -84,6 +89,33 @@ class Tracker:
         self.close_bar()
         self.file.close()
         self.board.close()
+
+
+class SilentTracker(Tracker):
+    """Of the processes beside the main one: writes and shows nothing."""
+
+    def __init__(self, logs: Path):
+        self.path = logs / "metrics.jsonl"
+
+    def record(self, record: Mapping[str, Any]) -> None: ...
+
+    def step(self, record: Mapping[str, Any]) -> None: ...
+
+    def validation(self, record: Mapping[str, Any]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def advance(self, samples: int, loss: float) -> None: ...
+
+    def open_bar(self, total: int, done: int, description: str) -> None: ...
+
+    def close_bar(self) -> None: ...
+
+    def memory(self, stage: str, planned_gib: float, measured_gib: float, at: int) -> None: ...
+
+    def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -6,24 +6,26 @@ run's clock and its step count. What it begins anew: its objectives' heads, the 
 
 import contextlib
 import dataclasses
-import os
-import re
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import budget
+import distributed
 import memory
-from checkpoint import describe_mismatch
-from config import FRAME_RATE_HZ, Config, ConfigError, StageConfig, TaskConfig, UserError
-from datasets import Batch, Data, epoch_batches, loader, pool
-from losses import OBJECTIVES
-from optimization import MovingAverage, Optimizer, lr_at
-from planning import plan_stages, print_plan, without_speaker
+from budget import Plan
+from config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig, UserError
+from datasets import Batch, epoch_batches, loader, pool
+from distributed import OutOfMemoryElsewhere, World
+from losses import start_sigmoid
+from optimization import lr_at
+from planning import Place, apply_recompute, plan_stages, print_plan
 from runs import (
     Options,
     Run,
@@ -39,108 +41,27 @@ from runs import (
     show_examples,
     stage_epochs,
 )
-from steps import Step, accumulate
+from stages import (
+    TOTAL,
+    Stage,
+    active_tasks,
+    build_stage,
+    epoch_jobs,
+    first_contrast,
+    freeze,
+    make_step,
+    own_jobs,
+    reduce_gradients,
+    weighted_terms,
+    whole_batch,
+)
+from steps import Share, accumulate
 
 __all__ = ["Options", "TrainingError", "print_plan", "train"]
 
 VALIDATION_BATCH = 512  # contrast on validation data is over at most this many samples, whatever the training batch
 
-
-@dataclass
-class Stage:
-    """What lives as long as a stage."""
-
-    row: StageConfig
-    tasks: list[TaskConfig]
-    objectives: nn.ModuleDict  # "task/objective" -> head parameters, if any
-    optimizer: Optimizer
-    average: MovingAverage | None
-    steps: int = 0  # optimizer steps of the whole stage
-    bad_in_a_row: int = 0  # steps whose gradient was not finite
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "average": self.average.state_dict() if self.average else None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
-        mismatch = describe_mismatch(state["objectives"], self.objectives.state_dict())
-        if mismatch or not self.optimizer.fits(state["optimizer"]):
-            raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives, trainable parameters or "
-                            f"another optimizer ({mismatch or 'the optimizer holds other parameters'}); resume with "
-                            "the settings it was trained with, or start anew in another --output-dir")
-        self.objectives.load_state_dict(state["objectives"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None and state["average"]:
-            self.average.load_state_dict(state["average"])
-
-    def objectives_of(self, task: int) -> Iterator[tuple[str, float, Any]]:
-        """Name, weight and objective of one task; contrast first, since matching looks at its features."""
-        weights = self.tasks[task].objectives
-        for name in (known for known in OBJECTIVES if known in weights):
-            yield name, weights[name], self.objectives[f"{task}_{name}"]
-
-
-# ---- stages ------------------------------------------------------------------------------------------------------
-
-
-def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[str]]:
-    """Tasks that have samples, and a line about each that has none.
-
-    Raises:
-        UserError: no task of the stage has samples.
-    """
-    table, tasks, skipped = data.tables["train"], [], []
-    for task in row.tasks:
-        possible = task if data.speakers else without_speaker(task)
-        if len(pool(table, task.inputs)) >= 2 and possible.objectives:
-            tasks.append(possible)
-        else:
-            wanted = " and ".join(task.inputs) if possible.objectives else "named speakers"
-            skipped.append(f"[{row.name}] no samples with {wanted}: {', '.join(task.objectives)} on them is skipped")
-    if not tasks:
-        raise UserError(f"stages.{row.name}: none of its tasks has samples in {', '.join(data.names())}; "
-                        "add a set (--datasets) or remove the stage")
-    return tasks, skipped
-
-
-def freeze(model: nn.Module, row: StageConfig) -> None:
-    """Train the parameters whose whole name matches one of the stage's patterns, freeze the others.
-
-    Raises:
-        ConfigError: a pattern matches no parameter.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in row.trainable:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ConfigError(f"stages.{row.name}.trainable: {pattern!r} matches no parameter; names look like "
-                              f"{names[0]}, {names[-1]}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
-
-
-def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int) -> Stage:
-    """Heads, optimizer and average of a stage, with fresh state."""
-    torch.manual_seed(run.config.training.seed)
-    freeze(run.model, row)
-    objectives = nn.ModuleDict({
-        f"{i}_{name}": OBJECTIVES[name](run.model, task.inputs, len(run.data.speakers))
-        for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
-    training = run.config.training
-    both = nn.ModuleDict({"model": run.model, "objectives": objectives})
-    optimizer = Optimizer(both, training, run.precision.dtype, run.device.type if run.precision.use_scaler else None)
-    optimizer.allocate()
-    average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
-    stage = Stage(row, tasks, objectives, optimizer, average)
-    stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
-    return stage
-
-
-def epoch_jobs(run: Run, stage: Stage, epoch: int) -> list[Any]:
-    """The batches of an epoch: (task, indices), a pure function of the seed and the epoch."""
-    pools = [pool(run.data.tables["train"], task.inputs) for task in stage.tasks]
-    return epoch_batches(pools, [task.passes for task in stage.tasks], run.config.effective_batch(stage.row),
-                         run.config.training.seed, epoch)
+T = TypeVar("T")
 
 
 # ---- one step ----------------------------------------------------------------------------------------------------
@@ -161,71 +82,89 @@ class StepResult:
         return loss, dict(zip(self.parts, parts, strict=True)), norm, bool(finite)
 
 
-def make_step(run: Run, stage: Stage, batch: Batch, *, train: bool) -> Step:
-    return Step(model=run.model, batch=batch, device=run.device, micro_batch=run.micro_batch[stage.row.name],
-                autocast=run.autocast, keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep},
-                drop_path=stage.row.drop_path, train=train, mask_id=run.data.tokenizer.mask_id,
-                num_concepts=len(run.data.concepts))
-
-
-def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Every term of every objective, divided by the count over the whole effective batch and weighted."""
-    for _, weight, objective in stage.objectives_of(task):
-        count = objective.count(step)
-        if count:
-            for loss, parts in objective.terms(step):
-                if step.train and not loss.requires_grad:
-                    raise ConfigError(f"stages.{stage.row.name}.trainable: {', '.join(parts)} depends on none of the "
-                                      "parameters named; name some of its encoders', or leave it out")
-                yield weight / count * loss, {name: value / count for name, value in parts.items()}
-
-
-def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> dict[str, Tensor]:
     """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
-    step = make_step(run, stage, batch, train=True)
-    return accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
+    step = make_step(run, stage, batch, share, train=True)
+    parts = accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
+    run.world.reserve(stage.optimizer.parameters)
+    return parts
 
 
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
-    """One optimizer step on one effective batch. Out of memory halves the micro-batches and does the same step again:
-    all randomness is in the batch, so the mathematics stays the same.
+    """One optimizer step on one effective batch, of which `batch` is this process's share.
+
+    Out of memory before the gradients are complete, on any process: micro-batches halve and the same step is done again
+    by all. Nothing is drawn within a step, so there is no random state to restore and the mathematics stays the same.
+    Out of memory in the update: it goes on where it stopped, since the gradients are complete by then.
 
     Raises:
         UserError: out of memory at micro-batch 1; names what can be turned.
     """
-    while True:
-        try:
-            loss, parts = leave_gradients(run, stage, task, batch)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            cause = " ".join(str(error).split())[:100] or type(error).__name__  # Python's own says nothing
-        shrink(run, stage, cause)
-    training = run.config.training
-    lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
-               training.warmup_pct, training.min_lr_pct)
-    norm, finite = stage.optimizer.step(lr)
+    whole, share = whole_batch(run, stage, task, batch)
+    parts = None
+    while parts is None:
+        parts, cause = attempt(run.world, lambda: leave_gradients(run, stage, task, whole, share))
+        if parts is None:
+            stage.optimizer.zero_grad()
+            shrink(run, stage, cause)
+    reduce_gradients(run, stage)
+    norm, finite = update(run, stage)
     with torch.no_grad():
         for scale in run.model.logit_scale.values():
             scale.clamp_(0.0, 4.6052)  # 1 to 100, arXiv:2103.00020
     if stage.average is not None:
         stage.average.update(run.model.parameters())
-    return StepResult(loss, parts, norm, finite)
+    return StepResult(parts.pop(TOTAL, torch.zeros((), device=run.device)), parts, norm, finite)
+
+
+def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
+    """What `work` gives, or None and the cause if it, or that of another process, ran out of memory.
+
+    Each process says once whether it did: here, or by the error that `World.agree_on_memory` raised within `work`.
+    """
+    try:
+        result = work()
+    except OutOfMemoryElsewhere as error:
+        return None, str(error)
+    except (RuntimeError, MemoryError) as error:
+        cause = cause_of(error)
+    else:
+        return (None, "another process of this run") if world.any_flag(False) else (result, "")
+    world.any_flag(True)
+    return None, cause
+
+
+def cause_of(error: BaseException) -> str:
+    """The first words of an error for lack of memory; any other is raised again."""
+    if not memory.is_out_of_memory(error):
+        raise error
+    return " ".join(str(error).split())[:100] or type(error).__name__  # Python's own says nothing
+
+
+def update(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
+    """The optimizer's update by the gradients that are there: their norm, and whether it is finite."""
+    training = run.config.training
+    lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
+               training.warmup_pct, training.min_lr_pct)
+    while True:
+        try:
+            return stage.optimizer.step(lr)
+        except (RuntimeError, MemoryError) as error:
+            cause = cause_of(error)
+        stage.optimizer.take_less()
+        shrink(run, stage, cause)
 
 
 def shrink(run: Run, stage: Stage, cause: str) -> None:
-    """After running out of memory: free what the failed step left, halve the stage's micro-batches, say so."""
-    stage.optimizer.zero_grad()
+    """After running out of memory: free what the failed work left, halve the stage's micro-batches, say so."""
     memory.free_cached(run.device)
     name = stage.row.name
-    smaller = memory.halve(run.micro_batch[name])
-    if smaller is None:
+    less = memory.smaller(run.fits[name], may_recompute=run.config.model.use_checkpoint)
+    if less is None:
         raise UserError(memory.out_of_memory_message(f"stages.{name}", run.device))
-    run.micro_batch[name] = smaller
-    sizes = ", ".join(f"{tower} {size}" for tower, size in smaller.items())
-    run.tracker.event(f"[{name}] out of memory ({cause}): the same step again with micro-batch {sizes}",
-                      run.progress.step + 1)
+    run.fits[name] = less
+    apply_recompute(run.model, less)
+    run.tracker.event(f"[{name}] out of memory ({cause}): the same step again with {less}", run.progress.step + 1)
 
 
 # ---- an epoch ----------------------------------------------------------------------------------------------------
@@ -239,6 +178,7 @@ class StepLog:
         self.run, self.stage, self.epoch = run, stage, epoch
         self.pending: tuple[StepResult, dict[str, Any], list[str]] | None = None
         self.losses: list[float] = []
+        self.recent: dict[str, list[float]] = {}  # values of each part since the last record
         self.clock = memory.Clock()
         self.samples = 0
         self.start_s = time.perf_counter()
@@ -248,12 +188,12 @@ class StepLog:
     def samples_per_s(self) -> float:
         return self.samples / max(time.perf_counter() - self.start_s, 1e-9)
 
-    def add(self, result: StepResult, batch: Batch) -> None:
+    def add(self, result: StepResult, batch: Batch, samples: int) -> None:
+        """`samples`: of the whole effective batch, of which `batch` is this process's share."""
         self.flush()
-        self.samples += len(batch.keys)
+        self.samples += samples
         facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
-                 "task": "_".join(batch.inputs), "samples": len(batch.keys),
-                 "lr": self.stage.optimizer.lr}
+                 "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
         self.pending = (result, facts, batch.keys)
 
     def flush(self) -> None:
@@ -261,6 +201,9 @@ class StepLog:
             return
         (result, facts, keys), self.pending = self.pending, None
         loss, parts, norm, finite = result.read()
+        parts = self.run.world.sum_scalars({TOTAL: loss, **parts})
+        loss = parts.pop(TOTAL)
+        self._remember(parts)
         self.run.tracker.advance(facts["samples"], loss)
         if not finite:
             self._bad(facts, loss, parts, norm, keys)
@@ -268,14 +211,24 @@ class StepLog:
         self.stage.bad_in_a_row = 0
         self.losses.append(loss)
         if facts["step"] % self.run.config.training.log_every_steps == 0:
-            self._write(facts, loss, parts, norm)
+            self._write(facts, loss, norm)
 
-    def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
+    def _remember(self, parts: dict[str, float]) -> None:
+        """Parts are written as means since the last record, so that those of a small task are seen, too."""
+        for name, value in parts.items():
+            if math.isfinite(value):
+                self.recent.setdefault(name, []).append(value)
+
+    def _write(self, facts: dict[str, Any], loss: float, norm: float) -> None:
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
         temperature = {pair: float(scale.detach().exp()) for pair, scale in self.run.model.logit_scale.items()}
+        bias = {pair: float(value.detach()) for pair, value in self.run.model.logit_bias.items()}
+        means = {name: sum(values) / len(values) for name, values in self.recent.items()}
+        self.recent.clear()
+        sigmoid = {"bias": bias} if self.run.config.training.contrastive_loss == "sigmoid" else {}
         self.run.tracker.step({
-            **facts, "loss": loss, "parts": parts, "grad_norm": norm, "temperature": temperature,
+            **facts, "loss": loss, "parts": means, "grad_norm": norm, "temperature": temperature, **sigmoid,
             "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
             "data_wait_pct": self.clock.wait_pct, "memory_gib": memory.peak_gib(self.run.device)[0]})
 
@@ -297,14 +250,14 @@ def train_epoch(run: Run, stage: Stage, epoch: int) -> StepLog:
     """All optimizer steps of one epoch."""
     run.model.train()
     log = StepLog(run, stage, epoch)
-    batches = loader(run.data, "train", epoch_jobs(run, stage, epoch), run.config,
+    jobs = epoch_jobs(run, stage, epoch)
+    batches = loader(run.data, "train", own_jobs(run, jobs), run.config,
                      inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch)
-    tasks = (task for task, _ in epoch_jobs(run, stage, epoch))
-    for task, batch in zip(tasks, log.clock.waiting_for(batches), strict=True):
+    for (task, indices), batch in zip(jobs, log.clock.waiting_for(batches), strict=True):
         result = train_step(run, stage, task, batch)
         run.progress.step += 1
         run.progress.stage_step += 1
-        log.add(result, batch)
+        log.add(result, batch, len(indices))
     log.flush()
     return log
 
@@ -347,17 +300,24 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
                      train=False, epoch=0)
     sums: dict[str, list[float]] = {}
     for (task, indices), batch in zip(jobs, batches, strict=True):
-        batch = crop_sounds(batch, run.config.data.audio_max_s)
-        step = make_step(run, stage, batch, train=False)
-        loss, parts = accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
-        if not parts:
-            continue
-        for name, value in {"": loss, **parts}.items():
+        parts = batch_loss(run, stage, task, crop_sounds(batch, run.config.data.audio_max_s))
+        for name, value in parts.items():
             entry = sums.setdefault(name, [0.0, 0.0])
             entry[0] += float(value) * len(indices)
             entry[1] += len(indices)
     means = {name: total / weight for name, (total, weight) in sums.items()}
-    return means.pop("", float("nan")), means
+    return means.pop(TOTAL, float("nan")), means
+
+
+def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> dict[str, Tensor]:
+    """Loss and parts of a validation batch; out of memory halves the micro-batches, as in training."""
+    while True:
+        try:
+            step = make_step(run, stage, batch, train=False)
+            return accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
+        except (RuntimeError, MemoryError) as error:
+            cause = cause_of(error)
+        shrink(run, stage, cause)
 
 
 @contextlib.contextmanager
@@ -377,24 +337,41 @@ def averaged(run: Run, stage: Stage) -> Iterator[None]:
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, options: Options) -> Path:
+def train(config: Config, options: Options) -> Path | None:
     """Run what is left of every stage, evaluate the best weights on the test split, write the report; its path.
+
+    Under torchrun all processes train, and the main one does the rest: the others return None.
 
     Raises:
         UserError: a mistake that the user can mend.
         TrainingError: the run cannot go on.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE: training runs in one process so far; start it with python, not with torchrun")
-    state = find_state(config, options)
-    if report := finished_report(config, state):
+    world = distributed.start(memory.choose_device(options.device))
+    try:
+        with world.quiet():
+            return run_stages(config, options, world)
+    except RuntimeError as error:
+        if not world.has_lost_someone(error):
+            raise
+        raise TrainingError("another process of this run has ended (its own lines say why); go on with --resume "
+                            "auto from the newest checkpoint") from None
+    finally:
+        world.stop()
+
+
+def run_stages(config: Config, options: Options, world: World) -> Path | None:
+    """`train`, as one of the processes of `world`."""
+    state = world.on_main(lambda: find_state(config, options))
+    if report := world.on_main(lambda: finished_report(config, state)):
         print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")
         return report
-    run = open_run(config, options, state)
+    run = open_run(config, options, state, world)
     try:
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
+        if state is None and config.training.contrastive_loss == "sigmoid":
+            start_sigmoid(run.model, first_contrast(config))
         plan(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs = stage_epochs(config)
         for index, row in enumerate(config.stages):
@@ -406,17 +383,20 @@ def train(config: Config, options: Options) -> Path:
                 for line in skipped:
                     run.tracker.say(line)
                 train_stage(run, row, found, range(first, first + epochs[index]), state)
-        return finish(run)
+        return finish(run) if world.is_main else None
     finally:
         run.tracker.close()
 
 
 def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | None) -> None:
-    """Micro-batches of each stage: the checkpoint's where it has them, since another split rounds otherwise."""
-    plans = plan_stages(run.config, tasks, run.device.type, run.precision.dtype, len(run.data.speakers))
-    run.micro_batch = {name: dict(found.micro_batch) for name, found in plans.items()}
-    run.micro_batch.update({name: sizes for name, sizes in (state or {}).get("micro_batch", {}).items()
-                            if name in plans})
+    """How each stage fits: as the checkpoint says where it does, since another split rounds otherwise."""
+    place = Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
+                  budget.calibration(memory.device_name(run.device)))
+    plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(run.config, tasks, place))
+    print(budget.format_plan(plans), flush=True)
+    run.fits = {name: found.fit for name, found in plans.items()}
+    saved = (state or {}).get("fits", {})
+    run.fits.update({name: memory.Fit(**fit) for name, fit in saved.items() if name in plans})
     run.predicted_gib = {name: found.peak_bytes / memory.GIB for name, found in plans.items()}
 
 
@@ -436,18 +416,31 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
     for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
         log = train_epoch(run, stage, epoch)
         run.progress.epoch = epoch
+        if not run.world.is_main:
+            continue  # the main process validates and saves; the others wait where they meet it in the next step
         validate(run, stage, log)
         run.progress.stage_s = time.perf_counter() - start_s
         if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
             run.tracker.record({
                 "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
                 "steps": run.progress.stage_step, "seconds": run.progress.stage_s,
-                "peak_gib": memory.peak_gib(run.device)[0], "samples": samples * len(epochs)})
+                "peak_gib": compare_memory(run, row.name), "samples": samples * len(epochs)})
         if epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]:
             save(run, stage.row.name, stage.state_dict())
             if contrasts(stage):
                 show_examples(run)
     run.tracker.close_bar()
+
+
+def compare_memory(run: Run, name: str) -> float:
+    """The stage's measured peak in GiB, shown beside the planned one; on CUDA it calibrates this machine's plans."""
+    measured, planned = memory.peak_gib(run.device), run.predicted_gib[name]
+    run.tracker.say(f"[{name}] memory: planned {planned:.2f} GiB of tensors, measured {measured.gib:.2f} GiB "
+                    f"({measured.kind})")
+    run.tracker.memory(name, planned, measured.gib, run.progress.step)
+    if run.device.type == "cuda" and planned:
+        budget.calibrate(memory.device_name(run.device), measured.gib / planned)
+    return measured.gib
 
 
 def contrasts(stage: Stage) -> bool:

@@ -19,6 +19,7 @@ import runs
 import training
 from config import Config, config_from_dict
 from datasets import Batch, loader
+from memory import Fit
 from runs import Options, Run
 
 STAGES: list[dict[str, Any]] = [
@@ -66,13 +67,16 @@ class SmallRuns:
                                                         f"paths.output_dir={json.dumps(str(folder))}", *overrides])
 
     def train(self, folder: Path, *overrides: str, resume: str | None = None, overwrite: bool = False) -> Path:
-        return training.train(self.config(folder, *overrides), Options("cpu", resume, overwrite))
+        report = training.train(self.config(folder, *overrides), Options("cpu", resume, overwrite))
+        assert report is not None
+        return report
 
     def open(self, folder: Path, *overrides: str, micro_batch: int = 32) -> Run:
         """A fresh run before its first step, its micro-batches given and not planned."""
         run = runs.open_run(self.config(folder, *overrides), Options("cpu"), None)
-        run.micro_batch = {row.name: dict.fromkeys(("image", "audio", "text", "fusion"), micro_batch)
-                           for row in run.config.stages}
+        towers = ("image", "audio", "text", "fusion")
+        run.fits = {row.name: Fit(dict.fromkeys(towers, micro_batch), dict.fromkeys(towers, 0))
+                    for row in run.config.stages}
         return run
 
     def stage(self, run: Run, name: str, epochs: int = 1) -> training.Stage:

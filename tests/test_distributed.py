@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 import distributed
-from distributed import World, WorldError, start
+from config import UserError
+from distributed import World, start
 
 ROOT = Path(distributed.__file__).parent
 SHARES = {2: [9, 4], 3: [7, 0, 6]}  # rows of each rank, of 13
@@ -190,7 +191,7 @@ def test_more_processes_than_devices_is_one_line(monkeypatch):
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(WorldError, match=r"process 3 .* CUDA devices here: 2; lower --nproc_per_node"):
+    with pytest.raises(UserError, match=r"process 3 .* CUDA devices here: 2; lower --nproc_per_node"):
         start(torch.device("cuda"))
 
 

@@ -27,19 +27,19 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "batches": "config samples images prepare vocabulary",
     "datasets": "config samples readers vocabulary concepts prepare batches",
     # mathematics
-    "model": "config", "steps": "", "losses": "steps", "metrics": "", "optimization": "config",
+    "model": "config footprint", "steps": "distributed", "losses": "steps", "metrics": "", "optimization": "config",
     # the machine
-    "footprint": "", "memory": "config footprint", "checkpoint": "", "distributed": "",
+    "footprint": "", "memory": "config", "budget": "config footprint memory", "checkpoint": "", "distributed": "config",
     # what a run writes
     "plots": "", "report": "plots", "tracking": "",
     # runs
-    "protocols": "config datasets metrics",
-    "planning": "config model datasets steps losses memory footprint optimization",
+    "protocols": "config datasets metrics memory",
+    "planning": "config model datasets steps losses memory budget footprint optimization",
     "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
-    "training": "config model datasets vocabulary steps losses metrics memory checkpoint distributed optimization"
-                " tracking report protocols planning runs",
+    "stages": "config datasets steps losses checkpoint distributed optimization planning runs",
+    "training": "config datasets steps losses memory budget distributed optimization planning runs stages",
     "run_training": "config training",
-    "evaluate": "config model datasets vocabulary metrics memory checkpoint report protocols",
+    "evaluate": "config model datasets vocabulary metrics memory planning checkpoint report protocols",
     # getting data
     "sources": "", "transfer": "config", "archives": "config", "inventory": "", "local_copies": "config",
     "acquisition": "config sources transfer archives inventory local_copies",

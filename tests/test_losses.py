@@ -15,6 +15,7 @@ from losses import (
     hard_negatives,
     info_nce,
     margin_logits,
+    pairwise_sigmoid,
     patch_error,
 )
 from steps import Positives
@@ -74,6 +75,49 @@ def test_info_nce_in_chunks_saves_memory() -> None:
         return tracker.peak_bytes
 
     assert peak(16) < 0.35 * peak(256), "the scores of a chunk are freed before the next"
+
+
+def naive_sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, right: Tensor) -> Tensor:
+    """Algorithm 1 of arXiv:2303.15343, pair by pair, without its mean."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, q in enumerate(query):
+        for j, k in enumerate(key):
+            z = 1.0 if right[i, j] else -1.0
+            total = total + (1 + (-z * (scale * (q * k).sum() + bias)).exp()).log()
+    return total
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 1024])
+def test_the_sigmoid_loss_judges_every_pair_by_itself(chunk: int) -> None:
+    sample, caption = unit(4, 8).requires_grad_(), unit(6, 8, seed=1).requires_grad_()
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (11.0, -1.5))
+    positives, right = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4), torch.tensor(RIGHT)
+    ours = pairwise_sigmoid(sample, caption, scale, bias, positives.of_samples, chunk)
+    naive = naive_sigmoid(sample, caption, scale, bias, right)
+    assert float((ours - naive).detach().abs()) <= 1e-12
+    wanted = (sample, caption, scale, bias)
+    pairs = zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(naive, wanted), strict=True)
+    assert all(float((one - other).abs().max()) <= 1e-12 for one, other in pairs)
+    turned = pairwise_sigmoid(caption, sample, scale, bias, positives.of_captions, chunk)
+    assert float((turned - naive).detach().abs()) <= 1e-12, "the same pairs from the other side"
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_the_memory_of_a_loss_in_chunks_grows_with_chunk_times_batch(kind: str) -> None:
+    """Several captions a sample, with the masks of positives made chunk by chunk: nothing of B x B is ever held."""
+    def peak(B: int, chunk: int) -> int:
+        query, key = unit(B, 4).requires_grad_(), unit(2 * B, 4, seed=1).requires_grad_()
+        positives = Positives.of(torch.arange(B).repeat_interleave(2), torch.arange(2 * B) % (2 * B - 3), B)
+        scale, bias = torch.tensor(10.0), torch.tensor(-3.0)
+        with PeakMemory() as tracker:
+            loss = (info_nce(query, key, scale, positives.of_samples, chunk) if kind == "infonce" else
+                    pairwise_sigmoid(query, key, scale, bias, positives.of_samples, chunk))
+            loss.backward()
+        return tracker.peak_bytes
+
+    assert peak(512, 16) < 2.2 * peak(256, 16), "linear in the batch"
+    assert peak(512, 512) > 3.5 * peak(256, 256), "a square without chunks"
+    assert peak(512, 16) < 0.1 * peak(512, 512)
 
 
 # ---- hard negatives ----------------------------------------------------------------------------------------------

@@ -6,25 +6,27 @@ from typing import Any
 import pytest
 import torch
 
-import memory
+import budget
 import planning
 import run_training
 import training
+from budget import Plan
 from config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
-from footprint import PeakMemory
-from memory import GIB, Plan
+from footprint import TAGS, PeakMemory
+from memory import GIB
+from planning import Place, StepPlan
 from tests.small_runs import SmallRuns, batches, one_thread
 
-BF16 = torch.bfloat16
+CPU, CUDA = Place("cpu", None), Place("cuda", torch.bfloat16)
 
 
 def tasks_of(row: StageConfig) -> list[planning.TaskConfig]:
     return [planning.without_speaker(task) for task in row.tasks if planning.without_speaker(task).objectives]
 
 
-def planned(config: Config, name: str, device: str = "cpu", amp: torch.dtype | None = None) -> Plan:
+def planned(config: Config, name: str, place: Place = CPU) -> Plan:
     row = next(row for row in config.stages if row.name == name)
-    return planning.plan_stage(config, row, tasks_of(row), device, amp)
+    return planning.plan_stage(config, row, tasks_of(row), place)
 
 
 # ---- the truth ---------------------------------------------------------------------------------------------------
@@ -75,25 +77,25 @@ def test_every_size_trains_in_the_budget_that_the_readme_states(tmp_path: Path, 
     assert config.budget_gb == PRESETS[size].budget_gb == {"tiny": 4, "small": 8, "base": 12, "large": 20}[size]
     for row in config.stages:
         assert config.effective_batch(row) == 32
-        plan = planned(config, row.name, "cuda", BF16)
+        plan = planned(config, row.name, CUDA)
         assert plan.fits and plan.peak_bytes + plan.allowance_bytes <= config.budget_gb * GIB
         assert sum(plan.by_tag.values()) == plan.peak_bytes and min(plan.micro_batch.values()) >= 1
 
 
 @pytest.mark.slow
 def test_a_large_effective_batch_fits_the_same_budget_in_smaller_parts(tmp_path: Path) -> None:
-    config = load_config(None, ["model.size=tiny", "stages.align.effective_batch=1024", f"paths.output_dir={tmp_path}"])
+    config = load_config(None, ["model.size=tiny", "stages.align.effective_batch=4096", f"paths.output_dir={tmp_path}"])
     row = config.stages[1]
-    plan = planning.plan_stage(config, row, row.tasks[:1], "cuda", BF16)
+    plan = planning.plan_stage(config, row, row.tasks[:1], CUDA)
     assert plan.fits and plan.budget_bytes == 4 * GIB
-    assert plan.upper["image"] == 1024 and plan.recomputed, "more than fits at once, so some towers go in parts"
+    assert plan.upper["image"] == 4096 and plan.in_parts, "more than fits at once, so some towers go in parts"
     assert all(size >= 16 for size in plan.micro_batch.values()), "and the parts are of a useful size"
 
 
 def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path) -> None:
     small = SmallRuns(tmp_path / "shared")
     config = small.config(tmp_path / "run", "memory.budget_gb=0.55")
-    with pytest.raises(memory.OverBudget, match=r"memory\.budget_gb: of 0\.55 GiB, .*image 32.*lower training") as stop:
+    with pytest.raises(budget.OverBudget, match=r"memory\.budget_gb: of 0\.55 GiB, .*image 32.*lower training") as stop:
         planned(config, "finetune")
     assert isinstance(stop.value, UserError) and "\n" not in str(stop.value)
 
@@ -103,31 +105,31 @@ def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path) -> None:
 
 def test_plans_are_kept_until_something_that_matters_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = SmallRuns(tmp_path / "shared")
-    traced, step_usage = [], planning.step_usage
+    traced, usage = [], StepPlan.usage
 
-    def counting(config: Config, row: StageConfig, *rest: Any) -> Any:
-        traced.append(row.name)
-        return step_usage(config, row, *rest)
+    def counting(step: StepPlan, **options: Any) -> Any:
+        traced.append(step.row.name)
+        return usage(step, **options)
 
-    monkeypatch.setattr(planning, "step_usage", counting)
+    monkeypatch.setattr(StepPlan, "usage", counting)
 
     def plan(*overrides: str) -> tuple[Plan, int]:
         """Of the masked pretraining of texts, and how often a step was traced for it."""
         traced.clear()
         config = small.config(tmp_path / "run", *overrides)
-        return planning.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], "cpu", None), len(traced)
+        return planning.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], CPU), len(traced)
 
     first, times = plan("memory.micro_batch=16")
-    assert times == 1 and first.micro_batch == dict.fromkeys(planning.TOWERS, 16), "a pinned size is not searched for"
+    assert times == 2 and first.micro_batch == dict.fromkeys(planning.TOWERS, 16), "a pinned size is not searched for"
     assert plan("memory.micro_batch=16") == (first, 0)
     assert plan("memory.micro_batch=16", "training.seed=5", "training.epochs=9", "training.learning_rate=0.1",
                 "stages.pretrain.share=7", "training.keep_checkpoints=1") == (first, 0), "none of these takes memory"
     other, times = plan("memory.micro_batch=8")
-    assert times == 1 and other.micro_batch == dict.fromkeys(planning.TOWERS, 8)
+    assert times == 2 and other.micro_batch == dict.fromkeys(planning.TOWERS, 8)
     for override in ("model.context_length=20", "training.captions_per_visit=2", "training.batch_size=16",
                      "training.ema_decay=0.9", "training.optimizer=adamw", "stages.pretrain.drop_path=0.1",
                      "memory.budget_gb=3"):
-        assert plan("memory.micro_batch=16", override)[1] == 1, override
+        assert plan("memory.micro_batch=16", override)[1] == 2, override
         assert plan("memory.micro_batch=16", override)[1] == 0, override
 
 
@@ -143,7 +145,7 @@ def test_speakers_take_memory_where_there_are_any(tmp_path: Path) -> None:
                                 f"paths.output_dir={tmp_path}"])
     row = config.stages[0]
     audio = [task for task in row.tasks if task.inputs == ("audio",)]
-    few, many = (planning.plan_stage(config, row, audio, "cpu", None, count) for count in (1, 7205))
+    few, many = (planning.plan_stage(config, row, audio, Place("cpu", None, count)) for count in (1, 7205))
     weights = 7204 * 512 * 4  # and as much in gradients, twice in moments
     assert many.by_tag["parameters"] - few.by_tag["parameters"] == pytest.approx(weights, rel=0.01)
     assert many.by_tag["optimizer"] - few.by_tag["optimizer"] == pytest.approx(2 * weights, rel=0.01)
@@ -160,10 +162,10 @@ def test_plan_prints_every_stage_without_any_data(tmp_path: Path, capsys: pytest
     assert status == 0
     lines = out.splitlines()
     assert lines[0] == "Plan for cuda, bfloat16, effective batch pretrain 32, align 32, finetune 32"
-    assert lines[1].split() == ["stage", *memory.TAGS, "peak", "allowance", "budget", "micro-batch", "(of)"]
-    assert [line.split()[0] for line in lines[2:5]] == ["pretrain", "align", "finetune"]
+    assert lines[1].split() == ["stage", *TAGS, "peak", "allowance", "budget", "micro-batch", "(of),", "recompute"]
+    assert [line.split()[0] for line in lines[2:6]] == ["pretrain", "align", "finetune", "evaluation"]
     assert all(line.endswith("image 32 (32), audio 32 (32), text 32 (32), fusion 32 (32)") for line in lines[2:5])
-    assert "4.00" in lines[2].split() and "GiB of context on cuda" in lines[5]
+    assert "4.00" in lines[2].split() and "GiB of context on cuda" in lines[6]
     assert not (tmp_path / "none").exists() and not (tmp_path / "out" / "checkpoints").exists()
 
 

@@ -223,20 +223,31 @@ def test_stamps_stand_with_and_without_symbols(tmp_path):
     assert count["all"] == count["stamps"] + count["manifest"]
 
 
-def test_out_of_memory_halves_the_parts_and_changes_nothing():
-    sizes = []
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_halves_the_parts_from_there_on_and_changes_nothing(error):
+    sizes, told = [], []
 
     def encode(x):
         sizes.append(len(x))
         if len(x) > 3:
-            raise torch.OutOfMemoryError("no room")
+            raise error
         return {"y": x * 2}
 
-    found = protocols.in_parts(encode, 8, torch.arange(10))
+    setting = protocols.Setting(device=torch.device("cpu"), less=lambda size, cause: told.append(size))
+    gathered = protocols._Gathered(None, setting, 8)
+    found = gathered._in_parts("image", encode, torch.arange(10))
     assert torch.cat([part["y"] for part in found]).tolist() == list(range(0, 20, 2))
-    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    assert sizes == [8, 4, 2, 2, 2, 2, 2] and told == [4, 2]
+    gathered._in_parts("text", encode, torch.arange(4))
+    assert sizes[7:] == [2, 2], "it does not run out again"
     with pytest.raises(UserError, match="out of memory with one sample"):
-        protocols.in_parts(lambda x: encode(torch.arange(9)), 8, torch.arange(10))
+        gathered._in_parts("image", lambda x: encode(torch.arange(9)), torch.arange(10))
+
+
+def test_evaluation_encodes_as_many_at_a_time_as_its_plan_says():
+    setting = protocols.Setting(device=torch.device("cpu"), sizes={"image": 5})
+    assert protocols._Gathered(None, setting, 8).size == {"image": 5, "text": 8, "audio": 8}
 
 
 def test_long_sounds_are_encoded_in_smaller_parts_with_the_same_result(tmp_path):

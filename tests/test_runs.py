@@ -66,7 +66,7 @@ def interrupted(whole: Path, folder: Path, epoch: int) -> Path:
     state = state_of(whole, f"checkpoint_epoch_{epoch}.pt")  # its weights are the best ones: the loss falls
     best = next(line for line in records(whole, "validation") if line["epoch"] == epoch)
     average = state["stage_state"]["average"]["values"]
-    kept = {name: value for name, value in state.items() if name not in ("stage_state", "micro_batch")}
+    kept = {name: value for name, value in state.items() if name not in ("stage_state", "fits")}
     weights = {**state["model_state_dict"], **average}
     checkpoint.save({**kept, "epoch": epoch, "loss": best["loss"], "model_state_dict": weights},
                     folder / "checkpoints" / "best_model.pt")
@@ -125,12 +125,12 @@ def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Pat
     folder = interrupted(whole, tmp_path / "run", 3)
     config = small.config(folder, *QUICK)
     state = state_of(whole, "checkpoint_epoch_3.pt")
-    smaller = dict.fromkeys(("image", "audio", "text", "fusion"), 16)
+    towers = ("image", "audio", "text", "fusion")
+    smaller = {"micro_batch": dict.fromkeys(towers, 16), "recompute": dict.fromkeys(towers, 2)}
     run = runs.open_run(config, Options("cpu", "auto"), {**state, "best": {}})
     tasks = {row.name: training.active_tasks(row, run.data)[0] for row in config.stages}
-    training.plan(run, tasks, {**state, "micro_batch": {**state["micro_batch"], "finetune": smaller, "gone": smaller}})
-    assert run.micro_batch == {"pretrain": state["micro_batch"]["pretrain"], "align": state["micro_batch"]["align"],
-                               "finetune": smaller}
+    training.plan(run, tasks, {**state, "fits": {**state["fits"], "finetune": smaller, "gone": smaller}})
+    assert {name: vars(fit) for name, fit in run.fits.items()} == {**state["fits"], "finetune": smaller}
 
 
 def test_pieces_that_a_kill_leaves_behind_are_cleared(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRun
         assert not [key for key in state["model_state_dict"] if key.startswith(("0_", "1_"))], "no stage's heads"
     going_on = torch.load(whole / "checkpoints" / "checkpoint_epoch_4.pt")
     assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average"}
-    assert going_on["micro_batch"].keys() == {"pretrain", "align", "finetune"}
+    assert going_on["fits"].keys() == {"pretrain", "align", "finetune", "evaluation"}
     assert {**going_on["progress"], "stage_s": 0} == {"epoch": 4, "step": records(whole, "stage")[-1]["step"],
                                                       "stage_step": 4, "stage_s": 0}
 

@@ -47,7 +47,7 @@ def test_positives_of_many_captions_are_those_of_the_definition() -> None:
 
 def test_positives_move_to_the_device() -> None:
     moved = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4).to(lambda t: t.to("meta"))
-    assert moved.member_BU.is_meta and moved.group_C.is_meta
+    assert moved.owner_C.is_meta and moved.group_C.is_meta
 
 
 def test_images_and_sounds_match_by_sample(model: TriModalModel) -> None:

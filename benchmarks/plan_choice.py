@@ -1,0 +1,261 @@
+"""Is the planner's choice the fast one? Compared, run for real on a CPU, with a sweep of all that fits as well.
+
+    python benchmarks/plan_choice.py [--stages align finetune --tasks image+text audio+text --rounds 9]
+
+The sweep: micro-batches of 1, 2, 4, ... for all towers together, the same with one tower whole, each with every n-th
+block recomputed (n of 0, 4, 2, 1, in all towers). Their peaks are measured as the planner measures. The budgets lie
+between the smallest and the largest of them: in %, 100 takes everything at once, 0 only what takes least. The step is
+the one that trains, float32, on random values of the largest shapes.
+
+Times are CPU seconds of one thread, since others may use the machine; medians of the rounds, in which the fits take
+turns. After the first round those go that are 1.3 times slower than the fastest in every budget that they fit. `ratio`:
+the time of the planner's choice over that of the fastest of the sweep that fits the same budget; `slower`: over that of
+the fastest of all. Sizes are written as image 8/2: micro-batches of 8, every 2nd block recomputed.
+"""
+
+import argparse
+import dataclasses
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.attention_memory import cpu_name
+from budget import Limits, plan_fit
+from config import Config, StageConfig, TaskConfig, load_config
+from datasets import Batch
+from footprint import Usage
+from losses import OBJECTIVES, build_objective
+from memory import CONTEXT_GIB, GIB, Fit
+from model import TriModalModel
+from optimization import Optimizer
+from planning import FUSING, Place, StageMeasure, apply_recompute, largest_batch, stage_upper
+from steps import Step, accumulate
+
+LIMIT = 1.10
+SLOW = 1.3  # times the fastest: not run again after the first round
+RECOMPUTE = (0, 4, 2, 1)
+LINES_PCT = (100, 70, 50, 35, 25, 15, 8, 3, 0)
+PLACE = Place("cpu", None)
+NO_LIMIT = 1 << 60
+MARGIN_BYTES = 1 << 20  # two steps may take a little more than one
+
+Key = tuple[tuple[str, int, int], ...]  # tower, micro-batch, recompute, of the towers that a task uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One task of a stage."""
+
+    config: Config
+    row: StageConfig
+    task: TaskConfig
+
+    @property
+    def upper(self) -> dict[str, int]:
+        return stage_upper(self.config, self.row, PLACE)
+
+    @property
+    def towers(self) -> list[str]:
+        fuses = any(name in FUSING for name in self.task.objectives)
+        return [tower for tower in self.upper if tower in self.task.inputs or (fuses and tower == "fusion")]
+
+    def fit(self, key: Key) -> Fit:
+        return Fit(self.upper | {tower: size for tower, size, _ in key},
+                   dict.fromkeys(self.upper, 0) | {tower: every for tower, _, every in key})
+
+    def key(self, fit: Fit) -> Key:
+        return tuple((tower, fit.micro_batch[tower], fit.recompute[tower]) for tower in self.towers)
+
+    def sweep(self) -> list[Key]:
+        most = max(self.upper.values())
+        small = [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent < most]
+        sizes = [dict.fromkeys(self.towers, size) for size in (*small, most)]
+        sizes += [dict.fromkeys(self.towers, size) | {tower: most} for size in small for tower in self.towers]
+        return [tuple((tower, of[tower], every) for tower in self.towers) for of in sizes for every in RECOMPUTE]
+
+
+class Peaks:
+    """Measures a case's fits as the planner does, each once for all budgets: its search by one step, of each objective
+    alone where in parts, and what it chooses by two whole steps."""
+
+    def __init__(self, case: Case):
+        self.case, self.whole_steps = case, dict[Key, Usage | None]()
+        self.search = StageMeasure(case.config, case.row, [case.task], PLACE)
+
+    def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
+        if limit_bytes is None:
+            key = self.case.key(fit)
+            if key not in self.whole_steps:
+                self.whole_steps[key] = self.search(fit, None)
+            return self.whole_steps[key]
+        usage = self.search(fit, NO_LIMIT)
+        return usage if usage and usage.peak_bytes <= limit_bytes else None
+
+    def searched(self, key: Key) -> int:
+        usage = self(self.case.fit(key), NO_LIMIT)
+        assert usage is not None, "nothing is above it"
+        return usage.peak_bytes
+
+    def fits(self, key: Key, line_bytes: int) -> bool:
+        usage = self(self.case.fit(key), None)
+        return usage is not None and usage.peak_bytes <= line_bytes
+
+    def chosen(self, line_bytes: int) -> Key:
+        """The planner's choice where `line_bytes` are for tensors."""
+        limits = Limits(line_bytes + int(CONTEXT_GIB["cpu"] * GIB), "cpu", 1.0)
+        return self.case.key(plan_fit(self, self.case.upper, limits).fit)
+
+
+def random_batch(case: Case) -> Batch:
+    """A batch of the largest shapes, full of values: nothing is padding, each sample has its own caption."""
+    batch = largest_batch(case.config, case.row, case.task)
+    rows = torch.arange(len(batch.sample_ids))
+    columns: dict[str, Any] = {"sample_ids": rows, "noise": {k: torch.rand_like(v) for k, v in batch.noise.items()}}
+    columns["concepts"] = torch.arange(case.config.model.num_classes) % 200 == rows[:, None]  # five of 1,000
+    if batch.images is not None:
+        columns["images"] = torch.randint(256, batch.images.shape, dtype=torch.uint8)
+    if batch.audio is not None:
+        columns |= {"audio": torch.randn(batch.audio.shape).half(),
+                    "audio_lengths": torch.full_like(rows, batch.audio.shape[1])}
+    if batch.input_ids is not None:
+        captions = torch.arange(len(batch.input_ids))
+        columns |= {"input_ids": torch.randint(1000, case.config.model.vocab_size, batch.input_ids.shape),
+                    "attention_mask": torch.ones_like(batch.input_ids).bool(), "caption_ids": captions,
+                    "caption_owner": captions * len(rows) // len(captions)}
+    return dataclasses.replace(batch, **columns)
+
+
+class Trainer:
+    """Real optimizer steps of a case at any fit."""
+
+    def __init__(self, case: Case):
+        torch.manual_seed(0)
+        training = case.config.training
+        self.case, self.batch = case, random_batch(case)
+        self.model = TriModalModel(case.config.model)
+        self.objectives = [build_objective(name, self.model, case.task.inputs, 0, training.contrastive_loss)
+                           for name in OBJECTIVES if name in case.task.objectives]
+        both = nn.ModuleDict({"model": self.model, "objectives": nn.ModuleList(self.objectives)})
+        self.optimizer = Optimizer(both, training)
+        self.optimizer.allocate()
+
+    def seconds(self, key: Key) -> float:
+        fit, row = self.case.fit(key), self.case.row
+        apply_recompute(self.model, fit)
+        gc.collect()
+        began = time.process_time()
+        step = Step(model=self.model, batch=self.batch, device=torch.device("cpu"), micro_batch=fit.micro_batch,
+                    autocast=lambda: torch.autocast("cpu", enabled=False), drop_path=row.drop_path,
+                    keep={"image": row.image_keep, "audio": row.audio_keep},
+                    num_concepts=self.case.config.model.num_classes)
+        accumulate(step, self._terms(step), self.optimizer.backward)
+        self.optimizer.step(1e-5)
+        return time.process_time() - began
+
+    def _terms(self, step: Step) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
+        for objective in self.objectives:
+            count = objective.count(step)
+            for loss, parts in objective.terms(step):
+                yield loss / count, parts
+
+
+class Line(NamedTuple):
+    """A budget: what is left for tensors, the planner's choice, what of the sweep fits."""
+
+    percent: int
+    line_bytes: int
+    chosen: Key
+    fitting: list[Key]
+
+
+def lines_of(measure: Peaks) -> list[Line]:
+    peaks = {key: measure.searched(key) for key in tqdm(measure.case.sweep(), desc="peaks", disable=None)}
+    low, high, found = min(peaks.values()), max(peaks.values()), []
+    for percent in LINES_PCT:
+        line = low + MARGIN_BYTES + (high - low) * percent // 100
+        found.append(Line(percent, line, measure.chosen(line), [key for key, peak in peaks.items() if peak <= line]))
+    return found
+
+
+def timed(case: Case, lines: Sequence[Line], rounds: int) -> dict[Key, float]:
+    """Median seconds of each fit that some line allows; of those that were sifted out, of one."""
+    trainer, seconds = Trainer(case), dict[Key, list[float]]()
+    keys = list(dict.fromkeys(key for line in lines for key in (line.chosen, *line.fitting)))
+    trainer.seconds(keys[0])  # the first step is slower
+    for i in tqdm(range(rounds), desc=case.row.name, disable=None):
+        for key in keys:
+            seconds.setdefault(key, []).append(trainer.seconds(key))
+        if i == 0:
+            keys = [key for key in keys if is_fast(key, lines, {key: own[0] for key, own in seconds.items()})]
+    return {key: statistics.median(own) for key, own in seconds.items()}
+
+
+def is_fast(key: Key, lines: Sequence[Line], seconds: Mapping[Key, float]) -> bool:
+    return any(key == line.chosen or (key in line.fitting and
+                                      seconds[key] <= SLOW * min(seconds[other] for other in line.fitting))
+               for line in lines)
+
+
+def write(key: Key) -> str:
+    return " ".join(f"{tower} {size}" + (f"/{every}" if every else "") for tower, size, every in key)
+
+
+def compare(case: Case, rounds: int) -> list[float]:
+    """Prints one row for each budget; the ratios."""
+    measure = Peaks(case)
+    lines = lines_of(measure)
+    seconds, ratios = timed(case, lines, rounds), []
+    for line in lines:
+        by_time = sorted(line.fitting, key=lambda key: seconds[key])
+        fastest = next(key for key in by_time if measure.fits(key, line.line_bytes))
+        ratios.append(seconds[line.chosen] / seconds[fastest])
+        print(f"{case.row.name:8}  {'+'.join(case.task.inputs):10}  {line.percent:4}  {line.line_bytes / 2**20:5.0f}  "
+              f"{len(line.fitting):7}  {ratios[-1]:5.2f}  {seconds[line.chosen] / min(seconds.values()):6.2f}  "
+              f"{write(line.chosen):34}  {write(fastest)}", flush=True)
+    return ratios
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    steps = load_config().training.gradient_accumulation_steps
+    config = load_config(None, [f"model.size={args.size}", f"model.image_size={args.image_size}",
+                                f"model.context_length={args.tokens}", f"data.audio_max_s={args.seconds}",
+                                f"training.batch_size={args.batch // steps}", "model.word_embeddings=random",
+                                "model.vocab_size=2000", f"training.optimizer={args.optimizer}"])
+    return [Case(config, row, task) for row in config.stages if row.name in args.stages
+            for task in row.tasks if "+".join(task.inputs) in args.tasks]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stages", nargs="+", default=["align", "finetune"])
+    parser.add_argument("--tasks", nargs="+", default=["image+text", "audio+text"])
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--batch", type=int, default=16, help="effective batch, a multiple of 4")
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of sounds")
+    parser.add_argument("--tokens", type=int, default=32, help="of captions")
+    parser.add_argument("--optimizer", default="adamw", help="muon adds the same to all fits, and so hides differences")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    print(f"{date.today()}, torch {torch.__version__}, {cpu_name()}, 1 thread, float32, {args.size}, effective batch "
+          f"{args.batch}\n{'stage':8}  {'task':10}  {'%':>4}  {'MiB':>5}  fitting  ratio  slower  "
+          f"{'planned':34}  fastest", flush=True)
+    ratios = [ratio for case in cases(args) for ratio in compare(case, args.rounds)]
+    print(f"Largest ratio {max(ratios):.2f}, limit {LIMIT:.2f}")
+    return int(max(ratios) > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""A stage of training: its tasks, heads and optimizer, what is frozen, its batches, and the loss of one of them.
+
+A stage is a row of the configuration; nothing here knows one by name.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import describe_mismatch
+from config import Config, ConfigError, StageConfig, TaskConfig, UserError
+from datasets import Batch, Data, epoch_batches, pool
+from distributed import World
+from losses import OBJECTIVES, build_objective, loss_parameters
+from optimization import MovingAverage, Optimizer
+from planning import apply_recompute, without_speaker
+from runs import Run
+from steps import Share, Step, shared_batch
+
+CROSSING = ("matching",)  # objectives that encode samples of other processes
+
+
+@dataclass
+class Stage:
+    """What lives as long as a stage."""
+
+    row: StageConfig
+    tasks: list[TaskConfig]
+    objectives: nn.ModuleDict  # "task/objective" -> head parameters, if any
+    optimizer: Optimizer
+    average: MovingAverage | None
+    steps: int = 0  # optimizer steps of the whole stage
+    bad_in_a_row: int = 0  # steps whose gradient was not finite
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
+        mismatch = describe_mismatch(state["objectives"], self.objectives.state_dict())
+        if mismatch or not self.optimizer.fits(state["optimizer"]):
+            raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives, trainable parameters or "
+                            f"another optimizer ({mismatch or 'the optimizer holds other parameters'}); resume with "
+                            "the settings it was trained with, or start anew in another --output-dir")
+        self.objectives.load_state_dict(state["objectives"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None and state["average"]:
+            self.average.load_state_dict(state["average"])
+
+    def objectives_of(self, task: int) -> Iterator[tuple[str, float, Any]]:
+        """Name, weight and objective of one task; contrast first, since matching looks at its features."""
+        weights = self.tasks[task].objectives
+        for name in (known for known in OBJECTIVES if known in weights):
+            yield name, weights[name], self.objectives[f"{task}_{name}"]
+
+
+def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[str]]:
+    """Tasks that have samples, and a line about each that has none.
+
+    Raises:
+        UserError: no task of the stage has samples.
+    """
+    table, tasks, skipped = data.tables["train"], [], []
+    for task in row.tasks:
+        possible = task if data.speakers else without_speaker(task)
+        if len(pool(table, task.inputs)) >= 2 and possible.objectives:
+            tasks.append(possible)
+        else:
+            wanted = " and ".join(task.inputs) if possible.objectives else "named speakers"
+            skipped.append(f"[{row.name}] no samples with {wanted}: {', '.join(task.objectives)} on them is skipped")
+    if not tasks:
+        raise UserError(f"stages.{row.name}: none of its tasks has samples in {', '.join(data.names())}; "
+                        "add a set (--datasets) or remove the stage")
+    return tasks, skipped
+
+
+def freeze(model: nn.Module, row: StageConfig) -> None:
+    """Train the parameters whose whole name matches one of the stage's patterns, freeze the others.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in row.trainable:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(f"stages.{row.name}.trainable: {pattern!r} matches no parameter; names look like "
+                              f"{names[0]}, {names[-1]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
+
+
+def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int) -> Stage:
+    """Heads, optimizer and average of a stage, with fresh state."""
+    torch.manual_seed(run.config.training.seed)
+    freeze(run.model, row)
+    apply_recompute(run.model, run.fits[row.name])
+    objectives = nn.ModuleDict({
+        f"{i}_{name}": build_objective(name, run.model, task.inputs, len(run.data.speakers),
+                                       run.config.training.contrastive_loss)
+        for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
+    run.world.broadcast_tensors([*run.model.state_dict().values(), *objectives.state_dict().values()])
+    training = run.config.training
+    both = nn.ModuleDict({"model": run.model, "objectives": objectives})
+    optimizer = Optimizer(both, training, run.precision.dtype, run.device.type if run.precision.use_scaler else None)
+    optimizer.allocate()
+    average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
+    stage = Stage(row, tasks, objectives, optimizer, average)
+    stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
+    return stage
+
+
+def epoch_jobs(run: Run, stage: Stage, epoch: int) -> list[Any]:
+    """The batches of an epoch: (task, indices), a pure function of the seed and the epoch."""
+    pools = [pool(run.data.tables["train"], task.inputs) for task in stage.tasks]
+    return epoch_batches(pools, [task.passes for task in stage.tasks], run.config.effective_batch(stage.row),
+                         run.config.training.seed, epoch)
+
+
+def own_jobs(run: Run, jobs: list[Any]) -> list[Any]:
+    """Of each batch the samples that this process reads and encodes.
+
+    Raises:
+        UserError: a batch has fewer samples than there are processes.
+    """
+    world = run.world
+    least = min(len(indices) for _, indices in jobs)
+    if least < world.size:
+        raise UserError(f"torchrun: {world.size} processes, but a step of some task has {least} samples; start at most "
+                        f"{least}, or add data")
+    return [(task, indices[world.share(len(indices))]) for task, indices in jobs]
+
+
+def whole_batch(run: Run, stage: Stage, task: int, batch: Batch) -> tuple[Batch, Share | None]:
+    """The whole effective batch of which this process has read its share."""
+    crosses = any(name in CROSSING for name in stage.tasks[task].objectives)
+    return shared_batch(run.world, batch, with_media=crosses)
+
+
+def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, *, train: bool) -> Step:
+    return Step(model=run.model, batch=batch, device=run.device, micro_batch=run.fits[stage.row.name].micro_batch,
+                autocast=run.autocast, keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep},
+                drop_path=stage.row.drop_path, train=train, mask_id=run.data.tokenizer.mask_id,
+                num_concepts=len(run.data.concepts), world=run.world if share else World(), share=share)
+
+
+TOTAL = ""  # name of the whole loss among its parts
+
+
+def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Every term of every objective, divided by the count over the whole effective batch and weighted.
+
+    Parts, and their `TOTAL`, are such that the sum over the processes is that of the whole batch.
+    """
+    for _, weight, objective in stage.objectives_of(task):
+        count = objective.count(step)
+        copies = step.world.size if objective.is_of_whole_batch else 1
+        if count:
+            for loss, parts in objective.terms(step):
+                if step.train and not loss.requires_grad:
+                    raise ConfigError(f"stages.{stage.row.name}.trainable: {', '.join(parts)} depends on none of the "
+                                      "parameters named; name some of its encoders', or leave it out")
+                loss = weight / count * loss
+                shown = {name: value / (count * copies) for name, value in parts.items()}
+                yield loss, {TOTAL: loss.detach() / copies, **shown}
+
+
+def reduce_gradients(run: Run, stage: Stage) -> None:
+    """Give every process the gradient of the whole effective batch."""
+    whole = loss_parameters(run.model)
+    known = {id(p) for p in whole}
+    run.world.reduce_gradients([p for p in stage.optimizer.parameters if id(p) not in known],
+                               [p for p in whole if p.requires_grad])
+
+
+def first_contrast(config: Config) -> int:
+    """Effective batch of the first stage that contrasts; that of training where none does."""
+    rows = [row for row in config.stages if any("contrastive" in task.objectives for task in row.tasks)]
+    return config.effective_batch(rows[0]) if rows else config.training.effective_batch

@@ -10,6 +10,7 @@ laptop) while `footprint` adds up every storage that lives. What is chosen among
 3. Parts: a tower encodes micro-batches and recomputes each in the backward pass, one forward pass more; where a stage
    has several objectives, each also encodes anew, since no tokens of the whole batch are kept. The largest micro-batch
    for all towers together, then for each alone, the costliest first: whole if that fits, else as large as fits.
+   Where every objective is over single samples, parts cost nothing, and come second.
 4. Parts whose blocks are recomputed as well, where not even single samples fit without.
 
 `benchmarks/plan_choice.py` compares the choice with all others, run for real.
@@ -95,7 +96,7 @@ class Limits:
 
 
 def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinned: int | None = None,
-             may_recompute: bool = True) -> Plan:
+             may_recompute: bool = True, parts_are_free: bool = False) -> Plan:
     """The fastest fit, as the head of this file orders them. Sizes are those of equal parts: 17 to 31 of 32 are two
     parts of 16.
 
@@ -104,12 +105,13 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
         upper: samples of each tower in an effective batch; the costliest tower first.
         pinned: the user's own micro-batch of all towers.
         may_recompute: whether blocks may be recomputed.
+        parts_are_free: no objective looks at the whole batch, so parts are encoded once, as the whole is.
 
     Raises:
         OverBudget: nothing fits; names the knobs.
     """
     line = limits.tensor_bytes
-    search = _Search(measure, dict(upper), line, may_recompute)
+    search = _Search(measure, dict(upper), line, may_recompute, parts_are_free)
     chosen = search.best(pinned)
     while True:
         usage = measure(chosen, None)
@@ -131,14 +133,18 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
 class _Search:
     """Measures one step's fits, each once, until the fastest that stays below the line is found."""
 
-    def __init__(self, measure: Measure, upper: MicroBatch, line_bytes: int, may_recompute: bool):
-        self.measure, self.upper, self.line_bytes, self.may_recompute = measure, upper, line_bytes, may_recompute
+    def __init__(self, measure: Measure, upper: MicroBatch, line_bytes: int, may_recompute: bool,
+                 parts_are_free: bool):
+        self.measure, self.upper, self.line_bytes = measure, upper, line_bytes
+        self.may_recompute, self.parts_are_free = may_recompute, parts_are_free
         self.known: dict[tuple, bool] = {}
 
     def best(self, pinned: int | None) -> Fit:
         if pinned:
             return self._whole_or_recomputed(self._sizes(pinned)) or self.at(self._sizes(pinned), self._deepest)
-        whole = self._whole_or_recomputed(self.upper)
+        if self.fits(self.at(self.upper, 0)):
+            return self.at(self.upper, 0)
+        whole = None if self.parts_are_free else self._whole_or_recomputed(self.upper)
         if whole:
             return whole
         return self._in_parts(0) or self._in_parts(self._deepest) or self.at(self._sizes(1), self._deepest)
@@ -167,11 +173,20 @@ class _Search:
             return None
         fit = self.at(sizes, 1)
         for tower in self.upper:
-            if not self.fits(Fit(fit.micro_batch, fit.recompute | {tower: PARTIAL[-1]})):
-                continue
-            options = [Fit(fit.micro_batch, fit.recompute | {tower: n}) for n in (0, *PARTIAL)]
-            fit = next((option for option in options if self.fits(option)), fit)
+            fit = self._least_recompute(tower, fit) or fit
         return fit
+
+    def _least_recompute(self, tower: str, fit: Fit) -> Fit | None:
+        """`fit` with none, else every 4th, else every 2nd block of a tower recomputed; None where none of it fits."""
+        def at(every: int) -> Fit:
+            return Fit(fit.micro_batch, fit.recompute | {tower: every})
+
+        if self.fits(at(0)):
+            return at(0)
+        few, many = PARTIAL
+        if self.parts_are_free or not self.may_recompute or not self.fits(at(many)):
+            return None
+        return at(few) if self.fits(at(few)) else at(many)
 
     def _in_parts(self, every: int) -> Fit | None:
         """The largest power of two for all towers together, then each tower raised by itself. From the top down: what
@@ -191,14 +206,14 @@ class _Search:
         if now == upper:
             return fit
 
-        def at(size: int, every: int = fit.recompute[tower]) -> Fit:
-            return Fit(fit.micro_batch | {tower: _equal_part(size, upper)}, fit.recompute | {tower: every})
+        def at(size: int) -> Fit:
+            return Fit(fit.micro_batch | {tower: _equal_part(size, upper)}, fit.recompute)
 
-        partial = PARTIAL if self.may_recompute and self.fits(at(upper, PARTIAL[-1])) else ()
-        whole = [at(upper, every) for every in (0, *partial)]
+        if whole := self._least_recompute(tower, at(upper)):
+            return whole
         larger = [at(size) for size in _powers_down_from(min(AMPLE_MICRO_BATCH, upper)) if size > now]
         fine = [at(size) for size in range(min(2 * now, upper) - 1, now, -1)] if now < FINE_MICRO_BATCH else []
-        return next((option for option in whole + larger + fine if self.fits(option)), fit)
+        return next((option for option in larger + fine if self.fits(option)), fit)
 
 
 def _powers_down_from(top: int) -> list[int]:

@@ -40,6 +40,7 @@ PARTS = 2
 VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound, before their lists are read
 TOWERS = ("image", "audio", "text", "fusion")
 EVALUATION = "evaluation"  # beside the names of stages
+SINGLE = {"masked", "speaker"}  # objectives over single samples that need no feature of another
 FUSING = ("matching", "concepts")  # objectives that use the fusion
 
 
@@ -264,7 +265,8 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], pl
 
     def search() -> Plan:
         return budget.plan_fit(StageMeasure(config, row, tasks, place), stage_upper(config, row, place),
-                               limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint)
+                               limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint,
+                               parts_are_free=all(set(task.objectives) <= SINGLE for task in tasks))
 
     return _kept(config, facts, place, search)
 

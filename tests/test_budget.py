@@ -93,6 +93,13 @@ def test_blocks_are_recomputed_before_the_batch_is_cut_and_no_more_than_must_be(
     assert planned(15, upper, **NEVER).micro_batch["image"] < 500
 
 
+def test_parts_that_cost_nothing_come_before_recompute() -> None:
+    upper = {"image": 500, "audio": 500, "text": 500}
+    assert planned(12, upper).recompute["audio"] == 1
+    free = planned(12, upper, parts_are_free=True)
+    assert set(free.recompute.values()) == {0} and free.in_parts
+
+
 def test_the_first_tower_is_the_first_to_be_whole() -> None:
     upper = {"image": 500, "text": 1000, "audio": 1000}
     cut = planned(18.2, upper, **NEVER)  # holds image or audio whole, not both

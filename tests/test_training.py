@@ -539,6 +539,16 @@ def test_parts_are_recorded_as_means_since_the_last_record(small: SmallRuns, tmp
     assert len(found[4][0]["parts"]) == 2, "both tasks had a turn"
 
 
+def test_the_sigmoid_loss_trains_its_bias_from_the_log_odds(small: SmallRuns, tmp_path: Path) -> None:
+    small.train(tmp_path, "training.contrastive_loss=sigmoid", "training.epochs=3")
+    found = [line for line in records(tmp_path, "step") if line["stage"] != "pretrain"]
+    first = found[0]["bias"]["image_text"]
+    assert first == pytest.approx(-math.log(31), abs=0.01) and found[-1]["bias"]["image_text"] != first
+    assert found[0]["temperature"]["image_text"] == pytest.approx(10, rel=0.01)
+    state = torch.load(tmp_path / "checkpoints" / "final_model.pt")
+    assert float(state["model_state_dict"]["logit_bias.image_audio"]) == pytest.approx(-math.log(31)), "no such pairs"
+
+
 def test_validation_hears_at_most_what_training_hears(small: SmallRuns, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     run = small.open(tmp_path)

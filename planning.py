@@ -5,8 +5,8 @@ sounds of `data.audio_max_s`, captions of `model.context_length`. What a step re
 patches are kept, which words are hidden) is put at its worst case, since fake tensors have no values. At most
 `PARTS` micro-batches of each tower are run, beside inputs and features of full size: further ones free what they took.
 
-The search runs one step of each task at each fit that it tries, which ends as soon as it takes too much; what it
-chooses is run for two steps. Under torchrun a plan is that of each process: its share of the batch, features of all.
+The search runs the gradients of each task at each fit that it tries, which ends as soon as it takes too much; what it
+chooses is run for two whole steps. Under torchrun a plan is that of each process: its share of the batch, features of all.
 """
 
 import dataclasses
@@ -134,18 +134,21 @@ class StepPlan:
         upper = stage_upper(self.config, self.row, self.place)
         return all(self.fit.micro_batch[tower] >= upper[tower] for tower in (*self.task.inputs, "fusion"))
 
-    def usage(self, *, num_steps: int = 2, limit_bytes: int | None = None,
-              objectives: Sequence[str] | None = None) -> Usage | None:
-        """Bytes at the peak of optimizer steps on fake tensors; None as soon as more than `limit_bytes` live."""
-        names = [name for name in OBJECTIVES if name in (objectives or self.task.objectives)]
+    def usage(self, *, limit_bytes: int | None = None, gradient_of: Sequence[str] | None = None) -> Usage | None:
+        """Bytes at the peak of two optimizer steps on fake tensors; None as soon as more than `limit_bytes` live.
+
+        `gradient_of`: only the gradients of these objectives, once and without the update, which takes as much at every
+        fit.
+        """
+        names = [name for name in OBJECTIVES if name in (gradient_of or self.task.objectives)]
         try:
             with footprint.tracing(self.place.device, limit_bytes) as tracker:
-                self._run(tracker, names, num_steps)
+                self._run(tracker, names, 0 if gradient_of else 2)
             return tracker.usage()
         except OverLimit:
             return None
 
-    def _run(self, tracker: footprint.PeakMemory, names: Sequence[str], num_steps: int) -> None:
+    def _run(self, tracker: footprint.PeakMemory, names: Sequence[str], num_updates: int) -> None:
         config, training = self.config, self.config.training
         model = TriModalModel(config.model)
         apply_recompute(model, self.fit)
@@ -159,13 +162,14 @@ class StepPlan:
         tracker.mark("optimizer", [list(state.values()) for state in optimizer.state.values()],
                      average.values if average else [])
         batch = self._batch(tracker)
-        for _ in range(num_steps):
+        for _ in range(num_updates or 1):
             step = self._step(model, batch)
             accumulate(step, (term for objective in objectives for term in objective.terms(step)),
                        lambda loss: _backward(optimizer, loss))
-            optimizer.step(1e-4)
-            if average:
-                average.update(model.parameters())
+            if num_updates:
+                optimizer.step(1e-4)
+                if average:
+                    average.update(model.parameters())
 
     def _batch(self, tracker: footprint.PeakMemory) -> Batch:
         batch = largest_batch(self.config, self.row, self.task)
@@ -219,7 +223,7 @@ class StageMeasure:
         self.known: dict[str, Usage | None] = {}
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
-        """Usage of the task that takes most; with a limit, None where a task passes it, else over one step only."""
+        """Usage of the task that takes most over two steps; with a limit of its gradients only, None if they pass it."""
         found: dict[str, tuple[TaskConfig, Usage]] = {}
         for task in list(self.tasks):
             usage = self._of_task(task, fit, limit_bytes)
@@ -243,7 +247,7 @@ class StageMeasure:
             again = [fit.recompute[tower] for tower in (*task.inputs, *towers)]
             key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in towers]))
             if key not in self.known or (self.known[key] is None and limit_bytes is None):
-                self.known[key] = step.usage(num_steps=1, limit_bytes=limit_bytes, objectives=names)
+                self.known[key] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
             usage = self.known[key]
             if usage is None:
                 return None

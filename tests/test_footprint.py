@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import footprint
-from footprint import TAGS, PeakMemory, tracing
+from footprint import TAGS, OverLimit, PeakMemory, device_of, tracing
 
 KIB = 1024
 
@@ -167,3 +167,33 @@ def test_without_a_tracker_the_marks_of_a_step_do_nothing() -> None:
     with footprint.phase("loss"):
         footprint.mark("data", x)
         assert footprint.loss_ends_at(x) is x and not x._backward_hooks
+
+
+def test_a_limit_ends_the_run_at_the_operation_that_passes_it() -> None:
+    done = []
+    with pytest.raises(OverLimit), tracing(limit_bytes=3 << 20) as tracker:
+        for _ in range(10):
+            done.append(torch.zeros(1 << 18))  # 1 MiB each
+    assert len(done) == 3 and tracker.peak_bytes == 4 << 20
+    with tracing(limit_bytes=4 << 20):
+        kept = [torch.zeros(1 << 18) for _ in range(4)]
+    assert len(kept) == 4, "exactly the limit is allowed"
+
+
+def test_what_waits_on_the_host_is_not_counted() -> None:
+    with tracing("cuda") as tracker:
+        batch, weight = torch.zeros(1 << 20), torch.zeros(1 << 10)
+        tracker.on_host({"images": batch})
+        assert tracker.live_bytes == 4 << 10
+        part = batch[: 1 << 18].clone()  # what a transfer makes
+        assert tracker.live_bytes == (4 << 10) + (1 << 20)
+        del part
+        assert batch.add(1).numel() and tracker.live_bytes == 4 << 10 and weight.numel()
+
+
+def test_a_traced_step_chooses_its_kernels_for_the_device_it_is_planned_for() -> None:
+    assert device_of(torch.zeros(1)) == "cpu"
+    with tracing("cuda"):
+        assert device_of(torch.zeros(1)) == "cuda"
+    with tracing():
+        assert device_of(torch.zeros(1)) == "cpu"

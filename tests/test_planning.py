@@ -1,5 +1,6 @@
 """Plans: true to the real step's bytes, inside the README's budgets, kept, obeyed, printed without any data."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def planned(config: Config, name: str, place: Place = CPU) -> Plan:
 # ---- the truth ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "size"), [("pretrain", 4), ("align", 4), ("finetune", 8), ("finetune", 32)])
+@pytest.mark.parametrize(("name", "size"), [("pretrain", 4), ("align", 2), ("finetune", 8), ("finetune", 32)])
 def test_the_prediction_is_the_peak_of_the_real_step(tmp_path: Path, name: str, size: int) -> None:
-    """Real batches of full size: captions and sounds are longer than what is read. Up to eight parts, three traced."""
+    """Real batches of full size: captions and sounds are longer than what is read. Up to 16 parts, two traced."""
     with one_thread():
         small = SmallRuns(tmp_path / "shared")
         run = small.open(tmp_path / "run", "model.context_length=10", f"memory.micro_batch={size}",
@@ -167,6 +168,47 @@ def test_plan_prints_every_stage_without_any_data(tmp_path: Path, capsys: pytest
     assert all(line.endswith("image 32 (32), audio 32 (32), text 32 (32), fusion 32 (32)") for line in lines[2:5])
     assert "4.00" in lines[2].split() and "GiB of context on cuda" in lines[6]
     assert not (tmp_path / "none").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_plan_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model-size", "tiny", "--output-dir", str(tmp_path), "model.image_size=32", "data.audio_max_s=0.5",
+                 "memory.micro_batch=32"]
+    assert run_training.main(["--plan", "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["size"] == "tiny" and found["device"] == "cuda" and found["effective_batch"]["align"] == 32
+    assert list(found["plans"]) == ["pretrain", "align", "finetune", "evaluation"]
+    align = Plan.from_dict(found["plans"]["align"])
+    assert align.fits and sum(align.by_tag.values()) == align.peak_bytes and align.recompute["image"] == 0
+    with pytest.raises(SystemExit) as stop:
+        run_training.main(["--json", *arguments])
+    assert stop.value.code == 2
+
+
+def test_processes_share_a_plan(tmp_path: Path) -> None:
+    """Each encodes its share beside the features of all, so that what it takes lies between half and all."""
+    small = SmallRuns(tmp_path / "shared")
+    config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.batch_size=33")
+    alone, shared = (planned(config, "finetune", Place("cpu", None, processes=n)) for n in (1, 2))
+    assert alone.upper["image"] == 33 and shared.upper == dict.fromkeys(planning.TOWERS, 17)
+    ratio = shared.by_tag["activations"] / alone.by_tag["activations"]
+    assert 0.4 < ratio < 0.9 and shared.by_tag["data"] == alone.by_tag["data"]
+
+
+def test_a_gpu_holds_no_more_of_the_batch_than_what_is_encoded(tmp_path: Path) -> None:
+    small = SmallRuns(tmp_path / "shared")
+    config = small.config(tmp_path / "run", "memory.micro_batch=8", "model.image_size=64")
+    host, gpu = (planned(config, "align", place) for place in (CPU, Place("cuda", None)))
+    assert gpu.by_tag["data"] == 0 and host.by_tag["data"] > 32 * 3 * 64 * 64
+    assert gpu.peak_bytes < host.peak_bytes
+
+
+@pytest.mark.slow
+def test_evaluation_is_planned_within_the_budget(tmp_path: Path) -> None:
+    config = load_config(None, ["model.size=tiny", "evaluation.batch_size=2048", f"paths.output_dir={tmp_path}"])
+    plan = planning.plan_evaluation(config, CUDA)
+    assert plan.fits and 16 <= plan.micro_batch["audio"] < 2048
+    assert planning.plan_evaluation(load_config(None, [f"paths.output_dir={tmp_path}"]), CUDA).micro_batch == {
+        "image": 64, "audio": 64, "text": 64}
 
 
 def test_plan_for_a_named_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import budget
 import losses
 import memory
 import optimization
@@ -547,6 +548,20 @@ def test_the_sigmoid_loss_trains_its_bias_from_the_log_odds(small: SmallRuns, tm
     assert found[0]["temperature"]["image_text"] == pytest.approx(10, rel=0.01)
     state = torch.load(tmp_path / "checkpoints" / "final_model.pt")
     assert float(state["model_state_dict"]["logit_bias.image_audio"]) == pytest.approx(-math.log(31)), "no such pairs"
+
+
+def test_the_measured_peak_stands_beside_the_planned_one_and_calibrates_a_gpu(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = small.open(tmp_path / "run")
+    run.predicted_gib = {"align": 2.0}
+    assert training.compare_memory(run, "align") > 0 and not (tmp_path / "cache").exists(), "a CPU is not calibrated"
+    run.device = torch.device("cuda", 0)
+    monkeypatch.setattr(memory, "peak_gib", lambda device: memory.Peak(2.1, "reserved by the CUDA allocator"))
+    monkeypatch.setattr(memory, "device_name", lambda device: "Some Card")
+    assert training.compare_memory(run, "align") == 2.1
+    assert "[align] memory: planned 2.00 GiB of tensors, measured 2.10 GiB (reserved" in capsys.readouterr().out
+    assert budget.calibration("Some Card") == pytest.approx(1.05)
 
 
 def test_validation_hears_at_most_what_training_hears(small: SmallRuns, tmp_path: Path,

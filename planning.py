@@ -6,7 +6,8 @@ patches are kept, which words are hidden) is put at its worst case, since fake t
 `PARTS` micro-batches of each tower are run, beside inputs and features of full size: further ones free what they took.
 
 The search runs the gradients of each task at each fit that it tries, which ends as soon as it takes too much; what it
-chooses is run for two whole steps. Under torchrun a plan is that of each process: its share of the batch, features of all.
+chooses is run for two whole steps. Under torchrun a plan is that of each process: its share of the batch, the features
+of all.
 """
 
 import dataclasses
@@ -216,14 +217,15 @@ def _largest_share(config: Config, row: StageConfig, place: Place) -> Share | No
 
 
 class StageMeasure:
-    """Runs the steps of a stage's tasks at a fit. What has been measured is kept, by what it uses of the fit."""
+    """Runs the steps of a stage's tasks at a fit. What has been measured is kept, by what it uses of the fit: one limit
+    for all calls."""
 
     def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place):
         self.config, self.row, self.tasks, self.place = config, row, list(tasks), place
         self.known: dict[str, Usage | None] = {}
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
-        """Usage of the task that takes most over two steps; with a limit of its gradients only, None if they pass it."""
+        """Usage of the task that takes most, over two steps; with a limit of its gradients, None if they pass it."""
         found: dict[str, tuple[TaskConfig, Usage]] = {}
         for task in list(self.tasks):
             usage = self._of_task(task, fit, limit_bytes)

@@ -95,8 +95,8 @@ def resident_gib(case: Case, micro_batch: int) -> float:
     return peak_gib(CPU).gib - before
 
 
-def planned_gib(case: Case, micro_batch: int, num_steps: int) -> float:
-    usage = StepPlan(case.config, case.row, case.task, case.fit(key_of(micro_batch)), PLACE).usage(num_steps=num_steps)
+def planned_gib(case: Case, micro_batch: int) -> float:
+    usage = StepPlan(case.config, case.row, case.task, case.fit(key_of(micro_batch)), PLACE).usage()
     assert usage is not None, "no limit, so there is a figure"
     return usage.peak_bytes / GIB
 
@@ -109,8 +109,8 @@ def elsewhere(measure: Callable[[Case, int], float], case: Case, micro_batch: in
 
 def compare(cases: list[Case], micro_batch: int) -> Row:
     """Of a stage's tasks the one that takes most; found by one step of each, as the planner finds it."""
-    largest = max(cases, key=lambda case: planned_gib(case, micro_batch, 1))
-    return Row(largest, micro_batch, planned_gib(largest, micro_batch, 2),
+    largest = max(cases, key=lambda case: planned_gib(case, micro_batch))
+    return Row(largest, micro_batch, planned_gib(largest, micro_batch),
                elsewhere(tensors_gib, largest, micro_batch), elsewhere(resident_gib, largest, micro_batch))
 
 

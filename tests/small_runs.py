@@ -101,6 +101,16 @@ def step(run: Run, stage: training.Stage, batch: Batch, task: int = 0) -> traini
     return result
 
 
+def trained(small: SmallRuns, folder: Path, name: str, micro_batch: int, steps: int, task: int = 0,
+            *overrides: str) -> tuple[Run, training.Stage]:
+    """A run after some steps of one task of a stage."""
+    run = small.open(folder, *overrides, micro_batch=micro_batch)
+    stage = small.stage(run, name)
+    for batch in batches(run, stage, task)[:steps]:
+        step(run, stage, batch, task)
+    return run, stage
+
+
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of all that `module` saves."""
     return {name: value.clone() for name, value in module.state_dict().items()}

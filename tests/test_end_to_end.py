@@ -126,8 +126,10 @@ def test_the_report_tells_what_was_run_and_found(finished: Finished) -> None:
 def test_what_is_printed(finished: Finished) -> None:
     lines = finished.out.splitlines()
     assert "Device: cpu; fp32: training.use_amp is false" in lines
-    assert [line.split()[0] for line in lines if line.startswith("[")] == [
+    assert [line.split()[0] for line in lines if line.startswith("[") and " epoch " in line] == [
         "[pretrain]", "[align]", "[align]", "[finetune]"]
+    assert [line.split()[0] for line in lines if " memory: planned " in line and " measured " in line] == [
+        "[pretrain]", "[align]", "[finetune]"]
     assert any(line.startswith("[align] epoch 3/4  loss ") and "image_to_text_R@1" in line for line in lines)
     [markdown] = (finished.folder / "reports").glob("*.md")
     assert lines[-1] == f"Report: {markdown}" and markdown.read_text("utf-8").startswith("# ")

@@ -1,0 +1,210 @@
+"""Running out of memory, in each phase of a step and in evaluation: the work goes on in smaller parts, and nothing of
+the mathematics changes."""
+
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import losses
+import memory
+import optimization
+import runs
+import training
+from config import UserError
+from runs import Run
+from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, trained, weights
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+    with one_thread():
+        yield SmallRuns(tmp_path_factory.mktemp("shared"))
+
+
+ON_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+ON_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exception) -> None:
+    """The first time that `where` is reached, it runs out of memory."""
+    left = [error]
+
+    def fail(*_: Any) -> None:
+        if left:
+            raise left.pop()
+
+    owner, name = {"fusion": (run.model, "fuse"), "loss": (losses, "info_nce"),
+                   "clipping": (torch.nn.utils, "clip_grad_norm_"),
+                   "update": (optimization, "orthogonalise")}.get(where, (run.model, "features"))
+    method = getattr(owner, name)
+
+    def failing(*given: Any) -> Any:
+        if where != "backward":
+            fail()
+        found = method(*given)
+        if where == "backward" and found.requires_grad:
+            found.register_hook(fail)
+        return found
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(("where", "error", "size"), [
+    ("encoding", MemoryError(), 32), ("loss", ON_DEVICE, 32), ("backward", ON_HOST, 16), ("fusion", ON_DEVICE, 16)])
+def test_out_of_memory_redoes_the_step_in_smaller_parts(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception,
+        size: int) -> None:
+    """As if the run had begun with the smaller parts, bit for bit; of the undisturbed one, up to rounding."""
+    expected, expected_stage = trained(small, tmp_path / "expected", "finetune", size // 2, 2)
+    run = small.open(tmp_path / "failing", micro_batch=size)
+    stage = small.stage(run, "finetune")
+    random = torch.get_rng_state()
+    fail_once(monkeypatch, run, where, error)
+    for batch in batches(run, stage):
+        step(run, stage, batch)
+    assert torch.equal(torch.get_rng_state(), random), "nothing was drawn, so nothing has to be restored"
+    assert run.fits["finetune"].micro_batch == dict.fromkeys(("image", "audio", "text", "fusion"), size // 2)
+    assert run.fits["align"].micro_batch["image"] == size, "other stages are not concerned"
+    assert differing(run.model.state_dict(), expected.model.state_dict()) == []
+    assert differing(stage.state_dict(), expected_stage.state_dict()) == []
+    [event] = records(tmp_path / "failing", "event")
+    assert event["step"] == 1 and event["message"].startswith(
+        f"[finetune] out of memory ({str(error)[:20] or 'MemoryError'}")
+    assert f"the same step again with micro-batch image {size // 2}, audio" in event["message"]
+
+
+@pytest.mark.parametrize("where", ["encoding", "loss", "backward", "fusion"])
+def test_the_gradient_of_a_redone_step_is_that_of_the_undisturbed_one(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    found = []
+    for failing in (False, True):
+        run = small.open(tmp_path / str(failing), micro_batch=16)
+        stage = small.stage(run, "finetune")
+        if failing:
+            fail_once(monkeypatch, run, where, ON_DEVICE)
+        monkeypatch.setattr(stage.optimizer, "step", lambda lr: (torch.zeros(()), torch.ones(())))
+        step(run, stage, batches(run, stage)[0])
+        found.append(torch.cat([p.grad.flatten() for p in stage.optimizer.parameters if p.grad is not None]))
+    assert len(records(tmp_path / "True", "event")) == 1
+    assert not torch.equal(*found) and (found[0] - found[1]).norm() <= 1e-6 * found[0].norm()
+
+
+@pytest.mark.parametrize("where", ["clipping", "update"])
+def test_out_of_memory_in_the_update_goes_on_where_it_stopped(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The gradients are complete: this step is that of the undisturbed run, the next ones go in smaller parts, so after
+    two the weights are those of a run that began with the smaller parts, up to rounding."""
+    undisturbed, _ = trained(small, tmp_path / "undisturbed", "align", 16, 1)
+    smaller, _ = trained(small, tmp_path / "smaller", "align", 8, 2)
+    run = small.open(tmp_path / "failing", micro_batch=16)
+    stage = small.stage(run, "align")
+    muon = stage.optimizer.parts["muon"]
+    assert isinstance(muon, optimization.Muon)
+    elements = muon.batch_elements
+    fail_once(monkeypatch, run, where, ON_DEVICE)
+    first, second = batches(run, stage)[:2]
+    step(run, stage, first)
+    assert differing(run.model.state_dict(), undisturbed.model.state_dict()) == []
+    assert muon.batch_elements == elements // 4
+    assert run.fits["align"].micro_batch["image"] == 8 and len(records(tmp_path / "failing", "event")) == 1
+    step(run, stage, second)
+    one, other = (torch.cat([value.flatten() for value in model.state_dict().values()])
+                  for model in (run.model, smaller.model))
+    assert float((one - other).norm() / one.norm()) < 1e-6
+
+
+def test_out_of_memory_amid_the_update_updates_nothing_twice(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of the places where Muon's update may fail; its first matrices are done by then."""
+    monkeypatch.setattr(optimization.Muon, "BATCH_ELEMENTS", 2 * 192 * 192)
+    expected, _ = trained(small, tmp_path / "expected", "align", 16, 1)
+    calls = [0]
+    orthogonalise = optimization.orthogonalise
+
+    def failing(*given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] in (2, 7, 20):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return orthogonalise(*given)
+
+    monkeypatch.setattr(optimization, "orthogonalise", failing)
+    run, _ = trained(small, tmp_path / "failing", "align", 16, 1)
+    assert len(records(tmp_path / "failing", "event")) == 3 and calls[0] > 20
+    one, other = (torch.cat([value.flatten() for value in model.state_dict().values()])
+                  for model in (run.model, expected.model))
+    assert float((one - other).norm() / one.norm()) < 1e-6
+
+
+def test_out_of_memory_in_validation_halves_and_goes_on(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path, micro_batch=16)
+    stage = small.stage(run, "finetune")
+    expected = training.validation_loss(run, stage)
+    fail_once(monkeypatch, run, "fusion", ON_DEVICE)
+    loss, parts = training.validation_loss(run, stage)
+    assert loss == pytest.approx(expected[0], rel=1e-6) and parts.keys() == expected[1].keys()
+    assert run.fits["finetune"].micro_batch["fusion"] == 8 and len(records(tmp_path, "event")) == 1
+
+
+def test_out_of_memory_in_evaluation_halves_its_parts_from_there_on(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path)
+    expected = runs.retrieval_figures(run)
+    fail_once(monkeypatch, run, "encoding", ON_HOST)
+    assert runs.retrieval_figures(run) == pytest.approx(expected)
+    [event] = records(tmp_path, "event")
+    assert event["message"].startswith("[evaluation] out of memory (") and "32 at a time" in event["message"]
+    assert run.fits["evaluation"].micro_batch["image"] == 32, "kept for later evaluations, and saved"
+
+
+def test_nothing_of_the_failed_step_is_alive_when_its_memory_is_given_back(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "finetune")
+    encode, alive = run.model.image.forward, []
+
+    def seen(*given: Any) -> Any:
+        tokens = encode(*given)
+        alive.append(weakref.ref(tokens.tokens_BND))
+        return tokens
+
+    def failing(*_: Any) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(memory, "free_cached", lambda device: left.append([one() is not None for one in alive]))
+        raise torch.OutOfMemoryError
+
+    left: list[list[bool]] = []
+    monkeypatch.setattr(run.model.image, "forward", seen)
+    monkeypatch.setattr(run.model, "fuse", failing)
+    step(run, stage, batches(run, stage)[0])
+    assert left == [[False]]
+
+
+def test_out_of_memory_again_and_again_ends_at_one_with_what_to_turn(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path, micro_batch=8)
+    stage = small.stage(run, "align")
+    before = weights(run.model)
+
+    def never_fits(*_: Any) -> None:
+        raise ON_DEVICE
+
+    monkeypatch.setattr(run.model, "features", never_fits)
+    with pytest.raises(UserError, match=r"stages\.align: out of memory on cpu even at micro-batch 1 .*batch_size.*_gb"):
+        step(run, stage, batches(run, stage)[0])
+    assert len(records(tmp_path, "event")) == 4  # 4, 2, 1, then recompute of every block
+    assert differing(run.model.state_dict(), before) == []
+
+
+def test_other_errors_of_a_step_are_not_taken_for_a_lack_of_memory(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "align")
+    fail_once(monkeypatch, run, "encoding", RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        step(run, stage, batches(run, stage)[0])
+    assert run.fits["align"].micro_batch["image"] == 32

@@ -226,29 +226,27 @@ class StageMeasure:
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
         """Usage of the task that takes most, over two steps; with a limit of its gradients, None if they pass it."""
-        found: dict[str, tuple[TaskConfig, Usage]] = {}
+        found = []
         for task in list(self.tasks):
-            usage = self._of_task(task, fit, limit_bytes)
+            step = StepPlan(self.config, self.row, task, fit, self.place)
+            usage = step.usage() if limit_bytes is None else self._gradients(step, limit_bytes)
             if usage is None:
                 self.tasks.remove(task)
                 self.tasks.insert(0, task)  # the likeliest to pass the next limit as well
                 return None
-            found[str(task)] = (task, usage)
-        largest, usage = max(found.values(), key=lambda one: one[1].peak_bytes)
-        if limit_bytes is None:
-            return StepPlan(self.config, self.row, largest, fit, self.place).usage()
-        return usage
+            found.append(usage)
+        return max(found, key=lambda usage: usage.peak_bytes)
 
-    def _of_task(self, task: TaskConfig, fit: Fit, limit_bytes: int | None) -> Usage | None:
+    def _gradients(self, step: StepPlan, limit_bytes: int) -> Usage | None:
         """In parts the objectives follow each other, so each is measured alone, and anew only when what it uses has
         changed."""
-        step = StepPlan(self.config, self.row, task, fit, self.place)
+        task, fit = step.task, step.fit
         found = []
         for names in [tuple(task.objectives)] if step.is_whole else [(name,) for name in task.objectives]:
             towers = ("fusion",) if set(names) <= set(FUSING) else task.inputs
             again = [fit.recompute[tower] for tower in (*task.inputs, *towers)]
             key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in towers]))
-            if key not in self.known or (self.known[key] is None and limit_bytes is None):
+            if key not in self.known:
                 self.known[key] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
             usage = self.known[key]
             if usage is None:

@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(DATASETS)}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
-    parser.add_argument("--json", action="store_true", help="with --plan: as JSON")
+    parser.add_argument("--json", action="store_true", help="print what --plan finds as JSON")
     options, rest = parser.parse_known_args(arguments)
     if options.json and not options.plan:
         parser.error("--json needs --plan")

@@ -235,10 +235,3 @@ def test_nothing_else_reaches_stderr(tmp_path: Path, arguments: list[str], words
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert words.replace("DATA", str(tmp_path / "data")) in done.stderr and "Traceback" not in done.stdout
-
-
-def test_several_processes_are_refused_before_they_write_over_each_other(
-        mistake: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "not with torchrun" in mistake()
-    assert not (tmp_path / "out").exists()

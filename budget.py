@@ -13,7 +13,7 @@ laptop) while `footprint` adds up every storage that lives. What is chosen among
    Where every objective is over single samples, parts cost nothing, and come second.
 4. Parts whose blocks are recomputed as well, where not even single samples fit without.
 
-`benchmarks/plan_choice.py` compares the choice with all others, run for real.
+`benchmarks/plan_choice.py` compares a choice with the others that fit, run for real.
 
 A GPU needs more than its tensors: `memory.CONTEXT_GIB` for the driver's context and libraries, and
 `FRAGMENTATION_PCT` of what the tensors take for gaps between blocks and kernel workspaces, or what earlier runs on the

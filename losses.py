@@ -111,6 +111,8 @@ class Objective(nn.Module):
     """
 
     is_of_whole_batch = False  # True: each process's term is the loss of all rows; else that of its own, to be summed
+    uses_fusion = False  # encodes in the fusion's micro-batches
+    encodes_others = False  # samples whose pictures and sounds other processes have read
 
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__()
@@ -165,6 +167,8 @@ def pair_scale(step: Step, inputs: Sequence[str]) -> Tensor:
 class Matching(Objective):
     """Does this pair belong together? Read off the fusion token, on right pairs and on hard wrong ones, drawn by
     similarity over the whole effective batch (arXiv:2107.07651)."""
+
+    uses_fusion = encodes_others = True
 
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
@@ -221,6 +225,8 @@ def first_keys(step: Step, inputs: Sequence[str]) -> Tensor:
 class Concepts(Objective):
     """Multi-label classification of the fused features. Most samples are shown without their text, which names the
     concepts; count = labels in the batch, so that long and short label lists weigh alike."""
+
+    uses_fusion = True
 
     def count(self, step: Step) -> float:
         return float(step.batch.concepts.sum()) if step.num_concepts else 0.0

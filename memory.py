@@ -13,6 +13,7 @@ import torch
 from config import UserError
 
 GIB = 1 << 30
+EVALUATION = "evaluation"  # has a fit of its own, beside those of the stages
 CONTEXT_GIB = {"cuda": 0.7, "cpu": 0.5, "mps": 0.5}  # CUDA context and libraries; elsewhere Python and torch themselves
 
 KNOBS = ("lower training.batch_size, model.size, model.image_size or data.audio_max_s, set model.use_checkpoint: true, "
@@ -43,6 +44,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS)
+
+
+def out_of_memory_cause(error: BaseException) -> str:
+    """The first words of an error for lack of memory; any other error is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    return " ".join(str(error).split())[:100] or type(error).__name__  # Python's own says nothing
 
 
 _OUT_OF_MEMORY_SIGNS = (

@@ -31,8 +31,8 @@ from budget import Limits, Plan
 from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig, UserError
 from datasets import Batch
 from footprint import OverLimit, Usage
-from losses import OBJECTIVES, build_objective
-from memory import GIB, Fit
+from losses import OBJECTIVES, Objective, build_objective
+from memory import EVALUATION, GIB, Fit
 from model import TriModalModel
 from optimization import MovingAverage, Optimizer
 from steps import Positives, Share, Step, accumulate
@@ -40,9 +40,6 @@ from steps import Positives, Share, Step, accumulate
 PARTS = 2
 VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound, before their lists are read
 TOWERS = ("image", "audio", "text", "fusion")
-EVALUATION = "evaluation"  # beside the names of stages
-SINGLE = {"masked", "speaker"}  # objectives over single samples that need no feature of another
-FUSING = ("matching", "concepts")  # objectives that use the fusion
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,6 @@ class PlanStep(Step):
     """A step whose data are shapes only: what depends on values takes its worst case."""
 
     whole: bool = True  # whether the towers' tokens are shared, whatever part of the objectives is run here
-    encoding: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -70,12 +66,11 @@ class PlanStep(Step):
     def parts(self, modality: str) -> tuple[Tensor, ...]:
         return super().parts(modality)[:PARTS]
 
-    def gather(self, seen: Tensor) -> Tensor:
-        rest = self.rows(self.encoding) - len(seen)
-        return torch.cat([seen, seen.new_zeros(rest, seen.shape[1])]) if rest else seen
+    def gather(self, features: Tensor, num_rows: int) -> Tensor:
+        rest = num_rows - len(features)
+        return torch.cat([features, features.new_zeros(rest, features.shape[1])]) if rest else features
 
     def features(self, modality: str) -> Tensor:
-        self.encoding = modality
         return footprint.loss_ends_at(super().features(modality))
 
     def kept(self, modality: str, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,8 +207,8 @@ def _largest_share(config: Config, row: StageConfig, place: Place) -> Share | No
     """What the process with most rows encodes; it holds all pictures and sounds, as matching asks."""
     if place.processes == 1:
         return None
-    own = -(-config.effective_batch(row) // place.processes)
-    return Share(range(own), range(own * config.training.captions_per_visit), 0)
+    upper = stage_upper(config, row, place)
+    return Share(range(upper["image"]), range(upper["text"]), 0)
 
 
 class StageMeasure:
@@ -243,7 +238,7 @@ class StageMeasure:
         task, fit = step.task, step.fit
         found = []
         for names in [tuple(task.objectives)] if step.is_whole else [(name,) for name in task.objectives]:
-            towers = ("fusion",) if set(names) <= set(FUSING) else task.inputs
+            towers = ("fusion",) if all(OBJECTIVES[name].uses_fusion for name in names) else task.inputs
             again = [fit.recompute[tower] for tower in (*task.inputs, *towers)]
             key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in towers]))
             if key not in self.known:
@@ -253,6 +248,12 @@ class StageMeasure:
                 return None
             found.append(usage)
         return max(found, key=lambda usage: usage.peak_bytes)
+
+
+def _pays_for_parts(kind: type[Objective]) -> bool:
+    """Whether micro-batches are encoded more often than a whole batch: for contrast again in the backward pass, and for
+    the fusion beside it."""
+    return kind.is_of_whole_batch or kind.uses_fusion
 
 
 def limits(config: Config, place: Place) -> Limits:
@@ -266,11 +267,12 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], pl
              "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
              "drop_path": row.drop_path > 0, "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
     pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
+    kinds = [OBJECTIVES[name] for task in tasks for name in task.objectives]
 
     def search() -> Plan:
         return budget.plan_fit(StageMeasure(config, row, tasks, place), stage_upper(config, row, place),
                                limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint,
-                               parts_are_free=all(set(task.objectives) <= SINGLE for task in tasks))
+                               parts_are_free=not any(map(_pays_for_parts, kinds)))
 
     return _kept(config, facts, place, search)
 
@@ -338,7 +340,7 @@ def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place
     work = [(config, row, tasks[row.name], place) for row in rows]
     if len(rows) < 2 or max(config.effective_batch(row) for row in rows) <= budget.AMPLE_MICRO_BATCH:
         found = [plan_stage(*one) for one in work]
-    else:  # long searches: side by side
+    else:  # long searches: side by side, the last stage first, since it tends to take longest
         with ProcessPoolExecutor(min(len(rows), os.cpu_count() or 1), get_context("spawn")) as pool:
             found = [future.result() for future in [pool.submit(plan_stage, *one) for one in reversed(work)]][::-1]
     plans = {row.name: plan for row, plan in zip(rows, found, strict=True)}

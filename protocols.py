@@ -196,9 +196,7 @@ class _Gathered:
                 start += size
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                cause = " ".join(str(error).split())[:100] or type(error).__name__
+                cause = memory.out_of_memory_cause(error)
             # outside of the handler, so that the failed part's tensors are let go
             memory.free_cached(self.setting.device)
             if size == 1:

@@ -28,7 +28,6 @@ from model import TriModalModel
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
-EVALUATION = "evaluation"  # in `Run.fits`, beside the names of stages
 KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
 
 
@@ -176,7 +175,6 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     torch.use_deterministic_algorithms(config.training.deterministic)
     data = world.together(lambda: _load_data(config, state))
     model = world.together(lambda: build_model(config, data, state)).to(device)
-    world.broadcast_tensors(model.state_dict().values())
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress)
     if not world.is_main:
@@ -309,10 +307,10 @@ def last_checkpoint(run: Run) -> str:
 
 def encoding(run: Run, **settings: Any) -> protocols.Setting:
     """How splits are encoded: in parts of the size that evaluation was planned with."""
-    fit = run.fits.get(EVALUATION)
+    fit = run.fits.get(memory.EVALUATION)
 
     def less(size: int, cause: str) -> None:
-        run.fits[EVALUATION] = memory.Fit(dict.fromkeys(MODALITIES, size), dict.fromkeys(MODALITIES, 0))
+        run.fits[memory.EVALUATION] = memory.Fit(dict.fromkeys(MODALITIES, size), dict.fromkeys(MODALITIES, 0))
         run.tracker.event(f"[evaluation] out of memory ({cause}): the same samples again, {size} at a time",
                           run.progress.step)
 

@@ -21,7 +21,7 @@ from planning import apply_recompute, without_speaker
 from runs import Run
 from steps import Share, Step, shared_batch
 
-CROSSING = ("matching",)  # objectives that encode samples of other processes
+TOTAL = ""  # name of the whole loss among its parts
 
 
 @dataclass
@@ -137,8 +137,8 @@ def own_jobs(run: Run, jobs: list[Any]) -> list[Any]:
 
 def whole_batch(run: Run, stage: Stage, task: int, batch: Batch) -> tuple[Batch, Share | None]:
     """The whole effective batch of which this process has read its share."""
-    crosses = any(name in CROSSING for name in stage.tasks[task].objectives)
-    return shared_batch(run.world, batch, with_media=crosses)
+    with_media = any(objective.encodes_others for _, _, objective in stage.objectives_of(task))
+    return shared_batch(run.world, batch, with_media=with_media)
 
 
 def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, *, train: bool) -> Step:
@@ -146,9 +146,6 @@ def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, 
                 autocast=run.autocast, keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep},
                 drop_path=stage.row.drop_path, train=train, mask_id=run.data.tokenizer.mask_id,
                 num_concepts=len(run.data.concepts), world=run.world if share else World(), share=share)
-
-
-TOTAL = ""  # name of the whole loss among its parts
 
 
 def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

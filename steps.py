@@ -61,6 +61,16 @@ def _some(flag_QC: Tensor, place_C: Tensor, count: int) -> Tensor:
     return sums.index_add_(1, place_C, flag_QC.int()) > 0
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows of a whole effective batch that one process encodes, and the row of the first picture or sound that it
+    holds."""
+
+    samples: range
+    captions: range
+    first_media: int
+
+
 @dataclass
 class Step:
     """One effective batch on its way through the model.
@@ -84,7 +94,7 @@ class Step:
     mask_id: int = 103
     num_concepts: int = 0
     world: World = field(default_factory=World)
-    share: "Share | None" = None  # None: of one process, all rows
+    share: Share | None = None  # None: of one process, all rows
     detached: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     every_row: dict[str, Tensor] = field(default_factory=dict)
@@ -205,23 +215,16 @@ class Step:
         else:
             features = torch.cat([recompute(part_features, rows, use_reentrant=False, preserve_rng_state=False)
                                   for rows in parts])
-        features = self.gather(features)
+        features = self.gather(features, self.rows(modality))
         self.detached[modality] = features.detach()
         return features
 
-    def gather(self, features: Tensor) -> Tensor:
+    def gather(self, features: Tensor, num_rows: int) -> Tensor:
+        """The features of all processes, (num_rows, F)."""
         self.world.agree_on_memory()
-        return self.world.gather_rows(features)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The rows of a whole effective batch that one process encodes, and the row of the first picture or sound that it
-    holds."""
-
-    samples: range
-    captions: range
-    first_media: int
+        everyones = self.world.gather_rows(features)
+        assert len(everyones) == num_rows, f"{len(everyones)} features of {num_rows} rows"
+        return everyones
 
 
 def shared_batch(world: World, batch: Any, *, with_media: bool) -> tuple[Any, Share | None]:

@@ -127,18 +127,11 @@ def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
     except OutOfMemoryElsewhere as error:
         return None, str(error)
     except (RuntimeError, MemoryError) as error:
-        cause = cause_of(error)
+        cause = memory.out_of_memory_cause(error)
     else:
         return (None, "another process of this run") if world.any_flag(False) else (result, "")
     world.any_flag(True)
     return None, cause
-
-
-def cause_of(error: BaseException) -> str:
-    """The first words of an error for lack of memory; any other is raised again."""
-    if not memory.is_out_of_memory(error):
-        raise error
-    return " ".join(str(error).split())[:100] or type(error).__name__  # Python's own says nothing
 
 
 def update(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
@@ -150,13 +143,14 @@ def update(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
         try:
             return stage.optimizer.step(lr)
         except (RuntimeError, MemoryError) as error:
-            cause = cause_of(error)
+            cause = memory.out_of_memory_cause(error)
         stage.optimizer.take_less()
-        shrink(run, stage, cause)
+        shrink(run, stage, cause, "the update goes on where it stopped, later steps")
 
 
-def shrink(run: Run, stage: Stage, cause: str) -> None:
-    """After running out of memory: free what the failed work left, halve the stage's micro-batches, say so."""
+def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again") -> None:
+    """After running out of memory: free what the failed work left, halve the stage's micro-batches, say so and `what`
+    comes next."""
     memory.free_cached(run.device)
     name = stage.row.name
     less = memory.smaller(run.fits[name], may_recompute=run.config.model.use_checkpoint)
@@ -164,7 +158,7 @@ def shrink(run: Run, stage: Stage, cause: str) -> None:
         raise UserError(memory.out_of_memory_message(f"stages.{name}", run.device))
     run.fits[name] = less
     apply_recompute(run.model, less)
-    run.tracker.event(f"[{name}] out of memory ({cause}): the same step again with {less}", run.progress.step + 1)
+    run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {less}", run.progress.step + 1)
 
 
 # ---- an epoch ----------------------------------------------------------------------------------------------------
@@ -223,12 +217,12 @@ class StepLog:
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
         temperature = {pair: float(scale.detach().exp()) for pair, scale in self.run.model.logit_scale.items()}
-        bias = {pair: float(value.detach()) for pair, value in self.run.model.logit_bias.items()}
         means = {name: sum(values) / len(values) for name, values in self.recent.items()}
         self.recent.clear()
-        sigmoid = {"bias": bias} if self.run.config.training.contrastive_loss == "sigmoid" else {}
+        if self.run.config.training.contrastive_loss == "sigmoid":
+            facts["bias"] = {pair: float(value.detach()) for pair, value in self.run.model.logit_bias.items()}
         self.run.tracker.step({
-            **facts, "loss": loss, "parts": means, "grad_norm": norm, "temperature": temperature, **sigmoid,
+            **facts, "loss": loss, "parts": means, "grad_norm": norm, "temperature": temperature,
             "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
             "data_wait_pct": self.clock.wait_pct, "memory_gib": memory.peak_gib(self.run.device)[0]})
 
@@ -316,8 +310,8 @@ def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> dict[str, Ten
             step = make_step(run, stage, batch, train=False)
             return accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
         except (RuntimeError, MemoryError) as error:
-            cause = cause_of(error)
-        shrink(run, stage, cause)
+            cause = memory.out_of_memory_cause(error)
+        shrink(run, stage, cause, "the same validation batch again")
 
 
 @contextlib.contextmanager

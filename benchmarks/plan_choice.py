@@ -39,7 +39,7 @@ from losses import OBJECTIVES, build_objective
 from memory import CONTEXT_GIB, GIB, Fit
 from model import TriModalModel
 from optimization import Optimizer
-from planning import FUSING, Place, StageMeasure, apply_recompute, largest_batch, stage_upper
+from planning import Place, StageMeasure, apply_recompute, largest_batch, stage_upper
 from steps import Step, accumulate
 
 LIMIT = 1.10
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def towers(self) -> list[str]:
-        fuses = any(name in FUSING for name in self.task.objectives)
+        fuses = any(OBJECTIVES[name].uses_fusion for name in self.task.objectives)
         return [tower for tower in self.upper if tower in self.task.inputs or (fuses and tower == "fusion")]
 
     def fit(self, key: Key) -> Fit:

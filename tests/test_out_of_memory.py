@@ -121,7 +121,9 @@ def test_out_of_memory_amid_the_update_updates_nothing_twice(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each of the places where Muon's update may fail; its first matrices are done by then."""
     monkeypatch.setattr(optimization.Muon, "BATCH_ELEMENTS", 2 * 192 * 192)
-    expected, _ = trained(small, tmp_path / "expected", "align", 16, 1)
+    expected = small.open(tmp_path / "expected", micro_batch=16)
+    stage = small.stage(expected, "align")
+    norm = step(expected, stage, batches(expected, stage)[0]).grad_norm
     calls = [0]
     orthogonalise = optimization.orthogonalise
 
@@ -132,7 +134,9 @@ def test_out_of_memory_amid_the_update_updates_nothing_twice(
         return orthogonalise(*given)
 
     monkeypatch.setattr(optimization, "orthogonalise", failing)
-    run, _ = trained(small, tmp_path / "failing", "align", 16, 1)
+    run = small.open(tmp_path / "failing", micro_batch=16)
+    stage = small.stage(run, "align")
+    assert torch.equal(step(run, stage, batches(run, stage)[0]).grad_norm, norm), "clipped once, when all was there"
     assert len(records(tmp_path / "failing", "event")) == 3 and calls[0] > 20
     one, other = (torch.cat([value.flatten() for value in model.state_dict().values()])
                   for model in (run.model, expected.model))

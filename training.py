@@ -6,7 +6,6 @@ run's clock and its step count. What it begins anew: its objectives' heads, the 
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -172,7 +171,8 @@ class StepLog:
         self.run, self.stage, self.epoch = run, stage, epoch
         self.pending: tuple[StepResult, dict[str, Any], list[str]] | None = None
         self.losses: list[float] = []
-        self.recent: dict[str, list[float]] = {}  # values of each part since the last record
+        self.recorded: dict[str, int] = {}  # last recorded step of each task
+        self.start_step = run.progress.step
         self.clock = memory.Clock()
         self.samples = 0
         self.start_s = time.perf_counter()
@@ -197,32 +197,29 @@ class StepLog:
         loss, parts, norm, finite = result.read()
         parts = self.run.world.sum_scalars({TOTAL: loss, **parts})
         loss = parts.pop(TOTAL)
-        self._remember(parts)
         self.run.tracker.advance(facts["samples"], loss)
         if not finite:
             self._bad(facts, loss, parts, norm, keys)
             return
         self.stage.bad_in_a_row = 0
         self.losses.append(loss)
-        if facts["step"] % self.run.config.training.log_every_steps == 0:
-            self._write(facts, loss, norm)
+        if self._is_due(facts["step"], facts["task"]):
+            self._write(facts, loss, parts, norm)
 
-    def _remember(self, parts: dict[str, float]) -> None:
-        """Parts are written as means since the last record, so that those of a small task are seen, too."""
-        for name, value in parts.items():
-            if math.isfinite(value):
-                self.recent.setdefault(name, []).append(value)
+    def _is_due(self, step: int, task: str) -> bool:
+        """Every n-th step; and that of a task which has gone unrecorded for n steps, so that small tasks are seen."""
+        every = self.run.config.training.log_every_steps
+        return step % every == 0 or step - self.recorded.get(task, self.start_step) >= every
 
-    def _write(self, facts: dict[str, Any], loss: float, norm: float) -> None:
+    def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
+        self.recorded[facts["task"]] = facts["step"]
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
         temperature = {pair: float(scale.detach().exp()) for pair, scale in self.run.model.logit_scale.items()}
-        means = {name: sum(values) / len(values) for name, values in self.recent.items()}
-        self.recent.clear()
         if self.run.config.training.contrastive_loss == "sigmoid":
             facts["bias"] = {pair: float(value.detach()) for pair, value in self.run.model.logit_bias.items()}
         self.run.tracker.step({
-            **facts, "loss": loss, "parts": means, "grad_norm": norm, "temperature": temperature,
+            **facts, "loss": loss, "parts": parts, "grad_norm": norm, "temperature": temperature,
             "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
             "data_wait_pct": self.clock.wait_pct, "memory_gib": memory.peak_gib(self.run.device)[0]})
 

@@ -322,25 +322,29 @@ def test_records_of_steps_and_their_rates(small: SmallRuns, tmp_path: Path) -> N
     names = {"contrastive_image_text", "matching", "matching_accuracy", "concepts"}
     for line in found:
         assert line["task"] == "image_text" and line["samples"] == 16 and line["parts"].keys() == names
-        assert 0 <= line["parts"]["matching_accuracy"] <= 1 and line["grad_norm"] > 0
+        parts = line["parts"]
+        assert line["loss"] == pytest.approx(
+            parts["contrastive_image_text"] + 0.5 * parts["matching"] + 0.5 * parts["concepts"], rel=1e-5)
+        assert 0 <= parts["matching_accuracy"] <= 1 and line["grad_norm"] > 0
         assert 1 <= line["temperature"]["image_text"] <= 100 and line["memory_gib"] > 0
         assert 0 <= line["data_wait_pct"] <= 100 and line["samples_per_s"] > 0
 
 
-def test_parts_are_recorded_as_means_since_the_last_record(small: SmallRuns, tmp_path: Path) -> None:
-    """So that the few steps of a small task are seen."""
-    found = {}
-    for every in (1, 4):
-        run = small.open(tmp_path / str(every), f"training.log_every_steps={every}")
-        training.train_epoch(run, small.stage(run, "align"), 1)
-        found[every] = records(tmp_path / str(every), "step")
-    for line in found[1]:
+def test_a_task_of_few_steps_is_recorded_as_well(small: SmallRuns, tmp_path: Path) -> None:
+    """At its next step, once it has gone unrecorded for as many as lie between two records."""
+    run = small.open(tmp_path, "training.log_every_steps=4", "training.batch_size=8")
+    stage = small.stage(run, "align")
+    log = training.StepLog(run, stage, 1)
+    often, rare = (batches(run, stage, task)[0] for task in (0, 1))
+    for number in range(1, 15):
+        task, batch = (1, rare) if number in (3, 7, 10) else (0, often)
+        log.add(step(run, stage, batch, task), batch, len(batch.keys))
+    log.flush()
+    found = [(line["step"], line["task"]) for line in records(tmp_path, "step")]
+    assert found == [(4, "image_text"), (7, "audio_text"), (8, "image_text"), (12, "image_text")]
+    for line in records(tmp_path, "step"):
+        assert list(line["parts"]) == [f"contrastive_{line['task']}"], "parts of its own task"
         assert line["loss"] == pytest.approx(sum(line["parts"].values()), rel=1e-5)
-    first = found[1][:4]
-    for name in {name for line in first for name in line["parts"]}:
-        values = [line["parts"][name] for line in first if name in line["parts"]]
-        assert found[4][0]["parts"][name] == pytest.approx(sum(values) / len(values), rel=1e-5)
-    assert len(found[4][0]["parts"]) == 2, "both tasks had a turn"
 
 
 def test_the_sigmoid_loss_trains_its_bias_from_the_log_odds(small: SmallRuns, tmp_path: Path) -> None:

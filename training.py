@@ -171,8 +171,6 @@ class StepLog:
         self.run, self.stage, self.epoch = run, stage, epoch
         self.pending: tuple[StepResult, dict[str, Any], list[str]] | None = None
         self.losses: list[float] = []
-        self.recorded: dict[str, int] = {}  # last recorded step of each task
-        self.start_step = run.progress.step
         self.clock = memory.Clock()
         self.samples = 0
         self.start_s = time.perf_counter()
@@ -203,16 +201,10 @@ class StepLog:
             return
         self.stage.bad_in_a_row = 0
         self.losses.append(loss)
-        if self._is_due(facts["step"], facts["task"]):
+        if facts["step"] % self.run.config.training.log_every_steps == 0:
             self._write(facts, loss, parts, norm)
 
-    def _is_due(self, step: int, task: str) -> bool:
-        """Every n-th step; and that of a task which has gone unrecorded for n steps, so that small tasks are seen."""
-        every = self.run.config.training.log_every_steps
-        return step % every == 0 or step - self.recorded.get(task, self.start_step) >= every
-
     def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
-        self.recorded[facts["task"]] = facts["step"]
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
         temperature = {pair: float(scale.detach().exp()) for pair, scale in self.run.model.logit_scale.items()}

@@ -330,23 +330,6 @@ def test_records_of_steps_and_their_rates(small: SmallRuns, tmp_path: Path) -> N
         assert 0 <= line["data_wait_pct"] <= 100 and line["samples_per_s"] > 0
 
 
-def test_a_task_of_few_steps_is_recorded_as_well(small: SmallRuns, tmp_path: Path) -> None:
-    """At its next step, once it has gone unrecorded for as many as lie between two records."""
-    run = small.open(tmp_path, "training.log_every_steps=4", "training.batch_size=8")
-    stage = small.stage(run, "align")
-    log = training.StepLog(run, stage, 1)
-    often, rare = (batches(run, stage, task)[0] for task in (0, 1))
-    for number in range(1, 15):
-        task, batch = (1, rare) if number in (3, 7, 10) else (0, often)
-        log.add(step(run, stage, batch, task), batch, len(batch.keys))
-    log.flush()
-    found = [(line["step"], line["task"]) for line in records(tmp_path, "step")]
-    assert found == [(4, "image_text"), (7, "audio_text"), (8, "image_text"), (12, "image_text")]
-    for line in records(tmp_path, "step"):
-        assert list(line["parts"]) == [f"contrastive_{line['task']}"], "parts of its own task"
-        assert line["loss"] == pytest.approx(sum(line["parts"].values()), rel=1e-5)
-
-
 def test_the_sigmoid_loss_trains_its_bias_from_the_log_odds(small: SmallRuns, tmp_path: Path) -> None:
     small.train(tmp_path, "training.contrastive_loss=sigmoid", "training.epochs=3")
     found = [line for line in records(tmp_path, "step") if line["stage"] != "pretrain"]

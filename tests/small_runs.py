@@ -61,7 +61,7 @@ class SmallRuns:
 
     def config(self, folder: Path, *overrides: str) -> Config:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "plans").exists():
+        with contextlib.suppress(FileExistsError):  # an earlier run's, or that of another process of torchrun
             (folder / "plans").symlink_to(self.plans)
         return config_from_dict(copy.deepcopy(RECIPE), [f"paths.data_root={json.dumps(str(self.data_root))}",
                                                         f"paths.output_dir={json.dumps(str(folder))}", *overrides])

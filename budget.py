@@ -87,12 +87,14 @@ class Limits:
     budget_bytes: int
     device: str = "cuda"
     ratio: float | None = None  # bytes that this machine's allocator took of each of the tensors, where it was measured
+    held_bytes: int = 0  # of what a run holds beside its steps
 
     @property
     def tensor_bytes(self) -> int:
         """What is left for tensors beside the context, gaps and workspaces."""
         ratio = 1 + FRAGMENTATION_PCT / 100 if self.ratio is None else self.ratio
-        return int(max(self.budget_bytes - int(CONTEXT_GIB[self.device] * GIB), 0) / ratio)
+        others = int(CONTEXT_GIB[self.device] * GIB) + self.held_bytes
+        return int(max(self.budget_bytes - others, 0) / ratio)
 
 
 def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinned: int | None = None,
@@ -240,8 +242,9 @@ def format_plan(plans: Mapping[str, Plan]) -> str:
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
     devices = sorted({plan.device for plan in plans.values()})
     context = ", ".join(f"{CONTEXT_GIB[device]} GiB of context on {device}" for device in devices)
-    lines.append(f"GiB. Allowance: {context}, and gaps and workspaces. A tower whose micro-batch is the whole batch is "
-                 "encoded once; one in parts runs forward again in the backward pass; /n: so does every n-th block.")
+    lines.append(f"GiB. Allowance: {context}{', the best weights so far' if 'cpu' in devices else ''}, and gaps and "
+                 "workspaces. A tower whose micro-batch is the whole batch is encoded once; one in parts runs forward "
+                 "again in the backward pass; /n: so does every n-th block.")
     return "\n".join(lines)
 
 

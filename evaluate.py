@@ -76,6 +76,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     from datasets import load_data
     from vocabulary import Tokenizer
 
+    memory.keep_few_kernels()
     device = memory.choose_device(options.device)
     model, state = _open_checkpoint(options.checkpoint)
     config = configuration(options, state["config"])

@@ -1,6 +1,7 @@
 """Memory and devices: where a run computes and in which numbers, what it took, what to do when it was not enough."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,8 @@ from config import UserError
 
 GIB = 1 << 30
 EVALUATION = "evaluation"  # has a fit of its own, beside those of the stages
-CONTEXT_GIB = {"cuda": 0.7, "cpu": 0.5, "mps": 0.5}  # CUDA context and libraries; elsewhere Python and torch themselves
+# Beside all tensors: CUDA's context and libraries; elsewhere Python, torch, compiled kernels and the data read so far.
+CONTEXT_GIB = {"cuda": 0.7, "cpu": 1.0, "mps": 1.0}
 
 KNOBS = ("lower training.batch_size, model.size, model.image_size or data.audio_max_s, set model.use_checkpoint: true, "
          "or raise memory.budget_gb if the device has more")
@@ -119,6 +121,14 @@ def reset_peak(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 resets the peak resident size
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN (bf16 on CPUs) keep 64 compiled kernels, not 1,024: it compiles one for every number of tokens, a new
+    one in each step, and all of them take more than a small model does. Before the first step; the user's own settings
+    stay."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own cache, and torch's in front of it
+        os.environ.setdefault(name, "64")
 
 
 def cap_allocator(device: torch.device, budget_bytes: int) -> int | None:

@@ -5,8 +5,9 @@ sounds of `data.audio_max_s`, captions of `model.context_length`. What a step re
 patches are kept, which words are hidden) is put at its worst case, since fake tensors have no values. At most
 `PARTS` micro-batches of each tower are run, beside inputs and features of full size: further ones free what they took.
 
-The search runs the gradients of each task at each fit that it tries, which ends as soon as it takes too much; what it
-chooses is run for two whole steps. Under torchrun a plan is that of each process: its share of the batch, the features
+Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much, the
+search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end as
+soon as they take too much. Under torchrun a plan is that of each process: its share of the batch, the features
 of all.
 """
 
@@ -220,17 +221,25 @@ class StageMeasure:
         self.known: dict[str, Usage | None] = {}
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
-        """Usage of the task that takes most, over two steps; with a limit of its gradients, None if they pass it."""
-        found = []
+        """Usage of the task that takes most, over two steps; with a limit of its gradients, unless all is at once; None
+        if they pass it."""
+        found, all_at_once = [], Fit(stage_upper(self.config, self.row, self.place), dict.fromkeys(TOWERS, 0))
         for task in list(self.tasks):
             step = StepPlan(self.config, self.row, task, fit, self.place)
-            usage = step.usage() if limit_bytes is None else self._gradients(step, limit_bytes)
+            usage = (self._steps(step, limit_bytes) if limit_bytes is None or fit == all_at_once
+                     else self._gradients(step, limit_bytes))
             if usage is None:
                 self.tasks.remove(task)
                 self.tasks.insert(0, task)  # the likeliest to pass the next limit as well
                 return None
             found.append(usage)
         return max(found, key=lambda usage: usage.peak_bytes)
+
+    def _steps(self, step: StepPlan, limit_bytes: int | None) -> Usage | None:
+        key = str((step.task, step.fit))
+        if self.known.get(key) is None:  # not measured yet, or above a limit
+            self.known[key] = step.usage(limit_bytes=limit_bytes)
+        return self.known[key]
 
     def _gradients(self, step: StepPlan, limit_bytes: int) -> Usage | None:
         """In parts the objectives follow each other, so each is measured alone, and anew only when what it uses has
@@ -257,7 +266,12 @@ def _pays_for_parts(kind: type[Objective]) -> bool:
 
 
 def limits(config: Config, place: Place) -> Limits:
-    return Limits(int(config.budget_gb * GIB), place.device, place.ratio)
+    """On a CPU the host's copy of the best weights so far is in the budget as well."""
+    held = 0
+    if place.device == "cpu":
+        with torch.device("meta"):
+            held = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
+    return Limits(int(config.budget_gb * GIB), place.device, place.ratio, held)
 
 
 def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place) -> Plan:
@@ -283,7 +297,7 @@ def _kept(config: Config, facts: Mapping[str, Any], place: Place, search: Callab
                   "memory": dataclasses.asdict(config.memory), "budget_gb": config.budget_gb,
                   "place": dataclasses.asdict(place)}
     sources = [Path(__file__).with_name(f"{name}.py")
-               for name in ("planning", "steps", "losses", "model", "optimization", "footprint")]
+               for name in ("planning", "steps", "losses", "model", "optimization", "footprint", "memory")]
     folder, key = Path(config.paths.output_dir) / "plans", budget.plan_key(everything, sources)
     plan = budget.read_plan(folder, key)
     if plan is None:

@@ -329,6 +329,7 @@ def train(config: Config, options: Options) -> Path | None:
         UserError: a mistake that the user can mend.
         TrainingError: the run cannot go on.
     """
+    memory.keep_few_kernels()
     world = distributed.start(memory.choose_device(options.device))
     try:
         with world.quiet():
@@ -421,6 +422,9 @@ def compare_memory(run: Run, name: str) -> float:
     run.tracker.say(f"[{name}] memory: planned {planned:.2f} GiB of tensors, measured {measured.gib:.2f} GiB "
                     f"({measured.kind})")
     run.tracker.memory(name, planned, measured.gib, run.progress.step)
+    if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
+        run.tracker.event(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
+                          f"refuses it on {run.device}; set memory.micro_batch or a lower budget", run.progress.step)
     if run.device.type == "cuda" and planned:
         budget.calibrate(memory.device_name(run.device), measured.gib / planned)
     return measured.gib

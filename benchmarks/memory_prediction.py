@@ -1,7 +1,7 @@
 """The predicted peak of a step's memory against what the same step takes for real, on a CPU in float32.
 
     python benchmarks/memory_prediction.py [--sizes tiny small base large --stages pretrain align finetune
-        --batch 8 --micro-batches 2 4 8 --image-size 224 --audio-s 10]
+        --batch 8 --micro-batches 2 4 8 --image-size 224 --audio-s 10 --optimizer muon]
 
 For each size, stage and micro-batch, of the task that the planner says takes most:
 
@@ -117,7 +117,8 @@ def compare(cases: list[Case], micro_batch: int) -> Row:
 def configured(args: argparse.Namespace, size: str) -> Config:
     return load_config(None, [f"model.size={size}", f"model.image_size={args.image_size}",
                               f"data.audio_max_s={args.audio_s}", f"training.batch_size={args.batch}",
-                              "training.gradient_accumulation_steps=1", "model.word_embeddings=random"])
+                              "training.gradient_accumulation_steps=1", "model.word_embeddings=random",
+                              f"training.optimizer={args.optimizer}"])
 
 
 def stages_of(config: Config, names: list[str]) -> list[list[Case]]:
@@ -141,10 +142,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--audio-s", type=float, default=10.0)
+    parser.add_argument("--optimizer", default="muon", help="adamw is quicker where the model is large")
     args = parser.parse_args(argv)
     os.environ.update(MALLOC)
     print(f"{date.today()}, torch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores, float32, effective batch "
-          f"{args.batch}, {args.image_size} pixels, sounds of {args.audio_s:g} s; GiB\n{HEADER}", flush=True)
+          f"{args.batch}, {args.image_size} pixels, sounds of {args.audio_s:g} s, {args.optimizer}; GiB\n{HEADER}",
+          flush=True)
     work = [(cases, size) for name in args.sizes for cases in stages_of(configured(args, name), args.stages)
             for size in args.micro_batches]
     rows = []

@@ -29,7 +29,7 @@ class NarrowConfig(ModelConfig):
     @property
     def preset(self) -> Preset:
         return Preset(dim=32, num_heads=2, image_depth=2, text_depth=2, audio_depth=2, fusion_depth=2, word_rank=16,
-                      budget_gb=1.0)
+                      budget_gb=1.5)
 
 
 def narrow_model(**settings) -> TriModalModel:

@@ -1,5 +1,9 @@
 """Running out is recognised and answered, devices are chosen and explained."""
 
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import pytest
 import torch
 
@@ -45,6 +49,33 @@ def test_halving_ends_at_one_then_recomputes_then_names_the_knobs(may_recompute:
     assert seen == halved + ([(1, 1, 1, 1)] if may_recompute else [])
     text = memory.out_of_memory_message("stage align", CPU)
     assert text.startswith("stage align: out of memory on cpu even at micro-batch 1") and memory.KNOBS in text
+
+
+def _growth_mib(few: bool) -> float:
+    """Of the process over linear layers of 300 different numbers of rows, each a kernel of its own in oneDNN."""
+    if few:
+        memory.keep_few_kernels()
+    weight, bias = torch.randn(16, 16).to_mkldnn(), torch.randn(16).to_mkldnn()
+
+    def run(rows: int) -> None:
+        torch._C._nn.mkldnn_linear(torch.zeros(rows, 16).to_mkldnn(), weight, bias)
+
+    with torch.no_grad():
+        run(1)
+        memory.reset_peak(CPU)
+        before = memory.peak_gib(CPU).gib
+        for rows in range(2, 300):
+            run(rows)
+    return 1024 * (memory.peak_gib(CPU).gib - before)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or sys.platform != "linux", reason="no oneDNN, no /proc")
+def test_kernels_compiled_for_each_number_of_tokens_do_not_pile_up() -> None:
+    found = []
+    for few in (False, True):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found.append(pool.submit(_growth_mib, few).result())
+    assert found[1] < found[0] / 2, f"MiB kept: all kernels {found[0]:.0f}, few {found[1]:.0f}"
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------

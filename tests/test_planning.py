@@ -15,6 +15,7 @@ from budget import Plan
 from config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
 from footprint import TAGS, PeakMemory
 from memory import GIB
+from model import TriModalModel
 from planning import Place, StepPlan
 from tests.small_runs import SmallRuns, batches, one_thread
 
@@ -91,6 +92,14 @@ def test_a_large_effective_batch_fits_the_same_budget_in_smaller_parts(tmp_path:
     assert plan.fits and plan.budget_bytes == 4 * GIB
     assert plan.upper["image"] == 4096 and plan.in_parts, "more than fits at once, so some towers go in parts"
     assert all(size >= 16 for size in plan.micro_batch.values()), "and the parts are of a useful size"
+
+
+def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(tmp_path: Path) -> None:
+    config = SmallRuns(tmp_path / "shared").config(tmp_path / "run", "memory.budget_gb=4")
+    weights = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
+    found = planning.limits(config, Place("cpu", None, ratio=1.0)).tensor_bytes
+    assert found == 3 * GIB - weights
+    assert planning.limits(config, Place("cuda", None, ratio=1.0)).tensor_bytes == 4 * GIB - int(0.7 * GIB)
 
 
 def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path) -> None:

@@ -346,6 +346,11 @@ def test_the_measured_peak_stands_beside_the_planned_one_and_calibrates_a_gpu(
     run = small.open(tmp_path / "run")
     run.predicted_gib = {"align": 2.0}
     assert training.compare_memory(run, "align") > 0 and not (tmp_path / "cache").exists(), "a CPU is not calibrated"
+    assert "budget_gb" not in capsys.readouterr().out
+    run.config = dataclasses.replace(run.config, memory=dataclasses.replace(run.config.memory, budget_gb=0.01))
+    training.compare_memory(run, "align")
+    assert "[align] the process took more than memory.budget_gb=0.01, and nothing refuses it on cpu" in (
+        capsys.readouterr().out)
     run.device = torch.device("cuda", 0)
     monkeypatch.setattr(memory, "peak_gib", lambda device: memory.Peak(2.1, "reserved by the CUDA allocator"))
     monkeypatch.setattr(memory, "device_name", lambda device: "Some Card")

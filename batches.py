@@ -10,7 +10,7 @@ Shape suffixes: B samples, C captions, L text tokens, T mel frames, M mels, S pi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from images import augment, fit_eval
 from prepare import BrokenSample, Store
 from samples import SampleTable, ragged_take
 from vocabulary import pad_rows
+from workers import NOWHERE, tell_nobody
 
 Jobs = Sequence[tuple[int, np.ndarray]]  # (task, sample indices) of each batch
 
@@ -110,7 +111,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Map-style data set of torch's DataLoader: item k holds the whole Batch of job k."""
+    """Item k holds the whole Batch of job k. The process that reads is told each row that it begins with `begin`."""
 
     split: Split
     jobs: Jobs
@@ -118,9 +119,24 @@ class BatchReader:
     config: Config
     train: bool
     epoch: int
+    given_up: Mapping[int, str] = field(default_factory=dict)  # rows that are not to be read, and why
+    begin: Callable[[int], None] = tell_nobody
 
     def __len__(self) -> int:
         return len(self.jobs)
+
+    def work(self, k: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> Read:
+        """Item k, as a job of `workers`."""
+        return replace(self, given_up=given_up, begin=begin)[k]
+
+    def name(self, k: int, row: int) -> str:
+        """Words for a row of job k, or for all of them."""
+        table, task = self.split.table, self.jobs[k][0]
+        if row == NOWHERE:
+            return f"the batch of {sample_names(table, self.jobs[k][1] % VISIT)}"
+        paths = {"image": table.images[row], "audio": table.audio[row]}
+        return " or ".join(dict.fromkeys(paths[name] for name in self.inputs[task] if paths.get(name))) or (
+            sample_names(table, np.array([row])))
 
     def __getitem__(self, k: int) -> Read:
         task, indices = self.jobs[k]
@@ -142,6 +158,7 @@ class BatchReader:
         try:
             return self._draw(row, visit, inputs)
         except BrokenSample as error:
+            self.split.store.check_folders(row)
             broken.append(self.split.store.record(row, str(error)))
         if not stand_in:
             return None
@@ -156,6 +173,9 @@ class BatchReader:
 
     def _draw(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Drawn:
         split, data = self.split, self.config.data
+        self.begin(row)
+        if row in self.given_up:
+            raise BrokenSample(self.given_up[row])
         seed, epoch = (self.config.training.seed, self.epoch) if self.train else (0, 0)
         rng = np.random.default_rng([seed, epoch, int(split.set_hash[row]), int(split.place[row]), visit])
         noise = {"path": rng.random(PATH_DRAWS, np.float32), "drop_text": rng.random((), np.float32)}
@@ -190,6 +210,7 @@ class BatchReader:
         return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
 
     def _collate(self, drawn: list[_Drawn], inputs: tuple[str, ...]) -> Batch:
+        self.begin(NOWHERE)
         table = self.split.table
         rows = np.array([one.row for one in drawn], np.int64)
         noise = {"path": np.stack([one.noise["path"] for one in drawn]),
@@ -224,6 +245,12 @@ class BatchReader:
         owners = np.repeat(np.arange(len(drawn)), [len(one.captions) for one in drawn])
         return {"input_ids": ids_CL, "attention_mask": mask_CL, "caption_owner": owners,
                 "caption_ids": self.split.caption_ids[captions]}
+
+
+def sample_names(table: SampleTable, rows: np.ndarray, shown: int = 3) -> str:
+    """"source/key" of some rows."""
+    names = [f"{table.sources[row]}/{table.keys[row]}" for row in rows[:shown].tolist()]
+    return ", ".join(names) + (f" and {len(rows) - shown} more" if len(rows) > shown else "")
 
 
 def _sounds(drawn: list[_Drawn], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ Order of precedence: the defaults below < config.yaml < flags and `section.key=v
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -214,6 +215,7 @@ class DataConfig:
     audio_max_s: float = 10.0
     spec_augment: bool = True
     max_bad_pct: float = 5.0
+    timeout_s: float = 120.0
     manifest: str | None = None
     coco_split: Literal["auto", "karpathy", "2017"] = "auto"
     audiocaps_version: Literal[1, 2] = 1
@@ -236,6 +238,8 @@ class DataConfig:
             found.append(f"data.workers: {self.workers} is below 0")
         if not 0 <= self.max_bad_pct <= 100:
             found.append(f"data.max_bad_pct: {self.max_bad_pct} is outside 0 to 100")
+        if not 0 <= self.timeout_s < math.inf:
+            found.append(f"data.timeout_s: {self.timeout_s} is below 0, or infinite; 0 waits for ever")
         if not 128 <= self.synthetic_images <= 1800 or not 128 <= self.synthetic_sounds <= 384:
             found.append("data.synthetic_images must be 128 to 1800 and data.synthetic_sounds 128 to 384")
         return found

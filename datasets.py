@@ -8,27 +8,26 @@
 This file has the name of a library that it does not use: never add that one to the requirements.
 """
 
+import contextlib
 import math
 import os
 import re
-import shutil
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.data
 
 import prepare
 from batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from concepts import concept_names, concepts_of
-from config import FRAME_RATE_HZ, NUM_MELS, Config, UserError
+from config import Config, UserError
 from readers import READERS, read_split
 from samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
 from vocabulary import Tokenizer, load_tokenizer
+from workers import Workers, in_line
 
 __all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample", "Split", "epoch_batches", "load_data",
            "loader", "pool"]
@@ -198,8 +197,13 @@ class Loader:
     In evaluation (`train` false): no augmentation, whole sounds, all captions, draws of seed 0 and epoch 0 whatever is
     given, and broken samples left out. In training the next good sample of the pool stands in for a broken one.
 
+    A process that dies is replaced, and its batch read again; a sample at which one stays longer than `data.timeout_s`
+    counts as broken, from then on and in later runs of the folder. `say` hears a line for each such event. Batches are
+    functions of their jobs alone, so none of this changes the others.
+
     Iterating raises:
-        UserError: more than `data.max_bad_pct` of the samples of `jobs` are broken, or all of a pool.
+        UserError: more than `data.max_bad_pct` of the samples of `jobs` are broken, or all of a pool; the folder of a
+            set is gone; processes die again and again at one batch.
     """
 
     data: Data
@@ -212,64 +216,53 @@ class Loader:
     epoch: int
     workers: int | None = None  # None: as config.data.workers says
     start: int = 0
+    say: Callable[[str], None] = print
 
     def __len__(self) -> int:
         return len(self.jobs) - self.start
 
     def __iter__(self) -> Iterator[Batch]:
-        reader = BatchReader(self.data.splits[self.split], self.jobs, self.inputs, self.config, self.train, self.epoch)
-        count = worker_count(reader, len(self)) if self.workers is None else self.workers
-        reads: Iterable[Read] = torch.utils.data.DataLoader(
-            reader,  # type: ignore[arg-type]  # map-style by its methods
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            batch_size=None, sampler=range(self.start, len(self.jobs)), num_workers=count,
-            prefetch_factor=2 if count else None, pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator())  # its own: the global stream of random numbers stays untouched
-        return _checked(reads, reader)
+        split = self.data.splits[self.split]
+        reader = BatchReader(split, self.jobs, self.inputs, self.config, self.train, self.epoch)
+        count = worker_count(self.config, len(self)) if self.workers is None else self.workers
+        jobs, given_up = range(self.start, len(self.jobs)), prepare.given_up(split.table, self.config)
+        if not count:
+            return _checked(in_line(reader.work, jobs, given_up), reader)
+        return _checked(iter(Workers(
+            reader.work, jobs, count, timeout_s=self.config.data.timeout_s, name=reader.name, say=self.say,
+            given_up=given_up, finish=_pin if torch.cuda.is_available() else None)), reader)
 
 
 loader = Loader
 
 
-def worker_count(reader: BatchReader, num_jobs: int) -> int:
-    """Processes that read ahead: `data.workers`, or as many as the cores, the jobs and /dev/shm allow."""
-    wanted = reader.config.data.workers
-    if wanted != "auto":
-        return wanted
+def worker_count(config: Config, num_jobs: int) -> int:
+    """Processes that read ahead: `data.workers`, or as many as the cores and the jobs allow."""
+    if config.data.workers != "auto":
+        return config.data.workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun: so many processes share this machine
-    count = min(cores - 1 if cores > 2 else 1, MAX_WORKERS, num_jobs)
-    if not count or not os.path.isdir("/dev/shm"):
-        return count
-    largest = max(len(indices) for _, indices in reader.jobs)
-    side, frames = reader.config.model.image_size, reader.config.data.audio_max_s * FRAME_RATE_HZ
-    batch_bytes = largest * (3 * side**2 + 2 * NUM_MELS * frames)  # of the largest kind there could be
-    fitting = int(shutil.disk_usage("/dev/shm").free / (4 * batch_bytes))  # two ahead, one waiting, one in use
-    if fitting < count:
-        warnings.warn(f"/dev/shm has room for batches of {fitting} reading processes, not {count}; give a container "
-                      "more of it with --ipc=host or --shm-size", stacklevel=2)
-    return min(count, fitting)
+    return min(cores - 1 if cores > 2 else 1, MAX_WORKERS, num_jobs)
 
 
-def _checked(reads: Iterable[Read], reader: BatchReader) -> Iterator[Batch]:
+def _pin(read: Read) -> Read:
+    return read if read.batch is None else read._replace(batch=read.batch.pin_memory())
+
+
+def _checked(reads: Generator[Read, None, None], reader: BatchReader) -> Iterator[Batch]:
     """Pass batches on; record broken samples once, and stop when there are too many."""
     met: set[str] = set()
     rows = [np.empty(0, np.int64), *(indices % VISIT for _, indices in reader.jobs)]
     total = len(np.unique(np.concatenate(rows)))
-    for batch, broken, problem in reads:
-        fresh = [record for record in broken if record["key"] not in met]
-        if fresh:
-            met.update(record["key"] for record in fresh)
-            prepare.record_broken(fresh, reader.config)
-        if problem:
-            raise UserError(problem)
-        if fresh:
-            prepare.check_broken("data", len(met), total, fresh[0]["reason"], reader.config)
-        assert batch is not None
-        yield batch
-
-
-def _as_it_is(read: Read) -> Read:
-    return read
-
-
+    with contextlib.closing(reads):
+        for batch, broken, problem in reads:
+            fresh = [record for record in broken if record["key"] not in met]
+            if fresh:
+                met.update(record["key"] for record in fresh)
+                prepare.record_broken(fresh, reader.config)
+            if problem:
+                raise UserError(problem)
+            if fresh:
+                prepare.check_broken("data", len(met), total, fresh[0]["reason"], reader.config)
+            assert batch is not None
+            yield batch

@@ -12,17 +12,13 @@ Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 
 import hashlib
 import json
-import multiprocessing
+import math
 import os
+import re
 import shutil
-import signal
-import threading
 import zipfile
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -33,6 +29,7 @@ from tqdm import tqdm
 import synthetic
 from config import NUM_MELS, Config, UserError
 from samples import SampleTable, offsets_of
+from workers import NOWHERE, Workers, in_line
 
 Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
@@ -40,9 +37,11 @@ Item = tuple[str, float, float]  # path, start_s, duration_s
 FORMAT = 1  # counts up with every change of what an entry holds
 PROBES = 16  # files decoded first, to foretell the size of an entry
 CHUNK = 8  # files that a process decodes before it hands them over
-FEW = 64  # files that are not worth starting processes for
+FEW = 64  # files whose size need not be foretold
 GB = 1e9
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
+
+_GIVEN_UP = re.compile(r": (took longer than data\.timeout_s|\d+ reading processes were lost)")
 
 
 class BrokenSample(ValueError):
@@ -83,56 +82,69 @@ def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
         raise BrokenSample(str(error)) from None
 
 
-def _decode_chunk(kind: Kind, items: Sequence[Item], side: int) -> list[np.ndarray | str]:
-    """Decoded files, or the reason why not."""
-    found: list[np.ndarray | str] = []
-    for item in items:
-        try:
-            found.append(decode(kind, item, side))
-        except BrokenSample as error:
-            found.append(str(error))
-    return found
+@dataclass(frozen=True)
+class _Decoder:
+    """Files in chunks, each a job of `workers`."""
+
+    kind: Kind
+    items: Sequence[Item]
+    side: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.items) / CHUNK)
+
+    def work(self, job: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> list[np.ndarray | str]:
+        """Decoded files, or the reason why not."""
+        found: list[np.ndarray | str] = []
+        for number in range(job * CHUNK, min((job + 1) * CHUNK, len(self.items))):
+            begin(number)
+            try:
+                if number in given_up:
+                    raise BrokenSample(given_up[number])
+                found.append(decode(self.kind, self.items[number], self.side))
+            except BrokenSample as error:
+                found.append(str(error))
+        return found
+
+    def name(self, job: int, number: int) -> str:
+        return self.items[job * CHUNK if number == NOWHERE else number][0]
 
 
-def _decode_all(kind: Kind, items: Sequence[Item], side: int,
-                processes: int) -> Generator[np.ndarray | str, None, None]:
-    """All of `items` in order, decoded by `processes`, which run only a few chunks ahead: that bounds the memory."""
-    chunks = [items[i:i + CHUNK] for i in range(0, len(items), CHUNK)]
-    if processes < 2 or len(items) <= FEW:
+def _decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[np.ndarray | str, None, None]:
+    """All of `items` in order, decoded by processes, which run only a few chunks ahead: that bounds the memory.
+
+    Raises:
+        UserError: processes die again and again at one file, or the folder of the files is gone.
+    """
+    decoder = _Decoder(kind, items, cache_side(config.model.image_size))
+    jobs, count = range(len(decoder)), min(_processes(config), len(decoder))
+    chunks = iter(Workers(decoder.work, jobs, count, timeout_s=config.data.timeout_s, name=decoder.name, say=print)
+                  ) if count else in_line(decoder.work, jobs, {})
+    folder = None
+    with closing(chunks):
         for chunk in chunks:
-            yield from _decode_chunk(kind, chunk, side)
-        return
-    waiting: deque[Future[list[np.ndarray | str]]] = deque()
-    with ProcessPoolExecutor(processes, initializer=_start_process, initargs=(kind,)) as pool:
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_decode_chunk, kind, chunk, side))
-                if len(waiting) > 3 * processes:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        except BrokenProcessPool:
-            raise UserError("data: a process that decodes files was killed, perhaps for lack of memory; try again with "
-                            "data.workers=1") from None
-        finally:
-            for future in waiting:
-                future.cancel()
+            if any(isinstance(found, str) for found in chunk):
+                folder = folder or common_folder(path for path, _, _ in items)
+                check_folder(folder)
+            yield from chunk
 
 
-def _start_process(kind: Kind) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C ends the parent, and the parent ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if kind == "sound":
-        import torch
-
-        torch.set_num_threads(1)
+def common_folder(paths: Iterable[str]) -> str:
+    """The deepest folder that all of `paths` are below; "" where there is none."""
+    folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    return os.path.commonpath(folders) if folders else ""
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # returns when it is gone, even by kill -9
-        os._exit(1)
+def check_folder(folder: str) -> None:
+    """Raise UserError where a folder that files were listed in is gone or, as a disk's that was detached, empty."""
+    try:
+        with os.scandir(folder or os.sep) as found:
+            there = any(found)
+    except OSError:
+        there = False
+    if not there:
+        raise UserError(f"data: {folder} is gone, or empty, though files are to be read there; mount the disk again or "
+                        "put the folder back, then go on with --resume auto")
 
 
 # ---- the store ----------------------------------------------------------------------------------------------------
@@ -162,7 +174,11 @@ class Entry:
         if number in self.reasons:
             raise BrokenSample(self.reasons[number])
         if self._bytes is None:
-            self._bytes = np.memmap(self.folder / "data.bin", np.uint8, mode="r")
+            try:
+                self._bytes = np.memmap(self.folder / "data.bin", np.uint8, mode="r")
+            except OSError as error:
+                raise UserError(f"{self.folder}: this entry of the cache cannot be read any more ({error.strerror}); "
+                                "go on with --resume auto, and it will be made again if it is gone") from None
         flat = self._bytes[self.offsets[number]:self.offsets[number + 1]].view(np.ndarray)
         if self.is_image:
             return flat.reshape(*self.shapes[number], 3)
@@ -177,6 +193,7 @@ class Store:
     image_size: int
     entries: list[Entry] = field(default_factory=list)
     places: dict[Kind, np.ndarray] = field(default_factory=dict)  # int64 [n, 2]: entry (-1: none) and number in it
+    folders: dict[tuple[Kind, int], str] = field(default_factory=dict)  # of the files of a set, once needed
 
     def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """uint8 [H, W, 3]: drawn with `rng` at the model's size, else with a short side of up to 8/7 of it."""
@@ -203,6 +220,17 @@ class Store:
         """What bad_samples.jsonl says about a broken sample."""
         table = self.table
         return {"key": f"{table.sources[row]}/{table.keys[row]}", "split": table.splits[row], "reason": reason}
+
+    def check_folders(self, row: int) -> None:
+        """Raise UserError where a sample cannot be read since the whole folder of its set is gone."""
+        table, code = self.table, int(self.table.sources.codes[row])
+        kinds: tuple[tuple[Kind, Any], ...] = (("image", table.images), ("sound", table.audio))
+        for kind, paths in kinds:
+            if paths[row] and not synthetic.is_drawn(paths[row]):
+                if (kind, code) not in self.folders:
+                    rows = np.flatnonzero(table.sources.codes == code).tolist()
+                    self.folders[kind, code] = common_folder(paths[r] for r in rows if paths[r])
+                check_folder(self.folders[kind, code])
 
     def _read(self, kind: Kind, row: int, path: str) -> np.ndarray:
         entry, number = self.places[kind][row].tolist() if kind in self.places else (-1, 0)
@@ -322,7 +350,7 @@ def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> No
 
 def _write(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
     lengths, shapes, reasons = [], [], {}
-    found = closing(_decode_all(kind, items, cache_side(config.model.image_size), _processes(config)))
+    found = closing(_decode_all(kind, items, config))
     title = f"Decoding {folder.name.rsplit('-', 1)[0]}s"
     with (folder / "data.bin").open("wb") as file, found as each:
         for number, decoded in enumerate(tqdm(each, title, len(items), unit="file", disable=None)):
@@ -348,8 +376,7 @@ def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float
     if len(items) <= FEW:
         return 0.0
     spread = [items[int(i)] for i in np.linspace(0, len(items) - 1, PROBES)]
-    sizes = [found.nbytes for found in _decode_chunk(kind, spread, cache_side(config.model.image_size))
-             if not isinstance(found, str)]
+    sizes = [found.nbytes for found in _decode_all(kind, spread, config) if not isinstance(found, str)]
     return len(items) * sum(sizes) / max(len(sizes), 1)
 
 
@@ -393,6 +420,24 @@ def _sync_folder(folder: Path) -> None:
 
 def bad_samples_path(config: Config) -> Path:
     return Path(config.paths.output_dir) / "logs" / "bad_samples.jsonl"
+
+
+def given_up(table: SampleTable, config: Config) -> dict[int, str]:
+    """Rows of samples at which a process of this run hung or died before, and why: they are not read again, so that a
+    run that goes on sees what it would have seen. Deleting its line in bad_samples.jsonl gives a sample another try."""
+    reasons = {(record["split"], record["key"]): record["reason"] for record in _records(bad_samples_path(config))
+               if _GIVEN_UP.search(record["reason"])}
+    if not reasons:
+        return {}
+    keys = ((table.splits[row], f"{table.sources[row]}/{table.keys[row]}") for row in range(len(table)))
+    return {row: reasons[key] for row, key in enumerate(keys) if key in reasons}
+
+
+def _records(path: Path) -> Iterator[dict[str, str]]:
+    """Lines of bad_samples.jsonl, without one that was cut off."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def record_broken(records: Sequence[dict[str, str]], config: Config) -> None:

@@ -101,7 +101,6 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
                 assert mine == yours, name
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_batches_are_bit_identical_for_any_number_of_workers(mixed: tuple[Data, Config], threads: int) -> None:
     data, config = mixed
@@ -211,21 +210,15 @@ def test_all_broken_is_an_error_even_where_any_share_is_allowed(tmp_path: Path, 
     assert "\n" not in str(caught.value)
 
 
-def test_workers_follow_the_setting_and_the_room_in_shared_memory(mixed: tuple[Data, Config],
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    data, config = mixed
-
-    def count(config: Config, cores: int, jobs: int = 100) -> int:
+def test_workers_follow_the_setting_the_cores_and_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(cores: int, jobs: int = 100, *overrides: str) -> int:
         monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-        batches = [(0, np.arange(8))] * jobs
-        return worker_count(datasets.BatchReader(data.splits["train"], batches, BOTH, config, True, 1), jobs)
-    assert [count(config, cores) for cores in (1, 2, 3, 6, 64)] == [1, 1, 2, 5, 8]
-    assert count(config, 64, jobs=3) == 3 and count(config, 64, jobs=0) == 0
-    explicit = load_config(None, ["data.workers=5"])
-    assert count(explicit, 2) == 5
-    large = load_config(None, ["model.image_size=8192"])
-    with pytest.warns(UserWarning, match="--shm-size"):
-        assert count(large, 64) < 8
+        return worker_count(load_config(None, list(overrides)), jobs)
+    assert [count(cores) for cores in (1, 2, 3, 6, 64)] == [1, 1, 2, 5, 8]
+    assert count(64, 3) == 3 and count(64, 0) == 0
+    assert count(2, 100, "data.workers=5") == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [count(cores) for cores in (2, 8, 16)] == [1, 1, 3]
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

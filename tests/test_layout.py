@@ -23,9 +23,10 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "config": "", "samples": "", "manifest": "config samples", "synthetic": "config samples",
     "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
-    "images": "config", "audio": "config", "prepare": "config samples images audio synthetic",
-    "batches": "config samples images prepare vocabulary",
-    "datasets": "config samples readers vocabulary concepts prepare batches",
+    "images": "config", "audio": "config", "workers": "config",
+    "prepare": "config samples images audio synthetic workers",
+    "batches": "config samples images prepare vocabulary workers",
+    "datasets": "config samples readers vocabulary concepts prepare batches workers",
     # mathematics
     "model": "config footprint", "steps": "distributed", "losses": "steps", "metrics": "", "optimization": "config",
     # the machine

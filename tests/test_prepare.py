@@ -251,7 +251,7 @@ def is_alive(pid: int) -> bool:
 
 def test_a_killed_run_leaves_no_entry_no_lock_and_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", FILL, str(tmp_path)], cwd=ROOT)
-    wait_for(lambda: len(children_of(process.pid)) == 2)
+    wait_for(lambda: entries(tmp_path) and len(children_of(process.pid)) == 2)
     children = children_of(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -174,15 +174,22 @@ class Entry:
         if number in self.reasons:
             raise BrokenSample(self.reasons[number])
         if self._bytes is None:
-            try:
-                self._bytes = np.memmap(self.folder / "data.bin", np.uint8, mode="r")
-            except OSError as error:
-                raise UserError(f"{self.folder}: this entry of the cache cannot be read any more ({error.strerror}); "
-                                "go on with --resume auto, and it will be made again if it is gone") from None
+            self._bytes = self._map()
         flat = self._bytes[self.offsets[number]:self.offsets[number + 1]].view(np.ndarray)
         if self.is_image:
             return flat.reshape(*self.shapes[number], 3)
         return flat.view(np.float16).reshape(-1, NUM_MELS)
+
+    def _map(self) -> np.ndarray:
+        try:
+            content = np.memmap(self.folder / "data.bin", np.uint8, mode="r")
+            problem = "" if content.nbytes == self.offsets[-1] else "it has shrunk"
+        except (OSError, ValueError) as error:  # the second where it is empty
+            problem = getattr(error, "strerror", None) or str(error)
+        if problem:
+            raise UserError(f"{self.folder}: this entry of the cache cannot be read any more ({problem}); delete it if it "
+                            "is still there, then go on with --resume auto, and it will be made again")
+        return content
 
 
 @dataclass(frozen=True)

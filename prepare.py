@@ -187,8 +187,8 @@ class Entry:
         except (OSError, ValueError) as error:  # the second where it is empty
             problem = getattr(error, "strerror", None) or str(error)
         if problem:
-            raise UserError(f"{self.folder}: this entry of the cache cannot be read any more ({problem}); delete it if it "
-                            "is still there, then go on with --resume auto, and it will be made again")
+            raise UserError(f"{self.folder}: this entry of the cache cannot be read any more ({problem}); delete it if "
+                            "it is still there, then go on with --resume auto, and it will be made again")
         return content
 
 

@@ -221,7 +221,8 @@ def _delete_run(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").mkdir()
     shutil.rmtree(folder / "logs" / "tensorboard", ignore_errors=True)
-    (folder / "logs" / "metrics.jsonl").unlink(missing_ok=True)
+    for path in (folder / "logs" / "metrics.jsonl", *(folder / "logs").glob("bad_step_*.pt")):
+        path.unlink(missing_ok=True)
 
 
 def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> TriModalModel:

@@ -5,12 +5,13 @@ A stage is a row of the configuration; nothing here knows one by name.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alarms import Alarms
 from checkpoint import describe_mismatch
 from config import Config, ConfigError, StageConfig, TaskConfig, UserError
 from datasets import Batch, Data, epoch_batches, pool
@@ -35,10 +36,12 @@ class Stage:
     average: MovingAverage | None
     steps: int = 0  # optimizer steps of the whole stage
     bad_in_a_row: int = 0  # steps whose gradient was not finite
+    alarms: Alarms = field(default_factory=Alarms)
 
     def state_dict(self) -> dict[str, Any]:
         return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "average": self.average.state_dict() if self.average else None}
+                "average": self.average.state_dict() if self.average else None, "bad_in_a_row": self.bad_in_a_row,
+                "alarms": self.alarms.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
@@ -49,6 +52,8 @@ class Stage:
                             "the settings it was trained with, or start anew in another --output-dir")
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.bad_in_a_row = state["bad_in_a_row"]
+        self.alarms.load_state_dict(state["alarms"])
         if self.average is not None and state["average"]:
             self.average.load_state_dict(state["average"])
 
@@ -111,6 +116,7 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
     stage = Stage(row, tasks, objectives, optimizer, average)
     stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
+    stage.alarms = Alarms(row.name, round(stage.steps * training.warmup_pct / 100))
     return stage
 
 

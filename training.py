@@ -17,6 +17,7 @@ from torch import Tensor
 
 import budget
 import distributed
+import faults
 import memory
 from budget import Plan
 from config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig, UserError
@@ -74,6 +75,7 @@ class StepResult:
     parts: dict[str, Tensor]
     grad_norm: Tensor
     finite: Tensor
+    given: faults.Given  # to look for the cause where it is not finite
 
     def read(self) -> tuple[float, dict[str, float], float, bool]:
         loss, norm, finite, *parts = torch.stack(
@@ -113,7 +115,8 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
             scale.clamp_(0.0, 4.6052)  # 1 to 100, arXiv:2103.00020
     if stage.average is not None:
         stage.average.update(run.model.parameters())
-    return StepResult(parts.pop(TOTAL, torch.zeros((), device=run.device)), parts, norm, finite)
+    return StepResult(parts.pop(TOTAL, torch.zeros((), device=run.device)), parts, norm, finite,
+                      faults.Given(task, batch, whole, share))
 
 
 def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
@@ -169,7 +172,7 @@ class StepLog:
 
     def __init__(self, run: Run, stage: Stage, epoch: int):
         self.run, self.stage, self.epoch = run, stage, epoch
-        self.pending: tuple[StepResult, dict[str, Any], list[str]] | None = None
+        self.pending: tuple[StepResult, dict[str, Any]] | None = None
         self.losses: list[float] = []
         self.clock = memory.Clock()
         self.samples = 0
@@ -186,23 +189,24 @@ class StepLog:
         self.samples += samples
         facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
                  "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
-        self.pending = (result, facts, batch.keys)
+        self.pending = (result, facts)
 
     def flush(self) -> None:
         if self.pending is None:
             return
-        (result, facts, keys), self.pending = self.pending, None
+        (result, facts), self.pending = self.pending, None
         loss, parts, norm, finite = result.read()
         parts = self.run.world.sum_scalars({TOTAL: loss, **parts})
         loss = parts.pop(TOTAL)
         self.run.tracker.advance(facts["samples"], loss)
         if not finite:
-            self._bad(facts, loss, parts, norm, keys)
+            self._bad(result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
             return
         self.stage.bad_in_a_row = 0
         self.losses.append(loss)
         if facts["step"] % self.run.config.training.log_every_steps == 0:
             self._write(facts, loss, parts, norm)
+        faults.listen(self.run, self.stage, result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
 
     def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
         now, (start, before) = time.perf_counter(), self.window_start
@@ -215,17 +219,13 @@ class StepLog:
             "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
             "data_wait_pct": self.clock.wait_pct, "memory_gib": memory.peak_gib(self.run.device)[0]})
 
-    def _bad(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float, keys: list[str]) -> None:
+    def _bad(self, given: faults.Given, facts: dict[str, Any]) -> None:
         """A step whose gradient was not finite changed nothing; many in a row end the run."""
         self.stage.bad_in_a_row += 1
-        name, step = facts["stage"], facts["step"]
-        causes = [part for part, value in parts.items() if value != value or abs(value) == float("inf")]
-        cause = f"loss part {', '.join(causes)}" if causes else "the gradient, not the loss"
-        self.run.tracker.event(f"[{name}] step {step} skipped: not finite in {cause} (samples {', '.join(keys[:3])}, "
-                               "...)", step)
+        cause = faults.examine(self.run, self.stage, given, facts, attempt)
         if self.stage.bad_in_a_row >= self.run.config.training.max_bad_steps:
-            raise TrainingError(f"stage {name}, step {step}: {self.stage.bad_in_a_row} steps in a row were not finite, "
-                                f"in {cause}; last good checkpoint: {last_checkpoint(self.run)}. "
+            raise TrainingError(f"stage {facts['stage']}, step {facts['step']}: {self.stage.bad_in_a_row} steps in a "
+                                f"row were not finite, in {cause}; last good checkpoint: {last_checkpoint(self.run)}. "
                                 "Lower --lr, or set training.use_amp=false")
 
 
@@ -235,7 +235,8 @@ def train_epoch(run: Run, stage: Stage, epoch: int) -> StepLog:
     log = StepLog(run, stage, epoch)
     jobs = epoch_jobs(run, stage, epoch)
     batches = loader(run.data, "train", own_jobs(run, jobs), run.config,
-                     inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch)
+                     inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
+                     say=lambda line: run.tracker.event(line, run.progress.step))
     for (task, indices), batch in zip(jobs, log.clock.waiting_for(batches), strict=True):
         result = train_step(run, stage, task, batch)
         run.progress.step += 1

@@ -110,6 +110,7 @@ def no_dumps() -> Iterator[None]:
     """Processes that are to crash inherit that pytest prints where."""
     faulthandler.disable()
     yield
+    assert sys.__stderr__ is not None
     faulthandler.enable(sys.__stderr__)
 
 

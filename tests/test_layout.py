@@ -37,8 +37,10 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "protocols": "config datasets metrics memory",
     "planning": "config model datasets steps losses memory budget footprint optimization",
     "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
-    "stages": "config datasets steps losses checkpoint distributed optimization planning runs",
-    "training": "config datasets steps losses memory budget distributed optimization planning runs stages",
+    "alarms": "",
+    "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
+    "faults": "config datasets model steps losses checkpoint runs stages alarms",
+    "training": "config datasets steps losses memory budget distributed optimization planning runs stages faults",
     "run_training": "config training",
     "evaluate": "config model datasets vocabulary metrics memory planning checkpoint report protocols",
     # getting data

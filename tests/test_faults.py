@@ -1,0 +1,384 @@
+"""Steps that are not finite: where it began is found, in which samples; a snapshot can be replayed; nothing else moves.
+
+Run as `python -m tests.test_faults FOLDER` this file is one rank's work; a test starts it with torchrun.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import distributed
+import faults
+import memory
+import runs
+import training
+from datasets import Batch
+from runs import Options, Run, TrainingError
+from tests.narrow import part_of
+from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, weights
+from tests.test_torchrun import torchrun
+from training import Stage, StepLog
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+    with one_thread():
+        yield SmallRuns(tmp_path_factory.mktemp("shared"))
+
+
+def opened(small: SmallRuns, folder: Path, *overrides: str) -> tuple[Run, Stage, list[Batch]]:
+    """Four batches of eight pictures and texts."""
+    run = small.open(folder, "training.batch_size=8", *overrides)
+    stage = small.stage(run, "align")
+    return run, stage, batches(run, stage)[:4]
+
+
+def take(run: Run, stage: Stage, given: list[Batch]) -> None:
+    log = StepLog(run, stage, epoch=1)
+    for batch in given:
+        log.add(step(run, stage, batch), batch, len(batch.keys))
+    log.flush()
+
+
+def events(folder: Path) -> list[str]:
+    return [record["message"] for record in records(folder, "event")]
+
+
+def changing(change: Callable[[Tensor], Tensor]) -> Any:
+    """A forward hook that changes the tokens of a tower."""
+    return lambda module, given, tokens: tokens._replace(tokens_BND=change(tokens.tokens_BND))
+
+
+def spoil_marked(run: Run) -> None:
+    """From now on pictures of nothing but sevens come out of their encoder as no numbers."""
+    def spoil(module: nn.Module, given: Any, tokens: Any) -> Any:
+        marked = (given[0] == 7).flatten(1).all(1)
+        return tokens._replace(tokens_BND=tokens[0].masked_fill(marked[:, None, None], float("nan")))
+
+    run.model.image.register_forward_hook(spoil)
+
+
+def mark(batch: Batch, row: int) -> Batch:
+    assert batch.images is not None
+    images = batch.images.clone()
+    images[row] = 7
+    return dataclasses.replace(batch, images=images)
+
+
+# ---- where it began ----------------------------------------------------------------------------------------------
+
+
+def overflow(run: Run) -> None:
+    with torch.no_grad():
+        run.model.get_parameter("text.blocks.blocks.1.up.weight").fill_(3e38)
+
+
+def test_the_first_module_whose_output_is_not_finite_is_named(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+    overflow(run)
+    take(run, stage, [first])
+    assert events(tmp_path) == [
+        "[align] step 1 skipped: not finite in loss part contrastive_image_text, first in the output of "
+        f"model.text.blocks.blocks.1.up (float32) (samples {', '.join(first.keys[:3])} and 5 more); kept in "
+        "logs/bad_step_1.pt"]
+
+
+def test_it_is_named_in_micro_batches_as_well(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+    run.fits["align"] = memory.Fit(dict.fromkeys(("image", "audio", "text", "fusion"), 3), {})
+    overflow(run)
+    take(run, stage, [first])
+    assert "first in the output of model.text.blocks.blocks.1.up (float32)" in events(tmp_path)[0]
+
+
+def test_where_a_gradient_first_stops_being_finite_is_named_not_where_it_ends_up(small: SmallRuns,
+                                                                                 tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+
+    def spoil(module: nn.Module, given: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("inf"))
+
+    run.model.get_submodule("text.blocks.blocks.1.down").register_forward_hook(spoil)
+    take(run, stage, [first])
+    assert ("not finite in the gradient, not the loss, first in the gradient of model.text.blocks.blocks.1.down."
+            in events(tmp_path)[0])
+
+
+def test_samples_whose_features_are_not_finite_are_named(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+    spoil_marked(run)
+    take(run, stage, [mark(first, 5)])
+    assert f"first in the output of model.image (float32) (samples {first.keys[5]}); kept" in events(tmp_path)[0]
+
+
+def test_captions_whose_features_are_not_finite_name_their_samples(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path, "training.captions_per_visit=2")
+    assert first.caption_owner is not None and len(first.caption_owner) == 16
+
+    def spoil(tokens: Tensor) -> Tensor:
+        return tokens.masked_fill((torch.arange(len(tokens)) == 11)[:, None, None], float("nan"))
+
+    run.model.text.register_forward_hook(changing(spoil))
+    take(run, stage, [first])
+    assert f"(samples {first.keys[int(first.caption_owner[11])]}); kept" in events(tmp_path)[0]
+
+
+def test_sounds_that_are_not_finite_are_told_from_faults_of_the_model(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, _ = opened(small, tmp_path)
+    batch = batches(run, stage, task=1)[0]
+    assert batch.audio is not None
+    batch.audio[2, 7, 3] = float("inf")
+    log = StepLog(run, stage, epoch=1)
+    log.add(step(run, stage, batch, task=1), batch, 8)
+    log.flush()
+    assert f"audio_text, in sounds of the batch itself (samples {batch.keys[2]}); kept" in events(tmp_path)[0]
+
+
+def test_weights_that_are_not_finite_are_told(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+    with torch.no_grad():
+        run.model.get_parameter("image.blocks.blocks.2.qkv.weight")[3, 4] = float("nan")
+    take(run, stage, [first])
+    assert ", in the weights model.image.blocks.blocks.2.qkv.weight (samples " in events(tmp_path)[0]
+
+
+def test_what_does_not_come_back_is_said_to_have_gone(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, second, *_) = opened(small, tmp_path)
+    handle = run.model.text.register_forward_hook(changing(lambda tokens: tokens * float("nan")))
+    log = StepLog(run, stage, epoch=1)
+    log.add(step(run, stage, first), first, 8)
+    handle.remove()
+    log.add(step(run, stage, second), second, 8)
+    assert ("contrastive_image_text; done again, with the weights of one step later, it is finite (samples "
+            in events(tmp_path)[0])
+
+
+# ---- nothing else moves ------------------------------------------------------------------------------------------
+
+
+def test_looking_for_the_cause_changes_nothing_of_the_training(small: SmallRuns, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(folder: Path) -> tuple[Run, Stage]:
+        run, stage, given = opened(small, folder)
+        spoil_marked(run)
+        torch.manual_seed(5)
+        take(run, stage, [given[0], mark(given[1], 0), *given[2:]])
+        return run, stage
+
+    run, stage = trained(tmp_path / "looked")
+    assert "first in the output of model.image" in events(tmp_path / "looked")[0]
+    assert all(p.grad is None for p in run.model.parameters())
+    random = torch.get_rng_state()
+    monkeypatch.setattr(faults, "examine", lambda *_: "")
+    plain, plain_stage = trained(tmp_path / "not")
+    assert events(tmp_path / "not") == []
+    assert torch.equal(torch.get_rng_state(), random)
+    assert differing(run.model.state_dict(), plain.model.state_dict()) == []
+    assert differing(stage.state_dict(), plain_stage.state_dict()) == []
+
+
+def test_a_bad_step_has_changed_no_weights_when_it_is_done_again(small: SmallRuns, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+    overflow(run)
+    before = weights(run.model)
+    states: list[list[str]] = []
+    look = faults.look
+
+    def looking(*given: Any) -> Any:
+        states.append(differing(weights(run.model), before))
+        return look(*given)
+
+    monkeypatch.setattr(faults, "look", looking)
+    take(run, stage, [first])
+    assert states == [[]]
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory"), (KeyError("odd"), "KeyError('odd')")])
+def test_a_failure_while_looking_is_said_and_the_run_goes_on(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    run, stage, (first, second, *_) = opened(small, tmp_path)
+    handle = run.model.text.register_forward_hook(changing(lambda tokens: tokens * float("nan")))
+    log = StepLog(run, stage, epoch=1)
+    log.add(step(run, stage, first), first, 8)
+    handle.remove()
+
+    def failing(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(faults, "look", failing)
+    log.add(step(run, stage, second), second, 8)
+    log.flush()
+    assert f"contrastive_image_text, where cannot be told ({said}" in events(tmp_path)[0]
+    assert [record["step"] for record in records(tmp_path, "step")] == [2]
+
+
+# ---- snapshots ---------------------------------------------------------------------------------------------------
+
+
+def saved(run: Run, stage: Stage) -> Path:
+    path = run.folder / "weights.pt"
+    checkpoint.save({**runs.description(run), "stage": stage.row.name, "stage_state": stage.state_dict(),
+                     "model_state_dict": run.model.state_dict()}, path)
+    return path
+
+
+def test_a_snapshot_is_replayed_with_the_weights_of_a_checkpoint(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+    good = saved(run, stage)
+    good = good.rename(tmp_path / "good.pt")
+    overflow(run)
+    take(run, stage, [first])
+    snapshot = tmp_path / "logs/bad_step_1.pt"
+    state = checkpoint.load(snapshot)
+    assert differing(state["batch"]["noise"], first.noise) == [] and state["batch"]["keys"] == first.keys
+    assert state["step"] == 1 and state["stage"] == "align" and state["parts"].keys() == {"contrastive_image_text"}
+    where = "first in the output of model.text.blocks.blocks.1.up (float32)"
+    said = "Step 1 of stage align was not finite in loss part contrastive_image_text, " + where + ".\nNow: "
+    assert faults.replay(snapshot, saved(run, stage)) == said + f"not finite {where}."
+    assert faults.replay(snapshot, good) == said + "finite, with these weights."
+    command = [sys.executable, "faults.py", str(snapshot), str(good)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed == said + "finite, with these weights.\n"
+
+
+def test_a_snapshot_of_matching_uses_the_heads_of_a_checkpoint_of_its_stage(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "training.batch_size=8")
+    stage = small.stage(run, "finetune")
+    batch = batches(run, stage)[0]
+    with torch.no_grad():
+        stage.objectives.get_parameter("0_matching.head.weight").fill_(3e38)
+    take(run, stage, [batch])
+    snapshot = tmp_path / "logs/bad_step_1.pt"
+    where = "first in the output of objectives.0_matching.head (float32)"
+    assert where in events(tmp_path)[0]
+    assert faults.replay(snapshot, saved(run, stage)).endswith(f"Now: not finite {where}.")
+    stage.row = dataclasses.replace(stage.row, name="align")
+    assert faults.replay(snapshot, saved(run, stage)).endswith(
+        "Now: finite, with these weights. The objectives' heads were fresh.")
+
+
+def test_files_that_are_no_snapshot_or_checkpoint_are_refused_in_one_line(
+        small: SmallRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, stage, _ = opened(small, tmp_path)
+    weights_file = str(saved(run, stage))
+    for arguments in ([weights_file, weights_file], [str(tmp_path / "none.pt"), weights_file], [weights_file]):
+        assert faults.main(arguments) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_first_three_bad_steps_of_a_run_are_kept_and_kept_again_by_one_that_goes_on(small: SmallRuns,
+                                                                                      tmp_path: Path) -> None:
+    run, stage, given = opened(small, tmp_path)
+    overflow(run)
+    take(run, stage, given)
+    names = [f"bad_step_{number}.pt" for number in (1, 2, 3)]
+    assert sorted(path.name for path in (tmp_path / "logs").glob("*.pt")) == names
+    assert ["kept in" in event for event in events(tmp_path)] == [True] * 3 + [False]
+    run.progress.step = 1  # as if the run had been killed and went on after its first step
+    take(run, stage, given[1:])
+    assert events(tmp_path)[4:] == events(tmp_path)[1:4]
+    assert sorted(path.name for path in (tmp_path / "logs").glob("bad*")) == names
+    runs._delete_run(tmp_path)
+    assert not list((tmp_path / "logs").glob("*.pt")), "--overwrite begins anew"
+
+
+def test_a_snapshot_that_cannot_be_written_costs_the_snapshot_only(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, (first, *_) = opened(small, tmp_path)
+    (tmp_path / "logs/bad_step_1.pt/full").mkdir(parents=True)
+    overflow(run)
+    take(run, stage, [first])
+    assert "; kept in no file: " in events(tmp_path)[0] and "cannot be saved" in events(tmp_path)[0]
+
+
+def test_bad_steps_in_a_row_end_the_run_with_cause_and_last_good_checkpoint(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, given = opened(small, tmp_path, "training.max_bad_steps=3")
+    run.progress.epoch = 1
+    checkpoint.save({}, tmp_path / "checkpoints/checkpoint_epoch_1.pt")
+    overflow(run)
+    with pytest.raises(TrainingError) as stop:
+        take(run, stage, given)
+    assert str(stop.value) == (
+        "stage align, step 3: 3 steps in a row were not finite, in loss part contrastive_image_text, first in the "
+        "output of model.text.blocks.blocks.1.up (float32); last good checkpoint: "
+        f"{tmp_path}/checkpoints/checkpoint_epoch_1.pt. Lower --lr, or set training.use_amp=false")
+
+
+# ---- figures of good steps ---------------------------------------------------------------------------------------
+
+
+def test_spikes_and_contrasts_of_training_reach_the_alarms_of_the_stage(small: SmallRuns, tmp_path: Path) -> None:
+    run, stage, given = opened(small, tmp_path)
+    take(run, stage, given)
+    state = stage.state_dict()["alarms"]
+    assert state["steps"] == 4 and state["series"].keys() == {"loss image_text", "gradient image_text"}
+    steps = records(tmp_path, "step")
+    assert state["series"]["loss image_text"]["values"] == [record["loss"] for record in steps]
+    assert state["series"]["gradient image_text"]["values"] == [record["grad_norm"] for record in steps]
+    assert stage.alarms.warmup_steps == round(stage.steps * 0.05) == 0
+    parts = state["contrasts"]["image_text"]["parts"]
+    assert parts == [record["parts"]["contrastive_image_text"] / faults.chance(batch, ["image", "text"], "infonce")
+                     for record, batch in zip(steps, given, strict=True)]
+    stage.alarms.series["loss image_text"].values = [0.01] * 50
+    take(run, stage, given[:1])
+    assert events(tmp_path)[0].startswith("[align] step 5: the loss of image_text is ")
+    again = small.stage(run, "align")
+    again.load_state_dict(stage.state_dict())
+    assert again.alarms == stage.alarms and again.alarms is not stage.alarms
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+
+def run_as_rank(folder: Path) -> None:
+    """Three steps; in the first the third picture of the second process is spoilt."""
+    world = distributed.start()
+    small = SmallRuns(folder / f"shared{world.rank}")
+    with one_thread(), world.quiet():
+        run = runs.open_run(small.config(folder / "run", "training.batch_size=8"), Options("cpu"), None, world)
+        towers = ("image", "audio", "text", "fusion")
+        run.fits = {row.name: memory.Fit(dict.fromkeys(towers, 3), {}) for row in run.config.stages}
+        stage = small.stage(run, "align")
+        spoil_marked(run)
+        log = StepLog(run, stage, epoch=1)
+        for number, batch in enumerate(batches(run, stage)[:3]):
+            own = part_of(batch, torch.arange(len(batch.keys))[world.share(len(batch.keys))])
+            own = mark(own, 2) if world.rank == 1 and number == 0 else own
+            log.add(training.train_step(run, stage, 0, own), own, len(batch.keys))
+            run.progress.step += 1
+            run.progress.stage_step += 1
+        log.flush()
+    torch.save(weights(run.model), folder / f"rank{world.rank}.pt")
+    world.stop()
+
+
+@pytest.mark.slow
+def test_processes_look_together_and_name_the_sample_of_the_one_that_has_it(small: SmallRuns, tmp_path: Path) -> None:
+    process = torchrun(2, "-m", "tests.test_faults", str(tmp_path))
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    _, _, (first, *_) = opened(small, tmp_path / "alone")
+    assert events(tmp_path / "run") == [
+        "[align] step 0 skipped: not finite in loss part contrastive_image_text, first in the output of model.image "
+        f"(float32) (samples {first.keys[6]}); kept in logs/bad_step_0.pt"]
+    state = checkpoint.load(tmp_path / "run/logs/bad_step_0.pt")
+    assert state["process"] == [1, 2] and state["batch"]["keys"] == first.keys[4:]
+    assert [record["step"] for record in records(tmp_path / "run", "step")] == [1, 2]
+    one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert differing(one, other) == []
+
+
+if __name__ == "__main__":
+    run_as_rank(Path(sys.argv[1]))

@@ -11,7 +11,8 @@ laptop) while `footprint` adds up every storage that lives. What is chosen among
    has several objectives, each also encodes anew, since no tokens of the whole batch are kept. The largest micro-batch
    for all towers together, then for each alone, the costliest first: whole if that fits, else as large as fits.
    Where every objective is over single samples, parts cost nothing, and come second.
-4. Parts whose blocks are recomputed as well, where not even single samples fit without.
+4. Parts whose blocks are recomputed as well, one more forward pass, where that makes up for parts so small that what
+   each call costs by itself counts (`CALL_SAMPLES`), or where not even single samples fit without.
 
 `benchmarks/plan_choice.py` compares a choice with the others that fit, run for real.
 
@@ -36,7 +37,8 @@ from memory import CONTEXT_GIB, GIB, KNOBS, Fit, MicroBatch, smaller
 
 FRAGMENTATION_PCT = 10.0
 AMPLE_MICRO_BATCH = 256  # larger parts fill the device no better
-FINE_MICRO_BATCH = 16  # below this, sizes between the powers of two are tried as well
+FINE_MICRO_BATCH = 16  # below this, sizes between the powers of two, and recompute in parts, are tried as well
+CALL_SAMPLES = 1.5  # a part costs as much as so many samples more: measured on a CPU (benchmarks/plan_choice.py)
 PARTIAL = (4, 2)  # every n-th block: what lies between recomputing none and all
 
 Measure = Callable[[Fit, int | None], Usage | None]  # None: more than that many bytes
@@ -149,7 +151,19 @@ class _Search:
         whole = None if self.parts_are_free else self._whole_or_recomputed(self.upper)
         if whole:
             return whole
-        return self._in_parts(0) or self._in_parts(self._deepest) or self.at(self._sizes(1), self._deepest)
+        found = [self._in_parts(0)]
+        if self.may_recompute and (found[0] is None or min(found[0].micro_batch.values()) < FINE_MICRO_BATCH):
+            found.append(self._in_parts(1))
+        return min(filter(None, found), key=self._cost, default=self.at(self._sizes(1), self._deepest))
+
+    def _cost(self, fit: Fit) -> float:
+        """Forward passes of the tower that has most of them (a backward pass counts as two), small parts for more."""
+        def passes(tower: str, size: int) -> float:
+            in_parts, every = size < self.upper[tower], fit.recompute[tower]
+            again = (in_parts and not self.parts_are_free) + (1 / every if every else 0)
+            return (3 + again) * (1 + in_parts * CALL_SAMPLES / size)
+
+        return max(passes(tower, size) for tower, size in fit.micro_batch.items())
 
     @property
     def _deepest(self) -> int:

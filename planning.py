@@ -5,10 +5,10 @@ sounds of `data.audio_max_s`, captions of `model.context_length`. What a step re
 patches are kept, which words are hidden) is put at its worst case, since fake tensors have no values. At most
 `PARTS` micro-batches of each tower are run, beside inputs and features of full size: further ones free what they took.
 
-Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much, the
-search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end as
-soon as they take too much. Under torchrun a plan is that of each process: its share of the batch, the features
-of all.
+Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much,
+the search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end
+as soon as they take too much. Under torchrun a plan is that of each process: its share of the batch, the features of
+all.
 """
 
 import dataclasses

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from config import UserError
+from files import replacing
 from footprint import TAGS, Usage
 from memory import CONTEXT_GIB, GIB, KNOBS, Fit, MicroBatch, smaller
 
@@ -299,12 +300,8 @@ def write_plan(folder: str | Path, key: str, plan: Plan) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, "w") as file:
+        json.dump(value, file, indent=1)
 
 
 # ---- calibration -------------------------------------------------------------------------------------------------

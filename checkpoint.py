@@ -8,8 +8,6 @@ of another one, and a copied file keeps its own. To torch it is an ordinary file
     state = load("outputs/checkpoints/best_model.pt")
 """
 
-import contextlib
-import errno
 import hashlib
 import os
 import random
@@ -20,6 +18,8 @@ from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
+
+from files import BESIDE, replacing
 
 SCHEMA = 1  # raised when a reader of the older layout would misread the newer one
 
@@ -45,22 +45,14 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
         TypeError: `state` holds something that a safe load would refuse (named by its keys).
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     content = {"schema": SCHEMA} | plain(state)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            _write_with_digest(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with replacing(path) as file:
+            _write_with_digest(content, cast(BinaryIO, file))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)}); an earlier file there is unchanged. "
                               "Free space or choose another --output-dir") from None
-    finally:
-        with contextlib.suppress(OSError):  # gone already, or the disk is read-only
-            temporary.unlink()
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -130,9 +122,17 @@ def rotate(folder: str | Path, keep_last: int, keep_every: int = 10) -> list[Pat
     return removed
 
 
+def remove_later(path: str | Path) -> None:
+    """Delete each `checkpoint_epoch_*.pt` that lies further on than `path`: of a run that went on from before them."""
+    path = Path(path)
+    for other in _by_age(path.parent):
+        if _position(other) > _position(path):
+            other.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Delete the temporary files of a run that was killed while saving; call it before the first save of a run."""
-    found = sorted(Path(folder).glob("*.pt.tmp"))
+    found = sorted(Path(folder).glob(f"*.pt.*{BESIDE}"))
     for path in found:
         path.unlink(missing_ok=True)
     return found
@@ -299,20 +299,6 @@ def _sha256(file: BinaryIO, size: int) -> str:
         digest.update(block)
         size -= len(block)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut; Windows cannot open a folder and needs no such call."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks know no sync of a folder
-            raise
-    finally:
-        os.close(handle)
 
 
 def _position(path: Path) -> tuple[int, float]:

@@ -105,6 +105,7 @@ class TrainingConfig:
     captions_per_visit: int = 1
     seed: int = 0
     save_every_epochs: int = 1
+    save_every_minutes: float = 10.0
     keep_checkpoints: int = 3
     log_every_steps: int = 10
     max_bad_steps: int = 10
@@ -116,8 +117,8 @@ class TrainingConfig:
 
     def problems(self) -> list[str]:
         found = _below("training", self, epochs=1, batch_size=1, gradient_accumulation_steps=1, captions_per_visit=1,
-                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, weight_decay=0, grad_clip_norm=0,
-                       max_bad_steps=1, warmup_pct=0, min_lr_pct=0, seed=0)
+                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, save_every_minutes=0, weight_decay=0,
+                       grad_clip_norm=0, max_bad_steps=1, warmup_pct=0, min_lr_pct=0, seed=0)
         if not self.learning_rate > 0:
             found.append(f"training.learning_rate: {self.learning_rate} is not above 0")
         if not 0 <= self.ema_decay < 1:

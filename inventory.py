@@ -13,6 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from files import replacing
+
 MARKER = ".downloaded.json"
 CONTENTS = ".contents"
 
@@ -27,12 +29,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def write_marker(folder: Path, marker: dict[str, Any]) -> None:
-    beside = folder / (MARKER + ".new")
-    with beside.open("w", encoding="utf-8") as file:
+    with replacing(folder / MARKER, "w") as file:
         file.write(json.dumps(marker, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, folder / MARKER)
 
 
 def contents_path(folder: Path, item: str) -> Path:

@@ -5,7 +5,8 @@
     python run_training.py --resume outputs/checkpoints/checkpoint_epoch_50.pt
     python run_training.py --plan
 
-Exit codes: 0 done, 1 the run could not go on, 2 a mistake in what was asked for, 130 interrupted.
+Exit codes: 0 done, 1 the run could not go on, 2 a mistake in what was asked for, 3 stopped by a signal after the step
+in hand, which is saved, 130 stopped at once.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from config import DATASETS, SIZES, Config, UserError, load_config
+from interruption import Stopped
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 FLAGS = {  # flag -> key of the configuration
@@ -81,7 +83,7 @@ def _literal(value: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    options, is_main = parse(sys.argv[1:] if arguments is None else arguments), os.environ.get("RANK", "0") == "0"
     try:
         config = configuration(options)
         import training
@@ -104,11 +106,15 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if is_main:
+            print(stopped, file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
-        print("\nInterrupted. Go on with --resume auto", file=sys.stderr)
+        print("\nStopped at once. Go on with --resume auto from the newest checkpoint", file=sys.stderr)
         return 130
 
 

@@ -38,7 +38,7 @@ class Stage:
 
     def state_dict(self) -> dict[str, Any]:
         return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "average": self.average.state_dict() if self.average else None}
+                "average": self.average.state_dict() if self.average else None, "bad_in_a_row": self.bad_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
@@ -49,6 +49,7 @@ class Stage:
                             "the settings it was trained with, or start anew in another --output-dir")
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.bad_in_a_row = state["bad_in_a_row"]
         if self.average is not None and state["average"]:
             self.average.load_state_dict(state["average"])
 

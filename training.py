@@ -22,24 +22,23 @@ from budget import Plan
 from config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig, UserError
 from datasets import Batch, epoch_batches, loader, pool
 from distributed import OutOfMemoryElsewhere, World
+from interruption import Interruption
 from losses import start_sigmoid
 from optimization import lr_at
 from planning import Place, apply_recompute, plan_stages, print_plan
+from resume import find_state, finished_report, stage_epochs
 from runs import (
     Options,
     Run,
     TrainingError,
-    find_state,
     finish,
-    finished_report,
     last_checkpoint,
     open_run,
     remember_best,
     retrieval_figures,
-    save,
     show_examples,
-    stage_epochs,
 )
+from saving import Saver
 from stages import (
     TOTAL,
     Stage,
@@ -170,7 +169,6 @@ class StepLog:
     def __init__(self, run: Run, stage: Stage, epoch: int):
         self.run, self.stage, self.epoch = run, stage, epoch
         self.pending: tuple[StepResult, dict[str, Any], list[str]] | None = None
-        self.losses: list[float] = []
         self.clock = memory.Clock()
         self.samples = 0
         self.start_s = time.perf_counter()
@@ -200,7 +198,8 @@ class StepLog:
             self._bad(facts, loss, parts, norm, keys)
             return
         self.stage.bad_in_a_row = 0
-        self.losses.append(loss)
+        self.run.progress.loss_sum += loss
+        self.run.progress.losses += 1
         if facts["step"] % self.run.config.training.log_every_steps == 0:
             self._write(facts, loss, parts, norm)
 
@@ -229,19 +228,29 @@ class StepLog:
                                 "Lower --lr, or set training.use_amp=false")
 
 
-def train_epoch(run: Run, stage: Stage, epoch: int) -> StepLog:
-    """All optimizer steps of one epoch."""
+def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> StepLog:
+    """All optimizer steps of one epoch that are not done yet.
+
+    Raises:
+        Stopped: a signal asked for it, and the saver has saved.
+    """
     run.model.train()
-    log = StepLog(run, stage, epoch)
-    jobs = epoch_jobs(run, stage, epoch)
-    batches = loader(run.data, "train", own_jobs(run, jobs), run.config,
+    progress, log, jobs = run.progress, StepLog(run, stage, epoch), epoch_jobs(run, stage, epoch)
+    if not progress.epoch_step:
+        progress.loss_sum, progress.losses = 0.0, 0
+    start = progress.epoch_step
+    batches = loader(run.data, "train", own_jobs(run, jobs), run.config, start=start,
                      inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch)
-    for (task, indices), batch in zip(jobs, log.clock.waiting_for(batches), strict=True):
+    for (task, indices), batch in zip(jobs[start:], log.clock.waiting_for(batches), strict=True):
         result = train_step(run, stage, task, batch)
-        run.progress.step += 1
-        run.progress.stage_step += 1
+        progress.step += 1
+        progress.stage_step += 1
+        progress.epoch_step += 1
         log.add(result, batch, len(indices))
+        if saver and progress.epoch_step < len(jobs):  # the last one's checkpoint is that of the epoch
+            saver.after_step(stage.row.name, stage.state_dict, log.flush)
     log.flush()
+    progress.epoch, progress.epoch_step = epoch, 0
     return log
 
 
@@ -328,12 +337,13 @@ def train(config: Config, options: Options) -> Path | None:
     Raises:
         UserError: a mistake that the user can mend.
         TrainingError: the run cannot go on.
+        Stopped: a signal asked for it; what is done is saved.
     """
     memory.keep_few_kernels()
     world = distributed.start(memory.choose_device(options.device))
     try:
-        with world.quiet():
-            return run_stages(config, options, world)
+        with world.quiet(), Interruption() as interruption:
+            return run_stages(config, options, world, interruption)
     except RuntimeError as error:
         if not world.has_lost_someone(error):
             raise
@@ -343,7 +353,7 @@ def train(config: Config, options: Options) -> Path | None:
         world.stop()
 
 
-def run_stages(config: Config, options: Options, world: World) -> Path | None:
+def run_stages(config: Config, options: Options, world: World, interruption: Interruption) -> Path | None:
     """`train`, as one of the processes of `world`."""
     state = world.on_main(lambda: find_state(config, options))
     if report := world.on_main(lambda: finished_report(config, state)):
@@ -357,16 +367,19 @@ def run_stages(config: Config, options: Options, world: World) -> Path | None:
         if state is None and config.training.contrastive_loss == "sigmoid":
             start_sigmoid(run.model, first_contrast(config))
         plan(run, {name: found for name, (found, _) in tasks.items()}, state)
-        epochs = stage_epochs(config)
-        for index, row in enumerate(config.stages):
-            first = sum(epochs[:index]) + 1
-            if epochs[index] == 0:
+        epochs, first = stage_epochs(config, state), 1
+        saver = Saver(run, epochs, interruption)
+        for row in config.stages:
+            span = range(first, first + epochs[row.name])
+            first = span.stop
+            if not span:
                 run.tracker.say(f"[{row.name}] skipped: {config.training.epochs} epochs are too few for its share")
-            elif run.progress.epoch < first + epochs[index] - 1:
+            elif run.progress.epoch < span[-1]:
                 found, skipped = tasks[row.name]
                 for line in skipped:
                     run.tracker.say(line)
-                train_stage(run, row, found, range(first, first + epochs[index]), state)
+                train_stage(run, row, found, span, state, saver)
+        saver.wait()
         return finish(run) if world.is_main else None
     finally:
         run.tracker.close()
@@ -384,36 +397,39 @@ def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | N
     run.predicted_gib = {name: found.peak_bytes / memory.GIB for name, found in plans.items()}
 
 
-def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range,
-                state: dict[str, Any] | None) -> None:
-    """The epochs of a stage that are not done yet; validates and saves after each."""
+def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
+                saver: Saver) -> None:
+    """The epochs of a stage that are not done yet; validates after each."""
     stage = build_stage(run, row, tasks, len(epochs))
-    if run.progress.epoch >= epochs[0]:
+    if run.progress.epoch >= epochs[0] or run.progress.epoch_step:
         assert state is not None, "only a resumed run begins inside a stage"
         stage.load_state_dict(state["stage_state"])
     else:
         run.progress.stage_step, run.progress.stage_s = 0, 0.0
     start_s = time.perf_counter() - run.progress.stage_s
     memory.reset_peak(run.device)
-    samples = sum(len(indices) for _, indices in epoch_jobs(run, stage, 1))
-    run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]), row.name)
+    samples = samples_of(epoch_jobs(run, stage, 1))
+    begun = samples_of(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
+    run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]) + begun, row.name)
     for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
-        log = train_epoch(run, stage, epoch)
-        run.progress.epoch = epoch
-        if not run.world.is_main:
-            continue  # the main process validates and saves; the others wait where they meet it in the next step
-        validate(run, stage, log)
-        run.progress.stage_s = time.perf_counter() - start_s
-        if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
-            run.tracker.record({
-                "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
-                "steps": run.progress.stage_step, "seconds": run.progress.stage_s,
-                "peak_gib": compare_memory(run, row.name), "samples": samples * len(epochs)})
-        if epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]:
-            save(run, stage.row.name, stage.state_dict())
-            if contrasts(stage):
-                show_examples(run)
+        with saver.interruption.can_wait():
+            log = train_epoch(run, stage, epoch, saver)
+            if run.world.is_main:  # the others wait where they meet it next
+                validate(run, stage, log)
+                run.progress.stage_s = time.perf_counter() - start_s
+                if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
+                    run.tracker.record({
+                        "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
+                        "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
+                        "peak_gib": compare_memory(run, row.name), "samples": samples * len(epochs)})
+                if contrasts(stage) and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
+                    show_examples(run)
+            saver.after_epoch(row.name, stage.state_dict, is_last=epoch == epochs[-1])
     run.tracker.close_bar()
+
+
+def samples_of(jobs: list[Any]) -> int:
+    return sum(len(indices) for _, indices in jobs)
 
 
 def compare_memory(run: Run, name: str) -> float:
@@ -444,7 +460,7 @@ def validate(run: Run, stage: Stage, log: StepLog) -> None:
     progress = run.progress
     run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
                             "parts": parts, "metrics": figures, "seconds": time.perf_counter() - start_s})
-    mean = sum(log.losses) / max(len(log.losses), 1)
+    mean = progress.loss_sum / max(progress.losses, 1)
     shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("R@1"))
     run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}  "
                     f"validation {loss:.4f}{' *' if best else ''}{shown}  {log.samples_per_s:.0f} samples/s  "

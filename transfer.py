@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from config import UserError
+from files import sync_folder
 
 if TYPE_CHECKING:
     from requests import Response, Session
@@ -340,16 +341,6 @@ class _Part:
         self.notes_path.unlink(missing_ok=True)
         sync_folder(self.wanted.path.parent)
         return fetched
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any], url: str = "") -> Fetched:

@@ -29,19 +29,22 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # mathematics
     "model": "config footprint", "steps": "distributed", "losses": "steps", "metrics": "", "optimization": "config",
     # the machine
-    "footprint": "", "memory": "config", "budget": "config footprint memory", "checkpoint": "", "distributed": "config",
+    "footprint": "", "memory": "config", "budget": "config files footprint memory", "checkpoint": "files",
+    "distributed": "config",
     # what a run writes
-    "plots": "", "report": "plots", "tracking": "",
+    "files": "", "plots": "", "report": "plots files", "tracking": "files",
     # runs
     "protocols": "config datasets metrics memory",
     "planning": "config model datasets steps losses memory budget footprint optimization",
-    "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
+    "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols",
+    "resume": "config checkpoint runs tracking", "interruption": "", "saving": "checkpoint interruption runs",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs",
-    "training": "config datasets steps losses memory budget distributed optimization planning runs stages",
-    "run_training": "config training",
+    "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
+                "interruption resume saving",
+    "run_training": "config interruption training",
     "evaluate": "config model datasets vocabulary metrics memory planning checkpoint report protocols",
     # getting data
-    "sources": "", "transfer": "config", "archives": "config", "inventory": "", "local_copies": "config",
+    "sources": "", "transfer": "config files", "archives": "config", "inventory": "files", "local_copies": "config",
     "acquisition": "config sources transfer archives inventory local_copies",
     "download_datasets": "config sources transfer archives acquisition",
 }.items()}

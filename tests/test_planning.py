@@ -227,7 +227,8 @@ def test_plan_for_a_named_device(tmp_path: Path, capsys: pytest.CaptureFixture[s
                  "training.use_amp=false"]
     assert run_training.main([*arguments, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Plan for cpu, fp32, effective batch only 32\n") and "0.5 GiB of context on cpu" in out
+    assert out.startswith("Plan for cpu, fp32, effective batch only 32\n")
+    assert "1.0 GiB of context on cpu, the best weights so far, and gaps" in out
     (tmp_path / "file").write_text("")
     assert run_training.main([*arguments, "--device", "cpu", "--output-dir", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err

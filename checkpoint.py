@@ -9,6 +9,7 @@ of another one, and a copied file keeps its own. To torch it is an ordinary file
 """
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -53,6 +54,26 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)}); an earlier file there is unchanged. "
                               "Free space or choose another --output-dir") from None
+
+
+def export(state: Mapping[str, Any], path: str | Path) -> None:
+    """The weights of a state as safetensors at `path`, and all else of it as JSON in `config.json` beside.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; earlier files are unchanged.
+    """
+    import safetensors.torch
+
+    path = Path(path)
+    others = plain({name: value for name, value in state.items() if name != "model_state_dict"})
+    weights = {name: value.contiguous() for name, value in plain(state["model_state_dict"]).items()}
+    try:
+        with replacing(path) as file:
+            file.write(safetensors.torch.save(weights, {"format": "pt"}))
+        with replacing(path.with_name("config.json"), "w") as file:
+            json.dump(others, file, ensure_ascii=False, indent=1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be saved ({_reason(error)})") from None
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:

@@ -13,6 +13,7 @@ P values of a patch, L text tokens, T mel frames, W audio windows, F embed_dim, 
 """
 
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -433,13 +434,14 @@ def create_model(size: str = "base", **overrides: Any) -> TriModalModel:
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, dict[str, Any]]:
-    """Open any checkpoint of this project: the model in eval mode, and everything else that the file holds.
+    """Open a checkpoint of this project, or its model.safetensors: the model in eval mode, and all else that it holds.
 
     Raises:
         UserError: the file is missing, or is not a checkpoint of this project.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        exported = Path(path).suffix == ".safetensors"
+        state = _read_export(Path(path)) if exported else torch.load(path, map_location=device, weights_only=True)
         config = config_from_dict({"model": state["config"]["model"]}).model
         weights = state.pop("model_state_dict")
     except FileNotFoundError:
@@ -449,6 +451,12 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
     model = TriModalModel(config)
     model.load_state_dict(weights)
     return model.to(device).eval(), state
+
+
+def _read_export(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {**json.loads(path.with_name("config.json").read_text("utf-8")), "model_state_dict": load_file(path)}
 
 
 @functools.cache

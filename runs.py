@@ -19,7 +19,7 @@ import memory
 import model as model_module
 import protocols
 import report
-from checkpoint import CheckpointError, describe_mismatch, find_latest, plain, remove_leftovers
+from checkpoint import CheckpointError, describe_mismatch, export, find_latest, plain, remove_leftovers
 from checkpoint import save as save_file
 from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
@@ -290,8 +290,9 @@ def finish(run: Run) -> Path:
         "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
     }
     try:
-        save_file({**description(run), **run.best, "progress": vars(run.progress).copy()},
-                  run.folder / "checkpoints" / "final_model.pt")
+        final = {**description(run), **run.best, "progress": vars(run.progress).copy()}
+        save_file(final, run.folder / "checkpoints" / "final_model.pt")
+        export({"model_state_dict": run.model.state_dict(), **final}, run.folder / "checkpoints" / "model.safetensors")
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
                                           language=run.config.report.language, gallery=gallery)
     except (CheckpointError, OSError) as error:

@@ -87,7 +87,7 @@ def interrupted(whole: Path, folder: Path, epoch: int) -> Path:
 
 def test_the_whole_run_has_a_best_epoch_in_each_stage_and_all_checkpoints(whole: Path) -> None:
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
-        "best_model.pt", *ALL_EPOCHS, "final_model.pt"]
+        "best_model.pt", *ALL_EPOCHS, "config.json", "final_model.pt", "model.safetensors"]
     assert [line["stage"] for line in records(whole, "validation")] == ["pretrain", "align", "finetune", "finetune"]
     assert state_of(whole, "best_model.pt")["epoch"] == 4, "the tests below need a loss that falls"
 
@@ -262,7 +262,7 @@ def test_a_used_folder_is_refused_then_thrown_away(small: SmallRuns, whole: Path
             f"{folder}: holds an earlier run (checkpoints, logs/metrics.jsonl). Continue it with --resume auto, delete "
             "it with --overwrite, or choose another --output-dir")):
         small.train(folder, *QUICK)
-    assert len(list((folder / "checkpoints").iterdir())) == 6
+    assert len(list((folder / "checkpoints").iterdir())) == 8
     run = runs.open_run(small.config(folder, *QUICK), Options("cpu", overwrite=True), None)
     assert list((folder / "checkpoints").iterdir()) == [] and records(folder) == []
     assert run.progress.step == 0
@@ -275,7 +275,7 @@ def test_a_mistake_found_late_throws_nothing_away(small: SmallRuns, whole: Path,
     shutil.copytree(whole, folder, symlinks=True)
     with pytest.raises(UserError, match=r"download_datasets\.py --datasets clotho"):
         small.train(folder, *QUICK, "data.datasets=[clotho]", overwrite=True)
-    assert len(list((folder / "checkpoints").iterdir())) == 6 and len(records(folder)) == len(records(whole))
+    assert len(list((folder / "checkpoints").iterdir())) == 8 and len(records(folder)) == len(records(whole))
 
 
 def test_a_folder_in_which_only_setting_up_failed_is_not_in_use(small: SmallRuns, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_what_has_changed_since_a_checkpoint_is_said(small: SmallRuns, whole: Pa
     resume.find_state(config, Options("cpu", str(path)))
     assert capsys.readouterr().out.splitlines() == [
         "Changed since this checkpoint: training.learning_rate: 0.001 -> 0.5",
-        "Changed since this checkpoint: stages.align.drop_path: 0.0 -> 0.3"]
+        "Changed since this checkpoint: stages.align.drop_path: 0.1 -> 0.3"]
 
 
 @pytest.mark.parametrize(("override", "words"), [
@@ -402,6 +402,9 @@ def test_a_trained_model_loads_as_the_readme_says(whole: Path) -> None:
     with torch.inference_mode():
         one, other = (each(images=images, audio=torch.zeros(2, 48, 80)) for each in (model, loaded))
     assert differing(one, other) == []
+    exported, others = model_module.load_model(whole / "checkpoints" / "model.safetensors")
+    assert differing(exported.state_dict(), loaded.state_dict()) == [] and not exported.training
+    assert others["concepts"] == list(extras["concepts"]) and others["tokenizer"] == extras["tokenizer"]
     assert one["fused_features"].shape == (2, 512) and one["logits"].shape == (2, 1000)
 
 

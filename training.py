@@ -184,6 +184,8 @@ class StepLog:
         self.samples += samples
         facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
                  "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
+        if self._is_logged(facts):
+            facts |= self._scales()  # of this step, not of the next, at which they are read
         self.pending = (result, facts, batch.keys)
 
     def flush(self) -> None:
@@ -200,17 +202,27 @@ class StepLog:
         self.stage.bad_in_a_row = 0
         self.run.progress.loss_sum += loss
         self.run.progress.losses += 1
-        if facts["step"] % self.run.config.training.log_every_steps == 0:
+        if self._is_logged(facts):
             self._write(facts, loss, parts, norm)
+
+    def _is_logged(self, facts: dict[str, Any]) -> bool:
+        return facts["step"] % self.run.config.training.log_every_steps == 0
+
+    def _scales(self) -> dict[str, dict[str, Tensor]]:
+        """Temperatures, and biases where the loss has them, as tensors of the device."""
+        model = self.run.model
+        found = {"temperature": {pair: scale.detach().exp() for pair, scale in model.logit_scale.items()}}
+        if self.run.config.training.contrastive_loss == "sigmoid":
+            found["bias"] = {pair: value.detach().clone() for pair, value in model.logit_bias.items()}
+        return found
 
     def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
-        temperature = {pair: float(scale.detach().exp()) for pair, scale in self.run.model.logit_scale.items()}
-        if self.run.config.training.contrastive_loss == "sigmoid":
-            facts["bias"] = {pair: float(value.detach()) for pair, value in self.run.model.logit_bias.items()}
+        for name in facts.keys() & {"temperature", "bias"}:
+            facts[name] = {pair: float(value) for pair, value in facts[name].items()}
         self.run.tracker.step({
-            **facts, "loss": loss, "parts": parts, "grad_norm": norm, "temperature": temperature,
+            **facts, "loss": loss, "parts": parts, "grad_norm": norm,
             "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
             "data_wait_pct": self.clock.wait_pct, "memory_gib": memory.peak_gib(self.run.device)[0]})
 

@@ -2,13 +2,10 @@
 
 import multiprocessing
 import os
-import random
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +20,10 @@ import saving
 import training
 from interruption import Interruption, Stopped
 from runs import Options
-from tests.small_runs import SmallRuns, differing, one_thread, records, without_times
+from tests.killing import RECIPE, assert_same, in_process, killed_runs
+from tests.small_runs import SmallRuns, differing, one_thread, records
 from tracking import read_records
 
-RECIPE = ("training.epochs=3", "training.batch_size=32", "training.log_every_steps=1", "training.ema_decay=0.5",
-          "training.keep_checkpoints=2", "evaluation.max_validation=8", "report.gallery_queries=0")
-OFTEN = ("training.save_every_minutes=0.0001",)
 KILLS = 25
 
 
@@ -46,78 +41,10 @@ def whole(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_process(small: SmallRuns, folder: Path, *overrides: str) -> BaseProcess:
-    """A process that trains, or goes on training, in `folder`; its exit code is that of the program."""
-    server = multiprocessing.get_context("forkserver")  # has loaded everything, and trained nothing
-    server.set_forkserver_preload(["tests.test_resume"])
-    process = server.Process(target=_train, args=(small, folder, overrides))
-    process.start()
-    return process
-
-
-def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...]) -> None:
-    sys.stdout = sys.stderr = open(folder.with_suffix(".out"), "a", encoding="utf-8")
-    torch.set_num_threads(1)
-    try:
-        training.train(small.config(folder, *RECIPE, *overrides), Options("cpu", "auto"))
-    except Stopped as stopped:
-        print(stopped, flush=True)
-        os._exit(3)
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    """All records but what only restarts and times tell."""
-    found = [line for line in records(folder) if not line.get("message", "").startswith("Resumed after")]
-    return without_times([line | {"file": None} if line["kind"] == "report" else line for line in found])
-
-
-def state_of(path: Path) -> dict[str, Any]:
-    """A checkpoint without what may differ: paths, workers, times, and how often it is saved."""
-    state = checkpoint.load(path)
-    config = {name: value for name, value in state["config"].items() if name not in ("paths", "data", "training")}
-    return {**state, "config": config, "progress": {**state["progress"], "stage_s": 0.0}}
-
-
-def assert_same(folder: Path, whole: Path) -> None:
-    for name in ("checkpoint_epoch_3.pt", "best_model.pt", "final_model.pt"):
-        assert differing(state_of(folder / "checkpoints" / name), state_of(whole / "checkpoints" / name)) == [], name
-    assert history(folder) == history(whole)
-    assert len(list((folder / "reports").glob("*.md"))) >= 1
-
-
-def kill_until_done(start: Callable[[int], BaseProcess], moments_s: list[float]) -> int:
-    """SIGKILL after each of `moments_s` seconds, then to the end; how many kills there were."""
-    kills = 0
-    for turn, moment_s in enumerate([*moments_s, float("inf")]):
-        process = start(turn)
-        process.join(None if moment_s == float("inf") else moment_s)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            kills += 1
-        elif process.exitcode == 0:
-            return kills
-        assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
-    raise AssertionError("the last process trains to the end")
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
-    """25 kills over several runs: in every stage, in validation, while saving, in the preparation of data, at the end.
-    The number of reading processes changes from start to start."""
-    draw, kills, turn = random.Random(0), 0, 0
-    while kills < KILLS:
-        turn += 1
-        folder, begin_s = tmp_path / f"run{turn}", time.monotonic()
-        own = SmallRuns(tmp_path / f"shared{turn}") if turn == 1 else small  # the first one decodes its own data
-        moments = [draw.uniform(0.3, 6.0) for _ in range(KILLS - kills)]
-        kills += kill_until_done(lambda number, own=own, folder=folder: in_process(  # type: ignore[misc]
-            own, folder, *OFTEN, f"data.workers={number % 2}"), moments)
-        assert_same(folder, whole)
-        print(f"{turn}: {kills} kills so far, {time.monotonic() - begin_s:.0f} s")
-        shutil.rmtree(folder)
+    """25 kills over several runs: in every stage, in validation, while saving, in the preparation of data."""
+    assert list(killed_runs(small, whole, tmp_path, KILLS))[-1] >= KILLS
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

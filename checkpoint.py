@@ -14,6 +14,7 @@ import hashlib
 import os
 import random
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -67,10 +68,12 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     """The dict that `save` wrote. Holds plain data only: no code of the file is run.
 
     Raises:
-        CheckpointError: not there, not ours, truncated, changed since it was written, or of a newer schema.
+        CheckpointError: not there, not ours, truncated, changed since it was written, of a newer schema, or made to
+            run code or to fill the memory.
     """
     path = Path(path)
     verify(path)
+    _check_sizes(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
@@ -285,6 +288,17 @@ def _problem(file: BinaryIO) -> str | None:
     if _read_at(file, size - _ZIP_END_BYTES, len(_ZIP_END)) == _ZIP_END:
         return "not a checkpoint of this project (a file of torch or a zip, without our digest)"
     return f"truncated or damaged: it ends after {size} bytes without its digest"
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse a zip whose parts claim more than the file holds, before anything is unpacked: torch compresses none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: refused, it is no whole zip ({_reason(error)})") from None
+    if claimed > path.stat().st_size:
+        raise CheckpointError(f"{path}: refused, its parts claim {claimed:,} bytes, more than the file has")
 
 
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:

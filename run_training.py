@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from config import DATASETS, SIZES, Config, UserError, load_config
+from redaction import redact
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 FLAGS = {  # flag -> key of the configuration
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """Mistakes take one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {redact(message)}; see --help\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         if type(error).__name__ != "ToldByMain":  # of the other processes of torchrun
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Go on with --resume auto", file=sys.stderr)

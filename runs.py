@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
 from distributed import World
 from model import TriModalModel
+from redaction import command_line, redacted
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
@@ -182,8 +182,8 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     if options.overwrite:
         _delete_run(folder)  # not before all that could fail has been tried
     remove_leftovers(folder / "checkpoints")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True),
-                                        encoding="utf-8")
+    settings = yaml.safe_dump(redacted(config.to_dict()), sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(settings, encoding="utf-8")
     run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
@@ -263,9 +263,9 @@ def remember_best(run: Run, stage: str, loss: float) -> bool:
 
 def description(run: Run) -> dict[str, Any]:
     """What a checkpoint needs to be used later, beside the weights, as plain data."""
+    settings = run.config.to_dict()
     return {
-        "config": run.config.to_dict() | {"model": run.config.to_dict()["model"]
-                                          | {"vocab_size": run.model.config.vocab_size}},
+        "config": redacted(settings | {"model": settings["model"] | {"vocab_size": run.model.config.vocab_size}}),
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),
@@ -356,7 +356,7 @@ def finish(run: Run) -> Path:
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
     facts = {
-        "kind": "training", "command": shlex.join(["python", *sys.argv]),
+        "kind": "training", "command": command_line(["python", *sys.argv]),
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
         "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from redaction import redact, redacted
+
 
 class Tracker:
     """Writes records of one run; what an earlier attempt left past `last_step` is dropped from both logs."""
@@ -45,7 +47,7 @@ class Tracker:
 
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(message)
+        tqdm.write(redact(message))
 
     def event(self, message: str, step: int) -> None:
         """Something a user should know: printed, and kept in the log and the report."""
@@ -53,7 +55,7 @@ class Tracker:
         self.record({"kind": "event", "step": step, "message": message})
 
     def record(self, record: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+        self.file.write(json.dumps(redacted(_finite(record)), ensure_ascii=False) + "\n")
         self.file.flush()
 
     def step(self, record: Mapping[str, Any]) -> None:
@@ -123,9 +125,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 

@@ -97,7 +97,8 @@ def test_paths_start_at_the_manifest_and_absolute_ones_stand(folder: Path, monke
     (folder / "lists").mkdir()
     lines = ({"image": "../pictures/a.png"}, {"image": str(folder / "pictures/c d.png")})
     monkeypatch.chdir(folder / "sounds")
-    images = {sample.image for sample in everything(jsonl(folder / "lists", *lines))}
+    path = jsonl(folder / "lists", *lines)
+    images = {sample.image for split in SPLITS for sample in read_manifest(path, split, str(folder))}
     assert images == {str(folder / "pictures/a.png"), str(folder / "pictures/c d.png")}
 
 
@@ -111,7 +112,7 @@ def test_captions_of_blanks_and_doubles_are_dropped(folder: Path) -> None:
     line = {"image": "pictures/a.png", "text": texts, "labels": ["x", "x", " "]}
     (sample,) = everything(jsonl(folder, line))
     assert sample.captions == ("A dog.", "A cat") and sample.labels == ("x",)
-    assert distinct_captions([" ", "!"]) == ()
+    assert distinct_captions([" ", "!"], "here") == ()
 
 
 def test_ids_are_file_name_and_start_unless_given(folder: Path) -> None:
@@ -220,7 +221,7 @@ def test_wrong_line_of_jsonl(folder: Path, line: Any, complaint: str) -> None:
     ("image,text\npictures/a.png\n", 2, "1 cells, but the header has 2 columns"),
     ('image,text\npictures/a.png,"two\nlines"\npictures/none.png,x\n', 4, "image: no such file"),
     ('image,text\n\npictures/none.png,"two\nlines"\n', 3, "image: no such file"),
-    ('image,text\npictures/a.png,"[""one"", ""two]"\n', 2, "text: begins like a JSON list, but is none: Unterminated"),
+    ('image,text\npictures/a.png,"[""one"", ""two]"\n', 2, "text: begins like a JSON list: not valid JSON: Unterm"),
     ('image,text\npictures/a.png,"never closed\n', 2, "not valid CSV: unexpected end of data"),
     ("audio,start\nsounds/a.wav,1;5\n", 2, "start: expected seconds, 0 or more, got '1;5'"),
 ])

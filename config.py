@@ -391,7 +391,8 @@ def _step_into(node: Any, name: str, where: str) -> Any:
         entries = [item if isinstance(item, dict) else {} for item in node]
         found = [item for i, item in enumerate(entries) if name in (str(i), item.get("name"))]
         if not found:
-            raise ConfigError(f"{where}: no entry {name!r}; have {', '.join(str(item.get('name')) for item in entries)}")
+            have = ", ".join(str(item.get("name")) for item in entries)
+            raise ConfigError(f"{where}: no entry {name!r}; have {have}")
         return found[0]
     if name == "stages" and name not in node:
         node[name] = _plain([dataclasses.asdict(stage) for stage in DEFAULT_STAGES])

@@ -5,9 +5,9 @@
 
 Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id; all optional, but
 a line needs an image, an audio file or a text. In a CSV, `labels` are separated by ";", and a text is one caption, or
-several as a JSON list: ["a dog", "a dog on grass"]. Relative paths start at the manifest's folder. No path, link or ".."
-leads out of that folder, or out of `data.manifest_root` where that is given: a manifest made by somebody else cannot
-name other files of yours.
+several as a JSON list: ["a dog", "a dog on grass"]. Relative paths start at the manifest's folder. No path, ".." or
+link leads out of that folder, or out of `data.manifest_root` where that is given: a manifest made by somebody else
+cannot name other files of yours.
 """
 
 import csv

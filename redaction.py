@@ -39,7 +39,7 @@ def names_secret(name: str) -> bool:
 
 
 def command_line(words: Sequence[str]) -> str:
-    """`words` as a shell would take them, with the values of secret options hidden: `--x-key VALUE`, `a.x_key=VALUE`."""
+    """`words` as a shell takes them, with the values of secret options hidden: `--x-key VALUE`, `a.x_key=VALUE`."""
     shown: list[str] = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, _ = word.partition("=")

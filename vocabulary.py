@@ -106,7 +106,7 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """
     if config.word_embeddings.startswith("hub:"):
         return Tokenizer(_from_hub(config.word_embeddings, "AutoTokenizer").backend_tokenizer.to_str())
-    return Tokenizer((_package_folder() / "tokenizer.json").read_text(encoding="utf-8"))
+    return Tokenizer((_package_folder() / "tokenizer.json").read_text(encoding="utf-8", errors="replace"))
 
 
 def load_word_table(config: ModelConfig) -> np.ndarray | None:

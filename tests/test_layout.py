@@ -20,14 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
-    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "samples": "", "manifest": "config samples", "synthetic": "config samples",
+    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "samples": "", "manifest": "config samples",
+    "synthetic": "config samples",
     "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "prepare": "config samples images audio synthetic",
     "batches": "config samples images prepare vocabulary",
     "datasets": "config samples readers vocabulary concepts prepare batches",
     # mathematics
-    "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "", "optimization": "config",
+    "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
+    "optimization": "config",
     # the machine
     "footprint": "", "memory": "config", "budget": "config footprint memory", "checkpoint": "", "distributed": "config",
     # what a run writes
@@ -45,7 +47,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "acquisition": "config sources transfer archives inventory local_copies redaction",
     "download_datasets": "config sources transfer archives acquisition redaction",
 }.items()}
-WITHOUT_TORCH = ("config", "redaction", "report", "sources", "transfer", "archives", "download_datasets", "run_training", "evaluate")
+WITHOUT_TORCH = ("config", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
+                 "run_training", "evaluate")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 

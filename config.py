@@ -62,6 +62,8 @@ PRESETS: dict[str, Preset] = {
     }.items()
 }
 SIZES = tuple(PRESETS)
+MAX_SIZES = {  # of a model; a checkpoint that asks for more was made to fill the memory
+    "embed_dim": 8_192, "num_classes": 100_000, "image_size": 2_048, "context_length": 4_096, "vocab_size": 1_000_000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         found = _below("model", self, embed_dim=1, num_classes=1, image_size=16, context_length=4, vocab_size=1000)
+        found += [f"model.{name}: {getattr(self, name)} is above {most}" for name, most in MAX_SIZES.items()
+                  if getattr(self, name) > most]
         if self.image_size % 16:
             found.append(f"model.image_size: {self.image_size} is not a multiple of the patch, 16")
         if self.word_embeddings not in ("minilm", "random") and not self.word_embeddings.startswith("hub:"):

@@ -43,11 +43,11 @@ def decode_image(path: str | Path) -> np.ndarray:
     read = _read_video if str(path).lower().endswith(VIDEO_SUFFIXES) else _read_picture
     try:
         return read(str(path))
-    except MemoryError:
-        raise
     except BrokenImage as error:
         raise BrokenImage(f"{path}: {error}") from None
     except Exception as error:  # damaged files make the decoders raise nearly any type
+        if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
+            raise  # FFmpeg's own says that the file asks for absurd sizes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BrokenImage(f"{path}: cannot be decoded ({reason})") from None
 

@@ -443,15 +443,14 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
         state = checkpoint.load(path, device)
         config = config_from_dict({"model": state["config"]["model"]}).model
         weights = state.pop("model_state_dict")
-        with torch.device("meta"):  # sizes that are made up take no memory here
-            mismatch = checkpoint.describe_mismatch(weights, TriModalModel(config).state_dict())
+        model = TriModalModel(config)
+        mismatch = checkpoint.describe_mismatch(weights, model.state_dict())
     except checkpoint.CheckpointError as error:
         raise UserError(str(error)) from None
-    except (LookupError, TypeError, AttributeError, RuntimeError, UserError) as error:  # RuntimeError: absurd sizes
+    except (LookupError, TypeError, AttributeError, UserError) as error:  # repr: some errors have no message
         raise UserError(f"{path}: not a checkpoint of this project ({repr(error)[:150]})") from None
     if mismatch:
         raise UserError(f"{path}: its weights are not those of the model it describes ({mismatch})")
-    model = TriModalModel(config)
     model.load_state_dict(weights)
     return model.to(device).eval(), state
 

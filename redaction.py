@@ -20,7 +20,7 @@ SHORTEST = 8  # shorter values of the environment may be common words, which wou
 _NAME = r"[\w-]*(?:key|token|password|passwd|secret|credentials?|signature)"
 _VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s&#'",;<>`]+)"""
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
-_USER_OF_ADDRESS = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")
+_USER_OF_ADDRESS = re.compile(r"\b([a-z][a-z0-9+.-]+:/{1,2})[^/?#\s'\"<>]*@", re.IGNORECASE)  # Path("a://b") is a:/b
 _IN_QUERY = re.compile(rf"(?<=[?&;#])({_NAME}|sig|auth|authorization)=[^\s&#'\"<>`]*", re.IGNORECASE)
 _ASSIGNED = re.compile(rf"(?<![\w.-])({_NAME})=(?=\S){_VALUE}", re.IGNORECASE)
 
@@ -30,7 +30,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     known = [value for name, value in os.environ.items() if names_secret(name) and len(value) >= SHORTEST]
     for secret in sorted(filter(None, {*secrets, *known}), key=len, reverse=True):  # one may be a part of another
         text = text.replace(secret, HIDDEN).replace(quote(secret, safe=""), HIDDEN)
-    text = _USER_OF_ADDRESS.sub(f"{HIDDEN}@", text)
+    text = _USER_OF_ADDRESS.sub(rf"\1{HIDDEN}@", text)
     return _ASSIGNED.sub(rf"\1={HIDDEN}", _IN_QUERY.sub(rf"\1={HIDDEN}", text))
 
 

@@ -367,8 +367,8 @@ def serve(pipe: Connection, folder: str) -> None:
 class Reader:
     """A process that reads inputs; a new one takes over from one that hangs or has died."""
 
-    def __init__(self, folder: Path, timeout_s: float):
-        self.folder, self.timeout_s = folder, timeout_s
+    def __init__(self, folder: Path, timeout_s: float, serve: Callable[[Connection, str], None] = serve):
+        self.folder, self.timeout_s, self.serve = folder, timeout_s, serve
         self.process: Any = None
 
     def read(self, kind: str, data: bytes) -> tuple[str, str]:
@@ -388,7 +388,7 @@ class Reader:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, str(self.folder)), daemon=True)
+        self.process = context.Process(target=self.serve, args=(theirs, str(self.folder)), daemon=True)
         self.process.start()
         theirs.close()
         self.pipe.recv()

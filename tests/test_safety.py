@@ -134,10 +134,11 @@ def seal(path: Path) -> None:
 
 
 def test_a_model_of_absurd_size_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
-    for settings in ({"vocab_size": 10**12}, {"embed_dim": 2**62}):
+    for settings, said in (({"vocab_size": 10**12}, "vocab_size: 1000000000000 is above 1000000"),
+                           ({"embed_dim": 2**62}, "embed_dim: .* is above"), ({}, "its weights are not those of")):
         checkpoint.save({"config": {"model": {"size": "tiny", **settings}}, "model_state_dict": {"w": torch.ones(1)}},
                         tmp_path / "a.pt")
-        with pytest.raises(UserError, match=r"a\.pt: (its weights are not those of the model|not a checkpoint)"):
+        with pytest.raises(UserError, match=rf"a\.pt: .*{said}"):
             load_model(tmp_path / "a.pt")
 
 

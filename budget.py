@@ -24,6 +24,7 @@ same machine have measured (`calibration`). A plan leaves room for both: of 20 G
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +81,15 @@ class Plan:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Plan":
-        return cls(**raw)
+        """Raises TypeError, ValueError or AttributeError where `raw` is not what `to_dict` gives."""
+        plan = cls(**raw)
+        sizes = [*plan.micro_batch.values(), *plan.upper.values()]
+        others = [plan.peak_bytes, plan.allowance_bytes, plan.budget_bytes, *plan.recompute.values()]
+        if plan.micro_batch.keys() != plan.upper.keys() or not all(type(n) is int for n in sizes + others):
+            raise ValueError("not the numbers of a plan")
+        if min(sizes) < 1 or min(others) < 0:
+            raise ValueError("sizes below 1 or bytes below 0")
+        return plan
 
 
 @dataclass(frozen=True)
@@ -287,9 +296,13 @@ def plan_key(facts: Mapping[str, Any], sources: Iterable[Path] = ()) -> str:
 
 def read_plan(folder: str | Path, key: str) -> Plan | None:
     """A plan that `write_plan` kept, or None; a damaged file counts as none, since planning again costs a minute."""
+    path = Path(folder) / f"plan_{key}.json"
     try:
-        return Plan.from_dict(json.loads((Path(folder) / f"plan_{key}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        print(f"Plan: {path} is damaged ({type(error).__name__}), so it is made again", file=sys.stderr, flush=True)
         return None
 
 
@@ -319,7 +332,7 @@ def _ratios() -> dict[str, list[float]]:
     try:
         found = json.loads(calibration_file().read_text(encoding="utf-8"))
         return {str(name): [float(ratio) for ratio in ratios] for name, ratios in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -76,14 +77,28 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)})") from None
 
 
+def load_export(path: str | Path) -> dict[str, Any]:
+    """What `export` wrote, as one dict. Raises CheckpointError where one of the two files is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        others = json.loads(Path(path).with_name("config.json").read_text("utf-8"))
+        return {**others, "model_state_dict": load_file(path)}
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read, with the config.json beside it ({_reason(error)})") from None
+
+
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """The dict that `save` wrote. Holds plain data only: no code of the file is run.
 
     Raises:
-        CheckpointError: not there, not ours, truncated, changed since it was written, or of a newer schema.
+        CheckpointError: not there, not ours, truncated, changed since it was written, of a newer schema, or made to
+            run code or to fill the memory.
     """
     path = Path(path)
     verify(path)
+    _check_sizes(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
@@ -306,6 +321,17 @@ def _problem(file: BinaryIO) -> str | None:
     if _read_at(file, size - _ZIP_END_BYTES, len(_ZIP_END)) == _ZIP_END:
         return "not a checkpoint of this project (a file of torch or a zip, without our digest)"
     return f"truncated or damaged: it ends after {size} bytes without its digest"
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse a zip whose parts claim more than the file holds, before anything is unpacked: torch compresses none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: refused, it is no whole zip ({_reason(error)})") from None
+    if claimed > path.stat().st_size:
+        raise CheckpointError(f"{path}: refused, its parts claim {claimed:,} bytes, more than the file has")
 
 
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -8,6 +8,7 @@ an item counts as there only when nothing of its list is missing.
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """The marker's contents, {} where there is none that can be read."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return marker if isinstance(marker, dict) and isinstance(marker.get("items"), dict) else {}
 
@@ -107,5 +108,5 @@ def _lines(path: Path) -> Iterator[Any]:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, RecursionError, EOFError, zlib.error):
         return

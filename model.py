@@ -13,7 +13,6 @@ P values of a patch, L text tokens, T mel frames, W audio windows, F embed_dim, 
 """
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+import checkpoint
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, ModelConfig, UserError, config_from_dict
 from footprint import device_of
 
@@ -437,26 +437,22 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
     """Open a checkpoint of this project, or its model.safetensors: the model in eval mode, and all else that it holds.
 
     Raises:
-        UserError: the file is missing, or is not a checkpoint of this project.
+        UserError: the file is missing, damaged, or is not a checkpoint of this project.
     """
     try:
-        exported = Path(path).suffix == ".safetensors"
-        state = _read_export(Path(path)) if exported else torch.load(path, map_location=device, weights_only=True)
+        state = checkpoint.load_export(path) if str(path).endswith(".safetensors") else checkpoint.load(path, device)
         config = config_from_dict({"model": state["config"]["model"]}).model
         weights = state.pop("model_state_dict")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # repr: one line, and some errors have no message
+        model = TriModalModel(config)
+        mismatch = checkpoint.describe_mismatch(weights, model.state_dict())
+    except checkpoint.CheckpointError as error:
+        raise UserError(str(error)) from None
+    except (LookupError, TypeError, AttributeError, UserError) as error:  # repr: some errors have no message
         raise UserError(f"{path}: not a checkpoint of this project ({repr(error)[:150]})") from None
-    model = TriModalModel(config)
+    if mismatch:
+        raise UserError(f"{path}: its weights are not those of the model it describes ({mismatch})")
     model.load_state_dict(weights)
     return model.to(device).eval(), state
-
-
-def _read_export(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    return {**json.loads(path.with_name("config.json").read_text("utf-8")), "model_state_dict": load_file(path)}
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import shutil
 import signal
 import threading
 import zipfile
+import zlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -141,19 +142,40 @@ def _end_with_parent() -> None:
 class Entry:
     """One entry of the cache, mapped into memory on first use in each process (a map is never pickled)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, number: int) -> None:
+        """Raises UserError where `folder` does not hold `number` whole items."""
         self.folder = folder
         self._bytes: np.ndarray | None = None
         try:
-            with np.load(folder / "index.npz") as index:
-                self.offsets, self.shapes, self.is_image = index["offsets"], index["shapes"], bool(index["is_image"])
-            broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))
-            whole = (folder / "data.bin").stat().st_size == self.offsets[-1]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            self._load_index(number)
+            whole = self._fits(number)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError, EOFError,
+                zipfile.BadZipFile, zlib.error):
             whole = False
         if not whole:
             raise UserError(f"{folder}: this entry of the cache is damaged; delete it, and it will be made again")
+
+    def _load_index(self, number: int) -> None:
+        """Arrays of plain numbers and plain JSON: neither can run code."""
+        with zipfile.ZipFile(self.folder / "index.npz") as archive:
+            if sum(part.file_size for part in archive.infolist()) > 16 * number + 1000:  # 128 bytes before each array
+                raise ValueError("unpacks to more than an index takes")
+        with np.load(self.folder / "index.npz", allow_pickle=False) as index:
+            self.offsets, self.shapes, self.is_image = index["offsets"], index["shapes"], bool(index["is_image"])
+        broken = json.loads((self.folder / "broken.json").read_text(encoding="utf-8"))
         self.reasons = {int(number): str(reason) for number, reason in broken.items()}
+
+    def _fits(self, number: int) -> bool:
+        """Whether the index describes data.bin: `read` then takes nothing but whole pictures or sounds from it."""
+        offsets, shapes = self.offsets, self.shapes
+        if (offsets.dtype, offsets.shape) != (np.int64, (number + 1,)):
+            return False
+        if (shapes.dtype, shapes.shape) != (np.int32, (number, 2)):
+            return False
+        lengths, (first, second) = np.diff(offsets), shapes.T.astype(np.int64)
+        sizes = first * second * 3 if self.is_image else first * NUM_MELS * np.dtype(np.float16).itemsize
+        return bool(offsets[0] == 0 and (shapes >= 0).all() and np.array_equal(lengths, sizes)
+                    and offsets[-1] == (self.folder / "data.bin").stat().st_size)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_bytes": None}
@@ -263,7 +285,7 @@ def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config) ->
     cache, side = cache_folder(config), cache_side(config.model.image_size)
     folder = cache / f"{name}-{_digest(kind, items, side, config)}"
     if folder.is_dir():
-        return Entry(folder)
+        return Entry(folder, len(items))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(cache):
@@ -272,7 +294,7 @@ def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config) ->
     except (_NoRoom, OSError) as error:
         print(f"Cache: {name} is not kept but decoded at each use: {error}", flush=True)
         return None
-    return Entry(folder)
+    return Entry(folder, len(items))
 
 
 def _digest(kind: Kind, items: Sequence[Item], side: int, config: Config) -> str:

@@ -42,6 +42,7 @@ from typing import Any
 
 from files import replacing
 from plots import flat_values, loss_curves, progress_curves, retrieval_grid
+from redaction import redacted
 
 __all__ = ["format_table", "retrieval_grid", "write_report"]
 
@@ -148,7 +149,7 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
                                         for answer in row["answers"]]} for row in gallery],
         "events": [record["message"] for record in records if record.get("kind") == "event"],
     }
-    return _plain(report)
+    return redacted(_plain(report))
 
 
 def environment(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from config import DATASETS, SIZES, Config, UserError, load_config
 from interruption import Stopped
+from redaction import redact
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 FLAGS = {  # flag -> key of the configuration
@@ -31,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     """Mistakes take one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {redact(message)}; see --help\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         if type(error).__name__ != "ToldByMain":  # of the other processes of torchrun
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`
             raise
         if is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         if is_main:

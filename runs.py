@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from datasets import Data, load_data
 from distributed import World
 from files import replacing
 from model import TriModalModel
+from redaction import command_line, redacted
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
@@ -112,7 +112,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         _delete_run(folder)  # not before all that could fail has been tried
     remove_leftovers(folder / "checkpoints")
     with replacing(folder / "config.yaml", "w") as file:
-        yaml.safe_dump(config.to_dict(), file, sort_keys=False, allow_unicode=True)
+        yaml.safe_dump(redacted(config.to_dict()), file, sort_keys=False, allow_unicode=True)
     run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
@@ -211,9 +211,9 @@ def remember_best(run: Run, stage: str, loss: float) -> bool:
 
 def description(run: Run) -> dict[str, Any]:
     """What a checkpoint needs to be used later, beside the weights, as plain data."""
+    settings = run.config.to_dict()
     return {
-        "config": run.config.to_dict() | {"model": run.config.to_dict()["model"]
-                                          | {"vocab_size": run.model.config.vocab_size}},
+        "config": redacted(settings | {"model": settings["model"] | {"vocab_size": run.model.config.vocab_size}}),
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),
@@ -281,7 +281,7 @@ def finish(run: Run) -> Path:
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
     facts = {
-        "kind": "training", "command": shlex.join(["python", *sys.argv]),
+        "kind": "training", "command": command_line(["python", *sys.argv]),
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
         "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},

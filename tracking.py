@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from files import replacing
+from redaction import redact, redacted
 
 
 class Tracker:
@@ -49,7 +50,7 @@ class Tracker:
 
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(message)
+        tqdm.write(redact(message))
 
     def event(self, message: str, step: int) -> None:
         """Something a user should know: printed, and kept in the log and the report."""
@@ -59,7 +60,7 @@ class Tracker:
     def record(self, record: Mapping[str, Any]) -> None:
         """One line. A full disk costs records, not the run; it is said once."""
         try:
-            self.file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
+            self.file.write(json.dumps(redacted(_finite(record)), ensure_ascii=False) + "\n")
             self.file.flush()
         except OSError as error:
             self._lost(error)
@@ -150,9 +151,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 

@@ -20,35 +20,40 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
-    "config": "", "samples": "", "manifest": "config samples", "synthetic": "config samples",
+    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "samples": "", "manifest": "config samples",
+    "synthetic": "config samples",
     "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "prepare": "config samples images audio synthetic",
     "batches": "config samples images prepare vocabulary",
     "datasets": "config samples readers vocabulary concepts prepare batches",
     # mathematics
-    "model": "config footprint", "steps": "distributed", "losses": "steps", "metrics": "", "optimization": "config",
+    "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
+    "optimization": "config",
     # the machine
     "footprint": "", "memory": "config", "budget": "config files footprint memory", "checkpoint": "files",
     "distributed": "config",
     # what a run writes
-    "files": "", "plots": "", "report": "plots files", "tracking": "files",
+    "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
     # runs
     "protocols": "config datasets metrics memory",
     "planning": "config model datasets steps losses memory budget footprint optimization",
-    "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols",
+    "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
+            "redaction",
     "resume": "config checkpoint runs tracking", "interruption": "", "saving": "checkpoint interruption runs",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
                 "interruption resume saving",
-    "run_training": "config interruption training",
-    "evaluate": "config model datasets vocabulary metrics memory planning checkpoint report protocols",
+    "run_training": "config interruption training redaction",
+    "evaluate": "config model datasets vocabulary metrics memory planning report protocols redaction",
     # getting data
-    "sources": "", "transfer": "config files", "archives": "config", "inventory": "files", "local_copies": "config",
-    "acquisition": "config sources transfer archives inventory local_copies",
-    "download_datasets": "config sources transfer archives acquisition",
+    "sources": "", "transfer": "config files redaction", "archives": "config", "inventory": "files",
+    "local_copies": "config",
+    "acquisition": "config sources transfer archives inventory local_copies redaction",
+    "download_datasets": "config sources transfer archives acquisition redaction",
 }.items()}
-WITHOUT_TORCH = ("config", "report", "sources", "transfer", "archives", "download_datasets", "run_training", "evaluate")
+WITHOUT_TORCH = ("config", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
+                 "run_training", "evaluate")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 

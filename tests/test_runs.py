@@ -391,7 +391,7 @@ def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRun
     assert going_on["stage_epochs"] == {"pretrain": 1, "align": 1, "finetune": 2}
 
 
-def test_a_trained_model_loads_as_the_readme_says(whole: Path) -> None:
+def test_a_trained_model_loads_as_the_readme_says(whole: Path, tmp_path: Path) -> None:
     model = model_module.create_model("tiny")  # of 224 pixels; the run's were 32
     state = torch.load(whole / "checkpoints" / "best_model.pt")
     model.load_state_dict(state["model_state_dict"])
@@ -405,6 +405,13 @@ def test_a_trained_model_loads_as_the_readme_says(whole: Path) -> None:
     exported, others = model_module.load_model(whole / "checkpoints" / "model.safetensors")
     assert differing(exported.state_dict(), loaded.state_dict()) == [] and not exported.training
     assert others["concepts"] == list(extras["concepts"]) and others["tokenizer"] == extras["tokenizer"]
+    for name in ("none", "broken"):
+        path = tmp_path / f"{name}.safetensors"
+        if name == "broken":
+            path.write_bytes(b"no tensors")
+            (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(UserError, match=f"{path}: cannot be read, with the config.json beside it"):
+            model_module.load_model(path)
     assert one["fused_features"].shape == (2, 512) and one["logits"].shape == (2, 1000)
 
 

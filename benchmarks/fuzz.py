@@ -168,7 +168,8 @@ PIECES = (b"[" * 5_000, b"{\"a\":" * 3_000, b"9" * 5_000, b"0x" + b"f" * 5_000, 
           b"../../../../etc/passwd", b"/etc/passwd", b"!!python/object/apply:os.system [exit]", b"2001-99-99",
           b"*a", b"\n&a [*a, *a]", b"<<: ", b"? [1]\n: ", b"!!binary x", b"\t", b"true", b"null", b"{}", b"[]", b"~")
 VALUES = (b'"\\ud800"', b'"\\u0000"', b'"' + b"x" * 20_000 + b'"', b'"../a.png"', b'""', b"-1",
-          b'"' + b"../" * 20 + b'etc/passwd"', b"1e300", b"1e999", b'["a", ["b"]]', b"9" * 400, b"-0.0", b"1_000", b"0o17", b"12:30:45", b"2026-01-01")
+          b'"' + b"../" * 20 + b'etc/passwd"', b"1e300", b'["a", ["b"]]', b"9" * 400, b"-0.0", b"1_000", b"0o17",
+          b"1e999", b"12:30:45", b"2026-01-01")
 TEXTS = ("jsonl", "csv", "yaml")
 
 

@@ -155,7 +155,9 @@ def _decode_stream(container, stream, start_s: float, duration_s: float) -> tupl
             position = round((frame.time or 0.0) * rate_hz)
         for part in to_float.resample(frame):
             mono = part.to_ndarray().mean(axis=0)
-            pieces.append(mono[max(0, first - position): max(0, int(min(end, position + len(mono))) - position)])
+            wanted = mono[max(0, first - position): max(0, int(min(end, position + len(mono))) - position)]
+            if len(wanted):  # an empty view would keep all that it is a view of
+                pieces.append(wanted)
             position += len(mono)
         _check_length(position - first, rate_hz)
         if position >= end:

@@ -115,7 +115,8 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
     parts of 16.
 
     Args:
-        measure: runs a step at a fit; may stop, and return None, once more than the bytes given live.
+        measure: runs a step at a fit; may stop, and return None, once more than the bytes given live. The bytes given
+            never rise from call to call; without any, the figure is that of whole steps.
         upper: samples of each tower in an effective batch; the costliest tower first.
         pinned: the user's own micro-batch of all towers.
         may_recompute: whether blocks may be recomputed.
@@ -124,19 +125,17 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
     Raises:
         OverBudget: nothing fits; names the knobs.
     """
-    line = limits.tensor_bytes
-    search = _Search(measure, dict(upper), line, may_recompute, parts_are_free)
-    chosen = search.best(pinned)
+    line = aim = limits.tensor_bytes
     while True:
+        chosen = _Search(measure, dict(upper), aim, may_recompute, parts_are_free).best(pinned)
         usage = measure(chosen, None)
         assert usage is not None, "a measurement without a limit ends with a figure"
-        plan = Plan(micro_batch=chosen.micro_batch, recompute=chosen.recompute, upper=search.upper,
+        plan = Plan(micro_batch=chosen.micro_batch, recompute=chosen.recompute, upper=dict(upper),
                     peak_bytes=usage.peak_bytes, by_tag=usage.by_tag, allowance_bytes=limits.budget_bytes - line,
                     budget_bytes=limits.budget_bytes, device=limits.device)
-        less = None if pinned or plan.fits else smaller(chosen, may_recompute=may_recompute)
-        if less is None:
+        if plan.fits or pinned or smaller(chosen, may_recompute=may_recompute) is None:
             break
-        chosen = less  # the whole step took a little more than the parts of it that the search had measured
+        aim -= usage.peak_bytes - line  # whole steps take more than the gradients that the search measures
     if not plan.fits:
         raise OverBudget(f"memory.budget_gb: of {limits.budget_bytes / GIB:.3g} GiB, {line / GIB:.2f} are for tensors, "
                          f"but at {chosen} a step takes {usage.peak_bytes / GIB:.2f} ({_by_tag_gib(usage.by_tag)}); "

@@ -142,15 +142,20 @@ def test_a_size_of_the_users_own_is_not_searched_for() -> None:
     assert planned(18, pinned=1024).recompute["image"] > 0
 
 
-def test_a_whole_step_that_takes_more_than_its_parts_is_halved() -> None:
-    inner = Step({"image": 32, "text": 32})
+def test_where_whole_steps_take_more_than_gradients_the_search_goes_on_with_less() -> None:
+    upper = {"image": 500, "audio": 500, "text": 500}
+    inner = Step(upper)
 
     def measure(fit: Fit, limit_bytes: int | None) -> Usage | None:
         usage = inner(fit, limit_bytes)
-        return usage if limit_bytes is not None or fit.micro_batch["image"] < 16 else Usage(3 * GIB, {})
+        return usage if limit_bytes is not None or not usage else Usage(usage.peak_bytes + GIB, usage.by_tag)
 
-    plan = plan_fit(measure, inner.upper, gib(3))
-    assert plan.micro_batch == {"image": 8, "text": 8} and plan.fits
+    more = 0
+    for size in (20, 17, 15, 14, 12, 9, 5):
+        plan = plan_fit(measure, upper, gib(size))
+        assert plan.fits and plan.in_parts == (), "blocks are recomputed, the batch stays whole"
+        more += plan.fit != planned(size, upper).fit
+    assert more >= 2
 
 
 def test_a_budget_below_the_smallest_step_names_the_figures_and_the_knobs() -> None:

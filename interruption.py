@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -28,6 +29,9 @@ class Interruption:
         self._waits = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
+        self._asked_s = 0.0
+        # torchrun sends on to its processes what a terminal has sent to them already
+        self._echo_s = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
@@ -56,6 +60,6 @@ class Interruption:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         elif self._waits and not self.asked:
-            self.asked = name
-        else:
+            self.asked, self._asked_s = name, time.monotonic()
+        elif not self.asked or time.monotonic() - self._asked_s >= self._echo_s:
             raise KeyboardInterrupt(name)

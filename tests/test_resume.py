@@ -84,6 +84,17 @@ def test_a_second_signal_and_one_outside_of_training_stop_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_what_torchrun_sends_on_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with Interruption() as interruption, interruption.can_wait():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.asked == "SIGINT"
+        interruption._asked_s -= 2.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_reading_processes_leave_ctrl_c_to_their_parent_and_obey_their_own_end() -> None:
     def wait() -> None:
         for _ in range(1000):

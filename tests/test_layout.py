@@ -38,14 +38,21 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages",
-    "run_training": "config training",
+    "run_training": "config training doctor",
+    # what a run needs, tried before it starts
+    "findings": "config", "environment": "config findings images audio vocabulary",
+    "inspection": "config findings batches datasets readers prepare memory budget model planning runs stages training",
+    "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning runs"
+                 " stages tracking training",
+    "doctor": "config findings environment inspection rehearsal runs",
     "evaluate": "config model datasets vocabulary metrics memory planning checkpoint report protocols",
     # getting data
     "sources": "", "transfer": "config", "archives": "config", "inventory": "", "local_copies": "config",
     "acquisition": "config sources transfer archives inventory local_copies",
     "download_datasets": "config sources transfer archives acquisition",
 }.items()}
-WITHOUT_TORCH = ("config", "report", "sources", "transfer", "archives", "download_datasets", "run_training", "evaluate")
+WITHOUT_TORCH = ("config", "report", "sources", "transfer", "archives", "download_datasets", "run_training", "evaluate",
+                 "doctor", "environment", "findings")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 
@@ -218,7 +225,7 @@ def test_torch_gate_can_fail() -> None:
 
 @pytest.mark.parametrize(("script", "flags"), [
     ("run_training.py", "--data-root --output-dir --model-size --batch-size --epochs --lr --resume --config --datasets"
-                        " --device --plan --overwrite"),
+                        " --device --plan --doctor --overwrite"),
     ("download_datasets.py", "--datasets --data-root --skip-existing"),
     ("evaluate.py", "--checkpoint --datasets"),
 ])

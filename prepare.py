@@ -37,6 +37,7 @@ from samples import SampleTable, offsets_of
 
 Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
+KINDS: tuple[Kind, ...] = ("image", "sound")
 
 FORMAT = 1  # counts up with every change of what an entry holds
 PROBES = 16  # files decoded first, to foretell the size of an entry
@@ -234,8 +235,9 @@ class Store:
         return decode(kind, item, cache_side(self.image_size))
 
 
-def open_store(table: SampleTable, config: Config) -> Store:
-    """The store of one split; fills the cache first where `data.cache` is on and there is room.
+def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Store:
+    """The store of one split; fills the cache first where `data.cache` is on and there is room, and with `fill` false
+    takes of it what is there.
 
     Raises:
         UserError: more than `data.max_bad_pct` of a set's pictures or sounds cannot be read.
@@ -243,20 +245,29 @@ def open_store(table: SampleTable, config: Config) -> Store:
     store = Store(table, config.model.image_size)
     if not config.data.cache:
         return store
-    kinds: tuple[Kind, ...] = ("image", "sound")
-    for kind in kinds:
-        store.places[kind] = np.full((len(table), 2), -1, np.int64)
+    store.places.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})
+    for kind, name, rows, numbers, items in _groups(table):
+        entry = _open_entry(kind, name, items, config, fill)
+        if entry:
+            store.places[kind][rows] = np.stack([np.full(len(rows), len(store.entries)), numbers], 1)
+            store.entries.append(entry)
+            _report(store, rows, [entry.reasons.get(number) for number in numbers.tolist()], f"{name}s", config)
+    return store
+
+
+def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, float]]:
+    """Files and foretold bytes of each entry that `open_store` would make, by its name."""
+    return {name: (len(items), _predicted_bytes(kind, items, config)) for kind, name, _, _, items in _groups(table)
+            if not _entry_folder(kind, name, items, config).is_dir()}
+
+
+def _groups(table: SampleTable) -> Iterator[tuple[Kind, str, np.ndarray, np.ndarray, list[Item]]]:
+    """For each entry its kind and name, the rows that have a file in it, each one's number there, and all files."""
+    for kind in KINDS:
         for code, source in enumerate(table.sources.names):
             rows, numbers, items = _files(table, kind, np.flatnonzero(table.sources.codes == code))
-            if not items:
-                continue
-            name = f"{source}-{table.splits[int(rows[0])]}-{kind}"
-            entry = _open_entry(kind, name, items, config)
-            if entry:
-                store.places[kind][rows] = np.stack([np.full(len(rows), len(store.entries)), numbers], 1)
-                store.entries.append(entry)
-                _report(store, rows, [entry.reasons.get(number) for number in numbers.tolist()], f"{name}s", config)
-    return store
+            if items:
+                yield kind, f"{source}-{table.splits[int(rows[0])]}-{kind}", rows, numbers, items
 
 
 def _files(table: SampleTable, kind: Kind, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Item]]:
@@ -280,12 +291,19 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.paths.data_root) / "cache"
 
 
-def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Entry | None:
-    """The entry of `items`, made if need be; None, with a printed reason, where there is no room for it."""
-    cache, side = cache_folder(config), cache_side(config.model.image_size)
-    folder = cache / f"{name}-{_digest(kind, items, side, config)}"
+def _entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Path:
+    return cache_folder(config) / f"{name}-{_digest(kind, items, cache_side(config.model.image_size), config)}"
+
+
+def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fill: bool) -> Entry | None:
+    """The entry of `items`, made if need be; None where it is not there and `fill` is false, or, with a printed reason,
+    where there is no room for it."""
+    folder = _entry_folder(kind, name, items, config)
+    cache = folder.parent
     if folder.is_dir():
         return Entry(folder, len(items))
+    if not fill:
+        return None
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(cache):
@@ -330,7 +348,7 @@ def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> No
     """Decode `items` into `folder`, which appears when all is on the disk."""
     for left in folder.parent.glob("*.tmp"):  # by runs that were killed: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
-    room = _room(folder.parent, config)
+    room = room_for_entries(config)
     _check_room(_predicted_bytes(kind, items, config), room, folder.parent, config)
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir()
@@ -375,10 +393,12 @@ def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float
     return len(items) * sum(sizes) / max(len(sizes), 1)
 
 
-def _room(cache: Path, config: Config) -> float:
-    """Bytes that an entry may take: what `data.cache_max_gb` leaves, and what the disk does."""
+def room_for_entries(config: Config) -> float:
+    """Bytes that new entries may take: what `data.cache_max_gb` leaves, and what the disk does."""
+    cache = cache_folder(config).absolute()
     used = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    return min(config.data.cache_max_gb * GB - used, shutil.disk_usage(cache).free - RESERVE_GB * GB)
+    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return min(config.data.cache_max_gb * GB - used, shutil.disk_usage(disk).free - RESERVE_GB * GB)
 
 
 def _check_room(needed: float, room: float, cache: Path, config: Config) -> None:
@@ -431,8 +451,8 @@ def check_broken(what: str, broken: int, total: int, first: str, config: Config)
     """Raise UserError where more than `data.max_bad_pct` of `total` are broken."""
     if broken * 100 > config.data.max_bad_pct * total:
         limit = f"data.max_bad_pct={config.data.max_bad_pct:g}"
-        raise UserError(f"{what}: {broken} of {total} cannot be read, more than {limit} allows; mend or remove those "
-                        f"listed in {bad_samples_path(config)}; the first: {first}")
+        raise UserError(f"{what}: {broken} of {total} cannot be read, more than {limit} allows; the first: {first}; "
+                        f"mend or remove those listed in {bad_samples_path(config)}")
 
 
 def _report(store: Store, rows: np.ndarray, reasons: Sequence[str | None], what: str, config: Config) -> None:

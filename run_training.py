@@ -4,9 +4,10 @@
     python run_training.py --config recipes/synthetic.yaml
     python run_training.py --resume outputs/checkpoints/checkpoint_epoch_50.pt
     python run_training.py --plan
+    python run_training.py --doctor
 
-Exit codes: 0 done, 1 the run could not go on, 2 a mistake in what was asked for, 3 stopped by a signal after the step
-in hand, which is saved, 130 stopped at once.
+Exit codes: 0 done, 1 the run could not go on or the doctor found a fault, 2 a mistake in what was asked for, 3 stopped
+by a signal after the step in hand, which is saved, 130 stopped at once.
 """
 
 import argparse
@@ -54,9 +55,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
     parser.add_argument("--json", action="store_true", help="print what --plan finds as JSON")
+    parser.add_argument("--doctor", action="store_true", help="try all that a run needs, print what was found and what "
+                        "to do, and stop; changes nothing")
     options, rest = parser.parse_known_args(arguments)
     if options.json and not options.plan:
         parser.error("--json needs --plan")
+    if options.doctor and options.plan:
+        parser.error("--doctor plans as well; leave out --plan")
     options.overrides = []
     for word in rest:
         if word.startswith("-") or "=" not in word:
@@ -87,6 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     options, is_main = parse(sys.argv[1:] if arguments is None else arguments), os.environ.get("RANK", "0") == "0"
     try:
         config = configuration(options)
+        if options.doctor:
+            import doctor
+
+            return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
         import training
 
         if options.plan:
@@ -115,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(stopped, file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        print("\nStopped at once. Go on with --resume auto from the newest checkpoint", file=sys.stderr)
+        advice = "" if options.doctor else " Go on with --resume auto from the newest checkpoint"
+        print(f"\nStopped at once.{advice}", file=sys.stderr)
         return 130
 
 

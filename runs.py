@@ -86,9 +86,10 @@ class Run:
 # ---- opening -----------------------------------------------------------------------------------------------------
 
 
-def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None) -> Run:
+def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None, *,
+             data: Data | None = None) -> Run:
     """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
-    writes to the folder.
+    writes to the folder. `data`: what has been read already.
 
     Raises:
         UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
@@ -101,7 +102,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
-    data = world.together(lambda: _load_data(config, state))
+    data = data or world.together(lambda: _load_data(config, state))
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress,
@@ -129,11 +130,16 @@ def _load_data(config: Config, state: Mapping[str, Any] | None) -> Data:
                      speakers=state["speakers"])
 
 
+def parts_in_use(folder: Path) -> list[str]:
+    """What an earlier run has left in an output folder."""
+    parts = {"checkpoints": folder.glob("checkpoints/*"), "logs/metrics.jsonl": folder.glob("logs/metrics.jsonl")}
+    return [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
+
+
 def _prepare_folder(folder: Path, options: Options) -> IO[str]:
     """Make the folder's three parts; refuse one with a run in it unless it is resumed or thrown away, and one that
     another process trains in. Returns the lock."""
-    parts = {"checkpoints": folder.glob("checkpoints/*"), "logs/metrics.jsonl": folder.glob("logs/metrics.jsonl")}
-    used = [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
+    used = parts_in_use(folder)
     try:
         for name in ("checkpoints", "logs", "reports"):
             (folder / name).mkdir(parents=True, exist_ok=True)

@@ -397,10 +397,14 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         run.tracker.close()
 
 
+def place_of(run: Run) -> Place:
+    return Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
+                 budget.calibration(memory.device_name(run.device)))
+
+
 def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | None) -> None:
     """How each stage fits: as the checkpoint says where it does, since another split rounds otherwise."""
-    place = Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
-                  budget.calibration(memory.device_name(run.device)))
+    place = place_of(run)
     plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(run.config, tasks, place))
     print(budget.format_plan(plans), flush=True)
     run.fits = {name: found.fit for name, found in plans.items()}

@@ -109,6 +109,23 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     return Tokenizer((_package_folder() / "tokenizer.json").read_text(encoding="utf-8", errors="replace"))
 
 
+def needs_network(config: ModelConfig) -> bool:
+    """Whether the words' source has still to be fetched from the hub.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    name = config.word_embeddings.removeprefix("hub:")
+    if name == config.word_embeddings:
+        _package_folder()
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    weights = ("model.safetensors", "pytorch_model.bin")
+    kept = [file for file in ("config.json", *weights) if isinstance(try_to_load_from_cache(name, file), str)]
+    return not Path(name).is_dir() and not ("config.json" in kept and len(kept) > 1)
+
+
 def load_word_table(config: ModelConfig) -> np.ndarray | None:
     """Pretrained word vectors, float32 [vocabulary, word_rank], or None for `random`. Prints which source it took.
 

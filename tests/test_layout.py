@@ -44,8 +44,15 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
                 "interruption resume saving",
-    "run_training": "config interruption training redaction",
+    "run_training": "config interruption training redaction doctor",
     "evaluate": "config model datasets vocabulary metrics memory planning report protocols redaction",
+    # what a run needs, tried before it starts
+    "findings": "config", "environment": "config findings images audio vocabulary",
+    "inspection": "config findings batches datasets readers prepare memory budget model planning resume runs saving "
+                  "stages training",
+    "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning runs"
+                 " stages tracking training",
+    "doctor": "config findings environment inspection rehearsal runs",
     # getting data
     "sources": "", "transfer": "config files redaction", "archives": "config", "inventory": "files",
     "local_copies": "config",
@@ -53,7 +60,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "download_datasets": "config sources transfer archives acquisition redaction",
 }.items()}
 WITHOUT_TORCH = ("config", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
-                 "run_training", "evaluate")
+                 "run_training", "evaluate", "doctor", "environment", "findings")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 
@@ -226,7 +233,7 @@ def test_torch_gate_can_fail() -> None:
 
 @pytest.mark.parametrize(("script", "flags"), [
     ("run_training.py", "--data-root --output-dir --model-size --batch-size --epochs --lr --resume --config --datasets"
-                        " --device --plan --overwrite"),
+                        " --device --plan --doctor --overwrite"),
     ("download_datasets.py", "--datasets --data-root --skip-existing"),
     ("evaluate.py", "--checkpoint --datasets"),
 ])

@@ -279,9 +279,10 @@ def test_run_all_leaves_the_choice_of_a_start(project: Path, flags: list[str]) -
     assert calls[-1] == " ".join(["run_training.py --datasets coco", *flags])
 
 
-def test_run_all_plan_fetches_nothing(project: Path) -> None:
-    run, calls = run_all(project, "--plan")
-    assert run.returncode == 0 and calls == ["setup_environment.sh", "run_training.py --plan"]
+@pytest.mark.parametrize("flag", ["--plan", "--doctor"])
+def test_run_all_plan_and_doctor_fetch_nothing(project: Path, flag: str) -> None:
+    run, calls = run_all(project, flag)
+    assert run.returncode == 0 and calls == ["setup_environment.sh", f"run_training.py {flag}"]
 
 
 @pytest.mark.parametrize(("arguments", "shown"), [

@@ -298,7 +298,7 @@ def read_plan(folder: str | Path, key: str) -> Plan | None:
     path = Path(folder) / f"plan_{key}.json"
     try:
         return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         print(f"Plan: {path} is damaged ({type(error).__name__}), so it is made again", file=sys.stderr, flush=True)

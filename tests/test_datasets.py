@@ -215,17 +215,17 @@ def test_workers_follow_the_setting_and_the_room_in_shared_memory(mixed: tuple[D
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = mixed
 
-    def count(config: Config, cores: int, jobs: int = 100) -> int:
+    def count(config: Config, cores: int, jobs: int = 100, rows: int = 8) -> int:
         monkeypatch.setattr(datasets.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-        batches = [(0, np.arange(8))] * jobs
+        batches = [(0, np.arange(rows))] * jobs
         return worker_count(datasets.BatchReader(data.splits["train"], batches, BOTH, config, True, 1), jobs)
     assert [count(config, cores) for cores in (1, 2, 3, 6, 64)] == [1, 1, 2, 5, 8]
     assert count(config, 64, jobs=3) == 3 and count(config, 64, jobs=0) == 0
     explicit = load_config(None, ["data.workers=5"])
     assert count(explicit, 2) == 5
-    large = load_config(None, ["model.image_size=8192"])
+    large = load_config(None, ["model.image_size=2048"])
     with pytest.warns(UserWarning, match="--shm-size"):
-        assert count(large, 64) < 8
+        assert count(large, 64, rows=10_000) < 8
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

@@ -455,8 +455,8 @@ def compare_memory(run: Run, name: str) -> float:
                     f"({measured.kind})")
     run.tracker.memory(name, planned, measured.gib, run.progress.step)
     if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
-        run.tracker.event(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
-                          f"refuses it on {run.device}; set memory.micro_batch or a lower budget", run.progress.step)
+        run.tracker.say(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
+                        f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
     if run.device.type == "cuda" and planned:
         budget.calibrate(memory.device_name(run.device), measured.gib / planned)
     return measured.gib

@@ -50,7 +50,7 @@ def opened(folder: Path, *overrides: str, stages: Sequence[Any] = (WORDS,)) -> C
     """A case as far as the run on a few samples."""
     case = case_of(folder, *overrides, stages=stages)
     for look in (inspection.device, inspection.data, rehearsal.model):
-        assert "fail" not in {one.state for one in look(case)}  # a busy machine has less memory free, which is a warning
+        assert "fail" not in {one.state for one in look(case)}  # a busy machine has little memory free: a warning
     return case
 
 

@@ -25,6 +25,7 @@ import local_copies
 import transfer
 from archives import ArchiveError
 from config import UserError
+from redaction import command_line, redact
 from sources import HF_HOST, File, Item, Source
 from transfer import Fetched, Mismatch, Policy, TransferError, Wanted
 
@@ -94,7 +95,7 @@ class Acquisition:
                 self._fill()
             return self._outcome("done")
         except (UserError, TransferError, ArchiveError) as error:
-            detail = transfer.redact(str(error), self._secrets())
+            detail = redact(str(error), self._secrets())
             if self._key() and re.search(r"answered 40[13]|web page", detail):
                 detail += f"; is {self.source.needs_key} right and still valid?"
             return Outcome(name=self.source.name, state="failed", detail=detail, next_command=self._command(),
@@ -307,7 +308,10 @@ class Acquisition:
         if fetched.checked or not wanted:
             return
         with fetched.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows = sum(1 for _ in csv.reader(file)) - 1 if item.name.endswith(".csv") else sum(1 for _ in file)
+            try:
+                rows = sum(1 for _ in csv.reader(file)) - 1 if item.name.endswith(".csv") else sum(1 for _ in file)
+            except csv.Error:
+                rows = 0
         if rows != wanted:
             self._say(f"note: {item.name} has {rows:,} rows, {wanted:,} are published")
 
@@ -392,7 +396,7 @@ class Acquisition:
         words += ["--also", *(f"{name}:{subset}" for subset in options.also[name])] if name in options.also else []
         flags = {"--keep-archives": options.keep_archives, "--skip-existing": options.skip_existing,
                  "--insecure-tls": options.insecure_tls}
-        return shlex.join([*words, *(flag for flag, given in flags.items() if given)])
+        return command_line([*words, *(flag for flag, given in flags.items() if given)])
 
     # --- Checks beforehand -----------------------------------------------------------------------------------------
 
@@ -425,7 +429,7 @@ class Acquisition:
             yield
 
     def _say(self, text: str) -> None:
-        print(f"{self.source.name}: {transfer.redact(text, self._secrets())}", flush=True)
+        print(f"{self.source.name}: {redact(text, self._secrets())}", flush=True)
 
 
 class _NotAvailable(Exception):

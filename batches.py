@@ -142,7 +142,7 @@ class BatchReader:
         task, indices = self.jobs[k]
         inputs = tuple(self.inputs[task])
         broken: list[dict[str, str]] = []
-        with _one_thread():
+        with one_thread():
             try:
                 found = [self._draw_good(index, inputs, broken, stand_in=self.train) for index in indices.tolist()]
                 if not any(found):
@@ -286,7 +286,7 @@ def spec_augment(mel_TM: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread for torch: log-mels of a second are slower with two, and equal numbers everywhere matter more."""
     threads = torch.get_num_threads()
     if threads == 1:  # as in every worker

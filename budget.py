@@ -11,7 +11,8 @@ laptop) while `footprint` adds up every storage that lives. What is chosen among
    has several objectives, each also encodes anew, since no tokens of the whole batch are kept. The largest micro-batch
    for all towers together, then for each alone, the costliest first: whole if that fits, else as large as fits.
    Where every objective is over single samples, parts cost nothing, and come second.
-4. Parts whose blocks are recomputed as well, where not even single samples fit without.
+4. Parts whose blocks are recomputed as well, one more forward pass, where that makes up for parts so small that what
+   each call costs by itself counts (`CALL_SAMPLES`), or where not even single samples fit without.
 
 `benchmarks/plan_choice.py` compares a choice with the others that fit, run for real.
 
@@ -23,6 +24,7 @@ same machine have measured (`calibration`). A plan leaves room for both: of 20 G
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,12 +33,14 @@ from typing import Any
 import torch
 
 from config import UserError
+from files import replacing
 from footprint import TAGS, Usage
 from memory import CONTEXT_GIB, GIB, KNOBS, Fit, MicroBatch, smaller
 
 FRAGMENTATION_PCT = 10.0
 AMPLE_MICRO_BATCH = 256  # larger parts fill the device no better
-FINE_MICRO_BATCH = 16  # below this, sizes between the powers of two are tried as well
+FINE_MICRO_BATCH = 16  # below this, sizes between the powers of two, and recompute in parts, are tried as well
+CALL_SAMPLES = 1.5  # a part costs as much as so many samples more: measured on a CPU (benchmarks/plan_choice.py)
 PARTIAL = (4, 2)  # every n-th block: what lies between recomputing none and all
 
 Measure = Callable[[Fit, int | None], Usage | None]  # None: more than that many bytes
@@ -77,7 +81,15 @@ class Plan:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Plan":
-        return cls(**raw)
+        """Raises TypeError, ValueError or AttributeError where `raw` is not what `to_dict` gives."""
+        plan = cls(**raw)
+        sizes = [*plan.micro_batch.values(), *plan.upper.values()]
+        others = [plan.peak_bytes, plan.allowance_bytes, plan.budget_bytes, *plan.recompute.values()]
+        if plan.micro_batch.keys() != plan.upper.keys() or not all(type(n) is int for n in sizes + others):
+            raise ValueError("not the numbers of a plan")
+        if min(sizes) < 1 or min(others) < 0:
+            raise ValueError("sizes below 1 or bytes below 0")
+        return plan
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,8 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
     parts of 16.
 
     Args:
-        measure: runs a step at a fit; may stop, and return None, once more than the bytes given live.
+        measure: runs a step at a fit; may stop, and return None, once more than the bytes given live. The bytes given
+            never rise from call to call; without any, the figure is that of whole steps.
         upper: samples of each tower in an effective batch; the costliest tower first.
         pinned: the user's own micro-batch of all towers.
         may_recompute: whether blocks may be recomputed.
@@ -112,19 +125,17 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
     Raises:
         OverBudget: nothing fits; names the knobs.
     """
-    line = limits.tensor_bytes
-    search = _Search(measure, dict(upper), line, may_recompute, parts_are_free)
-    chosen = search.best(pinned)
+    line = aim = limits.tensor_bytes
     while True:
+        chosen = _Search(measure, dict(upper), aim, may_recompute, parts_are_free).best(pinned)
         usage = measure(chosen, None)
         assert usage is not None, "a measurement without a limit ends with a figure"
-        plan = Plan(micro_batch=chosen.micro_batch, recompute=chosen.recompute, upper=search.upper,
+        plan = Plan(micro_batch=chosen.micro_batch, recompute=chosen.recompute, upper=dict(upper),
                     peak_bytes=usage.peak_bytes, by_tag=usage.by_tag, allowance_bytes=limits.budget_bytes - line,
                     budget_bytes=limits.budget_bytes, device=limits.device)
-        less = None if pinned or plan.fits else smaller(chosen, may_recompute=may_recompute)
-        if less is None:
+        if plan.fits or pinned or smaller(chosen, may_recompute=may_recompute) is None:
             break
-        chosen = less  # the whole step took a little more than the parts of it that the search had measured
+        aim -= usage.peak_bytes - line  # whole steps take more than the gradients that the search measures
     if not plan.fits:
         raise OverBudget(f"memory.budget_gb: of {limits.budget_bytes / GIB:.3g} GiB, {line / GIB:.2f} are for tensors, "
                          f"but at {chosen} a step takes {usage.peak_bytes / GIB:.2f} ({_by_tag_gib(usage.by_tag)}); "
@@ -149,7 +160,19 @@ class _Search:
         whole = None if self.parts_are_free else self._whole_or_recomputed(self.upper)
         if whole:
             return whole
-        return self._in_parts(0) or self._in_parts(self._deepest) or self.at(self._sizes(1), self._deepest)
+        found = [self._in_parts(0)]
+        if self.may_recompute and (found[0] is None or min(found[0].micro_batch.values()) < FINE_MICRO_BATCH):
+            found.append(self._in_parts(1))
+        return min(filter(None, found), key=self._cost, default=self.at(self._sizes(1), self._deepest))
+
+    def _cost(self, fit: Fit) -> float:
+        """Forward passes of the tower that has most of them (a backward pass counts as two), small parts for more."""
+        def passes(tower: str, size: int) -> float:
+            in_parts, every = size < self.upper[tower], fit.recompute[tower]
+            again = (in_parts and not self.parts_are_free) + (1 / every if every else 0)
+            return (3 + again) * (1 + in_parts * CALL_SAMPLES / size)
+
+        return max(passes(tower, size) for tower, size in fit.micro_batch.items())
 
     @property
     def _deepest(self) -> int:
@@ -272,9 +295,13 @@ def plan_key(facts: Mapping[str, Any], sources: Iterable[Path] = ()) -> str:
 
 def read_plan(folder: str | Path, key: str) -> Plan | None:
     """A plan that `write_plan` kept, or None; a damaged file counts as none, since planning again costs a minute."""
+    path = Path(folder) / f"plan_{key}.json"
     try:
-        return Plan.from_dict(json.loads((Path(folder) / f"plan_{key}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        print(f"Plan: {path} is damaged ({type(error).__name__}), so it is made again", file=sys.stderr, flush=True)
         return None
 
 
@@ -285,12 +312,8 @@ def write_plan(folder: str | Path, key: str, plan: Plan) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, "w") as file:
+        json.dump(value, file, indent=1)
 
 
 # ---- calibration -------------------------------------------------------------------------------------------------
@@ -308,7 +331,7 @@ def _ratios() -> dict[str, list[float]]:
     try:
         found = json.loads(calibration_file().read_text(encoding="utf-8"))
         return {str(name): [float(ratio) for ratio in ratios] for name, ratios in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -8,18 +8,20 @@ of another one, and a copied file keeps its own. To torch it is an ordinary file
     state = load("outputs/checkpoints/best_model.pt")
 """
 
-import contextlib
-import errno
 import hashlib
+import json
 import os
 import random
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
+
+from files import BESIDE, replacing
 
 SCHEMA = 1  # raised when a reader of the older layout would misread the newer one
 
@@ -45,32 +47,58 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
         TypeError: `state` holds something that a safe load would refuse (named by its keys).
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     content = {"schema": SCHEMA} | plain(state)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            _write_with_digest(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with replacing(path) as file:
+            _write_with_digest(content, cast(BinaryIO, file))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)}); an earlier file there is unchanged. "
                               "Free space or choose another --output-dir") from None
-    finally:
-        with contextlib.suppress(OSError):  # gone already, or the disk is read-only
-            temporary.unlink()
+
+
+def export(state: Mapping[str, Any], path: str | Path) -> None:
+    """The weights of a state as safetensors at `path`, and all else of it as JSON in `config.json` beside.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; earlier files are unchanged.
+    """
+    import safetensors.torch
+
+    path = Path(path)
+    others = plain({name: value for name, value in state.items() if name != "model_state_dict"})
+    weights = {name: value.contiguous() for name, value in plain(state["model_state_dict"]).items()}
+    try:
+        with replacing(path) as file:
+            file.write(safetensors.torch.save(weights, {"format": "pt"}))
+        with replacing(path.with_name("config.json"), "w") as file:
+            json.dump(others, file, ensure_ascii=False, indent=1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be saved ({_reason(error)})") from None
+
+
+def load_export(path: str | Path) -> dict[str, Any]:
+    """What `export` wrote, as one dict. Raises CheckpointError where one of the two files is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        others = json.loads(Path(path).with_name("config.json").read_text("utf-8"))
+        return {**others, "model_state_dict": load_file(path)}
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read, with the config.json beside it ({_reason(error)})") from None
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """The dict that `save` wrote. Holds plain data only: no code of the file is run.
 
     Raises:
-        CheckpointError: not there, not ours, truncated, changed since it was written, or of a newer schema.
+        CheckpointError: not there, not ours, truncated, changed since it was written, of a newer schema, or made to
+            run code or to fill the memory.
     """
     path = Path(path)
     verify(path)
+    _check_sizes(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
@@ -130,9 +158,17 @@ def rotate(folder: str | Path, keep_last: int, keep_every: int = 10) -> list[Pat
     return removed
 
 
+def remove_later(path: str | Path) -> None:
+    """Delete each `checkpoint_epoch_*.pt` that lies further on than `path`: of a run that went on from before them."""
+    path = Path(path)
+    for other in _by_age(path.parent):
+        if _position(other) > _position(path):
+            other.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Delete the temporary files of a run that was killed while saving; call it before the first save of a run."""
-    found = sorted(Path(folder).glob("*.pt.tmp"))
+    found = sorted(Path(folder).glob(f"*.pt.*{BESIDE}"))
     for path in found:
         path.unlink(missing_ok=True)
     return found
@@ -287,6 +323,17 @@ def _problem(file: BinaryIO) -> str | None:
     return f"truncated or damaged: it ends after {size} bytes without its digest"
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse a zip whose parts claim more than the file holds, before anything is unpacked: torch compresses none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path}: refused, it is no whole zip ({_reason(error)})") from None
+    if claimed > path.stat().st_size:
+        raise CheckpointError(f"{path}: refused, its parts claim {claimed:,} bytes, more than the file has")
+
+
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(max(offset, 0))
     return file.read(size)
@@ -299,20 +346,6 @@ def _sha256(file: BinaryIO, size: int) -> str:
         digest.update(block)
         size -= len(block)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut; Windows cannot open a folder and needs no such call."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks know no sync of a folder
-            raise
-    finally:
-        os.close(handle)
 
 
 def _position(path: Path) -> tuple[int, float]:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
+import strict_yaml
+
 MODALITIES = ("image", "text", "audio")
 OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker")
 DATASETS = ("coco", "clotho", "audiocaps", "voxceleb", "stamps", "synthetic", "manifest")
@@ -60,6 +62,8 @@ PRESETS: dict[str, Preset] = {
     }.items()
 }
 SIZES = tuple(PRESETS)
+MAX_SIZES = {  # of a model; a checkpoint that asks for more was made to fill the memory
+    "embed_dim": 8_192, "num_classes": 100_000, "image_size": 2_048, "context_length": 4_096, "vocab_size": 1_000_000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,8 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         found = _below("model", self, embed_dim=1, num_classes=1, image_size=16, context_length=4, vocab_size=1000)
+        found += [f"model.{name}: {getattr(self, name)} is above {most}" for name, most in MAX_SIZES.items()
+                  if getattr(self, name) > most]
         if self.image_size % 16:
             found.append(f"model.image_size: {self.image_size} is not a multiple of the patch, 16")
         if self.word_embeddings not in ("minilm", "random") and not self.word_embeddings.startswith("hub:"):
@@ -106,6 +112,7 @@ class TrainingConfig:
     captions_per_visit: int = 1
     seed: int = 0
     save_every_epochs: int = 1
+    save_every_minutes: float = 10.0
     keep_checkpoints: int = 3
     log_every_steps: int = 10
     max_bad_steps: int = 10
@@ -117,8 +124,8 @@ class TrainingConfig:
 
     def problems(self) -> list[str]:
         found = _below("training", self, epochs=1, batch_size=1, gradient_accumulation_steps=1, captions_per_visit=1,
-                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, weight_decay=0, grad_clip_norm=0,
-                       max_bad_steps=1, warmup_pct=0, min_lr_pct=0, seed=0)
+                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, save_every_minutes=0, weight_decay=0,
+                       grad_clip_norm=0, max_bad_steps=1, warmup_pct=0, min_lr_pct=0, seed=0)
         if not self.learning_rate > 0:
             found.append(f"training.learning_rate: {self.learning_rate} is not above 0")
         if not 0 <= self.ema_decay < 1:
@@ -217,6 +224,7 @@ class DataConfig:
     max_bad_pct: float = 5.0
     timeout_s: float = 120.0
     manifest: str | None = None
+    manifest_root: str | None = None
     coco_split: Literal["auto", "karpathy", "2017"] = "auto"
     audiocaps_version: Literal[1, 2] = 1
     stamps_symbols: bool = True
@@ -351,30 +359,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML would let the last one win."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)  # before `<<` merges keys that may be given again
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.value in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key_node.value!r} is given twice")
-            seen.add(str(key_node.value))
-        return node
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        with path.open(encoding="utf-8") as file:
+            raw = strict_yaml.parse(file.read(strict_yaml.MAX_CHARS + 1))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --config takes the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -387,22 +381,26 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or "." not in dotted:
         raise ConfigError(f"{override!r}: an override looks like section.key=value, for example training.seed=1")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)
+        value = strict_yaml.parse(text)
     except yaml.YAMLError:
         value = text
     *sections, key = dotted.split(".")
     node: Any = raw
     for depth, name in enumerate(sections):
         node = _step_into(node, name, ".".join(sections[: depth + 1]))
+    if not isinstance(node, dict):
+        raise ConfigError(f"{'.'.join(sections)}: is a list; name an entry of it and one of its keys")
     node[key] = value
 
 
 def _step_into(node: Any, name: str, where: str) -> Any:
     """The mapping under `name`; a list of stages or tasks is addressed by name or position."""
     if isinstance(node, list):
-        found = [item for i, item in enumerate(node) if str(i) == name or item.get("name") == name]
+        entries = [item if isinstance(item, dict) else {} for item in node]
+        found = [item for i, item in enumerate(entries) if name in (str(i), item.get("name"))]
         if not found:
-            raise ConfigError(f"{where}: no entry {name!r}; have {', '.join(str(n.get('name')) for n in node)}")
+            have = ", ".join(str(item.get("name")) for item in entries)
+            raise ConfigError(f"{where}: no entry {name!r}; have {have}")
         return found[0]
     if name == "stages" and name not in node:
         node[name] = _plain([dataclasses.asdict(stage) for stage in DEFAULT_STAGES])
@@ -438,14 +436,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+        raise ConfigError(f"{where}: {value!r:.100} is not one of {', '.join(map(str, args))}")
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
+            raise ConfigError(f"{where}: expected a list, got {value!r:.100}")
         return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected name: number pairs, got {value!r}")
+            raise ConfigError(f"{where}: expected name: number pairs, got {value!r:.100}")
         return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     return _convert_scalar(hint, value, where)
 
@@ -461,17 +459,19 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
         except ConfigError:
             pass
     allowed = [", ".join(map(repr, typing.get_args(a))) or getattr(a, "__name__", str(a)) for a in args]
-    raise ConfigError(f"{where}: expected {' or '.join(allowed)}, got {value!r}")
+    raise ConfigError(f"{where}: expected {' or '.join(allowed)}, got {value!r:.100}")
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if type(value) is not hint:
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
-    if hint is float and value != value:
-        raise ConfigError(f"{where}: expected a number, got nan")
+        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r:.100}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a number, got {value}")
+    if hint is int and abs(value) >= 2**63:
+        raise ConfigError(f"{where}: {value!r:.100} is beyond 63 bits")
     return value

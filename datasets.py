@@ -78,7 +78,8 @@ class Data:
 
 
 def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Tokenizer | None = None,
-              concepts: Sequence[str] | None = None, speakers: Sequence[str] | None = None) -> Data:
+              concepts: Sequence[str] | None = None, speakers: Sequence[str] | None = None,
+              fill_cache: bool = True) -> Data:
     """Read `config.data.datasets`, tokenise captions, choose concepts, and open (or fill) the cache of files.
 
     A set without validation samples gives up 5 % of its training samples, chosen by caption, so that no caption
@@ -94,7 +95,8 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
         concepts = concept_names(train, config.model.num_classes)
     if speakers is None:
         speakers = sorted(set(train.speakers.names) - {""})
-    ready = {name: _prepare_split(table, config, tokenizer, concepts, speakers) for name, table in tables.items()}
+    stores = {name: prepare.open_store(table, config, fill=fill_cache) for name, table in tables.items()}
+    ready = {name: _prepare_split(store, config, tokenizer, concepts, speakers) for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers))
 
 
@@ -131,8 +133,9 @@ def _group(table: SampleTable, row: int) -> str:
     return table.speakers[row] or table.keys[row]
 
 
-def _prepare_split(table: SampleTable, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
+def _prepare_split(store: prepare.Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
                    speakers: Sequence[str]) -> Split:
+    table = store.table
     captions = [table.captions[i] for i in range(len(table.captions))]
     token_ids, token_offsets = tokenizer.encode_flat(captions, config.model.context_length)
     normalised = [normalise_caption(text) for text in captions]
@@ -144,7 +147,7 @@ def _prepare_split(table: SampleTable, config: Config, tokenizer: Tokenizer, con
     numbers = {name: number for number, name in enumerate(speakers)}
     by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
     return Split(
-        table=table, store=prepare.open_store(table, config), pad_id=tokenizer.pad_id, set_hash=set_hash, place=place,
+        table=table, store=store, pad_id=tokenizer.pad_id, set_hash=set_hash, place=place,
         token_ids=token_ids, token_offsets=token_offsets,
         caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
         concept_ids=concept_ids, concept_offsets=concept_offsets, may_flip=may_flip,

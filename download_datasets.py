@@ -14,6 +14,7 @@ from typing import NoReturn, TypeVar
 
 from acquisition import Acquisition, Options, Outcome, peak_bytes
 from config import UserError
+from redaction import redact
 from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Item, Source
 from transfer import Policy
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOU
             return 0
         outcomes = [_get(name, table, options) for name in names]
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; what has arrived is kept, the same command goes on from there", file=sys.stderr)
@@ -219,7 +220,7 @@ def _print_item(item: Item, acquisition: Acquisition) -> None:
     print(f"  {item.name}{more}: {_gb(item.size)}, {acquisition.state_of(item)}, to {acquisition.folder / item.into}")
     for file in item.files:
         for url in acquisition.addresses(file, hide_key=True) or ("(needs a key)",):
-            print(f"    {url}")
+            print(f"    {redact(url)}")
 
 
 def _free_bytes(folder: Path) -> int:

@@ -9,19 +9,19 @@ Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from config import DATASETS, Config, UserError, config_from_dict
+from redaction import command_line, redact
 
 
 class Parser(argparse.ArgumentParser):
     """Mistakes take one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {redact(message)}; see --help\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -74,11 +74,12 @@ def evaluate(options: argparse.Namespace) -> Path:
     import protocols
     import report
     from datasets import load_data
+    from model import load_model
     from vocabulary import Tokenizer
 
     memory.keep_few_kernels()
     device = memory.choose_device(options.device)
-    model, state = _open_checkpoint(options.checkpoint)
+    model, state = load_model(options.checkpoint)
     config = configuration(options, state["config"])
     precision = memory.choose_precision(device, config.training.use_amp)
     print(f"Device: {device}; {precision.reason}")
@@ -95,7 +96,7 @@ def evaluate(options: argparse.Namespace) -> Path:
                         "modalities, labels or speakers; choose another --split or other --datasets")
     print(report.format_table(figures))
     run = {
-        "kind": "evaluation", "command": shlex.join(["python", "evaluate.py", *options.arguments]),
+        "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": model.config.size, "parameters": sum(p.numel() for p in model.parameters())},
         "config": config.to_dict(), "data": data.describe(), "device": str(device), "precision": precision.reason,
@@ -104,18 +105,6 @@ def evaluate(options: argparse.Namespace) -> Path:
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, data, modality, config.report.gallery_queries)]
     return _write(folder, run, config, gallery)
-
-
-def _open_checkpoint(path: str) -> tuple[Any, dict[str, Any]]:
-    """The model and what else the file holds, after a check of its digest."""
-    import checkpoint
-    from model import load_model
-
-    try:
-        checkpoint.verify(path)
-    except checkpoint.CheckpointError as error:
-        raise UserError(str(error)) from None
-    return load_model(path)
 
 
 def _write(folder: Path, run: dict[str, Any], config: Config, gallery: list[dict[str, Any]]) -> Path:
@@ -150,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluate(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written", file=sys.stderr)

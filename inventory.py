@@ -8,10 +8,13 @@ an item counts as there only when nothing of its list is missing.
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from files import replacing
 
 MARKER = ".downloaded.json"
 CONTENTS = ".contents"
@@ -21,18 +24,14 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """The marker's contents, {} where there is none that can be read."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return marker if isinstance(marker, dict) and isinstance(marker.get("items"), dict) else {}
 
 
 def write_marker(folder: Path, marker: dict[str, Any]) -> None:
-    beside = folder / (MARKER + ".new")
-    with beside.open("w", encoding="utf-8") as file:
+    with replacing(folder / MARKER, "w") as file:
         file.write(json.dumps(marker, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, folder / MARKER)
 
 
 def contents_path(folder: Path, item: str) -> Path:
@@ -109,5 +108,5 @@ def _lines(path: Path) -> Iterator[Any]:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for line in file:
                 yield json.loads(line)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, RecursionError, EOFError, zlib.error):
         return

@@ -76,14 +76,20 @@ def _audiocaps_names(lists: Path) -> dict[str, tuple[str, str]]:
     """Name of a sound without suffix -> (split, YOUTUBEID_START). Ids have 11 characters: no two forms are alike."""
     known: dict[str, tuple[str, str]] = {}
     for split in ("train", "val", "test"):
-        with (lists / f"{split}.csv").open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                video, start = row["youtube_id"], int(row["start_time"])
-                clip = (split, f"{video}_{start}")
-                spans = ("", f"_{start}", f"_{start}_{start + 10}", f"_{start * 1000}_{start * 1000 + 10_000}")
-                known |= {name + span: clip for name in (video, f"Y{video}") for span in spans}
-                known[row["audiocap_id"]] = clip
+        path = lists / f"{split}.csv"
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    known |= _names_of_clip(split, row["youtube_id"], int(row["start_time"]), row["audiocap_id"])
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise UserError(f"{path}: damaged ({error!r}); delete it and run this again") from None
     return known
+
+
+def _names_of_clip(split: str, video: str, start_s: int, number: str) -> dict[str, tuple[str, str]]:
+    clip = (split, f"{video}_{start_s}")
+    spans = ("", f"_{start_s}", f"_{start_s}_{start_s + 10}", f"_{start_s * 1000}_{start_s * 1000 + 10_000}")
+    return {name + span: clip for name in (video, f"Y{video}") for span in spans} | {number: clip}
 
 
 def _link(source: Path, place: Path) -> None:

@@ -5,11 +5,14 @@
 
 Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id; all optional, but
 a line needs an image, an audio file or a text. In a CSV, `labels` are separated by ";", and a text is one caption, or
-several as a JSON list: ["a dog", "a dog on grass"]. Relative paths start at the manifest's folder.
+several as a JSON list: ["a dog", "a dog on grass"]. Relative paths start at the manifest's folder. No path, ".." or
+link leads out of that folder, or out of `data.manifest_root` where that is given: a manifest made by somebody else
+cannot name other files of yours.
 """
 
 import csv
 import difflib
+import itertools
 import json
 import math
 import os
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from config import UserError
 from samples import SPLITS, Sample, normalise_caption, stable_hash
@@ -25,11 +28,18 @@ from samples import SPLITS, Sample, normalise_caption, stable_hash
 COLUMNS = ("image", "audio", "start", "duration", "text", "labels", "speaker", "split", "id")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
+# What a file may hold; beyond it, it is not a list of samples, and reading it would fill the memory.
+MAX_BYTES = 2_000_000_000  # five million lines of 400
+MAX_LINES = 5_000_000  # of CSV rows too: about 1 KB of memory each while the file is checked
+MAX_LINE_CHARS = 1_000_000  # of a row; thousands of captions for one picture
+MAX_CAPTION_CHARS = 10_000  # the text encoder reads 64 words; of longer ones this would be all but lost
+MAX_SECONDS = 1e7  # four months: beyond any recording
 HELD_OUT = {"test": 0.1, "val": 0.1}  # shares where no line names a split; the rest is train
 
 
-def read_manifest(path: Path, split: str) -> Iterator[Sample]:
-    """The samples of one split. The whole file is checked first, whichever split is asked for.
+def read_manifest(path: Path, split: str, root: str | None = None) -> Iterator[Sample]:
+    """The samples of one split. The whole file is checked first, whichever split is asked for. Its pictures and sounds
+    lie in the folder `root` (None: that of the manifest), links followed.
 
     Without a `split` column, 10 % of the samples are test and 10 % val, told by their ids alone, so that lines may be
     reordered, and few samples change sides when lines are added; lines that share a picture or a stretch of sound stay
@@ -38,7 +48,8 @@ def read_manifest(path: Path, split: str) -> Iterator[Sample]:
     Raises:
         UserError: file and line number, what is wrong there, what is allowed.
     """
-    rows = [_Row.parse(where, raw, path.parent) for where, raw in _lines(path)]
+    folders = _Folders(path.parent, os.path.join(os.path.realpath(root or path.parent), ""))
+    rows = [_Row.parse(where, raw, folders) for where, raw in _lines(path)]
     if not rows:
         raise UserError(f"{path}: holds no samples; write one JSON object (or one CSV row below the header) a line")
     _name(rows)
@@ -49,14 +60,22 @@ def read_manifest(path: Path, split: str) -> Iterator[Sample]:
     return (row.sample() for row in rows if row.split == split)
 
 
-def distinct_captions(texts: Iterable[str]) -> tuple[str, ...]:
+def distinct_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
     """`texts` without outer blanks, without those that hold no word, and of equal ones (but for case, blanks and
-    final punctuation) only the first."""
+    final punctuation) only the first. Raises UserError, which begins with `where`, for one of absurd length."""
     first: dict[str, str] = {}
     for text in texts:
+        if len(text) > MAX_CAPTION_CHARS:
+            raise UserError(f"{where}: a text of {len(text):,} characters, over {MAX_CAPTION_CHARS:,}; shorten it")
         first.setdefault(normalise_caption(text), text.strip())
     first.pop("", None)
     return tuple(first.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Folders:
+    base: Path  # where relative paths start
+    root: str  # what no path leads out of: without links, with "/" at its end
 
 
 @dataclass(slots=True)
@@ -76,12 +95,12 @@ class _Row:
     name: str  # the default id
 
     @staticmethod
-    def parse(where: str, raw: dict[str, Any], folder: Path) -> "_Row":
+    def parse(where: str, raw: dict[str, Any], folders: _Folders) -> "_Row":
         for column in raw:
             if column not in COLUMNS:
-                close = difflib.get_close_matches(str(column), COLUMNS, n=1)
+                close = difflib.get_close_matches(str(column)[:20], COLUMNS, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(COLUMNS)}"
-                raise UserError(f"{where}: unknown column {column!r}; {hint}")
+                raise UserError(f"{where}: unknown column {column!r:.60}; {hint}")
         given = {column: value for column, value in raw.items() if value is not None and value != ""}
 
         def take(column: str, convert: Callable[[Any], Any], empty: Any) -> Any:
@@ -90,14 +109,14 @@ class _Row:
             try:
                 return convert(given[column])
             except ValueError as error:
-                raise UserError(f"{where}: {column}: {error}, got {given[column]!r}") from None
+                raise UserError(f"{where}: {column}: {error}, got {given[column]!r:.200}") from None
 
         row = _Row(
             where=where, key=take("id", _word, ""), split=take("split", _split, ""),
-            image=take("image", lambda value: _file(value, folder), ""),
-            audio=take("audio", lambda value: _file(value, folder), ""),
+            image=take("image", lambda value: _file(value, folders), ""),
+            audio=take("audio", lambda value: _file(value, folders), ""),
             start_s=take("start", _seconds, 0.0), duration_s=take("duration", _seconds, 0.0),
-            captions=distinct_captions(take("text", _texts, ())),
+            captions=distinct_captions(take("text", _texts, ()), where),
             labels=tuple(dict.fromkeys(take("labels", _texts, ()))), speaker=take("speaker", _word, ""), name="")
         row._check(given)
         return row
@@ -138,17 +157,41 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_bounded(file, path), 1):
             where = f"{path}, line {number}"
             if not line.strip():
                 continue
-            try:
-                raw = json.loads(line.rstrip(), object_pairs_hook=partial(_no_twins, where))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+            raw = _json(where, line.rstrip(), partial(_no_twins, where))
             if not isinstance(raw, dict):
                 raise UserError(f'{where}: expected an object such as {{"image": "1.jpg"}}, got {line.strip()[:40]}')
             yield where, raw
+
+
+def _bounded(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of `file`, none of which is read further than it may go."""
+    if os.fstat(file.fileno()).st_size > MAX_BYTES:
+        raise UserError(f"{path}: is larger than {MAX_BYTES / 1e9:g} GB; split it into several lists")
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE_CHARS + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE_CHARS or number > MAX_LINES:
+            raise UserError(f"{path}, line {number}: over {MAX_LINE_CHARS:,} characters in a line, or {MAX_LINES:,} "
+                            "lines; one line is one sample")
+        yield line
+
+
+def _json(where: str, text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=hook)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise UserError(f"{where}: brackets are nested too deeply") from None
+    except UserError:
+        raise
+    except ValueError:
+        raise UserError(f"{where}: a whole number of thousands of digits") from None
 
 
 def _no_twins(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,14 +203,25 @@ def _no_twins(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    row_chars = 0
+
+    def lines(file: TextIO) -> Iterator[str]:
+        nonlocal row_chars
+        for line in _bounded(file, path):
+            row_chars += len(line)
+            if row_chars > MAX_LINE_CHARS:
+                raise UserError(f"{path}, line {reader.line_num}: over {MAX_LINE_CHARS:,} characters in a row; is a "
+                                "quote never closed?")
+            yield line
+
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+        reader = csv.reader(lines(file), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
         try:
             header = [column.strip() for column in next(reader, [])]
             _no_twins(f"{path}, line 1", [(column, None) for column in header])
             before = reader.line_num
             for cells in reader:
-                where, before = f"{path}, line {before + 1}", reader.line_num
+                where, before, row_chars = f"{path}, line {before + 1}", reader.line_num, 0
                 if len(cells) != len(header) and cells:
                     raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns"
                                     " (a text that holds the delimiter needs quotes)")
@@ -182,29 +236,29 @@ def _cell(where: str, column: str, cell: str) -> Any:
     if column == "labels":
         return [label.strip() for label in cell.split(";") if label.strip()]
     if column == "text" and cell.lstrip().startswith('["'):
-        try:
-            return json.loads(cell)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: text: begins like a JSON list, but is none: {error.msg}") from None
+        return _json(f"{where}: text: begins like a JSON list", cell)
     return cell if column in ("image", "audio", "text") else cell.strip()
 
 
-def _file(value: Any, folder: Path) -> str:
+def _file(value: Any, folders: _Folders) -> str:
     if not isinstance(value, str):
         raise ValueError("expected a path")
-    path = os.path.abspath(os.path.join(folder, value))
+    path = os.path.abspath(os.path.join(folders.base, value))
     if not os.path.isfile(path):
-        raise ValueError(f"no such file ({path})")
+        raise ValueError(f"no such file ({path:.200})")
+    if not os.path.realpath(path).startswith(folders.root):
+        raise ValueError(f"lies outside {folders.root} (links followed); put it there, or name a folder that holds all "
+                         "files: data.manifest_root=FOLDER")
     return path
 
 
 def _seconds(value: Any) -> float:
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
-    if not 0 <= seconds < math.inf:
-        raise ValueError("expected seconds, 0 or more")
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise ValueError("expected seconds, 0 or more" + (f", at most {MAX_SECONDS:g}" if seconds > 0 else ""))
     return seconds
 
 
@@ -212,13 +266,21 @@ def _texts(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("expected a text or a list of texts")
-    return tuple(text.strip() for text in texts if text.strip())
+    return tuple(_encodable(text.strip()) for text in texts if text.strip())
 
 
 def _word(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError("expected a text or a whole number")
-    return str(value).strip()
+    return _encodable(str(value).strip())
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write "\ud800"
+        raise ValueError("expected Unicode, not half of a surrogate pair") from None
+    return text
 
 
 def _split(value: Any) -> str:

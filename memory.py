@@ -215,6 +215,25 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(exact)
 
 
+def free_gib(device: torch.device) -> tuple[float, float]:
+    """What is free of the device's memory and how much there is, in GiB; elsewhere than on CUDA of the machine's, or of
+    what a container may take."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free / GIB, total / GIB
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = total
+    with contextlib.suppress(OSError, StopIteration):  # Linux alone
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # no group, or "max"
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        total = min(total, limit)
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free / GIB, total / GIB
+
+
 def device_name(device: torch.device) -> str:
     """What the device is called: on CUDA the card's name, which plans are calibrated by."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+import checkpoint
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, ModelConfig, UserError, config_from_dict
 from footprint import device_of
 
@@ -433,20 +434,23 @@ def create_model(size: str = "base", **overrides: Any) -> TriModalModel:
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, dict[str, Any]]:
-    """Open any checkpoint of this project: the model in eval mode, and everything else that the file holds.
+    """Open a checkpoint of this project, or its model.safetensors: the model in eval mode, and all else that it holds.
 
     Raises:
-        UserError: the file is missing, or is not a checkpoint of this project.
+        UserError: the file is missing, damaged, or is not a checkpoint of this project.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = checkpoint.load_export(path) if str(path).endswith(".safetensors") else checkpoint.load(path, device)
         config = config_from_dict({"model": state["config"]["model"]}).model
         weights = state.pop("model_state_dict")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # repr: one line, and some errors have no message
+        model = TriModalModel(config)
+        mismatch = checkpoint.describe_mismatch(weights, model.state_dict())
+    except checkpoint.CheckpointError as error:
+        raise UserError(str(error)) from None
+    except (LookupError, TypeError, AttributeError, UserError) as error:  # repr: some errors have no message
         raise UserError(f"{path}: not a checkpoint of this project ({repr(error)[:150]})") from None
-    model = TriModalModel(config)
+    if mismatch:
+        raise UserError(f"{path}: its weights are not those of the model it describes ({mismatch})")
     model.load_state_dict(weights)
     return model.to(device).eval(), state
 

@@ -5,10 +5,10 @@ sounds of `data.audio_max_s`, captions of `model.context_length`. What a step re
 patches are kept, which words are hidden) is put at its worst case, since fake tensors have no values. At most
 `PARTS` micro-batches of each tower are run, beside inputs and features of full size: further ones free what they took.
 
-Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much, the
-search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end as
-soon as they take too much. Under torchrun a plan is that of each process: its share of the batch, the features
-of all.
+Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much,
+the search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end
+as soon as they take too much. Under torchrun a plan is that of each process: its share of the batch, the features of
+all.
 """
 
 import dataclasses
@@ -213,8 +213,8 @@ def _largest_share(config: Config, row: StageConfig, place: Place) -> Share | No
 
 
 class StageMeasure:
-    """Runs the steps of a stage's tasks at a fit. What has been measured is kept, by what it uses of the fit: one limit
-    for all calls."""
+    """Runs the steps of a stage's tasks at a fit. What has been measured is kept, by what it uses of the fit; limits
+    never rise from call to call."""
 
     def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place):
         self.config, self.row, self.tasks, self.place = config, row, list(tasks), place
@@ -239,7 +239,7 @@ class StageMeasure:
         key = str((step.task, step.fit))
         if self.known.get(key) is None:  # not measured yet, or above a limit
             self.known[key] = step.usage(limit_bytes=limit_bytes)
-        return self.known[key]
+        return _within(self.known[key], limit_bytes)
 
     def _gradients(self, step: StepPlan, limit_bytes: int) -> Usage | None:
         """In parts the objectives follow each other, so each is measured alone, and anew only when what it uses has
@@ -252,11 +252,15 @@ class StageMeasure:
             key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in towers]))
             if key not in self.known:
                 self.known[key] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
-            usage = self.known[key]
+            usage = _within(self.known[key], limit_bytes)
             if usage is None:
                 return None
             found.append(usage)
         return max(found, key=lambda usage: usage.peak_bytes)
+
+
+def _within(usage: Usage | None, limit_bytes: int | None) -> Usage | None:
+    return usage if usage and (limit_bytes is None or usage.peak_bytes <= limit_bytes) else None
 
 
 def _pays_for_parts(kind: type[Objective]) -> bool:

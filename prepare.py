@@ -17,22 +17,25 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 import synthetic
 from config import NUM_MELS, Config, UserError
+from files import replacing, sync_folder
 from samples import SampleTable, offsets_of
 from workers import NOWHERE, Workers, in_line
 
 Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
+KINDS: tuple[Kind, ...] = ("image", "sound")
 
 FORMAT = 1  # counts up with every change of what an entry holds
 PROBES = 16  # files decoded first, to foretell the size of an entry
@@ -153,19 +156,40 @@ def check_folder(folder: str) -> None:
 class Entry:
     """One entry of the cache, mapped into memory on first use in each process (a map is never pickled)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, number: int) -> None:
+        """Raises UserError where `folder` does not hold `number` whole items."""
         self.folder = folder
         self._bytes: np.ndarray | None = None
         try:
-            with np.load(folder / "index.npz") as index:
-                self.offsets, self.shapes, self.is_image = index["offsets"], index["shapes"], bool(index["is_image"])
-            broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))
-            whole = (folder / "data.bin").stat().st_size == self.offsets[-1]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            self._load_index(number)
+            whole = self._fits(number)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError, EOFError,
+                zipfile.BadZipFile, zlib.error):
             whole = False
         if not whole:
             raise UserError(f"{folder}: this entry of the cache is damaged; delete it, and it will be made again")
+
+    def _load_index(self, number: int) -> None:
+        """Arrays of plain numbers and plain JSON: neither can run code."""
+        with zipfile.ZipFile(self.folder / "index.npz") as archive:
+            if sum(part.file_size for part in archive.infolist()) > 16 * number + 1000:  # 128 bytes before each array
+                raise ValueError("unpacks to more than an index takes")
+        with np.load(self.folder / "index.npz", allow_pickle=False) as index:
+            self.offsets, self.shapes, self.is_image = index["offsets"], index["shapes"], bool(index["is_image"])
+        broken = json.loads((self.folder / "broken.json").read_text(encoding="utf-8"))
         self.reasons = {int(number): str(reason) for number, reason in broken.items()}
+
+    def _fits(self, number: int) -> bool:
+        """Whether the index describes data.bin: `read` then takes nothing but whole pictures or sounds from it."""
+        offsets, shapes = self.offsets, self.shapes
+        if (offsets.dtype, offsets.shape) != (np.int64, (number + 1,)):
+            return False
+        if (shapes.dtype, shapes.shape) != (np.int32, (number, 2)):
+            return False
+        lengths, (first, second) = np.diff(offsets), shapes.T.astype(np.int64)
+        sizes = first * second * 3 if self.is_image else first * NUM_MELS * np.dtype(np.float16).itemsize
+        return bool(offsets[0] == 0 and (shapes >= 0).all() and np.array_equal(lengths, sizes)
+                    and offsets[-1] == (self.folder / "data.bin").stat().st_size)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_bytes": None}
@@ -247,8 +271,9 @@ class Store:
         return decode(kind, item, cache_side(self.image_size))
 
 
-def open_store(table: SampleTable, config: Config) -> Store:
-    """The store of one split; fills the cache first where `data.cache` is on and there is room.
+def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Store:
+    """The store of one split; fills the cache first where `data.cache` is on and there is room, and with `fill` false
+    takes of it what is there.
 
     Raises:
         UserError: more than `data.max_bad_pct` of a set's pictures or sounds cannot be read.
@@ -256,20 +281,29 @@ def open_store(table: SampleTable, config: Config) -> Store:
     store = Store(table, config.model.image_size)
     if not config.data.cache:
         return store
-    kinds: tuple[Kind, ...] = ("image", "sound")
-    for kind in kinds:
-        store.places[kind] = np.full((len(table), 2), -1, np.int64)
+    store.places.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})
+    for kind, name, rows, numbers, items in _groups(table):
+        entry = _open_entry(kind, name, items, config, fill)
+        if entry:
+            store.places[kind][rows] = np.stack([np.full(len(rows), len(store.entries)), numbers], 1)
+            store.entries.append(entry)
+            _report(store, rows, [entry.reasons.get(number) for number in numbers.tolist()], f"{name}s", config)
+    return store
+
+
+def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, float]]:
+    """Files and foretold bytes of each entry that `open_store` would make, by its name."""
+    return {name: (len(items), _predicted_bytes(kind, items, config)) for kind, name, _, _, items in _groups(table)
+            if not _entry_folder(kind, name, items, config).is_dir()}
+
+
+def _groups(table: SampleTable) -> Iterator[tuple[Kind, str, np.ndarray, np.ndarray, list[Item]]]:
+    """For each entry its kind and name, the rows that have a file in it, each one's number there, and all files."""
+    for kind in KINDS:
         for code, source in enumerate(table.sources.names):
             rows, numbers, items = _files(table, kind, np.flatnonzero(table.sources.codes == code))
-            if not items:
-                continue
-            name = f"{source}-{table.splits[int(rows[0])]}-{kind}"
-            entry = _open_entry(kind, name, items, config)
-            if entry:
-                store.places[kind][rows] = np.stack([np.full(len(rows), len(store.entries)), numbers], 1)
-                store.entries.append(entry)
-                _report(store, rows, [entry.reasons.get(number) for number in numbers.tolist()], f"{name}s", config)
-    return store
+            if items:
+                yield kind, f"{source}-{table.splits[int(rows[0])]}-{kind}", rows, numbers, items
 
 
 def _files(table: SampleTable, kind: Kind, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Item]]:
@@ -293,12 +327,19 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.paths.data_root) / "cache"
 
 
-def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Entry | None:
-    """The entry of `items`, made if need be; None, with a printed reason, where there is no room for it."""
-    cache, side = cache_folder(config), cache_side(config.model.image_size)
-    folder = cache / f"{name}-{_digest(kind, items, side, config)}"
+def _entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Path:
+    return cache_folder(config) / f"{name}-{_digest(kind, items, cache_side(config.model.image_size), config)}"
+
+
+def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fill: bool) -> Entry | None:
+    """The entry of `items`, made if need be; None where it is not there and `fill` is false, or, with a printed reason,
+    where there is no room for it."""
+    folder = _entry_folder(kind, name, items, config)
+    cache = folder.parent
     if folder.is_dir():
-        return Entry(folder)
+        return Entry(folder, len(items))
+    if not fill:
+        return None
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _lock(cache):
@@ -307,7 +348,7 @@ def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config) ->
     except (_NoRoom, OSError) as error:
         print(f"Cache: {name} is not kept but decoded at each use: {error}", flush=True)
         return None
-    return Entry(folder)
+    return Entry(folder, len(items))
 
 
 def _digest(kind: Kind, items: Sequence[Item], side: int, config: Config) -> str:
@@ -343,14 +384,14 @@ def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> No
     """Decode `items` into `folder`, which appears when all is on the disk."""
     for left in folder.parent.glob("*.tmp"):  # by runs that were killed: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
-    room = _room(folder.parent, config)
+    room = room_for_entries(config)
     _check_room(_predicted_bytes(kind, items, config), room, folder.parent, config)
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir()
     try:
         _write(temporary, kind, items, room, config)
         os.rename(temporary, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -359,7 +400,7 @@ def _write(folder: Path, kind: Kind, items: Sequence[Item], room: float, config:
     lengths, shapes, reasons = [], [], {}
     found = closing(_decode_all(kind, items, config))
     title = f"Decoding {folder.name.rsplit('-', 1)[0]}s"
-    with (folder / "data.bin").open("wb") as file, found as each:
+    with replacing(folder / "data.bin") as file, found as each:
         for number, decoded in enumerate(tqdm(each, title, len(items), unit="file", disable=None)):
             if isinstance(decoded, str):
                 reasons[number] = decoded
@@ -369,13 +410,10 @@ def _write(folder: Path, kind: Kind, items: Sequence[Item], room: float, config:
             shapes.append(decoded.shape[:2])
             if file.tell() > room:
                 raise _NoRoom(_no_room(file.tell(), room, folder.parent, config))
-        _sync(file)
-    with (folder / "index.npz").open("wb") as file:
+    with replacing(folder / "index.npz") as file:
         np.savez(file, offsets=offsets_of(lengths), shapes=np.array(shapes, np.int32), is_image=kind == "image")
-        _sync(file)
-    with (folder / "broken.json").open("w", encoding="utf-8") as text:
-        json.dump(reasons, text)
-        _sync(text)
+    with replacing(folder / "broken.json", "w") as file:
+        json.dump(reasons, file)
 
 
 def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float:
@@ -387,10 +425,12 @@ def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float
     return len(items) * sum(sizes) / max(len(sizes), 1)
 
 
-def _room(cache: Path, config: Config) -> float:
-    """Bytes that an entry may take: what `data.cache_max_gb` leaves, and what the disk does."""
+def room_for_entries(config: Config) -> float:
+    """Bytes that new entries may take: what `data.cache_max_gb` leaves, and what the disk does."""
+    cache = cache_folder(config).absolute()
     used = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    return min(config.data.cache_max_gb * GB - used, shutil.disk_usage(cache).free - RESERVE_GB * GB)
+    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return min(config.data.cache_max_gb * GB - used, shutil.disk_usage(disk).free - RESERVE_GB * GB)
 
 
 def _check_room(needed: float, room: float, cache: Path, config: Config) -> None:
@@ -407,19 +447,6 @@ def _no_room(needed: float, room: float, cache: Path, config: Config) -> str:
 def _processes(config: Config) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16) if config.data.workers == "auto" else config.data.workers
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- broken samples -----------------------------------------------------------------------------------------------
@@ -461,8 +488,8 @@ def check_broken(what: str, broken: int, total: int, first: str, config: Config)
     """Raise UserError where more than `data.max_bad_pct` of `total` are broken."""
     if broken * 100 > config.data.max_bad_pct * total:
         limit = f"data.max_bad_pct={config.data.max_bad_pct:g}"
-        raise UserError(f"{what}: {broken} of {total} cannot be read, more than {limit} allows; mend or remove those "
-                        f"listed in {bad_samples_path(config)}; the first: {first}")
+        raise UserError(f"{what}: {broken} of {total} cannot be read, more than {limit} allows; the first: {first}; "
+                        f"mend or remove those listed in {bad_samples_path(config)}")
 
 
 def _report(store: Store, rows: np.ndarray, reasons: Sequence[str | None], what: str, config: Config) -> None:

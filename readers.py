@@ -26,7 +26,7 @@ import numpy as np
 
 import synthetic
 from config import Config, UserError
-from manifest import distinct_captions, read_manifest
+from manifest import MAX_CAPTION_CHARS, distinct_captions, read_manifest
 from samples import SPLITS, Sample, normalise_caption, stable_hash
 
 SPLIT_SEED = 2017  # of the splits that we draw ourselves; never the training seed, so that everybody has the same
@@ -102,14 +102,18 @@ def _table(path: Path, columns: tuple[str, ...], config: Config, *, encoding: st
         raise _missing(path, config)
     with path.open(encoding=encoding, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
-        header = [column.strip() for column in next(reader, [])]
-        if absent := [column for column in columns if column not in header]:
-            raise UserError(f"{path}: no column {absent[0]!r} in its first line, {','.join(header)[:80]!r}")
-        for cells in reader:
-            if len(cells) >= len(header):
-                yield dict(zip(header, cells, strict=False))
-            elif cells:
-                raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns")
+        try:
+            header = [column.strip() for column in next(reader, [])]
+            if absent := [column for column in columns if column not in header]:
+                raise UserError(f"{path}: no column {absent[0]!r} in its first line, {','.join(header)[:80]!r}")
+            for cells in reader:
+                if len(cells) >= len(header):
+                    yield dict(zip(header, cells, strict=False))
+                elif cells:
+                    raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}, line {reader.line_num}: damaged ({error}); delete it and download it again"
+                            ) from None
 
 
 def _names(folder: Path) -> set[str]:
@@ -144,7 +148,7 @@ def _read_coco(root: Path, split: str, config: Config) -> Iterator[Sample]:
         if name in files:
             found += 1
             yield Sample(key=str(image_id), source="coco", split=split, image=files[name] + name,
-                         captions=distinct_captions(texts), labels=labels.get(image_id, ()))
+                         captions=distinct_captions(texts, f"coco {image_id}"), labels=labels.get(image_id, ()))
     _report("coco", split, found, len(captions) - found, config, limit_pct=config.data.max_bad_pct)
 
 
@@ -208,7 +212,7 @@ def _json(path: Path, slim: Callable[[dict[str, Any]], Any]) -> Any:
     try:
         with path.open(encoding="utf-8") as file:
             return json.load(file, object_hook=slim)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers too long; nested too deeply
         raise UserError(f"{path}: damaged ({error}); delete it and download it again") from None
 
 
@@ -237,7 +241,7 @@ def _read_clotho(root: Path, split: str, config: Config) -> Iterator[Sample]:
         elif name in names:
             found += 1
             yield Sample(key=name, source="clotho", split=split, audio=os.path.join(folder, name),
-                         captions=distinct_captions(row[column] for column in columns[1:]))
+                         captions=distinct_captions((row[column] for column in columns[1:]), f"clotho {name}"))
         else:
             missing += 1
     if shared:
@@ -274,7 +278,7 @@ def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
         if path:
             found += 1
             yield Sample(key=f"{video}_{start}", source="audiocaps", split=split, audio=path,
-                         captions=distinct_captions(row["caption"] for row in rows))
+                         captions=distinct_captions((row["caption"] for row in rows), f"audiocaps {video}"))
     _report("audiocaps", split, found, len(clips) - found, config, limit_pct=100)  # many are gone for ever
 
 
@@ -415,7 +419,7 @@ def _stamps(root: Path) -> Iterator[Sample]:
             if not image and not (audio and first_of(stem, ".svg")):
                 continue
             with open(os.path.join(folder, stem + ".txt"), encoding="utf-8-sig", errors="replace") as file:
-                captions = distinct_captions([file.readline()])
+                captions = distinct_captions([file.readline(MAX_CAPTION_CHARS + 1)], file.name)
             if captions:
                 path = Path(folder, stem).relative_to(root)
                 yield Sample(key=path.as_posix(), source="stamps", split="", image=image, audio=audio,
@@ -427,7 +431,8 @@ def _audible(path: str) -> bool:
     import soundfile
 
     try:
-        return bool(soundfile.read(path, dtype="float32")[0].any())
+        with soundfile.SoundFile(path) as file:
+            return any(block.any() for block in file.blocks(1 << 14, dtype="float32"))
     except soundfile.LibsndfileError:
         return False
 
@@ -442,7 +447,7 @@ def _read_synthetic(root: Path, split: str, config: Config) -> Iterable[Sample]:
 def _read_manifest(root: Path, split: str, config: Config) -> Iterable[Sample]:
     if not config.data.manifest:
         raise UserError("data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here")
-    return read_manifest(Path(config.data.manifest).absolute(), split)
+    return read_manifest(Path(config.data.manifest).absolute(), split, config.data.manifest_root)
 
 
 READERS: dict[str, Reader] = {

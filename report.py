@@ -40,7 +40,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from files import replacing
 from plots import flat_values, loss_curves, progress_curves, retrieval_grid
+from redaction import redacted
 
 __all__ = ["format_table", "retrieval_grid", "write_report"]
 
@@ -123,12 +125,12 @@ def write_report(folder: Path, run: Mapping[str, Any], records: Sequence[Mapping
     for name, content in pictures.items():
         files[name] = f"{stem}_{name}.png" if content else None
         if content:
-            write_atomically(folder / f"{stem}_{name}.png", content)
+            write_whole(folder / f"{stem}_{name}.png", content)
     report = compose(run, records, gallery, now) | {"files": files}
     markdown = folder / f"{stem}.md"
-    write_atomically(markdown, render(report, language).encode())
+    write_whole(markdown, render(report, language).encode())
     path = folder / f"{stem}.json"
-    write_atomically(path, json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False).encode())
+    write_whole(path, json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False).encode())
     return path, markdown
 
 
@@ -147,7 +149,7 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
                                         for answer in row["answers"]]} for row in gallery],
         "events": [record["message"] for record in records if record.get("kind") == "event"],
     }
-    return _plain(report)
+    return redacted(_plain(report))
 
 
 def environment(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,17 +166,9 @@ def environment(run: Mapping[str, Any]) -> dict[str, Any]:
             "git_changed": None if changed is None else bool(changed), "packages": packages}
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or none, also on a full disk or when killed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_whole(path: Path, content: bytes) -> None:
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _stem(now: datetime.datetime) -> str:

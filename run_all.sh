@@ -7,7 +7,7 @@
 #   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    sets and their folder, for download and training
 #   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
 #
-# --demo stands for --config recipes/demo.yaml --model-size tiny. --plan stops before any data is fetched.
+# --demo stands for --config recipes/demo.yaml --model-size tiny. --plan and --doctor fetch no data and train nothing.
 # Relative paths are relative to this folder. The variables of setup_environment.sh hold here too.
 #
 # Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job, days on one GPU.
@@ -96,7 +96,7 @@ main() {
     bash setup_environment.sh
     answers=$(settings "$@")
     { read -r data_root && read -r output_dir && read -r names; } <<<"$answers"
-    if given --plan "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
+    if given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
 
     say "[2/5] data: $names in $data_root"
     # shellcheck disable=SC2086 # one word for each set

@@ -4,8 +4,10 @@
     python run_training.py --config recipes/synthetic.yaml
     python run_training.py --resume outputs/checkpoints/checkpoint_epoch_50.pt
     python run_training.py --plan
+    python run_training.py --doctor
 
-Exit codes: 0 done, 1 the run could not go on, 2 a mistake in what was asked for, 130 interrupted.
+Exit codes: 0 done, 1 the run could not go on or the doctor found a fault, 2 a mistake in what was asked for, 3 stopped
+by a signal after the step in hand, which is saved, 130 stopped at once.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from config import DATASETS, SIZES, Config, UserError, load_config
+from interruption import Stopped
+from redaction import redact
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 FLAGS = {  # flag -> key of the configuration
@@ -29,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """Mistakes take one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {redact(message)}; see --help\n")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -51,9 +55,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
     parser.add_argument("--json", action="store_true", help="print what --plan finds as JSON")
+    parser.add_argument("--doctor", action="store_true", help="try all that a run needs, print what was found and what "
+                        "to do, and stop; changes nothing")
     options, rest = parser.parse_known_args(arguments)
     if options.json and not options.plan:
         parser.error("--json needs --plan")
+    if options.doctor and options.plan:
+        parser.error("--doctor plans as well; leave out --plan")
     options.overrides = []
     for word in rest:
         if word.startswith("-") or "=" not in word:
@@ -81,9 +89,13 @@ def _literal(value: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    options, is_main = parse(sys.argv[1:] if arguments is None else arguments), os.environ.get("RANK", "0") == "0"
     try:
         config = configuration(options)
+        if options.doctor:
+            import doctor
+
+            return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
         import training
 
         if options.plan:
@@ -93,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         if type(error).__name__ != "ToldByMain":  # of the other processes of torchrun
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -104,11 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        if is_main:
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if is_main:
+            print(stopped, file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
-        print("\nInterrupted. Go on with --resume auto", file=sys.stderr)
+        advice = "" if options.doctor else " Go on with --resume auto from the newest checkpoint"
+        print(f"\nStopped at once.{advice}", file=sys.stderr)
         return 130
 
 

@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
-import shlex
+import os
 import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -19,16 +18,18 @@ import memory
 import model as model_module
 import protocols
 import report
-from checkpoint import CheckpointError, describe_mismatch, find_latest, load, plain, remove_leftovers, rotate
+from checkpoint import CheckpointError, describe_mismatch, export, find_latest, plain, remove_leftovers
 from checkpoint import save as save_file
 from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
 from distributed import World
+from files import replacing
 from model import TriModalModel
+from redaction import command_line, redacted
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
-KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
+LOCK = ".lock"
 
 
 class TrainingError(RuntimeError):
@@ -46,12 +47,16 @@ class Options:
 
 @dataclass
 class Progress:
-    """Where a run is: whole epochs done over all stages, steps since its start, steps and time in this stage."""
+    """Where a run is: whole epochs done over all stages, steps since its start, steps and time in this stage, steps of
+    the epoch in progress, and the sum and count of their losses."""
 
     epoch: int = 0
     step: int = 0
     stage_step: int = 0
     stage_s: float = 0.0
+    epoch_step: int = 0
+    loss_sum: float = 0.0
+    losses: int = 0
 
 
 @dataclass
@@ -70,6 +75,7 @@ class Run:
     predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss, model_state_dict on the host
+    lock: IO[str] | None = None  # on the folder, while the process lives
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision.dtype is None:
@@ -77,90 +83,13 @@ class Run:
         return torch.autocast(self.device.type, self.precision.dtype)
 
 
-# ---- stages and epochs ----------------------------------------------------------------------------------------------
-
-
-def stage_epochs(config: Config) -> list[int]:
-    """Epochs of each stage: `training.epochs` by `share`, at least one each where there are enough, rest by largest
-    remainder (a tie goes to the later stage)."""
-    total, shares = config.training.epochs, [stage.share for stage in config.stages]
-    wanted = [total * share / sum(shares) for share in shares]
-    least = 1 if total >= len(shares) else 0
-    given = [max(least, int(w)) for w in wanted]
-    while sum(given) != total:
-        behind = [w - g for w, g in zip(wanted, given, strict=True)]
-        if sum(given) < total:
-            given[max(range(len(given)), key=lambda i: (behind[i], i))] += 1
-        else:
-            able = [i for i in range(len(given)) if given[i] > least]
-            given[min(able, key=lambda i: behind[i])] -= 1
-    return given
-
-
-def _check_stage(config: Config, state: dict[str, Any]) -> None:
-    """Raises UserError where the last epoch of a checkpoint belongs to another stage than it was trained in."""
-    epoch, total, ends = state["progress"]["epoch"], config.training.epochs, itertools.accumulate(stage_epochs(config))
-    now = next((row.name for row, end in zip(config.stages, ends, strict=True) if epoch <= end), "no stage")
-    if now != state["stage"]:
-        raise UserError(f"--resume: the checkpoint's epoch {epoch} belongs to stage {state['stage']}, but to {now} of "
-                        f"training.epochs={total}; resume with the epochs and stages it was trained with "
-                        f"(--epochs {state['config']['training']['epochs']}), or start anew in another --output-dir")
-
-
 # ---- opening -----------------------------------------------------------------------------------------------------
 
 
-def find_state(config: Config, options: Options) -> dict[str, Any] | None:
-    """The checkpoint that `options` ask to go on from, with its run's `best` so far; None: a fresh start.
-
-    Raises:
-        UserError: no such checkpoint, or none that training can go on from with this configuration.
-    """
-    if options.resume is None:
-        return None
-    if options.overwrite:
-        raise UserError("--overwrite deletes the run that --resume would go on with; give one of them")
-    auto = options.resume == "auto"
-    path = find_latest(Path(config.paths.output_dir) / "checkpoints") if auto else Path(options.resume)
-    if path is None:
-        return None
-    if auto:
-        print(f"Going on from {path}")
-    try:
-        state = load(path)
-    except CheckpointError as error:
-        raise UserError(f"--resume: {error}") from None
-    if "progress" not in state or "stage_state" not in state:
-        raise UserError(f"--resume: {path}: holds weights only, training cannot go on from it; "
-                        "give a checkpoint_epoch_*.pt")
-    _check_stage(config, state)
-    return state | {"best": _best_beside(path, state["progress"]["epoch"])}
-
-
-def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
-    """What best_model.pt in the checkpoint's folder holds, if it was known by then: a later one will be found anew."""
-    try:
-        state = load(path.with_name("best_model.pt"))
-    except CheckpointError:
-        return {}
-    if state["epoch"] > epoch:
-        return {}
-    return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")}
-
-
-def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None:
-    """The report of a run whose epochs are all done; None while there is something left to do."""
-    if state is None or state["progress"]["epoch"] < config.training.epochs:
-        return None
-    folder = Path(config.paths.output_dir)
-    made = [folder / "reports" / record["file"] for record in read_records(folder / "logs" / "metrics.jsonl")
-            if record["kind"] == "report"]
-    return next((path for path in reversed(made) if path.is_file()), None)
-
-
-def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None) -> Run:
+def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None, *,
+             data: Data | None = None) -> Run:
     """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
-    writes to the folder.
+    writes to the folder. `data`: what has been read already.
 
     Raises:
         UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
@@ -169,25 +98,27 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     world = world or World(device=memory.choose_device(options.device))
     device = world.device
     precision = memory.choose_precision(device, config.training.use_amp)
-    world.together(lambda: _prepare_folder(folder, options) if world.is_main else None)
+    lock = world.together(lambda: _prepare_folder(folder, options) if world.is_main else None)
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
-    data = world.together(lambda: _load_data(config, state))
+    data = data or world.together(lambda: _load_data(config, state))
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()
-    run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress)
+    run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress,
+              lock=lock)
     if not world.is_main:
         return run
     if options.overwrite:
         _delete_run(folder)  # not before all that could fail has been tried
     remove_leftovers(folder / "checkpoints")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True),
-                                        encoding="utf-8")
+    with replacing(folder / "config.yaml", "w") as file:
+        yaml.safe_dump(redacted(config.to_dict()), file, sort_keys=False, allow_unicode=True)
     run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
-        run.tracker.event(f"Resumed after epoch {progress.epoch} (step {progress.step})", progress.step)
+        within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""
+        run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step})", progress.step)
     return run
 
 
@@ -199,21 +130,44 @@ def _load_data(config: Config, state: Mapping[str, Any] | None) -> Data:
                      speakers=state["speakers"])
 
 
-def _prepare_folder(folder: Path, options: Options) -> None:
-    """Make the folder's three parts; refuse one in use unless it is resumed or thrown away."""
+def parts_in_use(folder: Path) -> list[str]:
+    """What an earlier run has left in an output folder."""
     parts = {"checkpoints": folder.glob("checkpoints/*"), "logs/metrics.jsonl": folder.glob("logs/metrics.jsonl")}
-    used = [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
-    if used and not options.overwrite and options.resume is None:
-        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
-                        "it with --overwrite, or choose another --output-dir")
+    return [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
+
+
+def _prepare_folder(folder: Path, options: Options) -> IO[str]:
+    """Make the folder's three parts; refuse one with a run in it unless it is resumed or thrown away, and one that
+    another process trains in. Returns the lock."""
+    used = parts_in_use(folder)
     try:
         for name in ("checkpoints", "logs", "reports"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        lock = open(folder / LOCK, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
+    _hold(lock, folder)
+    if used and not options.overwrite and options.resume is None:
+        lock.close()
+        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
+                        "it with --overwrite, or choose another --output-dir")
+    return lock
+
+
+def _hold(lock: IO[str], folder: Path) -> None:
+    """Until the process ends, however it ends: the system frees the lock."""
+    if os.name == "nt":
+        return
+    import fcntl
+
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, reading processes do not hold it as well
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        raise UserError(f"{folder}: another process trains there at this moment; wait for it, stop it, or choose "
+                        "another --output-dir") from None
+    except OSError as error:
+        print(f"{folder}: this file system has no locks ({error.strerror}): see to it that no second run uses it")
 
 
 def _delete_run(folder: Path) -> None:
@@ -264,38 +218,15 @@ def remember_best(run: Run, stage: str, loss: float) -> bool:
 
 def description(run: Run) -> dict[str, Any]:
     """What a checkpoint needs to be used later, beside the weights, as plain data."""
+    settings = run.config.to_dict()
     return {
-        "config": run.config.to_dict() | {"model": run.config.to_dict()["model"]
-                                          | {"vocab_size": run.model.config.vocab_size}},
+        "config": redacted(settings | {"model": settings["model"] | {"vocab_size": run.model.config.vocab_size}}),
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),
         "normalisation": {"image_mean": list(model_module.IMAGE_MEAN), "image_std": list(model_module.IMAGE_STD),
                           "log_mel_mean": model_module.LOG_MEL_MEAN, "log_mel_std": model_module.LOG_MEL_STD},
     }
-
-
-def save(run: Run, stage: str, stage_state: Mapping[str, Any]) -> None:
-    """best_model.pt, then checkpoint_epoch_N.pt with all that training needs to go on; deletes what has been outlived.
-
-    In this order a kill between them loses nothing: the epoch is redone and finds the same best weights. A disk that
-    is full costs this checkpoint, not the run: earlier files stay whole, and the run says so.
-    """
-    folder = run.folder / "checkpoints"
-    progress = run.progress
-    common = {**description(run), "progress": vars(progress).copy(), "stage": stage}
-    best = {**common, **run.best}
-    try:
-        save_file(best, folder / "best_model.pt")
-        fits = {name: vars(fit) for name, fit in run.fits.items()}
-        save_file({**common, "model_state_dict": run.model.state_dict(), "stage_state": stage_state, "fits": fits},
-                  folder / f"checkpoint_epoch_{progress.epoch}.pt")
-    except CheckpointError as error:
-        run.tracker.event(f"Not saved after epoch {progress.epoch}: {error}", progress.step)
-        return
-    for later in range(progress.epoch + 1, run.config.training.epochs + 1):  # of a run that went on from before them
-        (folder / f"checkpoint_epoch_{later}.pt").unlink(missing_ok=True)
-    rotate(folder, run.config.training.keep_checkpoints, KEEP_EVERY)
 
 
 def last_checkpoint(run: Run) -> str:
@@ -357,7 +288,7 @@ def finish(run: Run) -> Path:
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
     facts = {
-        "kind": "training", "command": shlex.join(["python", *sys.argv]),
+        "kind": "training", "command": command_line(["python", *sys.argv]),
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
         "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
@@ -366,8 +297,9 @@ def finish(run: Run) -> Path:
         "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
     }
     try:
-        save_file({**description(run), **run.best, "progress": vars(run.progress).copy()},
-                  run.folder / "checkpoints" / "final_model.pt")
+        final = {**description(run), **run.best, "progress": vars(run.progress).copy()}
+        save_file(final, run.folder / "checkpoints" / "final_model.pt")
+        export({"model_state_dict": run.model.state_dict(), **final}, run.folder / "checkpoints" / "model.safetensors")
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
                                           language=run.config.report.language, gallery=gallery)
     except (CheckpointError, OSError) as error:

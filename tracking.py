@@ -5,6 +5,7 @@ and "report" once the run is complete.
 `step` is the number of optimizer steps since the start of the run, over all stages.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,9 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from files import replacing
+from redaction import redact, redacted
 
 
 class Tracker:
@@ -29,6 +33,7 @@ class Tracker:
         self.file = open(self.path, "a", encoding="utf-8")
         self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
         self.bar: Any = None
+        self.has_lost = False
 
     def open_bar(self, total: int, done: int, description: str) -> None:
         self.bar = tqdm(total=total, initial=done, desc=description, unit="sample", disable=None, dynamic_ncols=True,
@@ -45,7 +50,7 @@ class Tracker:
 
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(message)
+        tqdm.write(redact(message))
 
     def event(self, message: str, step: int) -> None:
         """Something a user should know: printed, and kept in the log and the report."""
@@ -53,42 +58,63 @@ class Tracker:
         self.record({"kind": "event", "step": step, "message": message})
 
     def record(self, record: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(_finite(record), ensure_ascii=False) + "\n")
-        self.file.flush()
+        """One line. A full disk costs records, not the run; it is said once."""
+        try:
+            self.file.write(json.dumps(redacted(_finite(record)), ensure_ascii=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def sync(self) -> None:
+        """All records so far on the disk, before a checkpoint that follows them."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
+
+    def _show(self, method: str, *given: Any, **named: Any) -> None:
+        """A call of TensorBoard's writer, which has ended for good once it could not write."""
+        try:
+            getattr(self.board, method)(*given, **named)
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if not self.has_lost:
+            self.has_lost = True
+            self.say(f"{self.path.parent}: records are lost ({error.strerror}); training goes on. Free space")
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One training step, in both logs."""
         self.record({"kind": "step", **record})
         stage, at = record["stage"], record["step"]
-        self.board.add_scalar(f"loss/{stage}", record["loss"], at)
+        self._show("add_scalar", f"loss/{stage}", record["loss"], at)
         for name, value in record["parts"].items():
-            self.board.add_scalar(f"parts/{stage}/{name}", value, at)
+            self._show("add_scalar", f"parts/{stage}/{name}", value, at)
         for name in ("temperature", "bias"):
             for pair, value in record.get(name, {}).items():
-                self.board.add_scalar(f"{name}/{pair}", value, at)
+                self._show("add_scalar", f"{name}/{pair}", value, at)
         for name in ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib"):
-            self.board.add_scalar(f"train/{name}", record[name], at)
+            self._show("add_scalar", f"train/{name}", record[name], at)
 
     def validation(self, record: Mapping[str, Any]) -> None:
         self.record({"kind": "validation", **record})
         stage, at = record["stage"], record["step"]
-        self.board.add_scalar(f"validation/{stage}/loss", record["loss"], at)
+        self._show("add_scalar", f"validation/{stage}/loss", record["loss"], at)
         for name, value in record["parts"].items():
-            self.board.add_scalar(f"validation/{stage}/{name}", value, at)
+            self._show("add_scalar", f"validation/{stage}/{name}", value, at)
         for name, value in record["metrics"].items():
-            self.board.add_scalar(f"retrieval/{name}", value, at)
+            self._show("add_scalar", f"retrieval/{name}", value, at)
 
     def memory(self, stage: str, planned_gib: float, measured_gib: float, at: int) -> None:
-        self.board.add_scalar(f"memory/{stage}/planned_gib", planned_gib, at)
-        self.board.add_scalar(f"memory/{stage}/measured_gib", measured_gib, at)
+        self._show("add_scalar", f"memory/{stage}/planned_gib", planned_gib, at)
+        self._show("add_scalar", f"memory/{stage}/measured_gib", measured_gib, at)
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
-        self.board.add_image(name, pixels_HWC, step, dataformats="HWC")
+        self._show("add_image", name, pixels_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
         self.close_bar()
         self.file.close()
-        self.board.close()
+        self._show("close")
 
 
 class SilentTracker(Tracker):
@@ -104,6 +130,8 @@ class SilentTracker(Tracker):
     def validation(self, record: Mapping[str, Any]) -> None: ...
 
     def say(self, message: str) -> None: ...
+
+    def sync(self) -> None: ...
 
     def advance(self, samples: int, loss: float) -> None: ...
 
@@ -123,17 +151,19 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 
 def _drop_after(path: Path, last_step: int) -> None:
     kept = [record for record in read_records(path) if record.get("step", 0) <= last_step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path, "w") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
 
 
 def _finite(value: Any) -> Any:

@@ -23,24 +23,23 @@ from budget import Plan
 from config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig, UserError
 from datasets import Batch, epoch_batches, loader, pool
 from distributed import OutOfMemoryElsewhere, World
+from interruption import Interruption
 from losses import start_sigmoid
 from optimization import lr_at
 from planning import Place, apply_recompute, plan_stages, print_plan
+from resume import find_state, finished_report, stage_epochs
 from runs import (
     Options,
     Run,
     TrainingError,
-    find_state,
     finish,
-    finished_report,
     last_checkpoint,
     open_run,
     remember_best,
     retrieval_figures,
-    save,
     show_examples,
-    stage_epochs,
 )
+from saving import Saver
 from stages import (
     TOTAL,
     Stage,
@@ -173,7 +172,6 @@ class StepLog:
     def __init__(self, run: Run, stage: Stage, epoch: int):
         self.run, self.stage, self.epoch = run, stage, epoch
         self.pending: tuple[StepResult, dict[str, Any]] | None = None
-        self.losses: list[float] = []
         self.clock = memory.Clock()
         self.samples = 0
         self.start_s = time.perf_counter()
@@ -189,6 +187,8 @@ class StepLog:
         self.samples += samples
         facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
                  "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
+        if self._is_logged(facts):
+            facts |= self._scales()  # of this step, not of the next, at which they are read
         self.pending = (result, facts)
 
     def flush(self) -> None:
@@ -203,19 +203,30 @@ class StepLog:
             self._bad(result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
             return
         self.stage.bad_in_a_row = 0
-        self.losses.append(loss)
-        if facts["step"] % self.run.config.training.log_every_steps == 0:
+        self.run.progress.loss_sum += loss
+        self.run.progress.losses += 1
+        if self._is_logged(facts):
             self._write(facts, loss, parts, norm)
         faults.listen(self.run, self.stage, result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
+
+    def _is_logged(self, facts: dict[str, Any]) -> bool:
+        return facts["step"] % self.run.config.training.log_every_steps == 0
+
+    def _scales(self) -> dict[str, dict[str, Tensor]]:
+        """Temperatures, and biases where the loss has them, as tensors of the device."""
+        model = self.run.model
+        found = {"temperature": {pair: scale.detach().exp() for pair, scale in model.logit_scale.items()}}
+        if self.run.config.training.contrastive_loss == "sigmoid":
+            found["bias"] = {pair: value.detach().clone() for pair, value in model.logit_bias.items()}
+        return found
 
     def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
-        temperature = {pair: float(scale.detach().exp()) for pair, scale in self.run.model.logit_scale.items()}
-        if self.run.config.training.contrastive_loss == "sigmoid":
-            facts["bias"] = {pair: float(value.detach()) for pair, value in self.run.model.logit_bias.items()}
+        for name in facts.keys() & {"temperature", "bias"}:
+            facts[name] = {pair: float(value) for pair, value in facts[name].items()}
         self.run.tracker.step({
-            **facts, "loss": loss, "parts": parts, "grad_norm": norm, "temperature": temperature,
+            **facts, "loss": loss, "parts": parts, "grad_norm": norm,
             "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
             "data_wait_pct": self.clock.wait_pct, "memory_gib": memory.peak_gib(self.run.device)[0]})
 
@@ -229,20 +240,30 @@ class StepLog:
                                 "Lower --lr, or set training.use_amp=false")
 
 
-def train_epoch(run: Run, stage: Stage, epoch: int) -> StepLog:
-    """All optimizer steps of one epoch."""
+def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> StepLog:
+    """All optimizer steps of one epoch that are not done yet.
+
+    Raises:
+        Stopped: a signal asked for it, and the saver has saved.
+    """
     run.model.train()
-    log = StepLog(run, stage, epoch)
-    jobs = epoch_jobs(run, stage, epoch)
-    batches = loader(run.data, "train", own_jobs(run, jobs), run.config,
+    progress, log, jobs = run.progress, StepLog(run, stage, epoch), epoch_jobs(run, stage, epoch)
+    if not progress.epoch_step:
+        progress.loss_sum, progress.losses = 0.0, 0
+    start = progress.epoch_step
+    batches = loader(run.data, "train", own_jobs(run, jobs), run.config, start=start,
                      inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
-                     say=lambda line: run.tracker.event(line, run.progress.step))
-    for (task, indices), batch in zip(jobs, log.clock.waiting_for(batches), strict=True):
+                     say=lambda line: run.tracker.event(line, progress.step))
+    for (task, indices), batch in zip(jobs[start:], log.clock.waiting_for(batches), strict=True):
         result = train_step(run, stage, task, batch)
-        run.progress.step += 1
-        run.progress.stage_step += 1
+        progress.step += 1
+        progress.stage_step += 1
+        progress.epoch_step += 1
         log.add(result, batch, len(indices))
+        if saver and progress.epoch_step < len(jobs):  # the last one's checkpoint is that of the epoch
+            saver.after_step(stage.row.name, stage.state_dict, log.flush)
     log.flush()
+    progress.epoch, progress.epoch_step = epoch, 0
     return log
 
 
@@ -329,12 +350,13 @@ def train(config: Config, options: Options) -> Path | None:
     Raises:
         UserError: a mistake that the user can mend.
         TrainingError: the run cannot go on.
+        Stopped: a signal asked for it; what is done is saved.
     """
     memory.keep_few_kernels()
     world = distributed.start(memory.choose_device(options.device))
     try:
-        with world.quiet():
-            return run_stages(config, options, world)
+        with world.quiet(), Interruption() as interruption:
+            return run_stages(config, options, world, interruption)
     except RuntimeError as error:
         if not world.has_lost_someone(error):
             raise
@@ -344,7 +366,7 @@ def train(config: Config, options: Options) -> Path | None:
         world.stop()
 
 
-def run_stages(config: Config, options: Options, world: World) -> Path | None:
+def run_stages(config: Config, options: Options, world: World, interruption: Interruption) -> Path | None:
     """`train`, as one of the processes of `world`."""
     state = world.on_main(lambda: find_state(config, options))
     if report := world.on_main(lambda: finished_report(config, state)):
@@ -358,25 +380,32 @@ def run_stages(config: Config, options: Options, world: World) -> Path | None:
         if state is None and config.training.contrastive_loss == "sigmoid":
             start_sigmoid(run.model, first_contrast(config))
         plan(run, {name: found for name, (found, _) in tasks.items()}, state)
-        epochs = stage_epochs(config)
-        for index, row in enumerate(config.stages):
-            first = sum(epochs[:index]) + 1
-            if epochs[index] == 0:
+        epochs, first = stage_epochs(config, state), 1
+        saver = Saver(run, epochs, interruption)
+        for row in config.stages:
+            span = range(first, first + epochs[row.name])
+            first = span.stop
+            if not span:
                 run.tracker.say(f"[{row.name}] skipped: {config.training.epochs} epochs are too few for its share")
-            elif run.progress.epoch < first + epochs[index] - 1:
+            elif run.progress.epoch < span[-1]:
                 found, skipped = tasks[row.name]
                 for line in skipped:
                     run.tracker.say(line)
-                train_stage(run, row, found, range(first, first + epochs[index]), state)
+                train_stage(run, row, found, span, state, saver)
+        saver.wait()
         return finish(run) if world.is_main else None
     finally:
         run.tracker.close()
 
 
+def place_of(run: Run) -> Place:
+    return Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
+                 budget.calibration(memory.device_name(run.device)))
+
+
 def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | None) -> None:
     """How each stage fits: as the checkpoint says where it does, since another split rounds otherwise."""
-    place = Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
-                  budget.calibration(memory.device_name(run.device)))
+    place = place_of(run)
     plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(run.config, tasks, place))
     print(budget.format_plan(plans), flush=True)
     run.fits = {name: found.fit for name, found in plans.items()}
@@ -385,36 +414,39 @@ def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | N
     run.predicted_gib = {name: found.peak_bytes / memory.GIB for name, found in plans.items()}
 
 
-def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range,
-                state: dict[str, Any] | None) -> None:
-    """The epochs of a stage that are not done yet; validates and saves after each."""
+def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
+                saver: Saver) -> None:
+    """The epochs of a stage that are not done yet; validates after each."""
     stage = build_stage(run, row, tasks, len(epochs))
-    if run.progress.epoch >= epochs[0]:
+    if run.progress.epoch >= epochs[0] or run.progress.epoch_step:
         assert state is not None, "only a resumed run begins inside a stage"
         stage.load_state_dict(state["stage_state"])
     else:
         run.progress.stage_step, run.progress.stage_s = 0, 0.0
     start_s = time.perf_counter() - run.progress.stage_s
     memory.reset_peak(run.device)
-    samples = sum(len(indices) for _, indices in epoch_jobs(run, stage, 1))
-    run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]), row.name)
+    samples = samples_of(epoch_jobs(run, stage, 1))
+    begun = samples_of(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
+    run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]) + begun, row.name)
     for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
-        log = train_epoch(run, stage, epoch)
-        run.progress.epoch = epoch
-        if not run.world.is_main:
-            continue  # the main process validates and saves; the others wait where they meet it in the next step
-        validate(run, stage, log)
-        run.progress.stage_s = time.perf_counter() - start_s
-        if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
-            run.tracker.record({
-                "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
-                "steps": run.progress.stage_step, "seconds": run.progress.stage_s,
-                "peak_gib": compare_memory(run, row.name), "samples": samples * len(epochs)})
-        if epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]:
-            save(run, stage.row.name, stage.state_dict())
-            if contrasts(stage):
-                show_examples(run)
+        with saver.interruption.can_wait():
+            log = train_epoch(run, stage, epoch, saver)
+            if run.world.is_main:  # the others wait where they meet it next
+                validate(run, stage, log)
+                run.progress.stage_s = time.perf_counter() - start_s
+                if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
+                    run.tracker.record({
+                        "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
+                        "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
+                        "peak_gib": compare_memory(run, row.name), "samples": samples * len(epochs)})
+                if contrasts(stage) and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
+                    show_examples(run)
+            saver.after_epoch(row.name, stage.state_dict, is_last=epoch == epochs[-1])
     run.tracker.close_bar()
+
+
+def samples_of(jobs: list[Any]) -> int:
+    return sum(len(indices) for _, indices in jobs)
 
 
 def compare_memory(run: Run, name: str) -> float:
@@ -424,8 +456,8 @@ def compare_memory(run: Run, name: str) -> float:
                     f"({measured.kind})")
     run.tracker.memory(name, planned, measured.gib, run.progress.step)
     if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
-        run.tracker.event(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
-                          f"refuses it on {run.device}; set memory.micro_batch or a lower budget", run.progress.step)
+        run.tracker.say(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
+                        f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
     if run.device.type == "cuda" and planned:
         budget.calibrate(memory.device_name(run.device), measured.gib / planned)
     return measured.gib
@@ -445,7 +477,7 @@ def validate(run: Run, stage: Stage, log: StepLog) -> None:
     progress = run.progress
     run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
                             "parts": parts, "metrics": figures, "seconds": time.perf_counter() - start_s})
-    mean = sum(log.losses) / max(len(log.losses), 1)
+    mean = progress.loss_sum / max(progress.losses, 1)
     shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("R@1"))
     run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}  "
                     f"validation {loss:.4f}{' *' if best else ''}{shown}  {log.samples_per_s:.0f} samples/s  "

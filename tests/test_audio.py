@@ -1,6 +1,7 @@
 """Sounds of every kind become the same 16 kHz mono and the same log-mel; useless ones become one kind of error."""
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,52 @@ def test_length_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     assert len(decode_audio(path, 1.0)) > 30_000  # what is read is bounded, not the file
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_length_is_checked_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Two hours of silence are 250 KB of FLAC: decoded they would be 460 MB."""
+    path = trees.sound(tmp_path / name, trees.tone(3.0))
+    monkeypatch.setattr(audio, "MAX_SOUND_S", 2.5)
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    with pytest.raises(BrokenSound, match=rf"{name}: is over 2.5 s long"):
+        decode_audio(path)
+
+
+def test_high_rates_may_be_less_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "MAX_SAMPLES", 96_000)
+    assert len(decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 48_000), 48_000))) == 32_000
+    with pytest.raises(BrokenSound, match=r"a\.wav: is over 1 s long"):
+        decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 96_000), 96_000))
+
+
+@pytest.mark.parametrize(("channels", "good"), [(64, True), (65, False)])
+def test_channel_bound(tmp_path: Path, channels: int, good: bool) -> None:
+    path = trees.sound(tmp_path / "a.wav", trees.tone(0.1), channels=channels)
+    if good:
+        assert np.abs(decode_audio(path) - trees.tone(0.1)).max() < 1e-3
+    else:
+        with pytest.raises(BrokenSound, match=r"a\.wav: has 65 channels, outside 1 to 64"):
+            decode_audio(path)
+
+
+def test_what_lies_before_a_start_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a container cannot be jumped into, all before the start is decoded, but never held at once."""
+    path = trees.sound(tmp_path / "a.mkv", trees.tone(30.0))
+    monkeypatch.setattr(audio, "_SETTLE_S", 100.0)
+    tracemalloc.start()
+    assert len(decode_audio(path, 28.0, 0.5)) == 8_000
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < 500_000  # 30 s are 1.9 MB
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile other.mkv\n", "#EXTM3U\n#EXTINF:10,\nother.mkv\n"])
+def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
+    trees.sound(tmp_path / "other.mkv", trees.tone())
+    (tmp_path / "a.mp4").write_text(text)
+    with pytest.raises(BrokenSound, match=r"a\.mp4: cannot be decoded"):
+        decode_audio(tmp_path / "a.mp4")
+
+
 @pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.m4a", "a.mp4", "a.png"])
 @pytest.mark.parametrize("content", [b"", b"no sound at all", bytes(4096)])
 def test_not_a_sound(tmp_path: Path, name: str, content: bytes) -> None:
@@ -196,7 +243,7 @@ def test_not_a_sound(tmp_path: Path, name: str, content: bytes) -> None:
 
 
 def test_picture_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(BrokenSound, match=r"a\.png: has no sound track"):
+    with pytest.raises(BrokenSound, match=r"a\.png: cannot be decoded \(of a format that is not read here\)"):
         decode_audio(trees.picture(tmp_path / "a.png"))
     with pytest.raises(BrokenSound, match=r"a\.mp4: has no sound track"):
         decode_audio(trees.video(tmp_path / "a.mp4", [(9, 9, 9)] * 3))

@@ -169,6 +169,45 @@ def test_huge_header_is_refused_before_memory_is_taken(tmp_path: Path, side: int
         decode_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize(("size", "good"), [((300, 3), True), ((301, 3), False), ((3, 301), False), ((1, 100), True)])
+def test_strips_are_refused(tmp_path: Path, size: tuple[int, int], good: bool) -> None:
+    path = trees.picture(tmp_path / "a.png", size=size)
+    if good:
+        assert decode_image(path).shape == (size[1], size[0], 3)
+    else:
+        with pytest.raises(BrokenImage, match=rf"a\.png: has {size[0]} x {size[1]} pixels, one side over 100 times"):
+            decode_image(path)
+
+
+def test_a_file_beyond_any_picture_is_not_read(tmp_path: Path) -> None:
+    """WebP is read whole before it is looked at; here it would be all zeros but for its first bytes."""
+    path = trees.picture(tmp_path / "a.webp")
+    with path.open("r+b") as file:
+        file.truncate(images.MAX_FILE_BYTES + 1)
+    with pytest.raises(BrokenImage, match=r"a\.webp: has 1,000,000,001 bytes, over 1,000,000,000"):
+        decode_image(path)
+
+
+def test_of_many_frames_one_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each decoder is asked for the first alone."""
+    frames = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(30)]
+    asked: list[int] = []
+    for suffix, form in ((".gif", "GIF"), (".png", "PNG"), (".tiff", "TIFF"), (".webp", "WEBP")):
+        frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:], duration=40)
+        plugin = Image.OPEN[form][0]
+        monkeypatch.setattr(plugin, "seek", lambda self, frame: asked.append(frame))
+        assert decode_image(tmp_path / f"a{suffix}").shape == (20, 20, 3)
+    assert asked == []
+
+
+def test_only_formats_that_are_named_are_tried(tmp_path: Path) -> None:
+    """EPS would be handed to Ghostscript."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(BrokenImage, match=r"a\.png: cannot be decoded \(cannot identify image file"):
+        decode_image(tmp_path / "a.png")
+
+
 # ---- video -------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +253,36 @@ def test_rotation_turns_the_right_way(tmp_path: Path) -> None:
     path.write_bytes(content)
     upright = decode_image(path)
     assert upright.shape == (64, 32, 3) and upright[:28].min() > 200 and upright[36:].max() < 60
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile other.avi\n", "#EXTM3U\n#EXTINF:10,\nother.avi\n"])
+def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
+    trees.video(tmp_path / "other.avi", [RED] * 3)
+    (tmp_path / "a.mp4").write_text(text)
+    with pytest.raises(BrokenImage, match=r"a\.mp4: cannot be decoded"):
+        decode_image(tmp_path / "a.mp4")
+
+
+def test_bounds_hold_for_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = trees.video(tmp_path / "a.mp4", [RED] * 9)
+    assert decode_image(path).shape == (32, 64, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 32 - 1)
+    with pytest.raises(BrokenImage, match=r"a\.mp4: has 64 x 32 pixels, over"):
+        decode_image(path)
+    checked: list[tuple[int, int]] = []
+    monkeypatch.setattr(images, "_check_size", lambda *size: checked.append(size))  # as if it said a smaller size
+    with pytest.raises(BrokenImage, match=r"a\.mp4: cannot be decoded"):
+        decode_image(path)
+    assert checked == [(64, 32)]
+
+
+def test_a_video_without_key_frames_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = trees.video(tmp_path / "a.mp4", [RED] * 20)
+    monkeypatch.setattr(images, "MAX_SKIPPED_FRAMES", 10)
+    assert decode_image(path).shape == (32, 64, 3)
+    monkeypatch.setattr(images, "MAX_SKIPPED_FRAMES", 9)
+    with pytest.raises(BrokenImage, match=r"a\.mp4: has no key frame within 9 frames before its middle"):
+        decode_image(path)
 
 
 def test_sound_alone_has_no_picture(tmp_path: Path) -> None:

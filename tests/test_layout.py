@@ -20,35 +20,50 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
-    "config": "", "samples": "", "manifest": "config samples", "synthetic": "config samples",
+    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "samples": "", "manifest": "config samples",
+    "synthetic": "config samples",
     "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "workers": "config",
-    "prepare": "config samples images audio synthetic workers",
+    "prepare": "config samples images audio synthetic files workers",
     "batches": "config samples images prepare vocabulary workers",
     "datasets": "config samples readers vocabulary concepts prepare batches workers",
     # mathematics
-    "model": "config footprint", "steps": "distributed", "losses": "steps", "metrics": "", "optimization": "config",
+    "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
+    "optimization": "config",
     # the machine
-    "footprint": "", "memory": "config", "budget": "config footprint memory", "checkpoint": "", "distributed": "config",
+    "footprint": "", "memory": "config", "budget": "config files footprint memory", "checkpoint": "files",
+    "distributed": "config",
     # what a run writes
-    "plots": "", "report": "plots", "tracking": "",
+    "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
     # runs
     "protocols": "config datasets metrics memory",
     "planning": "config model datasets steps losses memory budget footprint optimization",
-    "runs": "config model datasets vocabulary memory checkpoint distributed tracking report protocols",
+    "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
+            "redaction",
+    "resume": "config checkpoint runs tracking", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
     "faults": "config datasets model steps losses checkpoint runs stages alarms",
-    "training": "config datasets steps losses memory budget distributed optimization planning runs stages faults",
-    "run_training": "config training",
-    "evaluate": "config model datasets vocabulary metrics memory planning checkpoint report protocols",
+    "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
+                "interruption resume saving",
+    "run_training": "config interruption training redaction doctor",
+    "evaluate": "config model datasets vocabulary metrics memory planning report protocols redaction",
+    # what a run needs, tried before it starts
+    "findings": "config", "environment": "config findings images audio vocabulary",
+    "inspection": "config findings batches datasets readers prepare memory budget model planning resume runs saving "
+                  "stages training",
+    "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning runs"
+                 " stages tracking training",
+    "doctor": "config findings environment inspection rehearsal runs",
     # getting data
-    "sources": "", "transfer": "config", "archives": "config", "inventory": "", "local_copies": "config",
-    "acquisition": "config sources transfer archives inventory local_copies",
-    "download_datasets": "config sources transfer archives acquisition",
+    "sources": "", "transfer": "config files redaction", "archives": "config", "inventory": "files",
+    "local_copies": "config",
+    "acquisition": "config sources transfer archives inventory local_copies redaction",
+    "download_datasets": "config sources transfer archives acquisition redaction",
 }.items()}
-WITHOUT_TORCH = ("config", "report", "sources", "transfer", "archives", "download_datasets", "run_training", "evaluate")
+WITHOUT_TORCH = ("config", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
+                 "run_training", "evaluate", "doctor", "environment", "findings")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 
@@ -221,7 +236,7 @@ def test_torch_gate_can_fail() -> None:
 
 @pytest.mark.parametrize(("script", "flags"), [
     ("run_training.py", "--data-root --output-dir --model-size --batch-size --epochs --lr --resume --config --datasets"
-                        " --device --plan --overwrite"),
+                        " --device --plan --doctor --overwrite"),
     ("download_datasets.py", "--datasets --data-root --skip-existing"),
     ("evaluate.py", "--checkpoint --datasets"),
 ])

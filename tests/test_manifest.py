@@ -1,12 +1,15 @@
 """A manifest is read as its author meant it, or refused with the file, the line, and what would be right."""
 
+import contextlib
 import json
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import manifest
 from config import UserError
 from manifest import distinct_captions, read_manifest
 from samples import SPLITS, Sample
@@ -97,7 +100,8 @@ def test_paths_start_at_the_manifest_and_absolute_ones_stand(folder: Path, monke
     (folder / "lists").mkdir()
     lines = ({"image": "../pictures/a.png"}, {"image": str(folder / "pictures/c d.png")})
     monkeypatch.chdir(folder / "sounds")
-    images = {sample.image for sample in everything(jsonl(folder / "lists", *lines))}
+    path = jsonl(folder / "lists", *lines)
+    images = {sample.image for split in SPLITS for sample in read_manifest(path, split, str(folder))}
     assert images == {str(folder / "pictures/a.png"), str(folder / "pictures/c d.png")}
 
 
@@ -111,7 +115,7 @@ def test_captions_of_blanks_and_doubles_are_dropped(folder: Path) -> None:
     line = {"image": "pictures/a.png", "text": texts, "labels": ["x", "x", " "]}
     (sample,) = everything(jsonl(folder, line))
     assert sample.captions == ("A dog.", "A cat") and sample.labels == ("x",)
-    assert distinct_captions([" ", "!"]) == ()
+    assert distinct_captions([" ", "!"], "here") == ()
 
 
 def test_ids_are_file_name_and_start_unless_given(folder: Path) -> None:
@@ -220,13 +224,95 @@ def test_wrong_line_of_jsonl(folder: Path, line: Any, complaint: str) -> None:
     ("image,text\npictures/a.png\n", 2, "1 cells, but the header has 2 columns"),
     ('image,text\npictures/a.png,"two\nlines"\npictures/none.png,x\n', 4, "image: no such file"),
     ('image,text\n\npictures/none.png,"two\nlines"\n', 3, "image: no such file"),
-    ('image,text\npictures/a.png,"[""one"", ""two]"\n', 2, "text: begins like a JSON list, but is none: Unterminated"),
+    ('image,text\npictures/a.png,"[""one"", ""two]"\n', 2, "text: begins like a JSON list: not valid JSON: Unterm"),
     ('image,text\npictures/a.png,"never closed\n', 2, "not valid CSV: unexpected end of data"),
     ("audio,start\nsounds/a.wav,1;5\n", 2, "start: expected seconds, 0 or more, got '1;5'"),
 ])
 def test_wrong_line_of_csv(folder: Path, rows: str, line: int, complaint: str) -> None:
     path = table(folder, rows)
     assert refusal(path).startswith(f"{path}, line {line}: {complaint}")
+
+
+# ---- what is too much --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("line", "complaint"), [
+    ("[" * 100_000 + "\n", "brackets are nested too deeply"),
+    ('{"text": ' + '{"a":' * 50_000 + "\n", "brackets are nested too deeply"),
+    ('{"id": ' + "9" * 5_000 + "}\n", "a whole number of thousands of digits"),
+    ({"text": "x" * 10_001}, "a text of 10,001 characters, over 10,000; shorten it"),
+    ({"text": ["good", "x" * 10_001]}, "a text of 10,001 characters"),
+    ({"text": "\ud800"}, "text: expected Unicode, not half of a surrogate pair"),
+    ({"text": "a", "id": "\udfff"}, "id: expected Unicode"),
+    ({"text": "a", "labels": ["\ud800"]}, "labels: expected Unicode"),
+    ({"image": "pictures/a.png\0"}, "image: no such file"),
+    ({"audio": "sounds/a.wav", "start": 10**400}, "start: expected seconds, 0 or more, got 1000"),
+    ({"audio": "sounds/a.wav", "duration": 1e300}, "duration: expected seconds, 0 or more, at most 1e+07"),
+    ({"x" * 500_000: 1}, "unknown column 'xxx"),
+])
+def test_absurd_lines_are_refused_in_a_short_line(folder: Path, line: Any, complaint: str) -> None:
+    path = folder / "mine.jsonl"
+    path.write_text(line if isinstance(line, str) else json.dumps(line), encoding="utf-8")
+    message = refusal(path)
+    assert message.startswith(f"{path}, line 1: {complaint}") and len(message) < len(str(path)) + 400
+
+
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.csv"])
+def test_no_line_is_read_further_than_it_may_go(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(manifest, "MAX_LINE_CHARS", 1_000)
+    path = folder / name
+    with path.open("w") as file:
+        file.truncate(200_000_000)  # one line of zeros
+    tracemalloc.start()
+    with contextlib.suppress(UserError):
+        read_manifest(path, "train")
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < 1_000_000
+    assert refusal(path).startswith(f"{path}, line 1: over 1,000 characters in a line, or 5,000,000 lines")
+
+
+def test_gigantic_lists(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "mine.jsonl"
+    with path.open("w") as file:
+        file.truncate(manifest.MAX_BYTES + 1)
+    assert refusal(path) == f"{path}: is larger than 2 GB; split it into several lists"
+    monkeypatch.setattr(manifest, "MAX_LINES", 3)
+    assert len(everything(jsonl(folder, *[{"text": f"a {i}"} for i in range(3)]))) == 3
+    assert ", line 4: over" in refusal(jsonl(folder, *[{"text": f"a {i}"} for i in range(4)]))
+
+
+def test_a_row_of_csv_over_many_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "field larger than field limit" in refusal(table(folder, 'text\n"' + "never closed\n" * 20_000))
+    monkeypatch.setattr(manifest, "MAX_LINE_CHARS", 1_000)
+    assert refusal(table(folder, "text\n" + '"a\n",' * 400)).startswith(f"{folder / 'mine.csv'}, line ")
+    assert "over 1,000 characters in a row" in refusal(table(folder, "text\n" + '"a\n",' * 400))
+    assert len(everything(table(folder, "text\n" + "".join(f"word {i}\n" for i in range(400))))) == 400
+
+
+# ---- what lies elsewhere -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["absolute", "..", "link", "folder link", "beside"])
+def test_a_manifest_reaches_nothing_outside_its_folder(folder: Path, way: str) -> None:
+    inside, outside = folder / "lists", folder / "pictures" / "a.png"
+    trees.picture(inside / "own" / "a.png")
+    trees.picture(folder / "lists2" / "a.png")  # whose name begins like the folder's
+    (inside / "link.png").symlink_to(outside)
+    (inside / "pictures").symlink_to(folder / "pictures")
+    (inside / "good.png").symlink_to(inside / "own" / "a.png")
+    named = {"absolute": str(outside), "..": "own/../../pictures/a.png", "link": "link.png",
+             "folder link": "pictures/a.png", "beside": "../lists2/a.png"}[way]
+    path = jsonl(inside, {"image": "good.png"}, {"image": str(inside / "own" / "a.png")}, {"image": named})
+    assert refusal(path).startswith(f"{path}, line 3: image: lies outside {inside}/ (links followed); ")
+    assert "data.manifest_root=FOLDER" in refusal(path)
+    assert len([s for split in SPLITS for s in read_manifest(path, split, str(folder))]) == 3
+
+
+def test_a_manifest_that_is_itself_behind_a_link(folder: Path) -> None:
+    """Its folder is the one it is named by, and may be a link."""
+    (folder / "by link").symlink_to(folder / "pictures")
+    assert len(everything(jsonl(folder / "by link", {"image": "a.png"}))) == 1
 
 
 def test_an_id_used_twice(folder: Path) -> None:

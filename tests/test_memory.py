@@ -1,5 +1,6 @@
 """Running out is recognised and answered, devices are chosen and explained."""
 
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -53,6 +54,8 @@ def test_halving_ends_at_one_then_recomputes_then_names_the_knobs(may_recompute:
 
 def _growth_mib(few: bool) -> float:
     """Of the process over linear layers of 300 different numbers of rows, each a kernel of its own in oneDNN."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.pop(name, None)  # what a run in the same process has set
     if few:
         memory.keep_few_kernels()
     weight, bias = torch.randn(16, 16).to_mkldnn(), torch.randn(16).to_mkldnn()

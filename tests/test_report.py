@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import files
 import report
 
 NOW = datetime.datetime(2026, 3, 4, 5, 6, 7)
@@ -151,14 +152,14 @@ def test_two_reports_in_one_second_do_not_overwrite_each_other(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
-    report.write_atomically(path, b"old")
+    report.write_whole(path, b"old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        report.write_atomically(path, b"new")
+        report.write_whole(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -1,5 +1,6 @@
 """A run's folder: opened, refused, resumed bit for bit, completed; what its checkpoints hold and which of them stay."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,11 +18,15 @@ import torch
 import yaml
 
 import checkpoint
+import files
 import model as model_module
 import protocols
+import resume
 import runs
+import saving
 import training
-from config import UserError
+from config import UserError, load_config
+from interruption import Interruption
 from runs import Options
 from tests.small_runs import STAGES, SmallRuns, differing, one_thread, records, without_times
 
@@ -82,7 +87,7 @@ def interrupted(whole: Path, folder: Path, epoch: int) -> Path:
 
 def test_the_whole_run_has_a_best_epoch_in_each_stage_and_all_checkpoints(whole: Path) -> None:
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
-        "best_model.pt", *ALL_EPOCHS, "final_model.pt"]
+        "best_model.pt", *ALL_EPOCHS, "config.json", "final_model.pt", "model.safetensors"]
     assert [line["stage"] for line in records(whole, "validation")] == ["pretrain", "align", "finetune", "finetune"]
     assert state_of(whole, "best_model.pt")["epoch"] == 4, "the tests below need a loss that falls"
 
@@ -135,11 +140,11 @@ def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Pat
 
 def test_pieces_that_a_kill_leaves_behind_are_cleared(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     folder = interrupted(whole, tmp_path / "run", 3)
-    leftover = folder / "checkpoints" / "checkpoint_epoch_4.pt.tmp"
+    leftover = folder / "checkpoints" / "checkpoint_epoch_4.pt.99.tmp"
     leftover.write_bytes(b"half")
     config = small.config(folder, *QUICK)
     options = Options("cpu", "auto")
-    runs.open_run(config, options, runs.find_state(config, options))
+    runs.open_run(config, options, resume.find_state(config, options))
     assert not leftover.exists()
     assert max(line["step"] for line in records(folder)) == state_of(whole, "checkpoint_epoch_3.pt")["progress"]["step"]
 
@@ -147,7 +152,7 @@ def test_pieces_that_a_kill_leaves_behind_are_cleared(small: SmallRuns, whole: P
 def test_a_kill_between_the_two_files_of_an_epoch_loses_no_best_weights(
         small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = interrupted(whole, tmp_path / "run", 3)
-    save_file = runs.save_file
+    save_file = saving.save_file
     written: list[str] = []
 
     def killed(state: Any, path: Path) -> None:
@@ -157,7 +162,7 @@ def test_a_kill_between_the_two_files_of_an_epoch_loses_no_best_weights(
         save_file(state, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "save_file", killed)
+        patch.setattr(saving, "save_file", killed)
         small.train(folder, *QUICK, resume="auto")
     small.train(folder, *QUICK, resume="auto")
     assert differing(mathematics(folder, "best_model.pt"), mathematics(whole, "best_model.pt")) == []
@@ -166,7 +171,7 @@ def test_a_kill_between_the_two_files_of_an_epoch_loses_no_best_weights(
 def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(small: SmallRuns, whole: Path) -> None:
     def best(epoch: int) -> dict[str, Any]:
         path = whole / "checkpoints" / f"checkpoint_epoch_{epoch}.pt"
-        state = runs.find_state(small.config(whole, *QUICK), Options("cpu", str(path)))
+        state = resume.find_state(small.config(whole, *QUICK), Options("cpu", str(path)))
         assert state is not None
         return state["best"]
 
@@ -179,10 +184,13 @@ def test_going_back_drops_the_checkpoints_of_the_time_that_is_redone(
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
 
-    def stop_after_an_epoch(*_: Any) -> None:
+    after_epoch = saving.Saver.after_epoch
+
+    def stop_after_an_epoch(*given: Any, **named: Any) -> None:
+        after_epoch(*given, **named)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "show_examples", stop_after_an_epoch)
+    monkeypatch.setattr(saving.Saver, "after_epoch", stop_after_an_epoch)
     with pytest.raises(KeyboardInterrupt):
         small.train(folder, *QUICK, "training.keep_checkpoints=1",
                     resume=str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
@@ -217,7 +225,7 @@ def test_a_finished_run_without_its_report_is_evaluated_again(
 
 def test_auto_in_an_empty_folder_is_a_fresh_start(small: SmallRuns, tmp_path: Path) -> None:
     config = small.config(tmp_path)
-    assert runs.find_state(config, Options("cpu", "auto")) is None
+    assert resume.find_state(config, Options("cpu", "auto")) is None
     run = runs.open_run(config, Options("cpu", "auto"), None)
     assert run.progress == runs.Progress() and run.best == {}
 
@@ -228,7 +236,7 @@ def test_auto_after_a_kill_before_any_checkpoint_leaves_no_records_of_it(small: 
     run.tracker.close()
     assert len(records(tmp_path)) == 1
     config = small.config(tmp_path)
-    runs.open_run(config, Options("cpu", "auto"), runs.find_state(config, Options("cpu", "auto")))
+    runs.open_run(config, Options("cpu", "auto"), resume.find_state(config, Options("cpu", "auto")))
     assert records(tmp_path) == []
 
 
@@ -254,7 +262,7 @@ def test_a_used_folder_is_refused_then_thrown_away(small: SmallRuns, whole: Path
             f"{folder}: holds an earlier run (checkpoints, logs/metrics.jsonl). Continue it with --resume auto, delete "
             "it with --overwrite, or choose another --output-dir")):
         small.train(folder, *QUICK)
-    assert len(list((folder / "checkpoints").iterdir())) == 6
+    assert len(list((folder / "checkpoints").iterdir())) == 8
     run = runs.open_run(small.config(folder, *QUICK), Options("cpu", overwrite=True), None)
     assert list((folder / "checkpoints").iterdir()) == [] and records(folder) == []
     assert run.progress.step == 0
@@ -267,7 +275,7 @@ def test_a_mistake_found_late_throws_nothing_away(small: SmallRuns, whole: Path,
     shutil.copytree(whole, folder, symlinks=True)
     with pytest.raises(UserError, match=r"download_datasets\.py --datasets clotho"):
         small.train(folder, *QUICK, "data.datasets=[clotho]", overwrite=True)
-    assert len(list((folder / "checkpoints").iterdir())) == 6 and len(records(folder)) == len(records(whole))
+    assert len(list((folder / "checkpoints").iterdir())) == 8 and len(records(folder)) == len(records(whole))
 
 
 def test_a_folder_in_which_only_setting_up_failed_is_not_in_use(small: SmallRuns, tmp_path: Path) -> None:
@@ -284,17 +292,50 @@ def test_a_folder_in_which_only_setting_up_failed_is_not_in_use(small: SmallRuns
                            r"\[192, 768\] in the file, \[320, 768\] in the model, .* and \d+ more"),
     (["model.num_classes=7"], r"another shape: other shape: classifier \(2\): classifier\.weight \[1000, 512\] in the "
                               r"file, \[7, 512\] in the model"),
-    (["training.epochs=3"], "the checkpoint's epoch 4 belongs to stage finetune, but to no stage of training.epochs=3; "
-                            r"resume with .* \(--epochs 4\)"),
-    (["training.epochs=40"], "epoch 4 belongs to stage finetune, but to pretrain of training.epochs=40"),
 ])
-def test_another_model_or_other_epochs_are_refused(small: SmallRuns, whole: Path, tmp_path: Path, overrides: list[str],
+def test_another_model_is_refused(small: SmallRuns, whole: Path, tmp_path: Path, overrides: list[str],
                                                    words: str) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(whole / "checkpoints" / "checkpoint_epoch_4.pt", tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match=f"^--resume: .*{words}"):
         small.train(tmp_path / "run", *QUICK, *overrides, resume="auto")
     assert not (tmp_path / "run" / "logs" / "metrics.jsonl").exists()
+
+
+def test_other_stages_than_were_trained_are_refused(small: SmallRuns, whole: Path) -> None:
+    config = small.config(whole, *QUICK)
+    with pytest.raises(UserError, match=r"^--resume: the checkpoint has trained the stages pretrain, align, finetune, "
+                                        "but the configuration begins with align, finetune; resume with the stages"):
+        resume.find_state(dataclasses.replace(config, stages=config.stages[1:]), Options("cpu", "auto"))
+
+
+@pytest.mark.parametrize(("epochs", "epoch", "epoch_step", "stage", "expected"), [
+    (10, 5, 0, "align", {"pretrain": 2, "align": 6, "finetune": 2}),  # nothing has changed
+    (20, 5, 0, "align", {"pretrain": 2, "align": 13, "finetune": 5}),  # 18 by 0.6 to 0.2
+    (7, 5, 0, "align", {"pretrain": 2, "align": 4, "finetune": 1}),
+    (7, 6, 1, "align", {"pretrain": 2, "align": 5, "finetune": 0}),  # four epochs and a part of the fifth are done
+    (3, 5, 0, "align", {"pretrain": 2, "align": 3, "finetune": 0}),  # nothing is left to train
+    (3, 1, 1, "pretrain", {"pretrain": 2, "align": 1, "finetune": 0}),
+])
+def test_a_resumed_run_may_have_more_or_fewer_epochs(epochs: int, epoch: int, epoch_step: int, stage: str,
+                                                     expected: dict[str, int]) -> None:
+    config = load_config(None, [f"training.epochs={epochs}"])
+    state = {"stage": stage, "stage_epochs": resume.stage_epochs(load_config(None, ["training.epochs=10"])),
+             "progress": {"epoch": epoch, "epoch_step": epoch_step}}
+    assert [row.share for row in config.stages] == [0.2, 0.6, 0.2]
+    assert resume.stage_epochs(config, state) == expected
+
+
+def test_what_has_changed_since_a_checkpoint_is_said(small: SmallRuns, whole: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    config = small.config(tmp_path, *QUICK, "training.learning_rate=0.5", "stages.align.drop_path=0.3")
+    path = whole / "checkpoints" / "checkpoint_epoch_4.pt"
+    resume.find_state(small.config(tmp_path, *QUICK), Options("cpu", str(path)))
+    assert capsys.readouterr().out == "", "another folder is no change"
+    resume.find_state(config, Options("cpu", str(path)))
+    assert capsys.readouterr().out.splitlines() == [
+        "Changed since this checkpoint: training.learning_rate: 0.001 -> 0.5",
+        "Changed since this checkpoint: stages.align.drop_path: 0.1 -> 0.3"]
 
 
 @pytest.mark.parametrize(("override", "words"), [
@@ -316,15 +357,15 @@ def test_checkpoints_that_training_cannot_go_on_from(small: SmallRuns, whole: Pa
     for name in ("best_model.pt", "final_model.pt"):
         path = whole / "checkpoints" / name
         with pytest.raises(UserError, match=f"--resume: {path}: holds weights only, .*give a checkpoint_epoch_"):
-            runs.find_state(config, Options("cpu", str(path)))
+            resume.find_state(config, Options("cpu", str(path)))
     with pytest.raises(UserError, match=r"--resume: .*none\.pt: no such checkpoint"):
-        runs.find_state(config, Options("cpu", str(tmp_path / "none.pt")))
+        resume.find_state(config, Options("cpu", str(tmp_path / "none.pt")))
     newer = tmp_path / "checkpoints" / "checkpoint_epoch_1.pt"
     checkpoint.save({"schema": 99}, newer)
     with pytest.raises(UserError, match=r"--resume: .*written by a newer version"):
-        runs.find_state(config, Options("cpu", "auto"))
+        resume.find_state(config, Options("cpu", "auto"))
     with pytest.raises(UserError, match="--overwrite deletes the run that --resume would go on with"):
-        runs.find_state(config, Options("cpu", "auto", overwrite=True))
+        resume.find_state(config, Options("cpu", "auto", overwrite=True))
 
 
 # ---- what a checkpoint holds -----------------------------------------------------------------------------------------
@@ -343,13 +384,14 @@ def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRun
         assert kinds == {("cpu", torch.float32)}
         assert not [key for key in state["model_state_dict"] if key.startswith(("0_", "1_"))], "no stage's heads"
     going_on = torch.load(whole / "checkpoints" / "checkpoint_epoch_4.pt")
-    assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average"}
+    assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average", "bad_in_a_row"}
     assert going_on["fits"].keys() == {"pretrain", "align", "finetune", "evaluation"}
-    assert {**going_on["progress"], "stage_s": 0} == {"epoch": 4, "step": records(whole, "stage")[-1]["step"],
-                                                      "stage_step": 4, "stage_s": 0}
+    progress = {"epoch": 4, "step": records(whole, "stage")[-1]["step"], "stage_step": 4, "epoch_step": 0}
+    assert going_on["progress"].items() >= progress.items() and going_on["progress"]["losses"] == 2
+    assert going_on["stage_epochs"] == {"pretrain": 1, "align": 1, "finetune": 2}
 
 
-def test_a_trained_model_loads_as_the_readme_says(whole: Path) -> None:
+def test_a_trained_model_loads_as_the_readme_says(whole: Path, tmp_path: Path) -> None:
     model = model_module.create_model("tiny")  # of 224 pixels; the run's were 32
     state = torch.load(whole / "checkpoints" / "best_model.pt")
     model.load_state_dict(state["model_state_dict"])
@@ -360,12 +402,20 @@ def test_a_trained_model_loads_as_the_readme_says(whole: Path) -> None:
     with torch.inference_mode():
         one, other = (each(images=images, audio=torch.zeros(2, 48, 80)) for each in (model, loaded))
     assert differing(one, other) == []
+    exported, others = model_module.load_model(whole / "checkpoints" / "model.safetensors")
+    assert differing(exported.state_dict(), loaded.state_dict()) == [] and not exported.training
+    assert others["concepts"] == list(extras["concepts"]) and others["tokenizer"] == extras["tokenizer"]
+    for name in ("none", "broken"):
+        path = tmp_path / f"{name}.safetensors"
+        if name == "broken":
+            path.write_bytes(b"no tensors")
+            (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(UserError, match=f"{path}: cannot be read, with the config.json beside it"):
+            model_module.load_model(path)
     assert one["fused_features"].shape == (2, 512) and one["logits"].shape == (2, 1000)
 
 
 def test_the_used_settings_are_saved_in_the_folder(small: SmallRuns, whole: Path) -> None:
-    from config import load_config
-
     kept = load_config(whole / "config.yaml")
     assert kept == small.config(whole, *QUICK) and kept.stages[1].name == STAGES[1]["name"]
 
@@ -378,8 +428,12 @@ def saved(small: SmallRuns, folder: Path, epochs: range, keep: int) -> runs.Run:
     for epoch in epochs:
         run.progress.epoch = epoch
         run.best = {"stage": "pretrain", "epoch": epoch, "loss": 1.0, "model_state_dict": {}}
-        runs.save(run, "pretrain", {})
+        saver_of(run).save("pretrain", dict)
     return run
+
+
+def saver_of(run: runs.Run) -> saving.Saver:
+    return saving.Saver(run, {"pretrain": run.config.training.epochs}, Interruption())
 
 
 def test_the_newest_and_every_tenth_checkpoint_stay(small: SmallRuns, tmp_path: Path,
@@ -412,13 +466,13 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(small: SmallRuns, tmp_
     monkeypatch.setattr(model_module.TriModalModel, "state_dict", lambda self: {"w": torch.zeros(1)})
     run = saved(small, tmp_path, range(1, 2), keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", no_space)
+        patch.setattr(files.os, "fsync", no_space)
         run.progress.epoch = 2
-        runs.save(run, "pretrain", {})
+        saver_of(run).save("pretrain", dict)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["best_model.pt", "checkpoint_epoch_1.pt"]
     [event] = records(tmp_path, "event")
-    assert "Not saved after epoch 2" in event["message"] and "No space left on device" in event["message"]
+    assert "Not saved (epoch 2, step 0)" in event["message"] and "No space left on device" in event["message"]
 
 
 def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path,
@@ -426,7 +480,13 @@ def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, 
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
     shutil.rmtree(folder / "reports")
+
+    def finish(run: runs.Run) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", no_space)
+            return runs.finish(run)
+
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left on device.*--resume auto"):
-        patch.setattr(checkpoint.os, "fsync", no_space)
+        patch.setattr(training, "finish", finish)
         small.train(folder, *QUICK, resume="auto")
     assert not [line for line in records(folder, "report") if (folder / "reports" / line["file"]).exists()]

@@ -223,7 +223,8 @@ RECORD_AND_REPORT = """
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """The real run_all.sh, configuration and arguments, beside scripts that only record their arguments."""
-    for name in ("run_all.sh", "config.py", "config.yaml", "run_training.py"):
+    for name in ("run_all.sh", "config.py", "config.yaml", "run_training.py", "strict_yaml.py", "interruption.py",
+                 "redaction.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "setup_environment.sh").write_text("echo setup_environment.sh $* >>calls")
@@ -279,9 +280,10 @@ def test_run_all_leaves_the_choice_of_a_start(project: Path, flags: list[str]) -
     assert calls[-1] == " ".join(["run_training.py --datasets coco", *flags])
 
 
-def test_run_all_plan_fetches_nothing(project: Path) -> None:
-    run, calls = run_all(project, "--plan")
-    assert run.returncode == 0 and calls == ["setup_environment.sh", "run_training.py --plan"]
+@pytest.mark.parametrize("flag", ["--plan", "--doctor"])
+def test_run_all_plan_and_doctor_fetch_nothing(project: Path, flag: str) -> None:
+    run, calls = run_all(project, flag)
+    assert run.returncode == 0 and calls == ["setup_environment.sh", f"run_training.py {flag}"]
 
 
 @pytest.mark.parametrize(("arguments", "shown"), [

@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 import distributed
+import resume
 import runs
 import stages
 import training
@@ -214,7 +215,7 @@ def test_a_process_that_dies_ends_the_run_and_leaves_a_usable_checkpoint(small: 
     assert process.returncode != 0 and time.monotonic() - begin_s < 120, "nobody waits for the dead"
     assert not list((folder / "reports").iterdir()), "it had not been through"
     config = small.config(folder, "training.epochs=12", "training.keep_checkpoints=20")
-    state = runs.find_state(config, Options("cpu", "auto"))
+    state = resume.find_state(config, Options("cpu", "auto"))
     assert state is not None and 1 <= state["progress"]["epoch"] < 12
     with one_thread():
         small.train(folder, "training.epochs=12", "training.keep_checkpoints=20", resume="auto")

@@ -14,11 +14,14 @@ import torch
 
 import budget
 import memory
+import resume
 import runs
 import training
 from config import Config, ConfigError, StageConfig, TaskConfig, UserError
 from datasets import Batch
+from interruption import Interruption
 from runs import Run, TrainingError
+from saving import Saver
 from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, trained, weights
 from training import Stage
 
@@ -43,7 +46,7 @@ def sharing(epochs: int, *shares: float) -> Config:
     (0.2, 0.6, 0.2), (0.1, 0.7, 0.2), (1, 1, 1), (5,), (0.98, 0.01, 0.01), (3, 1), (7, 0.1)])
 def test_stages_share_any_number_of_epochs(shares: tuple[float, ...]) -> None:
     for epochs in range(1, 131):
-        given = training.stage_epochs(sharing(epochs, *shares))
+        given = list(resume.stage_epochs(sharing(epochs, *shares)).values())
         wanted = [epochs * share / sum(shares) for share in shares]
         assert sum(given) == epochs and min(given) >= (epochs >= len(shares)), (epochs, given)
         if min(wanted) >= 1:
@@ -51,7 +54,8 @@ def test_stages_share_any_number_of_epochs(shares: tuple[float, ...]) -> None:
 
 
 def test_shares_of_the_defaults() -> None:
-    default = {epochs: training.stage_epochs(sharing(epochs, 0.2, 0.6, 0.2)) for epochs in (1, 2, 3, 4, 7, 100)}
+    default = {epochs: list(resume.stage_epochs(sharing(epochs, 0.2, 0.6, 0.2)).values())
+               for epochs in (1, 2, 3, 4, 7, 100)}
     assert default == {1: [0, 1, 0], 2: [0, 1, 1], 3: [1, 1, 1], 4: [1, 2, 1], 7: [1, 4, 2], 100: [20, 60, 20]}
 
 
@@ -174,7 +178,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
                      "done again, with the weights of one step later, it is finite (samples "
                      f"{', '.join(second.keys[:3])} and 29 more); kept in logs/bad_step_2.pt"}
     assert [record["step"] for record in records(tmp_path, "step")] == [3]
-    assert len(log.losses) == 1 and math.isfinite(log.losses[0])
+    assert run.progress.losses == 1 and math.isfinite(run.progress.loss_sum)
 
 
 def test_bad_steps_in_a_row_end_the_run_though_epochs_are_short(
@@ -184,9 +188,8 @@ def test_bad_steps_in_a_row_end_the_run_though_epochs_are_short(
     checkpoint = tmp_path / "checkpoints" / "checkpoint_epoch_1.pt"
     poison(monkeypatch, run, "loss", {1, 2, 4, 5, 6})  # two steps an epoch
     training.train_epoch(run, stage, 1)
-    run.progress.epoch = 1
     training.validate(run, stage, training.StepLog(run, stage, 1))
-    runs.save(run, "finetune", stage.state_dict())
+    Saver(run, {"finetune": 4}, Interruption()).save("finetune", stage.state_dict)
     training.train_epoch(run, stage, 2)
     with pytest.raises(TrainingError) as stop:
         training.train_epoch(run, stage, 3)
@@ -347,6 +350,7 @@ def test_the_measured_peak_stands_beside_the_planned_one_and_calibrates_a_gpu(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = small.open(tmp_path / "run")
     run.predicted_gib = {"align": 2.0}
+    run.config = dataclasses.replace(run.config, memory=dataclasses.replace(run.config.memory, budget_gb=1e4))
     assert training.compare_memory(run, "align") > 0 and not (tmp_path / "cache").exists(), "a CPU is not calibrated"
     assert "budget_gb" not in capsys.readouterr().out
     run.config = dataclasses.replace(run.config, memory=dataclasses.replace(run.config.memory, budget_gb=0.01))

@@ -62,6 +62,7 @@ def mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
     (["--bogus=3"], ["unknown argument '--bogus=3'"]),
     (["word"], ["unknown argument 'word'"]),
     (["--epochs"], ["--epochs", "expected one argument"]),
+    (["--doctor", "--plan"], ["--doctor plans as well"]),
     (["--epochs", "many"], ["training.epochs", "expected int", "'many'"]),
     (["--epochs", "0"], ["training.epochs: 0 is below 1"]),
     (["--batch-size", "2.5"], ["training.batch_size", "expected int"]),

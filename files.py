@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+BESIDE = ".tmp"  # ends the name of what is not whole yet
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file to write, beside `path`: synced and renamed to it at the end, or gone if the block fails.
+
+    with replacing("config.yaml", "w") as file:
+        file.write(text)
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{BESIDE}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # renamed already, or the disk is read-only
+            temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; Windows cannot open a folder and needs no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks know no sync of a folder
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,138 @@
+"""Saving: when a run writes its checkpoints, what they hold, and what happens when there is no room.
+
+A checkpoint is written at the end of every n-th epoch (`training.save_every_epochs`), after so many minutes
+(`training.save_every_minutes`), and when a signal asks the run to stop. `checkpoint_epoch_4.pt` is the end of the
+fourth epoch of all, `checkpoint_epoch_4_step_120.pt` lies within it. On a GPU the state is copied to the host at one
+moment and written while training goes on; on a CPU it is written at once, since a copy would be in the budget.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from checkpoint import CheckpointError, plain, remove_later, rotate
+from checkpoint import save as save_file
+from interruption import Interruption, Stopped
+from runs import Run, description
+
+KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
+ROOM = 1.02  # times the bytes of the tensors
+
+StageState = Callable[[], Mapping[str, Any]]
+
+
+class Saver:
+    """Decides after each step and epoch whether to save and whether to stop. Only the main process writes."""
+
+    def __init__(self, run: Run, stage_epochs: Mapping[str, int], interruption: Interruption,
+                 now: Callable[[], float] = time.monotonic):
+        self.run, self.stage_epochs, self.interruption, self.now = run, dict(stage_epochs), interruption, now
+        self.in_background = run.device.type == "cuda"
+        self.spent_s = 0.0  # that training has waited for saving
+        self._last_s = now()
+        self._best: dict[str, Any] | None = None  # what best_model.pt holds
+        self._pool = ThreadPoolExecutor(1, "saving")
+        self._writing: Future[None] | None = None
+
+    def after_step(self, stage: str, state: StageState, flush: Callable[[], None]) -> None:
+        """Within an epoch. `flush` completes the records of the steps so far.
+
+        Raises:
+            Stopped: a signal asked for it.
+        """
+        asked = self._asked()
+        if asked or self._is_due():
+            flush()
+            self.save(stage, state)
+        self._stop(asked)
+
+    def after_epoch(self, stage: str, state: StageState, *, is_last: bool) -> None:
+        """At the end of an epoch, validated. Raises Stopped as `after_step` does."""
+        asked, every = self._asked(), self.run.config.training.save_every_epochs
+        if asked or is_last or self.run.progress.epoch % every == 0 or self._is_due():
+            self.save(stage, state)
+        self._stop(asked)
+
+    def save(self, stage: str, state: StageState) -> None:
+        """best_model.pt where it has changed, then the checkpoint; then what has been outlived is deleted.
+
+        In this order a kill between them loses nothing: what follows is done again and finds the same best weights. A
+        disk that is full costs this checkpoint, not the run: earlier files stay whole, and the run says so.
+        """
+        if not self.run.world.is_main:
+            return
+        start_s = self.now()
+        self.wait()
+        self.run.tracker.sync()
+        files = self._files(stage, state())
+        if self.in_background:
+            files = [(path, plain(content, copy=True)) for path, content in files]
+            self._writing = self._pool.submit(self._write, files)
+        else:
+            self._report(lambda: self._write(files))
+        self._last_s = self.now()
+        self.spent_s += self._last_s - start_s
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._report(writing.result)
+
+    def _files(self, stage: str, state: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
+        run, progress, folder = self.run, self.run.progress, self.run.folder / "checkpoints"
+        common = {**description(run), "progress": vars(progress).copy(), "stage": stage,
+                  "stage_epochs": self.stage_epochs}
+        name = (f"checkpoint_epoch_{progress.epoch + 1}_step_{progress.step}.pt" if progress.epoch_step
+                else f"checkpoint_epoch_{progress.epoch}.pt")
+        best = [(folder / "best_model.pt", {**common, **run.best})] if run.best and run.best is not self._best else []
+        self._best = run.best
+        fits = {name: vars(fit) for name, fit in run.fits.items()}
+        return [*best, (folder / name, {**common, "model_state_dict": run.model.state_dict(), "stage_state": state,
+                                        "fits": fits})]
+
+    def _write(self, files: list[tuple[Path, Mapping[str, Any]]]) -> None:
+        folder = files[-1][0].parent
+        need, free = ROOM * sum(tensor_bytes(content) for _, content in files), shutil.disk_usage(folder).free
+        if need > free:
+            raise CheckpointError(f"{folder}: the next checkpoint takes {need / 1e9:.2f} GB, {free / 1e9:.2f} are "
+                                  "free; earlier ones are unchanged. Free space or choose another --output-dir")
+        for path, content in files:
+            save_file(content, path)
+        remove_later(files[-1][0])  # of a run that went on from before them
+        rotate(folder, self.run.config.training.keep_checkpoints, KEEP_EVERY)
+
+    def _report(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except CheckpointError as error:
+            self._best = None
+            progress = self.run.progress
+            self.run.tracker.event(f"Not saved (epoch {progress.epoch}, step {progress.step}): {error}", progress.step)
+
+    def _is_due(self) -> bool:
+        minutes = self.run.config.training.save_every_minutes
+        return self.run.world.is_main and 0 < minutes <= (self.now() - self._last_s) / 60
+
+    def _asked(self) -> bool:
+        return self.run.world.any_flag(bool(self.interruption.asked))
+
+    def _stop(self, asked: bool) -> None:
+        if asked:
+            self.wait()
+            raise Stopped(f"Stopped by {self.interruption.asked or 'a signal'} after step {self.run.progress.step}, "
+                          "which is saved. Go on with --resume auto")
+
+
+def tensor_bytes(value: Any) -> int:
+    """Of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0

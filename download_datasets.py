@@ -10,9 +10,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from acquisition import Acquisition, Options, Outcome, peak_bytes
+from arguments import Parser
 from config import UserError
 from redaction import redact
 from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Item, Source
@@ -28,11 +29,6 @@ exit code: 0 all that was asked for is there, 1 a transfer failed, 2 something f
 
 
 T = TypeVar("T")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
 
 
 def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOURCES,
@@ -74,8 +70,7 @@ def _read_arguments(argv: Sequence[str] | None, table: Mapping[str, Source],
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="download_datasets.py", description="Get data sets: fetched, checked, unpacked.",
-                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser("Get data sets: fetched, checked, unpacked.", EXAMPLES)
     add = parser.add_argument
     add("--datasets", nargs="+", required=True, metavar="NAME",
         help=f"{', '.join(SOURCES)}, or all ({' '.join(ALL)}); {', '.join(NEEDS_NOTHING)} need no download")

@@ -11,24 +11,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from arguments import Parser
 from config import DATASETS, Config, UserError, config_from_dict
 from redaction import command_line, redact
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes take one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {redact(message)}; see --help\n")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
-        description=(__doc__ or "").split("\n\n", 1)[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Settings are those of the checkpoint; any key can be overridden: evaluation.batch_size=16 "
-               "report.language=en")
+        (__doc__ or "").split("\n\n", 1)[0],
+        "Settings are those of the checkpoint; any key can be overridden: evaluation.batch_size=16 "
+        "report.language=en")
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pt, or any other checkpoint")
     parser.add_argument("--datasets", nargs="+", metavar="SET",
                         help=f"any of {', '.join(DATASETS)} (default: those of the training)")

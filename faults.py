@@ -20,16 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from alarms import Figures, guessing
+from arguments import Parser
 from checkpoint import CheckpointError, describe_mismatch, load, save
 from config import TaskConfig, UserError, config_from_dict
 from datasets import Batch
 from losses import build_objective
 from model import load_model
+from redaction import redact
 from runs import Run, description
 from stages import Stage, freeze, make_step, weighted_terms
 from steps import Positives, Share, Step, accumulate
 
 SNAPSHOTS = 3  # of a run: a batch may be large
+IN_OUTPUT = "first in the output"
 SHOWN = 3  # samples named in a line
 
 Attempt = Callable[[Any, Callable[[], Any]], tuple[Any, str]]
@@ -82,6 +85,7 @@ class Finding:
 
     where: str
     keys: list[str]
+    is_own: bool = False  # of this process: what other processes work out has no part in it
 
 
 def examine(run: Run, stage: Stage, given: Given, facts: Mapping[str, Any], attempt: Attempt) -> str:
@@ -98,7 +102,8 @@ def examine(run: Run, stage: Stage, given: Given, facts: Mapping[str, Any], atte
         finding, problem = None, repr(error)[:200]  # whatever it is, it does not end the run
     stage.optimizer.zero_grad()
     findings = run.world.gather_objects(finding or Finding(f"where cannot be told ({problem})", given.own.keys))
-    rank = next((rank for rank, one in enumerate(findings) if one.where), None)
+    found = [rank for rank, one in enumerate(findings) if one.where]
+    rank = next((rank for rank in found if findings[rank].is_own), found[0] if found else None)
     bad = [part for part, value in facts["parts"].items() if not math.isfinite(value)]
     cause = f"loss part {', '.join(bad)}" if bad else "the gradient, not the loss"
     cause += f", {findings[rank].where}" if rank is not None else _not_again(stage)
@@ -129,12 +134,13 @@ def look(stage: Stage, given: Given, step: Step) -> Finding:
     weight = next((name for name, p in modules.named_parameters() if not bool(p.isfinite().all())), None)
     sounds = _bad_sounds(given.own)
     if sounds:
-        return Finding("in sounds of the batch itself", sounds)
+        return Finding("in sounds of the batch itself", sounds, is_own=True)
     if weight is not None:
         return Finding(f"in the weights {weight}", given.own.keys)
     if not seen and not all(bool(value.isfinite().all()) for value in parts.values()):
         seen.append("in the loss, though the outputs of all modules are finite")
-    return Finding(seen[0] if seen else "", _bad_samples(step, given) or given.own.keys)
+    is_own = bool(seen) and seen[0].startswith(IN_OUTPUT)
+    return Finding(seen[0] if seen else "", _bad_samples(step, given) or given.own.keys, is_own)
 
 
 def _bad_sounds(batch: Batch) -> list[str]:
@@ -163,7 +169,7 @@ def watching(modules: nn.Module) -> Iterator[list[str]]:
         def hear(module: nn.Module, given: Any, output: Any) -> None:
             bad = None if seen else next((one for one in _tensors(output) if not bool(one.isfinite().all())), None)
             if bad is not None:
-                seen.append(f"first in the output of {name} ({str(bad.dtype).removeprefix('torch.')})")
+                seen.append(f"{IN_OUTPUT} of {name} ({str(bad.dtype).removeprefix('torch.')})")
         return hear
 
     def hear_gradient(name: str) -> Callable[[Tensor], None]:
@@ -264,13 +270,15 @@ def _stage(state: Mapping[str, Any], weights: Mapping[str, Any], model: Any) -> 
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 2:
-        print("usage: python faults.py SNAPSHOT CHECKPOINT", file=sys.stderr)
-        return 2
+    parser = Parser("Do a step that was not finite again, and find where it stops being finite.")
+    parser.add_argument("snapshot", metavar="SNAPSHOT", help="logs/bad_step_N.pt of a run")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights to do it with: any checkpoint")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1, mps")
+    options = parser.parse_args(arguments)
     try:
-        print(replay(*arguments))
+        print(replay(options.snapshot, options.checkpoint, options.device))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     return 0
 

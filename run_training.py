@@ -16,8 +16,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from arguments import Parser
 from config import DATASETS, SIZES, Config, UserError, load_config
 from interruption import Stopped
 from redaction import redact
@@ -29,17 +29,10 @@ FLAGS = {  # flag -> key of the configuration
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes take one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {redact(message)}; see --help\n")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
-        description=(__doc__ or "").split("\n\n", 1)[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any key of config.yaml can be overridden: training.seed=1 stages.align.lr_factor=0.5")
+        (__doc__ or "").split("\n\n", 1)[0],
+        "Any key of config.yaml can be overridden: training.seed=1 stages.align.lr_factor=0.5")
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default ./data)")
     parser.add_argument("--output-dir", metavar="DIR", help="checkpoints, logs and reports (default ./outputs)")
     parser.add_argument("--model-size", metavar="SIZE", help=f"{', '.join(SIZES)} (default base)")

@@ -235,7 +235,7 @@ def _values(words: list[str]) -> Iterator[tuple[str, str]]:
 
 def _value_problems(flag: str, value: str) -> list[str]:
     placeholder = re.fullmatch(r"[A-Z_]+|.*[<\[{].*|…|\.\.\.|\]", value) is not None
-    if flag == "" and not placeholder:
+    if flag == "" and not placeholder and not value.endswith(".pt"):
         try:
             load_config(None, [value])
         except ConfigError as error:

@@ -51,7 +51,10 @@ def tables(folder: Path, server: Loopback, *names: str) -> tuple[dict[str, Sourc
 
 
 def run(*words: str, table: dict[str, Source] | None = None) -> int:
-    return download_datasets.main(words, table=table or SOURCES, policy=QUICK)
+    try:
+        return download_datasets.main(words, table=table or SOURCES, policy=QUICK)
+    except SystemExit as end:  # of the arguments
+        return int(end.code or 0)
 
 
 def rows(output: str) -> dict[str, tuple[str, str]]:

@@ -274,9 +274,12 @@ def test_files_that_are_no_snapshot_or_checkpoint_are_refused_in_one_line(
         small: SmallRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, stage, _ = opened(small, tmp_path)
     weights_file = str(saved(run, stage))
-    for arguments in ([weights_file, weights_file], [str(tmp_path / "none.pt"), weights_file], [weights_file]):
+    for arguments in ([weights_file, weights_file], [str(tmp_path / "none.pt"), weights_file]):
         assert faults.main(arguments) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(SystemExit, match="2"):
+        faults.main([weights_file])
+    assert capsys.readouterr().err == "error: the following arguments are required: CHECKPOINT; see --help\n"
 
 
 def test_the_first_three_bad_steps_of_a_run_are_kept_and_kept_again_by_one_that_goes_on(small: SmallRuns,
@@ -320,21 +323,22 @@ def test_bad_steps_in_a_row_end_the_run_with_cause_and_last_good_checkpoint(smal
 
 
 def test_spikes_and_contrasts_of_training_reach_the_alarms_of_the_stage(small: SmallRuns, tmp_path: Path) -> None:
-    run, stage, given = opened(small, tmp_path)
+    run, stage, given = opened(small, tmp_path, "training.warmup_pct=0")
     take(run, stage, given)
     state = stage.state_dict()["alarms"]
     assert state["steps"] == 4 and state["series"].keys() == {"loss image_text", "gradient image_text"}
     steps = records(tmp_path, "step")
     assert state["series"]["loss image_text"]["values"] == [record["loss"] for record in steps]
     assert state["series"]["gradient image_text"]["values"] == [record["grad_norm"] for record in steps]
-    assert stage.alarms.warmup_steps == round(stage.steps * 0.05) == 0
     parts = state["contrasts"]["image_text"]["parts"]
     assert parts == [record["parts"]["contrastive_image_text"] / faults.chance(batch, ["image", "text"], "infonce")
                      for record, batch in zip(steps, given, strict=True)]
     stage.alarms.series["loss image_text"].values = [0.01] * 50
     take(run, stage, given[:1])
     assert events(tmp_path)[0].startswith("[align] step 5: the loss of image_text is ")
-    again = small.stage(run, "align")
+    again = small.stage(small.open(tmp_path / "warm", "training.warmup_pct=50"), "align")
+    assert stage.alarms.warmup_steps == 0 and again.alarms.warmup_steps == again.steps // 2
+    again.alarms.warmup_steps = 0
     again.load_state_dict(stage.state_dict())
     assert again.alarms == stage.alarms and again.alarms is not stage.alarms
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
-    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "samples": "", "manifest": "config samples",
-    "synthetic": "config samples",
+    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "arguments": "redaction", "samples": "",
+    "manifest": "config samples", "synthetic": "config samples",
     "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "workers": "config",
@@ -44,11 +44,11 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "resume": "config checkpoint runs tracking", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
-    "faults": "config datasets model steps losses checkpoint runs stages alarms",
+    "faults": "arguments redaction config datasets model steps losses checkpoint runs stages alarms",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
-                "interruption resume saving",
-    "run_training": "config interruption training redaction doctor",
-    "evaluate": "config model datasets vocabulary metrics memory planning report protocols redaction",
+                "faults interruption resume saving",
+    "run_training": "arguments config interruption training redaction doctor",
+    "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction",
     # what a run needs, tried before it starts
     "findings": "config", "environment": "config findings images audio vocabulary",
     "inspection": "config findings batches datasets readers prepare memory budget model planning resume runs saving "
@@ -60,9 +60,9 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "sources": "", "transfer": "config files redaction", "archives": "config", "inventory": "files",
     "local_copies": "config",
     "acquisition": "config sources transfer archives inventory local_copies redaction",
-    "download_datasets": "config sources transfer archives acquisition redaction",
+    "download_datasets": "arguments config sources transfer archives acquisition redaction",
 }.items()}
-WITHOUT_TORCH = ("config", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
+WITHOUT_TORCH = ("config", "arguments", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
                  "run_training", "evaluate", "doctor", "environment", "findings")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py

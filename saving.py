@@ -45,11 +45,11 @@ class Saver:
         Raises:
             Stopped: a signal asked for it.
         """
-        asked = self._asked()
-        if asked or self._is_due():
-            flush()
+        if self.run.world.any_flag(bool(self.interruption.asked) or self._is_due()):
+            flush()  # all processes: where a step was not finite, they look for the cause together
+            asked = self._asked()
             self.save(stage, state)
-        self._stop(asked)
+            self._stop(asked)
 
     def after_epoch(self, stage: str, state: StageState, *, is_last: bool) -> None:
         """At the end of an epoch, validated. Raises Stopped as `after_step` does."""

@@ -21,7 +21,10 @@ import memory
 import runs
 import training
 from datasets import Batch
+from interruption import Interruption
 from runs import Options, Run, TrainingError
+from saving import Saver
+from tests.killing import OFTEN
 from tests.narrow import part_of
 from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, weights
 from tests.test_torchrun import torchrun
@@ -351,18 +354,20 @@ def run_as_rank(folder: Path) -> None:
     world = distributed.start()
     small = SmallRuns(folder / f"shared{world.rank}")
     with one_thread(), world.quiet():
-        run = runs.open_run(small.config(folder / "run", "training.batch_size=8"), Options("cpu"), None, world)
+        run = runs.open_run(small.config(folder / "run", "training.batch_size=8", *OFTEN), Options("cpu"), None, world)
         towers = ("image", "audio", "text", "fusion")
         run.fits = {row.name: memory.Fit(dict.fromkeys(towers, 3), {}) for row in run.config.stages}
         stage = small.stage(run, "align")
         spoil_marked(run)
-        log = StepLog(run, stage, epoch=1)
+        log, saver = StepLog(run, stage, epoch=1), Saver(run, {}, Interruption())
         for number, batch in enumerate(batches(run, stage)[:3]):
             own = part_of(batch, torch.arange(len(batch.keys))[world.share(len(batch.keys))])
             own = mark(own, 2) if world.rank == 1 and number == 0 else own
             log.add(training.train_step(run, stage, 0, own), own, len(batch.keys))
             run.progress.step += 1
             run.progress.stage_step += 1
+            run.progress.epoch_step += 1
+            saver.after_step("align", stage.state_dict, log.flush)  # the main process alone knows that it is time
         log.flush()
     torch.save(weights(run.model), folder / f"rank{world.rank}.pt")
     world.stop()

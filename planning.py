@@ -247,9 +247,9 @@ class StageMeasure:
         task, fit = step.task, step.fit
         found = []
         for names in [tuple(task.objectives)] if step.is_whole else [(name,) for name in task.objectives]:
-            towers = ("fusion",) if all(OBJECTIVES[name].uses_fusion for name in names) else task.inputs
-            again = [fit.recompute[tower] for tower in (*task.inputs, *towers)]
-            key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in towers]))
+            fusion = ("fusion",) if any(OBJECTIVES[name].uses_fusion for name in names) else ()
+            again = [fit.recompute[tower] for tower in (*task.inputs, *fusion)]
+            key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in fusion or task.inputs]))
             if key not in self.known:
                 self.known[key] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
             usage = _within(self.known[key], limit_bytes)

@@ -14,7 +14,7 @@ import training
 from budget import Plan
 from config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
 from footprint import TAGS, PeakMemory
-from memory import GIB
+from memory import GIB, Fit
 from model import TriModalModel
 from planning import Place, StepPlan
 from tests.small_runs import SmallRuns, batches, one_thread
@@ -149,6 +149,18 @@ def test_the_search_takes_everything_at_once_where_it_fits(tmp_path: Path) -> No
     config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.captions_per_visit=2")
     plan = planned(config, "finetune")
     assert plan.micro_batch == plan.upper == {"image": 32, "audio": 32, "text": 64, "fusion": 32}
+
+
+def test_the_search_measures_every_fit_anew_that_differs_in_what_its_step_uses(tmp_path: Path) -> None:
+    config = SmallRuns(tmp_path / "shared").config(tmp_path / "run")
+    row = next(row for row in config.stages if row.name == "finetune")
+    upper = planning.stage_upper(config, row, CPU)
+    kept = planning.StageMeasure(config, row, row.tasks, CPU)
+    for tower in ("image", "text", "fusion"):
+        for every in (1, 2, 0):
+            fit = Fit(upper, dict.fromkeys(upper, 1) | {tower: every})
+            found, anew = kept(fit, 1 << 40), planning.StageMeasure(config, row, row.tasks, CPU)(fit, 1 << 40)
+            assert found == anew is not None, f"{tower} recomputes every {every}th block"
 
 
 def test_speakers_take_memory_where_there_are_any(tmp_path: Path) -> None:

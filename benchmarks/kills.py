@@ -2,17 +2,17 @@
 
     python benchmarks/kills.py [--kills 200]
 
-SIGKILL after up to 4 seconds, over and over: in the preparation of data, in each stage and between them, in validation,
-while saving, in the last evaluation. The run (synthetic, `tiny`, all three stages) saves after every step; its number
-of reading processes changes with each start. At the end its weights, optimizer, averages and all records must be those
-of a run that nobody stopped; times, memory and restarts aside. The first difference ends the benchmark.
+SIGKILL after up to 4 seconds, over and over. The run (drawn pictures and sounds, and some in files that are decoded
+first; `tiny`, all three stages) saves after every step; its number of reading processes changes with each start. At the
+end its weights, optimizer, averages and all records must be those of a run that nobody stopped; times, memory and
+restarts aside. The first difference ends the benchmark. The table says what was left where a kill had hit.
 """
 
 import argparse
 import os
 import sys
 import tempfile
-import time
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
-from tests.killing import RECIPE, killed_runs
-from tests.small_runs import SmallRuns, one_thread
+from tests.killing import killed_runs, recipe, with_files
+from tests.small_runs import one_thread
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,16 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200)
     args = parser.parse_args(argv)
     print(f"{date.today()}, torch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores", flush=True)
-    runs, done, begin_s = 0, 0, time.monotonic()
+    runs, hits = 0, Counter[str]()
     with tempfile.TemporaryDirectory() as place, one_thread(), tqdm(total=args.kills, disable=None) as bar:
         folder = Path(place)
-        small = SmallRuns(folder / "shared")
-        small.train(folder / "whole", *RECIPE, "training.save_every_minutes=0")
-        for done in killed_runs(small, folder / "whole", folder, args.kills):
+        small = with_files(folder / "shared")
+        small.train(folder / "whole", *recipe(small), "training.save_every_minutes=0")
+        for hits in killed_runs(small, folder / "whole", folder, args.kills):
             runs += 1
-            bar.update(done - bar.n)
-            print(f"run {runs}: the same bits after {done} kills so far", flush=True)
-    print(f"{done} kills over {runs} runs, each ended with the same bits; {(time.monotonic() - begin_s) / 60:.0f} min")
+            bar.update(hits.total() - bar.n)
+    for name, count in hits.most_common():
+        print(f"{count:5}  {name}")
+    print(f"{hits.total()} kills over {runs} runs, each of which ended with the same bits")
     return 0
 
 

@@ -1,6 +1,9 @@
 """Runs that are killed at any moment and go on, for tests and benchmarks: started, killed, compared bit for bit."""
 
+import collections
+import importlib
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -19,33 +22,85 @@ import checkpoint
 import training
 from interruption import Stopped
 from runs import Options
+from tests import trees
 from tests.small_runs import SmallRuns, differing, records, without_times
+from tracking import read_records
 
 RECIPE = ("training.epochs=3", "training.batch_size=32", "training.log_every_steps=1", "training.ema_decay=0.5",
           "training.keep_checkpoints=2", "evaluation.max_validation=8", "report.gallery_queries=0")
 OFTEN = ("training.save_every_minutes=0.0001",)  # after every step
 LONGEST_S = 4.0
 
+# Where a process can be told to die: before which call of what, in which stage.
+PLACES: dict[str, tuple[str, int, str]] = {
+    "before the data are decoded": ("prepare._decode_all", 1, ""),
+    "while decoded pictures are written": ("prepare.replacing", 1, ""),
+    "between two files of the prepared sounds": ("prepare.replacing", 5, ""),
+    "after the rename of prepared data": ("prepare.sync_folder", 1, ""),
+    "before the first step": ("training.train_step", 1, "pretrain"),
+    "in pretrain": ("training.train_step", 3, "pretrain"),
+    "before the checkpoint of a step is renamed": ("os.replace", 2, ""),
+    "in validation": ("training.validation_loss", 1, ""),
+    "before the best weights are written": ("saving.save_file", 1, ""),
+    "between the stages pretrain and align": ("training.train_stage", 1, "align"),
+    "in align": ("training.train_step", 2, "align"),
+    "before old checkpoints are deleted": ("saving.rotate", 1, ""),
+    "between the stages align and finetune": ("training.train_stage", 1, "finetune"),
+    "in finetune": ("training.train_step", 2, "finetune"),
+    "before the final model is written": ("runs.save_file", 1, ""),
+    "before the last evaluation": ("training.finish", 1, ""),
+    "before the report is written": ("report.write_report", 1, ""),
+}
 
-def in_process(small: SmallRuns, folder: Path, *overrides: str) -> BaseProcess:
-    """A process that trains, or goes on training, in `folder`; its exit code is that of the program."""
+
+def with_files(root: Path) -> SmallRuns:
+    """Shared data of runs: drawn ones, and a list of pictures and sounds in files, to be decoded before training."""
+    small = SmallRuns(root)
+    trees.manifest(small.data_root / "own", samples=30)
+    return small
+
+
+def recipe(small: SmallRuns, *overrides: str) -> tuple[str, ...]:
+    files = json.dumps(str(small.data_root / "own" / "manifest.jsonl"))
+    return (*RECIPE, "data.datasets=[synthetic, manifest]", f"data.manifest={files}", *overrides)
+
+
+def in_process(small: SmallRuns, folder: Path, *overrides: str, dies: str = "") -> BaseProcess:
+    """A process that trains, or goes on training, in `folder`, to the place where it dies, if any; its exit code is
+    that of the program."""
     server = multiprocessing.get_context("forkserver")  # has loaded everything, and trained nothing
     server.set_forkserver_preload(["tests.killing"])
-    process = server.Process(target=_train, args=(small, folder, overrides))
+    process = server.Process(target=_train, args=(small, folder, overrides, dies))
     process.start()
     return process
 
 
-def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...]) -> None:
+def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str) -> None:
     sys.stdout = sys.stderr = open(folder.with_suffix(".out"), "a", encoding="utf-8")
     torch.set_num_threads(1)
+    if dies:
+        _die_at(*PLACES[dies])
     try:
-        training.train(small.config(folder, *RECIPE, *overrides), Options("cpu", "auto"))
+        training.train(small.config(folder, *recipe(small, *overrides)), Options("cpu", "auto"))
     except Stopped as stopped:
         print(stopped, flush=True)
         os._exit(3)
     sys.stdout.flush()
     os._exit(0)
+
+
+def _die_at(called: str, number: int, stage: str) -> None:
+    """Replace a function by one that kills its process at the call of that number; of those in `stage`, if one is
+    named. Processes that are forked from here die as well."""
+    module, name = called.split(".")
+    whole, calls = getattr(importlib.import_module(module), name), itertools.count(1)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if (not stage or getattr(args[1], "row", args[1]).name == stage) and next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args, **kwargs)
+
+    setattr(importlib.import_module(module), name, dying)
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -70,18 +125,20 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert len(list((folder / "reports").glob("*.md"))) >= 1
 
 
-def kill_until_done(start: Callable[[int], BaseProcess], place: Path, most: int, draw: random.Random) -> int:
-    """SIGKILL at `most` random moments, then to the end; how many kills there were."""
-    for kills in range(most + 1):
-        process = start(kills)
-        if kills < most:
+def kill_until_done(start: Callable[[int], BaseProcess], small: SmallRuns, place: Path, most: int,
+                    draw: random.Random) -> list[str]:
+    """SIGKILL at `most` random moments, then to the end; where each kill hit."""
+    hits: list[str] = []
+    while True:
+        begun, process = unfinished(small, place), start(len(hits))
+        if len(hits) < most:
             wait_for_a_moment(process, place, draw)
             process.kill()
         process.join()
         if process.exitcode == 0:
-            return kills
+            return hits
         assert process.exitcode == -signal.SIGKILL, place.with_suffix(".out").read_text("utf-8")[-2000:]
-    raise AssertionError("the last process trains to the end")
+        hits.append(where(small, place, begun))
 
 
 def wait_for_a_moment(process: BaseProcess, place: Path, draw: random.Random) -> None:
@@ -96,23 +153,48 @@ def wait_for_a_moment(process: BaseProcess, place: Path, draw: random.Random) ->
     process.join(draw.uniform(0, LONGEST_S))
 
 
-def killed_runs(small: SmallRuns, whole: Path, folder: Path, kills: int) -> Iterator[int]:
+def unfinished(small: SmallRuns, place: Path) -> set[Path]:
+    """Files that are being written."""
+    return {path for folder in (place, small.data_root) for path in folder.rglob("*.tmp")}
+
+
+def where(small: SmallRuns, place: Path, begun: set[Path]) -> str:
+    """What a process was at when it was killed, by what it left; `begun` was there before."""
+    left = unfinished(small, place) - begun
+    if left:
+        return "writing a checkpoint" if any(path.parent.name == "checkpoints" for path in left) else "preparing data"
+    log = place / "logs" / "metrics.jsonl"
+    found = [line for line in read_records(log) if line["kind"] != "event"] if log.exists() else []
+    if not found:
+        return "before the first step"
+    kind, stage = found[-1]["kind"], found[-1].get("stage", "")
+    if kind == "step":
+        return f"in {stage}, validation included"
+    is_over = kind == "report" or (kind == "stage" and stage == "finetune")
+    return "after the last stage" if is_over else f"after an epoch of {stage}"
+
+
+def killed_runs(small: SmallRuns, whole: Path, folder: Path, kills: int) -> Iterator[collections.Counter[str]]:
     """Runs that are killed at random moments and compared with `whole` when they are through, until there were so many
-    kills; yields how many so far. The first one prepares its own data; the number of reading processes changes.
+    kills; yields where they have hit so far. Each run prepares its data itself; the number of reading processes
+    changes.
 
     Raises:
         AssertionError: a run ended otherwise.
     """
-    draw, done, turn = random.Random(0), 0, 0
-    while done < kills:
-        turn += 1
-        own = SmallRuns(folder / f"shared{turn}") if turn == 1 else small
-        place = folder / f"run{turn}"
+    draw, hits = random.Random(0), collections.Counter[str]()
+    for turn in itertools.count(1):
+        own, place = with_files(folder / f"shared{turn}"), folder / f"run{turn}"
+        if turn > 1:  # the first one plans as well
+            shutil.copytree(small.plans, own.plans, dirs_exist_ok=True)
 
         def start(number: int, own: SmallRuns = own, place: Path = place) -> BaseProcess:
             return in_process(own, place, *OFTEN, f"data.workers={number % 2}")
 
-        done += kill_until_done(start, place, kills - done, draw)
+        hits.update(kill_until_done(start, own, place, kills - hits.total(), draw))
         assert_same(place, whole)
         shutil.rmtree(place)
-        yield done
+        shutil.rmtree(own.data_root)
+        yield hits
+        if hits.total() >= kills:
+            return

@@ -20,7 +20,7 @@ import saving
 import training
 from interruption import Interruption, Stopped
 from runs import Options
-from tests.killing import RECIPE, assert_same, in_process, killed_runs
+from tests.killing import OFTEN, PLACES, assert_same, in_process, killed_runs, recipe, with_files
 from tests.small_runs import SmallRuns, differing, one_thread, records
 from tracking import read_records
 
@@ -30,21 +30,37 @@ KILLS = 25
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
     with one_thread():
-        yield SmallRuns(tmp_path_factory.mktemp("shared"))
+        yield with_files(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
 def whole(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted, and that saved at the end of epochs only."""
     folder = tmp_path_factory.mktemp("whole")
-    small.train(folder, *RECIPE, "training.save_every_minutes=0")
+    small.train(folder, *recipe(small), "training.save_every_minutes=0")
     return folder
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
-    """25 kills over several runs: in every stage, in validation, while saving, in the preparation of data."""
-    assert list(killed_runs(small, whole, tmp_path, KILLS))[-1] >= KILLS
+    assert [hits.total() for hits in killed_runs(small, whole, tmp_path, KILLS)][-1] == KILLS
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_each_place_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    """One run, killed again and again: while data are prepared, in each stage, between stages, in validation, while
+    saving, in the last evaluation. The number of reading processes changes from one start to the next."""
+    own, folder = with_files(tmp_path / "shared"), tmp_path / "run"
+    shutil.copytree(small.plans, own.plans, dirs_exist_ok=True)
+    for number, place in enumerate(PLACES):
+        process = in_process(own, folder, *OFTEN, f"data.workers={number % 2}", dies=place)
+        process.join()
+        said = folder.with_suffix(".out").read_text("utf-8")
+        assert process.exitcode == -signal.SIGKILL, f"not {place}: {said[-2000:]}"
+    process = in_process(own, folder, *OFTEN)
+    process.join()
+    assert process.exitcode == 0
+    assert_same(folder, whole)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -133,7 +149,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(small: Sm
         small.open(folder)
     process.kill()
     process.join()
-    config = small.config(folder, *RECIPE)
+    config = small.config(folder, *recipe(small))
     runs.open_run(config, Options("cpu", overwrite=True), None).tracker.close()
 
 

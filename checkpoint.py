@@ -11,7 +11,7 @@ of another one, and a copied file keeps its own. To torch it is an ordinary file
 import hashlib
 import json
 import os
-import random
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +30,8 @@ _ZIP_END = b"PK\x05\x06"
 _ZIP_END_BYTES = 22  # the end record of a zip without a comment; its last two bytes are the comment's length
 _MARK = b"trimodal checkpoint, sha256 of the bytes before this line: "
 _FOOTER_BYTES = len(_MARK) + 64
+_CALLS = re.compile(r"collections OrderedDict|torch \w+|torch\._utils _rebuild_tensor_v[23]|"
+                    r"torch\.storage UntypedStorage")  # of tensors
 _EPOCH_FILE = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
@@ -98,7 +100,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     """
     path = Path(path)
     verify(path)
-    _check_sizes(path)
+    _check_parts(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except (MemoryError, torch.OutOfMemoryError):
@@ -167,8 +169,8 @@ def remove_later(path: str | Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Delete the temporary files of a run that was killed while saving; call it before the first save of a run."""
-    found = sorted(Path(folder).glob(f"*.pt.*{BESIDE}"))
+    """Delete the temporary files of a run that was killed while writing; call it before a run writes."""
+    found = sorted(Path(folder).glob(f"*.*{BESIDE}"))
     for path in found:
         path.unlink(missing_ok=True)
     return found
@@ -192,35 +194,9 @@ def plain(value: Any, copy: bool = False, where: str = "state") -> Any:
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, np.generic):
         return value.item()
-    if value is None or type(value) in (bool, int, float, str, bytes):
+    if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(f"{where}: a checkpoint holds tensors, numbers, text, lists, dicts; not a {type(value).__name__}")
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the generators of Python, numpy, torch and every CUDA device, as tensors and numbers."""
-    version, keys, gauss = random.getstate()
-    name, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert name == "MT19937", name  # the legacy global generator knows no other
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "python": {"version": version, "keys": torch.tensor(keys, dtype=torch.int64), "gauss": gauss},
-        "numpy": {"keys": torch.from_numpy(np.asarray(numpy_keys, dtype=np.int64)), "position": int(position),
-                  "has_gauss": int(has_gauss), "cached": float(cached)},
-        "torch": torch.get_rng_state(),
-        "cuda": list(cuda),
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` took. Devices that this machine lacks, or that the other one lacked, are left alone."""
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["keys"].tolist()), python["gauss"]))
-    keys = numpy["keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
-    torch.set_rng_state(state["torch"].cpu())
-    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(cuda.cpu(), device)
 
 
 def describe_mismatch(state_dict: Mapping[str, Any], model_state_dict: Mapping[str, Any]) -> str | None:
@@ -323,15 +299,28 @@ def _problem(file: BinaryIO) -> str | None:
     return f"truncated or damaged: it ends after {size} bytes without its digest"
 
 
-def _check_sizes(path: Path) -> None:
-    """Refuse a zip whose parts claim more than the file holds, before anything is unpacked: torch compresses none."""
+def _check_parts(path: Path) -> None:
+    """Refuse a zip whose parts claim more than the file holds, since torch compresses none, and a pickle that calls for
+    more than tensors take: torch's safe load would let it make a bytearray of any length."""
     try:
         with zipfile.ZipFile(path) as archive:
             claimed = sum(part.file_size for part in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: refused, it is no whole zip ({_reason(error)})") from None
-    if claimed > path.stat().st_size:
-        raise CheckpointError(f"{path}: refused, its parts claim {claimed:,} bytes, more than the file has")
+            if claimed > path.stat().st_size:
+                raise CheckpointError(f"{path}: refused, its parts claim {claimed:,} bytes, more than the file has")
+            calls = [call for part in archive.infolist() if part.filename.endswith(".pkl")
+                     for call in _calls(archive.read(part))]
+    except CheckpointError:
+        raise
+    except Exception as error:  # a file made to deceive may provoke any error in zipfile and pickletools
+        raise CheckpointError(f"{path}: refused, it is no whole zip of pickles ({_reason(error)})") from None
+    if others := [call for call in calls if not _CALLS.fullmatch(call)]:
+        raise CheckpointError(f"{path}: refused, it holds more than tensors and numbers ({others[0]})")
+
+
+def _calls(pickled: bytes) -> list[str]:
+    """Names that a pickle looks up; those of newer protocols, which torch does not write, have none here."""
+    return [str(name) for code, name, _ in pickletools.genops(pickled)
+            if code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")]
 
 
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:

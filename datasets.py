@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import bad_samples
 import prepare
 from batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from concepts import concept_names, concepts_of
@@ -228,12 +229,12 @@ class Loader:
         split = self.data.splits[self.split]
         reader = BatchReader(split, self.jobs, self.inputs, self.config, self.train, self.epoch)
         count = worker_count(self.config, len(self)) if self.workers is None else self.workers
-        jobs, given_up = range(self.start, len(self.jobs)), prepare.given_up(split.table, self.config)
+        jobs, given_up = range(self.start, len(self.jobs)), bad_samples.given_up(split.table, self.config)
         if not count:
             return _checked(in_line(reader.work, jobs, given_up), reader)
         return _checked(iter(Workers(
             reader.work, jobs, count, timeout_s=self.config.data.timeout_s, name=reader.name, say=self.say,
-            given_up=given_up, finish=_pin if torch.cuda.is_available() else None)), reader)
+            given_up=given_up, finish=_pin if torch.cuda.is_initialized() else None)), reader)
 
 
 loader = Loader
@@ -262,10 +263,10 @@ def _checked(reads: Generator[Read, None, None], reader: BatchReader) -> Iterato
             fresh = [record for record in broken if record["key"] not in met]
             if fresh:
                 met.update(record["key"] for record in fresh)
-                prepare.record_broken(fresh, reader.config)
+                bad_samples.record(fresh, reader.config)
             if problem:
                 raise UserError(problem)
             if fresh:
-                prepare.check_broken("data", len(met), total, fresh[0]["reason"], reader.config)
+                bad_samples.check("data", len(met), total, fresh[0]["reason"], reader.config)
             assert batch is not None
             yield batch

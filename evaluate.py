@@ -15,6 +15,7 @@ from typing import Any
 
 from arguments import Parser
 from config import DATASETS, Config, UserError, config_from_dict
+from files import check_writable
 from redaction import command_line, redact
 
 
@@ -117,10 +118,7 @@ def _reports_folder(config: Config) -> Path:
     """Made at once: to find out after an hour that it cannot be written helps nobody."""
     folder = Path(config.paths.output_dir) / "reports"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        check_writable(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
     return folder

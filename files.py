@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +30,13 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         with contextlib.suppress(OSError):  # renamed already, or the disk is read-only
             temporary.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder and a file in it, which goes again; raises OSError where that cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"x")
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,12 +14,11 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+import bad_samples
 import synthetic
 from config import NUM_MELS, Config, UserError
 from files import replacing, sync_folder
@@ -43,8 +43,6 @@ CHUNK = 8  # files that a process decodes before it hands them over
 FEW = 64  # files whose size need not be foretold
 GB = 1e9
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
-
-_GIVEN_UP = re.compile(r": (took longer than data\.timeout_s|\d+ reading processes were lost)")
 
 
 class BrokenSample(ValueError):
@@ -371,7 +369,7 @@ def _lock(cache: Path) -> Iterator[None]:
     """One process at a time fills a cache; the system frees the lock when its holder dies."""
     import fcntl
 
-    with (cache / ".lock").open("w") as file:
+    with (cache / ".filling.lock").open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, our children do not hold it as well
         except (BlockingIOError, PermissionError):
@@ -382,7 +380,7 @@ def _lock(cache: Path) -> Iterator[None]:
 
 def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
     """Decode `items` into `folder`, which appears when all is on the disk."""
-    for left in folder.parent.glob("*.tmp"):  # by runs that were killed: we hold the lock
+    for left in folder.parent.glob(f"*-*-*-{'[0-9a-f]' * 16}.tmp"):  # by runs that were killed: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     room = room_for_entries(config)
     _check_room(_predicted_bytes(kind, items, config), room, folder.parent, config)
@@ -449,52 +447,9 @@ def _processes(config: Config) -> int:
     return min(cores, 16) if config.data.workers == "auto" else config.data.workers
 
 
-# ---- broken samples -----------------------------------------------------------------------------------------------
-
-
-def bad_samples_path(config: Config) -> Path:
-    return Path(config.paths.output_dir) / "logs" / "bad_samples.jsonl"
-
-
-def given_up(table: SampleTable, config: Config) -> dict[int, str]:
-    """Rows of samples at which a process of this run hung or died before, and why: they are not read again, so that a
-    run that goes on sees what it would have seen. Deleting its line in bad_samples.jsonl gives a sample another try."""
-    reasons = {(record["split"], record["key"]): record["reason"] for record in _records(bad_samples_path(config))
-               if _GIVEN_UP.search(record["reason"])}
-    if not reasons:
-        return {}
-    keys = ((table.splits[row], f"{table.sources[row]}/{table.keys[row]}") for row in range(len(table)))
-    return {row: reasons[key] for row, key in enumerate(keys) if key in reasons}
-
-
-def _records(path: Path) -> Iterator[dict[str, str]]:
-    """Lines of bad_samples.jsonl, without one that was cut off."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            yield json.loads(line)
-
-
-def record_broken(records: Sequence[dict[str, str]], config: Config) -> None:
-    """Append to bad_samples.jsonl what it does not hold yet, one JSON object a line."""
-    path = bad_samples_path(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-    lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for record in records]
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(line + "\n" for line in dict.fromkeys(lines) if line not in known)
-
-
-def check_broken(what: str, broken: int, total: int, first: str, config: Config) -> None:
-    """Raise UserError where more than `data.max_bad_pct` of `total` are broken."""
-    if broken * 100 > config.data.max_bad_pct * total:
-        limit = f"data.max_bad_pct={config.data.max_bad_pct:g}"
-        raise UserError(f"{what}: {broken} of {total} cannot be read, more than {limit} allows; the first: {first}; "
-                        f"mend or remove those listed in {bad_samples_path(config)}")
-
-
 def _report(store: Store, rows: np.ndarray, reasons: Sequence[str | None], what: str, config: Config) -> None:
     """List the broken ones of `rows` in bad_samples.jsonl, and stop where there are too many."""
     records = [store.record(row, reason) for row, reason in zip(rows.tolist(), reasons, strict=True) if reason]
     if records:
-        record_broken(records, config)
-        check_broken(what, len(records), len(rows), records[0]["reason"], config)
+        bad_samples.record(records, config)
+        bad_samples.check(what, len(records), len(rows), records[0]["reason"], config)

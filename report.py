@@ -128,9 +128,10 @@ def write_report(folder: Path, run: Mapping[str, Any], records: Sequence[Mapping
             write_whole(folder / f"{stem}_{name}.png", content)
     report = compose(run, records, gallery, now) | {"files": files}
     markdown = folder / f"{stem}.md"
-    write_whole(markdown, render(report, language).encode())
+    write_whole(markdown, render(report, language).encode("utf-8", "backslashreplace"))
     path = folder / f"{stem}.json"
-    write_whole(path, json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False).encode())
+    write_whole(path, json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
+                .encode("utf-8", "backslashreplace"))
     return path, markdown
 
 

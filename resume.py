@@ -7,6 +7,7 @@ from typing import Any
 
 from checkpoint import CheckpointError, find_latest, load
 from config import Config, UserError
+from redaction import redacted
 from runs import Options
 from tracking import read_records
 
@@ -25,8 +26,10 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
     if options.overwrite:
         raise UserError("--overwrite deletes the run that --resume would go on with; give one of them")
     auto = options.resume == "auto"
-    path = find_latest(Path(config.paths.output_dir) / "checkpoints") if auto else Path(options.resume)
+    folder = Path(config.paths.output_dir) / "checkpoints"
+    path = find_latest(folder) if auto else Path(options.resume)
     if path is None:
+        _refuse_to_start_anew(folder)
         return None
     if auto:
         print(f"Going on from {path}")
@@ -38,16 +41,27 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
         raise UserError(f"--resume: {path}: holds weights only, training cannot go on from it; "
                         "give a checkpoint_epoch_*.pt")
     stage_epochs(config, state)  # whether the stages still fit
-    for line in changes(state["config"], config.to_dict()):
+    changed = changes(state["config"], redacted(config.to_dict()))
+    for line in changed:
         print(f"Changed since this checkpoint: {line}")
+    if changed and (done := state["progress"]["epoch_step"]):
+        print(f"The {done} steps of its unfinished epoch count as done, whatever they would hold now")
     return state | {"best": _best_beside(path, state["progress"]["epoch"])}
+
+
+def _refuse_to_start_anew(folder: Path) -> None:
+    """Where there are checkpoints but none can be read: going on from nothing would delete them."""
+    if damaged := sorted(folder.glob("checkpoint_epoch_*.pt")):
+        raise UserError(f"--resume auto: none of the {len(damaged)} checkpoints in {folder} can be read; see to the "
+                        "disk, or start anew with --overwrite or in another --output-dir")
 
 
 def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
     """What best_model.pt in the checkpoint's folder holds, if it was known by then: a later one will be found anew."""
     try:
         state = load(path.with_name("best_model.pt"))
-    except CheckpointError:
+    except CheckpointError as error:
+        print(f"The best weights so far are lost, the next validation begins anew: {error}")
         return {}
     if state["epoch"] > epoch:
         return {}

@@ -18,17 +18,26 @@ import memory
 import model as model_module
 import protocols
 import report
-from checkpoint import CheckpointError, describe_mismatch, export, find_latest, plain, remove_leftovers
+from checkpoint import (
+    CheckpointError,
+    describe_mismatch,
+    export,
+    find_latest,
+    plain,
+    remove_later,
+    remove_leftovers,
+)
 from checkpoint import save as save_file
 from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
 from distributed import World
-from files import replacing
+from files import check_writable, replacing
 from model import TriModalModel
 from redaction import command_line, redacted
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
+PARTS = ("checkpoints", "logs", "reports")
 LOCK = ".lock"
 
 
@@ -87,9 +96,9 @@ class Run:
 
 
 def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None, *,
-             data: Data | None = None) -> Run:
+             lock: IO[str] | None = None, data: Data | None = None) -> Run:
     """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
-    writes to the folder. `data`: what has been read already.
+    writes to the folder. `lock`: what `claim_folder` gave, if that is done; `data`: what has been read already.
 
     Raises:
         UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
@@ -98,7 +107,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     world = world or World(device=memory.choose_device(options.device))
     device = world.device
     precision = memory.choose_precision(device, config.training.use_amp)
-    lock = world.together(lambda: _prepare_folder(folder, options) if world.is_main else None)
+    lock = lock or claim_folder(folder, options, world)
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
@@ -111,9 +120,12 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         return run
     if options.overwrite:
         _delete_run(folder)  # not before all that could fail has been tried
-    remove_leftovers(folder / "checkpoints")
+    for part in ("", *PARTS):
+        remove_leftovers(folder / part)
     with replacing(folder / "config.yaml", "w") as file:
         yaml.safe_dump(redacted(config.to_dict()), file, sort_keys=False, allow_unicode=True)
+    if state:  # what lies further on goes as a whole: checkpoints, then records
+        remove_later(folder / "checkpoints" / checkpoint_name(progress))
     run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
@@ -136,22 +148,36 @@ def parts_in_use(folder: Path) -> list[str]:
     return [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
 
 
-def _prepare_folder(folder: Path, options: Options) -> IO[str]:
-    """Make the folder's three parts; refuse one with a run in it unless it is resumed or thrown away, and one that
-    another process trains in. Returns the lock."""
+def claim_folder(folder: Path, options: Options, world: World) -> IO[str] | None:
+    """Make the folder's parts and lock it, on the main process; the lock. Before the checkpoint is looked for: a run
+    that is just ending may still write one.
+
+    Raises:
+        UserError: it cannot be written, another process trains in it, or a run is in it that is neither gone on with
+            nor thrown away.
+    """
+    return world.together(lambda: _claim(folder, options) if world.is_main else None)
+
+
+def _claim(folder: Path, options: Options) -> IO[str]:
     used = parts_in_use(folder)
     try:
-        for name in ("checkpoints", "logs", "reports"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        for name in PARTS:
+            check_writable(folder / name)
         lock = open(folder / LOCK, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
     _hold(lock, folder)
-    if used and not options.overwrite and options.resume is None:
+    if used and not options.overwrite and not _is_within(options.resume, folder):
         lock.close()
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
                         "it with --overwrite, or choose another --output-dir")
     return lock
+
+
+def _is_within(resume: str | None, folder: Path) -> bool:
+    """Whether it is the run in `folder` that is gone on with, and not another one."""
+    return resume == "auto" or bool(resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
 
 
 def _hold(lock: IO[str], folder: Path) -> None:
@@ -229,6 +255,12 @@ def description(run: Run) -> dict[str, Any]:
     }
 
 
+def checkpoint_name(progress: Progress) -> str:
+    if progress.epoch_step:
+        return f"checkpoint_epoch_{progress.epoch + 1}_step_{progress.step}.pt"
+    return f"checkpoint_epoch_{progress.epoch}.pt"
+
+
 def last_checkpoint(run: Run) -> str:
     """Name of the newest whole checkpoint of this run, or "none yet"."""
     return str(find_latest(run.folder / "checkpoints", say=run.tracker.say) or "none yet")
@@ -280,6 +312,8 @@ def finish(run: Run) -> Path:
     """
     if run.best:
         run.model.load_state_dict(run.best["model_state_dict"])
+    else:
+        run.tracker.event("The best weights are not known: the last ones are evaluated", run.progress.step)
     run.model.to(run.device).eval()
     setting = encoding(run)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
@@ -297,9 +331,10 @@ def finish(run: Run) -> Path:
         "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
     }
     try:
-        final = {**description(run), **run.best, "progress": vars(run.progress).copy()}
+        final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
+                 "progress": vars(run.progress).copy()}
         save_file(final, run.folder / "checkpoints" / "final_model.pt")
-        export({"model_state_dict": run.model.state_dict(), **final}, run.folder / "checkpoints" / "model.safetensors")
+        export(final, run.folder / "checkpoints" / "model.safetensors")
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
                                           language=run.config.report.language, gallery=gallery)
     except (CheckpointError, OSError) as error:

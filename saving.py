@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint import CheckpointError, plain, remove_later, rotate
+from checkpoint import CheckpointError, plain, rotate
 from checkpoint import save as save_file
 from interruption import Interruption, Stopped
-from runs import Run, description
+from runs import Run, checkpoint_name, description
 
 KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
 ROOM = 1.02  # times the bytes of the tensors
@@ -33,6 +33,7 @@ class Saver:
                  now: Callable[[], float] = time.monotonic):
         self.run, self.stage_epochs, self.interruption, self.now = run, dict(stage_epochs), interruption, now
         self.in_background = run.device.type == "cuda"
+        self.has_saved = True  # all that it was asked to
         self.spent_s = 0.0  # that training has waited for saving
         self._last_s = now()
         self._best: dict[str, Any] | None = None  # what best_model.pt holds
@@ -69,7 +70,7 @@ class Saver:
         start_s = self.now()
         self.wait()
         self.run.tracker.sync()
-        files = self._files(stage, state())
+        files, self.has_saved = self._files(stage, state()), False
         if self.in_background:
             files = [(path, plain(content, copy=True)) for path, content in files]
             self._writing = self._pool.submit(self._write, files)
@@ -88,32 +89,34 @@ class Saver:
         run, progress, folder = self.run, self.run.progress, self.run.folder / "checkpoints"
         common = {**description(run), "progress": vars(progress).copy(), "stage": stage,
                   "stage_epochs": self.stage_epochs}
-        name = (f"checkpoint_epoch_{progress.epoch + 1}_step_{progress.step}.pt" if progress.epoch_step
-                else f"checkpoint_epoch_{progress.epoch}.pt")
         best = [(folder / "best_model.pt", {**common, **run.best})] if run.best and run.best is not self._best else []
         self._best = run.best
         fits = {name: vars(fit) for name, fit in run.fits.items()}
-        return [*best, (folder / name, {**common, "model_state_dict": run.model.state_dict(), "stage_state": state,
-                                        "fits": fits})]
+        whole = {**common, "model_state_dict": run.model.state_dict(), "stage_state": state, "fits": fits}
+        return [*best, (folder / checkpoint_name(progress), whole)]
 
     def _write(self, files: list[tuple[Path, Mapping[str, Any]]]) -> None:
         folder = files[-1][0].parent
+        folder.mkdir(parents=True, exist_ok=True)
         need, free = ROOM * sum(tensor_bytes(content) for _, content in files), shutil.disk_usage(folder).free
         if need > free:
             raise CheckpointError(f"{folder}: the next checkpoint takes {need / 1e9:.2f} GB, {free / 1e9:.2f} are "
                                   "free; earlier ones are unchanged. Free space or choose another --output-dir")
         for path, content in files:
             save_file(content, path)
-        remove_later(files[-1][0])  # of a run that went on from before them
-        rotate(folder, self.run.config.training.keep_checkpoints, KEEP_EVERY)
+        self.has_saved = True
+        try:
+            rotate(folder, self.run.config.training.keep_checkpoints, KEEP_EVERY)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: older checkpoints cannot be deleted ({error.strerror})") from None
 
     def _report(self, write: Callable[[], None]) -> None:
         try:
             write()
-        except CheckpointError as error:
-            self._best = None
-            progress = self.run.progress
-            self.run.tracker.event(f"Not saved (epoch {progress.epoch}, step {progress.step}): {error}", progress.step)
+        except (CheckpointError, OSError) as error:
+            progress, what = self.run.progress, "Saved" if self.has_saved else "Not saved"
+            self._best = self._best if self.has_saved else None
+            self.run.tracker.event(f"{what} (epoch {progress.epoch}, step {progress.step}): {error}", progress.step)
 
     def _is_due(self) -> bool:
         minutes = self.run.config.training.save_every_minutes
@@ -125,8 +128,9 @@ class Saver:
     def _stop(self, asked: bool) -> None:
         if asked:
             self.wait()
+            saved = "which is saved" if self.has_saved else "which could NOT be saved"
             raise Stopped(f"Stopped by {self.interruption.asked or 'a signal'} after step {self.run.progress.step}, "
-                          "which is saved. Go on with --resume auto")
+                          f"{saved}. Go on with --resume auto")
 
 
 def tensor_bytes(value: Any) -> int:

@@ -30,7 +30,7 @@ class Tracker:
         self.path = logs / "metrics.jsonl"
         if self.path.exists():
             _drop_after(self.path, last_step)
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "ab")
         self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
         self.bar: Any = None
         self.has_lost = False
@@ -50,7 +50,7 @@ class Tracker:
 
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(redact(message))
+        tqdm.write(redact(message).encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def event(self, message: str, step: int) -> None:
         """Something a user should know: printed, and kept in the log and the report."""
@@ -60,7 +60,7 @@ class Tracker:
     def record(self, record: Mapping[str, Any]) -> None:
         """One line. A full disk costs records, not the run; it is said once."""
         try:
-            self.file.write(json.dumps(redacted(_finite(record)), ensure_ascii=False) + "\n")
+            self.file.write(_line(redacted(_finite(record))))
             self.file.flush()
         except OSError as error:
             self._lost(error)
@@ -113,7 +113,8 @@ class Tracker:
 
     def close(self) -> None:
         self.close_bar()
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk: what ends the run is told, and not this
+            self.file.close()
         self._show("close")
 
 
@@ -147,23 +148,23 @@ class SilentTracker(Tracker):
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """All whole records of a metrics.jsonl; a line that was cut off or damaged is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict):
-            break
-        records.append(record)
-    return records
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:  # splitlines would split within records
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """Names of files need not be text: their odd bytes become escapes, which JSON reads as they were."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _drop_after(path: Path, last_step: int) -> None:
     kept = [record for record in read_records(path) if record.get("step", 0) <= last_step]
-    with replacing(path, "w") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    with replacing(path) as file:
+        file.writelines(map(_line, kept))
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ run's clock and its step count. What it begins anew: its objectives' heads, the 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from runs import (
     Options,
     Run,
     TrainingError,
+    claim_folder,
     finish,
     last_checkpoint,
     open_run,
@@ -86,8 +87,18 @@ def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Shar
     """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
     step = make_step(run, stage, batch, share, train=True)
     parts = accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
+    if TOTAL in parts:
+        spoil_unless_finite(stage.optimizer.parameters, parts[TOTAL])
     run.world.reserve(stage.optimizer.parameters)
     return parts
+
+
+def spoil_unless_finite(parameters: Iterable[Tensor], loss: Tensor) -> None:
+    """Of a loss that is not finite the gradient may be; then one of its values is made so, since that is what an update
+    is masked by, on all processes alike and without a look at the device."""
+    given = min((p.grad for p in parameters if p.grad is not None), key=Tensor.numel, default=None)
+    if given is not None:
+        given.add_(0 * loss.detach())
 
 
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
@@ -250,7 +261,7 @@ def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) 
     progress, log, jobs = run.progress, StepLog(run, stage, epoch), epoch_jobs(run, stage, epoch)
     if not progress.epoch_step:
         progress.loss_sum, progress.losses = 0.0, 0
-    start = progress.epoch_step
+    start = min(progress.epoch_step, len(jobs))  # fewer where the effective batch has grown since
     batches = loader(run.data, "train", own_jobs(run, jobs), run.config, start=start,
                      inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
                      say=lambda line: run.tracker.event(line, progress.step))
@@ -368,11 +379,12 @@ def train(config: Config, options: Options) -> Path | None:
 
 def run_stages(config: Config, options: Options, world: World, interruption: Interruption) -> Path | None:
     """`train`, as one of the processes of `world`."""
+    lock = claim_folder(Path(config.paths.output_dir), options, world)
     state = world.on_main(lambda: find_state(config, options))
     if report := world.on_main(lambda: finished_report(config, state)):
         print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")
         return report
-    run = open_run(config, options, state, world)
+    run = open_run(config, options, state, world, lock=lock)
     try:
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:

@@ -94,6 +94,8 @@ class Workers:
         self._dropped: dict[int, int] = {}
         team = Team(self.work, self.jobs, self.count, self.timeout_s, self.finish)
         try:
+            if team.shortage:
+                self.say(f"data: reading processes: {team.shortage}; data.workers asks for {self.count}")
             for job in self.jobs:
                 yield self._result(team, job)
         finally:
@@ -171,8 +173,26 @@ class Team:
         self.found: dict[int, concurrent.futures.Future[Any]] = {}
         self.finish = finish
         self.finisher = concurrent.futures.ThreadPoolExecutor(1, initializer=_use_device, initargs=(_device(),))
-        self.members = [_start(work) for _ in range(count)]
+        self.members: list[Member] = []
         self.end = weakref.finalize(self, _end, os.getpid(), self.members, self.finisher)  # at the latest at exit
+        self.shortage = ""  # why there are fewer than `count`
+        while len(self.members) < count and not self.shortage:
+            self.shortage = self._add_member()
+
+    def _add_member(self) -> str:
+        """Start a process; why not, where the system gives no more of them and others can go on.
+
+        Raises:
+            UserError: there are no others.
+        """
+        try:
+            self.members.append(_start(self.work))
+            return ""
+        except OSError as error:
+            if not self.members:
+                raise UserError(f"data: no reading process can be started ({error.strerror}); allow more processes "
+                                "(ulimit -u, or the container's limit), or set data.workers=0") from None
+            return f"no more than {len(self.members)} can be started ({error.strerror})"
 
     def take(self, job: int, given_up: Mapping[int, str]) -> Any:
         """The result of `job`, the first one that has not been taken.
@@ -230,12 +250,12 @@ class Team:
             member.process.kill()
         member.process.join(5)
         cause = f"hung for {self.timeout_s:g} s" if hung else _cause(member.process.exitcode)
-        loss = Loss(member.jobs[0] if member.jobs else None, member.pulse[1], cause, hung)
         for job in member.jobs:
             heapq.heappush(self.waiting, job)
         member.link.close()
-        self.members[self.members.index(member)] = _start(self.work)
-        return loss
+        self.members.remove(member)
+        cause = "; ".join(filter(None, [cause, self._add_member()]))
+        return Loss(member.jobs[0] if member.jobs else None, member.pulse[1], cause, hung)
 
 
 def _cause(code: int | None) -> str:

@@ -4,6 +4,7 @@ Run as `python -m tests.test_faults FOLDER` this file is one rank's work; a test
 """
 
 import dataclasses
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -320,6 +321,17 @@ def test_bad_steps_in_a_row_end_the_run_with_cause_and_last_good_checkpoint(smal
         "stage align, step 3: 3 steps in a row were not finite, in loss part contrastive_image_text, first in the "
         "output of model.text.blocks.blocks.1.up (float32); last good checkpoint: "
         f"{tmp_path}/checkpoints/checkpoint_epoch_1.pt. Lower --lr, or set training.use_amp=false")
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(small: SmallRuns, tmp_path: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stage, given = opened(small, tmp_path)
+    terms = training.weighted_terms
+    monkeypatch.setattr(training, "weighted_terms", lambda *args: (
+        (loss, {name: value + math.inf for name, value in parts.items()}) for loss, parts in terms(*args)))
+    before = weights(run.model)
+    take(run, stage, given[:1])
+    assert differing(weights(run.model), before) == [] and stage.bad_in_a_row == 1
 
 
 # ---- figures of good steps ---------------------------------------------------------------------------------------

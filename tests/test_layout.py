@@ -25,9 +25,10 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "workers": "config",
-    "prepare": "config samples images audio synthetic files workers",
+    "bad_samples": "config samples",
+    "prepare": "config samples images audio synthetic files workers bad_samples",
     "batches": "config samples images prepare vocabulary workers",
-    "datasets": "config samples readers vocabulary concepts prepare batches workers",
+    "datasets": "config samples readers vocabulary concepts prepare batches workers bad_samples",
     # mathematics
     "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
     "optimization": "config",
@@ -41,14 +42,14 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "planning": "config model datasets steps losses memory budget footprint optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
             "redaction",
-    "resume": "config checkpoint runs tracking", "interruption": "", "saving": "checkpoint interruption runs",
+    "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
     "faults": "arguments redaction config datasets model steps losses checkpoint runs stages alarms",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
                 "faults interruption resume saving",
     "run_training": "arguments config interruption training redaction doctor",
-    "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction",
+    "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files",
     # what a run needs, tried before it starts
     "findings": "config", "environment": "config findings images audio vocabulary",
     "inspection": "config findings batches datasets readers prepare memory budget model planning resume runs saving "

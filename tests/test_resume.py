@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import checkpoint
-import files
 import run_training
 import runs
-import saving
 import training
 from interruption import Interruption, Stopped
 from runs import Options
 from tests.killing import OFTEN, PLACES, assert_same, in_process, killed_runs, recipe, with_files
-from tests.small_runs import SmallRuns, differing, one_thread, records
+from tests.small_runs import SmallRuns, one_thread, records
 from tracking import read_records
 
 KILLS = 25
@@ -137,9 +134,6 @@ def test_the_program_ends_with_3_when_told_to_stop(monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().err == "Stopped by SIGTERM after step 7, which is saved. Go on with --resume auto\n"
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------
-
-
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(small: SmallRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = in_process(small, folder)
@@ -151,78 +145,3 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(small: Sm
     process.join()
     config = small.config(folder, *recipe(small))
     runs.open_run(config, Options("cpu", overwrite=True), None).tracker.close()
-
-
-def saver_of(small: SmallRuns, folder: Path, *overrides: str) -> saving.Saver:
-    run = small.open(folder, *overrides)
-    return saving.Saver(run, {"pretrain": 1}, Interruption())
-
-
-def test_a_state_that_is_saved_in_the_background_is_that_of_one_moment(small: SmallRuns, tmp_path: Path) -> None:
-    saver = saver_of(small, tmp_path)
-    saver.in_background = True
-    before = {name: value.clone() for name, value in saver.run.model.state_dict().items()}
-    saver.save("pretrain", dict)
-    with torch.no_grad():
-        for parameter in saver.run.model.parameters():
-            parameter.zero_()  # training goes on
-    saver.wait()
-    found = checkpoint.load(tmp_path / "checkpoints" / "checkpoint_epoch_0.pt")
-    assert differing(found["model_state_dict"], before) == []
-
-
-def test_without_room_for_the_next_checkpoint_the_run_goes_on(small: SmallRuns, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    saver = saver_of(small, tmp_path)
-    saver.save("pretrain", dict)
-    saver.run.progress.epoch = 1
-    with monkeypatch.context() as patch:
-        patch.setattr(saving.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-        saver.save("pretrain", dict)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_epoch_0.pt"]
-    [event] = records(tmp_path, "event")
-    assert "Not saved (epoch 1, step 0): " in event["message"] and "0.00 are free" in event["message"]
-    saver.save("pretrain", dict)
-    assert (tmp_path / "checkpoints" / "checkpoint_epoch_1.pt").exists()
-
-
-def test_it_is_time_to_save_when_the_minutes_are_over(small: SmallRuns, tmp_path: Path) -> None:
-    saver, clock = saver_of(small, tmp_path, "training.save_every_minutes=2"), [0.0]
-    saver.now, saver._last_s = lambda: clock[0], 0.0
-    saver.run.progress.epoch_step, saver.run.progress.step = 3, 3
-    flushed: list[bool] = []
-    for clock[0] in (60.0, 119.0, 121.0, 200.0):
-        saver.after_step("pretrain", dict, lambda: flushed.append(True))
-    assert flushed == [True]
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_epoch_1_step_3.pt"]
-
-
-def test_a_full_disk_costs_records_and_not_the_run(small: SmallRuns, tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = small.open(tmp_path).tracker
-    tracker.file = open("/dev/full", "a", encoding="utf-8")  # each write says that there is no space
-    for step in (1, 2):
-        tracker.record({"kind": "step", "step": step})
-    assert capsys.readouterr().out.count("records are lost (No space left on device); training goes on") == 1
-
-
-@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        if fails != "write":
-            patch.setattr(files.os, fails, fail)
-        with files.replacing(path, "w") as file:
-            file.write("half")
-            if fails == "write":
-                fail()
-            file.write(" and half")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with files.replacing(path, "w") as file:
-        file.write("new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -20,13 +20,11 @@ import yaml
 import checkpoint
 import files
 import model as model_module
-import protocols
 import resume
 import runs
 import saving
 import training
 from config import UserError, load_config
-from interruption import Interruption
 from runs import Options
 from tests.small_runs import STAGES, SmallRuns, differing, one_thread, records, without_times
 
@@ -179,24 +177,6 @@ def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(small: Smal
     assert best(4).keys() == {"stage", "epoch", "loss", "model_state_dict"} and best(4)["epoch"] == 4
 
 
-def test_going_back_drops_the_checkpoints_of_the_time_that_is_redone(
-        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder, symlinks=True)
-
-    after_epoch = saving.Saver.after_epoch
-
-    def stop_after_an_epoch(*given: Any, **named: Any) -> None:
-        after_epoch(*given, **named)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(saving.Saver, "after_epoch", stop_after_an_epoch)
-    with pytest.raises(KeyboardInterrupt):
-        small.train(folder, *QUICK, "training.keep_checkpoints=1",
-                    resume=str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
-    assert sorted(path.name for path in (folder / "checkpoints").glob("checkpoint_*")) == ["checkpoint_epoch_3.pt"]
-
-
 def test_a_finished_run_says_so_and_trains_nothing(small: SmallRuns, whole: Path, monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
@@ -250,6 +230,72 @@ def test_names_keep_their_numbers_when_the_data_grow(small: SmallRuns, whole: Pa
         runs.open_run(config, options, {**state, "best": {}})
     data = runs._load_data(small.config(folder, *QUICK, "data.synthetic_images=400"), {**state, "concepts": names})
     assert list(data.concepts) == names != list(runs.load_data(small.config(folder, *QUICK)).concepts)
+
+
+def test_auto_where_no_checkpoint_can_be_read_is_refused_and_deletes_nothing(small: SmallRuns, whole: Path,
+                                                                             tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", 2)
+    paths = sorted((folder / "checkpoints").glob("checkpoint_epoch_*.pt"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"none of the {len(paths)} checkpoints in .* can be read; see to the disk"):
+        small.train(folder, *QUICK, resume="auto")
+    assert sorted((folder / "checkpoints").glob("checkpoint_epoch_*.pt")) == paths and records(folder)
+
+
+def test_another_runs_checkpoint_is_not_gone_on_with_in_a_used_folder(small: SmallRuns, whole: Path,
+                                                                      tmp_path: Path) -> None:
+    folder = interrupted(whole, tmp_path / "run", 2)
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    with pytest.raises(UserError, match="holds an earlier run"):
+        small.train(folder, *QUICK, resume=str(whole / "checkpoints" / "checkpoint_epoch_3.pt"))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
+
+
+def test_going_back_deletes_what_lies_further_on_before_anything_else_can_happen(small: SmallRuns, whole: Path,
+                                                                                tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    config = small.config(folder, *QUICK)
+    options = Options("cpu", str(folder / "checkpoints" / "checkpoint_epoch_2.pt"))
+    runs.open_run(config, options, resume.find_state(config, options)).tracker.close()
+    left = [path.name for path in (folder / "checkpoints").glob("checkpoint_epoch_*.pt")]
+    assert sorted(left) == ["checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt"]
+    assert max(record.get("epoch", 0) for record in records(folder)) == 2
+
+
+def test_best_weights_that_are_lost_are_told_and_the_last_ones_taken(
+        small: SmallRuns, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
+    shutil.rmtree(folder / "reports")
+    best = folder / "checkpoints" / "best_model.pt"
+    best.write_bytes(best.read_bytes()[:-1])
+    small.train(folder, *QUICK, resume="auto")
+    assert "The best weights so far are lost, the next validation begins anew: " in capsys.readouterr().out
+    final, last = (torch.load(folder / "checkpoints" / name) for name in ("final_model.pt", "checkpoint_epoch_4.pt"))
+    assert differing(final["model_state_dict"], last["model_state_dict"]) == []
+
+
+def test_steps_of_an_unfinished_epoch_count_as_done_where_fewer_are_left(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "align")
+    run.progress.epoch_step = 99
+    log = training.train_epoch(run, stage, epoch=1)
+    assert (log.samples, run.progress.epoch, run.progress.epoch_step) == (0, 1, 0)
+
+
+def test_a_folder_is_claimed_before_its_checkpoints_are_looked_at(small: SmallRuns, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(config: Any, options: Options) -> None:
+        code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        found = subprocess.run([sys.executable, "-c", code, str(tmp_path / runs.LOCK)], capture_output=True, text=True)
+        assert "BlockingIOError" in found.stderr
+        raise UserError("that was all")
+
+    monkeypatch.setattr(training, "find_state", look)
+    with pytest.raises(UserError, match="that was all"):
+        small.train(tmp_path, resume="auto")
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -384,7 +430,7 @@ def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRun
         assert kinds == {("cpu", torch.float32)}
         assert not [key for key in state["model_state_dict"] if key.startswith(("0_", "1_"))], "no stage's heads"
     going_on = torch.load(whole / "checkpoints" / "checkpoint_epoch_4.pt")
-    assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average", "bad_in_a_row"}
+    assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average", "bad_in_a_row", "alarms"}
     assert going_on["fits"].keys() == {"pretrain", "align", "finetune", "evaluation"}
     progress = {"epoch": 4, "step": records(whole, "stage")[-1]["step"], "stage_step": 4, "epoch_step": 0}
     assert going_on["progress"].items() >= progress.items() and going_on["progress"]["losses"] == 2
@@ -420,59 +466,8 @@ def test_the_used_settings_are_saved_in_the_folder(small: SmallRuns, whole: Path
     assert kept == small.config(whole, *QUICK) and kept.stages[1].name == STAGES[1]["name"]
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------
-
-
-def saved(small: SmallRuns, folder: Path, epochs: range, keep: int) -> runs.Run:
-    run = small.open(folder, f"training.keep_checkpoints={keep}", f"training.epochs={epochs[-1]}")
-    for epoch in epochs:
-        run.progress.epoch = epoch
-        run.best = {"stage": "pretrain", "epoch": epoch, "loss": 1.0, "model_state_dict": {}}
-        saver_of(run).save("pretrain", dict)
-    return run
-
-
-def saver_of(run: runs.Run) -> saving.Saver:
-    return saving.Saver(run, {"pretrain": run.config.training.epochs}, Interruption())
-
-
-def test_the_newest_and_every_tenth_checkpoint_stay(small: SmallRuns, tmp_path: Path,
-                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module.TriModalModel, "state_dict", lambda self: {"w": torch.zeros(1)})  # 24 small files
-    run = saved(small, tmp_path, range(1, 25), keep=2)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
-        "best_model.pt", *(f"checkpoint_epoch_{epoch}.pt" for epoch in (10, 20, 23, 24))}
-    assert runs.last_checkpoint(run) == str(tmp_path / "checkpoints" / "checkpoint_epoch_24.pt")
-
-
-def test_the_best_weights_are_evaluated_and_kept_not_the_last(small: SmallRuns, tmp_path: Path) -> None:
-    run = small.open(tmp_path)
-    torch.manual_seed(5)
-    best = model_module.create_model(**run.config.to_dict()["model"])
-    run.best = {"stage": "align", "epoch": 2, "loss": 1.5, "model_state_dict": best.state_dict()}
-    report = json.loads(runs.finish(run).with_suffix(".json").read_text("utf-8"))
-    setting = protocols.Setting(device=run.device)
-    assert report["evaluation"]["figures"] == protocols.evaluate_split(best, run.data, "test", run.config, setting)[0]
-    assert report["best"] == {"stage": "align", "epoch": 2, "loss": 1.5}
-    assert differing(state_of(tmp_path, "final_model.pt")["model_state_dict"], dict(best.state_dict())) == []
-
-
 def no_space(handle: int) -> None:
     raise OSError(28, "No space left on device")
-
-
-def test_a_full_disk_costs_the_checkpoint_and_not_the_run(small: SmallRuns, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module.TriModalModel, "state_dict", lambda self: {"w": torch.zeros(1)})
-    run = saved(small, tmp_path, range(1, 2), keep=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", no_space)
-        run.progress.epoch = 2
-        saver_of(run).save("pretrain", dict)
-    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["best_model.pt", "checkpoint_epoch_1.pt"]
-    [event] = records(tmp_path, "event")
-    assert "Not saved (epoch 2, step 0)" in event["message"] and "No space left on device" in event["message"]
 
 
 def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path,

@@ -118,6 +118,21 @@ class Screen(io.StringIO):
         return True
 
 
+def test_odd_lines_cost_themselves_only_and_odd_names_come_back(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tracker = Tracker(tmp_path)
+    names = ["\u732b", "line\u2028separator", "next\x85line", "bytes\udcff"]
+    for name in names:
+        tracker.event(name, 1)
+    with tracker.path.open("ab") as file:
+        file.write('{"cut": "\u732b'.encode()[:-1] + b"\n")
+    tracker.event("after it", 1)
+    tracker.close()
+    assert [record["message"] for record in read_records(tracker.path)] == [*names, "after it"]
+    Tracker(tmp_path, last_step=1).close()
+    assert [record["message"] for record in read_records(tracker.path)] == [*names, "after it"]
+    assert "bytes\\udcff" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_bar_is_for_terminals_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     screen = Screen() if terminal else io.StringIO()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import workers
 from config import UserError
 from tests.test_prepare import children_of, is_alive, wait_for
 from workers import NOWHERE, Workers
@@ -272,6 +273,23 @@ def test_a_slow_main_process_takes_nobody_for_hung(once: Callable[[str], bool]) 
 
 
 # ---- the end -----------------------------------------------------------------------------------------------------
+
+
+def test_fewer_processes_go_on_where_the_system_gives_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, given = workers._start, iter([True, True, False, False])
+
+    def limited(work: Any) -> Any:
+        if not next(given):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return start(work)
+
+    monkeypatch.setattr(workers, "_start", limited)
+    said: list[str] = []
+    assert list(results(squares, 20, count=3, say=said.append)) == [job * job for job in range(20)]
+    assert said == ["data: reading processes: no more than 2 can be started (Resource temporarily unavailable); "
+                    "data.workers asks for 3"]
+    with pytest.raises(UserError, match=r"no reading process can be started \(Resource .*data\.workers=0"):
+        list(results(squares, 20))
 
 
 def test_leaving_early_ends_the_processes_even_those_that_hang() -> None:

@@ -91,12 +91,12 @@ def test_what_could_not_be_saved_is_not_said_to_be(small: SmallRuns, tmp_path: P
 
 def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(small: SmallRuns, tmp_path: Path) -> None:
     saver = saver_of(small.open(tmp_path, "training.keep_checkpoints=1"))
-    (tmp_path / "checkpoints" / "checkpoint_epoch_0.pt").mkdir()
-    saver.run.progress.epoch = 1
+    (tmp_path / "checkpoints" / "checkpoint_epoch_1.pt").mkdir()
+    saver.run.progress.epoch = 2
     saver.save("pretrain", dict)
-    assert saver.has_saved and (tmp_path / "checkpoints" / "checkpoint_epoch_1.pt").is_file()
+    assert saver.has_saved and (tmp_path / "checkpoints" / "checkpoint_epoch_2.pt").is_file()
     [event] = records(tmp_path, "event")
-    assert event["message"].startswith("Saved (epoch 1, step 0): ") and "cannot be deleted" in event["message"]
+    assert event["message"].startswith("Saved (epoch 2, step 0): ") and "cannot be deleted" in event["message"]
 
 
 def test_a_state_that_is_saved_in_the_background_is_that_of_one_moment(small: SmallRuns, tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""What does saving cost? Each size's checkpoint written as a run writes it, against the default time between two.
+
+    python benchmarks/saving_cost.py [--sizes tiny small base large --rounds 3]
+
+The state is that of the finetune stage after one step: weights, heads, moments of the optimizer. `waits`: seconds that
+training stands still; `in the background`, as on a GPU: while the state is copied on the host (here from host to host)
+and the file before it is finished. A share in % is that of `training.save_every_minutes`; the limit is 2.
+Medians of the rounds, wall time: the disk and what else the machine does decide as well.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.attention_memory import cpu_name
+from config import SIZES, load_config
+from interruption import Interruption
+from saving import Saver, tensor_bytes
+from tests.small_runs import SmallRuns, batches, step
+
+LIMIT_PCT = 2.0
+
+
+def measure(size: str, folder: Path, rounds: int) -> tuple[float, float, float]:
+    """GB of a checkpoint; seconds that training waits for it, written at once and in the background."""
+    small = SmallRuns(folder / "shared")
+    run = small.open(folder / "run", f"model.size={size}")
+    stage = small.stage(run, "finetune")
+    step(run, stage, batches(run, stage)[0])
+    waits: list[float] = []
+    for in_background in (False, True):
+        saver, seconds = Saver(run, {"finetune": 1}, Interruption()), []
+        saver.in_background = in_background
+        for _ in range(rounds):
+            run.progress.epoch += 1
+            start_s = time.perf_counter()
+            saver.save("finetune", stage.state_dict)
+            seconds.append(time.perf_counter() - start_s)
+            saver.wait()  # ten minutes pass between two saves
+        waits.append(statistics.median(seconds))
+    run.tracker.close()
+    state = [run.model.state_dict(), stage.state_dict()]
+    return tensor_bytes(state) / 1e9, waits[0], waits[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args(argv)
+    interval_s = 60 * load_config().training.save_every_minutes
+    print(f"{date.today()}, torch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores; a save every "
+          f"{interval_s / 60:g} minutes\n{'size':6}  {'GB':>5}  {'waits s':>7}  {'share %':>7}  "
+          f"{'in the background s':>19}  {'share %':>7}", flush=True)
+    worst = 0.0
+    for size in args.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            size_gb, *waits = measure(size, Path(folder), args.rounds)
+        shares = [100 * seconds / interval_s for seconds in waits]
+        worst = max(worst, *shares)
+        print(f"{size:6}  {size_gb:5.2f}  {waits[0]:7.2f}  {shares[0]:7.2f}  {waits[1]:19.2f}  "
+              f"{shares[1]:7.2f}", flush=True)
+    print(f"Largest share {worst:.2f} %, limit {LIMIT_PCT:g} %")
+    return int(worst > LIMIT_PCT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

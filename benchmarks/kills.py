@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
-from tests.killing import killed_runs, recipe, with_files
+from tests.killing import in_process, killed_runs, with_files
 from tests.small_runs import one_thread
 
 
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as place, one_thread(), tqdm(total=args.kills, disable=None) as bar:
         folder = Path(place)
         small = with_files(folder / "shared")
-        small.train(folder / "whole", *recipe(small), "training.save_every_minutes=0")
+        process = in_process(small, folder / "whole", "training.save_every_minutes=0")
+        process.join()
+        assert process.exitcode == 0, (folder / "whole.out").read_text("utf-8")
         for hits in killed_runs(small, folder / "whole", folder, args.kills):
             runs += 1
             bar.update(hits.total() - bar.n)

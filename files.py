@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where they would."""
 
 import contextlib
 import errno
@@ -29,6 +29,12 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         with contextlib.suppress(OSError):  # renamed already, or the disk is read-only
             temporary.unlink()
+
+
+def nearest_existing(path: str | Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = Path(path).absolute()
+    return next(one for one in (path, *path.parents) if one.exists())
 
 
 def sync_folder(folder: Path) -> None:

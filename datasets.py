@@ -28,7 +28,7 @@ from config import Config, UserError
 from readers import READERS, read_split
 from samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
 from vocabulary import Tokenizer, load_tokenizer
-from workers import Workers, in_line
+from workers import Workers, cpu_cores, in_line
 
 __all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample", "Split", "epoch_batches", "load_data",
            "loader", "pool"]
@@ -244,8 +244,8 @@ def worker_count(config: Config, num_jobs: int) -> int:
     """Processes that read ahead: `data.workers`, or as many as the cores and the jobs allow."""
     if config.data.workers != "auto":
         return config.data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun: so many processes share this machine
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun on this machine
+    cores = cpu_cores() // sharing
     return min(cores - 1 if cores > 2 else 1, MAX_WORKERS, num_jobs)
 
 

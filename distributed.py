@@ -236,7 +236,7 @@ def start(device: torch.device | None = None) -> World:
         UserError: more processes on this machine than CUDA devices.
     """
     device = device or torch.device("cpu")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = int(os.environ.get("WORLD_SIZE", "").strip() or 1)
     if size == 1:
         return World(device=device)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])

@@ -2,7 +2,7 @@
 
 Each check looks at one thing and yields rows of one table. What a check needs of earlier ones lies in a `Case`; where
 it is not there the check is shown as skipped. Nothing is written but below a temporary folder, so that a run in the
-output folder stays as it is.
+output folder stays as it is; only words of the hub (`hub:NAME`) are fetched where they are not on this machine.
 """
 
 import contextlib
@@ -12,15 +12,15 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 import environment
 from config import Config, UserError
 from findings import Finding, format_table, guarded
+from interruption import Interruption
+from redaction import redact
 
 NO_TERMINAL_WIDTH = 160
 NEEDS = {"device": "a device", "data": "data", "run": "the model", "step_s": "a step"}  # by attribute of a Case
@@ -34,24 +34,42 @@ class Check:
 
 
 def main(config: Config, device: str = "auto", resume: str | None = None, *, overwrite: bool = False) -> int:
-    """Print the table; 0 if nothing failed, else 1.
+    """Print the table, of what was looked at so far where it is interrupted; 0 if nothing failed, else 1.
 
     Raises:
         UserError: under torchrun, or without a folder for temporary files.
+        KeyboardInterrupt: a signal asked to stop.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         raise UserError("--doctor: looks at one process; start it with python, not with torchrun")
+    findings, last = list[Finding](), "interrupted: the rest has not been looked at"
+    with Interruption(), _temporary_folder() as folder:
+        try:
+            with contextlib.closing(examine(config, folder, device, resume, overwrite)) as rows:
+                findings.extend(rows)
+            last = verdict(findings)
+        finally:
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NO_TERMINAL_WIDTH
+            _print(redact(f"{format_table(findings, width)}\n{last}"))
+    return int(any(one.state == "fail" for one in findings))
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="doctor-"))
     except OSError as error:
         raise UserError(f"--doctor: no folder for temporary files ({error}); set TMPDIR to one") from None
     try:
-        findings = list(examine(config, folder, device, resume, overwrite))
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NO_TERMINAL_WIDTH
-    print(f"{format_table(findings, width)}\n{verdict(findings)}")
-    return int(any(one.state == "fail" for one in findings))
+
+
+def _print(text: str) -> None:
+    """Names of files may hold what the screen's encoding does not."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def verdict(findings: list[Finding]) -> str:
@@ -63,7 +81,8 @@ def verdict(findings: list[Finding]) -> str:
     return f"{shown}: a run with these settings can start" + ("; read the warnings first" if count["warn"] else "")
 
 
-def examine(config: Config, folder: Path, device: str, resume: str | None, overwrite: bool) -> Iterator[Finding]:
+def examine(config: Config, folder: Path, device: str, resume: str | None,
+            overwrite: bool) -> Generator[Finding, None, None]:
     """All rows, as they are found. What the project prints meanwhile is held back; `folder` is for temporary files."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,12 +101,14 @@ def examine(config: Config, folder: Path, device: str, resume: str | None, overw
 
 def _run_checks(config: Config, folder: Path, device: str, resume: str | None, overwrite: bool) -> Iterator[Finding]:
     """The checks that need torch."""
+    from tqdm import tqdm
+
     import inspection
     import rehearsal
     from runs import Options
 
     checks = [
-        Check("device", inspection.device), Check("data", inspection.data),
+        Check("device", inspection.device), Check("resume", inspection.checkpoint), Check("data", inspection.data),
         Check("files", inspection.files, ("data",)), Check("disk", inspection.disk),
         Check("model", rehearsal.model, ("device", "data")), Check("memory", inspection.plan, ("run",)),
         Check("step", rehearsal.steps, ("run",)), Check("overfit", rehearsal.overfit, ("run",)),

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from config import SAMPLE_RATE_HZ, Config
 from findings import Finding
 
 if TYPE_CHECKING:
+    import numpy as np
     from packaging.requirements import Requirement
 
 SET_UP = "bash setup_environment.sh"
@@ -102,6 +101,8 @@ def decoders(folder: Path) -> Iterator[Finding]:
 
 
 def _read_back(path: Path) -> list[str]:
+    import numpy as np
+
     from audio import decode_audio
     from images import decode_image
 
@@ -119,7 +120,7 @@ def _read_back(path: Path) -> list[str]:
     return found
 
 
-def _write(path: Path, picture_HW3: np.ndarray, tone_S: np.ndarray) -> None:
+def _write(path: Path, picture_HW3: "np.ndarray", tone_S: "np.ndarray") -> None:
     """The picture, the sound, or a video of both, as the suffix says."""
     import soundfile
     from PIL import Image
@@ -132,7 +133,7 @@ def _write(path: Path, picture_HW3: np.ndarray, tone_S: np.ndarray) -> None:
         _write_video(path, picture_HW3, tone_S)
 
 
-def _write_video(path: Path, picture_HW3: np.ndarray, tone_S: np.ndarray) -> None:
+def _write_video(path: Path, picture_HW3: "np.ndarray", tone_S: "np.ndarray") -> None:
     import av
 
     with av.open(str(path), "w") as container:
@@ -153,7 +154,7 @@ def word_vectors(config: Config) -> Iterator[Finding]:
 
     source = config.model.word_embeddings
     if needs_network(config.model):
-        yield Finding("word vectors", "warn", f"{source} is not on this machine yet: a run fetches it from the hub",
+        yield Finding("word vectors", "warn", f"{source} is not on this machine yet: it is fetched from the hub",
                       "reach the hub once (HF_ENDPOINT names a mirror), or model.word_embeddings=minilm")
     else:
         yield Finding("word vectors", "ok", f"{source} needs no network")

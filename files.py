@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and where they would."""
 
 import contextlib
 import errno
@@ -37,6 +37,12 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"x")
+
+
+def nearest_existing(path: str | Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = Path(path).absolute()
+    return next(one for one in (path, *path.parents) if one.exists())
 
 
 def sync_folder(folder: Path) -> None:

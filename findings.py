@@ -1,5 +1,6 @@
 """What a check of the doctor finds, and the table that shows it."""
 
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,10 +32,21 @@ def of_error(check: str, error: Exception) -> Finding:
         return Finding(check, "fail", found or advice, advice if found else "")
     if isinstance(error, OSError) and error.filename:
         return Finding(check, "fail", f"{error.filename}: {error.strerror}", "mend the file, the disk or its rights")
-    place = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split())[:300]
+    if _is_out_of_memory(error):
+        return Finding(check, "fail", f"out of memory: {message or type(error).__name__}",
+                       "end other programs on the device, or a smaller model.size")
+    place = traceback.extract_tb(error.__traceback__)[-1]
     return Finding(check, "fail", f"{type(error).__name__}: {message} ({place.filename}, line {place.lineno})",
                    "bash setup_environment.sh mends the environment; if it stays, report this row")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:  # which is not loaded for this: it may be what is broken
+        return isinstance(error, MemoryError)
+    from memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def guarded(title: str, look: Callable[..., Iterable[Finding]], *given: Any) -> Iterator[Finding]:

@@ -2,9 +2,8 @@
 
 import dataclasses
 import logging
-import os
+import shutil
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,20 +21,22 @@ import prepare
 import resume
 import runs
 import saving
-from batches import one_thread
 from budget import Plan
 from config import Config, StageConfig, TaskConfig, UserError
-from datasets import SPLITS, Data, load_data
-from findings import Finding, State, guarded, of_error
+from datasets import SPLITS, Data
+from files import nearest_existing
+from findings import Finding, guarded, of_error
 from model import TriModalModel
+from optimization import block_matrices
 from planning import plan_evaluation, plan_stage
-from prepare import GB, BrokenSample
+from prepare import GB
 from readers import READERS, download_command, read_split
 from runs import Options, Run
 from stages import active_tasks
 from training import place_of
+from workers import cpu_cores
 
-SAMPLE_FILES = 64  # pictures and sounds of each set that are decoded
+SAMPLE_FILES = 64  # pictures, and sounds, of each split of a set that are decoded
 NAMED = 3  # broken files that are named
 
 
@@ -49,6 +50,7 @@ class Case:
     say: Callable[[str], Any] = print
     device: torch.device | None = None
     precision: memory.Precision | None = None
+    state: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
     data: Data | None = None
     tasks: dict[str, tuple[list[TaskConfig], list[str]]] = field(default_factory=dict)  # of `active_tasks`, by stage
     fills_cache: bool = False  # a run would
@@ -58,9 +60,11 @@ class Case:
 
     @property
     def tried(self) -> Config:
-        """The configuration, writing to the temporary folder."""
+        """The configuration, writing to the temporary folder; its broken files end nothing, they are told by `files`,
+        and hold up nothing, since other processes read them."""
         paths = dataclasses.replace(self.config.paths, output_dir=str(self.folder))
-        return dataclasses.replace(self.config, paths=paths)
+        data = dataclasses.replace(self.config.data, max_bad_pct=100.0, workers=self.config.data.workers or 1)
+        return dataclasses.replace(self.config, paths=paths, data=data)
 
     @property
     def rows(self) -> list[StageConfig]:
@@ -81,8 +85,7 @@ def device(case: Case) -> Iterator[Finding]:
         yield Finding("device", "fail", f"{found} multiplies wrongly", "--device cpu")
         return
     case.device, case.precision = found, precision
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("device", "ok", f"{memory.device_name(found)}, {precision.reason}; CPU cores {cores}, threads "
+    yield Finding("device", "ok", f"{memory.device_name(found)}, {precision.reason}; CPU cores {cpu_cores()}, threads "
                                   f"{torch.get_num_threads()}")
     free, total = memory.free_gib(found)
     wanted = case.config.budget_gb
@@ -115,6 +118,15 @@ def _planned(case: Case, name: str, search: Callable[[], Plan]) -> Iterator[Find
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
+def checkpoint(case: Case) -> Iterator[Finding]:
+    """The one to go on from, whose words, concepts and speakers the data are then read with."""
+    if case.options.resume is None:
+        return
+    case.state = state = resume.find_state(case.config, case.options)
+    yield Finding("resume", "ok", f"after epoch {state['progress']['epoch']} of {case.config.training.epochs}, in the "
+                                  f"stage {state['stage']}" if state else "nothing to resume, a fresh start")
+
+
 def data(case: Case) -> Iterator[Finding]:
     """What each set has, which are missing, and what the stages find in them."""
     with _heard("readers") as said:
@@ -122,7 +134,7 @@ def data(case: Case) -> Iterator[Finding]:
     if case.data is None:
         return
     for name, splits in case.data.counts().items():
-        told = [line for line in said if line.startswith(name)]
+        told = [line for line in dict.fromkeys(said) if line.startswith(name)]
         missing = any("not there" in line for line in told)
         found = [f"{split}: {_counted(counts)}" for split, counts in splits.items()]
         yield Finding(f"data: {name}", "warn" if missing else "ok", "\n".join(found + told),
@@ -140,17 +152,17 @@ def data(case: Case) -> Iterator[Finding]:
 def _load(case: Case) -> Iterator[Finding]:
     """Read all sets; where that fails, those without a fault."""
     try:
-        case.data = load_data(case.tried, fill_cache=False)
+        case.data = runs.read_data(case.tried, case.state, fill_cache=False)
         return
-    except UserError as error:
+    except UserError:
         faults = {name: fault for name in case.config.data.datasets if (fault := _fault(name, case.tried))}
         if not faults:
-            raise UserError(str(error).replace(str(case.folder), case.config.paths.output_dir)) from None
+            raise
     for name, fault in faults.items():
         yield of_error(f"data: {name}", fault)
     if rest := tuple(name for name in case.config.data.datasets if name not in faults):
         case.config = dataclasses.replace(case.config, data=dataclasses.replace(case.config.data, datasets=rest))
-        case.data = load_data(case.tried, fill_cache=False)
+        case.data = runs.read_data(case.tried, case.state, fill_cache=False)
 
 
 def _fault(name: str, config: Config) -> UserError | None:
@@ -181,121 +193,131 @@ def _counted(counts: Mapping[str, int]) -> str:
     return f"{kinds}; {counts['captions']:,} captions" if counts["captions"] else kinds
 
 
+@dataclass(frozen=True)
+class Tried:
+    """Pictures or sounds of one split of a set that were read; a run judges each such group by itself."""
+
+    name: str
+    number: int
+    of: int
+    broken: list[str]  # reasons
+
+    def is_too_bad(self, limit_pct: float) -> bool:
+        return 100 * len(self.broken) > limit_pct * self.number
+
+    def __str__(self) -> str:
+        told = f"{self.number:,} of {self.of:,} {self.name} read"
+        return told + (f", {len(self.broken)} broken" if self.broken else "")
+
+
 def files(case: Case) -> Iterator[Finding]:
     """Some pictures and sounds of each set, read as a run reads them."""
     assert case.data is not None
     for name in case.data.names():
-        lines, broken, tried = [], list[str](), 0
-        for kind in prepare.KINDS:
-            places = _files_of(case.data, name, kind)
-            chosen = np.random.default_rng(0).permutation(len(places))[:SAMPLE_FILES]
-            case.say(f"files: {name}, {len(chosen)} {kind}s")
-            start_s = time.perf_counter()
-            with one_thread():
-                broken += [reason for i in chosen if (reason := _broken(case.data, kind, *places[int(i)]))]
-            tried += len(chosen)
-            each_ms = 1000 * (time.perf_counter() - start_s) / max(len(chosen), 1)
-            lines += [f"{len(chosen)} of {len(places):,} {kind}s read, {each_ms:.1f} ms each"] if places else []
-        yield _files_found(case, name, lines, broken, tried)
+        yield from guarded(f"files: {name}", _files_of, case, name)
 
 
-def _files_of(data: Data, name: str, kind: prepare.Kind) -> list[tuple[str, int]]:
-    """(split, row) of every sample of a set that has a picture or a sound."""
-    return [(split, int(row)) for split, table in data.tables.items()
-            for row in np.flatnonzero(table.has_image if kind == "image" else table.has_audio)
-            if table.sources[int(row)] == name and not data.splits[split].store.is_drawn(int(row))]
+def _files_of(case: Case, name: str) -> Iterator[Finding]:
+    assert case.data is not None
+    groups = [group for split in case.data.splits for kind in prepare.KINDS
+              if (group := _tried(case, case.data.splits[split].store, name, split, kind)).number]
+    lines, broken = list(map(str, groups)), [reason for group in groups for reason in group.broken]
+    if not broken:
+        yield Finding(f"files: {name}", "ok", "\n".join(lines) or "none: all is drawn or text")
+        return
+    limit, again = case.config.data.max_bad_pct, _again(name, case.config)
+    fails = any(group.is_too_bad(limit) for group in groups)
+    more = [f"and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
+    told = [*lines, f"a run allows {limit:g} % of each; broken are:", *(why[:200] for why in broken[:NAMED]), *more]
+    yield Finding(f"files: {name}", "fail" if fails else "warn", "\n".join(told),
+                  f"{again}, or raise data.max_bad_pct" if fails else again)
 
 
-def _broken(data: Data, kind: prepare.Kind, split: str, row: int) -> str | None:
-    store = data.splits[split].store
-    try:
-        store.image(row) if kind == "image" else store.mel(row)
-    except BrokenSample as error:
-        return str(error)
-    return None
+def _tried(case: Case, store: prepare.Store, name: str, split: str, kind: prepare.Kind) -> Tried:
+    """All that the cache knows already, else some that processes decode now."""
+    table, title = store.table, f"{split} {kind}s"
+    codes = [code for code, known in enumerate(table.sources.names) if known == name]
+    has = table.has_image if kind == "image" else table.has_audio
+    rows = np.flatnonzero(has & np.isin(table.sources.codes, codes))
+    if kind in store.places and len(rows) and (store.places[kind][rows, 0] >= 0).all():
+        places = store.places[kind][rows].tolist()
+        reasons = [reason for entry, number in places if (reason := store.entries[entry].reasons.get(number))]
+        return Tried(title, len(rows), len(rows), reasons)
+    chosen = np.random.default_rng(0).permutation(rows)[:SAMPLE_FILES].tolist()
+    paths = table.images if kind == "image" else table.audio
+    items = [(paths[row], float(table.start_s[row]), float(table.duration_s[row]))
+             for row in chosen if not store.is_drawn(row)]
+    case.say(f"files: {name}, {len(items)} {title}")
+    found = prepare.decode_all(kind, items, case.tried)
+    return Tried(title, len(items), len(rows), [reason for reason in found if isinstance(reason, str)])
 
 
 def _again(name: str, config: Config) -> str:
     return download_command(name, config) if READERS[name].downloadable else "mend or remove them"
 
 
-def _files_found(case: Case, name: str, lines: list[str], broken: list[str], tried: int) -> Finding:
-    if not broken:
-        return Finding(f"files: {name}", "ok", "\n".join(lines) or "none: all is drawn or text")
-    limit = case.config.data.max_bad_pct
-    state: State = "fail" if 100 * len(broken) > limit * tried else "warn"
-    more = [f"and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
-    again = _again(name, case.config)
-    return Finding(f"files: {name}", state, "\n".join(
-        [*lines, f"{len(broken)} of these are broken, a run allows {limit:g} %:",
-         *(reason[:200] for reason in broken[:NAMED]), *more]),
-        again if state == "warn" else f"{again}, or raise data.max_bad_pct")
-
-
 # ---- disk --------------------------------------------------------------------------------------------------------
 
 
 def disk(case: Case) -> Iterator[Finding]:
-    """Whether the output folder can be written and holds what a run saves, the cache, and shared memory."""
+    """Whether the output folder can be written and holds what a run saves, and the cache."""
     folder = Path(case.config.paths.output_dir)
-    parts = [folder / name for name in ("", "checkpoints", "logs", "reports")]
-    for part in {_existing(part) for part in parts}:
-        try:
-            with tempfile.TemporaryFile(dir=part) as file:
-                file.write(b"x")
-        except OSError as error:
-            yield Finding("output folder", "fail", f"{folder}: cannot be written ({error.strerror})",
-                          "choose another --output-dir")
-            break
-    else:
-        yield _earlier_run(case, folder)
-    yield _room_for_checkpoints(case, folder)
+    yield from guarded("output folder", _output_folder, case.options, folder)
+    yield from guarded("disk: checkpoints", _room_for_checkpoints, case.config, folder)
     if case.data is not None:
-        yield from _cache(case, case.data)
+        yield from guarded("disk: cache", _cache, case, case.data)
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return next(one for one in (path, *path.parents) if one.exists())
+def _output_folder(options: Options, folder: Path) -> Iterator[Finding]:
+    """One that is in use is refused, unless the run in it is resumed or thrown away and no process trains there."""
+    for part in (folder / name for name in ("", "checkpoints", "logs", "reports")):
+        if reason := _unwritable(part):
+            yield Finding("output folder", "fail", f"{folder}: cannot be written ({reason})",
+                          "choose another --output-dir")
+            return
+    if (folder / runs.LOCK).exists():
+        with open(folder / runs.LOCK, "a", encoding="utf-8") as lock:
+            runs.hold(lock, folder)
+    used = runs.parts_in_use(folder)
+    if used and not options.overwrite and not runs.is_within(options.resume, folder):
+        yield Finding("output folder", "fail", f"{folder}: holds an earlier run ({', '.join(used)})",
+                      "--resume auto goes on with it, --overwrite deletes it; or another --output-dir")
+        return
+    deletes = ", deletes an earlier run" if used and options.overwrite else ""
+    yield Finding("output folder", "ok", f"{folder}: can be written{deletes}")
 
 
-def _earlier_run(case: Case, folder: Path) -> Finding:
-    """A folder in use is refused unless the run in it is resumed or thrown away."""
-    used, options = runs.parts_in_use(folder), case.options
-    if options.resume is not None:
-        state = resume.find_state(case.config, options)
-        return Finding("output folder", "ok", f"{folder}: goes on after epoch {state['progress']['epoch']} of "
-                       f"{case.config.training.epochs}" if state else f"{folder}: nothing to resume, a fresh start")
-    if used and not options.overwrite:
-        return Finding("output folder", "warn", f"{folder}: holds an earlier run ({', '.join(used)})",
-                       "--resume auto goes on with it, --overwrite deletes it; or another --output-dir")
-    return Finding("output folder", "ok", f"{folder}: can be written" + (", deletes an earlier run" if used else ""))
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, or made where it will be."""
+    try:
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)) as file:
+            file.write(b"x")
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
-def _room_for_checkpoints(case: Case, folder: Path) -> Finding:
-    """Weights, two moments and the average of each are a checkpoint's largest part; best and final hold weights."""
-    training = case.config.training
+def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
+    """Weights, their moments and the average of each are a checkpoint's largest part; three more hold weights: the
+    best, the final one, and model.safetensors."""
+    training = config.training
     with torch.device("meta"):
-        weights = 4 * sum(p.numel() for p in TriModalModel(case.config.model).parameters())
-    each = weights * (3 + (training.ema_decay > 0))
+        model = TriModalModel(config.model)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    spared = 4 * sum(p.numel() for p in block_matrices(model)) if training.optimizer == "muon" else 0
+    each = weights * (3 + (training.ema_decay > 0)) - spared  # of two moments Muon keeps one
     count = training.keep_checkpoints + training.epochs // saving.KEEP_EVERY + 1  # one more while it is written
     here = sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
-    free = _free(folder) + here
-    needed = count * each + 2 * weights
-    return Finding("disk: checkpoints", "ok" if needed < free else "fail",
-                   f"a run keeps up to {count} of {each / GB:.2f} GB and the best: {needed / GB:.1f} GB; free for it "
-                   f"{free / GB:.1f} GB", "" if needed < free else
-                   "free space, or another --output-dir, or lower training.keep_checkpoints")
-
-
-def _free(folder: Path) -> float:
-    found = os.statvfs(_existing(folder))
-    return found.f_bavail * found.f_frsize
+    free = shutil.disk_usage(nearest_existing(folder)).free + here
+    needed = count * each + 3 * weights
+    yield Finding("disk: checkpoints", "ok" if needed < free else "fail",
+                  f"a run keeps up to {count} of {each / GB:.2f} GB and the best: {needed / GB:.1f} GB; free for it "
+                  f"{free / GB:.1f} GB", "" if needed < free else
+                  "free space, or another --output-dir, or lower training.keep_checkpoints")
 
 
 def _cache(case: Case, data: Data) -> Iterator[Finding]:
-    config = case.config
+    config = case.tried
     if not config.data.cache:
         yield Finding("disk: cache", "ok", "off (data.cache=false): each use decodes anew")
         return
@@ -303,11 +325,16 @@ def _cache(case: Case, data: Data) -> Iterator[Finding]:
     found = [prepare.entries_to_make(table, config) for table in data.tables.values()]
     sizes = [one for entries in found for one in entries.values()]
     files, needed, room = sum(n for n, _ in sizes), sum(size for _, size in sizes), prepare.room_for_entries(config)
-    case.fills_cache = needed < room
     if not files:
         yield Finding("disk: cache", "ok", "filled, or nothing to put into it")
         return
-    told = (f"a run first decodes {files:,} files into {prepare.cache_folder(config)}: about {needed / GB:.1f} GB; "
+    folder = prepare.cache_folder(config)
+    if reason := _unwritable(folder):
+        yield Finding("disk: cache", "warn", f"{folder}: cannot be written ({reason}): each use decodes anew",
+                      "data.cache_dir=ANOTHER_DISK")
+        return
+    case.fills_cache = needed < room
+    told = (f"a run first decodes {files:,} files into {folder}: about {needed / GB:.1f} GB; "
             f"free for it {max(room, 0) / GB:.1f} GB")
     yield Finding("disk: cache", "ok" if needed < room else "warn", told, "" if needed < room else
                   "free space, data.cache_dir=ANOTHER_DISK or a larger data.cache_max_gb; else each use decodes anew")

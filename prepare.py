@@ -29,9 +29,9 @@ from tqdm import tqdm
 import bad_samples
 import synthetic
 from config import NUM_MELS, Config, UserError
-from files import replacing, sync_folder
+from files import nearest_existing, replacing, sync_folder
 from samples import SampleTable, offsets_of
-from workers import NOWHERE, Workers, in_line
+from workers import NOWHERE, Workers, cpu_cores, in_line
 
 Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
@@ -111,7 +111,7 @@ class _Decoder:
         return self.items[job * CHUNK if number == NOWHERE else number][0]
 
 
-def _decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[np.ndarray | str, None, None]:
+def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[np.ndarray | str, None, None]:
     """All of `items` in order, decoded by processes, which run only a few chunks ahead: that bounds the memory.
 
     Raises:
@@ -396,7 +396,7 @@ def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> No
 
 def _write(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
     lengths, shapes, reasons = [], [], {}
-    found = closing(_decode_all(kind, items, config))
+    found = closing(decode_all(kind, items, config))
     title = f"Decoding {folder.name.rsplit('-', 1)[0]}s"
     with replacing(folder / "data.bin") as file, found as each:
         for number, decoded in enumerate(tqdm(each, title, len(items), unit="file", disable=None)):
@@ -419,7 +419,7 @@ def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float
     if len(items) <= FEW:
         return 0.0
     spread = [items[int(i)] for i in np.linspace(0, len(items) - 1, PROBES)]
-    sizes = [found.nbytes for found in _decode_all(kind, spread, config) if not isinstance(found, str)]
+    sizes = [found.nbytes for found in decode_all(kind, spread, config) if not isinstance(found, str)]
     return len(items) * sum(sizes) / max(len(sizes), 1)
 
 
@@ -427,8 +427,8 @@ def room_for_entries(config: Config) -> float:
     """Bytes that new entries may take: what `data.cache_max_gb` leaves, and what the disk does."""
     cache = cache_folder(config).absolute()
     used = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-    disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    return min(config.data.cache_max_gb * GB - used, shutil.disk_usage(disk).free - RESERVE_GB * GB)
+    free = shutil.disk_usage(nearest_existing(cache)).free
+    return min(config.data.cache_max_gb * GB - used, free - RESERVE_GB * GB)
 
 
 def _check_room(needed: float, room: float, cache: Path, config: Config) -> None:
@@ -443,8 +443,7 @@ def _no_room(needed: float, room: float, cache: Path, config: Config) -> str:
 
 
 def _processes(config: Config) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16) if config.data.workers == "auto" else config.data.workers
+    return min(cpu_cores(), 16) if config.data.workers == "auto" else config.data.workers
 
 
 def _report(store: Store, rows: np.ndarray, reasons: Sequence[str | None], what: str, config: Config) -> None:

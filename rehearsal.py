@@ -9,11 +9,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 import memory
 import prepare
@@ -27,11 +28,12 @@ from losses import OBJECTIVES, start_sigmoid
 from memory import Fit
 from model import TriModalModel
 from planning import TOWERS
+from resume import stage_epochs
 from runs import Run, build_model, open_run
 from stages import TOTAL, Stage, build_stage, first_contrast, make_step
 from steps import Step
 from tracking import SilentTracker
-from training import attempt, leave_gradients, train_step
+from training import attempt, leave_gradients, train_step, update
 
 SAMPLES = {"cuda": 32}  # of a batch; a few leave a GPU idle
 FEW_SAMPLES = 8  # elsewhere
@@ -41,23 +43,24 @@ QUICK_RATE = 1e-3  # a run takes thousands of updates: here ten times its rate, 
 LEARNT, SLOW = 0.7, 0.97  # of the first loss: at most the one is learnt, above the other is not
 READ_SAMPLES = 64  # samples of each kind that are read again and again
 NOT_FINITE = "not finite"
+NOTHING = "nothing to learn in these samples"
 WAIT_PCT = 20.0  # of the time; more is told
 
 
 def model(case: Case) -> Iterator[Finding]:
-    """The run that the others use: this configuration with effective batches of a few samples."""
+    """The run that the others use: this configuration with effective batches of a few samples, fresh or as the
+    checkpoint left it."""
     assert case.device is not None
     config = case.tried
     training = dataclasses.replace(config.training, batch_size=SAMPLES.get(case.device.type, FEW_SAMPLES),
                                    gradient_accumulation_steps=1)
     rows = tuple(dataclasses.replace(row, effective_batch=None) for row in config.stages)
-    data = dataclasses.replace(config.data, max_bad_pct=100.0)  # of so few samples one is much
-    small = dataclasses.replace(config, training=training, stages=rows, data=data)
-    case.run = run = open_run(small, dataclasses.replace(case.options, resume=None, overwrite=False), None,
+    small = dataclasses.replace(config, training=training, stages=rows)
+    case.run = run = open_run(small, dataclasses.replace(case.options, resume=None, overwrite=False), case.state,
                               data=case.data)
     run.tracker.close()
     run.tracker = SilentTracker(run.folder)
-    if config.training.contrastive_loss == "sigmoid":
+    if case.state is None and config.training.contrastive_loss == "sigmoid":
         start_sigmoid(run.model, first_contrast(config))
     count = sum(p.numel() for p in run.model.parameters())
     yield Finding("model", "ok", f"{config.model.size}, {count / 1e6:.1f} M parameters; {len(run.data.concepts)} "
@@ -85,7 +88,7 @@ def batch_of(run: Run, task: TaskConfig) -> Batch:
     """A training batch of a few samples."""
     rows = some_rows(run.data.splits["train"], task, run.config.training.batch_size)
     return next(iter(loader(run.data, "train", [(0, rows)], run.config, inputs=[task.inputs], train=True, epoch=1,
-                            workers=0)))
+                            workers=1)))  # a file that hangs or ends its reader does so there
 
 
 def small_fit(run: Run, plan: Plan | None) -> Fit:
@@ -111,6 +114,8 @@ def _steps_of(case: Case, row: StageConfig) -> Iterator[Finding]:
     tasks, skipped = case.tasks[row.name]
     case.run.fits[row.name] = small_fit(case.run, case.plans.get(row.name))
     stage = build_stage(case.run, row, tasks, 1)
+    if case.state is not None and goes_on_in(case.config, case.state) == row.name:
+        stage.load_state_dict(case.state["stage_state"])
     for number, task in enumerate(tasks):
         title = f"step: {row.name} {'-'.join(task.inputs)}"
         case.say(title)
@@ -119,8 +124,15 @@ def _steps_of(case: Case, row: StageConfig) -> Iterator[Finding]:
         yield Finding(f"step: {row.name}", "skipped", line.partition("] ")[2])
 
 
+def goes_on_in(config: Config, state: Mapping[str, Any]) -> str | None:
+    """The stage within which a resumed run begins; None: at a stage's start."""
+    epochs = stage_epochs(config, state)
+    end = sum(list(epochs.values())[:list(epochs).index(state["stage"]) + 1])
+    return state["stage"] if state["progress"]["epoch"] < end else None
+
+
 def _step(case: Case, title: str, stage: Stage, number: int) -> Iterator[Finding]:
-    """Gradients first, and then the whole step as it trains, which is timed."""
+    """Gradients first, then a whole step as it trains, then one more, which is timed since nothing is new to it."""
     assert case.run is not None
     run, task = case.run, stage.tasks[number]
     run.model.train()
@@ -131,12 +143,18 @@ def _step(case: Case, title: str, stage: Stage, number: int) -> Iterator[Finding
     if parts is None:
         yield Finding(title, "fail", f"out of memory with {len(batch.keys)} samples ({cause})", memory.KNOBS)
         return
+    if TOTAL not in parts:
+        yield Finding(title, "skipped", NOTHING)
+        return
     faults = _faults(run, stage, number, batch, {name: float(value) for name, value in parts.items()})
     trained = sum(p.grad is not None for p in stage.optimizer.parameters)
     stage.optimizer.zero_grad()
-    start_s = time.perf_counter()
     train_step(run, stage, number, batch).read()
-    case.step_s[stage.row.name, number] = seconds = time.perf_counter() - start_s
+    gradients_s = _timed(lambda: leave_gradients(run, stage, number, batch, None)[TOTAL])
+    update_s = _timed(lambda: update(run, stage)[0])
+    seconds = gradients_s + update_s
+    share = len(batch.keys) / case.config.effective_batch(stage.row)  # an update serves a whole effective batch
+    case.step_s[stage.row.name, number] = gradients_s + update_s * share
     if faults:
         yield Finding(title, "fail", "\n".join(faults), _remedy(run, stage, faults))
         return
@@ -144,10 +162,15 @@ def _step(case: Case, title: str, stage: Stage, number: int) -> Iterator[Finding
                                f"all finite; {seconds:.2f} s for {len(batch.keys)} samples")
 
 
+def _timed(work: Callable[[], Tensor]) -> float:
+    """Seconds until what `work` gives has come to the host."""
+    start_s = time.perf_counter()
+    float(work())
+    return time.perf_counter() - start_s
+
+
 def _faults(run: Run, stage: Stage, number: int, batch: Batch, parts: dict[str, float]) -> list[str]:
     """What is wrong with the gradients that a step has left."""
-    if TOTAL not in parts:
-        return ["nothing to learn in these samples"]
     every = dict(run.model.named_parameters())
     for name, _, head in stage.objectives_of(number):
         every |= {f"{name}.{part}": p for part, p in head.named_parameters()}
@@ -245,12 +268,13 @@ def quick(config: Config, row: StageConfig) -> tuple[Config, float]:
 
 def _learn(run: Run, row: StageConfig, task: TaskConfig, title: str) -> Iterator[Finding]:
     config, rate = quick(run.config, row)
+    row = dataclasses.replace(row, trainable=(".*",))  # its patterns name layers of another size
     run = dataclasses.replace(run, config=config, fits={row.name: small_fit(run, None)})
     stage = build_stage(run, row, [task], 1)
     batch, losses, start_s = batch_of(run, task), list[float](), time.perf_counter()
-    for update in range(UPDATES + 1):
+    for done in range(UPDATES + 1):
         losses.append(train_step(run, stage, 0, batch).read()[0])  # of the weights before its update
-        is_slow = update >= FEW_UPDATES and time.perf_counter() - start_s > TRY_S
+        is_slow = done >= FEW_UPDATES and time.perf_counter() - start_s > TRY_S
         if losses[-1] <= LEARNT * losses[0] or is_slow or not math.isfinite(losses[-1]):
             break
     yield judged(title, losses, rate)
@@ -260,7 +284,7 @@ def judged(title: str, losses: Sequence[float], rate: float) -> Finding:
     """Whether a batch was learnt; `losses`: the first one, and that after each update."""
     before, after = losses[0], losses[-1]
     if before == 0.0:
-        return Finding(title, "skipped", "nothing to learn in these samples")
+        return Finding(title, "skipped", NOTHING)
     updates = f"{len(losses) - 1} update{'s' * (len(losses) > 2)}"
     found = f"loss {before:.3f} -> {after:.3f} by {updates} on one batch at rate {rate:.1g}"
     if after <= LEARNT * before:
@@ -313,7 +337,7 @@ def read_time(case: Case, task: TaskConfig) -> Reading:
     rows = some_rows(run.data.splits["train"], task, max(READ_SAMPLES, size))
     data = as_cached(case, rows)
     cut = [rows[i:i + size] for i in range(0, len(rows), size)]
-    count = worker_count(run.config, 1000)
+    count = worker_count(case.config, 1000)
     started = max(count, 1)
     jobs = [(0, cut[i % len(cut)]) for i in range(started + max(2 * count, 4))]
     times_s = [time.perf_counter() for _ in loader(data, "train", jobs, run.config, inputs=[task.inputs], train=True,
@@ -326,7 +350,8 @@ def as_cached(case: Case, rows: np.ndarray) -> Data:
     assert case.run is not None
     data = case.run.data
     split = data.splits["train"]
-    if not case.fills_cache or all((split.store.places[kind][rows, 0] >= 0).all() for kind in prepare.KINDS):
+    has = {"image": split.table.has_image[rows], "sound": split.table.has_audio[rows]}
+    if not case.fills_cache or all((split.store.places[kind][rows, 0] >= 0)[has[kind]].all() for kind in prepare.KINDS):
         return data
     settings = dataclasses.replace(case.run.config.data, cache_dir=str(case.folder / "cache"))
     part = prepare.open_store(split.table.select(rows), dataclasses.replace(case.run.config, data=settings))
@@ -339,13 +364,12 @@ def as_cached(case: Case, rows: np.ndarray) -> Data:
 
 def _waited(case: Case, row: StageConfig, reading: Reading, step_s: float) -> Finding:
     title, wait_pct = f"waiting: {row.name}", reading.wait_pct(step_s)
-    if math.isnan(wait_pct):
+    if math.isnan(step_s):
         return Finding(title, "skipped", "needs the time of a step; see above")
-    found = (f"a batch is read in {1000 * reading.batch_s:.0f} ms (reading processes: {reading.processes}) and trained "
-             f"in {1000 * step_s:.0f} ms: waits {wait_pct:.0f} % of the time")
+    found = (f"a batch is read in {1000 * reading.batch_s:.0f} ms from files in memory (reading processes: "
+             f"{reading.processes}) and trained in {1000 * step_s:.0f} ms: waits {wait_pct:.0f} % of the time")
     if wait_pct <= WAIT_PCT:
         return Finding(title, "ok", found)
     if not case.config.data.cache:
         return Finding(title, "warn", found, "data.cache=true")
-    return Finding(title, "warn", found, f"data.workers={max(2 * reading.processes, 1)}, or data.cache_dir on a faster "
-                                         "disk")
+    return Finding(title, "warn", found, f"data.workers={max(2 * reading.processes, 1)}")

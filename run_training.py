@@ -18,9 +18,15 @@ import sys
 from pathlib import Path
 
 from arguments import Parser
-from config import DATASETS, SIZES, Config, UserError, load_config
 from interruption import Stopped
 from redaction import redact
+
+try:
+    from config import DATASETS, SIZES, Config, UserError, load_config
+except ModuleNotFoundError as missing:
+    print(f"error: the package {missing.name!r} is not there; source venv/bin/activate, or first "
+          "bash setup_environment.sh", file=sys.stderr)
+    sys.exit(2)
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 FLAGS = {  # flag -> key of the configuration
@@ -49,7 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
     parser.add_argument("--json", action="store_true", help="print what --plan finds as JSON")
     parser.add_argument("--doctor", action="store_true", help="try all that a run needs, print what was found and what "
-                        "to do, and stop; changes nothing")
+                        "to do, and stop; changes nothing, but fetches words of the hub where they are not here")
     options, rest = parser.parse_known_args(arguments)
     if options.json and not options.plan:
         parser.error("--json needs --plan")

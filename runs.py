@@ -111,7 +111,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
-    data = data or world.together(lambda: _load_data(config, state))
+    data = data or world.together(lambda: read_data(config, state))
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress,
@@ -134,12 +134,12 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     return run
 
 
-def _load_data(config: Config, state: Mapping[str, Any] | None) -> Data:
+def read_data(config: Config, state: Mapping[str, Any] | None, *, fill_cache: bool = True) -> Data:
     """A resumed run keeps the numbers of its words, concepts and speakers, whatever has come to its data since."""
     if state is None:
-        return load_data(config)
+        return load_data(config, fill_cache=fill_cache)
     return load_data(config, tokenizer=Tokenizer.from_json(state["tokenizer"]), concepts=state["concepts"],
-                     speakers=state["speakers"])
+                     speakers=state["speakers"], fill_cache=fill_cache)
 
 
 def parts_in_use(folder: Path) -> list[str]:
@@ -167,20 +167,20 @@ def _claim(folder: Path, options: Options) -> IO[str]:
         lock = open(folder / LOCK, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
-    _hold(lock, folder)
-    if used and not options.overwrite and not _is_within(options.resume, folder):
+    hold(lock, folder)
+    if used and not options.overwrite and not is_within(options.resume, folder):
         lock.close()
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
                         "it with --overwrite, or choose another --output-dir")
     return lock
 
 
-def _is_within(resume: str | None, folder: Path) -> bool:
+def is_within(resume: str | None, folder: Path) -> bool:
     """Whether it is the run in `folder` that is gone on with, and not another one."""
     return resume == "auto" or bool(resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
 
 
-def _hold(lock: IO[str], folder: Path) -> None:
+def hold(lock: IO[str], folder: Path) -> None:
     """Until the process ends, however it ends: the system frees the lock."""
     if os.name == "nt":
         return

@@ -412,3 +412,8 @@ def in_line(work: Work, jobs: Sequence[int], given_up: Mapping[int, str]) -> Gen
 
 
 def tell_nobody(place: int) -> None: ...
+
+
+def cpu_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -33,7 +33,7 @@ LONGEST_S = 4.0
 
 # Where a process can be told to die: before which call of what, in which stage.
 PLACES: dict[str, tuple[str, int, str]] = {
-    "before the data are decoded": ("prepare._decode_all", 1, ""),
+    "before the data are decoded": ("prepare.decode_all", 1, ""),
     "while decoded pictures are written": ("prepare.replacing", 1, ""),
     "between two files of the prepared sounds": ("prepare.replacing", 5, ""),
     "after the rename of prepared data": ("prepare.sync_folder", 1, ""),

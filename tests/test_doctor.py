@@ -4,7 +4,10 @@ import copy
 import dataclasses
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +19,22 @@ import yaml
 from packaging.requirements import Requirement
 from torch import nn
 
+import distributed
 import doctor
 import environment
 import findings
 import inspection
-import prepare
 import rehearsal
 import run_training
 from config import Config, TaskConfig, UserError, config_from_dict
+from datasets import load_data
 from findings import Finding
 from inspection import Case
 from runs import Options
 from tests import trees
 from tests.small_runs import RECIPE, one_thread
+from tests.test_data_faults import hanging
+from tests.test_prepare import wait_for
 
 WORDS = {"name": "words", "share": 1, "tasks": [{"inputs": ["text"], "objectives": {"masked": 1.0}}]}
 PICTURES = {"name": "pictures", "share": 1, "image_keep": 0.5,
@@ -54,6 +60,20 @@ def opened(folder: Path, *overrides: str, stages: Sequence[Any] = (WORDS,)) -> C
     return case
 
 
+def own_pictures(folder: Path, good: int, bad: int, val: int = 0) -> str:
+    """Path of a list of pictures, as an override: the `bad` are cut off, the first `val` are to validate on."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for i in range(good + bad):
+        path = trees.picture(folder / f"{i}.png", size=(64, 48))
+        if i >= good:
+            trees.truncate(path)
+        split = "val" if i < val else "train"
+        lines.append(json.dumps({"image": path.name, "text": f"picture number {i}", "split": split}))
+    (folder / "own.jsonl").write_text("\n".join(lines), "utf-8")
+    return f"data.manifest={json.dumps(str(folder / 'own.jsonl'))}"
+
+
 def row(found: Sequence[Finding], check: str) -> Finding:
     (one,) = [one for one in found if one.check == check]
     return one
@@ -68,13 +88,21 @@ def _one_thread() -> Iterator[None]:
 # ---- the whole of it -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files are written."""
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
 def test_a_healthy_run_passes_and_an_earlier_run_stays_as_it_is(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = tmp_path / "small.yaml", tmp_path / "out"
     recipe.write_text(yaml.safe_dump({**RECIPE, "memory": {}}), "utf-8")
     for name in ("checkpoints/checkpoint_epoch_1.pt", "logs/metrics.jsonl", "logs/tensorboard/events", "config.yaml"):
@@ -82,25 +110,26 @@ def test_a_healthy_run_passes_and_an_earlier_run_stays_as_it_is(
         (out / name).write_text(f"earlier {name}")
     before = contents(out)
     status = run_training.main(["--config", str(recipe), "--doctor", "--device", "cpu", "--data-root",
-                                str(tmp_path / "data"), "--output-dir", str(out)])
+                                str(tmp_path / "data"), "--output-dir", str(out), "--overwrite"])
     printed = capsys.readouterr()
     assert status == 0, printed.out
-    assert contents(out) == before and not (tmp_path / "data").exists()
+    assert contents(out) == before and not (tmp_path / "data").exists() and not list(temporary.glob("doctor-*"))
     assert printed.err == "", "nothing but the table, and that on stdout"
     lines = printed.out.splitlines()
     shown = {match[1]: match[2] for match in (re.match(r"(\S.*?)  +(\w+)  ", line) for line in lines) if match}
     expected = {"torch", "decoders", "device", "data: synthetic", "disk: checkpoints", "model", "memory: evaluation",
                 "step: pretrain image", "step: align audio-text", "step: finetune image-text", "overfit: masked text",
                 "overfit: contrastive audio-text", "overfit: matching image-text", "overfit: concepts image-text",
-                "waiting: align"}
+                "output folder"}
     assert expected <= shown.keys() and {shown[name] for name in expected} == {"ok"}
-    assert shown["output folder"] == "warn" and "holds an earlier run" in printed.out
-    assert re.match(r"\d+ ok, 1 warn: a run with these settings can start", lines[-1])
+    assert "deletes an earlier run" in printed.out and "waiting: align" in shown
+    assert re.match(r"\d+ ok.*: a run with these settings can start", lines[-1])
 
 
 def test_a_device_that_is_not_there_fails_and_skips_what_needs_it(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(configured(tmp_path), "tpu") == 1
+    assert not list(temporary.glob("doctor-*"))
     printed = capsys.readouterr().out
     assert re.search(r"device +fail +--device: 'tpu' is not in this machine", printed)
     assert re.search(r"data: synthetic +ok", printed), "what does not need a device is looked at"
@@ -123,6 +152,73 @@ def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start it with python"):
         doctor.main(configured(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", " ")
+    assert doctor.main(configured(tmp_path), "tpu") == 1 and distributed.start().size == 1, "no number of processes"
+
+
+def test_an_interrupted_look_prints_what_it_has_found_and_leaves_nothing(tmp_path: Path) -> None:
+    recipe, temporary = tmp_path / "small.yaml", tmp_path / "temporary"
+    temporary.mkdir()
+    pictures = own_pictures(tmp_path / "pictures", 20, 0)
+    recipe.write_text(yaml.safe_dump({**RECIPE, "memory": {}}), "utf-8")
+    command = [sys.executable, "run_training.py", "--config", str(recipe), "--doctor", "--device", "cpu",
+               "--output-dir", str(tmp_path / "out"), pictures, "data.datasets=[manifest]"]
+    with hanging(*(tmp_path / "pictures").glob("*.png")):
+        process = subprocess.Popen(command, cwd=run_training.DEFAULT_CONFIG.parent, stdout=subprocess.PIPE, text=True,
+                                   stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(temporary)})
+        wait_for(lambda: reads(process.pid))
+        process.terminate()
+        printed, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert re.search(r"data: manifest +ok", printed)
+    assert printed.splitlines()[-1] == "interrupted: the rest has not been looked at"
+    assert not list(temporary.glob("doctor-*"))
+
+
+def reads(process: int) -> bool:
+    """Whether it has started processes that read files."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return any(b"--doctor" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+
+@pytest.mark.parametrize("package", ["numpy", "tqdm", "torch"])
+def test_a_package_that_is_missing_is_a_row(tmp_path: Path, package: str) -> None:
+    program = (f"import sys; sys.modules[{package!r}] = None; import run_training; "
+               f"sys.exit(run_training.main(['--doctor', '--output-dir', {str(tmp_path)!r}]))")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                         cwd=run_training.DEFAULT_CONFIG.parent)
+    assert run.returncode == 1 and run.stderr == ""
+    assert re.search(rf"(packages|torch) +fail +(.*\n)*?.*{package} cannot be imported", run.stdout)
+    assert "all else" in run.stdout
+
+
+def test_without_the_environment_the_command_that_activates_it_is_told() -> None:
+    run = subprocess.run([sys.executable, "-S", "run_training.py", "--doctor"], capture_output=True, text=True,
+                         cwd=run_training.DEFAULT_CONFIG.parent, check=False)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+    assert "'yaml' is not there; source venv/bin/activate" in run.stderr
+
+
+def test_names_that_the_screen_cannot_show_and_secrets_are_hidden(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
+    monkeypatch.setattr("sys.stdout", screen)
+    folder = os.fsdecode(os.fsencode(tmp_path / "https://anna:secret@host") + b"/\xff")
+    config = configured(tmp_path)
+    config = dataclasses.replace(config, paths=dataclasses.replace(config.paths, output_dir=folder))
+    doctor.main(config, "tpu")
+    screen.seek(0)
+    printed = screen.read()
+    assert "***@host/" in printed and "secret" not in printed and "\\udcff" in printed
+
+
+def test_a_lack_of_memory_comes_with_what_helps() -> None:
+    def look() -> Iterator[Finding]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        yield
+
+    (found,) = findings.guarded("model", look)
+    assert found.found.startswith("out of memory: CUDA") and "smaller model.size" in found.advice
 
 
 def test_the_table_is_aligned_and_breaks_findings_but_no_commands() -> None:
@@ -175,127 +271,6 @@ def test_words_of_the_hub_that_are_not_here_are_told(tmp_path: Path) -> None:
     assert found.state == "ok"
 
 
-# ---- data and disk -------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_set_comes_with_its_command_and_the_others_are_counted(tmp_path: Path) -> None:
-    case = case_of(tmp_path, "data.datasets=[synthetic, coco]")
-    found = list(inspection.data(case))
-    missing = row(found, "data: coco")
-    assert missing.state == "fail" and f"{tmp_path}/data/coco: not there" in missing.found
-    assert f"python download_datasets.py --datasets coco --data-root {tmp_path}/data" in missing.advice
-    assert row(found, "data: synthetic").found.splitlines()[0] == "train: 64 audio+text, 64 image+text; 256 captions"
-    assert case.config.data.datasets == ("synthetic",) and list(case.tasks) == ["words"]
-
-
-def test_without_any_set_nothing_follows(tmp_path: Path) -> None:
-    case = case_of(tmp_path, "data.datasets=[coco, clotho]")
-    assert [one.check for one in inspection.data(case)] == ["data: coco", "data: clotho"]
-    assert case.data is None
-
-
-def test_a_stage_without_samples_is_told(tmp_path: Path) -> None:
-    both = {"name": "both", "share": 1, "tasks": [{"inputs": ["image", "audio"], "objectives": {"contrastive": 1.0}}]}
-    case = case_of(tmp_path, stages=[WORDS, both])
-    found = row(list(inspection.data(case)), "stage: both")
-    assert found.state == "fail" and "none of its tasks has samples" in found.found
-    assert [one.name for one in case.rows] == ["words"]
-
-
-def test_files_that_a_list_names_and_that_are_gone_are_told_here_and_not_on_the_screen(
-        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    trees.audiocaps(tmp_path / "data")
-    found = row(list(inspection.data(case_of(tmp_path, "data.datasets=[audiocaps]"))), "data: audiocaps")
-    assert found.state == "warn" and "audiocaps train: 1 of the 8 files in its list are not there" in found.found
-    assert "--datasets audiocaps" in found.advice and capfd.readouterr().err == ""
-
-
-def own_pictures(folder: Path, good: int, bad: int) -> str:
-    """Path of a list of pictures, of which `bad` are cut off, as an override."""
-    lines = []
-    for i in range(good + bad):
-        path = trees.picture(folder / f"{i}.png", size=(64, 48))
-        if i >= good:
-            trees.truncate(path)
-        lines.append(json.dumps({"image": path.name, "text": f"picture number {i}", "split": "train"}))
-    (folder / "own.jsonl").write_text("\n".join(lines), "utf-8")
-    return f"data.manifest={json.dumps(str(folder / 'own.jsonl'))}"
-
-
-@pytest.mark.parametrize(("bad", "state"), [(0, "ok"), (1, "warn"), (5, "fail")])
-def test_broken_pictures_are_named(tmp_path: Path, bad: int, state: str) -> None:
-    case = case_of(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 30, bad))
-    list(inspection.data(case))
-    (found,) = inspection.files(case)
-    assert found.state == state and f"{30 + bad} of {30 + bad} images read" in found.found
-    named = [i for i in range(30, 30 + bad) if f"{tmp_path}/{i}.png: " in found.found]
-    assert len(named) == min(bad, inspection.NAMED) and ("and 2 more" in found.found) == (bad == 5)
-    assert ("data.max_bad_pct" in found.advice) == (state == "fail")
-
-
-def test_the_cache_is_foretold_and_not_made(tmp_path: Path) -> None:
-    case = case_of(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 80, 0), "data.cache_max_gb=1")
-    list(inspection.data(case))
-    found = row(list(inspection.disk(case)), "disk: cache")
-    assert found.state == "ok" and case.fills_cache and "first decodes 80 files into " in found.found
-    assert not prepare.cache_folder(case.config).exists()
-    case.config = dataclasses.replace(case.config, data=dataclasses.replace(case.config.data, cache_max_gb=1e-6))
-    found = row(list(inspection.disk(case)), "disk: cache")
-    assert found.state == "warn" and not case.fills_cache and "data.cache_max_gb" in found.advice
-
-
-def test_an_output_folder_that_cannot_be_written_fails(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    case = case_of(tmp_path, f"paths.output_dir={tmp_path}/file/out")
-    found = row(list(inspection.disk(case)), "output folder")
-    assert found.state == "fail" and "cannot be written (Not a directory)" in found.found
-    assert "--output-dir" in found.advice
-
-
-def test_a_disk_without_room_for_the_checkpoints_fails(tmp_path: Path) -> None:
-    enough = row(list(inspection.disk(case_of(tmp_path))), "disk: checkpoints")
-    assert enough.state == "ok" and "up to 4 of 0.19 GB" in enough.found
-    (tmp_path / "other").mkdir()
-    full = row(list(inspection.disk(case_of(tmp_path / "other", "training.keep_checkpoints=1000000"))),
-               "disk: checkpoints")
-    assert full.state == "fail" and "training.keep_checkpoints" in full.advice
-
-
-@pytest.mark.parametrize(("options", "state", "words"), [
-    (Options("cpu"), "warn", "holds an earlier run (logs/metrics.jsonl)"),
-    (Options("cpu", overwrite=True), "ok", "deletes an earlier run"),
-    (Options("cpu", "auto"), "ok", "nothing to resume, a fresh start")])
-def test_an_earlier_run_is_told(tmp_path: Path, options: Options, state: str, words: str) -> None:
-    (tmp_path / "out" / "logs").mkdir(parents=True)
-    (tmp_path / "out" / "logs" / "metrics.jsonl").write_text("{}\n")
-    found = row(list(inspection.disk(case_of(tmp_path, options=options))), "output folder")
-    assert found.state == state and words in found.found
-
-
-def test_a_checkpoint_that_cannot_be_resumed_is_a_row(tmp_path: Path) -> None:
-    case = case_of(tmp_path, options=Options("cpu", str(tmp_path / "gone.pt")))
-    found = list(findings.guarded("disk", inspection.disk, case))
-    assert found[-1].state == "fail" and "gone.pt" in found[-1].found
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
-
-
-def test_a_budget_that_is_not_free_is_told(tmp_path: Path) -> None:
-    found = row(list(inspection.device(case_of(tmp_path, "memory.budget_gb=100000"))), "device memory")
-    assert found.state == "warn" and "the budget is 100000" in found.found
-    assert float(found.advice.split("=")[1].split(",")[0]) < 100000
-
-
-def test_a_budget_that_is_too_small_fails_for_the_stage_that_needs_more(tmp_path: Path) -> None:
-    case = opened(tmp_path, "memory.budget_gb=1.19", "memory.micro_batch=32", "evaluation.batch_size=1")
-    stage, evaluation = inspection.plan(case)
-    assert (stage.check, stage.state) == ("memory: words", "fail")
-    assert "memory.budget_gb: of 1.19 GiB, 0.12 are for tensors" in stage.found
-    assert "raise memory.budget_gb" in stage.advice
-    assert (evaluation.check, evaluation.state) == ("memory: evaluation", "ok") and list(case.plans) == ["evaluation"]
-
-
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +279,14 @@ def test_steps_of_all_tasks_are_finite_and_timed(tmp_path: Path) -> None:
     found = list(rehearsal.steps(case))
     assert [(one.check, one.state) for one in found] == [("step: words text", "ok"), ("step: pictures image", "ok")]
     assert case.step_s.keys() == {("words", 0), ("pictures", 0)}
+
+
+def test_a_batch_with_nothing_to_learn_is_no_fault(tmp_path: Path) -> None:
+    concepts = {"name": "named", "share": 1, "tasks": [{"inputs": ["image"], "objectives": {"concepts": 1.0}}]}
+    case = opened(tmp_path, stages=[concepts])
+    assert case.run is not None
+    case.run.data = dataclasses.replace(case.run.data, concepts=())
+    assert [(one.state, one.found) for one in rehearsal.steps(case)] == [("skipped", rehearsal.NOTHING)]
 
 
 def test_a_weight_that_is_not_a_number_is_found_where_it_acts(tmp_path: Path) -> None:
@@ -347,7 +330,7 @@ def test_a_fall_of_the_loss_is_judged(losses: list[float], state: str, words: st
 
 def test_an_objective_learns_its_batch_by_heart_and_without_a_rate_it_does_not(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = opened(tmp_path)
+    case = opened(tmp_path, stages=[{**WORDS, "trainable": [r"text\.blocks\.99\..*"]}])
     (found,) = rehearsal.overfit(case)
     assert (found.check, found.state) == ("overfit: masked text", "ok")
     before, after = map(float, re.findall(r"loss (\S+) -> (\S+) ", found.found)[0])
@@ -379,9 +362,11 @@ def test_processes_read_while_a_step_computes(processes: int, step_s: float, exp
     assert rehearsal.Reading(batch_s=1.0, processes=processes).wait_pct(step_s) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("step_s", "state"), [(1e-7, "warn"), (100.0, "ok"), (float("nan"), "skipped")])
-def test_more_than_a_fifth_of_waiting_is_told(tmp_path: Path, step_s: float, state: str) -> None:
+@pytest.mark.parametrize(("step_s", "state", "workers"), [
+    (1e-7, "warn", 0), (100.0, "ok", 0), (float("nan"), "skipped", 0), (float("nan"), "skipped", 2)])
+def test_more_than_a_fifth_of_waiting_is_told(tmp_path: Path, step_s: float, state: str, workers: int) -> None:
     case = opened(tmp_path)
+    case.config = dataclasses.replace(case.config, data=dataclasses.replace(case.config.data, workers=workers))
     case.step_s["words", 0] = step_s
     (found,) = rehearsal.waiting(case)
     assert found.state == state and ("data.workers=" in found.advice) == (state == "warn")
@@ -398,6 +383,16 @@ def test_waiting_is_measured_as_from_the_filled_cache(tmp_path: Path) -> None:
     good = [int(i) for i in rows if "20.png" not in live.table.images[int(i)]]
     assert len(good) > 8 and all(np.array_equal(live.image(i), cached.image(i)) for i in good)
     case.fills_cache = False
+    assert rehearsal.as_cached(case, rows) is case.data
+
+
+def test_waiting_is_measured_from_the_cache_of_the_run_where_that_is_filled(tmp_path: Path) -> None:
+    overrides = ["data.datasets=[manifest]", own_pictures(tmp_path, 20, 0)]
+    load_data(configured(tmp_path, *overrides))
+    case = opened(tmp_path, *overrides, stages=[PICTURES])
+    case.fills_cache = True  # of another set
+    assert case.data is not None and case.data.splits["train"].store.entries
+    rows = rehearsal.some_rows(case.data.splits["train"], case.rows[0].tasks[0], 10)
     assert rehearsal.as_cached(case, rows) is case.data
 
 

@@ -228,7 +228,7 @@ def test_names_keep_their_numbers_when_the_data_grow(small: SmallRuns, whole: Pa
     names = state["concepts"][::-1]
     with pytest.raises(UserError, match="model is of another shape"):  # 12 classes: only to see the order below
         runs.open_run(config, options, {**state, "best": {}})
-    data = runs._load_data(small.config(folder, *QUICK, "data.synthetic_images=400"), {**state, "concepts": names})
+    data = runs.read_data(small.config(folder, *QUICK, "data.synthetic_images=400"), {**state, "concepts": names})
     assert list(data.concepts) == names != list(runs.load_data(small.config(folder, *QUICK)).concepts)
 
 

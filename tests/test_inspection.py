@@ -192,7 +192,7 @@ import sys
 from pathlib import Path
 import runs
 folder = Path(sys.argv[1])
-lock = runs.claim_folder(folder, runs.Options(), runs.World())
+claim = runs.claim_folder(folder, runs.Options(), runs.World())
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -108,6 +108,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     device = world.device
     precision = memory.choose_precision(device, config.training.use_amp)
     claim = claim or claim_folder(folder, options, world)
+    world.together(lambda: _make_parts(folder) if world.is_main else None)
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
@@ -156,7 +157,7 @@ class Claim:
 
 
 def claim_folder(folder: Path, options: Options, world: World) -> Claim:
-    """Make the folder's parts and lock it, on the main process. Before the checkpoint is looked for: a run that is just
+    """Make the folder and lock it, on the main process. Before the checkpoint is looked for: a run that is just
     ending may still write one.
 
     Raises:
@@ -169,8 +170,7 @@ def claim_folder(folder: Path, options: Options, world: World) -> Claim:
 def _claim(folder: Path, options: Options) -> IO[str]:
     used = parts_in_use(folder)
     try:
-        for name in PARTS:
-            check_writable(folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
@@ -180,6 +180,14 @@ def _claim(folder: Path, options: Options) -> IO[str]:
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
                         "it with --overwrite, or choose another --output-dir")
     return lock
+
+
+def _make_parts(folder: Path) -> None:
+    try:
+        for name in PARTS:
+            check_writable(folder / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
 
 
 def is_within(resume: str | None, folder: Path) -> bool:

@@ -236,9 +236,10 @@ class _Search:
 
         if whole := self._least_recompute(tower, at(upper)):
             return whole
-        larger = [at(size) for size in _powers_down_from(min(AMPLE_MICRO_BATCH, upper)) if size > now]
-        fine = [at(size) for size in range(min(2 * now, upper) - 1, now, -1)] if now < FINE_MICRO_BATCH else []
-        return next((option for option in larger + fine if self.fits(option)), fit)
+        larger = [size for size in _powers_down_from(min(AMPLE_MICRO_BATCH, upper)) if size > now]
+        now = next((size for size in larger if self.fits(at(size))), now)
+        fine = range(min(2 * now, upper) - 1, now, -1) if now < FINE_MICRO_BATCH else range(0)
+        return at(next((size for size in fine if self.fits(at(size))), now))
 
 
 def _powers_down_from(top: int) -> list[int]:
@@ -319,6 +320,7 @@ def _write_json(path: Path, value: Any) -> None:
 # ---- calibration -------------------------------------------------------------------------------------------------
 
 LEAST_RATIO = 1.02  # an allocator that seemed to waste nothing may do so next time
+LEAST_GIB = 2.0  # of a plan; below it the workspaces that every process has, however small its steps, raise the ratio
 MANY_RATIOS = 20  # the newest stages' count
 
 
@@ -342,10 +344,13 @@ def calibration(device_name: str) -> float | None:
     return max(LEAST_RATIO, *ratios) if ratios else None
 
 
-def calibrate(device_name: str, ratio: float) -> None:
-    """Keep a stage's ratio of measured to predicted peak for later plans, if its folder can be written."""
+def calibrate(device_name: str, measured_gib: float, planned_gib: float) -> None:
+    """Keep a stage's ratio of measured to predicted peak for later plans, if its folder can be written and the stage
+    was large enough to tell."""
+    if planned_gib < LEAST_GIB:
+        return
     known, name = _ratios(), f"{device_name}, torch {torch.__version__}"
-    known[name] = [*known.get(name, []), ratio][-MANY_RATIOS:]
+    known[name] = [*known.get(name, []), measured_gib / planned_gib][-MANY_RATIOS:]
     try:
         _write_json(calibration_file(), known)
     except OSError:

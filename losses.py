@@ -72,14 +72,17 @@ def _sum_by_rows(chunk_sum: Callable[[Tensor], Tensor], query_QF: Tensor, chunk:
 def hard_negatives(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: Callable[[Tensor], Tensor],
                    uniform_Q: Tensor) -> tuple[Tensor, Tensor]:
     """For each query one wrong key drawn with probability softmax(similarity) (arXiv:2107.07651) by inverting the
-    distribution at `uniform_Q`; and whether the query has any wrong key. (Q,) int64, (Q,) bool."""
+    distribution at `uniform_Q`; and whether the query has any wrong key. (Q,) int64, (Q,) bool.
+
+    Probabilities are whole multiples of 2^-48: their sums are exact, in whatever order a device adds them.
+    """
     picks, some = [], []
     for rows in torch.arange(len(query_QF), device=query_QF.device).split(CHUNK_ROWS):
         wrong = ~positives(rows)
         logits = (scale * query_QF[rows] @ key_KF.T).masked_fill(~wrong, -torch.inf)
         some.append(wrong.any(1))
-        cumulated = logits.masked_fill(~some[-1][:, None], 0.0).softmax(1).double().cumsum(1)
-        target = uniform_Q[rows, None].double() * cumulated[:, -1:]
+        cumulated = (logits.masked_fill(~some[-1][:, None], 0.0).softmax(1) * 2.0**48).long().cumsum(1)
+        target = (uniform_Q[rows, None].double() * cumulated[:, -1:]).long()
         picks.append(torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=len(key_KF) - 1))
     return torch.cat(picks), torch.cat(some)
 

@@ -16,7 +16,7 @@ from config import UserError
 GIB = 1 << 30
 EVALUATION = "evaluation"  # has a fit of its own, beside those of the stages
 # Beside all tensors: CUDA's context and libraries; elsewhere Python, torch, compiled kernels and the data read so far.
-CONTEXT_GIB = {"cuda": 0.7, "cpu": 1.0, "mps": 1.0}
+CONTEXT_GIB = {"cuda": 0.8, "cpu": 1.0, "mps": 1.0}
 
 KNOBS = ("lower training.batch_size, model.size, model.image_size or data.audio_max_s, set model.use_checkpoint: true, "
          "or raise memory.budget_gb if the device has more")
@@ -131,6 +131,14 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(name, "64")
 
 
+def use_deterministic(wanted: bool) -> None:
+    """Take, or no longer take, only kernels that give the same bits each time. Before the first product on CUDA, since
+    cuBLAS reads its workspaces' setting then; the user's own stays."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
 def cap_allocator(device: torch.device, budget_bytes: int) -> int | None:
     """Make CUDA's allocator refuse more than the budget less the context; bytes of the cap, None on other devices."""
     if device.type != "cuda":
@@ -208,11 +216,20 @@ def choose_device(name: str = "auto") -> torch.device:
         found.append("mps")
     if name == "auto":
         name = "cuda" if "cuda:0" in found else "cpu"
+    if name.startswith("cuda"):
+        _grow_segments()
     exact = "cuda:0" if name == "cuda" else name
     if exact not in found:
         names = [f"{one} ({torch.cuda.get_device_name(one)})" if one.startswith("cuda") else one for one in found]
         raise UserError(f"--device: {name!r} is not in this machine; it has {', '.join(names)}, and 'auto' chooses")
     return torch.device(exact)
+
+
+def _grow_segments() -> None:
+    """Let CUDA's allocator grow its segments where they lie, so that freed pieces join again and hardly any memory is
+    lost between them. It reads this at its first use; the user's own settings stay."""
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def free_gib(device: torch.device) -> tuple[float, float]:

@@ -60,6 +60,7 @@ class PlanStep(Step):
     """A step whose data are shapes only: what depends on values takes its worst case."""
 
     whole: bool = True  # whether the towers' tokens are shared, whatever part of the objectives is run here
+    copies: bool = False  # whether what is encoded is copied to a device of its own
 
     @property
     def is_whole(self) -> bool:
@@ -67,6 +68,10 @@ class PlanStep(Step):
 
     def parts(self, modality: str) -> tuple[Tensor, ...]:
         return super().parts(modality)[:PARTS]
+
+    def view(self, values: Tensor, run: slice, first: int) -> Tensor:
+        rows = super().view(values, run, first)
+        return rows.clone() if self.copies else rows
 
     def gather(self, features: Tensor, num_rows: int) -> Tensor:
         rest = num_rows - len(features)
@@ -185,7 +190,7 @@ class StepPlan:
             autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
             num_concepts=self.config.model.num_classes, share=_largest_share(self.config, row, self.place),
-            whole=self.is_whole)
+            whole=self.is_whole, copies=self.place.device != "cpu")
 
 
 def _backward(optimizer: Optimizer, loss: Tensor) -> None:

@@ -111,7 +111,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     world.together(lambda: _make_parts(folder) if world.is_main else None)
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
-    torch.use_deterministic_algorithms(config.training.deterministic)
+    memory.use_deterministic(config.training.deterministic)
     data = data or world.together(lambda: read_data(config, state))
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()

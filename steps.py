@@ -97,7 +97,8 @@ class Step:
     share: Share | None = None  # None: of one process, all rows
     detached: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
-    every_row: dict[str, Tensor] = field(default_factory=dict)
+    cut: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    runs: dict[int, slice] = field(default_factory=dict)  # of rows that follow each other, by the identity of a part
 
     def rows(self, modality: str) -> int:
         return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
@@ -110,15 +111,26 @@ class Step:
 
     def parts(self, modality: str) -> tuple[Tensor, ...]:
         """Row indices of this tower's micro-batches, on the host."""
-        own = self.own(modality)
-        everything = self.every_row.setdefault(modality, torch.arange(own.start, own.stop))
-        size = self.micro_batch[modality]
-        return (everything,) if len(everything) <= size else everything.split(size)
+        if modality not in self.cut:
+            own, size = self.own(modality), self.micro_batch[modality]
+            everything = torch.arange(own.start, own.stop)
+            parts = (everything,) if len(everything) <= size else everything.split(size)
+            self.runs |= {id(part): slice(own.start + i * size, own.start + i * size + len(part))
+                          for i, part in enumerate(parts)}
+            self.cut[modality] = parts
+        return self.cut[modality]
 
     def media(self, modality: str, rows: Tensor) -> Tensor:
         """Pictures or sounds of some rows, on the device."""
         values = self.batch.images if modality == "image" else self.batch.audio
-        return self.to_device(values[rows if self.share is None else rows - self.share.first_media])
+        first = 0 if self.share is None else self.share.first_media
+        run = self.runs.get(id(rows))
+        return self.to_device(values[rows - first] if run is None else self.view(values, run, first))
+
+    def view(self, values: Tensor, run: slice, first: int) -> Tensor:
+        """Rows that follow each other, of values whose first is row `first`. No copy: what lies in pinned memory stays
+        there, so it goes to the device while the host goes on."""
+        return values[run.start - first:run.stop - first]
 
     def to_device(self, value: Tensor) -> Tensor:
         return value.to(self.device, non_blocking=True)

@@ -470,8 +470,8 @@ def compare_memory(run: Run, name: str) -> float:
     if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
         run.tracker.say(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
                         f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
-    if run.device.type == "cuda" and planned:
-        budget.calibrate(memory.device_name(run.device), measured.gib / planned)
+    if run.device.type == "cuda":
+        budget.calibrate(memory.device_name(run.device), measured.gib, planned)
     return measured.gib
 
 

@@ -322,7 +322,7 @@ def _serve(work: Work, link: socket.socket, pulse: Any) -> None:
     while True:
         try:
             job, given_up = pickle.load(jobs)
-        except EOFError:
+        except (EOFError, ConnectionResetError, pickle.UnpicklingError):  # the last two: killed while it sent a job
             return
         begin(NOWHERE)
         try:

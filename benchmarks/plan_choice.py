@@ -117,16 +117,17 @@ class Peaks:
         return self.case.key(plan_fit(self, self.case.upper, limits).fit)
 
 
-def random_batch(case: Case) -> Batch:
-    """A batch of the largest shapes, full of values: nothing is padding, each sample has its own caption."""
+def random_batch(case: Case, device: str = "cpu") -> Batch:
+    """A batch of the largest shapes, full of values: nothing is padding, each sample has its own caption. `device`:
+    where pictures and sounds are drawn; they lie on the host."""
     batch = largest_batch(case.config, case.row, case.task)
     rows = torch.arange(len(batch.sample_ids))
     columns: dict[str, Any] = {"sample_ids": rows, "noise": {k: torch.rand_like(v) for k, v in batch.noise.items()}}
     columns["concepts"] = torch.arange(case.config.model.num_classes) % 200 == rows[:, None]  # five of 1,000
     if batch.images is not None:
-        columns["images"] = torch.randint(256, batch.images.shape, dtype=torch.uint8)
+        columns["images"] = torch.randint(256, batch.images.shape, dtype=torch.uint8, device=device).cpu()
     if batch.audio is not None:
-        columns |= {"audio": torch.randn(batch.audio.shape).half(),
+        columns |= {"audio": torch.randn(batch.audio.shape, device=device).half().cpu(),
                     "audio_lengths": torch.full_like(rows, batch.audio.shape[1])}
     if batch.input_ids is not None:
         captions = torch.arange(len(batch.input_ids))

@@ -1,6 +1,5 @@
 """Runs that are killed at any moment and go on, for tests and benchmarks: started, killed, compared bit for bit."""
 
-import collections
 import importlib
 import itertools
 import json
@@ -11,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,9 @@ PLACES: dict[str, tuple[str, int, str]] = {
 }
 
 
-def with_files(root: Path) -> SmallRuns:
+def with_files(root: Path, device: str = "cpu") -> SmallRuns:
     """Shared data of runs: drawn ones, and a list of pictures and sounds in files, to be decoded before training."""
-    small = SmallRuns(root)
+    small = SmallRuns(root, device)
     trees.manifest(small.data_root / "own", samples=30)
     return small
 
@@ -81,7 +80,7 @@ def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str
     if dies:
         _die_at(*PLACES[dies])
     try:
-        training.train(small.config(folder, *recipe(small, *overrides)), Options("cpu", "auto"))
+        training.train(small.config(folder, *recipe(small, *overrides)), Options(small.device, "auto"))
     except Stopped as stopped:
         print(stopped, flush=True)
         os._exit(3)
@@ -174,27 +173,22 @@ def where(small: SmallRuns, place: Path, begun: set[Path]) -> str:
     return "after the last stage" if is_over else f"after an epoch of {stage}"
 
 
-def killed_runs(small: SmallRuns, whole: Path, folder: Path, kills: int) -> Iterator[collections.Counter[str]]:
-    """Runs that are killed at random moments and compared with `whole` when they are through, until there were so many
-    kills; yields where they have hit so far. Each run prepares its data itself; the number of reading processes
-    changes.
+def killed_run(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int) -> list[str]:
+    """A run that is killed at up to `most` random moments, drawn by `turn`, and compared with `whole` when it is
+    through; where the kills hit. It prepares its data itself; the number of reading processes changes.
 
     Raises:
-        AssertionError: a run ended otherwise.
+        AssertionError: it ended otherwise.
     """
-    draw, hits = random.Random(0), collections.Counter[str]()
-    for turn in itertools.count(1):
-        own, place = with_files(folder / f"shared{turn}"), folder / f"run{turn}"
-        if turn > 1:  # the first one plans as well
-            shutil.copytree(small.plans, own.plans, dirs_exist_ok=True)
+    own, place = with_files(folder / f"shared{turn}"), folder / f"run{turn}"
+    if turn > 1:  # the first one plans as well
+        shutil.copytree(small.plans, own.plans, dirs_exist_ok=True)
 
-        def start(number: int, own: SmallRuns = own, place: Path = place) -> BaseProcess:
-            return in_process(own, place, *OFTEN, f"data.workers={number % 2}")
+    def start(number: int) -> BaseProcess:
+        return in_process(own, place, *OFTEN, f"data.workers={number % 2}")
 
-        hits.update(kill_until_done(start, own, place, kills - hits.total(), draw))
-        assert_same(place, whole)
-        shutil.rmtree(place)
-        shutil.rmtree(own.data_root)
-        yield hits
-        if hits.total() >= kills:
-            return
+    hits = kill_until_done(start, own, place, most, random.Random(turn))
+    assert_same(place, whole)
+    shutil.rmtree(place)
+    shutil.rmtree(own.data_root)
+    return hits

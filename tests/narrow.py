@@ -119,9 +119,9 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def step_of(model: TriModalModel, batch: Batch, micro: int | dict[str, int] = 1000, **settings: Any) -> Step:
     """With token dropping and drop-path, as in training."""
     sizes = micro if isinstance(micro, dict) else dict.fromkeys(("image", "audio", "text", "fusion"), micro)
-    dropping: dict[str, Any] = {"keep": {"image": 0.5, "audio": 0.5}, "drop_path": 0.3}
-    return Step(model=model, batch=batch, device=torch.device("cpu"), micro_batch=sizes, mask_id=3,
-                autocast=contextlib.nullcontext, **{"num_concepts": 10} | dropping | settings)
+    usual: dict[str, Any] = {"keep": {"image": 0.5, "audio": 0.5}, "drop_path": 0.3, "num_concepts": 10,
+                             "device": torch.device("cpu"), "autocast": contextlib.nullcontext}
+    return Step(model=model, batch=batch, micro_batch=sizes, mask_id=3, **usual | settings)
 
 
 def plainly(model: TriModalModel, batch: Batch) -> Step:

@@ -53,10 +53,10 @@ def one_thread() -> Iterator[None]:
 
 
 class SmallRuns:
-    """Runs that share their prepared data and their plans, below `root`."""
+    """Runs on one device that share their prepared data and their plans, below `root`."""
 
-    def __init__(self, root: Path):
-        self.data_root, self.plans = root / "data", root / "plans"
+    def __init__(self, root: Path, device: str = "cpu"):
+        self.data_root, self.plans, self.device = root / "data", root / "plans", device
         self.plans.mkdir(parents=True)
 
     def config(self, folder: Path, *overrides: str) -> Config:
@@ -67,13 +67,13 @@ class SmallRuns:
                                                         f"paths.output_dir={json.dumps(str(folder))}", *overrides])
 
     def train(self, folder: Path, *overrides: str, resume: str | None = None, overwrite: bool = False) -> Path:
-        report = training.train(self.config(folder, *overrides), Options("cpu", resume, overwrite))
+        report = training.train(self.config(folder, *overrides), Options(self.device, resume, overwrite))
         assert report is not None
         return report
 
     def open(self, folder: Path, *overrides: str, micro_batch: int = 32) -> Run:
         """A fresh run before its first step, its micro-batches given and not planned."""
-        run = runs.open_run(self.config(folder, *overrides), Options("cpu"), None)
+        run = runs.open_run(self.config(folder, *overrides), Options(self.device), None)
         towers = ("image", "audio", "text", "fusion")
         run.fits = {row.name: Fit(dict.fromkeys(towers, micro_batch), dict.fromkeys(towers, 0))
                     for row in run.config.stages}

@@ -7,6 +7,7 @@ that differs by tower and leaves uneven last parts.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,14 +56,16 @@ def model_of(dtype: torch.dtype) -> TriModalModel:
     return model
 
 
-def gradient(task: str, dtype: torch.dtype, cut: int | dict[str, int], rows: Tensor | None = None) -> dict[str, Tensor]:
+def gradient(task: str, dtype: torch.dtype, cut: int | dict[str, int], rows: Tensor | None = None,
+             device: str = "cpu", **settings: Any) -> dict[str, Tensor]:
     """Loss and the gradient of each parameter, of the whole batch or of some of its samples alone."""
     inputs, names, loss = TASKS[task]
     model = model_of(dtype)
     torch.manual_seed(1)
-    objectives = [build_objective(name, model, inputs.split(), 3, loss).to(dtype) for name in names.split()]
+    objectives = [build_objective(name, model, inputs.split(), 3, loss).to(device, dtype) for name in names.split()]
     batch = batch_of(inputs.split())
-    step = step_of(model, batch if rows is None else part_of(batch, rows), cut)
+    step = step_of(model.to(device), batch if rows is None else part_of(batch, rows), cut,
+                   device=torch.device(device), **settings)
     both = nn.ModuleDict({"model": model, "heads": nn.ModuleList(objectives)})
     parts = accumulate(step, (term for objective in objectives for term in terms(objective, step)), Tensor.backward)
     return {"loss": parts["loss"], **{name: p.grad for name, p in both.named_parameters() if p.grad is not None}}

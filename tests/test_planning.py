@@ -14,7 +14,7 @@ import training
 from budget import Plan
 from config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
 from footprint import TAGS, PeakMemory
-from memory import GIB, Fit
+from memory import CONTEXT_GIB, GIB, Fit
 from model import TriModalModel
 from planning import Place, StepPlan
 from tests.small_runs import SmallRuns, batches, one_thread
@@ -99,7 +99,7 @@ def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(tmp_path: Path) -> N
     weights = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
     found = planning.limits(config, Place("cpu", None, ratio=1.0)).tensor_bytes
     assert found == 3 * GIB - weights
-    assert planning.limits(config, Place("cuda", None, ratio=1.0)).tensor_bytes == 4 * GIB - int(0.7 * GIB)
+    assert planning.limits(config, Place("cuda", None, ratio=1.0)).tensor_bytes == 4 * GIB - int(CONTEXT_GIB["cuda"] * GIB)
 
 
 def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path) -> None:

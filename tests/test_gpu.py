@@ -1,0 +1,245 @@
+"""On a CUDA device: the mathematics is that of the CPU, the budget is kept, memory really runs out, nothing is lost.
+
+Each of these is skipped, with the reason, where there is no such device.
+"""
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+import budget
+import memory
+import model as model_module
+import runs
+import training
+from model import attend
+from runs import Options
+from tests import test_exactness
+from tests.killing import OFTEN, assert_same, in_process, with_files
+from tests.small_runs import RECIPE, SmallRuns, batches, differing, records, step, weights
+from tests.test_attention import masks_of, naive_attention
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(model_module.__file__).parent
+BF16 = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+LARGER = ("model.image_size=224", "training.use_amp=true")  # so that the activations outweigh the weights
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device in this machine")
+    memory.choose_device("cuda")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # ratios that other runs have measured change plans
+    yield "cuda"
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    memory.use_deterministic(False)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
+    return SmallRuns(tmp_path_factory.mktemp("shared"), "cuda")
+
+
+# ---- mathematics -------------------------------------------------------------------------------------------------
+
+
+def far(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Distance of two gradients over the length of the second."""
+    assert found.keys() == expected.keys()
+    one, other = (torch.cat([value.cpu().double().flatten() for name, value in sorted(grads.items()) if name != "loss"])
+                  for grads in (found, expected))
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("task", test_exactness.TASKS)
+def test_the_gradient_is_the_same_however_the_batch_is_cut_and_that_of_the_cpu(task: str) -> None:
+    """Pictures and sounds are normalised in float32, which rounds otherwise on another device: hence 1e-6 there."""
+    whole = test_exactness.gradient(task, torch.float64, 1000, device="cuda")
+    on_cpu = test_exactness.gradient(task, torch.float64, 1000)
+    assert abs(float(whole["loss"]) - float(on_cpu["loss"])) <= 1e-6 * abs(float(on_cpu["loss"]))
+    assert far(whole, on_cpu) <= 1e-6
+    for cut in test_exactness.CUTS.values():
+        found = test_exactness.gradient(task, torch.float64, cut, device="cuda")
+        assert abs(float(found["loss"]) - float(whole["loss"])) <= 1e-9 * abs(float(whole["loss"]))
+        assert far(found, whole) <= 1e-9
+
+
+@pytest.mark.parametrize("task", test_exactness.TASKS)
+def test_in_bf16_a_cut_changes_less_than_bf16_itself_does(task: str) -> None:
+    exact = test_exactness.gradient(task, torch.float64, 1000)
+    whole = test_exactness.gradient(task, torch.float32, 1000, device="cuda", autocast=BF16)
+    rounding = far(whole, exact)
+    for cut in test_exactness.CUTS.values():
+        found = test_exactness.gradient(task, torch.float32, cut, device="cuda", autocast=BF16)
+        assert far(found, whole) <= rounding <= 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
+def test_attention_takes_a_fused_kernel_and_is_right(mask: str, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(2)
+    q, k, v = given = [torch.randn(3, 2, n, 32, generator=g).to("cuda", dtype).requires_grad_() for n in (7, 9, 9)]
+    exact = [x.detach().cpu().double().requires_grad_() for x in given]
+    valid, upstream = masks_of(mask, 3, 9), torch.randn(3, 2, 7, 32, generator=g).to(dtype)
+    ours = attend(q, k, v, None if valid is None else valid.cuda(), "auto")
+    plain = naive_attention(exact[0], exact[1], exact[2], valid)
+    pairs = [(ours, plain), *zip(torch.autograd.grad(ours, given, upstream.cuda()),
+                                 torch.autograd.grad(plain, exact, upstream.double()), strict=True)]
+    for one, other in pairs:
+        close = 0.01 if dtype == torch.bfloat16 else 1e-5
+        assert float((one.detach().cpu().double() - other.detach()).norm()) <= close * float(other.detach().norm())
+    assert mask != "empty row" or not ours[2].any()
+    mask_B11K = None if valid is None else valid.cuda()[:, None, None, :]
+    assert model_module._has_fused_kernel(q, k, v, mask_B11K)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_budget_says_what_it_took_and_calibrates_later_plans(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(budget, "LEAST_GIB", 0.0)  # these steps are small
+    report = small.train(tmp_path / "run", *LARGER, "memory.micro_batch=auto")
+    said = capsys.readouterr().out
+    assert "Device: cuda:0; bf16: " in said or "Device: cuda:0; fp16" in said
+    found = json.loads(report.with_suffix(".json").read_text("utf-8"))
+    name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    for stage in found["stages"]:
+        line = next(line for line in said.splitlines() if line.startswith(f"[{stage['stage']}] memory: planned "))
+        assert f"measured {stage['peak_gib']:.2f} GiB (reserved by the CUDA allocator)" in line
+        planned = float(line.split()[3])
+        assert planned < stage["peak_gib"] < 1.1 * planned + 0.3, "tensors, gaps and workspaces"
+        assert stage["peak_gib"] + memory.CONTEXT_GIB["cuda"] <= 4
+    ratios = json.loads(budget.calibration_file().read_text("utf-8"))[name]
+    assert budget.calibration(torch.cuda.get_device_name()) == max(budget.LEAST_RATIO, *ratios)
+    assert not records(tmp_path / "run", "event"), "nothing ran out"
+
+
+def peak_of_a_step(small: SmallRuns, folder: Path, micro_batch: int, *overrides: str) -> int:
+    run = small.open(folder, *LARGER, *overrides, micro_batch=micro_batch)
+    stage = small.stage(run, "finetune")
+    memory.free_cached(run.device)
+    memory.reset_peak(run.device)
+    step(run, stage, batches(run, stage)[0])
+    return torch.cuda.max_memory_allocated()
+
+
+def test_memory_that_really_runs_out_costs_no_step(small: SmallRuns, tmp_path: Path) -> None:
+    """The allocator refuses what the whole batch takes; weights are then those of a run that began in parts."""
+    same = "training.deterministic=true"
+    whole, half = (peak_of_a_step(small, tmp_path / str(size), size, same) for size in (32, 16))
+    assert half < 0.9 * whole, "else there is nothing between"
+    expected = small.open(tmp_path / "expected", *LARGER, same, micro_batch=16)
+    stage = small.stage(expected, "finetune")
+    for batch in batches(expected, stage)[:2]:
+        step(expected, stage, batch)
+    right = {name: value.cpu() for name, value in weights(expected.model).items()}
+    del expected, stage
+    run = small.open(tmp_path / "capped", *LARGER, same, micro_batch=32)
+    stage = small.stage(run, "finetune")
+    memory.free_cached(run.device)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((whole + half) / 2 / total)
+    for batch in batches(run, stage)[:2]:
+        step(run, stage, batch)
+    [event] = records(tmp_path / "capped", "event")
+    assert "out of memory (CUDA out of memory." in event["message"] and "the same step again" in event["message"]
+    assert run.fits["finetune"].micro_batch["image"] == 16
+    assert differing({name: value.cpu() for name, value in weights(run.model).items()}, right) == []
+
+
+def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path / "run", *LARGER)
+    run.model.eval()
+    expected = runs.retrieval_figures(run)
+    memory.free_cached(run.device)
+    held = torch.cuda.memory_reserved()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((held + (60 << 20)) / total)
+    found = runs.retrieval_figures(run)
+    assert found.keys() == expected.keys() and len(expected) > 3
+    assert all(abs(found[name] - value) <= 0.1 for name, value in expected.items()), "rounding alone"
+
+
+# ---- nothing is lost ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_deterministic_run_killed_at_any_place_ends_with_the_same_bits(tmp_path: Path) -> None:
+    small = with_files(tmp_path / "shared", "cuda")
+    same = "training.deterministic=true", "training.use_amp=true"
+    whole = in_process(small, tmp_path / "whole", *same, "training.save_every_minutes=0")
+    whole.join()
+    assert whole.exitcode == 0, (tmp_path / "whole.out").read_text("utf-8")[-3000:]
+    for place in ("in pretrain", "before the checkpoint of a step is renamed", "in align", "in validation",
+                  "before the best weights are written", "in finetune", "before the final model is written"):
+        process = in_process(small, tmp_path / "run", *OFTEN, *same, dies=place)
+        process.join()
+        said = (tmp_path / "run.out").read_text("utf-8")
+        assert process.exitcode == -signal.SIGKILL, f"not {place}: {said[-2000:]}"
+    process = in_process(small, tmp_path / "run", *OFTEN, *same)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "run.out").read_text("utf-8")[-3000:]
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_what_is_saved_while_training_goes_on_is_of_one_moment(small: SmallRuns, tmp_path: Path) -> None:
+    """A run that saves after every step, in the background, against one that never does: the same weights at its end,
+    and in the newest checkpoint those of its last step."""
+    same = "training.deterministic=true"
+    small.train(tmp_path / "never", same, "training.save_every_minutes=0")
+    small.train(tmp_path / "often", same, *OFTEN)
+    for name in ("checkpoint_epoch_3.pt", "best_model.pt", "final_model.pt"):
+        one, other = (torch.load(tmp_path / folder / "checkpoints" / name)["model_state_dict"]
+                      for folder in ("never", "often"))
+        assert all(value.device.type == "cpu" for value in one.values()) and differing(one, other) == []
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_back(small: SmallRuns, tmp_path: Path) -> None:
+    small.train(tmp_path / "run", "training.epochs=1")
+    for epochs, place in ((2, "cpu"), (3, "cuda")):
+        config = small.config(tmp_path / "run", f"training.epochs={epochs}")
+        report = training.train(config, Options(place, "auto"))
+        assert report is not None and json.loads(report.with_suffix(".json").read_text("utf-8"))["best"]
+
+
+# ---- the programs ------------------------------------------------------------------------------------------------
+
+
+def program(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    settings: dict[str, Any] = {**RECIPE, "paths": {"data_root": str(tmp_path / "data"),
+                                                    "output_dir": str(tmp_path / "out")}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings), "utf-8")
+    return str(path)
+
+
+def test_the_doctor_looks_at_the_device(config: str) -> None:
+    found = program("run_training.py", "--config", config, "--doctor", "training.use_amp=true")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert torch.cuda.get_device_name() in found.stdout
+
+
+@pytest.mark.slow
+def test_more_processes_than_devices_are_refused_in_one_line(config: str) -> None:
+    count = torch.cuda.device_count() + 1
+    found = program("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "run_training.py",
+                    "--config", config)
+    assert found.returncode != 0 and f"process {count - 1} of this machine has no device" in found.stderr
+    assert f'File "{ROOT}' not in found.stderr, "torchrun prints a traceback of its own, but none of ours"

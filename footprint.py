@@ -25,6 +25,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from shapes import DEVICE, Shapes
+
 TAGS = ("parameters", "gradients", "optimizer", "activations", "loss", "data")
 HOST = "host"  # tag of storages that are not on the device, and not counted
 BLOCK_BYTES = 512  # the CUDA allocator hands out multiples of this
@@ -58,8 +60,10 @@ class PeakMemory(TorchDispatchMode):
     within itself is not seen, nor is anything inside a compiled graph.
     """
 
-    def __init__(self, granularity: int = BLOCK_BYTES, device: str = "cpu", limit_bytes: int | None = None):
+    def __init__(self, granularity: int = BLOCK_BYTES, device: str = "cpu", limit_bytes: int | None = None,
+                 shapes: Shapes | None = None):
         super().__init__()
+        self._shapes = shapes
         self.granularity, self.device, self.limit_bytes = granularity, device, limit_bytes
         self.tag = "activations"  # of storages that appear from now on
         self.live_bytes = 0
@@ -70,10 +74,21 @@ class PeakMemory(TorchDispatchMode):
         self._hooks: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors((args, kwargs, result)):
+        kwargs = kwargs or {}
+        if self._shapes is None:
+            result, touched = func(*args, **kwargs), None
+        elif func is DEVICE:
+            return args[0].fake_device
+        else:
+            result, touched = self._shapes.run(func, args, kwargs)
+        for tensor in _tensors((args, kwargs, result)) if touched is None else touched:
             self._see(tensor)
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here; torch would guard against that anew in each of the many calls."""
+        return False
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
@@ -151,7 +166,7 @@ def tracing(device: str = "cpu", limit_bytes: int | None = None) -> Iterator[Pea
     collects = gc.isenabled()
     gc.disable()  # a tenth faster; and what only the collector would free counts, as it may on a real device
     try:
-        with FakeTensorMode(), PeakMemory(device=device, limit_bytes=limit_bytes) as tracker:
+        with FakeTensorMode() as mode, PeakMemory(device=device, limit_bytes=limit_bytes, shapes=Shapes(mode)) as tracker:
             yield tracker
     finally:
         if collects:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from shapes import DEVICE, Shapes
@@ -166,7 +166,8 @@ def tracing(device: str = "cpu", limit_bytes: int | None = None) -> Iterator[Pea
     collects = gc.isenabled()
     gc.disable()  # a tenth faster; and what only the collector would free counts, as it may on a real device
     try:
-        with FakeTensorMode() as mode, PeakMemory(device=device, limit_bytes=limit_bytes, shapes=Shapes(mode)) as tracker:
+        with (FakeTensorMode() as mode, disable_fake_tensor_cache(mode),  # Shapes keeps what it would
+              PeakMemory(device=device, limit_bytes=limit_bytes, shapes=Shapes(mode)) as tracker):
             yield tracker
     finally:
         if collects:

@@ -81,7 +81,7 @@ class Shapes:
         """How to make `result` again; None where it depends on more than shapes, or is made like no other."""
         parts: list[Any] = list(key[:2])
         unchanged = _describe(given, parts, []) and tuple(parts) == key
-        if VARYING.intersection(func.tags) or func in self.mode.lift_fns or not unchanged:
+        if _varies(func, tensors) or func in self.mode.lift_fns or not unchanged:
             return None
         kind = type(result) if isinstance(result, list | tuple) else None
         found = list(result) if kind else [] if result is None else [result]
@@ -109,6 +109,13 @@ class Shapes:
                if output.argument is None]
         return len(set(new)) == len(new) and all(
             _facts(self._made(output, tensors)) == _facts(tensor) for tensor, output in zip(found, outputs, strict=True))
+
+
+def _varies(func: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether shapes follow from values, or change in place. Of indexing only where a mask says what is taken."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
+    return bool(VARYING.intersection(func.tags))
 
 
 def _facts(tensor: Tensor) -> tuple:

@@ -57,6 +57,8 @@ def test_a_step_takes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "new": lambda a, b: a + b, "broadcast": lambda a, b: a + b[0], "of a number": lambda a, b: b.int() * 2,
     "of a fraction": lambda a, b: b.int() * 2.0, "view": lambda a, b: a.view(2, -1), "transposed": lambda a, b: a.T,
+    "view of a row": lambda a, b: a[1].view(3, 2), "view of the next": lambda a, b: a[2].view(3, 2),
+    "into the second": lambda a, b: torch.add(a, b, out=b), "into the first": lambda a, b: torch.add(a, b, out=a),
     "of a view": lambda a, b: a.T + b.T, "row": lambda a, b: a[1], "next row": lambda a, b: a[2],
     "in place": lambda a, b: a.mul_(2), "onto itself": lambda a, b: a.copy_(a), "views": lambda a, b: a.split(3),
     "tuple": lambda a, b: torch.var_mean(a, 1), "list given": lambda a, b: torch.cat([a, b]),
@@ -89,6 +91,16 @@ def test_a_known_result_is_the_one_that_was_found(name: str) -> None:
             value = OPERATIONS[name](*given)
             found.append((facts(value, given), tracker.live_bytes, tracker.peak_bytes))
     assert found[1:] == 3 * found[:1]
+
+
+def test_what_is_known_of_one_operation_misleads_no_other() -> None:
+    found = []
+    for tracing in (plain_tracing, footprint.tracing):
+        with tracing():
+            for _ in range(2):
+                pairs = {name: (torch.ones(4, 6), torch.ones(4, 6)) for name in OPERATIONS}
+                found.append({name: facts(OPERATIONS[name](*pair), pair) for name, pair in pairs.items()})
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_shapes_that_follow_from_values_are_never_kept() -> None:

@@ -7,8 +7,8 @@ patches are kept, which words are hidden) is put at its worst case, since fake t
 
 Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much,
 the search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end
-as soon as they take too much; what a larger or a smaller fit has told already is not run. Under torchrun a plan is that of each process: its share of the batch, the features of
-all.
+as soon as they take too much; what a larger or a smaller fit has told already is not run. Under torchrun a plan is that
+of each process: its share of the batch, the features of all.
 """
 
 import dataclasses

@@ -7,8 +7,8 @@ patches are kept, which words are hidden) is put at its worst case, since fake t
 
 Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much,
 the search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end
-as soon as they take too much. Under torchrun a plan is that of each process: its share of the batch, the features of
-all.
+as soon as they take too much; what a larger or a smaller fit has told already is not run. Under torchrun a plan is that
+of each process: its share of the batch, the features of all.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from operator import ge, le
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 import budget
 import footprint
 import memory
+import shapes
 import steps
 from budget import Limits, Plan
 from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
@@ -224,45 +226,63 @@ class StageMeasure:
 
     def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place):
         self.config, self.row, self.tasks, self.place = config, row, list(tasks), place
-        self.known: dict[str, Usage | None] = {}
+        self.costly = [(i, name) for i, task in enumerate(tasks) for name in task.objectives]  # the likeliest first
+        self.steps: dict[str, Usage | None] = {}
+        self.gradients: dict[str, dict[tuple[int, ...], Usage | None]] = {}
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
         """Usage of the task that takes most, over two steps; with a limit of its gradients, unless all is at once; None
-        if they pass it."""
-        found, all_at_once = [], Fit(stage_upper(self.config, self.row, self.place), dict.fromkeys(TOWERS, 0))
-        for task in list(self.tasks):
-            step = StepPlan(self.config, self.row, task, fit, self.place)
-            usage = (self._steps(step, limit_bytes) if limit_bytes is None or fit == all_at_once
-                     else self._gradients(step, limit_bytes))
+        if they pass it. Of gradients it may be that of larger micro-batches, if they keep to the limit."""
+        all_at_once = Fit(stage_upper(self.config, self.row, self.place), dict.fromkeys(TOWERS, 0))
+        whole_steps = limit_bytes is None or fit == all_at_once
+        found = []
+        for i, names in self._runs(fit, whole_steps):
+            step = StepPlan(self.config, self.row, self.tasks[i], fit, self.place)
+            usage = (self._gradients(step, names, limit_bytes) if limit_bytes is not None and not whole_steps
+                     else self._steps(step, limit_bytes))
             if usage is None:
-                self.tasks.remove(task)
-                self.tasks.insert(0, task)  # the likeliest to pass the next limit as well
+                self.costly.sort(key=lambda one: (one[0] != i, one[1] not in names))  # first at the next fit as well
                 return None
             found.append(usage)
         return max(found, key=lambda usage: usage.peak_bytes)
+
+    def _runs(self, fit: Fit, whole_steps: bool) -> list[tuple[int, list[str]]]:
+        """Which task and objectives of it are run together. In parts the objectives follow each other, so gradients are
+        measured of each alone."""
+        runs: dict[tuple[int, str], list[str]] = {}
+        for i, name in self.costly:
+            together = whole_steps or StepPlan(self.config, self.row, self.tasks[i], fit, self.place).is_whole
+            runs.setdefault((i, "" if together else name), []).append(name)
+        return [(i, names) for (i, _), names in runs.items()]
 
     def _steps(self, step: StepPlan, limit_bytes: int | None) -> Usage | None:
         key = str((step.task, step.fit))
-        if self.known.get(key) is None:  # not measured yet, or above a limit
-            self.known[key] = step.usage(limit_bytes=limit_bytes)
-        return _within(self.known[key], limit_bytes)
+        if self.steps.get(key) is None:  # not measured yet, or above a limit
+            self.steps[key] = step.usage(limit_bytes=limit_bytes)
+        return _within(self.steps[key], limit_bytes)
 
-    def _gradients(self, step: StepPlan, limit_bytes: int) -> Usage | None:
-        """In parts the objectives follow each other, so each is measured alone, and anew only when what it uses has
-        changed."""
+    def _gradients(self, step: StepPlan, names: Sequence[str], limit_bytes: int) -> Usage | None:
+        """Measured anew only when what is used of the fit has changed, and tells more than what is known."""
         task, fit = step.task, step.fit
-        found = []
-        for names in [tuple(task.objectives)] if step.is_whole else [(name,) for name in task.objectives]:
-            fusion = ("fusion",) if any(OBJECTIVES[name].uses_fusion for name in names) else ()
-            again = [fit.recompute[tower] for tower in (*task.inputs, *fusion)]
-            key = str((task, names, step.is_whole, again, [fit.micro_batch[tower] for tower in fusion or task.inputs]))
-            if key not in self.known:
-                self.known[key] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
-            usage = _within(self.known[key], limit_bytes)
-            if usage is None:
-                return None
-            found.append(usage)
-        return max(found, key=lambda usage: usage.peak_bytes)
+        fusion = ("fusion",) if any(OBJECTIVES[name].uses_fusion for name in names) else ()
+        again = [fit.recompute[tower] for tower in (*task.inputs, *fusion)]
+        known = self.gradients.setdefault(str((task, sorted(names), step.is_whole, again)), {})
+        sizes = tuple(fit.micro_batch[tower] for tower in fusion or task.inputs)
+        implied = _implied(known, sizes, limit_bytes)
+        if implied is None:
+            known[sizes] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
+            return known[sizes]
+        return known[implied] if _within(known[implied], limit_bytes) else None
+
+
+def _implied(known: Mapping[tuple[int, ...], Usage | None], sizes: tuple[int, ...],
+             limit_bytes: int) -> tuple[int, ...] | None:
+    """The sizes known that tell whether these keep to the limit: no smaller ones that do, or no larger ones that do
+    not. What is chosen on their word is measured by whole steps."""
+    for other, usage in known.items():
+        if all(map(ge if _within(usage, limit_bytes) else le, other, sizes)):
+            return other
+    return None
 
 
 def _within(usage: Usage | None, limit_bytes: int | None) -> Usage | None:
@@ -307,7 +327,7 @@ def _kept(config: Config, facts: Mapping[str, Any], place: Place, search: Callab
                   "memory": dataclasses.asdict(config.memory), "budget_gb": config.budget_gb,
                   "place": dataclasses.asdict(place)}
     sources = [Path(__file__).with_name(f"{name}.py")
-               for name in ("planning", "steps", "losses", "model", "optimization", "footprint", "memory")]
+               for name in ("planning", "steps", "losses", "model", "optimization", "footprint", "shapes", "memory")]
     folder, key = Path(config.paths.output_dir) / "plans", budget.plan_key(everything, sources)
     plan = budget.read_plan(folder, key)
     if plan is None:
@@ -362,13 +382,26 @@ def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place
     """The plan of each stage that `tasks` names, in order, and of `evaluation`."""
     rows = [row for row in config.stages if tasks.get(row.name)]
     work = [(config, row, tasks[row.name], place) for row in rows]
-    if len(rows) < 2 or max(config.effective_batch(row) for row in rows) <= budget.AMPLE_MICRO_BATCH:
-        found = [plan_stage(*one) for one in work]
-    else:  # long searches: side by side, the last stage first, since it tends to take longest
-        with ProcessPoolExecutor(min(len(rows), os.cpu_count() or 1), get_context("spawn")) as pool:
-            found = [future.result() for future in [pool.submit(plan_stage, *one) for one in reversed(work)]][::-1]
-    plans = {row.name: plan for row, plan in zip(rows, found, strict=True)}
-    return plans | {EVALUATION: plan_evaluation(config, place)}
+    helpers = min(len(rows), os.cpu_count() or 1) - 1
+    try:
+        if helpers < 1 or max(config.effective_batch(row) for row in rows) <= budget.AMPLE_MICRO_BATCH:
+            found, evaluation = [plan_stage(*one) for one in work], plan_evaluation(config, place)
+        else:
+            found, evaluation = _side_by_side(work, helpers)
+    finally:
+        shapes.forget()
+    return {row.name: plan for row, plan in zip(rows, found, strict=True)} | {EVALUATION: evaluation}
+
+
+def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig], Place]],
+                  helpers: int) -> tuple[list[Plan], Plan]:
+    """Long searches: the last stage, which tends to take longest, here at once; all else in other processes, which take
+    seconds to start."""
+    with ProcessPoolExecutor(helpers, get_context("spawn")) as pool:
+        others = [pool.submit(plan_stage, *one) for one in reversed(work[:-1])][::-1]
+        evaluation = pool.submit(plan_evaluation, work[-1][0], work[-1][-1])
+        last = plan_stage(*work[-1])
+        return [*(other.result() for other in others), last], evaluation.result()
 
 
 def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> None:

@@ -90,17 +90,22 @@ class Peaks:
     alone where in parts, and what it chooses by two whole steps."""
 
     def __init__(self, case: Case):
-        self.case, self.whole_steps = case, dict[Key, Usage | None]()
-        self.search = StageMeasure(case.config, case.row, [case.task], PLACE)
+        self.case, self.whole_steps, self.gradients = case, dict[Key, Usage | None](), dict[str, Usage | None]()
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
         if limit_bytes is None:
             key = self.case.key(fit)
             if key not in self.whole_steps:
-                self.whole_steps[key] = self.search(fit, None)
+                self.whole_steps[key] = self._measured(fit, None)
             return self.whole_steps[key]
-        usage = self.search(fit, NO_LIMIT)
+        if str(fit) not in self.gradients:
+            self.gradients[str(fit)] = self._measured(fit, NO_LIMIT)
+        usage = self.gradients[str(fit)]
         return usage if usage and usage.peak_bytes <= limit_bytes else None
+
+    def _measured(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
+        """By a measure that knows nothing of larger micro-batches, whose figure it would give for smaller ones."""
+        return StageMeasure(self.case.config, self.case.row, [self.case.task], PLACE)(fit, limit_bytes)
 
     def searched(self, key: Key) -> int:
         usage = self(self.case.fit(key), NO_LIMIT)

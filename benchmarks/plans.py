@@ -5,7 +5,8 @@
 Planned, nothing of it measured: the real steps run on fake tensors, without a GPU. Stages and data are those of
 config.yaml: 224 pixels, sounds of 10 s, captions of 64 tokens. GiB: tensors at the peak + what is left free for the
 context, gaps and workspaces. Micro-batches are those of image/audio/text/fusion; 32/2: of 32, every 2nd block
-recomputed. Without --batches 8192 is planned for `large` alone. What each row's planning took goes to stderr.
+recomputed. Without --batches 8192 is planned for `large` alone. What each row's planning took goes to stderr: seconds,
+and CPU seconds of this process and of those beside it, which count where others use the machine as well.
 """
 
 import argparse
@@ -52,6 +53,14 @@ def table_row(config: Config, plans: Mapping[str, Plan] | OverBudget) -> str:
         cells) + " |"
 
 
+def cpu_seconds(since: os.times_result) -> str:
+    """Of this process and, of those that it started and that have ended, of all together."""
+    now = os.times()
+    own = now.user + now.system - since.user - since.system
+    beside = now.children_user + now.children_system - since.children_user - since.children_system
+    return f"{own:.0f} s" + (f" and {beside:.0f} s beside it" if beside else "")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
@@ -64,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     for size in args.sizes:
         for batch in args.batches or (*BATCHES, *([LARGEST] if size == "large" else [])):
             with tempfile.TemporaryDirectory() as folder:
-                config, began = configured(size, batch, folder), time.perf_counter()
+                config, began, cpu = configured(size, batch, folder), time.perf_counter(), os.times()
                 found: Mapping[str, Plan] | OverBudget
                 try:
                     found = plans_of(config)
@@ -73,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
                     print(error, file=sys.stderr)
             seconds = time.perf_counter() - began
             print(table_row(config, found), flush=True)
-            print(f"{size} {batch}: {seconds:.0f} s, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+            print(f"{size} {batch}: {seconds:.0f} s, CPU {cpu_seconds(cpu)}, load {os.getloadavg()[0]:.1f}",
+                  file=sys.stderr, flush=True)
     return 0
 
 

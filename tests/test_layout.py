@@ -33,13 +33,14 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
     "optimization": "config",
     # the machine
-    "footprint": "", "memory": "config", "budget": "config files footprint memory", "checkpoint": "files",
+    "shapes": "", "footprint": "shapes", "memory": "config", "budget": "config files footprint memory",
+    "checkpoint": "files",
     "distributed": "config",
     # what a run writes
     "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
     # runs
     "protocols": "config datasets metrics memory",
-    "planning": "config model datasets steps losses memory budget footprint optimization",
+    "planning": "config model datasets steps losses memory budget footprint shapes optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
             "redaction",
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",

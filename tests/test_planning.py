@@ -1,6 +1,7 @@
 """Plans: true to the real step's bytes, inside the README's budgets, kept, obeyed, printed without any data."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import run_training
 import training
 from budget import Plan
 from config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
-from footprint import TAGS, PeakMemory
+from footprint import TAGS, PeakMemory, Usage
 from memory import CONTEXT_GIB, GIB, Fit
 from model import TriModalModel
 from planning import Place, StepPlan
@@ -99,7 +100,8 @@ def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(tmp_path: Path) -> N
     weights = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
     found = planning.limits(config, Place("cpu", None, ratio=1.0)).tensor_bytes
     assert found == 3 * GIB - weights
-    assert planning.limits(config, Place("cuda", None, ratio=1.0)).tensor_bytes == 4 * GIB - int(CONTEXT_GIB["cuda"] * GIB)
+    on_gpu = planning.limits(config, Place("cuda", None, ratio=1.0)).tensor_bytes
+    assert on_gpu == 4 * GIB - int(CONTEXT_GIB["cuda"] * GIB)
 
 
 def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path) -> None:
@@ -161,6 +163,67 @@ def test_the_search_measures_every_fit_anew_that_differs_in_what_its_step_uses(t
     for tower in ("image", "text", "fusion"):
         more = kept(Fit(upper, deepest | {tower: 0}), 1 << 40)
         assert least and more and more.peak_bytes > least.peak_bytes, f"{tower} recomputes nothing"
+
+
+@pytest.mark.parametrize("rows_bytes", [lambda n: 10 * n, lambda n: 300 * (n > 5) + n, lambda n: int(90 * n**0.5),
+                                        lambda n: n * n], ids=["straight", "with a jump", "flattening", "steeper"])
+def test_what_is_implied_by_known_measurements_changes_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 rows_bytes: Callable[[int], int]) -> None:
+    """Against a search that measures each task and objective of each fit that it tries."""
+    config = load_config(None, ["training.batch_size=16", f"paths.output_dir={tmp_path}"])
+    row = config.stages[2]
+    upper, runs = planning.stage_upper(config, row, CPU), []
+    scale = {"image": 3, "audio": 4, "text": 1, "fusion": 2}
+
+    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
+        runs.append(gradient_of)
+        towers = ("fusion",) if {"matching", "concepts"} & {*gradient_of} else step.task.inputs
+        peak = 1000 + max(scale[t] * rows_bytes(step.fit.micro_batch[t]) // (1 + 3 * step.fit.recompute[t])
+                          for t in towers) * (2 if "matching" in gradient_of else 1)
+        return None if limit_bytes is not None and peak > limit_bytes else Usage(peak, {})
+
+    monkeypatch.setattr(StepPlan, "usage", usage)
+    for room in (5, 60, 300, 900, 2500, 20_000):
+        chosen, times = [], []
+        for kind in (planning.StageMeasure, Forgetful):
+            runs.clear()
+            measure = kind(config, row, tasks_of(row), CPU)
+            search = budget._Search(measure, dict(upper), 1000 + room, True, False)
+            chosen.append(search.best(None))
+            times.append(len(runs))
+        assert chosen[0] == chosen[1] and times[0] <= times[1], room
+
+
+class Forgetful(planning.StageMeasure):
+    """Measures all anew."""
+
+    def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
+        self.gradients.clear()
+        return super().__call__(fit, limit_bytes)
+
+
+def test_larger_parts_that_fit_and_smaller_ones_that_do_not_tell_of_others() -> None:
+    known: dict[tuple[int, ...], Usage | None] = {(8, 8): Usage(50, {}), (16, 4): None}
+    assert planning._implied(known, (8, 4), 60) == (8, 8), "less of both"
+    assert planning._implied(known, (8, 4), 40) is None, "the larger one is above this limit by now"
+    assert planning._implied(known, (16, 8), 60) == (16, 4) and planning._implied(known, (16, 2), 60) is None
+
+
+def test_the_task_that_passed_the_limit_is_the_first_to_be_run_at_the_next_fit(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, runs = load_config(None, [f"paths.output_dir={tmp_path}"]), []
+    row = config.stages[2]
+
+    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
+        runs.append((step.task.inputs, *gradient_of))
+        return None if runs[-1][1:] == ("matching",) and step.task.inputs == ("audio", "text") else Usage(1, {})
+
+    monkeypatch.setattr(StepPlan, "usage", usage)
+    measure = planning.StageMeasure(config, row, tasks_of(row), CPU)
+    for size in (8, 4):
+        runs.clear()
+        assert measure(Fit(dict.fromkeys(planning.TOWERS, size), dict.fromkeys(planning.TOWERS, 0)), 5) is None
+    assert runs == [(("audio", "text"), "matching")], "known to be too much at 8, not at 4"
 
 
 def test_speakers_take_memory_where_there_are_any(tmp_path: Path) -> None:

@@ -141,13 +141,15 @@ def kill_until_done(start: Callable[[int], BaseProcess], small: SmallRuns, place
 
 
 def wait_for_a_moment(process: BaseProcess, place: Path, draw: random.Random) -> None:
-    """A quarter of the moments lies anywhere from the start on, the others from when the run has begun to write."""
+    """A quarter of the moments lies anywhere from the start on, the others from when the run has written some more
+    records, which brings it on to its later stages."""
     log = place / "logs" / "metrics.jsonl"
-    before = log.stat().st_size if log.exists() else 0
-    if draw.random() < 0.25:
-        process.join(draw.uniform(0, LONGEST_S))
-        return
-    while process.is_alive() and (log.stat().st_size if log.exists() else 0) == before:
+
+    def written() -> int:
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    until = written() + draw.randint(1, 6) if draw.random() < 0.75 else 0
+    while process.is_alive() and written() < until:
         time.sleep(0.005)
     process.join(draw.uniform(0, LONGEST_S))
 

@@ -13,6 +13,7 @@ import json
 import os
 import pickletools
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from files import BESIDE, replacing
 
 SCHEMA = 1  # raised when a reader of the older layout would misread the newer one
+ROOM = 1.02  # times the bytes of the tensors
 
 _ZIP_START = b"PK\x03\x04"
 _ZIP_END = b"PK\x05\x06"
@@ -77,6 +79,23 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
             json.dump(others, file, ensure_ascii=False, indent=1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)})") from None
+
+
+def check_room(folder: Path, *contents: Any) -> None:
+    """Raises CheckpointError where `folder` has no room for files of all these contents."""
+    need, free = ROOM * sum(map(tensor_bytes, contents)), shutil.disk_usage(folder).free
+    if need > free:
+        raise CheckpointError(f"{folder}: the next checkpoint takes {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; "
+                              "earlier ones are unchanged. Free space or choose another --output-dir")
+
+
+def tensor_bytes(value: Any) -> int:
+    """Of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def load_export(path: str | Path) -> dict[str, Any]:

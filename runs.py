@@ -20,6 +20,7 @@ import protocols
 import report
 from checkpoint import (
     CheckpointError,
+    check_room,
     describe_mismatch,
     export,
     find_latest,
@@ -348,6 +349,7 @@ def finish(run: Run) -> Path:
     try:
         final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
                  "progress": vars(run.progress).copy()}
+        check_room(run.folder / "checkpoints", final, final["model_state_dict"])
         save_file(final, run.folder / "checkpoints" / "final_model.pt")
         export(final, run.folder / "checkpoints" / "model.safetensors")
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),

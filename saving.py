@@ -6,22 +6,18 @@ fourth epoch of all, `checkpoint_epoch_4_step_120.pt` lies within it. On a GPU t
 moment and written while training goes on; on a CPU it is written at once, since a copy would be in the budget.
 """
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from checkpoint import CheckpointError, plain, rotate
+from checkpoint import CheckpointError, check_room, plain, rotate
 from checkpoint import save as save_file
 from interruption import Interruption, Stopped
 from runs import Run, checkpoint_name, description
 
 KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
-ROOM = 1.02  # times the bytes of the tensors
 
 StageState = Callable[[], Mapping[str, Any]]
 
@@ -98,10 +94,7 @@ class Saver:
     def _write(self, files: list[tuple[Path, Mapping[str, Any]]]) -> None:
         folder = files[-1][0].parent
         folder.mkdir(parents=True, exist_ok=True)
-        need, free = ROOM * sum(tensor_bytes(content) for _, content in files), shutil.disk_usage(folder).free
-        if need > free:
-            raise CheckpointError(f"{folder}: the next checkpoint takes {need / 1e9:.2f} GB, {free / 1e9:.2f} are "
-                                  "free; earlier ones are unchanged. Free space or choose another --output-dir")
+        check_room(folder, *(content for _, content in files))
         for path, content in files:
             save_file(content, path)
         self.has_saved = True
@@ -131,12 +124,3 @@ class Saver:
             saved = "which is saved" if self.has_saved else "which could NOT be saved"
             raise Stopped(f"Stopped by {self.interruption.asked or 'a signal'} after step {self.run.progress.step}, "
                           f"{saved}. Go on with --resume auto")
-
-
-def tensor_bytes(value: Any) -> int:
-    """Of all tensors in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(map(tensor_bytes, value.values()))
-    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -160,9 +160,9 @@ def update(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
         shrink(run, stage, cause, "the update goes on where it stopped, later steps")
 
 
-def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again") -> None:
+def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again", step: int | None = None) -> None:
     """After running out of memory: free what the failed work left, halve the stage's micro-batches, say so and `what`
-    comes next."""
+    comes next. `step`: of the event; None: of the one that is being trained."""
     memory.free_cached(run.device)
     name = stage.row.name
     less = memory.smaller(run.fits[name], may_recompute=run.config.model.use_checkpoint)
@@ -170,7 +170,8 @@ def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again"
         raise UserError(memory.out_of_memory_message(f"stages.{name}", run.device))
     run.fits[name] = less
     apply_recompute(run.model, less)
-    run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {less}", run.progress.step + 1)
+    at = run.progress.step + 1 if step is None else step
+    run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {less}", at)
 
 
 # ---- an epoch ----------------------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> dict[str, Ten
             return accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
         except (RuntimeError, MemoryError) as error:
             cause = memory.out_of_memory_cause(error)
-        shrink(run, stage, cause, "the same validation batch again")
+        shrink(run, stage, cause, "the same validation batch again", run.progress.step)
 
 
 @contextlib.contextmanager

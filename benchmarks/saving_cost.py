@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.attention_memory import cpu_name
+from checkpoint import tensor_bytes
 from config import SIZES, load_config
 from interruption import Interruption
-from saving import Saver, tensor_bytes
+from saving import Saver
 from tests.small_runs import SmallRuns, batches, step
 
 LIMIT_PCT = 2.0

@@ -17,6 +17,7 @@ import inspection
 import prepare
 import rehearsal
 import runs
+from checkpoint import tensor_bytes
 from config import UserError
 from datasets import load_data
 from findings import Finding
@@ -26,7 +27,7 @@ from memory import Fit
 from model import create_model
 from optimization import MovingAverage, Optimizer
 from runs import Options
-from saving import Saver, tensor_bytes
+from saving import Saver
 from stages import build_stage
 from tests import trees
 from tests.small_runs import one_thread

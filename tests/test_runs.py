@@ -18,7 +18,6 @@ import torch
 import yaml
 
 import checkpoint
-import files
 import model as model_module
 import resume
 import runs
@@ -470,7 +469,9 @@ def no_space(handle: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path,
+@pytest.mark.parametrize(("full", "said"), [("os.fsync", "No space left on device"),
+                                            ("shutil.disk_usage", r"takes [0-9.]+ GB, 0\.00 are free")])
+def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path, full: str, said: str,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
@@ -478,10 +479,12 @@ def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, 
 
     def finish(run: runs.Run) -> Path:
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "fsync", no_space)
+            patch.setattr(full, no_space if full == "os.fsync" else lambda folder: shutil._ntuple_diskusage(9, 8, 1))
             return runs.finish(run)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"No space left on device.*--resume auto"):
+    before = sorted((folder / "checkpoints").iterdir())
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=said + ".*--resume auto"):
         patch.setattr(training, "finish", finish)
         small.train(folder, *QUICK, resume="auto")
+    assert sorted((folder / "checkpoints").iterdir()) == before, "nothing half written"
     assert not [line for line in records(folder, "report") if (folder / "reports" / line["file"]).exists()]

@@ -118,7 +118,7 @@ def test_without_room_for_the_next_checkpoint_the_run_goes_on(small: SmallRuns, 
     saver.save("pretrain", dict)
     saver.run.progress.epoch = 1
     with monkeypatch.context() as patch:
-        patch.setattr(saving.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+        patch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
         saver.save("pretrain", dict)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_epoch_0.pt"]
     [event] = records(tmp_path, "event")

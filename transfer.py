@@ -1,7 +1,8 @@
 """Fetch one file over HTTP: resumed where it stopped, checked while it arrives, there whole or not at all.
 
 While a file arrives it is NAME.part, with a note NAME.part.json of the server's validators beside it. It gets its name
-only when its size and digest are right. Killed at any moment, the next call goes on from the bytes that are there.
+only when its size and digest are right. Killed at any moment, the next call goes on from the bytes that are there. Of
+several processes that want the same file one fetches it, and the others wait and then find it there.
 """
 
 import contextlib
@@ -10,17 +11,18 @@ import hashlib
 import json
 import os
 import random
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from config import UserError
-from files import sync_folder
+from files import locked, sync_folder
+from progress import Bar, Progress
 from redaction import redact
 
 if TYPE_CHECKING:
@@ -53,6 +55,10 @@ class _Again(Exception):
         self.unreachable = unreachable
 
 
+class Stopped(Exception):
+    """`Policy.stop` was set; what has arrived is kept."""
+
+
 class Mismatch(Exception):
     """All bytes are there and they are the wrong ones: another size or digest."""
 
@@ -78,7 +84,8 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Patience. `failures` counts tries in a row without one new byte; a server that cannot be reached gets fewer."""
+    """Patience, and who hears of it. `failures` counts tries in a row without one new byte; a server that cannot be
+    reached gets fewer. Whoever sets `stop` ends the transfer at its next byte."""
 
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
@@ -86,7 +93,12 @@ class Policy:
     failures_to_connect: int = 2
     backoff_s: float = 1.0
     longest_wait_s: float = 600.0
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] | None = None  # None: until `stop`
+    progress: Progress = field(default_factory=Progress)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def pause(self, seconds: float) -> None:
+        (self.sleep or self.stop.wait)(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +117,43 @@ def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
         TransferError: no server gave it; says what each answered.
         UserError: the disk is full.
     """
+    policy = policy or Policy()
     try:
-        with contextlib.suppress(FileNotFoundError, Mismatch):
-            return check_file(wanted)
-        wanted.path.unlink(missing_ok=True)
         wanted.path.parent.mkdir(parents=True, exist_ok=True)
-        return _from_any_server(wanted, policy or Policy())
+        with locked(wanted.path, _Waiting(wanted, policy)):
+            with contextlib.suppress(FileNotFoundError, Mismatch):
+                return check_file(wanted, policy.progress)
+            wanted.path.unlink(missing_ok=True)
+            with policy.progress.bar(wanted.path.name, wanted.size, transfer=True) as bar:
+                return _from_any_server(wanted, policy, bar)
     except OSError as error:
         raise _disk_error(error, wanted.path) from None
 
 
-def check_file(wanted: Wanted) -> Fetched:
+class _Waiting:
+    """For another process that fetches the same file; says so once."""
+
+    def __init__(self, wanted: Wanted, policy: Policy) -> None:
+        self._wanted, self._policy, self._said = wanted, policy, False
+
+    def __call__(self) -> None:
+        if not self._said:
+            self._policy.progress.say(f"{self._wanted.path.name}: another process is fetching it; waiting for that")
+        self._said = True
+        if self._policy.stop.wait(0.1):
+            raise Stopped
+
+
+def check_file(wanted: Wanted, progress: Progress | None = None) -> Fetched:
     """Hash `wanted.path` and compare. Raises FileNotFoundError or Mismatch."""
     hashes = _new_hashes()
-    with wanted.path.open("rb") as file, _bar(f"checking {wanted.path.name}", wanted.path.stat().st_size) as bar:
-        size = _hash_into(hashes, file, bar)
+    with wanted.path.open("rb") as file:
+        with (progress or Progress()).bar(f"checking {wanted.path.name}", wanted.path.stat().st_size) as bar:
+            size = _hash_into(hashes, file, bar)
     return _verdict(wanted, size, hashes)
 
 
-def _from_any_server(wanted: Wanted, policy: Policy) -> Fetched:
+def _from_any_server(wanted: Wanted, policy: Policy, bar: Bar) -> Fetched:
     problems: list[str] = []
     dead: set[str] = set()
     with _session() as session:
@@ -132,7 +162,7 @@ def _from_any_server(wanted: Wanted, policy: Policy) -> Fetched:
             if host in dead:
                 continue
             try:
-                return _from_server(session, url, wanted, policy)
+                return _from_server(session, _Part(wanted, url, bar), policy)
             except _NextServer as error:
                 problems.append(f"{host} {error}")
                 dead |= {host} if error.unreachable else set()
@@ -148,14 +178,13 @@ def _session() -> "Session":
     return session
 
 
-def _from_server(session: "Session", url: str, wanted: Wanted, policy: Policy) -> Fetched:
+def _from_server(session: "Session", part: "_Part", policy: Policy) -> Fetched:
     """Ask one server until the file is whole; gives up when tries bring nothing new."""
-    part = _Part(wanted, redact(url, wanted.secrets))
     failures = mismatches = 0
     best = part.size
     while True:
         try:
-            _receive(session, url, part, policy)
+            _receive(session, part, policy)
             return part.finish()
         except Mismatch as error:
             part.restart()
@@ -183,23 +212,23 @@ def _wait(error: _Again, failures: int, part: "_Part", policy: Policy) -> None:
     if wait_s > policy.longest_wait_s:
         raise _NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
     kept = f"; {part.size:,} bytes are kept" if part.size else ""
-    _say(f"{part.wanted.path.name}: {_host(part.url)} {error}; trying again in {wait_s:.0f} s{kept}")
-    policy.sleep(wait_s)
+    policy.progress.say(f"{part.wanted.path.name}: {_host(part.url)} {error}; trying again in {wait_s:.0f} s{kept}")
+    policy.pause(wait_s)
 
 
-def _receive(session: "Session", url: str, part: "_Part", policy: Policy) -> None:
+def _receive(session: "Session", part: "_Part", policy: Policy) -> None:
     """One request: adds what arrives to the part. Returns when the file is whole, raises `_Again` when it is not."""
     if part.whole():
         return
-    verify = urlsplit(url).hostname not in part.wanted.unverified_hosts
+    verify = urlsplit(part.address).hostname not in part.wanted.unverified_hosts
     with _translated(policy), _quiet_about_tls(verify):
-        response = session.get(url, headers=part.headers(), stream=True, verify=verify,
+        response = session.get(part.address, headers=part.headers(), stream=True, verify=verify,
                                timeout=(policy.connect_timeout_s, policy.read_timeout_s))
         with response:
             start = _start_of_body(response, part)
             if start is None:
                 return
-            _store(response, part, start)
+            _store(response, part, start, policy.stop)
     if part.size < part.total:
         raise _Again(f"ended {part.total - part.size:,} bytes early")
 
@@ -236,7 +265,7 @@ def _check_offer(part: "_Part", first: int, total: int) -> None:
         raise _Again("answered with another part of the file than asked for")
 
 
-def _store(response: "Response", part: "_Part", start: int) -> None:
+def _store(response: "Response", part: "_Part", start: int, stop: threading.Event) -> None:
     chunks = response.iter_content(CHUNK_BYTES)
     head = next(chunks, b"")
     if start == 0 and _looks_like_page(head):
@@ -244,11 +273,12 @@ def _store(response: "Response", part: "_Part", start: int) -> None:
     if start == 0:
         part.restart()
     part.note(response, start)
-    with part.path.open("ab") as file, _bar(part.wanted.path.name, part.total or None, part.size) as bar:
+    with part.path.open("ab") as file:
         for chunk in _prepend(head, chunks):
+            if stop.is_set():
+                raise Stopped
             file.write(chunk)
             part.add(chunk)
-            bar.update(len(chunk))
             if part.total and part.size > part.total:
                 break  # found out in `finish`
 
@@ -256,9 +286,11 @@ def _store(response: "Response", part: "_Part", start: int) -> None:
 class _Part:
     """What has arrived: the bytes in NAME.part, their hashes, and the server's validators in NAME.part.json."""
 
-    def __init__(self, wanted: Wanted, url: str) -> None:
+    def __init__(self, wanted: Wanted, address: str, bar: Bar) -> None:
         self.wanted = wanted
-        self.url = url
+        self.address = address
+        self.url = redact(address, wanted.secrets)  # the one to write down
+        self.bar = bar
         self.path = wanted.path.with_name(wanted.path.name + ".part")
         self.notes_path = wanted.path.with_name(wanted.path.name + ".part.json")
         self.notes = self._read_notes()
@@ -288,15 +320,17 @@ class _Part:
         return str(self.notes.get("last_modified") or "") if etag.startswith("W/") or not etag else etag
 
     def _load(self) -> None:
-        with self.path.open("rb") as file, _bar(f"checking {self.path.name}", self.path.stat().st_size) as bar:
-            self.size = _hash_into(self.hashes, file, bar)
+        with self.path.open("rb") as file:
+            self.size = _hash_into(self.hashes, file)
         if self.total and self.size > self.total:
             self.restart()
+        self.bar.move_to(self.size, arrived=False)
 
     def restart(self) -> None:
         self.path.unlink(missing_ok=True)
         self.size = 0
         self.hashes = _new_hashes()
+        self.bar.move_to(0)
 
     def whole(self) -> bool:
         return self.size > 0 and self.size == self.total
@@ -313,12 +347,14 @@ class _Part:
         """Write down what identifies the file on this server, before the first byte of it is written."""
         length = int(response.headers.get("Content-Length") or 0)
         self.total = self.wanted.size or (start + length if length else 0)
+        self.bar.expect(self.total)
         self.notes = {"url": self.url, "total": self.total, "etag": response.headers.get("ETag", ""),
                       "last_modified": response.headers.get("Last-Modified", ""), "sha256": _announced(response)}
         self.notes_path.write_text(json.dumps(self.notes), encoding="utf-8")
 
     def add(self, chunk: bytes) -> None:
         self.size += len(chunk)
+        self.bar.move_to(self.size)
         for hasher in self.hashes.values():
             hasher.update(chunk)
 
@@ -355,11 +391,12 @@ def _new_hashes() -> dict[str, Any]:
     return {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
 
 
-def _hash_into(hashes: Mapping[str, Any], file: Any, bar: Any) -> int:
+def _hash_into(hashes: Mapping[str, Any], file: Any, bar: Bar | None = None) -> int:
     size = 0
     while chunk := file.read(1 << 20):
         size += len(chunk)
-        bar.update(len(chunk))
+        if bar:
+            bar.add(len(chunk))
         for hasher in hashes.values():
             hasher.update(chunk)
     return size
@@ -445,14 +482,3 @@ def _disk_error(error: OSError, path: Path) -> UserError:
         return UserError(f"{path.parent}: the disk is full; what has arrived is kept, free some space and run again")
     return UserError(f"{error.filename or path}: {error.strerror or error}")
 
-
-def _bar(text: str, total: int | None, initial: int = 0) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, desc=text, unit="B", unit_scale=True, leave=False, disable=None)
-
-
-def _say(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)

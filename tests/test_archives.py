@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 
 import archives
-from archives import ArchiveError, Expected, Unpacked, declared_size, destination, safe_name, unpack
+from archives import Expected, Unpacked, Watcher, declared_size, unpack
 from config import UserError
+from members import ArchiveError, Rules, destination, safe_name
+from seven_zip import TOOLS
 from tests import packing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +110,7 @@ def test_declared_size(tmp_path: Path) -> None:
     ("list.json", (("*/list.json", "l"), ("list.json", "l")), "l"),
     ("list.json/x", (("list.json", "l"),), None),
 ])
-def test_rules_choose_and_place(name: str, rules: archives.Rules, place: str | None) -> None:
+def test_rules_choose_and_place(name: str, rules: Rules, place: str | None) -> None:
     assert destination(name, rules) == place
 
 
@@ -127,7 +129,8 @@ def test_the_listing_is_shown_before_anything_is_renamed(tmp_path: Path) -> None
         seen.append(tree(folder))
         assert not (tmp_path / "out").exists()
 
-    unpack([write(tmp_path / "a", packing.zip_of(FILES))], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH, look)
+    unpack([write(tmp_path / "a", packing.zip_of(FILES))], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH,
+           Watcher(staged=look))
     assert seen == [FILES]
 
 
@@ -333,7 +336,7 @@ def test_a_tool_that_fails_or_strays_is_noticed(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tool", archives.SEVEN_ZIP_TOOLS)
+@pytest.mark.parametrize("tool", TOOLS)
 def test_the_tools_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
     found = shutil.which(tool)
     if not found:

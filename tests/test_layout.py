@@ -57,10 +57,16 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
                  " stages tracking training",
     "doctor": "config findings environment inspection rehearsal runs",
     # getting data
-    "sources": "", "transfer": "config files redaction", "archives": "config", "inventory": "files",
-    "local_copies": "config",
-    "acquisition": "config sources transfer archives inventory local_copies redaction",
-    "download_datasets": "arguments config sources transfer archives acquisition redaction",
+    "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
+    "transfer": "config files progress redaction", "debian": "transfer", "inventory": "files", "local_copies": "config",
+    "zip_stream": "members", "seven_zip": "config members progress",
+    "archives": "config members progress seven_zip zip_stream",
+    "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
+    "clips": "annotations config files pipeline selection transfer",
+    "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "
+                   "selection sources transfer",
+    "verification": "acquisition archives inventory pipeline selection sources transfer",
+    "download_datasets": "acquisition annotations arguments config redaction selection sources transfer verification",
 }.items()}
 WITHOUT_TORCH = ("config", "arguments", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
                  "run_training", "evaluate", "doctor", "environment", "findings")

@@ -23,6 +23,7 @@ import clips
 import inventory
 import local_copies
 import pipeline
+import sampling
 import transfer
 from config import UserError
 from debian import fetch_by_apt
@@ -30,6 +31,7 @@ from files import locked
 from holdings import Holdings
 from members import ArchiveError
 from redaction import redact
+from remote import NoRange, RemoteFile
 from selection import Options, Selection, fetch_bytes
 from sources import File, Item, Source
 from transfer import Fetched, Mismatch, TransferError, Wanted
@@ -103,7 +105,7 @@ class Acquisition:
         before = self.holdings.marker
         self.holdings.marker = {
             "set": self.source.name, "title": self.source.title, "licence": self.source.licence, "complete": False,
-            "items": before.get("items", {}), "limited": self.selection.limited,
+            "items": before.get("items", {}),
             "linked": {place: number for place, number in before.get("linked", {}).items()
                        if (self.folder / place).is_dir() or not number}}
         if self.local:
@@ -114,14 +116,16 @@ class Acquisition:
         if alternatives:
             self._obtain_one(todo)
         else:
-            self._obtain(todo)
+            self._obtain_all(todo)
         if self.options.sounds == "youtube" and self.source.name == "audiocaps":
             self.may_come = clips.fetch_clips(self.folder, self.options, self.policy)
         self._finish_set()
 
     def _finish_set(self) -> None:
         marker = self.holdings.marker
+        everything = Selection(self.source, replace(self.options, splits=(), max_gb=0.0, sample=0))
         marker |= {"complete": not self.unavailable and not self.may_come,
+                   "limited": self.selection.limited and bool(Holdings(everything, marker).todo(sizes=False)),
                    "counts": {place: found for place, found, _ in self.holdings.counts(self.holdings.coverage())}}
         inventory.write_marker(self.folder, marker)
         (self.folder / LICENCE).write_text(f"{self.source.title}\n{self.source.page}\n\n{self.source.licence}\n"
@@ -244,6 +248,25 @@ class Acquisition:
             else:
                 problems.append(str(error))
 
+    def _obtain_all(self, items: list[Item]) -> None:
+        """All items, or a sample of those that can be taken in part, after the lists that choose it."""
+        sampled = [item for item in items if self.options.sample and sampling.is_sampled(item)]
+        self._obtain([item for item in items if item not in sampled])
+        for item in sampled:
+            if self.holdings.present(item, False):
+                continue  # shards: those before it had enough clips
+            try:
+                self._complete_item(item, self._remote_parts(item))
+            except NoRange:
+                self._obtain([item])
+
+    def _remote_parts(self, item: Item) -> list[RemoteFile]:
+        if self.local or item.kind not in ("zip", "7z"):
+            raise NoRange
+        self._check_package(item)
+        return [RemoteFile(self._wanted(file, Path(file.name), self.selection.addresses(file)), self.policy)
+                for file in item.files]
+
     def _obtain_one(self, items: list[Item]) -> None:
         """The first of the alternatives that can be had, or the one that the user has."""
         if self.local and self.local.is_file():
@@ -274,29 +297,40 @@ class Acquisition:
             return [partial(self._get, item.files[0], self.folder / item.into)]
         return [partial(self._get, file, self.folder / ARCHIVES / file.name) for file in item.files]
 
-    def _complete_item(self, item: Item, fetched: list[Fetched]) -> None:
-        """All files of the item are there: unpack it, and write it into the marker."""
+    def _complete_item(self, item: Item, fetched: Sequence[Fetched | RemoteFile]) -> None:
+        """All files of the item are there, or can be read where they are: unpack it, and write it into the marker."""
+        here = [file for file in fetched if isinstance(file, Fetched)]
         record: dict[str, Any] = {
-            "sha256": [file.sha256 for file in fetched], "checked": [file.checked for file in fetched],
-            "url": [file.url for file in fetched], "files": 1, "bytes": sum(file.size for file in fetched)}
+            "sha256": [file.sha256 for file in here], "checked": [file.checked for file in here],
+            "url": [file.url for file in here], "files": 1, "bytes": sum(file.size for file in here)}
         if item.kind != "plain":
-            record = self._unpack(item, [file.path for file in fetched], record)
+            parts = [file.path if isinstance(file, Fetched) else file for file in fetched]
+            record = self._unpack(item, parts, record)
         else:
-            self._look_at_rows(item, fetched[0])
+            self._look_at_rows(item, here[0])
         self.holdings.items[item.name] = record
         inventory.write_marker(self.folder, self.holdings.marker)
         if item.kind != "plain" and not self.options.keep_archives:
             for file in item.files:
                 (self.folder / ARCHIVES / file.name).unlink(missing_ok=True)
         checked = "digest right" if all(record["checked"]) else "no digest is published"
+        checked = "a sample, read in pieces" if len(here) < len(fetched) else checked
         self.say(f"{item.name}: {checked}, {record['files']:,} files, {record['bytes'] / 1e6:,.1f} MB")
 
-    def _unpack(self, item: Item, parts: list[Path], record: dict[str, Any]) -> dict[str, Any]:
-        self._check_free(archives.declared_size(parts, item.kind), item.name)
+    def _unpack(self, item: Item, parts: Sequence[archives.Part], record: dict[str, Any]) -> dict[str, Any]:
+        choose, archive = None, "".join(record["sha256"])[:16]
+        if self.options.sample and sampling.is_sampled(item):
+            number = self.options.sample
+            record["sample"], archive = number, f"{archive}-{number}"
+            if item.kind == "parquet":
+                number -= inventory.count(self.folder / item.into, "")
+            choose = sampling.chooser(self.source.name, item, self.folder, number)
+        else:
+            self._check_free(archives.declared_size(parts, item.kind), item.name)
         published = sum(count.number for count in item.counts)
         expected = archives.Expected(rules=item.rules, files=2 * published + 10_000 if published else 2_000_000,
-                                     size=3 * item.unpacked + 1_000_000_000)
-        staging = self.folder / STAGING / f"{item.name}-{record['sha256'][0][:16]}"  # of this very archive
+                                     size=3 * item.unpacked + 1_000_000_000, choose=choose)
+        staging = self.folder / STAGING / f"{item.name}-{archive}"  # of this very archive
         staging.parent.mkdir(exist_ok=True)
         with inventory.Listing(inventory.contents_path(self.folder, item.name), record) as listing:
             watcher = archives.Watcher(file=listing.add, staged=lambda folder: listing.finish())

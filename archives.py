@@ -17,7 +17,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ import zip_stream
 from config import UserError
 from members import ArchiveError, Member, Rules, destination, safe_name
 from progress import Progress
+from remote import RemoteFile
 
 CHUNK_BYTES = 1 << 18
 XZ_MEMORY_BYTES = 96 << 20  # of the dictionary; the largest preset takes 65 MiB
@@ -38,13 +39,20 @@ _BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAErro
            NotImplementedError)
 
 
+Part = Path | RemoteFile
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What is taken out of an archive (see `destination`), and the most files and bytes that it may come to."""
+    """What is taken out of an archive (see `destination`), and the most files and bytes that it may come to.
+
+    `choose` is given the names of all members that the rules let through, and says which of them to take.
+    """
 
     files: int
     size: int
     rules: Rules = ()
+    choose: Callable[[Iterator[str]], Collection[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +69,7 @@ class Watcher:
     staged: Callable[[Path], Any] = lambda folder: None
 
 
-def unpack(parts: Sequence[Path], kind: str, target: Path, staging: Path, expected: Expected,
+def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expected: Expected,
            watcher: Watcher | None = None, progress: Progress | None = None) -> Unpacked:
     """Unpack the archive (all `parts` of it) into `staging`, then rename all into `target`.
 
@@ -100,9 +108,9 @@ def _beside(staging: Path) -> Path:
     return staging.with_name(staging.name + ".writing")
 
 
-def declared_size(parts: Sequence[Path], kind: str) -> int:
+def declared_size(parts: Sequence[Part], kind: str) -> int:
     """Bytes that the archive says it unpacks to; 0 where only unpacking would tell."""
-    with _errors(parts[0].name, parts[0].parent), ExitStack() as stack:
+    with _errors(parts[0].name, Path(parts[0].name)), ExitStack() as stack:
         if kind == "zip":
             return sum(member.size for member in _zip_members(parts, (), stack))
         if kind == "7z":
@@ -110,7 +118,7 @@ def declared_size(parts: Sequence[Path], kind: str) -> int:
         return 0
 
 
-def _unpack_members(parts: Sequence[Path], kind: str, staging: Path, expected: Expected, watcher: Watcher,
+def _unpack_members(parts: Sequence[Part], kind: str, staging: Path, expected: Expected, watcher: Watcher,
                     progress: Progress) -> Unpacked:
     files = size = 0
     members = {"zip": _zip_members, "tar": _tar_members, "deb": _deb_members, "parquet": _parquet_members}[kind]
@@ -118,9 +126,13 @@ def _unpack_members(parts: Sequence[Path], kind: str, staging: Path, expected: E
     staging.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         bar = stack.enter_context(progress.bar(f"unpacking {parts[0].name}"))
+        chosen: Collection[str] | None = None
+        if expected.choose:
+            names = (member.name for member in members(parts, expected.rules, stack))
+            chosen = expected.choose(name for name in names if destination(safe_name(name), expected.rules))
         for member in members(parts, expected.rules, stack):
             place = destination(safe_name(member.name), expected.rules)
-            if place is None:
+            if place is None or (chosen is not None and member.name not in chosen):
                 continue
             files += 1
             if files > expected.files:
@@ -190,18 +202,18 @@ def _merge(staging: Path, target: Path) -> None:
 
 
 class Spans(io.RawIOBase):
-    """Pieces of files (path, first byte, length) read as one seekable file."""
+    """Pieces of files (file, first byte, length) read as one seekable file."""
 
-    def __init__(self, spans: Sequence[tuple[Path, int, int]]) -> None:
+    def __init__(self, spans: Sequence[tuple[Part, int, int]]) -> None:
         super().__init__()
-        self._files = [path.open("rb", buffering=0) for path, _, _ in spans]
+        self._files = [part.open("rb", buffering=0) if isinstance(part, Path) else part for part, _, _ in spans]
         self._starts = [start for _, start, _ in spans]
         self._lengths = [length for _, _, length in spans]
         self._position = 0
 
     @classmethod
-    def join(cls, parts: Sequence[Path]) -> "Spans":
-        return cls([(path, 0, path.stat().st_size) for path in parts])
+    def join(cls, parts: Sequence[Part]) -> "Spans":
+        return cls([(part, 0, part.stat().st_size if isinstance(part, Path) else part.size) for part in parts])
 
     def readable(self) -> bool:
         return True
@@ -235,18 +247,19 @@ class Spans(io.RawIOBase):
         super().close()
 
 
-def _zip_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+def _zip_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
     return zip_stream.members(stack.enter_context(io.BufferedReader(Spans.join(parts), CHUNK_BYTES)))
 
 
-def _tar_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+def _tar_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
     source = stack.enter_context(io.BufferedReader(Spans.join(parts), 1 << 18))
     yield from _tar_stream(source, rules, stack)
 
 
-def _deb_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+def _deb_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
     """A Debian package is an `ar` of three files; the contents are its data.tar.*."""
     (path,) = parts
+    assert isinstance(path, Path), "only zip and 7z archives are read from a server"
     for name, start, length in _ar_index(path):
         if name.startswith("data.tar"):
             source = stack.enter_context(io.BufferedReader(Spans([(path, start, length)]), 1 << 18))
@@ -323,7 +336,7 @@ def _tar_contents(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[b
         yield chunk
 
 
-def _parquet_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+def _parquet_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
     """One sound a clip, as YOUTUBEID_START.EXT, from rows of youtube_id, start_time and audio.bytes."""
     try:
         import pyarrow.parquet as parquet
@@ -334,7 +347,7 @@ def _parquet_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> I
 
     seen: set[str] = set()  # a clip of val and test has five rows
     try:
-        table = stack.enter_context(parquet.ParquetFile(parts[0]))
+        table = stack.enter_context(parquet.ParquetFile(parts[0], pre_buffer=False, buffer_size=CHUNK_BYTES))
         for batch in table.iter_batches(batch_size=16, columns=["youtube_id", "start_time", "audio"]):
             for row in batch.to_pylist():
                 data = row["audio"]["bytes"]
@@ -356,11 +369,14 @@ def _sound_suffix(data: bytes, name: str) -> str:
 # --- 7z --------------------------------------------------------------------------------------------------------------
 
 
-def _unpack_7z(parts: Sequence[Path], kind: str, staging: Path, expected: Expected, watcher: Watcher,
+def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expected, watcher: Watcher,
                progress: Progress) -> Unpacked:
     """List and judge the whole archive first, then extract it in one go."""
     assert len(parts) == 1 and not expected.rules, "no source needs these for 7z"
     listing = seven_zip.list_members(parts[0])
+    if expected.choose:
+        chosen = expected.choose(listed.name for listed in listing)
+        listing = [listed for listed in listing if listed.name in chosen]
     for listed in listing:
         safe_name(listed.name)
         if not listed.plain:
@@ -370,7 +386,8 @@ def _unpack_7z(parts: Sequence[Path], kind: str, staging: Path, expected: Expect
         raise ArchiveError(f"unpacks to {done.files:,} files and {done.size:,} bytes: not what is expected here")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    seven_zip.extract(parts[0], staging, done.size, progress)
+    only = [listed.name for listed in listing] if expected.choose else None
+    seven_zip.extract(parts[0], staging, done.size, progress, only)
     for listed in listing:
         name = safe_name(listed.name)
         watcher.file(name, listed.size, crc32_of(staging / name) if listed.crc32 is None else listed.crc32)

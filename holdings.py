@@ -23,7 +23,7 @@ class Holdings:
 
     def __post_init__(self) -> None:
         self.folder = self.selection.folder
-        self.reread()
+        self.marker = self.marker or inventory.read_marker(self.folder)
 
     def reread(self) -> None:
         self.marker = inventory.read_marker(self.folder)
@@ -45,6 +45,9 @@ class Holdings:
         record = self.items.get(item.name)
         if record and record.get("damaged"):  # found by --verify
             return False
+        sample = self.selection.options.sample
+        if sample and item.kind == "parquet" and inventory.count(self.folder / item.into, "") >= sample:
+            return True  # other shards, or this one, brought enough
         if item.kind == "plain":
             return record is not None and _plain_is_right(self.folder / item.into, record, sizes)
         contents = inventory.contents_path(self.folder, item.name)
@@ -52,7 +55,7 @@ class Holdings:
             return False
         if not record:  # stopped between the last rename and the marker
             record = self.items[item.name] = inventory.read_record(contents)
-        return record.get("sample", 0) in (0, self.selection.options.sample)  # a part is no whole
+        return record.get("sample", 0) in (0, sample)  # a part is no whole
 
     def linked(self, item: Item) -> bool:
         linked = self.marker.get("linked", {})

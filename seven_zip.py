@@ -1,5 +1,6 @@
 """7z archives: listed by the Python package, unpacked by a tool of the system where there is one, else by it."""
 
+import io
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from config import UserError
 from members import ArchiveError
 from progress import Progress
+from remote import RemoteFile
 
 TOOLS = ("7zz", "7z", "7za", "bsdtar")  # several times as fast as the Python package
 
@@ -21,11 +23,11 @@ class Listed:
     crc32: int | None
 
 
-def list_members(path: Path) -> list[Listed]:
+def list_members(part: Path | RemoteFile) -> list[Listed]:
     """All members but folders."""
-    py7zr = _py7zr(path)
+    py7zr = _py7zr(part)
     try:
-        with py7zr.SevenZipFile(path) as archive:
+        with py7zr.SevenZipFile(_start(part)) as archive:
             if archive.needs_password():
                 raise ArchiveError("is encrypted")
             return [Listed(file.filename, file.uncompressed or 0,
@@ -35,18 +37,23 @@ def list_members(path: Path) -> list[Listed]:
         raise ArchiveError(f"is not a readable 7z archive ({type(error).__name__})") from None
 
 
-def extract(path: Path, staging: Path, size: int, progress: Progress) -> None:
-    """Everything in one go: these archives are solid, so member by member would be quadratic."""
+def extract(part: Path | RemoteFile, staging: Path, size: int, progress: Progress,
+            only: list[str] | None = None) -> None:
+    """Everything, or `only` these, in one go: these archives are solid, so member by member would be quadratic."""
     tool = next(filter(None, map(shutil.which, TOOLS)), None)
-    if tool:
-        _run_tool(tool, path, staging)
+    if tool and only is None and isinstance(part, Path):
+        _run_tool(tool, part, staging)
     else:
-        _run_py7zr(path, staging, size, progress)
+        _run_py7zr(part, staging, size, progress, only)
 
 
-def _run_py7zr(path: Path, staging: Path, size: int, progress: Progress) -> None:
-    py7zr = _py7zr(path)
-    with progress.bar(f"unpacking {path.name}", size) as bar:
+def _start(part: Path | RemoteFile) -> Any:
+    return part if isinstance(part, Path) else io.BufferedReader(part, 1 << 16)
+
+
+def _run_py7zr(part: Path | RemoteFile, staging: Path, size: int, progress: Progress, only: list[str] | None) -> None:
+    py7zr = _py7zr(part)
+    with progress.bar(f"unpacking {part.name}", size) as bar:
 
         class Callback(py7zr.callbacks.ExtractCallback):  # type: ignore[name-defined]
             """Only the end of each member is of interest; the package wants all five."""
@@ -61,8 +68,8 @@ def _run_py7zr(path: Path, staging: Path, size: int, progress: Progress) -> None
                 bar.add(int(wrote_bytes))
 
         try:
-            with py7zr.SevenZipFile(path) as archive:
-                archive.extractall(staging, callback=Callback())
+            with py7zr.SevenZipFile(_start(part)) as archive:
+                archive.extract(staging, targets=only, callback=Callback())
         except py7zr.exceptions.ArchiveError as error:
             raise ArchiveError(f"cannot be unpacked ({type(error).__name__})") from None
 
@@ -76,11 +83,11 @@ def _run_tool(tool: str, path: Path, staging: Path) -> None:
         raise ArchiveError(f"cannot be unpacked by {Path(tool).name} ({lines[-1] if lines else result.returncode})")
 
 
-def _py7zr(path: Path) -> Any:
+def _py7zr(part: Path | RemoteFile) -> Any:
     try:
         import py7zr
         import py7zr.callbacks
         import py7zr.exceptions
     except ImportError:
-        raise UserError(f"{path.name}: 7z archives need the package py7zr; run: pip install py7zr") from None
+        raise UserError(f"{part.name}: 7z archives need the package py7zr; run: pip install py7zr") from None
     return py7zr

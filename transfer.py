@@ -38,7 +38,7 @@ class TransferError(Exception):
     """A file could not be had from any server. One line, without secrets."""
 
 
-class _NextServer(Exception):
+class NextServer(Exception):
     """This server will not give the file, however often it is asked."""
 
     def __init__(self, why: str, *, unreachable: bool = False) -> None:
@@ -46,13 +46,17 @@ class _NextServer(Exception):
         self.unreachable = unreachable
 
 
-class _Again(Exception):
+class Again(Exception):
     """This try failed; another may not. `wait_s` is the server's wish."""
 
     def __init__(self, why: str, wait_s: float | None = None, *, unreachable: bool = False) -> None:
         super().__init__(why)
         self.wait_s = wait_s
         self.unreachable = unreachable
+
+    @classmethod
+    def of(cls, response: "Response") -> "Again":
+        return cls(f"answered {response.status_code}", _retry_after_s(response.headers))
 
 
 class Stopped(Exception):
@@ -96,6 +100,15 @@ class Policy:
     sleep: Callable[[float], None] | None = None  # None: until `stop`
     progress: Progress = field(default_factory=Progress)
     stop: threading.Event = field(default_factory=threading.Event)
+
+    def wait_s(self, error: Again, failures: int) -> float:
+        """As long as the server asks for, else longer after each failure."""
+        wait_s = error.wait_s
+        if wait_s is None:
+            wait_s = min(60.0, self.backoff_s * 2 ** max(0, failures - 1)) * random.uniform(0.75, 1.25)
+        if wait_s > self.longest_wait_s:
+            raise NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
+        return wait_s
 
     def pause(self, seconds: float) -> None:
         (self.sleep or self.stop.wait)(seconds)
@@ -156,21 +169,21 @@ def check_file(wanted: Wanted, progress: Progress | None = None) -> Fetched:
 def _from_any_server(wanted: Wanted, policy: Policy, bar: Bar) -> Fetched:
     problems: list[str] = []
     dead: set[str] = set()
-    with _session() as session:
+    with open_session() as session:
         for url in wanted.urls:
-            host = _host(url)
+            host = host_of(url)
             if host in dead:
                 continue
             try:
                 return _from_server(session, _Part(wanted, url, bar), policy)
-            except _NextServer as error:
+            except NextServer as error:
                 problems.append(f"{host} {error}")
                 dead |= {host} if error.unreachable else set()
     what_they_said = "; ".join(problems) or "no address is known"
     raise TransferError(redact(f"{wanted.path.name}: {what_they_said}", wanted.secrets))
 
 
-def _session() -> "Session":
+def open_session() -> "Session":
     from requests import Session
 
     session = Session()  # honours proxies and CA bundles of the environment, and drops credentials on other hosts
@@ -190,38 +203,34 @@ def _from_server(session: "Session", part: "_Part", policy: Policy) -> Fetched:
             part.restart()
             mismatches += 1
             if mismatches == 2:  # once may be a bad line, twice is another file
-                raise _NextServer(str(error)) from None
-        except _Again as error:
+                raise NextServer(str(error)) from None
+        except Again as error:
             failures = 0 if part.size > best else failures + 1
             best = max(best, part.size)
             allowed = policy.failures_to_connect if error.unreachable else policy.failures
             if failures > allowed:
-                raise _NextServer(f"{error} ({failures} tries)", unreachable=error.unreachable) from None
+                raise NextServer(f"{error} ({failures} tries)", unreachable=error.unreachable) from None
             _wait(error, failures, part, policy)
 
 
-def _host(url: str) -> str:
+def host_of(url: str) -> str:
     """Name and port, without the user's name and password that an address can hold."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
-def _wait(error: _Again, failures: int, part: "_Part", policy: Policy) -> None:
-    wait_s = error.wait_s
-    if wait_s is None:
-        wait_s = min(60.0, policy.backoff_s * 2 ** max(0, failures - 1)) * random.uniform(0.75, 1.25)
-    if wait_s > policy.longest_wait_s:
-        raise _NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
+def _wait(error: Again, failures: int, part: "_Part", policy: Policy) -> None:
+    wait_s = policy.wait_s(error, failures)
     kept = f"; {part.size:,} bytes are kept" if part.size else ""
-    policy.progress.say(f"{part.wanted.path.name}: {_host(part.url)} {error}; trying again in {wait_s:.0f} s{kept}")
+    policy.progress.say(f"{part.wanted.path.name}: {host_of(part.url)} {error}; trying again in {wait_s:.0f} s{kept}")
     policy.pause(wait_s)
 
 
 def _receive(session: "Session", part: "_Part", policy: Policy) -> None:
-    """One request: adds what arrives to the part. Returns when the file is whole, raises `_Again` when it is not."""
+    """One request: adds what arrives to the part. Returns when the file is whole, raises `Again` when it is not."""
     if part.whole():
         return
     verify = urlsplit(part.address).hostname not in part.wanted.unverified_hosts
-    with _translated(policy), _quiet_about_tls(verify):
+    with translated(policy), _quiet_about_tls(verify):
         response = session.get(part.address, headers=part.headers(), stream=True, verify=verify,
                                timeout=(policy.connect_timeout_s, policy.read_timeout_s))
         with response:
@@ -230,27 +239,27 @@ def _receive(session: "Session", part: "_Part", policy: Policy) -> None:
                 return
             _store(response, part, start, policy.stop)
     if part.size < part.total:
-        raise _Again(f"ended {part.total - part.size:,} bytes early")
+        raise Again(f"ended {part.total - part.size:,} bytes early")
 
 
 def _start_of_body(response: "Response", part: "_Part") -> int | None:
     """Where the body of this answer belongs in the file; None when there is nothing left to fetch."""
     status = response.status_code
     if status in AGAIN:
-        raise _Again(f"answered {status}", _retry_after_s(response.headers))
+        raise Again.of(response)
     first, total = _content_range(response.headers.get("Content-Range", ""))
     if status == 416:
         if part.size and total == part.size and part.wanted.size in (0, total):
             part.total = part.size
             return None
         part.restart()
-        raise _Again("answered 416 to a request to resume")
+        raise Again("answered 416 to a request to resume")
     if status not in (200, 206):
-        raise _NextServer(f"answered {status} {response.reason}".strip())
+        raise NextServer(f"answered {status} {response.reason}".strip())
     if "text/html" in response.headers.get("Content-Type", "").lower():
-        raise _NextServer("answered with a web page instead of the file")
+        raise NextServer("answered with a web page instead of the file")
     if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
-        raise _NextServer("sends the file encoded, though asked not to")
+        raise NextServer("sends the file encoded, though asked not to")
     if status == 200:
         first, total = 0, int(response.headers.get("Content-Length") or 0)
     _check_offer(part, first, total)
@@ -259,17 +268,17 @@ def _start_of_body(response: "Response", part: "_Part") -> int | None:
 
 def _check_offer(part: "_Part", first: int, total: int) -> None:
     if part.wanted.size and total and total != part.wanted.size:
-        raise _NextServer(f"offers {total:,} bytes instead of {part.wanted.size:,}: another file or release")
+        raise NextServer(f"offers {total:,} bytes instead of {part.wanted.size:,}: another file or release")
     if first not in (0, part.size) or (first and part.total and total and total != part.total):
         part.restart()
-        raise _Again("answered with another part of the file than asked for")
+        raise Again("answered with another part of the file than asked for")
 
 
 def _store(response: "Response", part: "_Part", start: int, stop: threading.Event) -> None:
     chunks = response.iter_content(CHUNK_BYTES)
     head = next(chunks, b"")
     if start == 0 and _looks_like_page(head):
-        raise _NextServer("answered with a web page instead of the file")
+        raise NextServer("answered with a web page instead of the file")
     if start == 0:
         part.restart()
     part.note(response, start)
@@ -444,7 +453,7 @@ def _prepend(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _translated(policy: Policy) -> Iterator[None]:
+def translated(policy: Policy) -> Iterator[None]:
     """Turn the library's exceptions, whose texts hold addresses and with them keys, into our short ones."""
     import requests
     from urllib3.exceptions import NameResolutionError, NewConnectionError
@@ -453,17 +462,17 @@ def _translated(policy: Policy) -> Iterator[None]:
     try:
         yield
     except errors.SSLError:
-        raise _NextServer("shows a TLS certificate that is not accepted") from None
+        raise NextServer("shows a TLS certificate that is not accepted") from None
     except (errors.TooManyRedirects, errors.MissingSchema, errors.InvalidSchema, errors.InvalidURL) as error:
-        raise _NextServer(f"cannot be used ({type(error).__name__})") from None
+        raise NextServer(f"cannot be used ({type(error).__name__})") from None
     except errors.ConnectTimeout:
-        raise _Again(f"did not answer in {policy.connect_timeout_s:.0f} s", unreachable=True) from None
+        raise Again(f"did not answer in {policy.connect_timeout_s:.0f} s", unreachable=True) from None
     except errors.ReadTimeout:
-        raise _Again(f"sent nothing for {policy.read_timeout_s:.0f} s") from None
+        raise Again(f"sent nothing for {policy.read_timeout_s:.0f} s") from None
     except errors.RequestException as error:
         reason = getattr(error.args[0], "reason", None) if error.args else None
         lost = not isinstance(reason, NewConnectionError | NameResolutionError)
-        raise _Again("cut the connection" if lost else "cannot be reached", unreachable=not lost) from None
+        raise Again("cut the connection" if lost else "cannot be reached", unreachable=not lost) from None
 
 
 @contextlib.contextmanager

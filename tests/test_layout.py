@@ -22,7 +22,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
     "strict_yaml": "", "config": "strict_yaml", "redaction": "", "arguments": "redaction", "samples": "",
     "manifest": "config samples", "synthetic": "config samples",
-    "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
+    "readers": "config inventory samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "workers": "config",
     "prepare": "config samples images audio synthetic files workers",
@@ -59,12 +59,13 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # getting data
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
     "transfer": "config files progress redaction", "debian": "transfer", "inventory": "files", "local_copies": "config",
-    "zip_stream": "members", "seven_zip": "config members progress",
-    "archives": "config members progress seven_zip zip_stream",
+    "remote": "transfer", "sampling": "sources",
+    "zip_stream": "members", "seven_zip": "config members progress remote",
+    "archives": "config members progress remote seven_zip zip_stream",
     "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
     "clips": "annotations config files pipeline selection transfer",
     "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "
-                   "selection sources transfer",
+                   "remote sampling selection sources transfer",
     "verification": "acquisition archives inventory pipeline selection sources transfer",
     "download_datasets": "acquisition annotations arguments config redaction selection sources transfer verification",
 }.items()}

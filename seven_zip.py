@@ -48,7 +48,10 @@ def extract(part: Path | RemoteFile, staging: Path, size: int, progress: Progres
 
 
 def _start(part: Path | RemoteFile) -> Any:
-    return part if isinstance(part, Path) else io.BufferedReader(part, 1 << 16)
+    if isinstance(part, Path):
+        return part
+    part.seek(0)
+    return io.BufferedReader(part, 1 << 16)
 
 
 def _run_py7zr(part: Path | RemoteFile, staging: Path, size: int, progress: Progress, only: list[str] | None) -> None:

@@ -343,19 +343,20 @@ def _parquet_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> I
     except ImportError:
         raise UserError(f"{parts[0].name}: sounds in parquet files need the package pyarrow; run: "
                         "pip install pyarrow") from None
-    from pyarrow import ArrowException
+    import pyarrow
 
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # gives back what it does not need, the others hoard it
     seen: set[str] = set()  # a clip of val and test has five rows
     try:
-        table = stack.enter_context(parquet.ParquetFile(parts[0], pre_buffer=False, buffer_size=CHUNK_BYTES))
-        for batch in table.iter_batches(batch_size=16, columns=["youtube_id", "start_time", "audio"]):
+        table = stack.enter_context(parquet.ParquetFile(parts[0], memory_map=True, pre_buffer=False))
+        for batch in table.iter_batches(batch_size=1, use_threads=False, columns=["youtube_id", "start_time", "audio"]):
             for row in batch.to_pylist():
                 data = row["audio"]["bytes"]
                 name = f"{row['youtube_id']}_{int(float(row['start_time']))}.{_sound_suffix(data, row['youtube_id'])}"
                 if name not in seen:
                     seen.add(name)
                     yield Member(name, len(data), partial(iter, (data,)))
-    except (ArrowException, KeyError, TypeError) as error:
+    except (pyarrow.ArrowException, KeyError, TypeError) as error:
         raise ArchiveError(f"is not a readable shard of sounds ({type(error).__name__})") from None
 
 

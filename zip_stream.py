@@ -87,9 +87,11 @@ def _directory(file: IO[bytes]) -> tuple[int, int, tuple[int, int]]:
     file.seek(tail_at)
     tail = file.read(size - tail_at)
     at = tail.rfind(b"PK\5\6")
-    if at < 0 or len(tail) - at < _END.size:
+    while at >= 0 and int.from_bytes(tail[at + 20: at + 22], "little") != len(tail) - at - _END.size:
+        at = tail.rfind(b"PK\5\6", 0, at)  # in a comment, whose length the true end tells
+    if at < 0:
         raise BadZipFile("no end of a zip archive in it")
-    _, _, _, _, number, length, begin, _ = _END.unpack_from(tail, at)
+    *_, number, length, begin, _ = _END.unpack_from(tail, at)
     end = tail_at + at
     if end >= _LOCATOR64.size:
         file.seek(end - _LOCATOR64.size)

@@ -31,6 +31,8 @@ class Loopback:
         self.headers: dict[str, str] = {}  # sent with every answer
         self.slow_s = 0.0
         self.bytes_sent = 0
+        self.at_once = self.most_at_once = 0  # answers that are being given
+        self._lock = threading.Lock()
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.stop_stalling = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"loopback": self}))
@@ -50,6 +52,11 @@ class Loopback:
     def url(self, path: str = "", host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self._server.server_port}{path}"
 
+    def busy(self, change: int) -> None:
+        with self._lock:
+            self.at_once += change
+            self.most_at_once = max(self.most_at_once, self.at_once)
+
     def ranges(self, path: str) -> list[str]:
         """The Range header of each request for `path`, "" where it had none."""
         return [headers.get("range", "") for asked, headers in self.requests if asked == path]
@@ -59,6 +66,13 @@ class _Handler(BaseHTTPRequestHandler):
     loopback: Loopback
 
     def do_GET(self) -> None:
+        self.loopback.busy(1)
+        try:
+            self._give()
+        finally:
+            self.loopback.busy(-1)
+
+    def _give(self) -> None:
         path = self.path.split("?")[0]
         self.loopback.requests.append((path, {name.lower(): value for name, value in self.headers.items()}))
         queue = self.loopback.faults.get(path, [])

@@ -302,7 +302,7 @@ class Acquisition:
         here = [file for file in fetched if isinstance(file, Fetched)]
         record: dict[str, Any] = {
             "sha256": [file.sha256 for file in here], "checked": [file.checked for file in here],
-            "url": [file.url for file in here], "files": 1, "bytes": sum(file.size for file in here)}
+            "files": 1, "bytes": sum(file.size for file in here)}
         if item.kind != "plain":
             parts = [file.path if isinstance(file, Fetched) else file for file in fetched]
             record = self._unpack(item, parts, record)

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import transfer
@@ -34,7 +33,7 @@ def fetch_by_apt(package: str, wanted: Wanted) -> Fetched:
             raise TransferError(f"{wanted.path.name}: apt-get does not give {package} ({said or 'no file came'})")
         os.replace(found[0], wanted.path)
     try:
-        return replace(transfer.check_file(wanted), url=f"apt:{package}")
+        return transfer.check_file(wanted)
     except Mismatch as error:
         wanted.path.unlink()
         raise TransferError(f"{wanted.path.name}: apt-get gives another release than the one verified here: it {error}"

@@ -78,7 +78,7 @@ class Holdings:
             files += [((below / name).as_posix(), size) for name, size in found]
         if 2 * sum(size for _, size in files) < item.unpacked:
             return 0
-        record = {"sha256": [], "checked": [], "url": [], "adopted": True}
+        record = {"sha256": [], "checked": [], "adopted": True}
         with inventory.Listing(inventory.contents_path(self.folder, item.name), record) as listing:
             for name, size in files:
                 listing.add(name, size, None)

@@ -1,6 +1,6 @@
 """What is on the disk of a data set: a marker, a list of what each archive brought, and checks of both.
 
-The marker, .downloaded.json, holds the digest, origin and counts of every item. The list of an archive (name, bytes
+The marker, .downloaded.json, holds the digest and counts of every item. The list of an archive (name, bytes
 and CRC-32 of each file) is written before its files are renamed into place, so an interruption between the two
 leaves a list with files missing: an item counts as there only when nothing of its list is missing.
 """

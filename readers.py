@@ -44,6 +44,7 @@ class Reader:
     splits: str  # what train, val and test are, in a line
     licence: str
     downloadable: bool = True
+    listed: Callable[[Path, str, Config], int] | None = None  # samples of a split when whole; of sets that never are
 
 
 def read_split(name: str, split: str, config: Config) -> Iterator[Sample]:
@@ -63,6 +64,13 @@ def read_split(name: str, split: str, config: Config) -> Iterator[Sample]:
         raise _missing(root, config)
     samples = iter(READERS[name].read(root, split, config))
     return itertools.chain(list(itertools.islice(samples, 1)), samples)  # the first one shows whether there are any
+
+
+def listed(config: Config) -> dict[str, dict[str, int]]:
+    """How many samples the lists name, by set and split, of those sets whose files are in part gone for ever."""
+    root = Path(config.paths.data_root).absolute()
+    return {name: {split: count(root / name, split, config) for split in SPLITS}
+            for name in config.data.datasets if (count := READERS[name].listed)}
 
 
 def download_command(name: str, config: Config) -> str:
@@ -290,6 +298,12 @@ def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
             limit_pct=max(100.0, _limit_pct(root, config)))  # many are gone for ever
 
 
+def _listed_audiocaps(root: Path, split: str, config: Config) -> int:
+    folder = root / {1: "dataset", 2: "dataset2.0"}[config.data.audiocaps_version]
+    rows = _table(folder / f"{split}.csv", ("youtube_id", "start_time"), config)
+    return len({(row["youtube_id"], row["start_time"]) for row in rows})
+
+
 def _sounds_by_name(root: Path, split: str) -> dict[str, str]:
     """Path of each sound below `root` by its name without suffix."""
     others = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -468,7 +482,7 @@ READERS: dict[str, Reader] = {
         "licence"),
     "audiocaps": Reader(
         _read_audiocaps, "train, val, test, as far as the clips still exist",
-        "captions for academic use; the copyright of the sounds stays with the uploaders"),
+        "captions for academic use; the copyright of the sounds stays with the uploaders", listed=_listed_audiocaps),
     "voxceleb": Reader(
         _read_voxceleb, "development speakers, recordings of the same speakers kept back, test speakers",
         "metadata CC BY-SA 4.0, recordings CC BY 4.0; their copyright stays with the owners of the videos"),

@@ -120,7 +120,6 @@ class Fetched:
     size: int
     sha256: str
     checked: str  # the digest that matched, as "sha256:..." or "md5:..."; "" where none is known
-    url: str = ""  # without secrets; "" for a file that was there already
 
 
 def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
@@ -374,7 +373,7 @@ class _Part:
             wanted = Wanted(path=wanted.path, urls=(), size=wanted.size, sha256=self.notes["sha256"])
         if self.total and self.size > self.total:
             raise Mismatch(f"sent more than the {self.total:,} bytes of the file")
-        fetched = _verdict(wanted, self.size, self.hashes, self.url)
+        fetched = _verdict(wanted, self.size, self.hashes)
         with self.path.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(self.path, self.wanted.path)
@@ -383,7 +382,7 @@ class _Part:
         return fetched
 
 
-def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any], url: str = "") -> Fetched:
+def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any]) -> Fetched:
     if size == 0 or (wanted.size and size != wanted.size):
         raise Mismatch(f"has {size:,} bytes" + (f" instead of {wanted.size:,}" if wanted.size else ""))
     found = {f"{name}:{hasher.hexdigest()}" for name, hasher in hashes.items()}
@@ -393,7 +392,7 @@ def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any], url: str = ""
         kind = good[0].split(":")[0]
         theirs = next(digest for digest in sorted(found) if digest.startswith(kind))
         raise Mismatch(f"has the digest {theirs} instead of {good[0]}")
-    return Fetched(path=wanted.path, size=size, sha256=hashes["sha256"].hexdigest(), checked=matched, url=url)
+    return Fetched(path=wanted.path, size=size, sha256=hashes["sha256"].hexdigest(), checked=matched)
 
 
 def _new_hashes() -> dict[str, Any]:

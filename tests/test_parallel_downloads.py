@@ -1,4 +1,4 @@
-"""Getting one set by several files at a time: all that can be had, unpacked meanwhile; or a part, where one is wanted."""
+"""Getting one set by several files at a time: all that can be had, unpacked meanwhile; or a part, where it is asked."""
 
 import hashlib
 import time

@@ -27,7 +27,7 @@ import sampling
 import transfer
 from config import UserError
 from debian import fetch_by_apt
-from files import locked
+from files import BESIDE, locked
 from holdings import Holdings
 from members import ArchiveError
 from redaction import redact
@@ -131,6 +131,9 @@ class Acquisition:
         (self.folder / LICENCE).write_text(f"{self.source.title}\n{self.source.page}\n\n{self.source.licence}\n"
                                            f"{self.source.note}\n", encoding="utf-8")
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        for name in (inventory.MARKER, clips.LEDGER):
+            for left in self.folder.glob(f"{name}.*{BESIDE}"):  # of a run that was killed while it wrote
+                left.unlink()
         if not self.options.keep_archives:
             for file in (file for item in self.selection.items for file in item.files):
                 for suffix in ("", ".part", ".part.json", ".lock"):

@@ -132,6 +132,19 @@ def test_stopped_before_the_marker_was_written(server: Loopback, tmp_path: Path)
     assert inventory.read_marker(tmp_path / "data/coco") == written
 
 
+def test_what_a_killed_run_left_is_gone_in_the_end(server: Loopback, tmp_path: Path) -> None:
+    source = small(server, a=b"1", b=b"")
+    run(source, options(tmp_path, server))
+    folder = tmp_path / "data/coco"
+    before = sorted(path.name for path in folder.iterdir())
+    for name in (".downloaded.json.123.tmp", "archives/val2017.zip.part", "archives/val2017.zip.lock", ".download.lock",
+                 ".unpacking/val2017.zip-0/x", ".unpacking/val2017.zip-0.writing"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert run(source, options(tmp_path, server)).state == "done"
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_stopped_between_two_renames(server: Loopback, tmp_path: Path) -> None:
     """The list of contents is there, a part of the files is not: the item counts as missing."""
     source = small(server, a=b"1", b=b"")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import seven_zip
+import shards
 import zip_stream
 from config import UserError
 from members import ArchiveError, Member, Rules, destination, safe_name
@@ -34,7 +35,6 @@ from remote import RemoteFile
 CHUNK_BYTES = 1 << 18
 XZ_MEMORY_BYTES = 96 << 20  # of the dictionary; the largest preset takes 65 MiB
 _AR_MAGIC = b"!<arch>\n"
-_SOUND_MAGIC = {b"fLaC": "flac", b"RIFF": "wav", b"OggS": "ogg"}
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
            NotImplementedError)
 
@@ -337,34 +337,9 @@ def _tar_contents(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[b
 
 
 def _parquet_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    """One sound a clip, as YOUTUBEID_START.EXT, from rows of youtube_id, start_time and audio.bytes."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{parts[0].name}: sounds in parquet files need the package pyarrow; run: "
-                        "pip install pyarrow") from None
-    import pyarrow
-
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # gives back what it does not need, the others hoard it
-    seen: set[str] = set()  # a clip of val and test has five rows
-    try:
-        table = stack.enter_context(parquet.ParquetFile(parts[0], memory_map=True, pre_buffer=False))
-        for batch in table.iter_batches(batch_size=1, use_threads=False, columns=["youtube_id", "start_time", "audio"]):
-            for row in batch.to_pylist():
-                data = row["audio"]["bytes"]
-                name = f"{row['youtube_id']}_{int(float(row['start_time']))}.{_sound_suffix(data, row['youtube_id'])}"
-                if name not in seen:
-                    seen.add(name)
-                    yield Member(name, len(data), partial(iter, (data,)))
-    except (pyarrow.ArrowException, KeyError, TypeError) as error:
-        raise ArchiveError(f"is not a readable shard of sounds ({type(error).__name__})") from None
-
-
-def _sound_suffix(data: bytes, name: str) -> str:
-    try:
-        return _SOUND_MAGIC[bytes(data[:4])]
-    except KeyError:
-        raise ArchiveError(f"holds a sound of an unknown format ({name!r})") from None
+    (path,) = parts
+    assert isinstance(path, Path), "only zip and 7z archives are read from a server"
+    yield from shards.members(path)
 
 
 # --- 7z --------------------------------------------------------------------------------------------------------------

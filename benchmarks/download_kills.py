@@ -30,12 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     begin_s, runs, done = time.monotonic(), 0, 0
     with tempfile.TemporaryDirectory() as place, Loopback() as server, tqdm(total=args.kills, disable=None) as bar:
-        server.slow_s = 0.01
+        server.slow_s = 0.03
         served = serve(Path(place, "true"), server)
         whole = undisturbed(served, Path(place, "whole"))
         for done in killed_downloads(served, whole, Path(place), args.kills):
             runs += 1
             bar.update(done - bar.n)
+            print(f"download {runs}: the same bytes after {done} kills so far", flush=True)
     print(f"{date.today()}, {os.cpu_count()} cores; undisturbed: {served.seconds:.1f} s, {len(whole):,} files")
     print(f"{'under way at the kill':<24}  kills")
     for moment, number in served.moments.most_common():

@@ -25,7 +25,7 @@ from tests.loopback import Loopback
 from transfer import Policy
 
 DONE = (0, 3)  # all there, and all there but for clips that are gone
-NOISE_FILES, NOISE_BYTES = 150, 4_000  # of each large archive, so that unpacking takes a while
+NOISE_FILES, NOISE_BYTES = 250, 6_000  # of each large archive, so that unpacking takes a while
 
 
 @dataclass

@@ -60,8 +60,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
     "transfer": "config files progress redaction", "debian": "transfer", "inventory": "files", "local_copies": "config",
     "remote": "transfer", "sampling": "sources",
-    "zip_stream": "members", "seven_zip": "config members progress remote",
-    "archives": "config members progress remote seven_zip zip_stream",
+    "zip_stream": "members", "shards": "config members", "seven_zip": "config members progress remote",
+    "archives": "config members progress remote seven_zip shards zip_stream",
     "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
     "clips": "annotations config files pipeline selection transfer",
     "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "

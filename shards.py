@@ -20,6 +20,7 @@ PIECE_BYTES = 1 << 16
 HISTORY_BYTES = 1 << 21  # that a copy may reach back; packers use 64 KiB
 _DATA, _DICTIONARY = 0, 2  # types of pages
 _PLAIN, _INDICES = 0, (2, 8)  # encodings
+_DAMAGE = (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError)
 _SOUND_MAGIC = {b"fLaC": "flac", b"RIFF": "wav", b"OggS": "ogg"}
 
 
@@ -47,7 +48,7 @@ def members(path: Path) -> Iterator[Member]:
                 rows = table.read_row_group(group, columns=["youtube_id", "start_time"]).to_pylist()
                 names = [f"{row['youtube_id']}_{int(float(row['start_time']))}" for row in rows]
                 yield from _sounds(table, group, file, names, seen)
-    except (pyarrow.ArrowException, KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
+    except (pyarrow.ArrowException, *_DAMAGE) as error:
         raise ArchiveError(f"is not a readable shard of sounds ({type(error).__name__})") from None
 
 

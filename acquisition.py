@@ -336,9 +336,9 @@ class Acquisition:
         staging = self.folder / STAGING / f"{item.name}-{archive}"  # of this very archive
         staging.parent.mkdir(exist_ok=True)
         with inventory.Listing(inventory.contents_path(self.folder, item.name), record) as listing:
-            watcher = archives.Watcher(file=listing.add, staged=lambda folder: listing.finish())
-            archives.unpack(parts, item.kind, self.folder / item.into, staging, expected, watcher,
-                            self.policy.progress)
+            watcher = archives.Watcher(file=listing.add, staged=lambda folder: listing.finish(),
+                                       progress=self.policy.progress)
+            archives.unpack(parts, item.kind, self.folder / item.into, staging, expected, watcher)
         return listing.record
 
     def _look_at_rows(self, item: Item, fetched: Fetched) -> None:

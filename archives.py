@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -63,14 +63,16 @@ class Unpacked:
 
 @dataclass(frozen=True, kw_only=True)
 class Watcher:
-    """Who wants to know: of each file that is whole in the staging folder, and when all are, before any is renamed."""
+    """Who wants to know: of each file that is whole in the staging folder (name, bytes, CRC-32), and when all are,
+    before any is renamed; and the display."""
 
     file: Callable[[str, int, int], Any] = lambda name, size, crc32: None
     staged: Callable[[Path], Any] = lambda folder: None
+    progress: Progress = field(default_factory=Progress)
 
 
 def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expected: Expected,
-           watcher: Watcher | None = None, progress: Progress | None = None) -> Unpacked:
+           watcher: Watcher | None = None) -> Unpacked:
     """Unpack the archive (all `parts` of it) into `staging`, then rename all into `target`.
 
     `staging` must be on the file system of `target`, and of this very archive: what is in it is of an interrupted call.
@@ -84,7 +86,7 @@ def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expect
     with _errors(parts[0].name, target):
         try:
             fill = _unpack_7z if kind == "7z" else _unpack_members
-            done = fill(parts, kind, staging, expected, watcher, progress or Progress())
+            done = fill(parts, kind, staging, expected, watcher)
             found = _look_at_tree(staging)
             if found != done:
                 raise ArchiveError(f"gave {found.files:,} files and {found.size:,} bytes instead of {done.files:,} and "
@@ -118,14 +120,14 @@ def declared_size(parts: Sequence[Part], kind: str) -> int:
         return 0
 
 
-def _unpack_members(parts: Sequence[Part], kind: str, staging: Path, expected: Expected, watcher: Watcher,
-                    progress: Progress) -> Unpacked:
+def _unpack_members(parts: Sequence[Part], kind: str, staging: Path, expected: Expected,
+                    watcher: Watcher) -> Unpacked:
     files = size = 0
     members = {"zip": _zip_members, "tar": _tar_members, "deb": _deb_members, "parquet": _parquet_members}[kind]
     resumed = staging.exists()
     staging.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        bar = stack.enter_context(progress.bar(f"unpacking {parts[0].name}"))
+        bar = stack.enter_context(watcher.progress.bar(f"unpacking {parts[0].name}"))
         chosen: Collection[str] | None = None
         if expected.choose:
             names = (member.name for member in members(parts, expected.rules, stack))
@@ -345,8 +347,8 @@ def _parquet_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> I
 # --- 7z --------------------------------------------------------------------------------------------------------------
 
 
-def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expected, watcher: Watcher,
-               progress: Progress) -> Unpacked:
+def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expected,
+               watcher: Watcher) -> Unpacked:
     """List and judge the whole archive first, then extract it in one go."""
     assert len(parts) == 1 and not expected.rules, "no source needs these for 7z"
     listing = seven_zip.list_members(parts[0])
@@ -363,7 +365,7 @@ def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expect
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     only = [listed.name for listed in listing] if expected.choose else None
-    seven_zip.extract(parts[0], staging, done.size, progress, only)
+    seven_zip.extract(parts[0], staging, done.size, watcher.progress, only)
     for listed in listing:
         name = safe_name(listed.name)
         watcher.file(name, listed.size, crc32_of(staging / name) if listed.crc32 is None else listed.crc32)

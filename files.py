@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,3 +57,38 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold `path`.lock, which goes with the process however it ends. While another holds it, `wait` is called.
+
+    Raises:
+        BlockingIOError: another one holds it, and no `wait` is given.
+    """
+    import fcntl
+
+    place = path.with_name(f"{path.name}.lock")
+    while True:
+        with place.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if wait is None:
+                    raise
+                wait()
+                continue
+            if not _is_at(file, place):
+                continue  # removed by its holder just before
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: IO[Any], place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except FileNotFoundError:
+        return False

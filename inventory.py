@@ -1,8 +1,8 @@
 """What is on the disk of a data set: a marker, a list of what each archive brought, and checks of both.
 
-The marker, .downloaded.json, holds the digest, origin and counts of every item. The list of an archive's contents is
-written before its files are renamed into place, so an interruption between the two leaves a list with files missing:
-an item counts as there only when nothing of its list is missing.
+The marker, .downloaded.json, holds the digest and counts of every item. The list of an archive (name, bytes
+and CRC-32 of each file) is written before its files are renamed into place, so an interruption between the two
+leaves a list with files missing: an item counts as there only when nothing of its list is missing.
 """
 
 import gzip
@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +38,36 @@ def contents_path(folder: Path, item: str) -> Path:
     return folder / CONTENTS / f"{item.replace('/', '_')}.jsonl.gz"
 
 
-def write_contents(path: Path, record: dict[str, Any], files: Iterator[tuple[str, int]]) -> None:
-    """List the `files` (name below the item's folder, bytes) of an item, after its `record` for the marker.
+class Listing:
+    """Writes the list of an item's files (name below its folder, bytes, CRC-32 or None) as they come, in little memory.
 
-    Written beside and renamed. The record gains the number of files and bytes: `read_record` returns it.
+    It is there, under its name, when `finish` returns, and not before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    number = size = 0
-    with gzip.open(beside, "wt", encoding="utf-8", compresslevel=3) as out:
-        for name, length in files:
-            number, size = number + 1, size + length
-            out.write(json.dumps([name, length]) + "\n")
-        record |= {"files": number, "bytes": size}
-        out.write(json.dumps(record) + "\n")
-    os.replace(beside, path)
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self.record = path, record | {"files": 0, "bytes": 0}
+        self._beside = path.with_name(path.name + ".new")
+        self._out = gzip.open(self._beside, "wt", encoding="utf-8", compresslevel=3)
+
+    def add(self, name: str, size: int, crc32: int | None) -> None:
+        self.record["files"] += 1
+        self.record["bytes"] += size
+        self._out.write(json.dumps([name, size, crc32]) + "\n")
+
+    def finish(self) -> dict[str, Any]:
+        """The record for the marker, with the number of files and bytes; it stands at the end of the list as well."""
+        self._out.write(json.dumps(self.record) + "\n")
+        self._out.close()
+        os.replace(self._beside, self._path)
+        return self.record
+
+    def __enter__(self) -> "Listing":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._out.close()
+        self._beside.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -74,17 +89,25 @@ def count(folder: Path, suffix: str) -> int:
     return sum(name.endswith(suffix) for _, names in _walk(folder) for name in names)
 
 
-def missing(folder: Path, contents: Path, *, sizes: bool) -> list[str]:
+def entries(contents: Path) -> Iterator[tuple[str, int, int | None]]:
+    """(name, bytes, CRC-32 or None) of each file of a list; none where it cannot be read."""
+    for line in _lines(contents):
+        if isinstance(line, list):
+            yield line[0], line[1], line[2]
+
+
+def missing(folder: Path, contents: Path, *, sizes: bool) -> Iterator[str]:
     """Files of the list that are not below `folder`, and with `sizes` those with another size. Without, only names are
     read, a folder at a time. A list that cannot be read counts as one missing file."""
-    found = []
+    look = lru_cache(maxsize=64)(lambda parent: _sizes(folder / parent, sizes))  # archives may hop between folders
     empty = True
-    listed = (line for line in _lines(contents) if isinstance(line, list))
-    for parent, entries in groupby(listed, key=lambda entry: entry[0].rpartition("/")[0]):
+    for name, size, _ in entries(contents):
         empty = False
-        there = _sizes(folder / parent, sizes)
-        found += [name for name, size in entries if there.get(name.rpartition("/")[2], -1) not in (size, None)]
-    return [contents.name] if empty else found
+        parent, _, last = name.rpartition("/")
+        if look(parent).get(last, -1) not in (size, None):
+            yield name
+    if empty:
+        yield contents.name
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:

@@ -1,6 +1,7 @@
 """Unpacking: all there under the right names, or nothing; and nothing ever outside its folder."""
 
 import io
+import lzma
 import os
 import random
 import shutil
@@ -10,15 +11,19 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import archives
-from archives import ArchiveError, Expected, Unpacked, declared_size, destination, safe_name, unpack
+from archives import Expected, Unpacked, Watcher, declared_size, unpack
 from config import UserError
+from members import ArchiveError, Rules, destination, safe_name
+from seven_zip import TOOLS
 from tests import packing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +113,7 @@ def test_declared_size(tmp_path: Path) -> None:
     ("list.json", (("*/list.json", "l"), ("list.json", "l")), "l"),
     ("list.json/x", (("list.json", "l"),), None),
 ])
-def test_rules_choose_and_place(name: str, rules: archives.Rules, place: str | None) -> None:
+def test_rules_choose_and_place(name: str, rules: Rules, place: str | None) -> None:
     assert destination(name, rules) == place
 
 
@@ -127,7 +132,8 @@ def test_the_listing_is_shown_before_anything_is_renamed(tmp_path: Path) -> None
         seen.append(tree(folder))
         assert not (tmp_path / "out").exists()
 
-    unpack([write(tmp_path / "a", packing.zip_of(FILES))], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH, look)
+    unpack([write(tmp_path / "a", packing.zip_of(FILES))], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH,
+           Watcher(staged=look))
     assert seen == [FILES]
 
 
@@ -171,6 +177,56 @@ def test_killed_in_mid_unpacking_then_run_again(tmp_path: Path) -> None:
     assert (tmp_path / "beside").exists() and not (tmp_path / "out").exists()
     unpack([path], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH)
     assert tree(tmp_path / "out") == files and not (tmp_path / "beside").exists()
+
+
+def test_what_an_interrupted_unpacking_left_is_not_written_again(tmp_path: Path) -> None:
+    """Members with the CRC of the archive stay; those that a power cut spoiled, and missing ones, are made."""
+    files = {f"sub/{i}": random.Random(i).randbytes(5_000) for i in range(6)}
+    beside = tmp_path / "beside"
+    for i, data in ((0, files["sub/0"]), (1, bytes(5_000)), (2, files["sub/2"][:-1])):
+        write(beside / f"sub/{i}", data)
+    inode = (beside / "sub/0").stat().st_ino
+    seen: list[tuple[str, int, int]] = []
+    unpack([write(tmp_path / "a", packing.zip_of(files))], "zip", tmp_path / "out", beside, ENOUGH,
+           Watcher(file=lambda *entry: seen.append(entry)))
+    assert tree(tmp_path / "out") == files and not beside.exists()
+    assert (tmp_path / "out/sub/0").stat().st_ino == inode and (tmp_path / "out/sub/1").stat().st_ino != inode
+    assert seen == [(name, 5_000, zlib.crc32(data)) for name, data in files.items()]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+def test_left_overs_of_any_kind_do_no_harm(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "beside/sub/deep/x..WAV.wav", b"half")
+    write(tmp_path / "beside.writing", b"half a file")
+    run(tmp_path, makers(tmp_path)[kind](FILES), kind)
+    assert tree(tmp_path / "out") == FILES and not (tmp_path / "beside.writing").exists()
+
+
+def test_left_overs_that_are_not_of_the_archive_end_the_unpacking(tmp_path: Path) -> None:
+    write(tmp_path / "beside/stranger", b"x")
+    with pytest.raises(ArchiveError, match="gave 5 files"):
+        run(tmp_path, packing.zip_of(FILES), "zip")
+    run(tmp_path, packing.zip_of(FILES), "zip")  # they are gone now
+    assert tree(tmp_path / "out") == FILES
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+def test_each_file_is_told_with_its_size_and_crc(tmp_path: Path, kind: str) -> None:
+    seen: list[tuple[str, int, int]] = []
+    unpack([write(tmp_path / "archive", makers(tmp_path)[kind](FILES))], kind, tmp_path / "out", tmp_path / "beside",
+           ENOUGH, Watcher(file=lambda *entry: seen.append(entry)))
+    assert sorted(seen) == sorted((name, len(data), zlib.crc32(data)) for name, data in FILES.items())
+
+
+def test_a_tar_remembers_no_members_and_its_dictionary_is_bounded(tmp_path: Path) -> None:
+    many = write(tmp_path / "many.tar", packing.tar_of({f"f{i:06d}": b"" for i in range(5_000)}))
+    tracemalloc.start()
+    unpack([many], "tar", tmp_path / "out", tmp_path / "beside", Expected(files=10_000, size=1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3_000_000, f"{peak:,} bytes"
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}]
+    refused(tmp_path / "big", lzma.compress(packing.tar_of(FILES, compression=""), filters=filters), "tar", "LZMAError")
 
 
 # --- What is never unpacked ------------------------------------------------------------------------------------------
@@ -333,7 +389,7 @@ def test_a_tool_that_fails_or_strays_is_noticed(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tool", archives.SEVEN_ZIP_TOOLS)
+@pytest.mark.parametrize("tool", TOOLS)
 def test_the_tools_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
     found = shutil.which(tool)
     if not found:

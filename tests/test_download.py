@@ -90,7 +90,7 @@ def test_what_arrives_is_what_the_readers_read(server: Loopback, tmp_path: Path,
 def test_sounds_of_audiocaps_that_the_user_has_are_read(server: Loopback, tmp_path: Path) -> None:
     table, flags = tables(tmp_path / "true", server, "audiocaps")
     assert run("--datasets", "audiocaps", "--data-root", str(tmp_path / "got"), *flags,
-               "--local", str(tmp_path / "true/audiocaps"), table=table) == 0
+               "--local", str(tmp_path / "true/audiocaps"), table=table) == 3, "usable, and some clips are gone"
     for version in (1, 2):
         keys = []
         for root in ("true", "got"):
@@ -152,9 +152,10 @@ with open(sys.argv[1], "rb") as file:
 replace, folder = os.replace, pathlib.Path(sys.argv[5]) / "coco"
 
 def child(deadly):
-    calls = itertools.count(1)
+    calls, members = itertools.count(1), itertools.count()
     def counted(*names):
-        if next(calls) == deadly:
+        one_of_many = ".unpacking" in str(names[1]) and next(members) % 16  # a file of an archive
+        if not one_of_many and next(calls) == deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return replace(*names)
     os.replace = counted
@@ -215,7 +216,7 @@ def start(table: dict[str, Source], folder: Path, flags: list[str],
 def assert_undisturbed(folder: Path) -> None:
     assert miniature.files_of(folder / "got/coco") == miniature.files_of(folder / "true/coco")
     assert sorted(path.name for path in (folder / "got/coco").iterdir()) == [
-        ".contents", ".downloaded.json", ".lock", "LICENCE.txt", "annotations", "train2017", "val2017"]
+        ".contents", ".downloaded.json", "LICENCE.txt", "annotations", "train2017", "val2017"]
 
 
 def test_interrupted_by_the_user(server: Loopback, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +342,43 @@ def test_a_folder_in_the_way_is_named(server: Loopback, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         get(Wanted(path=tmp_path / "file" / "a.bin", urls=(server.url("/a.bin"),)))
+
+
+# --- Several at once -------------------------------------------------------------------------------------------------
+
+
+def test_of_several_that_want_a_file_one_fetches_it(server: Loopback, tmp_path: Path) -> None:
+    server.slow_s = 0.02
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: get(wanted(tmp_path, server.url("/a.bin"))), range(4)))
+    assert {fetched.sha256 for fetched in found} == {SHA256} and len(server.requests) == 1
+    assert only_file(tmp_path) == DATA
+
+
+def test_another_process_is_waited_for_and_the_wait_is_told_once(server: Loopback, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    code = ("import files, pathlib, sys, time\n"
+            f"with files.locked(pathlib.Path({str(tmp_path / 'a.bin')!r})): print('held', flush=True); time.sleep(1)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        get(wanted(tmp_path, server.url("/a.bin")))
+        assert process.wait(10) == 0
+    assert capsys.readouterr().err.count("a.bin: another process is fetching it; waiting for that") == 1
+    assert only_file(tmp_path) == DATA
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "a.bin.lock").touch()
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_transfer_that_is_stopped_keeps_what_arrived(server: Loopback, tmp_path: Path) -> None:
+    server.slow_s = 0.02
+    patience = Patience().policy
+    threading.Timer(0.05, patience.stop.set).start()
+    with pytest.raises(transfer.Stopped):
+        fetch(wanted(tmp_path, server.url("/a.bin")), patience)
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.bin.part", "a.bin.part.json"}
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA

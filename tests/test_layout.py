@@ -68,7 +68,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "
                    "remote sampling selection sources transfer",
     "verification": "acquisition archives inventory pipeline selection sources transfer",
-    "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer verification",
+    "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "
+                         "verification",
 }.items()}
 WITHOUT_TORCH = ("config", "arguments", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
                  "run_training", "evaluate", "doctor", "environment", "findings")

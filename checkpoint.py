@@ -170,7 +170,7 @@ def remove_later(path: str | Path) -> None:
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Delete the temporary files of a run that was killed while writing; call it before a run writes."""
-    found = sorted(Path(folder).glob(f"*.*{BESIDE}"))
+    found = sorted(Path(folder).glob(f"*.[0-9]*{BESIDE}"))  # NAME.PROCESS.tmp, and nothing of the user's
     for path in found:
         path.unlink(missing_ok=True)
     return found

@@ -42,6 +42,7 @@ PROBES = 16  # files decoded first, to foretell the size of an entry
 CHUNK = 8  # files that a process decodes before it hands them over
 FEW = 64  # files whose size need not be foretold
 GB = 1e9
+LOCK = ".filling.lock"  # not that of a run: the cache may lie in its folder
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
 
 
@@ -369,7 +370,7 @@ def _lock(cache: Path) -> Iterator[None]:
     """One process at a time fills a cache; the system frees the lock when its holder dies."""
     import fcntl
 
-    with (cache / ".filling.lock").open("w") as file:
+    with (cache / LOCK).open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, our children do not hold it as well
         except (BlockingIOError, PermissionError):

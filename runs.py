@@ -84,7 +84,7 @@ class Run:
     predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss, model_state_dict on the host
-    lock: IO[str] | None = None  # on the folder, while the process lives
+    claim: "Claim | None" = None  # on the folder
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision.dtype is None:
@@ -96,9 +96,9 @@ class Run:
 
 
 def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None, *,
-             lock: IO[str] | None = None, data: Data | None = None) -> Run:
+             claim: "Claim | None" = None, data: Data | None = None) -> Run:
     """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
-    writes to the folder. `lock`: what `claim_folder` gave, if that is done; `data`: what has been read already.
+    writes to the folder. `claim`: what `claim_folder` gave, if that is done; `data`: what has been read already.
 
     Raises:
         UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
@@ -107,7 +107,8 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     world = world or World(device=memory.choose_device(options.device))
     device = world.device
     precision = memory.choose_precision(device, config.training.use_amp)
-    lock = lock or claim_folder(folder, options, world)
+    claim = claim or claim_folder(folder, options, world)
+    world.together(lambda: _make_parts(folder) if world.is_main else None)
     print(f"Device: {device}; {precision.reason}")
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     torch.use_deterministic_algorithms(config.training.deterministic)
@@ -115,7 +116,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress,
-              lock=lock)
+              claim=claim)
     if not world.is_main:
         return run
     if options.overwrite:
@@ -148,22 +149,28 @@ def parts_in_use(folder: Path) -> list[str]:
     return [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
 
 
-def claim_folder(folder: Path, options: Options, world: World) -> IO[str] | None:
-    """Make the folder's parts and lock it, on the main process; the lock. Before the checkpoint is looked for: a run
-    that is just ending may still write one.
+@dataclass(frozen=True)
+class Claim:
+    """On a folder, while it lives."""
+
+    lock: IO[str] | None  # of the main process; the others have none
+
+
+def claim_folder(folder: Path, options: Options, world: World) -> Claim:
+    """Make the folder and lock it, on the main process. Before the checkpoint is looked for: a run that is just
+    ending may still write one.
 
     Raises:
         UserError: it cannot be written, another process trains in it, or a run is in it that is neither gone on with
             nor thrown away.
     """
-    return world.together(lambda: _claim(folder, options) if world.is_main else None)
+    return world.together(lambda: Claim(_claim(folder, options) if world.is_main else None))
 
 
 def _claim(folder: Path, options: Options) -> IO[str]:
     used = parts_in_use(folder)
     try:
-        for name in PARTS:
-            check_writable(folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
@@ -173,6 +180,14 @@ def _claim(folder: Path, options: Options) -> IO[str]:
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
                         "it with --overwrite, or choose another --output-dir")
     return lock
+
+
+def _make_parts(folder: Path) -> None:
+    try:
+        for name in PARTS:
+            check_writable(folder / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
 
 
 def is_within(resume: str | None, folder: Path) -> bool:

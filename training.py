@@ -379,12 +379,12 @@ def train(config: Config, options: Options) -> Path | None:
 
 def run_stages(config: Config, options: Options, world: World, interruption: Interruption) -> Path | None:
     """`train`, as one of the processes of `world`."""
-    lock = claim_folder(Path(config.paths.output_dir), options, world)
+    claim = claim_folder(Path(config.paths.output_dir), options, world)
     state = world.on_main(lambda: find_state(config, options))
     if report := world.on_main(lambda: finished_report(config, state)):
         print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")
         return report
-    run = open_run(config, options, state, world, lock=lock)
+    run = open_run(config, options, state, world, claim=claim)
     try:
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:

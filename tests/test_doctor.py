@@ -1,5 +1,6 @@
 """The doctor: a healthy run passes, each fault put in is found and named with what to do, and nothing is changed."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -8,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,9 +178,18 @@ def test_an_interrupted_look_prints_what_it_has_found_and_leaves_nothing(tmp_pat
 
 
 def reads(process: int) -> bool:
-    """Whether it has started processes that read files."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return any(b"--doctor" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+    """Whether processes that read files are at work. A command that it starts bears its name for a moment as well."""
+    before = readers(process)
+    time.sleep(0.3)
+    return bool(before & readers(process))
+
+
+def readers(process: int) -> set[str]:
+    found = set()
+    for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it has ended
+            found |= {child} if b"--doctor" in Path(f"/proc/{child}/cmdline").read_bytes() else set()
+    return found
 
 
 @pytest.mark.parametrize("package", ["numpy", "tqdm", "torch"])

@@ -1,6 +1,7 @@
 """evaluate.py from its command line: the same figures as the protocols, a report, and one line for each mistake."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,9 @@ def test_a_full_disk(trained, tmp_path, capsys, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
+    assert _main(tmp_path, "--checkpoint", trained[0], "--limit", "2") == 0
+    shutil.rmtree(tmp_path / "out" / "reports")
+    capsys.readouterr()
     monkeypatch.setattr(report.os, "fsync", full)
     _expect(capsys, _main(tmp_path, "--checkpoint", trained[0], "--limit", "2"), "No space left on device")
     assert list((tmp_path / "out" / "reports").iterdir()) == []

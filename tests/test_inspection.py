@@ -192,7 +192,7 @@ import sys
 from pathlib import Path
 import runs
 folder = Path(sys.argv[1])
-lock = runs._prepare_folder(folder, runs.Options())
+claim = runs.claim_folder(folder, runs.Options(), runs.World())
 print("held", flush=True)
 sys.stdin.read()
 """

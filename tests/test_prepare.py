@@ -58,7 +58,7 @@ def assert_same(one: Store, other: Store) -> None:
 
 
 def entries(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "data" / "cache").glob("*") if path.name != ".lock")
+    return sorted(path.name for path in (folder / "data" / "cache").glob("*") if path.name != prepare.LOCK)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

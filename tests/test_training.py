@@ -290,8 +290,8 @@ class Tripwire:
 def test_training_never_reads_the_test_split(small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, evaluated = runs.load_data, []
 
-    def load_guarded(config: Config) -> Any:
-        data = load(config)
+    def load_guarded(config: Config, **settings: Any) -> Any:
+        data = load(config, **settings)
         contents: Any = dict.fromkeys(("store", "token_ids", "caption_ids", "concept_ids", "set_hash"), Tripwire())
         guarded = dataclasses.replace(data.splits["test"], **contents)
         return dataclasses.replace(data, splits={**data.splits, "test": guarded})

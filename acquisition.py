@@ -66,18 +66,14 @@ class Acquisition:
     # --- The whole set ---------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
-        """Get what is missing. Never raises for what a user or a server did: the outcome says it."""
+        """Get what is missing."""
+        return self.told(self._get_missing)
+
+    def told(self, work: Callable[[], Outcome]) -> Outcome:
+        """What `work` gives. Never raises for what a user, a server or a disk did: the outcome says it."""
         again = self.selection.command()
         try:
-            if self.options.skip_existing and self._complete():
-                return self._outcome("skipped")
-            if self._needs_key():
-                return Outcome(name=self.source.name, state="needs key", detail=self.source.key_help, code=MEND,
-                               next_command=f"{self.source.needs_key}=YOUR_KEY {again}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.locked():
-                self._fill()
-            return self._outcome("done")
+            return work()
         except (UserError, TransferError, ArchiveError) as error:
             detail = redact(str(error), self.selection.secrets)
             if self.selection.key and re.search(r"answered 40[13]|web page", detail):
@@ -89,6 +85,17 @@ class Acquisition:
             return Outcome(name=self.source.name, state="failed", detail=detail, next_command=again, code=MEND)
         finally:
             self.policy.stop.set()  # threads that are still at work end
+
+    def _get_missing(self) -> Outcome:
+        if self.options.skip_existing and self._complete():
+            return self._outcome("skipped")
+        if self._needs_key():
+            return Outcome(name=self.source.name, state="needs key", detail=self.source.key_help, code=MEND,
+                           next_command=f"{self.source.needs_key}=YOUR_KEY {self.selection.command()}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.locked():
+            self._fill()
+        return self._outcome("done")
 
     def _complete(self) -> bool:
         """The cheap look: the marker, and that no file of the lists is missing."""
@@ -112,7 +119,7 @@ class Acquisition:
             self._link()
         todo = [item for item in self.holdings.todo() if not self._adopted(item)]
         alternatives = bool(self.source.one_of and todo)
-        self._check_free(self.selection.peak_bytes(todo[:1] if alternatives else todo), "archives and contents")
+        self._check_free(self.bytes_needed(todo[:1] if alternatives else todo), "archives and contents")
         if alternatives:
             self._obtain_one(todo)
         else:
@@ -135,11 +142,14 @@ class Acquisition:
             for left in self.folder.glob(f"{name}.*{BESIDE}"):  # of a run that was killed while it wrote
                 left.unlink()
         if not self.options.keep_archives:
-            for file in (file for item in self.selection.items for file in item.files):
-                for suffix in ("", ".part", ".part.json", ".lock"):
-                    (self.folder / ARCHIVES / (file.name + suffix)).unlink(missing_ok=True)
+            for item in self.selection.items:
+                self._remove_archives(item)
         with contextlib.suppress(OSError):
             (self.folder / ARCHIVES).rmdir()  # only when empty
+
+    def _remove_archives(self, item: Item) -> None:
+        for file in item.files:
+            inventory.remove_archive(self.folder / ARCHIVES / file.name)
 
     def _outcome(self, state: str) -> Outcome:
         covered = self.holdings.coverage()
@@ -195,7 +205,7 @@ class Acquisition:
         if not self.local:
             return None
         if self.local.is_file():
-            return self.local
+            return self.local if self.source.one_of or self.local.name == name else None
         places = (self.local / name, *sorted(self.local.glob(f"*/{name}")))
         return next((path for path in places if path.is_file()), None)
 
@@ -296,9 +306,7 @@ class Acquisition:
         whole = self._in_local(item.name) if item.whole_md5 else None  # parts that the user put together already
         if whole:
             return [partial(self._check_local, Wanted(path=whole, urls=(), md5=item.whole_md5))]
-        if item.kind == "plain":
-            return [partial(self._get, item.files[0], self.folder / item.into)]
-        return [partial(self._get, file, self.folder / ARCHIVES / file.name) for file in item.files]
+        return [partial(self._get, file, self.arrived(item, file)[0]) for file in item.files]
 
     def _complete_item(self, item: Item, fetched: Sequence[Fetched | RemoteFile]) -> None:
         """All files of the item are there, or can be read where they are: unpack it, and write it into the marker."""
@@ -314,8 +322,7 @@ class Acquisition:
         self.holdings.items[item.name] = record
         inventory.write_marker(self.folder, self.holdings.marker)
         if item.kind != "plain" and not self.options.keep_archives:
-            for file in item.files:
-                (self.folder / ARCHIVES / file.name).unlink(missing_ok=True)
+            self._remove_archives(item)
         checked = "digest right" if all(record["checked"]) else "no digest is published"
         checked = "a sample, read in pieces" if len(here) < len(fetched) else checked
         self.say(f"{item.name}: {checked}, {record['files']:,} files, {record['bytes'] / 1e6:,.1f} MB")
@@ -329,7 +336,8 @@ class Acquisition:
                 number -= inventory.count(self.folder / item.into, "")
             choose = sampling.chooser(self.source.name, item, self.folder, number)
         else:
-            self._check_free(archives.declared_size(parts, item.kind), item.name)
+            there = archives.bytes_below(self.folder / STAGING / f"{item.name}-{archive}")
+            self._check_free(archives.declared_size(parts, item.kind) - there, item.name)
         published = sum(count.number for count in item.counts)
         expected = archives.Expected(rules=item.rules, files=2 * published + 10_000 if published else 2_000_000,
                                      size=3 * item.unpacked + 1_000_000_000, choose=choose)
@@ -367,11 +375,22 @@ class Acquisition:
         if not urls and self.local:
             raise _NotAvailable
         wanted = self._wanted(file, path, tuple(url for url in urls if not url.startswith("apt:")))
-        if path.exists() and not wanted.pinned:
-            path.unlink()  # not in the marker, and nothing to check it by
         if urls and urls[0].startswith("apt:"):
             return fetch_by_apt(urls[0].removeprefix("apt:"), wanted)
-        return transfer.fetch(wanted, self.policy)
+        return transfer.fetch(wanted, self.policy) if wanted.pinned else self._get_unpinned(wanted)
+
+    def _get_unpinned(self, wanted: Wanted) -> Fetched:
+        """A file without a published digest: what is there counts only by the one that was noted when it came."""
+        noted = inventory.sealed(wanted.path)
+        with contextlib.suppress(FileNotFoundError, Mismatch):
+            if noted:
+                fetched = transfer.check_file(replace(wanted, sha256=noted), self.policy.progress)
+                return replace(fetched, checked="")
+        wanted.path.unlink(missing_ok=True)
+        fetched = transfer.fetch(wanted, self.policy)
+        if wanted.path.parent.name == ARCHIVES:
+            inventory.seal(wanted.path, fetched.sha256)
+        return fetched
 
     def _wanted(self, file: File, path: Path, urls: tuple[str, ...]) -> Wanted:
         keyed = tuple(urlsplit(url).hostname or "" for _, url in file.urls if "{key}" in url)
@@ -385,6 +404,17 @@ class Acquisition:
         if package and importlib.util.find_spec(package) is None:
             hint = ", or name sounds that you have: --local FOLDER" if item.kind == "parquet" else ""
             raise UserError(f"{item.name} is unpacked by the optional package {package}: pip install {package}{hint}")
+
+    def bytes_needed(self, items: list[Item]) -> int:
+        """Disk that getting these items takes at most, beside what has arrived or was unpacked by an earlier run."""
+        paths = [path for item in items for file in item.files for path in self.arrived(item, file)]
+        there = sum(path.stat().st_size for path in paths if path.is_file())
+        return max(0, self.selection.peak_bytes(items) - there - archives.bytes_below(self.folder / STAGING))
+
+    def arrived(self, item: Item, file: File) -> tuple[Path, Path]:
+        """Where a file of an item lies, and the part of it that has come."""
+        path = self.folder / item.into if item.kind == "plain" else self.folder / ARCHIVES / file.name
+        return path, path.with_name(path.name + ".part")
 
     def _check_free(self, needed: int, what: str) -> None:
         free = shutil.disk_usage(self.folder).free

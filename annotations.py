@@ -10,6 +10,7 @@ from pathlib import Path
 
 SPLITS = ("train", "val", "test")
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*"([^"\\]+)"')
+_KARPATHY = re.compile(rb'"(?:filename"\s*:\s*"[^"\\]*_0*(\d+)\.jpg|split"\s*:\s*"(\w+))"')
 _BLOCK_BYTES = 1 << 20
 _LONGEST_MATCH = 1 << 10  # bytes of one entry that may be cut by a block
 _CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
@@ -60,15 +61,30 @@ def _names_in(folder: Path) -> frozenset[str]:
 
 
 def _of_json(path: Path) -> Iterator[str]:
-    """Every "file_name" of a file of hundreds of megabytes, a block at a time."""
+    """Every "file_name" of annotations."""
+    return (match[1].decode("utf-8", "replace") for match in _matches(_FILE_NAME, path))
+
+
+def karpathy(path: Path) -> Iterator[tuple[int, str]]:
+    """(number of the picture, its split) of each picture of dataset_coco.json, which names both once, in any order."""
+    image, split = b"", b""
+    for match in _matches(_KARPATHY, path):
+        image, split = match[1] or image, match[2] or split
+        if image and split:
+            yield int(image), split.decode("ascii", "replace")
+            image = split = b""
+
+
+def _matches(pattern: re.Pattern[bytes], path: Path) -> Iterator[re.Match[bytes]]:
+    """All of a file of hundreds of megabytes, a block at a time."""
     rest = b""
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             text = rest + block
             end = 0
-            for match in _FILE_NAME.finditer(text):
+            for match in pattern.finditer(text):
                 end = match.end()
-                yield match[1].decode("utf-8", "replace")
+                yield match
             rest = text[max(end, len(text) - _LONGEST_MATCH):]
 
 

@@ -110,6 +110,11 @@ def _beside(staging: Path) -> Path:
     return staging.with_name(staging.name + ".writing")
 
 
+def bytes_below(folder: Path) -> int:
+    """What is in a folder already, 0 where there is none."""
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
+
+
 def declared_size(parts: Sequence[Part], kind: str) -> int:
     """Bytes that the archive says it unpacks to; 0 where only unpacking would tell."""
     with _errors(parts[0].name, Path(parts[0].name)), ExitStack() as stack:
@@ -362,7 +367,7 @@ def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expect
     done = Unpacked(files=len(listing), size=sum(listed.size for listed in listing))
     if done.files > expected.files or done.size > expected.size:
         raise ArchiveError(f"unpacks to {done.files:,} files and {done.size:,} bytes: not what is expected here")
-    shutil.rmtree(staging, ignore_errors=True)
+    _move_away(staging)
     staging.mkdir(parents=True)
     only = [listed.name for listed in listing] if expected.choose else None
     seven_zip.extract(parts[0], staging, done.size, watcher.progress, only)
@@ -370,6 +375,14 @@ def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expect
         name = safe_name(listed.name)
         watcher.file(name, listed.size, crc32_of(staging / name) if listed.crc32 is None else listed.crc32)
     return done
+
+
+def _move_away(staging: Path) -> None:
+    """What an interrupted call left goes at once, together with a tool that may still be writing in it."""
+    if staging.exists():
+        old = staging.with_name(f"{staging.name}.{os.getpid()}.old")
+        os.replace(staging, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _look_at_tree(folder: Path) -> Unpacked:

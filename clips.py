@@ -6,6 +6,7 @@ Videos that were removed or are private are never tried again; those bound to an
 
 import csv
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -144,8 +145,8 @@ def _give_up(status: str, in_a_row: int, policy: Policy) -> None:
 def _fetch(tool: list[str], folder: Path, split: str, clip: str, options: Options) -> tuple[str, str]:
     """(status, detail) of one clip, which is in its place where the status is ok."""
     video, _, start = clip.rpartition("_")
-    staging = folder / STAGING
-    staging.mkdir(exist_ok=True)
+    staging = folder / STAGING / str(os.getpid())  # a tool that outlives a killed process is not in the way
+    staging.mkdir(parents=True, exist_ok=True)
     cookies = ["--cookies", str(options.cookies)] if options.cookies else []
     template = str(staging / clip).replace("%", "%%") + ".%(ext)s"
     command = [*tool, "--ignore-config", "--no-playlist", "--no-warnings", "--quiet", *cookies,

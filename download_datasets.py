@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import verification
-from acquisition import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
 from annotations import SPLITS
-from arguments import Parser
-from config import UserError
+from arguments import Parser, environment_needed
 from files import check_writable, nearest_existing
 from redaction import redact
-from selection import Options, fetch_bytes
 from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Item, Source
-from transfer import Policy
+
+with environment_needed("requests", "tqdm"):
+    import verification
+    from acquisition import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
+    from config import UserError
+    from selection import Options, fetch_bytes
+    from transfer import Policy
 
 EXAMPLES = """examples:
   python download_datasets.py --datasets stamps
@@ -271,7 +273,7 @@ def _print_plan(names: list[str], table: Mapping[str, Source], options: Options)
         part = f", a sample of {options.sample} files of each" if options.sample else ""
         free = shutil.disk_usage(nearest_existing(options.data_root)).free
         print(f"  to fetch: {len(todo)} files or archives{part}, {_gb(fetch_bytes(todo))}; space needed: "
-              f"{_gb(work.selection.peak_bytes(todo), '0')}, free: {_gb(free)}")
+              f"{_gb(work.bytes_needed(todo), '0')}, free: {_gb(free)}")
 
 
 def _few(items: Sequence[Item]) -> list[Item]:

@@ -45,6 +45,12 @@ def nearest_existing(path: str | Path) -> Path:
     return next(one for one in (path, *path.parents) if one.exists())
 
 
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file survive a power cut, before it is renamed."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut; Windows cannot open a folder and needs no such call."""
     if os.name == "nt":

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from files import replacing
+from files import BESIDE, replacing, sync_file, sync_folder
 
 MARKER = ".downloaded.json"
 CONTENTS = ".contents"
@@ -59,7 +59,9 @@ class Listing:
         """The record for the marker, with the number of files and bytes; it stands at the end of the list as well."""
         self._out.write(json.dumps(self.record) + "\n")
         self._out.close()
+        sync_file(self._beside)
         os.replace(self._beside, self._path)
+        sync_folder(self._path.parent)
         return self.record
 
     def __enter__(self) -> "Listing":
@@ -68,6 +70,32 @@ class Listing:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._out.close()
         self._beside.unlink(missing_ok=True)
+
+
+def seal(archive: Path, sha256: str) -> None:
+    """Note the digest of an archive that came whole and of which none is published, so that it need not come again."""
+    with replacing(_seal_path(archive), "w") as file:
+        file.write(sha256 + "\n")
+
+
+def sealed(archive: Path) -> str:
+    """The digest that was noted when it came, "" where none was."""
+    try:
+        return _seal_path(archive).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def remove_archive(archive: Path) -> None:
+    """With all that lies beside it: its seal, and what is left of transfers that were killed."""
+    for suffix in ("", ".part", ".part.json", ".lock", ".sha256"):
+        archive.with_name(archive.name + suffix).unlink(missing_ok=True)
+    for left in archive.parent.glob(f"{archive.name}.sha256.*{BESIDE}"):
+        left.unlink(missing_ok=True)
+
+
+def _seal_path(archive: Path) -> Path:
+    return archive.with_name(archive.name + ".sha256")
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -11,16 +11,16 @@ R = TypeVar("R")
 
 
 def results(tasks: Iterable[tuple[K, Callable[[], R]]], threads: int) -> Iterator[tuple[K, R | BaseException]]:
-    """(key, what the call gave or raised) of each task. So many are at work at a time, the next one is taken from
-    `tasks` when one has ended and is asked for. The threads are daemons: a call that hangs never keeps the program."""
+    """(key, what the call gave or raised) of each task. At most so many are at work at a time, the next one is taken
+    from `tasks` when one has ended and is asked for. The threads are daemons: a call that hangs never keeps the
+    program."""
     todo: queue.SimpleQueue[tuple[K, Callable[[], R]] | None] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[K, R | BaseException]] = queue.SimpleQueue()
     waiting = iter(tasks)
-    for _ in range(threads):
-        threading.Thread(target=_work, args=(todo, done), daemon=True).start()
+    running = 0
     try:
-        running = 0
         for task in itertools.islice(waiting, threads):
+            threading.Thread(target=_work, args=(todo, done), daemon=True).start()
             todo.put(task)
             running += 1
         while running:

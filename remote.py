@@ -4,9 +4,10 @@ import io
 import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from transfer import AGAIN, Again, NextServer, Policy, TransferError, Wanted, host_of, open_session, translated
+import answers
+from answers import Again, NextServer, host_of
+from transfer import Policy, TransferError, Wanted
 
 if TYPE_CHECKING:
     from requests import Response
@@ -30,22 +31,11 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, wanted: Wanted, policy: Policy) -> None:
         super().__init__()
         self.name = wanted.path.name
-        self._policy, self._session = policy, open_session()
+        self._policy, self._session = policy, answers.open_session(wanted.unverified_hosts)
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._position = 0
         self._etag = ""
-        self._unverified = wanted.unverified_hosts
-        problems: list[str] = []
-        for self._url in wanted.urls:
-            try:
-                self.size = self._open()
-                break
-            except NextServer as error:
-                problems.append(f"{host_of(self._url)} {error}")
-        else:
-            raise TransferError(f"{self.name}: {'; '.join(problems) or 'no address is known'}")
-        if wanted.size and self.size != wanted.size:
-            raise TransferError(f"{self.name}: has {self.size:,} bytes instead of {wanted.size:,}")
+        self.size = self._open_any(wanted)
 
     def close(self) -> None:
         """Those who read it close it; it can be read again."""
@@ -73,14 +63,31 @@ class RemoteFile(io.RawIOBase):
         self._position += len(chunk)
         return len(chunk)
 
-    def _open(self) -> int:
+    def _open_any(self, wanted: Wanted) -> int:
+        """The size, from the first server that gives pieces of this file."""
+        problems: list[str] = []
+        whole_only = False
+        for self._url in wanted.urls:
+            try:
+                return self._open(wanted.size)
+            except NoRange:
+                whole_only = True
+            except NextServer as error:
+                problems.append(f"{host_of(self._url)} {error}")
+        if whole_only:
+            raise NoRange
+        raise TransferError(f"{self.name}: {'; '.join(problems) or 'no address is known'}")
+
+    def _open(self, expected: int) -> int:
         """Ask for the first byte: tells the size, and whether pieces are given."""
         response = self._request("bytes=0-0")
-        total = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if response.status_code != 206 or not total.isdigit():
+        _, size = answers.content_range(response.headers)
+        if not size:
             raise NoRange
+        if expected and size != expected:
+            raise NextServer(f"offers {size:,} bytes instead of {expected:,}: another file or release")
         self._etag = response.headers.get("ETag", "")
-        return int(total)
+        return size
 
     def _block(self, number: int) -> bytes:
         if number not in self._blocks:
@@ -90,7 +97,7 @@ class RemoteFile(io.RawIOBase):
                 response = self._request(f"bytes={first}-{first + length - 1}")
             except NextServer as error:
                 raise TransferError(f"{self.name}: {host_of(self._url)} {error}") from None
-            if response.status_code != 206 or len(response.content) != length:
+            if answers.content_range(response.headers)[0] != first or len(response.content) != length:
                 raise TransferError(f"{self.name}: {host_of(self._url)} does not give the pieces that are asked for")
             if response.headers.get("ETag", "") != self._etag:
                 raise TransferError(f"{self.name}: changed on {host_of(self._url)} while it was read")
@@ -114,17 +121,12 @@ class RemoteFile(io.RawIOBase):
                 policy.pause(wait_s)
 
     def _ask(self, span: str) -> "Response":
-        with translated(self._policy):
-            response = self._session.get(
-                self._url, headers={"Accept-Encoding": "identity", "Range": span}, stream=True,
-                verify=urlsplit(self._url).hostname not in self._unverified,
-                timeout=(self._policy.connect_timeout_s, self._policy.read_timeout_s))
+        with answers.translated(self._policy.timeouts_s):
+            response = self._session.get(self._url, headers={"Accept-Encoding": "identity", "Range": span}, stream=True,
+                                         timeout=self._policy.timeouts_s)
             with response:
+                answers.refuse_errors(response, (200, 206))
                 if response.status_code == 200:
                     raise NoRange  # before all of it comes
-                if response.status_code in AGAIN:
-                    raise Again.of(response)
-                if response.status_code != 206:
-                    raise NextServer(f"answered {response.status_code} {response.reason}".strip())
                 response.content  # noqa: B018  # read while the connection is open
         return response

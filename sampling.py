@@ -3,11 +3,10 @@
 import hashlib
 import heapq
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
 
+import annotations
 from sources import Item
 
 MEDIA = (".jpg", ".wav", ".m4a", ".mp4")
@@ -40,17 +39,10 @@ def _rank(text: str) -> bytes:
 
 def _of_karpathy(path: Path, number: int) -> set[str]:
     """File names of `number` pictures of each of train (with restval), val and test."""
-    def slim(node: dict[str, Any]) -> Any:
-        if "images" in node:
-            return node["images"]
-        return (node["cocoid"], node["split"]) if "cocoid" in node else None
-
     if not path.is_file():
         return set()
-    with path.open(encoding="utf-8") as file:
-        listed = json.load(file, object_hook=slim)
     sides: dict[str, list[int]] = {}
-    for image, split in listed:
+    for image, split in annotations.karpathy(path):
         sides.setdefault("train" if split == "restval" else split, []).append(image)
     return {f"{image:012d}.jpg" for images in sides.values()
             for image in heapq.nsmallest(number, images, key=lambda image: _rank(str(image)))}

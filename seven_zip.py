@@ -78,9 +78,11 @@ def _run_py7zr(part: Path | RemoteFile, staging: Path, size: int, progress: Prog
 
 
 def _run_tool(tool: str, path: Path, staging: Path) -> None:
-    command = ([tool, "-x", "--no-same-owner", "--no-same-permissions", "-f", str(path.resolve()), "-C", str(staging)]
-               if Path(tool).stem == "bsdtar" else [tool, "x", "-y", "-bd", f"-o{staging}", str(path.resolve())])
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    """In its folder, so that a tool that outlives a killed process cannot write into what the next one puts there."""
+    command = ([tool, "-x", "--no-same-owner", "--no-same-permissions", "-f", str(path.resolve()), "-C", "."]
+               if Path(tool).stem == "bsdtar" else [tool, "x", "-y", "-bd", "-o.", str(path.resolve())])
+    result = subprocess.run(command, cwd=staging, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                            errors="replace")
     if result.returncode:
         lines = (result.stderr or result.stdout).strip().splitlines()
         raise ArchiveError(f"cannot be unpacked by {Path(tool).name} ({lines[-1] if lines else result.returncode})")

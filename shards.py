@@ -56,7 +56,8 @@ def _sounds(table: Any, group: int, file: IO[bytes], names: list[str], seen: set
     facts = table.metadata.row_group(group)
     column = next(column for column in map(facts.column, range(facts.num_columns))
                   if column.path_in_schema == COLUMN)
-    pages = list(_pages(file, column)) if _is_usual(column) else []
+    levels = next(one for one in map(table.schema.column, range(facts.num_columns)) if one.path == COLUMN)
+    pages = list(_pages(file, column)) if _is_usual(column, levels) else []
     if not pages or any(page.kind not in (_DATA, _DICTIONARY) for page in pages):
         batches = table.iter_batches(batch_size=1, row_groups=[group], columns=["audio"], use_threads=False)
         sounds = (row["audio"]["bytes"] for batch in batches for row in batch.to_pylist())
@@ -67,7 +68,10 @@ def _sounds(table: Any, group: int, file: IO[bytes], names: list[str], seen: set
         yield from _member(name, size, pieces, seen)
 
 
-def _is_usual(column: Any) -> bool:
+def _is_usual(column: Any, levels: Any) -> bool:
+    """Every value is there, preceded by levels that say so, and packed in a way that is read here."""
+    if not levels.max_definition_level or levels.max_repetition_level:
+        return False
     known = column.statistics is not None and column.statistics.has_null_count and column.statistics.null_count == 0
     return known and column.compression in ("SNAPPY", "UNCOMPRESSED")
 

@@ -12,51 +12,26 @@ import json
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+import answers
+from answers import Again, NextServer, host_of
 from config import UserError
-from files import locked, sync_folder
+from files import locked, sync_file, sync_folder
 from progress import Bar, Progress
 from redaction import redact
 
 if TYPE_CHECKING:
     from requests import Response, Session
 
-# Some hosts turn away the default agents of HTTP libraries; a name of our own is what they ask for.
-USER_AGENT = "trimodal-trainer/0.1 (data set downloader; resumes by Range, obeys Retry-After)"
 CHUNK_BYTES = 64 * 1024  # what a cut connection may cost
-AGAIN = (408, 425, 429, 500, 502, 503, 504)  # answers that may be different later
 
 
 class TransferError(Exception):
     """A file could not be had from any server. One line, without secrets."""
-
-
-class NextServer(Exception):
-    """This server will not give the file, however often it is asked."""
-
-    def __init__(self, why: str, *, unreachable: bool = False) -> None:
-        super().__init__(why)
-        self.unreachable = unreachable
-
-
-class Again(Exception):
-    """This try failed; another may not. `wait_s` is the server's wish."""
-
-    def __init__(self, why: str, wait_s: float | None = None, *, unreachable: bool = False) -> None:
-        super().__init__(why)
-        self.wait_s = wait_s
-        self.unreachable = unreachable
-
-    @classmethod
-    def of(cls, response: "Response") -> "Again":
-        return cls(f"answered {response.status_code}", _retry_after_s(response.headers))
 
 
 class Stopped(Exception):
@@ -110,8 +85,14 @@ class Policy:
             raise NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
         return wait_s
 
+    @property
+    def timeouts_s(self) -> tuple[float, float]:
+        return self.connect_timeout_s, self.read_timeout_s
+
     def pause(self, seconds: float) -> None:
         (self.sleep or self.stop.wait)(seconds)
+        if self.stop.is_set():
+            raise Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +115,18 @@ def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
         wanted.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(wanted.path, _Waiting(wanted, policy)):
             with contextlib.suppress(FileNotFoundError, Mismatch):
-                return check_file(wanted, policy.progress)
+                fetched = check_file(wanted, policy.progress)
+                _notes_path(wanted.path).unlink(missing_ok=True)  # of a run that was killed just before it did so
+                return fetched
             wanted.path.unlink(missing_ok=True)
             with policy.progress.bar(wanted.path.name, wanted.size, transfer=True) as bar:
                 return _from_any_server(wanted, policy, bar)
     except OSError as error:
         raise _disk_error(error, wanted.path) from None
+
+
+def _notes_path(path: Path) -> Path:
+    return path.with_name(path.name + ".part.json")
 
 
 class _Waiting:
@@ -158,17 +145,19 @@ class _Waiting:
 
 def check_file(wanted: Wanted, progress: Progress | None = None) -> Fetched:
     """Hash `wanted.path` and compare. Raises FileNotFoundError or Mismatch."""
-    hashes = _new_hashes()
+    hashes, progress = _new_hashes(), progress or Progress()
     with wanted.path.open("rb") as file:
-        with (progress or Progress()).bar(f"checking {wanted.path.name}", wanted.path.stat().st_size) as bar:
-            size = _hash_into(hashes, file, bar)
-    return _verdict(wanted, size, hashes)
+        with progress.bar(f"checking {wanted.path.name}", wanted.path.stat().st_size) as bar:
+            size = _hash_into(hashes, file, bar.move_to)
+    fetched = _verdict(wanted, size, hashes)
+    progress.add(size, arrived=False)  # of what was to be fetched in all, this is there
+    return fetched
 
 
 def _from_any_server(wanted: Wanted, policy: Policy, bar: Bar) -> Fetched:
     problems: list[str] = []
     dead: set[str] = set()
-    with open_session() as session:
+    with answers.open_session(wanted.unverified_hosts) as session:
         for url in wanted.urls:
             host = host_of(url)
             if host in dead:
@@ -180,14 +169,6 @@ def _from_any_server(wanted: Wanted, policy: Policy, bar: Bar) -> Fetched:
                 dead |= {host} if error.unreachable else set()
     what_they_said = "; ".join(problems) or "no address is known"
     raise TransferError(redact(f"{wanted.path.name}: {what_they_said}", wanted.secrets))
-
-
-def open_session() -> "Session":
-    from requests import Session
-
-    session = Session()  # honours proxies and CA bundles of the environment, and drops credentials on other hosts
-    session.headers.update({"User-Agent": USER_AGENT, "Accept": "*/*"})
-    return session
 
 
 def _from_server(session: "Session", part: "_Part", policy: Policy) -> Fetched:
@@ -212,11 +193,6 @@ def _from_server(session: "Session", part: "_Part", policy: Policy) -> Fetched:
             _wait(error, failures, part, policy)
 
 
-def host_of(url: str) -> str:
-    """Name and port, without the user's name and password that an address can hold."""
-    return urlsplit(url).netloc.rpartition("@")[2]
-
-
 def _wait(error: Again, failures: int, part: "_Part", policy: Policy) -> None:
     wait_s = policy.wait_s(error, failures)
     kept = f"; {part.size:,} bytes are kept" if part.size else ""
@@ -228,10 +204,8 @@ def _receive(session: "Session", part: "_Part", policy: Policy) -> None:
     """One request: adds what arrives to the part. Returns when the file is whole, raises `Again` when it is not."""
     if part.whole():
         return
-    verify = urlsplit(part.address).hostname not in part.wanted.unverified_hosts
-    with translated(policy), _quiet_about_tls(verify):
-        response = session.get(part.address, headers=part.headers(), stream=True, verify=verify,
-                               timeout=(policy.connect_timeout_s, policy.read_timeout_s))
+    with answers.translated(policy.timeouts_s):
+        response = session.get(part.address, headers=part.headers(), stream=True, timeout=policy.timeouts_s)
         with response:
             start = _start_of_body(response, part)
             if start is None:
@@ -243,32 +217,29 @@ def _receive(session: "Session", part: "_Part", policy: Policy) -> None:
 
 def _start_of_body(response: "Response", part: "_Part") -> int | None:
     """Where the body of this answer belongs in the file; None when there is nothing left to fetch."""
-    status = response.status_code
-    if status in AGAIN:
-        raise Again.of(response)
-    first, total = _content_range(response.headers.get("Content-Range", ""))
-    if status == 416:
+    answers.refuse_errors(response, (200, 206, 416))
+    first, total = answers.content_range(response.headers)
+    if response.status_code == 416:
         if part.size and total == part.size and part.wanted.size in (0, total):
             part.total = part.size
             return None
         part.restart()
         raise Again("answered 416 to a request to resume")
-    if status not in (200, 206):
-        raise NextServer(f"answered {status} {response.reason}".strip())
     if "text/html" in response.headers.get("Content-Type", "").lower():
         raise NextServer("answered with a web page instead of the file")
     if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
         raise NextServer("sends the file encoded, though asked not to")
-    if status == 200:
-        first, total = 0, int(response.headers.get("Content-Length") or 0)
-    _check_offer(part, first, total)
+    if response.status_code == 200:
+        first, total = 0, answers.body_length(response.headers)
+    _check_offer(part, first, total, response.headers.get("ETag", ""))
     return first
 
 
-def _check_offer(part: "_Part", first: int, total: int) -> None:
+def _check_offer(part: "_Part", first: int, total: int, etag: str) -> None:
     if part.wanted.size and total and total != part.wanted.size:
         raise NextServer(f"offers {total:,} bytes instead of {part.wanted.size:,}: another file or release")
-    if first not in (0, part.size) or (first and part.total and total and total != part.total):
+    changed = not part.wanted.pinned and etag != part.notes.get("etag", "")  # though If-Range asked not to go on then
+    if first not in (0, part.size) or (first and (changed or (part.total and total and total != part.total))):
         part.restart()
         raise Again("answered with another part of the file than asked for")
 
@@ -276,7 +247,7 @@ def _check_offer(part: "_Part", first: int, total: int) -> None:
 def _store(response: "Response", part: "_Part", start: int, stop: threading.Event) -> None:
     chunks = response.iter_content(CHUNK_BYTES)
     head = next(chunks, b"")
-    if start == 0 and _looks_like_page(head):
+    if start == 0 and answers.looks_like_page(head):
         raise NextServer("answered with a web page instead of the file")
     if start == 0:
         part.restart()
@@ -300,7 +271,7 @@ class _Part:
         self.url = redact(address, wanted.secrets)  # the one to write down
         self.bar = bar
         self.path = wanted.path.with_name(wanted.path.name + ".part")
-        self.notes_path = wanted.path.with_name(wanted.path.name + ".part.json")
+        self.notes_path = _notes_path(wanted.path)
         self.notes = self._read_notes()
         self.size = 0
         self.hashes = _new_hashes()
@@ -319,9 +290,8 @@ class _Part:
 
     def _can_resume(self) -> bool:
         """Bytes of unknown origin count only where a pinned digest will judge the whole."""
-        if not self.path.is_file() or not self.notes:
-            return False
-        return bool(self.wanted.pinned) or (self.notes.get("url") == self.url and bool(self._validator()))
+        known = self.notes.get("url") == self.url and bool(self._validator())
+        return self.path.is_file() and (known or bool(self.wanted.pinned))
 
     def _validator(self) -> str:
         etag = str(self.notes.get("etag") or "")
@@ -329,10 +299,9 @@ class _Part:
 
     def _load(self) -> None:
         with self.path.open("rb") as file:
-            self.size = _hash_into(self.hashes, file)
+            self.size = _hash_into(self.hashes, file, lambda size: self.bar.move_to(size, arrived=False))
         if self.total and self.size > self.total:
             self.restart()
-        self.bar.move_to(self.size, arrived=False)
 
     def restart(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -353,12 +322,15 @@ class _Part:
 
     def note(self, response: "Response", start: int) -> None:
         """Write down what identifies the file on this server, before the first byte of it is written."""
-        length = int(response.headers.get("Content-Length") or 0)
+        length = answers.body_length(response.headers)
         self.total = self.wanted.size or (start + length if length else 0)
         self.bar.expect(self.total)
-        self.notes = {"url": self.url, "total": self.total, "etag": response.headers.get("ETag", ""),
-                      "last_modified": response.headers.get("Last-Modified", ""), "sha256": _announced(response)}
-        self.notes_path.write_text(json.dumps(self.notes), encoding="utf-8")
+        notes = {"url": self.url, "total": self.total, "etag": response.headers.get("ETag", ""),
+                 "last_modified": response.headers.get("Last-Modified", ""),
+                 "sha256": answers.announced_sha256(response)}
+        if notes != self.notes:  # else a kill while it is written would cost what has arrived
+            self.notes_path.write_text(json.dumps(notes), encoding="utf-8")
+        self.notes = notes
 
     def add(self, chunk: bytes) -> None:
         self.size += len(chunk)
@@ -370,12 +342,11 @@ class _Part:
         """Check, make durable, give the file its name."""
         wanted = self.wanted
         if not wanted.pinned and self.notes.get("sha256"):
-            wanted = Wanted(path=wanted.path, urls=(), size=wanted.size, sha256=self.notes["sha256"])
+            wanted = replace(wanted, sha256=self.notes["sha256"])
         if self.total and self.size > self.total:
             raise Mismatch(f"sent more than the {self.total:,} bytes of the file")
         fetched = _verdict(wanted, self.size, self.hashes)
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(self.path)
         os.replace(self.path, self.wanted.path)
         self.notes_path.unlink(missing_ok=True)
         sync_folder(self.wanted.path.parent)
@@ -399,90 +370,20 @@ def _new_hashes() -> dict[str, Any]:
     return {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
 
 
-def _hash_into(hashes: Mapping[str, Any], file: Any, bar: Bar | None = None) -> int:
+def _hash_into(hashes: Mapping[str, Any], file: Any, moved_to: Callable[[int], None]) -> int:
     size = 0
     while chunk := file.read(1 << 20):
         size += len(chunk)
-        if bar:
-            bar.add(len(chunk))
         for hasher in hashes.values():
             hasher.update(chunk)
+        moved_to(size)
     return size
-
-
-def _announced(response: "Response") -> str:
-    """The sha256 that Hub-like servers name in the answer that redirects to the bytes."""
-    for answer in (*response.history, response):
-        digest = answer.headers.get("X-Linked-ETag", "").strip('"').lower()
-        if len(digest) == 64 and all(c in "0123456789abcdef" for c in digest):
-            return digest
-    return ""
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date; None where there is none or it is not readable."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
-
-
-def _content_range(text: str) -> tuple[int, int]:
-    """(first byte, total) of `bytes 5-9/10` or `bytes */10`; -1 and 0 stand for what it does not say."""
-    unit, _, rest = text.partition(" ")
-    span, _, total = rest.partition("/")
-    first = span.partition("-")[0]
-    if unit != "bytes":
-        return -1, 0
-    return int(first) if first.isdigit() else -1, int(total) if total.isdigit() else 0
-
-
-def _looks_like_page(head: bytes) -> bool:
-    start = head[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return start.startswith((b"<!doctype html", b"<html", b"<head"))
 
 
 def _prepend(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
     if head:
         yield head
     yield from chunks
-
-
-@contextlib.contextmanager
-def translated(policy: Policy) -> Iterator[None]:
-    """Turn the library's exceptions, whose texts hold addresses and with them keys, into our short ones."""
-    import requests
-    from urllib3.exceptions import NameResolutionError, NewConnectionError
-
-    errors = requests.exceptions
-    try:
-        yield
-    except errors.SSLError:
-        raise NextServer("shows a TLS certificate that is not accepted") from None
-    except (errors.TooManyRedirects, errors.MissingSchema, errors.InvalidSchema, errors.InvalidURL) as error:
-        raise NextServer(f"cannot be used ({type(error).__name__})") from None
-    except errors.ConnectTimeout:
-        raise Again(f"did not answer in {policy.connect_timeout_s:.0f} s", unreachable=True) from None
-    except errors.ReadTimeout:
-        raise Again(f"sent nothing for {policy.read_timeout_s:.0f} s") from None
-    except errors.RequestException as error:
-        reason = getattr(error.args[0], "reason", None) if error.args else None
-        lost = not isinstance(reason, NewConnectionError | NameResolutionError)
-        raise Again("cut the connection" if lost else "cannot be reached", unreachable=not lost) from None
-
-
-@contextlib.contextmanager
-def _quiet_about_tls(verify: bool) -> Iterator[None]:
-    """The user asked for no verification of this host: one warning a request adds nothing."""
-    import warnings
-
-    with warnings.catch_warnings():
-        if not verify:
-            warnings.filterwarnings("ignore", message="Unverified HTTPS request")
-        yield
 
 
 def _disk_error(error: OSError, path: Path) -> UserError:

@@ -66,13 +66,8 @@ def _state(item: Item, work: Acquisition) -> tuple[str, int, int]:
     if record:
         number = sum(1 for _ in _lost(item, work))
         return f"broken: {number:,} missing or cut", record.get("files", 1) - number, 0
-    sizes = [path.stat().st_size for file in item.files for path in _arrived(item, file.name, work) if path.is_file()]
+    sizes = [path.stat().st_size for file in item.files for path in work.arrived(item, file) if path.is_file()]
     return ("arriving" if sizes else "missing"), 0, sum(sizes)
-
-
-def _arrived(item: Item, name: str, work: Acquisition) -> tuple[Path, Path]:
-    path = work.folder / item.into if item.kind == "plain" else work.folder / ARCHIVES / name
-    return path, path.with_name(path.name + ".part")
 
 
 def _lost(item: Item, work: Acquisition) -> Iterator[str]:
@@ -95,11 +90,15 @@ class Findings:
 
 def verify(work: Acquisition, threads: int = 0) -> Outcome:
     """Hash every file of the set again, and open it. Items with damage are marked: the next download mends them."""
+    return work.told(partial(_verify, work, threads or os.cpu_count() or 1))
+
+
+def _verify(work: Acquisition, threads: int) -> Outcome:
     findings = Findings()
     if not work.folder.is_dir():
         return _verdict(work, findings)
     with work.locked(), work.policy.progress.bar(f"verifying {work.source.name}", unit=" files") as bar:
-        for (item, name), result in pipeline.results(_checks(work), threads or os.cpu_count() or 1):
+        for (item, name), result in pipeline.results(_checks(work), threads):
             if isinstance(result, BaseException):
                 raise result
             bar.add(1)
@@ -111,11 +110,19 @@ def verify(work: Acquisition, threads: int = 0) -> Outcome:
                 findings.unreadable.append(name)
             if damage or problem:
                 work.say(f"{name}: {damage or problem}")
-        for item, names in findings.damaged.items():
-            work.holdings.items.setdefault(item, {})["damaged"] = names[:100]
-        if findings.damaged:
-            inventory.write_marker(work.folder, work.holdings.marker)
+        _mark(work, findings.damaged)
     return _verdict(work, findings)
+
+
+def _mark(work: Acquisition, damaged: dict[str, list[str]]) -> None:
+    """Write down what is damaged, and that what was so before no longer is."""
+    records = work.holdings.items
+    healed = [item.name for item in work.selection.items
+              if item.name not in damaged and records.get(item.name, {}).pop("damaged", None)]
+    for name, files in damaged.items():
+        records.setdefault(name, {})["damaged"] = files[:100]
+    if damaged or healed:
+        inventory.write_marker(work.folder, work.holdings.marker)
 
 
 def _verdict(work: Acquisition, findings: Findings) -> Outcome:
@@ -140,7 +147,7 @@ def _checks(work: Acquisition) -> Iterator[tuple[tuple[str, str], Check]]:
         if item.kind == "plain" and record:
             yield (item.name, item.into), partial(_check_plain, work.folder / item.into, record)
         for file in item.files if item.kind != "plain" else ():
-            path = work.folder / ARCHIVES / file.name
+            path, _ = work.arrived(item, file)
             if path.is_file():
                 yield (item.name, f"{ARCHIVES}/{file.name}"), partial(_check_archive, path, file)
         if item.kind != "plain" and record:
@@ -213,7 +220,9 @@ def problem_of(path: Path) -> str:
 def _open_picture(path: Path) -> None:
     from PIL import Image
 
-    with Image.open(path) as image:
+    from images import PICTURE_FORMATS
+
+    with Image.open(path, formats=PICTURE_FORMATS) as image:
         image.load()
 
 
@@ -227,7 +236,9 @@ def _samples(path: Path) -> int:
 def _frames(path: Path) -> int:
     import av
 
-    with av.open(str(path)) as container:
+    from images import VIDEO_FORMATS
+
+    with av.open(str(path), options={"format_whitelist": VIDEO_FORMATS}) as container:
         streams = [*container.streams.audio[:1], *container.streams.video[:1]]
         return sum(1 for stream in streams for _ in _first(container, stream))
 

@@ -73,6 +73,8 @@ def members(file: IO[bytes]) -> Iterator[Member]:
             continue
         if stat.S_IFMT(entry.mode) not in (0, stat.S_IFREG):
             raise ArchiveError(f"holds a link or device, {entry.name!r}")
+        if entry.offset + shift >= start:
+            raise BadZipFile(f"nothing where {entry.name!r} should be")
         if entry.flags & _ENCRYPTED:
             raise ArchiveError(f"is encrypted ({entry.name!r})")
         yield Member(entry.name, entry.size, partial(_contents, file, entry, entry.offset + shift), entry.crc32)

@@ -59,21 +59,22 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",
     # getting data
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
-    "transfer": "config files progress redaction", "debian": "transfer", "inventory": "files", "local_copies": "config",
-    "remote": "transfer", "sampling": "sources",
+    "answers": "", "transfer": "answers config files progress redaction", "debian": "transfer",
+    "inventory": "files", "local_copies": "config", "remote": "answers transfer", "sampling": "annotations sources",
     "zip_stream": "members", "shards": "config members", "seven_zip": "config members progress remote",
     "archives": "config members progress remote seven_zip shards zip_stream",
     "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
     "clips": "annotations config files pipeline selection transfer",
     "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "
                    "remote sampling selection sources transfer",
-    "verification": "acquisition archives inventory pipeline selection sources transfer",
+    "verification": "acquisition archives images inventory pipeline selection sources transfer",
     "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "
                          "verification",
 }.items()}
 WITHOUT_TORCH = ("config", "arguments", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
                  "run_training", "evaluate", "doctor", "environment", "findings")
-ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
+ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",
+                     "requests"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 
 MAX_FUNCTION, MAX_MEDIAN_FUNCTION, MAX_FILE, MAX_PARAMETERS = 60, 15, 500, 6  # lines; a count

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import answers
 import transfer
 from config import UserError
 from tests.loopback import Loopback, http_date
@@ -62,7 +63,7 @@ def test_file_arrives_with_its_digest(server: Loopback, tmp_path: Path) -> None:
     assert only_file(tmp_path) == DATA
     assert (fetched.size, fetched.sha256, fetched.checked) == (len(DATA), SHA256, f"sha256:{SHA256}")
     ((_, headers),) = server.requests
-    assert headers["user-agent"] == transfer.USER_AGENT and "python" not in transfer.USER_AGENT
+    assert headers["user-agent"] == answers.USER_AGENT and "python" not in answers.USER_AGENT
     assert headers["accept-encoding"] == "identity"
 
 

@@ -426,7 +426,9 @@ class Acquisition:
     def locked(self) -> Iterator[None]:
         """One download of a set at a time."""
         try:
-            with locked(self.folder / LOCK):
+            with locked(self.folder / LOCK) as held:
+                if not held:
+                    self.say("this file system has no locks: see to it that no second download uses the folder")
                 self.holdings.reread()
                 yield
         except BlockingIOError:

@@ -65,20 +65,41 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def take_lock(file: IO[Any], *, of_process: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed, or its process ends, however that ends. False where the system or the disk
+    has no locks: some network disks have none.
+
+    `of_process`: our threads share the lock, and our children do not hold it as well; else it is the other way round.
+
+    Raises:
+        BlockingIOError: another one holds it, and we do not `wait`.
+    """
+    if os.name == "nt":
+        return False
+    import fcntl
+
+    lock = fcntl.lockf if of_process else fcntl.flock
+    try:
+        lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(*error.args) from None
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold `path`.lock, which goes with the process however it ends. While another holds it, `wait` is called.
+def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold `path`.lock; gives what `take_lock` gave. While another holds it, `wait` is called.
 
     Raises:
         BlockingIOError: another one holds it, and no `wait` is given.
     """
-    import fcntl
-
     place = path.with_name(f"{path.name}.lock")
     while True:
         with place.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = take_lock(file)
             except BlockingIOError:
                 if wait is None:
                     raise
@@ -87,7 +108,7 @@ def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[None]
             if not _is_at(file, place):
                 continue  # removed by its holder just before
             try:
-                yield
+                yield held
             finally:
                 place.unlink(missing_ok=True)
             return

@@ -21,8 +21,9 @@ class Loopback:
 
     a status ("503"), "retry:SECONDS" or "retry:DATE" (429 with Retry-After), "redirect:URL", "page", "sly-page" (a page
     that does not call itself one), "cut:BYTES" (the connection ends after so many), "stall:BYTES" (it then hangs),
-    "no-length" (the length is not told and half is sent), "no-range", "wrong-range", "gzip", "other" (other bytes),
-    "more" (bytes too many, their number not told). `slow_s` is a pause after each 64 KiB, for all answers.
+    "no-length" (the length is not told and half is sent), "no-range", "no-if-range" (a piece, though the file is
+    another one), "wrong-range", "gzip", "other" (other bytes), "more" (bytes too many, their number not told).
+    `slow_s` is a pause after each 64 KiB, for all answers.
     """
 
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
@@ -102,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, data: bytes, fault: str, detail: str) -> None:
         etag = f'"{hashlib.md5(data).hexdigest()}"'
-        span = self._span(data, etag) if fault != "no-range" else None
+        span = self._span(data, etag, heeds=fault != "no-if-range") if fault != "no-range" else None
         start, end = span or (0, len(data))
         if start >= len(data):
             return self._answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
@@ -126,10 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: len(body) // 2]
         self._send(body, fault, detail)
 
-    def _span(self, data: bytes, etag: str) -> tuple[int, int] | None:
-        """(first byte, the one after the last) of what is asked for, None for all of it."""
+    def _span(self, data: bytes, etag: str, *, heeds: bool) -> tuple[int, int] | None:
+        """(first byte, the one after the last) of what is asked for, None for all of it; If-Range is heeded or not."""
         wanted, condition = self.headers.get("Range", ""), self.headers.get("If-Range", etag)
-        if not wanted or condition != etag:
+        if not wanted or (heeds and condition != etag):
             return None
         first, _, last = wanted.removeprefix("bytes=").partition("-")
         return int(first), min(len(data), int(last) + 1) if last else len(data)

@@ -416,6 +416,16 @@ def test_archives_of_the_user_are_used_and_kept(tmp_path: Path) -> None:
         tmp_path / "true/voxceleb", "voxceleb1/wav")
 
 
+def test_one_archive_of_the_user_stands_for_itself_only(server: Loopback, tmp_path: Path) -> None:
+    source, served = miniature.coco(tmp_path / "true")
+    serve(server, (source, served))
+    local = tmp_path / "val2017.zip"
+    local.write_bytes(served[local.name])
+    outcome = run(source, options(tmp_path, server, local={"coco": local}))
+    assert outcome.state == "done", outcome.detail
+    assert f"/coco/{local.name}" not in {name for name, _ in server.requests} and local.exists()
+
+
 def test_a_damaged_archive_of_the_user_is_named(tmp_path: Path) -> None:
     source, _ = miniature.voxceleb(tmp_path / "true")
     (tmp_path / "own").mkdir()

@@ -1,5 +1,7 @@
 """Names in the lists of a set against names on the disk."""
 
+import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,35 @@ def test_names_that_a_block_cuts_are_found_once(tmp_path: Path, block: int, monk
 
 def test_no_list_and_no_folder_say_nothing(tmp_path: Path) -> None:
     assert rows("coco", tmp_path) == rows("stamps", tmp_path) == rows("imagenet", tmp_path) == {}
+
+
+IMAGE = ('{{"filepath": "val2014", "sentids": [1], "filename": "COCO_val2014_{number:012d}.jpg", "imgid": 0, '
+         '"split": "{split}", "sentences": [{{"tokens": ["a"], "raw": "a \\"split\\": \\"x\\" 水"}}], '
+         '"cocoid": {number}}}')
+
+
+@pytest.mark.parametrize("block", [100, 1 << 20])
+@pytest.mark.parametrize("turned", [False, True])
+def test_pictures_of_karpathy_come_with_their_split(tmp_path: Path, block: int, turned: bool,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotations, "_BLOCK_BYTES", block)
+    expected = [(number, ("train", "restval", "val", "test")[number % 4]) for number in range(1, 50)]
+    images = [IMAGE.format(number=number, split=split) for number, split in expected]
+    if turned:
+        images = [json.dumps(dict(reversed(json.loads(image).items()))) for image in images]
+    path = tmp_path / "dataset_coco.json"
+    path.write_text('{"images": [' + ", ".join(images) + '], "dataset": "coco"}', "utf-8")
+    assert list(annotations.karpathy(path)) == expected
+
+
+def test_the_lists_of_karpathy_take_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "dataset_coco.json"
+    images = ", ".join(IMAGE.format(number=number, split="val") for number in range(40_000))
+    path.write_text(f"[{images}]", "utf-8")
+    del images
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in annotations.karpathy(path)) == 40_000
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000, f"of {path.stat().st_size:,} bytes"
+    finally:
+        tracemalloc.stop()

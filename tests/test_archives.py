@@ -15,6 +15,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -374,6 +375,24 @@ def test_a_tool_of_the_system_is_used(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", fake_tool(tmp_path, body))
     run(tmp_path, seven_zip(tmp_path, FILES), "7z")
     assert tree(tmp_path / "out") == FILES and log.read_text() == str((tmp_path / "archive").resolve())
+
+
+def test_a_tool_that_outlived_a_killed_process_is_not_in_the_way(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes into the folder that it was started in, which is moved away; so does one that is started now."""
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    old = os.open(beside, os.O_RDONLY)  # as the working folder of a process
+    write(beside / "left", b"")
+    body = ("import os, py7zr; py7zr.SevenZipFile(archive).extractall(out)\n"
+            f"assert out == '.' and os.getcwd() == {str(beside)!r}\n"
+            f"try: os.close(os.open('late', os.O_CREAT | os.O_WRONLY, dir_fd={old}))\n"
+            "except FileNotFoundError: pass")
+    monkeypatch.setenv("PATH", fake_tool(tmp_path, body))
+    monkeypatch.setattr("seven_zip.subprocess.run", partial(subprocess.run, pass_fds=(old,)))
+    run(tmp_path, seven_zip(tmp_path, FILES), "7z")
+    os.close(old)
+    assert tree(tmp_path / "out") == FILES
 
 
 @pytest.mark.parametrize(("body", "why"), [

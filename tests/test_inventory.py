@@ -1,5 +1,6 @@
 """Markers and lists of contents: they must notice what is not there, and never claim what was not finished."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,25 @@ def test_a_damaged_marker_counts_as_none(folder: Path, text: str) -> None:
     (folder / inventory.MARKER).write_text(text)
     assert inventory.read_marker(folder) == {}
     assert inventory.read_marker(folder / "absent") == {}
+
+
+def test_a_list_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("inventory.sync_file", lambda path: order.append(f"sync {path.name}"))
+    monkeypatch.setattr("inventory.sync_folder", lambda path: order.append("sync folder"))
+    replace = os.replace
+    monkeypatch.setattr("os.replace", lambda one, other: (order.append("rename"), replace(one, other)))
+    with inventory.Listing(tmp_path / "a.gz", {}) as listing:
+        listing.finish()
+    assert order == ["sync a.gz.new", "rename", "sync folder"]
+
+
+def test_what_lies_beside_an_archive_goes_with_it(tmp_path: Path) -> None:
+    archive = tmp_path / "a.zip"
+    for suffix in ("", ".part", ".part.json", ".lock", ".sha256.77.tmp"):
+        (tmp_path / f"a.zip{suffix}").touch()
+    (tmp_path / "a.zip.own").touch()
+    inventory.seal(archive, "ab")
+    assert inventory.sealed(archive) == "ab" and inventory.sealed(tmp_path / "b.zip") == ""
+    inventory.remove_archive(archive)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip.own"]

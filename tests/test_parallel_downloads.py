@@ -5,12 +5,15 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import archives
+import inventory
 import readers
+from acquisition import Acquisition
 from config import config_from_dict
 from sources import SOURCES, File, Item, Source
 from tests import miniature, packing
@@ -100,3 +103,58 @@ def test_a_bound_of_bytes_makes_a_usable_part(server: Loopback, tmp_path: Path) 
     config = config_from_dict({"paths": {"data_root": str(tmp_path / "data")}})
     assert [len(list(readers.read_split("coco", split, config))) for split in ("train", "val", "test")] == [6, 1, 1]
     assert run(source, options(tmp_path, server, skip_existing=True)).state == "done"
+
+
+# --- What an earlier run has brought ---------------------------------------------------------------------------------
+
+
+def unpinned(server: Loopback, folder: Path) -> Source:
+    """VoxCeleb's archive in four parts, of which no digest is published."""
+    source, served = miniature.voxceleb(folder / "true")
+    (item,) = (item for item in source.items if len(item.files) == 4)
+    item = replace(item, files=tuple(replace(file, sha256="", md5="", size=0) for file in item.files), counts=())
+    return serve(server, (replace(source, items=(item,)), served))
+
+
+@pytest.mark.parametrize("keep_archives", [False, True])
+def test_parts_without_a_published_digest_are_not_fetched_twice(server: Loopback, tmp_path: Path,
+                                                                keep_archives: bool) -> None:
+    source = unpinned(server, tmp_path)
+    names = [file.name for file in source.items[0].files]
+    archives_folder = tmp_path / "data/voxceleb/archives"
+    last = server.files.pop(f"/voxceleb/{names[3]}")
+    assert run(source, options(tmp_path, server)).code == 1
+    (archives_folder / names[1]).write_bytes(b"damaged meanwhile")
+    server.requests.clear()
+    server.files[f"/voxceleb/{names[3]}"] = last
+    outcome = run(source, options(tmp_path, server, keep_archives=keep_archives))
+    assert outcome.state == "done", outcome.detail
+    assert sorted(name for name, _ in server.requests) == [f"/voxceleb/{names[1]}", f"/voxceleb/{names[3]}"]
+    record = inventory.read_marker(tmp_path / "data/voxceleb")["items"][source.items[0].name]
+    assert record["checked"] == [""] * 4, "ours is no published digest"
+    assert archives_folder.exists() == keep_archives, "the notes go with the archives"
+
+
+def test_what_has_arrived_or_was_unpacked_needs_no_room_again(server: Loopback, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that sufficed for the first run suffices for the one that goes on."""
+    source = several(server, 1, tmp_path)
+    monkeypatch.setattr(archives, "_merge", lambda *folders: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(source, options(tmp_path, server))
+    monkeypatch.undo()
+    archive, staged = (next((tmp_path / "data/coco").glob(pattern)) for pattern in ("archives/*.zip", ".unpacking/*/*"))
+    assert archive.stat().st_size > 200_000 and staged.stat().st_size == 200_000
+    work = Acquisition(source, options(tmp_path, server))
+    assert work.bytes_needed(list(source.items)) == 0
+    monkeypatch.setattr("acquisition.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    outcome = work.run()
+    assert outcome.state == "done", outcome.detail
+
+
+def test_too_little_room_is_told_before_anything_is_fetched(server: Loopback, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    source = several(server, 1, tmp_path)
+    monkeypatch.setattr("acquisition.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    outcome = run(source, options(tmp_path, server))
+    assert outcome.code == 2 and "are needed for archives and contents" in outcome.detail and server.requests == []

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +61,14 @@ def test_tasks_are_taken_only_when_there_is_room() -> None:
             break
     time.sleep(0.05)
     assert len(taken) <= 7
+
+
+def test_there_are_no_more_threads_than_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (begun.append(self), start(self))[1])
+    assert len(list(pipeline.results(((n, int) for n in range(2)), 100_000))) == 2
+    assert len(begun) == 2
 
 
 def test_a_call_that_hangs_does_not_keep_the_program_from_ending() -> None:

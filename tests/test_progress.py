@@ -1,5 +1,6 @@
 """One display: a line for each file and one for all, with bytes, rate and time left; and nothing where nobody looks."""
 
+import hashlib
 import io
 import re
 import threading
@@ -63,6 +64,24 @@ def test_bytes_that_were_there_count_and_are_no_speed() -> None:
             assert (line.n, line.initial) == (950, 900)
         bar.move_to(0)  # a wrong digest: all of it again
         assert progress._all.n == 0
+
+
+def test_a_file_that_is_there_already_counts_in_the_line_of_all(tmp_path: Path) -> None:
+    progress = Progress(Terminal())
+    (tmp_path / "a").write_bytes(b"1234")
+    sha256 = hashlib.sha256(b"1234").hexdigest()
+    with progress.overall("all", 4):
+        transfer.fetch(Wanted(path=tmp_path / "a", urls=(), sha256=sha256), Policy(progress=progress))
+        assert (progress._all.n, progress._all.initial) == (4, 4)
+
+
+def test_what_a_part_holds_is_shown_while_it_is_read_and_is_no_speed(tmp_path: Path) -> None:
+    progress = Progress(Terminal())
+    with Loopback({"/a": bytes(10)}) as server, progress.overall("all", 10):
+        (tmp_path / "a.part").write_bytes(bytes(4))
+        transfer.fetch(Wanted(path=tmp_path / "a", urls=(server.url("/a"),), size=10,
+                              sha256=hashlib.sha256(bytes(10)).hexdigest()), Policy(progress=progress))
+        assert (progress._all.n, progress._all.initial) == (10, 4)
 
 
 def test_notes_go_through_the_display(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,21 @@ def test_what_a_server_cannot_give_in_pieces_is_told(server: Loopback) -> None:
         remote(server, "/absent")
 
 
+def test_the_first_server_that_gives_pieces_of_this_file_is_asked(server: Loopback) -> None:
+    server.files |= {"/other": DATA[:-1], "/whole": DATA}
+    server.faults["/whole"] = ["no-range"] * 9
+    urls = tuple(server.url(path) for path in ("/absent", "/whole", "/other", "/a"))
+    file = RemoteFile(Wanted(path=Path("a"), urls=urls, size=len(DATA)), QUICK)
+    assert file.read(4) == DATA[:4] and server.requests[-1][0] == "/a"
+
+
+def test_another_piece_than_asked_for_is_refused(server: Loopback) -> None:
+    file = remote(server)
+    server.faults["/a"] = ["wrong-range"]
+    with pytest.raises(TransferError, match="does not give the pieces"):
+        file.read(4)
+
+
 def test_a_file_that_changes_under_way_is_an_error(server: Loopback) -> None:
     file = remote(server)
     server.files["/a"] = DATA[::-1]

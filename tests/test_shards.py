@@ -61,6 +61,21 @@ def test_the_usual_packing_is_not_left_to_the_usual_reader(tmp_path: Path, monke
     assert read(tmp_path / "a.parquet") == expected
 
 
+@pytest.mark.parametrize("clips", [list(range(9)), FIVE_EACH], ids=["once", "five"])
+def test_columns_that_are_never_empty_have_no_levels_to_skip(tmp_path: Path, clips: list[int]) -> None:
+    expected = write(tmp_path / "a.parquet", clips)
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    sounds = pyarrow.struct([pyarrow.field("bytes", pyarrow.binary(), nullable=False),
+                             pyarrow.field("path", pyarrow.string())])
+    schema = pyarrow.schema([pyarrow.field("audio", sounds, nullable=False) if field.name == "audio" else field
+                             for field in table.schema])
+    strict = pyarrow.Table.from_pylist(table.to_pylist(), schema=schema)
+    pyarrow.parquet.write_table(strict, tmp_path / "b.parquet")
+    column = pyarrow.parquet.ParquetFile(tmp_path / "b.parquet").schema.column(4)
+    assert (column.path, column.max_definition_level) == (shards.COLUMN, 0)
+    assert read(tmp_path / "b.parquet") == expected
+
+
 def test_sounds_that_nobody_takes_are_passed_over(tmp_path: Path) -> None:
     expected = write(tmp_path / "a.parquet", list(range(9)))
     found = {member.name: b"".join(member.chunks()) for i, member in enumerate(shards.members(tmp_path / "a.parquet"))

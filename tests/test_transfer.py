@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import random
 import signal
 import socket
@@ -134,6 +135,45 @@ def test_a_file_that_changed_meanwhile_is_not_mixed(server: Loopback, tmp_path: 
     server.files["/a.bin"] = newer = random.Random(1).randbytes(len(DATA))
     get(unknown)
     assert only_file(tmp_path) == newer
+
+
+def test_a_changed_file_is_not_mixed_though_the_server_ignores_if_range(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", "cut:0", "no-if-range"]
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    with pytest.raises(TransferError):
+        get(unknown, failures=0)
+    server.files["/a.bin"] = newer = random.Random(1).randbytes(len(DATA))
+    get(unknown)
+    assert only_file(tmp_path) == newer and server.ranges("/a.bin")[-1] == ""
+
+
+def test_a_part_whose_notes_are_lost_counts_where_a_digest_judges(server: Loopback, tmp_path: Path) -> None:
+    for notes in ("", "{"):
+        (tmp_path / "a.bin.part").write_bytes(DATA[:CHUNK])
+        (tmp_path / "a.bin.part.json").write_text(notes)
+        get(wanted(tmp_path, server.url("/a.bin")))
+        assert only_file(tmp_path) == DATA and server.ranges("/a.bin")[-1] == f"bytes={CHUNK}-"
+        (tmp_path / "a.bin").unlink()
+
+
+def test_notes_are_written_only_where_they_change(server: Loopback, tmp_path: Path) -> None:
+    """A kill while they are written costs what has arrived of a file without a digest."""
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    notes = tmp_path / "a.bin.part.json"
+    for size in (1, 2):
+        server.faults["/a.bin"] = [f"cut:{CHUNK}", "cut:0"]
+        with pytest.raises(TransferError):
+            get(unknown, failures=0)
+        assert (tmp_path / "a.bin.part").stat().st_size == size * CHUNK
+        assert size == 1 or notes.stat().st_mtime_ns == 1
+        os.utime(notes, ns=(1, 1))
+
+
+def test_notes_that_a_kill_left_beside_the_whole_file_go(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(DATA)
+    (tmp_path / "a.bin.part.json").write_text("{}")
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA and server.requests == []
 
 
 def test_part_of_unknown_origin_counts_only_with_a_digest(server: Loopback, tmp_path: Path) -> None:
@@ -370,6 +410,24 @@ def test_another_process_is_waited_for_and_the_wait_is_told_once(server: Loopbac
 
 def test_the_lock_of_a_killed_process_is_no_obstacle(server: Loopback, tmp_path: Path) -> None:
     (tmp_path / "a.bin.lock").touch()
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_pause_ends_when_the_transfer_is_stopped() -> None:
+    policy = Policy()
+    threading.Timer(0.05, policy.stop.set).start()
+    with pytest.raises(transfer.Stopped):
+        policy.pause(600)
+
+
+def test_a_disk_without_locks_is_no_obstacle(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def none(handle: object, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
     get(wanted(tmp_path, server.url("/a.bin")))
     assert only_file(tmp_path) == DATA
 

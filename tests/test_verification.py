@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import inventory
-from acquisition import Acquisition
+from acquisition import LOCK, Acquisition
+from files import locked
 from selection import Options
 from sources import Source
 from tests import miniature, trees
@@ -106,6 +107,27 @@ def test_one_changed_bit_is_found_by_name_and_mended_by_the_next_run(coco: Set, 
     assert outcome.next_command.startswith("python download_datasets.py --datasets coco")
     assert coco.work().run().state == "done" and path.read_bytes() == right
     assert verify(coco.work()).state == "verified"
+
+
+def test_files_that_were_put_back_are_damaged_no_longer(coco: Set) -> None:
+    coco.work().run()
+    path = coco.folder / "val2017/000000001027.jpg"
+    right = path.read_bytes()
+    path.write_bytes(bytes(len(right)))
+    assert verify(coco.work()).state == "damaged"
+    path.write_bytes(right)
+    assert verify(coco.work()).state == "verified"
+    assert coco.states()["val2017.zip"] == "there"
+
+
+def test_a_folder_that_cannot_be_locked_is_an_outcome(coco: Set, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco.work().run()
+    with locked(coco.folder / LOCK):
+        outcome = verify(coco.work())
+    assert outcome.code == 2 and "another download is at work here" in outcome.detail
+    (coco.folder / f"{LOCK}.lock").mkdir()
+    outcome = verify(coco.work())
+    assert outcome.code == 2 and f"{LOCK}.lock: Is a directory" in outcome.detail
 
 
 def test_missing_and_cut_files_and_lists_are_found(tmp_path: Path, server: Loopback,

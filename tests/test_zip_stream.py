@@ -80,3 +80,12 @@ def test_a_cut_archive_is_damage(cut: int) -> None:
 def test_other_compressions_are_named() -> None:
     with pytest.raises(NotImplementedError, match="compression method 12"):
         contents(packing.zip_of({"a": b"1"}, compression=zipfile.ZIP_BZIP2))
+
+
+def test_a_place_beyond_the_archive_is_damage() -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("a", b"1")
+        archive.filelist[0].header_offset = 2 ** 63 + 5
+    with pytest.raises(zipfile.BadZipFile, match="nothing where 'a' should be"):
+        contents(out.getvalue())

@@ -253,18 +253,16 @@ def _indices(stream: _Stream) -> Iterator[int]:
 def _unsnapped(source: _Body) -> Iterator[bytes]:
     """A block packed by snappy, in pieces: literals, and copies of what came shortly before."""
     left, given, window = _varint(source), 0, bytearray()
+    literal = 0  # bytes still to come of one
     while left > 0:
-        tag = source.exactly(1)[0]
         before = len(window)
-        if tag & 3 == 0:
-            size = tag >> 2
-            size = 1 + (size if size < 60 else int.from_bytes(source.exactly(size - 59), "little"))
-            while size:
-                piece = source.exactly(min(size, PIECE_BYTES))
-                size -= len(piece)
-                window += piece
-        else:
+        tag = source.exactly(1)[0] if not literal else 0
+        if tag & 3:
             _copy(window, tag, source)
+        else:
+            literal = literal or _size_of_literal(tag >> 2, source)
+            window += source.exactly(min(literal, PIECE_BYTES))
+            literal -= len(window) - before
         left -= len(window) - before
         if len(window) - given >= PIECE_BYTES or left <= 0:
             yield bytes(window[given:])
@@ -274,6 +272,10 @@ def _unsnapped(source: _Body) -> Iterator[bytes]:
                 given = len(window)
     if left:
         raise ArchiveError("holds a page that unpacks to more than it says")
+
+
+def _size_of_literal(told: int, source: _Body) -> int:
+    return 1 + (told if told < 60 else int.from_bytes(source.exactly(told - 59), "little"))
 
 
 def _copy(window: bytearray, tag: int, source: _Body) -> None:

@@ -93,8 +93,9 @@ def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expect
                                    f"{done.size:,}: it is damaged, or holds a name twice")
             watcher.staged(staging)
             _merge(staging, target)
-        except (ArchiveError, *_BROKEN):
-            _remove(staging)
+        except Exception as error:
+            if _is_damage(error):
+                _remove(staging)
             raise
         _remove(staging)
     return done
@@ -404,10 +405,15 @@ def _errors(name: str, target: Path) -> Iterator[None]:
         yield
     except ArchiveError as error:
         raise ArchiveError(f"{name} {error}") from None
-    except _BROKEN as error:
-        raise ArchiveError(f"{name} is broken ({type(error).__name__}: {' '.join(str(error).split())})") from None
-    except OSError as error:
+    except (*_BROKEN, OSError) as error:
+        if _is_damage(error):
+            raise ArchiveError(f"{name} is broken ({type(error).__name__}: {' '.join(str(error).split())})") from None
+        assert isinstance(error, OSError)
         if error.errno == errno.ENOSPC:
             raise UserError(f"{target}: the disk is full, unpacking {name}; free some space and run again") from None
         raise UserError(f"{error.filename or target}: {error.strerror or error}") from None
 
+
+def _is_damage(error: Exception) -> bool:
+    """Of the archive. An OSError without a number is a decoder's, not of the disk."""
+    return isinstance(error, (ArchiveError, *_BROKEN)) or (isinstance(error, OSError) and error.errno is None)

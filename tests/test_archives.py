@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -412,6 +411,14 @@ def test_a_tool_that_outlived_a_killed_process_is_not_in_the_way(tmp_path: Path,
     monkeypatch.setattr("seven_zip.subprocess.run", partial(subprocess.run, pass_fds=(old,)))
     run(tmp_path, seven_zip(tmp_path, FILES), "7z")
     os.close(old)
+    assert tree(tmp_path / "out") == FILES
+
+
+def test_a_tool_that_is_still_writing_keeps_nothing_from_being_unpacked(tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "beside/left", b"")
+    monkeypatch.setattr(archives.shutil, "rmtree", lambda folder, ignore_errors: None)  # it always finds one file more
+    run(tmp_path, seven_zip(tmp_path, FILES), "7z")
     assert tree(tmp_path / "out") == FILES
 
 

@@ -117,7 +117,12 @@ def test_a_list_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr("inventory.sync_file", lambda path: order.append(f"sync {path.name}"))
     monkeypatch.setattr("inventory.sync_folder", lambda path: order.append("sync folder"))
     replace = os.replace
-    monkeypatch.setattr("os.replace", lambda one, other: (order.append("rename"), replace(one, other)))
+
+    def rename(one: Path, other: Path) -> None:
+        order.append("rename")
+        replace(one, other)
+
+    monkeypatch.setattr("os.replace", rename)
     with inventory.Listing(tmp_path / "a.gz", {}) as listing:
         listing.finish()
     assert order == ["sync a.gz.new", "rename", "sync folder"]

@@ -66,7 +66,12 @@ def test_tasks_are_taken_only_when_there_is_room() -> None:
 def test_there_are_no_more_threads_than_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[threading.Thread] = []
     start = threading.Thread.start
-    monkeypatch.setattr(threading.Thread, "start", lambda self: (begun.append(self), start(self))[1])
+
+    def counted(self: threading.Thread) -> None:
+        begun.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", counted)
     assert len(list(pipeline.results(((n, int) for n in range(2)), 100_000))) == 2
     assert len(begun) == 2
 

@@ -150,11 +150,3 @@ def test_what_has_arrived_or_was_unpacked_needs_no_room_again(server: Loopback, 
     monkeypatch.setattr("acquisition.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     outcome = work.run()
     assert outcome.state == "done", outcome.detail
-
-
-def test_too_little_room_is_told_before_anything_is_fetched(server: Loopback, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    source = several(server, 1, tmp_path)
-    monkeypatch.setattr("acquisition.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    outcome = run(source, options(tmp_path, server))
-    assert outcome.code == 2 and "are needed for archives and contents" in outcome.detail and server.requests == []

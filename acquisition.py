@@ -386,7 +386,6 @@ class Acquisition:
             if noted:
                 fetched = transfer.check_file(replace(wanted, sha256=noted), self.policy.progress)
                 return replace(fetched, checked="")
-        wanted.path.unlink(missing_ok=True)
         fetched = transfer.fetch(wanted, self.policy)
         if wanted.path.parent.name == ARCHIVES:
             inventory.seal(wanted.path, fetched.sha256)

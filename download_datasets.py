@@ -35,7 +35,7 @@ EXAMPLES = """examples:
   python download_datasets.py --datasets coco clotho --sample 200
   python download_datasets.py --datasets all --status
 exit code: 0 all that was asked for is there, 1 a transfer failed or files are missing or damaged, 2 something for you
-to mend, 3 what is there can be used, and the rest is not to be had (clips of AudioCaps that are gone)"""
+to mend, 3 what is there can be used, and the rest is not to be had (clips of AudioCaps that are gone), 130 stopped"""
 
 
 T = TypeVar("T")
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOU
         outcomes = [_get(name, table, options, arguments.verify) for name in names]
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
-        return 2
+        return MEND
+    except OSError as error:
+        print(f"error: {redact(str(error.filename or 'the disk'))}: {error.strerror or error}", file=sys.stderr)
+        return MEND
     except KeyboardInterrupt:
         print("\nstopped; what has arrived is kept, the same command goes on from there", file=sys.stderr)
         return 130

@@ -105,12 +105,13 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def tree(folder: Path, suffix: str = "") -> Iterator[tuple[str, int]]:
-    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden folders are left out."""
+    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden folders are left out. A
+    link that leads nowhere has no bytes."""
     for root, names in _walk(folder):
         for name in sorted(names):
             if name.endswith(suffix):
                 path = Path(root, name)
-                yield path.relative_to(folder).as_posix(), path.stat().st_size
+                yield path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else 0
 
 
 def count(folder: Path, suffix: str) -> int:

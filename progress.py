@@ -4,14 +4,15 @@ them; elsewhere nothing. Safe to use from several threads."""
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Any
 
 
 class Bar:
     """The line of one file. `move_to` takes the bytes that are there now, also when a transfer begins anew."""
 
-    def __init__(self, line: Any, position: int, overall: "Progress | None") -> None:
+    def __init__(self, line: Any, position: int, overall: Callable[[int, bool], None] | None) -> None:
         self._line = line
         self._position = position
         self._overall = overall
@@ -21,7 +22,7 @@ class Bar:
         step, self._position = position - self._position, position
         _advance(self._line, step, arrived and step > 0)
         if self._overall:
-            self._overall.add(step, arrived=arrived and step > 0)
+            self._overall(step, arrived and step > 0)
 
     def add(self, size: int) -> None:
         self.move_to(self._position + size)
@@ -53,12 +54,18 @@ class Progress:
             unit: str = "B") -> Iterator[Bar]:
         """The line of one file; a `transfer` moves the line of all as well."""
         with self._line(title, total, position, unit) as line:
-            yield Bar(line, position, self if transfer else None)
+            counts = transfer and self._all is not None
+            # The line of now: a thread that ends late adds nothing to the next one.
+            yield Bar(line, position, partial(self._add_to, self._all) if counts else None)
 
     def add(self, size: int, *, arrived: bool = True) -> None:
+        """To the line of all, what no bar shows."""
+        if self._all is not None:
+            self._add_to(self._all, size, arrived)
+
+    def _add_to(self, line: Any, size: int, arrived: bool) -> None:
         with self._lock:
-            if self._all is not None:
-                _advance(self._all, size, arrived)
+            _advance(line, size, arrived)
 
     def say(self, text: str, stream: IO[str] | None = None) -> None:
         from tqdm import tqdm

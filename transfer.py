@@ -5,7 +5,6 @@ only when its size and digest are right. Killed at any moment, the next call goe
 several processes that want the same file one fetches it, and the others wait and then find it there.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -104,7 +103,8 @@ class Fetched:
 
 
 def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
-    """Have `wanted.path`, from the disk if it is there and right, else from the first server that gives it.
+    """Have `wanted.path`, from the disk if it is there and its digest right, else from the first server that gives it.
+    What is there and has no digest to check stays until the new one is there.
 
     Raises:
         TransferError: no server gave it; says what each answered.
@@ -114,15 +114,22 @@ def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
     try:
         wanted.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(wanted.path, _Waiting(wanted, policy)):
-            with contextlib.suppress(FileNotFoundError, Mismatch):
-                fetched = check_file(wanted, policy.progress)
-                _notes_path(wanted.path).unlink(missing_ok=True)  # of a run that was killed just before it did so
+            if wanted.pinned and (fetched := _there(wanted, policy.progress)):
                 return fetched
-            wanted.path.unlink(missing_ok=True)
             with policy.progress.bar(wanted.path.name, wanted.size, transfer=True) as bar:
                 return _from_any_server(wanted, policy, bar)
     except OSError as error:
         raise _disk_error(error, wanted.path) from None
+
+
+def _there(wanted: Wanted, progress: Progress) -> Fetched | None:
+    try:
+        fetched = check_file(wanted, progress)
+    except (FileNotFoundError, Mismatch):
+        wanted.path.unlink(missing_ok=True)
+        return None
+    _notes_path(wanted.path).unlink(missing_ok=True)  # of a run that was killed just before it did so
+    return fetched
 
 
 def _notes_path(path: Path) -> Path:

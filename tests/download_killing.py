@@ -9,12 +9,15 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from tqdm import tqdm
 
 import download_datasets
 import inventory
@@ -67,6 +70,7 @@ def in_process(served: Served, root: Path) -> BaseProcess:
 
 
 def _download(table: dict[str, Source], words: list[str], root: Path) -> None:
+    tqdm.set_lock(threading.RLock())  # else it takes a semaphore of the system, which a killed process would leave
     sys.stdout = sys.stderr = open(root.with_suffix(".out"), "a", encoding="utf-8")
     code = download_datasets.main(words, table=table, policy=Policy(backoff_s=0.05))
     sys.stdout.flush()

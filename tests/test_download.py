@@ -283,6 +283,16 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert "file/data: cannot be written (Not a directory)" in line
 
 
+def test_a_disk_that_fails_while_one_looks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(work: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "list.csv"))
+
+    monkeypatch.setattr("verification.parts", fail)
+    assert run("--datasets", "coco", "--data-root", str(tmp_path), "--status") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/list.csv: Permission denied\n"
+
+
 def test_key_comes_from_the_environment_only(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, _ = tables(tmp_path / "true", server, "voxceleb")
     monkeypatch.setenv("VOXCELEB_KEY", "k")

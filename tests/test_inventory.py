@@ -137,3 +137,8 @@ def test_what_lies_beside_an_archive_goes_with_it(tmp_path: Path) -> None:
     assert inventory.sealed(archive) == "ab" and inventory.sealed(tmp_path / "b.zip") == ""
     inventory.remove_archive(archive)
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip.own"]
+
+
+def test_a_link_that_leads_nowhere_has_no_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").symlink_to(tmp_path / "gone")
+    assert list(inventory.tree(tmp_path)) == [("a.wav", 0)]

@@ -84,6 +84,17 @@ def test_what_a_part_holds_is_shown_while_it_is_read_and_is_no_speed(tmp_path: P
         assert (progress._all.n, progress._all.initial) == (10, 4)
 
 
+def test_a_transfer_that_ends_late_adds_nothing_to_the_next_line() -> None:
+    progress = Progress(Terminal())
+    with progress.overall("first", 10):
+        late = progress.bar("a", 10, transfer=True)
+        bar = late.__enter__()
+    with progress.overall("second", 10):
+        bar.add(5)
+        assert progress._all.n == 0
+        late.__exit__(None, None, None)
+
+
 def test_notes_go_through_the_display(capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 

@@ -84,6 +84,17 @@ def test_right_file_is_not_fetched_again_and_a_wrong_one_is(server: Loopback, tm
     assert only_file(tmp_path) == DATA and len(server.requests) == 1
 
 
+def test_a_file_that_nothing_can_check_stays_until_there_is_another(server: Loopback, tmp_path: Path) -> None:
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    (tmp_path / "a.bin").write_bytes(b"of the user")
+    server.faults["/a.bin"] = ["404"]
+    with pytest.raises(TransferError):
+        get(unknown)
+    assert only_file(tmp_path) == b"of the user"
+    get(unknown)
+    assert only_file(tmp_path) == DATA
+
+
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from annotations import SPLITS
 from arguments import Parser, environment_needed
@@ -132,7 +133,7 @@ def _add_origins(parser: argparse.ArgumentParser) -> None:
         "first; hf obeys HF_ENDPOINT)")
     add("--base-url", action="append", default=[], metavar="NAME=URL", help="fetch the files of a set from URL/FILE")
     add("--local", action="append", default=[], metavar="[NAME=]PATH", help="what you have already: a folder of "
-        "VoxCeleb or AudioCaps (linked, not copied), a folder of archives, or the stamps' .deb or .tar.gz")
+        "VoxCeleb or AudioCaps (linked, not copied), a folder of archives, or one archive")
     add("--sounds", default="mirror", metavar="WHERE", help="where AudioCaps' sounds come from: mirror (a pinned copy) "
         "or youtube (by the optional yt-dlp, with a ledger of every clip)")
     add("--cookies", default="", metavar="FILE", help="cookies of a browser, for --sounds youtube")
@@ -179,8 +180,13 @@ def _pairs(flag: str, given: Iterable[str], names: list[str], convert: Callable[
 
 
 def _address(where: str, value: str) -> str:
-    if not value.startswith(("http://", "https://")):
-        raise UserError(f"{where}: an address begins with http:// or https://")
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        usable = False
+    if not usable:
+        raise UserError(f"{where}: an address is http:// or https://, a host, and a path where there is one")
     return value.rstrip("/")
 
 
@@ -190,7 +196,7 @@ def _positive(flag: str, text: str, convert: Callable[[str], T]) -> T:
     except ValueError:
         number = convert("-1")
     if text and not 0 < float(str(number)) < float("inf"):
-        raise UserError(f"{flag} {text}: expected a number above 0")
+        raise UserError(f"{flag} {text}: expected a {'whole ' if convert is int else ''}number above 0")
     return number
 
 

@@ -137,6 +137,15 @@ def test_clips_that_the_mirror_brought_are_not_asked_for(youtube: YouTube, serve
     assert [video for video, _, _ in youtube.asked()] == VIDEOS["val"][1:]
 
 
+def test_each_process_has_a_place_of_its_own_for_what_is_not_whole(youtube: YouTube, server: Loopback, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that outlives a killed process writes where nobody looks."""
+    looked_at: list[Path] = []
+    monkeypatch.setattr(clips, "_has_sound", lambda path: looked_at.append(path) is None)
+    assert run(tmp_path, server, "--splits", "val") == 0
+    assert {path.parent for path in looked_at} == {tmp_path / "data/audiocaps/.clips" / str(os.getpid())}
+
+
 def test_a_bot_check_ends_the_run_early_and_says_what_to_do(
         youtube: YouTube, server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:

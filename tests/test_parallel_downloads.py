@@ -150,3 +150,10 @@ def test_what_has_arrived_or_was_unpacked_needs_no_room_again(server: Loopback, 
     monkeypatch.setattr("acquisition.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     outcome = work.run()
     assert outcome.state == "done", outcome.detail
+
+
+def test_without_locks_the_user_is_told(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("files.take_lock", lambda file: False)
+    assert run(several(server, 1, tmp_path), options(tmp_path, server)).state == "done"
+    assert capsys.readouterr().out.count("coco: this file system has no locks") == 1

@@ -19,6 +19,7 @@ COLUMN = "audio.bytes"
 PIECE_BYTES = 1 << 16
 HISTORY_BYTES = 1 << 21  # that a copy may reach back; packers use 64 KiB
 _DATA, _DICTIONARY = 0, 2  # types of pages
+_LARGEST_PAGE = 1 << 31
 _PLAIN, _INDICES = 0, (2, 8)  # encodings
 _DAMAGE = (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError)
 _SOUND_MAGIC = {b"fLaC": "flac", b"RIFF": "wav", b"OggS": "ogg"}
@@ -148,7 +149,7 @@ def _thrift(file: IO[bytes], kind: int) -> Any:
     if kind in (4, 5, 6):
         return _signed(file)
     if kind == 8:
-        return file.seek(_varint(file), io.SEEK_CUR)  # the bytes are of no interest, and may be many
+        return file.seek(min(_varint(file), _LARGEST_PAGE), io.SEEK_CUR)  # of no interest, and may be many bytes
     if kind == 12:
         return _struct(file)
     if kind in (3, 7):

@@ -141,7 +141,12 @@ def test_each_process_has_a_place_of_its_own_for_what_is_not_whole(youtube: YouT
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """A tool that outlives a killed process writes where nobody looks."""
     looked_at: list[Path] = []
-    monkeypatch.setattr(clips, "_has_sound", lambda path: looked_at.append(path) is None)
+
+    def look(path: Path) -> bool:
+        looked_at.append(path)
+        return True
+
+    monkeypatch.setattr(clips, "_has_sound", look)
     assert run(tmp_path, server, "--splits", "val") == 0
     assert {path.parent for path in looked_at} == {tmp_path / "data/audiocaps/.clips" / str(os.getpid())}
 

@@ -4,6 +4,7 @@ them; elsewhere nothing. Safe to use from several threads."""
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any
@@ -89,4 +90,6 @@ def _advance(line: Any, step: int, arrived: bool) -> None:
     line.n += step  # no speed: neither the average since the start nor the recent one may see it
     line.initial += step
     line.last_print_n += step
-    line.refresh()
+    if time.time() - line.last_print_t >= line.mininterval:  # a disk gives hundreds of pieces a second
+        line.refresh()
+        line.last_print_t = time.time()

@@ -66,6 +66,18 @@ def test_bytes_that_were_there_count_and_are_no_speed() -> None:
         assert progress._all.n == 0
 
 
+def test_bytes_that_were_there_are_drawn_now_and_then() -> None:
+    terminal = Terminal()
+    with Progress(terminal).bar("a", 100_000, transfer=True) as bar:
+        bar._line.mininterval = 3600
+        for position in range(1000):
+            bar.move_to(position, arrived=False)
+        assert len(lines(terminal)) < 10
+        bar._line.mininterval = 0
+        bar.move_to(50_000, arrived=False)
+        assert "50.0k/100k" in lines(terminal)[-1]
+
+
 def test_a_file_that_is_there_already_counts_in_the_line_of_all(tmp_path: Path) -> None:
     progress = Progress(Terminal())
     (tmp_path / "a").write_bytes(b"1234")

@@ -146,9 +146,9 @@ CASES: dict[str, Callable[[Path], Callable[[], None]]] = {
     "zip: one file of 1,000 MB": unpacking_of("zip", zip_of(1, 1000 * MB)),
     "tar.gz: 4,000 files": unpacking_of("tar", tar_of(4_000, 10)),
     "tar.gz: 20,000 files": unpacking_of("tar", tar_of(20_000, 10)),
-    "7z: 20 files of 2 MB, dictionary 16 MiB": unpacking_of("7z", seven_zip_of(20, 2 * MB, 1 << 24)),
-    "7z: 100 files of 2 MB, dictionary 16 MiB": unpacking_of("7z", seven_zip_of(100, 2 * MB, 1 << 24)),
-    "7z: 20 files of 2 MB, dictionary 64 MiB": unpacking_of("7z", seven_zip_of(20, 2 * MB, 1 << 26)),
+    "7z: 10 files of 2 MB, dictionary 16 MiB": unpacking_of("7z", seven_zip_of(10, 2 * MB, 1 << 24)),
+    "7z: 40 files of 2 MB, dictionary 16 MiB": unpacking_of("7z", seven_zip_of(40, 2 * MB, 1 << 24)),
+    "7z: 40 files of 2 MB, dictionary 64 MiB": unpacking_of("7z", seven_zip_of(40, 2 * MB, 1 << 26)),
     "parquet: 110 sounds of 0.4 MB": unpacking_of("parquet", shard_of(110, 400_000)),
     "parquet: 220 sounds of 0.8 MB": unpacking_of("parquet", shard_of(220, 800_000)),
 }

@@ -2,7 +2,8 @@
 
 Nothing is written outside the staging folder; links, devices and encrypted members are refused; the number of files and
 of bytes is bounded while they are written, whatever the archive claims. Names are kept as they are, leading blanks too.
-An archive in several parts is read as one file, without a second copy on the disk.
+An archive in several parts is read as one file, without a second copy on the disk. Memory does not grow with the
+archive. What an interrupted unpacking left is kept where the archive's own CRC (of a zip) says that it is whole.
 """
 
 import bz2
@@ -11,42 +12,47 @@ import gzip
 import io
 import lzma
 import os
-import re
 import shutil
 import stat
-import subprocess
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import seven_zip
+import shards
+import zip_stream
 from config import UserError
+from members import ArchiveError, Member, Rules, destination, safe_name
+from progress import Progress
+from remote import RemoteFile
 
-Rules = tuple[tuple[str, str], ...]  # what is taken out, and where it goes: see `destination`
-SEVEN_ZIP_TOOLS = ("7zz", "7z", "7za", "bsdtar")  # several times as fast as the Python package
+CHUNK_BYTES = 1 << 18
+XZ_MEMORY_BYTES = 96 << 20  # of the dictionary; the largest preset takes 65 MiB
 _AR_MAGIC = b"!<arch>\n"
-_SOUND_MAGIC = {b"fLaC": "flac", b"RIFF": "wav", b"OggS": "ogg"}
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
            NotImplementedError)
 
 
-class ArchiveError(Exception):
-    """The archive is broken, or holds what is never unpacked. One line."""
+Part = Path | RemoteFile
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What is taken out of an archive (see `destination`), and the most files and bytes that it may come to."""
+    """What is taken out of an archive (see `destination`), and the most files and bytes that it may come to.
+
+    `choose` is given the names of all members that the rules let through, and says which of them to take.
+    """
 
     files: int
     size: int
     rules: Rules = ()
+    choose: Callable[[Iterator[str]], Collection[str]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,112 +61,131 @@ class Unpacked:
     size: int  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A regular file in an archive. `open` is called at most once, before the next member is asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """Who wants to know: of each file that is whole in the staging folder (name, bytes, CRC-32), and when all are,
+    before any is renamed; and the display."""
 
-    name: str
-    size: int
-    open: Callable[[], IO[bytes]]
+    file: Callable[[str, int, int], Any] = lambda name, size, crc32: None
+    staged: Callable[[Path], Any] = lambda folder: None
+    progress: Progress = field(default_factory=Progress)
 
 
-def unpack(parts: Sequence[Path], kind: str, target: Path, staging: Path, expected: Expected,
-           before_renaming: Callable[[Path], Any] = lambda folder: None) -> Unpacked:
-    """Unpack the archive (all `parts` of it) into `staging`, which is emptied first, then rename all into `target`.
+def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expected: Expected,
+           watcher: Watcher | None = None) -> Unpacked:
+    """Unpack the archive (all `parts` of it) into `staging`, then rename all into `target`.
 
-    `staging` must be on the file system of `target`; `before_renaming` gets it when it is complete. Done twice, or
-    after an interruption at any moment, the end is the same.
+    `staging` must be on the file system of `target`, and of this very archive: what is in it is of an interrupted call.
+    Done twice, or after an interruption at any moment, the end is the same.
 
     Raises:
         ArchiveError: the archive is broken or unsafe; `target` is untouched.
         UserError: the disk is full, a package is missing, or `target` holds something that would be overwritten.
     """
+    watcher = watcher or Watcher()
     with _errors(parts[0].name, target):
-        if staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
         try:
-            done = (_unpack_7z if kind == "7z" else _unpack_members)(parts, kind, staging, expected)
-            before_renaming(staging)
+            fill = _unpack_7z if kind == "7z" else _unpack_members
+            done = fill(parts, kind, staging, expected, watcher)
+            found = _look_at_tree(staging)
+            if found != done:
+                raise ArchiveError(f"gave {found.files:,} files and {found.size:,} bytes instead of {done.files:,} and "
+                                   f"{done.size:,}: it is damaged, or holds a name twice")
+            watcher.staged(staging)
             _merge(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        except Exception as error:
+            if _is_damage(error):
+                _remove(staging)
+            raise
+        _remove(staging)
     return done
 
 
-def declared_size(parts: Sequence[Path], kind: str) -> int:
+def _remove(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    _beside(staging).unlink(missing_ok=True)
+
+
+def _beside(staging: Path) -> Path:
+    """Where a file is written before it gets its name in `staging`."""
+    return staging.with_name(staging.name + ".writing")
+
+
+def bytes_below(folder: Path) -> int:
+    """What is in a folder already, 0 where there is none."""
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
+
+
+def declared_size(parts: Sequence[Part], kind: str) -> int:
     """Bytes that the archive says it unpacks to; 0 where only unpacking would tell."""
-    with _errors(parts[0].name, parts[0].parent), ExitStack() as stack:
+    with _errors(parts[0].name, Path(parts[0].name)), ExitStack() as stack:
         if kind == "zip":
-            return sum(info.file_size for info in _open_zip(parts, stack).infolist())
+            return sum(member.size for member in _zip_members(parts, (), stack))
         if kind == "7z":
-            return sum(size for _, size, _ in _list_7z(parts[0]))
+            return sum(listed.size for listed in seven_zip.list_members(parts[0]))
         return 0
 
 
-def safe_name(name: str) -> str:
-    """The member's path with "/" and without "./", or an ArchiveError where it could lead out of the folder."""
-    if "\0" in name or "\\" in name or name.startswith("/") or re.match(r"(\./+)*[A-Za-z]:(/|$)", name):
-        raise ArchiveError(f"holds the unsafe name {name!r}")
-    steps = [step for step in name.split("/") if step not in ("", ".")]
-    if ".." in steps or not steps:
-        raise ArchiveError(f"holds the unsafe name {name!r}")
-    return "/".join(steps)
-
-
-def destination(name: str, rules: Rules) -> str | None:
-    """Where the member goes below the target, None to leave it out.
-
-    A rule "a/*/" takes what is below these folders (`*` is any one), a rule without the final "/" takes that file.
-    """
-    if not rules:
-        return name
-    steps = name.split("/")
-    for pattern, into in rules:
-        wanted = pattern.rstrip("/").split("/")
-        if len(steps) < len(wanted) or not all(map(fnmatchcase, steps, wanted)):
-            continue
-        rest = steps[len(wanted):]
-        if pattern.endswith("/") and rest:
-            return "/".join([*filter(None, [into.rstrip("/")]), *rest])
-        if not pattern.endswith("/") and not rest:
-            return into
-    return None
-
-
-def _unpack_members(parts: Sequence[Path], kind: str, staging: Path, expected: Expected) -> Unpacked:
+def _unpack_members(parts: Sequence[Part], kind: str, staging: Path, expected: Expected,
+                    watcher: Watcher) -> Unpacked:
     files = size = 0
     members = {"zip": _zip_members, "tar": _tar_members, "deb": _deb_members, "parquet": _parquet_members}[kind]
+    resumed = staging.exists()
+    staging.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        bar = stack.enter_context(_bar(f"unpacking {parts[0].name}"))
+        bar = stack.enter_context(watcher.progress.bar(f"unpacking {parts[0].name}"))
+        chosen: Collection[str] | None = None
+        if expected.choose:
+            names = (member.name for member in members(parts, expected.rules, stack))
+            chosen = expected.choose(name for name in names if destination(safe_name(name), expected.rules))
         for member in members(parts, expected.rules, stack):
             place = destination(safe_name(member.name), expected.rules)
-            if place is None:
+            if place is None or (chosen is not None and member.name not in chosen):
                 continue
             files += 1
             if files > expected.files:
                 raise ArchiveError(f"holds more than {expected.files:,} files: not what is expected here")
-            size += _write(member, staging / place, expected.size - size, bar)
+            if not (resumed and _is_whole(staging / place, member)):
+                length, crc32 = _write(member, staging, place, expected.size - size)
+            else:
+                length, crc32 = member.size, member.crc32 or 0
+            size += length
+            if size > expected.size:
+                raise ArchiveError("unpacks to more bytes than are expected here")
+            bar.add(length)
+            watcher.file(place, length, crc32)
     if not files:
         raise ArchiveError("holds nothing of what is expected in it: another file or release")
     return Unpacked(files=files, size=size)
 
 
-def _write(member: Member, path: Path, allowed: int, bar: Any) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = 0
-    try:
-        target = path.open("xb")
-    except FileExistsError:
-        raise ArchiveError(f"holds the name {member.name!r} twice") from None
-    with target, member.open() as source:
-        while chunk := source.read(1 << 18):
-            size += len(chunk)
+def _is_whole(path: Path, member: Member) -> bool:
+    """Whether an interrupted call wrote this file to its end; only the archive's own CRC can tell after a power cut."""
+    if member.crc32 is None or not path.is_file() or path.stat().st_size != member.size:
+        return False
+    return crc32_of(path) == member.crc32
+
+
+def crc32_of(path: Path) -> int:
+    crc32 = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32
+
+
+def _write(member: Member, staging: Path, place: str, allowed: int) -> tuple[int, int]:
+    """(bytes, CRC-32) of the member, which is now at staging/place; written beside, so that a file there is whole."""
+    path, size, crc32 = staging / place, 0, 0
+    with _beside(staging).open("wb") as target:
+        for chunk in member.chunks():
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
             if size > allowed:
                 raise ArchiveError("unpacks to more bytes than are expected here")
             target.write(chunk)
-            bar.update(len(chunk))
-    return size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(_beside(staging), path)
+    return size, crc32
 
 
 def _merge(staging: Path, target: Path) -> None:
@@ -185,18 +210,18 @@ def _merge(staging: Path, target: Path) -> None:
 
 
 class Spans(io.RawIOBase):
-    """Pieces of files (path, first byte, length) read as one seekable file."""
+    """Pieces of files (file, first byte, length) read as one seekable file."""
 
-    def __init__(self, spans: Sequence[tuple[Path, int, int]]) -> None:
+    def __init__(self, spans: Sequence[tuple[Part, int, int]]) -> None:
         super().__init__()
-        self._files = [path.open("rb", buffering=0) for path, _, _ in spans]
+        self._files = [part.open("rb", buffering=0) if isinstance(part, Path) else part for part, _, _ in spans]
         self._starts = [start for _, start, _ in spans]
         self._lengths = [length for _, _, length in spans]
         self._position = 0
 
     @classmethod
-    def join(cls, parts: Sequence[Path]) -> "Spans":
-        return cls([(path, 0, path.stat().st_size) for path in parts])
+    def join(cls, parts: Sequence[Part]) -> "Spans":
+        return cls([(part, 0, part.stat().st_size if isinstance(part, Path) else part.size) for part in parts])
 
     def readable(self) -> bool:
         return True
@@ -230,32 +255,19 @@ class Spans(io.RawIOBase):
         super().close()
 
 
-def _open_zip(parts: Sequence[Path], stack: ExitStack) -> zipfile.ZipFile:
-    return stack.enter_context(zipfile.ZipFile(stack.enter_context(io.BufferedReader(Spans.join(parts), 1 << 18))))
+def _zip_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+    return zip_stream.members(stack.enter_context(io.BufferedReader(Spans.join(parts), CHUNK_BYTES)))
 
 
-def _zip_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    archive = _open_zip(parts, stack)
-    for info in archive.infolist():
-        if info.is_dir():
-            safe_name(info.filename)
-            continue
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG):
-            raise ArchiveError(f"holds a link or device, {info.filename!r}")
-        if info.flag_bits & 1:
-            raise ArchiveError(f"is encrypted ({info.filename!r})")
-        yield Member(info.filename, info.file_size, partial(archive.open, info))
-
-
-def _tar_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+def _tar_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
     source = stack.enter_context(io.BufferedReader(Spans.join(parts), 1 << 18))
     yield from _tar_stream(source, rules, stack)
 
 
-def _deb_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+def _deb_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
     """A Debian package is an `ar` of three files; the contents are its data.tar.*."""
     (path,) = parts
+    assert isinstance(path, Path), "only zip and 7z archives are read from a server"
     for name, start, length in _ar_index(path):
         if name.startswith("data.tar"):
             source = stack.enter_context(io.BufferedReader(Spans([(path, start, length)]), 1 << 18))
@@ -288,6 +300,7 @@ def _tar_stream(source: IO[bytes], rules: Rules, stack: ExitStack) -> Iterator[M
                 continue  # is not unpacked anyway
             raise ArchiveError(f"holds a link or device, {info.name!r}")
         yield Member(info.name, info.size, partial(_tar_contents, archive, info))
+        archive.members = []  # type: ignore[attr-defined]  # it would remember them all
     while plain.read(1 << 20):
         pass  # the checksum stands at the end
 
@@ -300,114 +313,77 @@ def _decompressed(source: IO[bytes]) -> IO[bytes]:
         return gzip.GzipFile(fileobj=source)  # type: ignore[return-value]
     if magic.startswith(b"BZh"):
         return bz2.BZ2File(source)
-    return lzma.LZMAFile(source) if magic == b"\xfd7zXZ\0" else source
+    return io.BufferedReader(_Xz(source), CHUNK_BYTES) if magic == b"\xfd7zXZ\0" else source
 
 
-def _tar_contents(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+class _Xz(io.RawIOBase):
+    """An xz file whose dictionary has a bound, which the standard reader does not know."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        super().__init__()
+        self._source, self._decoder = source, lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = b""
+        while not chunk and not self._decoder.eof:
+            packed = self._source.read(CHUNK_BYTES) if self._decoder.needs_input else b""
+            if self._decoder.needs_input and not packed:
+                raise EOFError("the xz file is cut")
+            chunk = self._decoder.decompress(packed, len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def _tar_contents(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
     contents = archive.extractfile(info)
     assert contents is not None, "only regular files are asked for"
-    return contents
+    while chunk := contents.read(CHUNK_BYTES):
+        yield chunk
 
 
-def _parquet_members(parts: Sequence[Path], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    """One sound a clip, as YOUTUBEID_START.EXT, from rows of youtube_id, start_time and audio.bytes."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{parts[0].name}: sounds in parquet files need the package pyarrow; run: "
-                        "pip install pyarrow") from None
-    from pyarrow import ArrowException
-
-    seen: set[str] = set()  # a clip of val and test has five rows
-    try:
-        table = stack.enter_context(parquet.ParquetFile(parts[0]))
-        for batch in table.iter_batches(batch_size=16, columns=["youtube_id", "start_time", "audio"]):
-            for row in batch.to_pylist():
-                data = row["audio"]["bytes"]
-                name = f"{row['youtube_id']}_{int(float(row['start_time']))}.{_sound_suffix(data, row['youtube_id'])}"
-                if name not in seen:
-                    seen.add(name)
-                    yield Member(name, len(data), partial(io.BytesIO, data))
-    except (ArrowException, KeyError, TypeError) as error:
-        raise ArchiveError(f"is not a readable shard of sounds ({type(error).__name__})") from None
-
-
-def _sound_suffix(data: bytes, name: str) -> str:
-    try:
-        return _SOUND_MAGIC[bytes(data[:4])]
-    except KeyError:
-        raise ArchiveError(f"holds a sound of an unknown format ({name!r})") from None
+def _parquet_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
+    (path,) = parts
+    assert isinstance(path, Path), "only zip and 7z archives are read from a server"
+    yield from shards.members(path)
 
 
 # --- 7z --------------------------------------------------------------------------------------------------------------
 
 
-def _unpack_7z(parts: Sequence[Path], kind: str, staging: Path, expected: Expected) -> Unpacked:
-    """List and judge the whole archive first, extract it in one go (member by member is quadratic), look again."""
+def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expected,
+               watcher: Watcher) -> Unpacked:
+    """List and judge the whole archive first, then extract it in one go."""
     assert len(parts) == 1 and not expected.rules, "no source needs these for 7z"
-    listing = _list_7z(parts[0])
-    for name, _, is_plain in listing:
-        safe_name(name)
-        if not is_plain:
-            raise ArchiveError(f"holds a link or device, {name!r}")
-    listed = Unpacked(files=len(listing), size=sum(size for _, size, _ in listing))
-    if listed.files > expected.files or listed.size > expected.size:
-        raise ArchiveError(f"unpacks to {listed.files:,} files and {listed.size:,} bytes: not what is expected here")
-    tool = next(filter(None, map(shutil.which, SEVEN_ZIP_TOOLS)), None)
-    if tool:
-        _run_7z_tool(tool, parts[0], staging)
-    else:
-        _run_py7zr(parts[0], staging, listed.size)
-    found = _look_at_tree(staging)
-    if found != listed:
-        raise ArchiveError(f"gave {found.files:,} files and {found.size:,} bytes instead of {listed.files:,} and "
-                           f"{listed.size:,}")
-    return found
+    listing = seven_zip.list_members(parts[0])
+    if expected.choose:
+        chosen = expected.choose(listed.name for listed in listing)
+        listing = [listed for listed in listing if listed.name in chosen]
+    for listed in listing:
+        safe_name(listed.name)
+        if not listed.plain:
+            raise ArchiveError(f"holds a link or device, {listed.name!r}")
+    done = Unpacked(files=len(listing), size=sum(listed.size for listed in listing))
+    if done.files > expected.files or done.size > expected.size:
+        raise ArchiveError(f"unpacks to {done.files:,} files and {done.size:,} bytes: not what is expected here")
+    _move_away(staging)
+    staging.mkdir(parents=True)
+    only = [listed.name for listed in listing] if expected.choose else None
+    seven_zip.extract(parts[0], staging, done.size, watcher.progress, only)
+    for listed in listing:
+        name = safe_name(listed.name)
+        watcher.file(name, listed.size, crc32_of(staging / name) if listed.crc32 is None else listed.crc32)
+    return done
 
 
-def _list_7z(path: Path) -> list[tuple[str, int, bool]]:
-    """(name, bytes, is a regular file) of all members but folders."""
-    py7zr = _py7zr(path)
-    try:
-        with py7zr.SevenZipFile(path) as archive:
-            if archive.needs_password():
-                raise ArchiveError("is encrypted")
-            return [(file.filename, file.uncompressed or 0, not (file.is_symlink or file.is_junction or file.is_socket))
-                    for file in archive.files if not file.is_directory]
-    except (py7zr.exceptions.ArchiveError, TypeError, ValueError, OverflowError) as error:
-        raise ArchiveError(f"is not a readable 7z archive ({type(error).__name__})") from None
-
-
-def _run_py7zr(path: Path, staging: Path, size: int) -> None:
-    py7zr = _py7zr(path)
-    with _bar(f"unpacking {path.name}", size) as bar:
-
-        class Progress(py7zr.callbacks.ExtractCallback):  # type: ignore[name-defined]
-            """Only the end of each member is of interest; the package wants all five."""
-
-            def report_start_preparation(self) -> None: ...
-            def report_start(self, processing_file_path: str, processing_bytes: str) -> None: ...
-            def report_update(self, decompressed_bytes: str) -> None: ...
-            def report_warning(self, message: str) -> None: ...
-            def report_postprocess(self) -> None: ...
-
-            def report_end(self, processing_file_path: str, wrote_bytes: str) -> None:
-                bar.update(int(wrote_bytes))
-
-        try:
-            with py7zr.SevenZipFile(path) as archive:
-                archive.extractall(staging, callback=Progress())
-        except py7zr.exceptions.ArchiveError as error:
-            raise ArchiveError(f"cannot be unpacked ({type(error).__name__})") from None
-
-
-def _run_7z_tool(tool: str, path: Path, staging: Path) -> None:
-    command = ([tool, "-x", "--no-same-owner", "--no-same-permissions", "-f", str(path.resolve()), "-C", str(staging)]
-               if Path(tool).stem == "bsdtar" else [tool, "x", "-y", "-bd", f"-o{staging}", str(path.resolve())])
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    if result.returncode:
-        lines = (result.stderr or result.stdout).strip().splitlines()
-        raise ArchiveError(f"cannot be unpacked by {Path(tool).name} ({lines[-1] if lines else result.returncode})")
+def _move_away(staging: Path) -> None:
+    """What an interrupted call left goes at once, together with a tool that may still be writing in it."""
+    if staging.exists():
+        old = staging.with_name(f"{staging.name}.{os.getpid()}.old")
+        os.replace(staging, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _look_at_tree(folder: Path) -> Unpacked:
@@ -423,31 +399,21 @@ def _look_at_tree(folder: Path) -> Unpacked:
     return Unpacked(files=files, size=size)
 
 
-def _py7zr(path: Path) -> Any:
-    try:
-        import py7zr
-        import py7zr.callbacks
-        import py7zr.exceptions
-    except ImportError:
-        raise UserError(f"{path.name}: 7z archives need the package py7zr; run: pip install py7zr") from None
-    return py7zr
-
-
 @contextmanager
 def _errors(name: str, target: Path) -> Iterator[None]:
     try:
         yield
     except ArchiveError as error:
         raise ArchiveError(f"{name} {error}") from None
-    except _BROKEN as error:
-        raise ArchiveError(f"{name} is broken ({type(error).__name__}: {' '.join(str(error).split())})") from None
-    except OSError as error:
+    except (*_BROKEN, OSError) as error:
+        if _is_damage(error):
+            raise ArchiveError(f"{name} is broken ({type(error).__name__}: {' '.join(str(error).split())})") from None
+        assert isinstance(error, OSError)
         if error.errno == errno.ENOSPC:
             raise UserError(f"{target}: the disk is full, unpacking {name}; free some space and run again") from None
         raise UserError(f"{error.filename or target}: {error.strerror or error}") from None
 
 
-def _bar(text: str, total: int | None = None) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=text, unit="B", unit_scale=True, leave=False, disable=None)
+def _is_damage(error: Exception) -> bool:
+    """Of the archive. An OSError without a number is a decoder's, not of the disk."""
+    return isinstance(error, (ArchiveError, *_BROKEN)) or (isinstance(error, OSError) and error.errno is None)

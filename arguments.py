@@ -1,6 +1,10 @@
 """Command lines: mistakes of the user take one line."""
 
 import argparse
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from redaction import redact
@@ -15,3 +19,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {redact(message)}; see --help\n")
+
+
+@contextlib.contextmanager
+def environment_needed(*loaded_later: str) -> Iterator[None]:
+    """For the imports on top of a script: without the environment one line tells how to get it, and the script ends."""
+    try:
+        yield
+        for name in loaded_later:
+            if importlib.util.find_spec(name) is None:
+                raise ModuleNotFoundError(name=name)
+    except ModuleNotFoundError as missing:
+        print(f"error: the package {missing.name!r} is not there; source venv/bin/activate, or first "
+              "bash setup_environment.sh", file=sys.stderr)
+        sys.exit(2)

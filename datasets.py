@@ -9,12 +9,13 @@ This file has the name of a library that it does not use: never add that one to 
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import prepare
 from batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from concepts import concept_names, concepts_of
 from config import Config, UserError
-from readers import READERS, read_split
+from readers import READERS, listed, read_split
 from samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
 from vocabulary import Tokenizer, load_tokenizer
 from workers import Workers, cpu_cores, in_line
@@ -47,6 +48,7 @@ class Data:
     tokenizer: Tokenizer
     concepts: tuple[str, ...]
     speakers: tuple[str, ...]
+    listed: dict[str, dict[str, int]] = field(default_factory=dict)  # of sets that are never whole, see readers.listed
 
     @property
     def tables(self) -> dict[str, SampleTable]:
@@ -71,10 +73,22 @@ class Data:
     def licences(self) -> dict[str, str]:
         return {name: READERS[name].licence for name in self.names()}
 
+    def available(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Of each split of a set that is never whole: its samples, how many there would be, and the SHA-256 of their
+        sorted keys, a line each. Figures compare only where these are the same."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, of in self.listed.items():
+            for split, table in self.tables.items():
+                keys = sorted(table.keys[i] for i in range(len(table)) if table.sources[i] == name)
+                digest = hashlib.sha256("".join(f"{key}\n" for key in keys).encode("utf-8", "surrogateescape"))
+                found.setdefault(name, {})[split] = {"samples": len(keys), "of": of[split],
+                                                     "sha256": digest.hexdigest()}
+        return found
+
     def describe(self) -> dict[str, Any]:
         """Counts, digests and licences as plain JSON, for reports."""
         digests = {split: table.digest() for split, table in self.tables.items()}
-        return {"counts": self.counts(), "digests": digests, "licences": self.licences(),
+        return {"counts": self.counts(), "digests": digests, "licences": self.licences(), "available": self.available(),
                 "concepts": len(self.concepts), "speakers": len(self.speakers)}
 
 
@@ -98,7 +112,7 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
         speakers = sorted(set(train.speakers.names) - {""})
     stores = {name: prepare.open_store(table, config, fill=fill_cache) for name, table in tables.items()}
     ready = {name: _prepare_split(store, config, tokenizer, concepts, speakers) for name, store in stores.items()}
-    return Data(ready, tokenizer, tuple(concepts), tuple(speakers))
+    return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
 
 
 def _read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]:

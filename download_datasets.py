@@ -11,13 +11,20 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
-from acquisition import Acquisition, Options, Outcome, peak_bytes
-from arguments import Parser
-from config import UserError
+from annotations import SPLITS
+from arguments import Parser, environment_needed
+from files import check_writable, nearest_existing
 from redaction import redact
 from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Item, Source
-from transfer import Policy
+
+with environment_needed("requests", "tqdm"):
+    import verification
+    from acquisition import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
+    from config import UserError
+    from selection import Options, fetch_bytes
+    from transfer import Policy
 
 EXAMPLES = """examples:
   python download_datasets.py --datasets stamps
@@ -25,7 +32,11 @@ EXAMPLES = """examples:
   python download_datasets.py --datasets coco --mirror modelscope --dry-run
   VOXCELEB_KEY=... python download_datasets.py --datasets voxceleb --also voxceleb:vox2-aac
   python download_datasets.py --datasets audiocaps --local /sounds/audiocaps
-exit code: 0 all that was asked for is there, 1 a transfer failed, 2 something for you to mend"""
+  python download_datasets.py --datasets audiocaps --sounds youtube --splits test
+  python download_datasets.py --datasets coco clotho --sample 200
+  python download_datasets.py --datasets all --status
+exit code: 0 all that was asked for is there, 1 a transfer failed or files are missing or damaged, 2 something for you
+to mend, 3 what is there can be used, and the rest is not to be had (clips of AudioCaps that are gone), 130 stopped"""
 
 
 T = TypeVar("T")
@@ -34,39 +45,49 @@ T = TypeVar("T")
 def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOURCES,
          policy: Policy | None = None) -> int:
     try:
-        names, options, dry_run = _read_arguments(argv, table, policy or Policy())
-        if dry_run:
-            _print_plan(names, table, options)
-            return 0
-        outcomes = [_get(name, table, options) for name in names]
+        arguments = _parser().parse_args(argv)
+        names, options = _read_arguments(arguments, table, policy or Policy())
+        if arguments.dry_run or arguments.status:
+            (_print_plan if arguments.dry_run else _print_status)(names, table, options)
+            return DONE
+        outcomes = [_get(name, table, options, arguments.verify) for name in names]
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
-        return 2
+        return MEND
+    except OSError as error:
+        print(f"error: {redact(str(error.filename or 'the disk'))}: {error.strerror or error}", file=sys.stderr)
+        return MEND
     except KeyboardInterrupt:
         print("\nstopped; what has arrived is kept, the same command goes on from there", file=sys.stderr)
         return 130
     _print_outcomes(outcomes)
     codes = [outcome.code for outcome in outcomes]
-    return 1 if 1 in codes else max(codes)
+    return next((code for code in (FAILED, MEND, IN_PART) if code in codes), DONE)
 
 
-def _read_arguments(argv: Sequence[str] | None, table: Mapping[str, Source],
-                    policy: Policy) -> tuple[list[str], Options, bool]:
-    arguments = _parser().parse_args(argv)
+def _read_arguments(arguments: argparse.Namespace, table: Mapping[str, Source],
+                    policy: Policy) -> tuple[list[str], Options]:
     names = _names(arguments.datasets, [*table, *NEEDS_NOTHING])
-    if arguments.mirror not in MIRRORS:
-        raise UserError(f"--mirror: {_unknown(arguments.mirror, MIRRORS)}")
+    for flag, given, known in (("--mirror", [arguments.mirror], MIRRORS), ("--splits", arguments.splits, SPLITS),
+                               ("--sounds", [arguments.sounds], ("mirror", "youtube"))):
+        for word in given:
+            if word not in known:
+                raise UserError(f"{flag}: {_unknown(word, known)}")
     options = Options(
         data_root=arguments.data_root, mirror=arguments.mirror, keep_archives=arguments.keep_archives,
+        splits=tuple(dict.fromkeys(arguments.splits)), sounds=arguments.sounds,
+        max_gb=_positive("--max-gb", arguments.max_gb, float), sample=_positive("--sample", arguments.sample, int),
+        jobs=_positive("--jobs", arguments.jobs, int),
+        cookies=_existing(f"--cookies {arguments.cookies}", arguments.cookies) if arguments.cookies else None,
         skip_existing=arguments.skip_existing, insecure_tls=arguments.insecure_tls, policy=policy,
         base_urls=_pairs("--base-url", arguments.base_url, names, _address),
         local=_pairs("--local", _with_name(arguments.local, names, table), names, _existing),
         also=_subsets(arguments.also, table),
         keys={source.needs_key: os.environ.get(source.needs_key, "").strip() for source in table.values()
               if source.needs_key})
-    if not arguments.dry_run:
+    if not (arguments.dry_run or arguments.status):
         _check_writable(arguments.data_root)
-    return names, options, arguments.dry_run
+    return names, options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,19 +98,47 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-root", type=Path, default=Path("./data"), metavar="DIR", help="where the sets go (default: ./data)")
     add("--skip-existing", action="store_true", help="trust a complete set after a quick look; without this flag every "
         "file of it is looked at, and fetched again only if it is missing or wrong")
+    _add_looks(parser)
+    _add_parts(parser)
+    _add_origins(parser)
+    add("--jobs", default="", metavar="N", help="files that are fetched at a time (default: 4, of Clotho 1)")
+    add("--keep-archives", action="store_true", help="keep archives in NAME/archives after unpacking")
+    return parser
+
+
+def _add_looks(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--dry-run", action="store_true", help="print files, bytes, servers and space needed; fetch nothing")
+    add("--status", action="store_true",
+        help="print a table of what is there, missing or broken, and how big it is; fetch nothing")
+    add("--verify", action="store_true", help="read every file again, compare it with what came, open it, and name "
+        "those that are broken; fetch nothing")
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--also", nargs="+", action="extend", default=[], metavar="NAME:SUBSET", help="more of a set than its default: "
+        + ", ".join(f"{name}:{subset}" for name, source in SOURCES.items() for subset in source.subsets
+                    if subset not in source.defaults))
+    add("--splits", nargs="+", default=[], metavar="SPLIT", help="only the archives that these splits need: "
+        f"{', '.join(SPLITS)} (Clotho, AudioCaps and VoxCeleb have archives by split)")
+    add("--max-gb", default="", metavar="GB", help="fetch at most so much of each set: lists and small archives first")
+    add("--sample", default="", metavar="N", help="for a small start, so many files of each archive; only their bytes "
+        "are fetched where the server allows it")
+
+
+def _add_origins(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--mirror", default="auto", metavar="WHICH", help=f"{', '.join(MIRRORS)} (default: auto, the official server "
         "first; hf obeys HF_ENDPOINT)")
     add("--base-url", action="append", default=[], metavar="NAME=URL", help="fetch the files of a set from URL/FILE")
     add("--local", action="append", default=[], metavar="[NAME=]PATH", help="what you have already: a folder of "
-        "VoxCeleb or AudioCaps (linked, not copied), a folder of archives, or the stamps' .deb or .tar.gz")
-    add("--also", nargs="+", action="extend", default=[], metavar="NAME:SUBSET", help="more of a set than its default: "
-        + ", ".join(f"{name}:{subset}" for name, source in SOURCES.items() for subset in source.subsets
-                    if subset not in source.defaults))
-    add("--keep-archives", action="store_true", help="keep archives in NAME/archives after unpacking")
+        "VoxCeleb or AudioCaps (linked, not copied), a folder of archives, or one archive")
+    add("--sounds", default="mirror", metavar="WHERE", help="where AudioCaps' sounds come from: mirror (a pinned copy) "
+        "or youtube (by the optional yt-dlp, with a ledger of every clip)")
+    add("--cookies", default="", metavar="FILE", help="cookies of a browser, for --sounds youtube")
     add("--insecure-tls", action="store_true", help="do not verify the certificate of VoxCeleb's own server, which is "
         "at times out of date; digests are checked all the same")
-    return parser
 
 
 def _names(given: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -131,9 +180,24 @@ def _pairs(flag: str, given: Iterable[str], names: list[str], convert: Callable[
 
 
 def _address(where: str, value: str) -> str:
-    if not value.startswith(("http://", "https://")):
-        raise UserError(f"{where}: an address begins with http:// or https://")
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        usable = False
+    if not usable:
+        raise UserError(f"{where}: an address is http:// or https://, a host, and a path where there is one")
     return value.rstrip("/")
+
+
+def _positive(flag: str, text: str, convert: Callable[[str], T]) -> T:
+    try:
+        number = convert(text or "0")
+    except ValueError:
+        number = convert("-1")
+    if text and not 0 < float(str(number)) < float("inf"):
+        raise UserError(f"{flag} {text}: expected a {'whole ' if convert is int else ''}number above 0")
+    return number
 
 
 def _existing(where: str, value: str) -> Path:
@@ -156,20 +220,18 @@ def _subsets(given: Iterable[str], table: Mapping[str, Source]) -> dict[str, tup
 
 def _check_writable(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        check_writable(folder)
     except OSError as error:
         raise UserError(f"--data-root {folder}: cannot be written ({error.strerror or error})") from None
 
 
-def _get(name: str, table: Mapping[str, Source], options: Options) -> Outcome:
+def _get(name: str, table: Mapping[str, Source], options: Options, verify: bool) -> Outcome:
     if name in NEEDS_NOTHING:
         print(f"{name}: {NEEDS_NOTHING[name]}")
         return Outcome(name=name, state="done", detail=NEEDS_NOTHING[name])
-    outcome = Acquisition(table[name], options).run()
-    if outcome.code:
+    work = Acquisition(table[name], options)
+    outcome = verification.verify(work) if verify else work.run()
+    if outcome.code in (FAILED, MEND):
         print(f"error: {name}: {outcome.detail}", file=sys.stderr)
     return outcome
 
@@ -182,25 +244,45 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
         print(f"{'':<{width}}  {outcome.detail}")
 
 
+def _print_status(names: list[str], table: Mapping[str, Source], options: Options) -> None:
+    rows = [("data set", "part", "state", "files", "on disk", "to fetch")]
+    for name in names:
+        found = verification.parts(Acquisition(table[name], options)) if name in table else []
+        for part in found:
+            rows.append((name, part.name, part.state, f"{part.files:,}" if part.files else "", _gb(part.size, "0"),
+                         part.about + _gb(part.left, "0")))
+        rows.append((name, "all of it", f"{sum(part.state == 'there' for part in found)} of {len(found)} there",
+                     f"{sum(part.files for part in found):,}", _gb(sum(part.size for part in found), "0"),
+                     max((part.about for part in found), default="") + _gb(sum(part.left for part in found), "0")))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) if column < 3 else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip())
+
+
 def _print_plan(names: list[str], table: Mapping[str, Source], options: Options) -> None:
     for name in names:
         if name in NEEDS_NOTHING:
             print(f"{name}: {NEEDS_NOTHING[name]}")
             continue
         source = table[name]
-        acquisition = Acquisition(source, options)
+        work = Acquisition(source, options)
         print(f"{name}: {source.title}, {source.page}\n  licence: {source.licence}")
         for line in filter(None, [source.note]):
             print(f"  note: {line}")
-        items = acquisition.items
+        items = work.selection.items
         for item in items if len(items) < 40 else _few(items):
-            _print_item(item, acquisition)
-        todo = acquisition.todo()
+            _print_item(item, work)
+        if work.selection.left_out:
+            print(f"  left out by --max-gb: {', '.join(item.name for item in _few(work.selection.left_out))}")
+        todo = work.holdings.todo()
         if source.one_of:
             todo = todo[:1]
             print("  one of these files is enough; they are tried in this order")
-        print(f"  to fetch: {len(todo)} files or archives; space needed: {_gb(peak_bytes(todo, options))}, free: "
-              f"{_gb(_free_bytes(options.data_root))}")
+        part = f", a sample of {options.sample} files of each" if options.sample else ""
+        free = shutil.disk_usage(nearest_existing(options.data_root)).free
+        print(f"  to fetch: {len(todo)} files or archives{part}, {_gb(fetch_bytes(todo))}; space needed: "
+              f"{_gb(work.bytes_needed(todo), '0')}, free: {_gb(free)}")
 
 
 def _few(items: Sequence[Item]) -> list[Item]:
@@ -209,23 +291,18 @@ def _few(items: Sequence[Item]) -> list[Item]:
     return [item for item in items if item.kind != "parquet" or firsts[item.kind, item.into] is item]
 
 
-def _print_item(item: Item, acquisition: Acquisition) -> None:
-    shards = sum(other.kind == "parquet" and other.into == item.into for other in acquisition.items)
+def _print_item(item: Item, work: Acquisition) -> None:
+    shards = sum(other.kind == "parquet" and other.into == item.into for other in work.selection.items)
     more = f" and {shards - 1} more like it" if item.kind == "parquet" and shards > 1 else ""
-    print(f"  {item.name}{more}: {_gb(item.size)}, {acquisition.state_of(item)}, to {acquisition.folder / item.into}")
+    state = "there already" if work.holdings.present(item, True) else "to fetch"
+    print(f"  {item.name}{more}: {_gb(item.size)}, {state}, to {work.folder / item.into}")
     for file in item.files:
-        for url in acquisition.addresses(file, hide_key=True) or ("(needs a key)",):
+        for url in work.selection.addresses(file, hide_key=True) or ("(needs a key)",):
             print(f"    {redact(url)}")
 
 
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB" if size else "size not published"
+def _gb(size: int, none: str = "size not published") -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB" if size else none
 
 
 if __name__ == "__main__":

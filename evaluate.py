@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser
-from config import DATASETS, Config, UserError, config_from_dict
+from arguments import Parser, environment_needed
 from files import check_writable
 from redaction import command_line, redact
+
+with environment_needed():
+    from config import DATASETS, Config, UserError, config_from_dict
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

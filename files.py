@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +45,12 @@ def nearest_existing(path: str | Path) -> Path:
     return next(one for one in (path, *path.parents) if one.exists())
 
 
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file survive a power cut, before it is renamed."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename survive a power cut; Windows cannot open a folder and needs no such call."""
     if os.name == "nt":
@@ -57,3 +63,59 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def take_lock(file: IO[Any], *, of_process: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed, or its process ends, however that ends. False where the system or the disk
+    has no locks: some network disks have none.
+
+    `of_process`: our threads share the lock, and our children do not hold it as well; else it is the other way round.
+
+    Raises:
+        BlockingIOError: another one holds it, and we do not `wait`.
+    """
+    if os.name == "nt":
+        return False
+    import fcntl
+
+    lock = fcntl.lockf if of_process else fcntl.flock
+    try:
+        lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError) as error:
+        raise BlockingIOError(*error.args) from None
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Hold `path`.lock; gives what `take_lock` gave. While another holds it, `wait` is called.
+
+    Raises:
+        BlockingIOError: another one holds it, and no `wait` is given.
+    """
+    place = path.with_name(f"{path.name}.lock")
+    while True:
+        with place.open("w") as file:
+            try:
+                held = take_lock(file)
+            except BlockingIOError:
+                if wait is None:
+                    raise
+                wait()
+                continue
+            if not _is_at(file, place):
+                continue  # removed by its holder just before
+            try:
+                yield held
+            finally:
+                place.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: IO[Any], place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), place.stat())
+    except FileNotFoundError:
+        return False

@@ -1,8 +1,8 @@
 """What is on the disk of a data set: a marker, a list of what each archive brought, and checks of both.
 
-The marker, .downloaded.json, holds the digest, origin and counts of every item. The list of an archive's contents is
-written before its files are renamed into place, so an interruption between the two leaves a list with files missing:
-an item counts as there only when nothing of its list is missing.
+The marker, .downloaded.json, holds the digest and counts of every item. The list of an archive (name, bytes
+and CRC-32 of each file) is written before its files are renamed into place, so an interruption between the two
+leaves a list with files missing: an item counts as there only when nothing of its list is missing.
 """
 
 import gzip
@@ -10,11 +10,11 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from files import replacing
+from files import BESIDE, replacing, sync_file, sync_folder
 
 MARKER = ".downloaded.json"
 CONTENTS = ".contents"
@@ -38,21 +38,64 @@ def contents_path(folder: Path, item: str) -> Path:
     return folder / CONTENTS / f"{item.replace('/', '_')}.jsonl.gz"
 
 
-def write_contents(path: Path, record: dict[str, Any], files: Iterator[tuple[str, int]]) -> None:
-    """List the `files` (name below the item's folder, bytes) of an item, after its `record` for the marker.
+class Listing:
+    """Writes the list of an item's files (name below its folder, bytes, CRC-32 or None) as they come, in little memory.
 
-    Written beside and renamed. The record gains the number of files and bytes: `read_record` returns it.
+    It is there, under its name, when `finish` returns, and not before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    number = size = 0
-    with gzip.open(beside, "wt", encoding="utf-8", compresslevel=3) as out:
-        for name, length in files:
-            number, size = number + 1, size + length
-            out.write(json.dumps([name, length]) + "\n")
-        record |= {"files": number, "bytes": size}
-        out.write(json.dumps(record) + "\n")
-    os.replace(beside, path)
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self.record = path, record | {"files": 0, "bytes": 0}
+        self._beside = path.with_name(path.name + ".new")
+        self._out = gzip.open(self._beside, "wt", encoding="utf-8", compresslevel=3)
+
+    def add(self, name: str, size: int, crc32: int | None) -> None:
+        self.record["files"] += 1
+        self.record["bytes"] += size
+        self._out.write(json.dumps([name, size, crc32]) + "\n")
+
+    def finish(self) -> dict[str, Any]:
+        """The record for the marker, with the number of files and bytes; it stands at the end of the list as well."""
+        self._out.write(json.dumps(self.record) + "\n")
+        self._out.close()
+        sync_file(self._beside)
+        os.replace(self._beside, self._path)
+        sync_folder(self._path.parent)
+        return self.record
+
+    def __enter__(self) -> "Listing":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._out.close()
+        self._beside.unlink(missing_ok=True)
+
+
+def seal(archive: Path, sha256: str) -> None:
+    """Note the digest of an archive that came whole and of which none is published, so that it need not come again."""
+    with replacing(_seal_path(archive), "w") as file:
+        file.write(sha256 + "\n")
+
+
+def sealed(archive: Path) -> str:
+    """The digest that was noted when it came, "" where none was."""
+    try:
+        return _seal_path(archive).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def remove_archive(archive: Path) -> None:
+    """With all that lies beside it: its seal, and what is left of transfers that were killed."""
+    for suffix in ("", ".part", ".part.json", ".lock", ".sha256"):
+        archive.with_name(archive.name + suffix).unlink(missing_ok=True)
+    for left in archive.parent.glob(f"{archive.name}.sha256.*{BESIDE}"):
+        left.unlink(missing_ok=True)
+
+
+def _seal_path(archive: Path) -> Path:
+    return archive.with_name(archive.name + ".sha256")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -62,29 +105,38 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def tree(folder: Path, suffix: str = "") -> Iterator[tuple[str, int]]:
-    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden folders are left out."""
+    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden folders are left out. A
+    link that leads nowhere has no bytes."""
     for root, names in _walk(folder):
         for name in sorted(names):
             if name.endswith(suffix):
                 path = Path(root, name)
-                yield path.relative_to(folder).as_posix(), path.stat().st_size
+                yield path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else 0
 
 
 def count(folder: Path, suffix: str) -> int:
     return sum(name.endswith(suffix) for _, names in _walk(folder) for name in names)
 
 
-def missing(folder: Path, contents: Path, *, sizes: bool) -> list[str]:
+def entries(contents: Path) -> Iterator[tuple[str, int, int | None]]:
+    """(name, bytes, CRC-32 or None) of each file of a list; none where it cannot be read."""
+    for line in _lines(contents):
+        if isinstance(line, list):
+            yield line[0], line[1], line[2]
+
+
+def missing(folder: Path, contents: Path, *, sizes: bool) -> Iterator[str]:
     """Files of the list that are not below `folder`, and with `sizes` those with another size. Without, only names are
     read, a folder at a time. A list that cannot be read counts as one missing file."""
-    found = []
+    look = lru_cache(maxsize=64)(lambda parent: _sizes(folder / parent, sizes))  # archives may hop between folders
     empty = True
-    listed = (line for line in _lines(contents) if isinstance(line, list))
-    for parent, entries in groupby(listed, key=lambda entry: entry[0].rpartition("/")[0]):
+    for name, size, _ in entries(contents):
         empty = False
-        there = _sizes(folder / parent, sizes)
-        found += [name for name, size in entries if there.get(name.rpartition("/")[2], -1) not in (size, None)]
-    return [contents.name] if empty else found
+        parent, _, last = name.rpartition("/")
+        if look(parent).get(last, -1) not in (size, None):
+            yield name
+    if empty:
+        yield contents.name
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:

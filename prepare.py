@@ -29,7 +29,7 @@ from tqdm import tqdm
 import bad_samples
 import synthetic
 from config import NUM_MELS, Config, UserError
-from files import nearest_existing, replacing, sync_folder
+from files import nearest_existing, replacing, sync_folder, take_lock
 from samples import SampleTable, offsets_of
 from workers import NOWHERE, Workers, cpu_cores, in_line
 
@@ -368,14 +368,12 @@ def _digest(kind: Kind, items: Sequence[Item], side: int, config: Config) -> str
 @contextmanager
 def _lock(cache: Path) -> Iterator[None]:
     """One process at a time fills a cache; the system frees the lock when its holder dies."""
-    import fcntl
-
     with (cache / LOCK).open("w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, our children do not hold it as well
-        except (BlockingIOError, PermissionError):
+            take_lock(file, of_process=True)
+        except BlockingIOError:
             print(f"Cache: waiting for another process that fills {cache}", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            take_lock(file, of_process=True, wait=True)
         yield
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+import inventory
 import synthetic
 from config import Config, UserError
 from manifest import MAX_CAPTION_CHARS, distinct_captions, read_manifest
@@ -43,6 +44,7 @@ class Reader:
     splits: str  # what train, val and test are, in a line
     licence: str
     downloadable: bool = True
+    listed: Callable[[Path, str, Config], int] | None = None  # samples of a split when whole; of sets that never are
 
 
 def read_split(name: str, split: str, config: Config) -> Iterator[Sample]:
@@ -62,6 +64,13 @@ def read_split(name: str, split: str, config: Config) -> Iterator[Sample]:
         raise _missing(root, config)
     samples = iter(READERS[name].read(root, split, config))
     return itertools.chain(list(itertools.islice(samples, 1)), samples)  # the first one shows whether there are any
+
+
+def listed(config: Config) -> dict[str, dict[str, int]]:
+    """How many samples the lists name, by set and split, of those sets whose files are in part gone for ever."""
+    root = Path(config.paths.data_root).absolute()
+    return {name: {split: count(root / name, split, config) for split in SPLITS}
+            for name in config.data.datasets if (count := READERS[name].listed)}
 
 
 def download_command(name: str, config: Config) -> str:
@@ -84,12 +93,17 @@ def _missing(path: Path, config: Config) -> UserError:
     return UserError(f"{path}: not there; get it with: {download_command(name, config)}")
 
 
+def _limit_pct(root: Path, config: Config) -> float:
+    """How many files may be absent from a list: any number where the user fetched a part of the set on purpose."""
+    return float("inf") if inventory.read_marker(root).get("limited") else config.data.max_bad_pct
+
+
 def _report(name: str, split: str, found: int, missing: int, config: Config, *, limit_pct: float) -> None:
     """Log how many of the files that a list names are not there; raise above `limit_pct`, or where none is."""
     if not missing:
         return
     count = f"{name} {split}: {missing} of the {found + missing} files in its list are not there"
-    if not found or 100 * missing > limit_pct * (found + missing):
+    if (not found and limit_pct <= 100) or 100 * missing > limit_pct * (found + missing):
         raise UserError(f"{count}; get them with: {download_command(name, config)}"
                         + (f" (or raise data.max_bad_pct, {limit_pct:g})" if found else ""))
     _log.warning("%s and are left out", count)
@@ -135,10 +149,11 @@ def _read_coco(root: Path, split: str, config: Config) -> Iterator[Sample]:
     else:
         parts = ["val2017" if split == "test" else "train2017"]
         captions = _coco_captions(root, parts[0], split, config)
+    limit_pct = _limit_pct(root, config)
     labels: dict[int, tuple[str, ...]] = {}
     files: dict[str, str] = {}
     for part in parts:
-        if not (root / part).is_dir():
+        if not (root / part).is_dir() and limit_pct <= 100:
             raise _missing(root / part, config)
         labels |= _coco_labels(root, part, config)
         files |= dict.fromkeys(_names(root / part), os.path.join(root, part, ""))
@@ -149,7 +164,7 @@ def _read_coco(root: Path, split: str, config: Config) -> Iterator[Sample]:
             found += 1
             yield Sample(key=str(image_id), source="coco", split=split, image=files[name] + name,
                          captions=distinct_captions(texts, f"coco {image_id}"), labels=labels.get(image_id, ()))
-    _report("coco", split, found, len(captions) - found, config, limit_pct=config.data.max_bad_pct)
+    _report("coco", split, found, len(captions) - found, config, limit_pct=limit_pct)
 
 
 def _karpathy_captions(path: Path, split: str) -> dict[int, list[str]]:
@@ -246,7 +261,7 @@ def _read_clotho(root: Path, split: str, config: Config) -> Iterator[Sample]:
             missing += 1
     if shared:
         _log.warning("clotho %s: left out, since a later split has the same recording: %s", split, ", ".join(shared))
-    _report("clotho", split, found, missing, config, limit_pct=config.data.max_bad_pct)
+    _report("clotho", split, found, missing, config, limit_pct=_limit_pct(root, config))
 
 
 def _recordings(root: Path, folder: str, config: Config) -> dict[str, str]:
@@ -279,7 +294,14 @@ def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
             found += 1
             yield Sample(key=f"{video}_{start}", source="audiocaps", split=split, audio=path,
                          captions=distinct_captions((row["caption"] for row in rows), f"audiocaps {video}"))
-    _report("audiocaps", split, found, len(clips) - found, config, limit_pct=100)  # many are gone for ever
+    _report("audiocaps", split, found, len(clips) - found, config,
+            limit_pct=max(100.0, _limit_pct(root, config)))  # many are gone for ever
+
+
+def _listed_audiocaps(root: Path, split: str, config: Config) -> int:
+    folder = root / {1: "dataset", 2: "dataset2.0"}[config.data.audiocaps_version]
+    rows = _table(folder / f"{split}.csv", ("youtube_id", "start_time"), config)
+    return len({(row["youtube_id"], row["start_time"]) for row in rows})
 
 
 def _sounds_by_name(root: Path, split: str) -> dict[str, str]:
@@ -460,7 +482,7 @@ READERS: dict[str, Reader] = {
         "licence"),
     "audiocaps": Reader(
         _read_audiocaps, "train, val, test, as far as the clips still exist",
-        "captions for academic use; the copyright of the sounds stays with the uploaders"),
+        "captions for academic use; the copyright of the sounds stays with the uploaders", listed=_listed_audiocaps),
     "voxceleb": Reader(
         _read_voxceleb, "development speakers, recordings of the same speakers kept back, test speakers",
         "metadata CC BY-SA 4.0, recordings CC BY 4.0; their copyright stays with the owners of the videos"),

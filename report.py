@@ -13,7 +13,8 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     model         {"size", "parameters"}
     environment   {"python", "platform", "cpus", "device", "precision", "git_commit", "git_changed", "packages"}
     config        the resolved configuration
-    data          {"counts": {set: {split: {kind: samples}}}, "digests": {split: sha256}, "licences": {set: text}, ...}
+    data          {"counts": {set: {split: {kind: samples}}}, "digests": {split: sha256}, "licences": {set: text},
+                  "available": {set: {split: {"samples": n, "of": n, "sha256": of their list}}}, ...}
     stages        [{"stage", "epochs", "steps", "samples", "seconds", "peak_gib", "predicted_gib", "data_wait_pct",
                   "samples_per_s", "loss"}], in order; the last three are means of the stage's logged steps
                   (loss: of its last tenth)
@@ -93,7 +94,10 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("stage_peak_gib", "Measured peak, GiB", "实测峰值 GiB"), ("stage_loss", "Final loss", "最终损失"),
     ("events", "Events", "事件"), ("data", "Data", "数据"), ("split", "Split", "划分"),
     ("counts", "Samples by kind", "各类样本数"), ("licence", "Licence", "许可"),
-    ("digests", "Digest of the lists of samples:", "样本清单的摘要："), ("environment", "Environment", "环境"),
+    ("digests", "Digest of the lists of samples:", "样本清单的摘要："),
+    ("available", "Sets of which a part is gone: compare figures only where the list of samples is the same.",
+     "有一部分已经消失的数据集：样本清单相同，数字才能比较。"),
+    ("samples_of", "Samples / listed", "现有 / 名单"), ("environment", "Environment", "环境"),
     ("platform", "Platform", "平台"), ("changed", " with uncommitted changes", "，有未提交的修改"),
     ("no_git", "not a git repository", "不是 git 仓库"), ("config", "Configuration", "完整配置"),
 )}
@@ -340,7 +344,11 @@ def _data(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
     digests = [[say["split"], "SHA-256"], *([split, _code(d)] for split, d in (data.get("digests") or {}).items())]
     if len(rows) == 1:
         return ""
-    return "\n\n".join([f"## {say['data']}", _table(rows)] + ([say["digests"], _table(digests)] if digests[1:] else []))
+    parts = [[say["set"], say["split"], say["samples_of"], "SHA-256"]]
+    parts += [[name, split, f"{_number(part['samples'])} / {_number(part['of'])}", _code(part["sha256"])]
+              for name, splits in (data.get("available") or {}).items() for split, part in splits.items()]
+    return "\n\n".join([f"## {say['data']}", _table(rows)] + ([say["available"], _table(parts)] if parts[1:] else [])
+                       + ([say["digests"], _table(digests)] if digests[1:] else []))
 
 
 def _environment(report: Mapping[str, Any], say: Mapping[str, str]) -> str:

@@ -83,7 +83,7 @@ EOP
 }
 
 main() {
-    local answers data_root output_dir names report
+    local answers data_root output_dir names report fetched=0
     case ${1-} in -h | --help) usage && return ;; esac
     if [ "${1-}" = --demo ]; then
         shift
@@ -100,7 +100,12 @@ main() {
 
     say "[2/5] data: $names in $data_root"
     # shellcheck disable=SC2086 # one word for each set
-    "$PYTHON_HERE" download_datasets.py --datasets $names --data-root "$data_root" --skip-existing
+    "$PYTHON_HERE" download_datasets.py --datasets $names --data-root "$data_root" --skip-existing || fetched=$?
+    if [ "$fetched" = 3 ]; then
+        say "some files are not to be had any more; training goes on with those that are there"
+    elif [ "$fetched" != 0 ]; then
+        exit "$fetched"
+    fi
 
     say "[3/5] training: pictures, texts and sounds apart, then together (Ctrl-C is safe: run this again to go on)"
     if ! given --resume "$@" && ! given --overwrite "$@"; then set -- "$@" --resume auto; fi

@@ -17,16 +17,12 @@ import os
 import sys
 from pathlib import Path
 
-from arguments import Parser
+from arguments import Parser, environment_needed
 from interruption import Stopped
 from redaction import redact
 
-try:
+with environment_needed():
     from config import DATASETS, SIZES, Config, UserError, load_config
-except ModuleNotFoundError as missing:
-    print(f"error: the package {missing.name!r} is not there; source venv/bin/activate, or first "
-          "bash setup_environment.sh", file=sys.stderr)
-    sys.exit(2)
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 FLAGS = {  # flag -> key of the configuration

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from checkpoint import save as save_file
 from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
 from distributed import World
-from files import check_writable, replacing
+from files import check_writable, replacing, take_lock
 from model import TriModalModel
 from redaction import command_line, redacted
 from tracking import SilentTracker, Tracker, read_records
@@ -197,19 +196,15 @@ def is_within(resume: str | None, folder: Path) -> bool:
 
 
 def hold(lock: IO[str], folder: Path) -> None:
-    """Until the process ends, however it ends: the system frees the lock."""
-    if os.name == "nt":
-        return
-    import fcntl
-
+    """Until the process ends, however it ends: the system frees the lock. Reading processes do not hold it as well."""
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, reading processes do not hold it as well
-    except (BlockingIOError, PermissionError):
+        held = take_lock(lock, of_process=True)
+    except BlockingIOError:
         lock.close()
         raise UserError(f"{folder}: another process trains there at this moment; wait for it, stop it, or choose "
                         "another --output-dir") from None
-    except OSError as error:
-        print(f"{folder}: this file system has no locks ({error.strerror}): see to it that no second run uses it")
+    if not held:
+        print(f"{folder}: this file system has no locks: see to it that no second run uses it")
 
 
 def _delete_run(folder: Path) -> None:

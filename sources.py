@@ -55,6 +55,7 @@ class Item:
     into: str
     files: tuple[File, ...]
     subset: str = ""
+    splits: tuple[str, ...] = ()  # whose samples it holds; () for what all need
     rules: tuple[tuple[str, str], ...] = ()
     counts: tuple[Count, ...] = ()
     unpacked: int = 0  # bytes, estimated where no figure is known
@@ -80,6 +81,7 @@ class Source:
     needs_key: str = ""  # environment variable that holds the user's key
     key_help: str = ""
     auto_mirrors: tuple[str, ...] = ("official", "hf", "modelscope")  # third-party copies can be left out here
+    at_once: int = 4  # transfers at a time that the servers bear
     note: str = ""
 
     @property
@@ -171,8 +173,9 @@ def _zenodo(record: int, name: str, size: int, md5: str, sha256: str = "") -> Fi
 
 
 def _clotho_audio(split: str, number: int, size: int, md5: str, unpacked: int) -> Item:
+    ours = {"development": "train", "validation": "val", "evaluation": "test"}[split]
     file = _zenodo(4783391, f"clotho_audio_{split}.7z", size, md5)
-    return Item(name=file.name, kind="7z", into="", files=(file,), subset="v2.1", unpacked=unpacked,
+    return Item(name=file.name, kind="7z", into="", files=(file,), subset="v2.1", splits=(ours,), unpacked=unpacked,
                 counts=(Count(folder=split, suffix=".wav", number=number),))
 
 
@@ -186,7 +189,7 @@ CLOTHO = Source(
     name="clotho", title="Clotho v2.1", page="https://zenodo.org/records/4783391",
     licence="captions: Tampere University licence (non-commercial, attribution); each sound keeps its Freesound "
             "licence (named in the metadata)",
-    defaults=("v2.1",),
+    defaults=("v2.1",), at_once=1,  # the host counts requests, and turns away who asks too often
     items=(
         _clotho_list("clotho_captions_development.csv", 1_336_762, "d4090b39ce9f2491908eebf4d5b09bae",
                      "df2e5b92060b4bb23311f8b3a7f82241d900b9c4f62b0cc467ac2ce5e9c52886"),
@@ -225,7 +228,8 @@ def _audiocaps_shards(ours: str, theirs: str, number: int) -> Iterable[Item]:
     """Parquet shards with the bytes of each sound, unpacked to OURS/YOUTUBEID_START.flac; the server names digests."""
     for index in range(number):
         name = f"{theirs}-{index:05d}-of-{number:05d}.parquet"
-        yield Item(name=name, kind="parquet", into=ours, subset="sounds", unpacked=AUDIOCAPS_SOUNDS_BYTES // 473,
+        yield Item(name=name, kind="parquet", into=ours, subset="sounds", splits=(ours,),
+                   unpacked=AUDIOCAPS_SOUNDS_BYTES // 473,
                    files=(File(name=name, urls=(("hf", f"{_AUDIOCAPS_HF}/{name}"),)),))
 
 
@@ -328,11 +332,11 @@ VOXCELEB = Source(
             ("list_test_all.txt", 581_480, "b9ecf7aa49d4b656aa927a8092844e4a"),
             ("list_test_all2.txt", 579_818, "a53e059deb562ffcfc092bf5d90d9f3a"))),
         Item(name="vox1_test_wav.zip", kind="zip", into="voxceleb1", subset="vox1", unpacked=1_100_000_000,
-             files=(_vox(1, "vox1_test_wav.zip", 1_072_793_438, "185fdc63c3c739954633d50379a3d102",
+             splits=("test",), files=(_vox(1, "vox1_test_wav.zip", 1_072_793_438, "185fdc63c3c739954633d50379a3d102",
                          "8de57f347fe22b2c24526e9f444f689ecf5096fc2a92018cf420ff6b5b15eaea"),),
              counts=(Count(folder="voxceleb1/wav", suffix=".wav", number=4_874),)),
         Item(name="vox1_dev_wav.zip", kind="zip", into="voxceleb1", subset="vox1", unpacked=34 * GB,
-             whole_md5="ae63e55b951748cc486645f532ba230b",
+             splits=("train", "val"), whole_md5="ae63e55b951748cc486645f532ba230b",
              files=tuple(_vox(1, f"vox1_dev_wav_part{part}", 0, md5, sha) for part, md5, sha in _VOX1_PARTS),
              counts=(Count(folder="voxceleb1/wav", suffix=".wav", number=148_642),)),
         _vox_list(File(
@@ -341,18 +345,19 @@ VOXCELEB = Source(
             urls=(("hf", f"{_VOX_HF}/vox2/vox2_meta.csv"),
                   ("official", "https://mm.kaist.ac.kr/datasets/voxceleb/meta/vox2_meta.csv"))), 2, "vox2-aac"),
         Item(name="vox2_test_aac.zip", kind="zip", into="voxceleb2/test", subset="vox2-aac", unpacked=2_600_000_000,
-             files=(_vox(2, "vox2_test_aac.zip", 2_594_018_146, "0d2b3ea430a821c33263b5ea37ede312",
+             splits=("test",), files=(_vox(2, "vox2_test_aac.zip", 2_594_018_146, "0d2b3ea430a821c33263b5ea37ede312",
                          "e4d9200107a7bc60f0b620d5dc04c3aab66681b649f9c218380ac43c6c722079"),),
              counts=(Count(folder="voxceleb2/test/aac", suffix=".m4a", number=36_237),)),
         Item(name="vox2_dev_aac.zip", kind="zip", into="voxceleb2", subset="vox2-aac", unpacked=80 * GB,
-             whole_md5="bbc063c46078a602ca71605645c2a402",
+             splits=("train", "val"), whole_md5="bbc063c46078a602ca71605645c2a402",
              files=tuple(_vox(2, f"vox2_dev_aac_part{part}", size, md5) for part, size, md5 in _VOX2_PARTS),
              counts=(Count(folder="voxceleb2/dev/aac", suffix=".m4a", number=1_092_009),)),
         # No digest of the video parts is published: the CRC of every member of the zip is what can be checked.
         Item(name="vox2_test_mp4.zip", kind="zip", into="voxceleb2/test", subset="vox2-mp4", unpacked=9 * GB,
-             files=(_vox(2, "vox2_test_mp4.zip"),), counts=(Count(folder="voxceleb2/test/mp4", suffix=".mp4"),)),
+             splits=("test",), files=(_vox(2, "vox2_test_mp4.zip"),),
+             counts=(Count(folder="voxceleb2/test/mp4", suffix=".mp4"),)),
         Item(name="vox2_dev_mp4.zip", kind="zip", into="voxceleb2", subset="vox2-mp4", unpacked=255 * GB,
-             counts=(Count(folder="voxceleb2/dev/mp4", suffix=".mp4"),),
+             splits=("train", "val"), counts=(Count(folder="voxceleb2/dev/mp4", suffix=".mp4"),),
              files=tuple(_vox(2, f"vox2_dev_mp4_part{part}")
                          for part in ("aa", "ab", "ac", "ad", "ae", "af", "ag", "ah", "ai"))),
     ))

@@ -1,56 +1,40 @@
 """Fetch one file over HTTP: resumed where it stopped, checked while it arrives, there whole or not at all.
 
 While a file arrives it is NAME.part, with a note NAME.part.json of the server's validators beside it. It gets its name
-only when its size and digest are right. Killed at any moment, the next call goes on from the bytes that are there.
+only when its size and digest are right. Killed at any moment, the next call goes on from the bytes that are there. Of
+several processes that want the same file one fetches it, and the others wait and then find it there.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import random
-import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+import answers
+from answers import Again, NextServer, host_of
 from config import UserError
-from files import sync_folder
+from files import locked, sync_file, sync_folder
+from progress import Bar, Progress
 from redaction import redact
 
 if TYPE_CHECKING:
     from requests import Response, Session
 
-# Some hosts turn away the default agents of HTTP libraries; a name of our own is what they ask for.
-USER_AGENT = "trimodal-trainer/0.1 (data set downloader; resumes by Range, obeys Retry-After)"
 CHUNK_BYTES = 64 * 1024  # what a cut connection may cost
-AGAIN = (408, 425, 429, 500, 502, 503, 504)  # answers that may be different later
 
 
 class TransferError(Exception):
     """A file could not be had from any server. One line, without secrets."""
 
 
-class _NextServer(Exception):
-    """This server will not give the file, however often it is asked."""
-
-    def __init__(self, why: str, *, unreachable: bool = False) -> None:
-        super().__init__(why)
-        self.unreachable = unreachable
-
-
-class _Again(Exception):
-    """This try failed; another may not. `wait_s` is the server's wish."""
-
-    def __init__(self, why: str, wait_s: float | None = None, *, unreachable: bool = False) -> None:
-        super().__init__(why)
-        self.wait_s = wait_s
-        self.unreachable = unreachable
+class Stopped(Exception):
+    """`Policy.stop` was set; what has arrived is kept."""
 
 
 class Mismatch(Exception):
@@ -78,7 +62,8 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Patience. `failures` counts tries in a row without one new byte; a server that cannot be reached gets fewer."""
+    """Patience, and who hears of it. `failures` counts tries in a row without one new byte; a server that cannot be
+    reached gets fewer. Whoever sets `stop` ends the transfer at its next byte."""
 
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
@@ -86,7 +71,27 @@ class Policy:
     failures_to_connect: int = 2
     backoff_s: float = 1.0
     longest_wait_s: float = 600.0
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] | None = None  # None: until `stop`
+    progress: Progress = field(default_factory=Progress)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def wait_s(self, error: Again, failures: int) -> float:
+        """As long as the server asks for, else longer after each failure."""
+        wait_s = error.wait_s
+        if wait_s is None:
+            wait_s = min(60.0, self.backoff_s * 2 ** max(0, failures - 1)) * random.uniform(0.75, 1.25)
+        if wait_s > self.longest_wait_s:
+            raise NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
+        return wait_s
+
+    @property
+    def timeouts_s(self) -> tuple[float, float]:
+        return self.connect_timeout_s, self.read_timeout_s
+
+    def pause(self, seconds: float) -> None:
+        (self.sleep or self.stop.wait)(seconds)
+        if self.stop.is_set():
+            raise Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,160 +100,171 @@ class Fetched:
     size: int
     sha256: str
     checked: str  # the digest that matched, as "sha256:..." or "md5:..."; "" where none is known
-    url: str = ""  # without secrets; "" for a file that was there already
 
 
 def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
-    """Have `wanted.path`, from the disk if it is there and right, else from the first server that gives it.
+    """Have `wanted.path`, from the disk if it is there and its digest right, else from the first server that gives it.
+    What is there and has no digest to check stays until the new one is there.
 
     Raises:
         TransferError: no server gave it; says what each answered.
         UserError: the disk is full.
     """
+    policy = policy or Policy()
     try:
-        with contextlib.suppress(FileNotFoundError, Mismatch):
-            return check_file(wanted)
-        wanted.path.unlink(missing_ok=True)
         wanted.path.parent.mkdir(parents=True, exist_ok=True)
-        return _from_any_server(wanted, policy or Policy())
+        with locked(wanted.path, _Waiting(wanted, policy)):
+            if wanted.pinned and (fetched := _there(wanted, policy.progress)):
+                return fetched
+            with policy.progress.bar(wanted.path.name, wanted.size, transfer=True) as bar:
+                return _from_any_server(wanted, policy, bar)
     except OSError as error:
         raise _disk_error(error, wanted.path) from None
 
 
-def check_file(wanted: Wanted) -> Fetched:
+def _there(wanted: Wanted, progress: Progress) -> Fetched | None:
+    try:
+        fetched = check_file(wanted, progress)
+    except (FileNotFoundError, Mismatch):
+        wanted.path.unlink(missing_ok=True)
+        return None
+    _notes_path(wanted.path).unlink(missing_ok=True)  # of a run that was killed just before it did so
+    return fetched
+
+
+def _notes_path(path: Path) -> Path:
+    return path.with_name(path.name + ".part.json")
+
+
+class _Waiting:
+    """For another process that fetches the same file; says so once."""
+
+    def __init__(self, wanted: Wanted, policy: Policy) -> None:
+        self._wanted, self._policy, self._said = wanted, policy, False
+
+    def __call__(self) -> None:
+        if not self._said:
+            self._policy.progress.say(f"{self._wanted.path.name}: another process is fetching it; waiting for that")
+        self._said = True
+        if self._policy.stop.wait(0.1):
+            raise Stopped
+
+
+def check_file(wanted: Wanted, progress: Progress | None = None) -> Fetched:
     """Hash `wanted.path` and compare. Raises FileNotFoundError or Mismatch."""
-    hashes = _new_hashes()
-    with wanted.path.open("rb") as file, _bar(f"checking {wanted.path.name}", wanted.path.stat().st_size) as bar:
-        size = _hash_into(hashes, file, bar)
-    return _verdict(wanted, size, hashes)
+    hashes, progress = _new_hashes(), progress or Progress()
+    with wanted.path.open("rb") as file:
+        with progress.bar(f"checking {wanted.path.name}", wanted.path.stat().st_size) as bar:
+            size = _hash_into(hashes, file, bar.move_to)
+    fetched = _verdict(wanted, size, hashes)
+    progress.add(size, arrived=False)  # of what was to be fetched in all, this is there
+    return fetched
 
 
-def _from_any_server(wanted: Wanted, policy: Policy) -> Fetched:
+def _from_any_server(wanted: Wanted, policy: Policy, bar: Bar) -> Fetched:
     problems: list[str] = []
     dead: set[str] = set()
-    with _session() as session:
+    with answers.open_session(wanted.unverified_hosts) as session:
         for url in wanted.urls:
-            host = _host(url)
+            host = host_of(url)
             if host in dead:
                 continue
             try:
-                return _from_server(session, url, wanted, policy)
-            except _NextServer as error:
+                return _from_server(session, _Part(wanted, url, bar), policy)
+            except NextServer as error:
                 problems.append(f"{host} {error}")
                 dead |= {host} if error.unreachable else set()
     what_they_said = "; ".join(problems) or "no address is known"
     raise TransferError(redact(f"{wanted.path.name}: {what_they_said}", wanted.secrets))
 
 
-def _session() -> "Session":
-    from requests import Session
-
-    session = Session()  # honours proxies and CA bundles of the environment, and drops credentials on other hosts
-    session.headers.update({"User-Agent": USER_AGENT, "Accept": "*/*"})
-    return session
-
-
-def _from_server(session: "Session", url: str, wanted: Wanted, policy: Policy) -> Fetched:
+def _from_server(session: "Session", part: "_Part", policy: Policy) -> Fetched:
     """Ask one server until the file is whole; gives up when tries bring nothing new."""
-    part = _Part(wanted, redact(url, wanted.secrets))
     failures = mismatches = 0
     best = part.size
     while True:
         try:
-            _receive(session, url, part, policy)
+            _receive(session, part, policy)
             return part.finish()
         except Mismatch as error:
             part.restart()
             mismatches += 1
             if mismatches == 2:  # once may be a bad line, twice is another file
-                raise _NextServer(str(error)) from None
-        except _Again as error:
+                raise NextServer(str(error)) from None
+        except Again as error:
             failures = 0 if part.size > best else failures + 1
             best = max(best, part.size)
             allowed = policy.failures_to_connect if error.unreachable else policy.failures
             if failures > allowed:
-                raise _NextServer(f"{error} ({failures} tries)", unreachable=error.unreachable) from None
+                raise NextServer(f"{error} ({failures} tries)", unreachable=error.unreachable) from None
             _wait(error, failures, part, policy)
 
 
-def _host(url: str) -> str:
-    """Name and port, without the user's name and password that an address can hold."""
-    return urlsplit(url).netloc.rpartition("@")[2]
-
-
-def _wait(error: _Again, failures: int, part: "_Part", policy: Policy) -> None:
-    wait_s = error.wait_s
-    if wait_s is None:
-        wait_s = min(60.0, policy.backoff_s * 2 ** max(0, failures - 1)) * random.uniform(0.75, 1.25)
-    if wait_s > policy.longest_wait_s:
-        raise _NextServer(f"{error} and asks to come back in {wait_s:.0f} s")
+def _wait(error: Again, failures: int, part: "_Part", policy: Policy) -> None:
+    wait_s = policy.wait_s(error, failures)
     kept = f"; {part.size:,} bytes are kept" if part.size else ""
-    _say(f"{part.wanted.path.name}: {_host(part.url)} {error}; trying again in {wait_s:.0f} s{kept}")
-    policy.sleep(wait_s)
+    policy.progress.say(f"{part.wanted.path.name}: {host_of(part.url)} {error}; trying again in {wait_s:.0f} s{kept}")
+    policy.pause(wait_s)
 
 
-def _receive(session: "Session", url: str, part: "_Part", policy: Policy) -> None:
-    """One request: adds what arrives to the part. Returns when the file is whole, raises `_Again` when it is not."""
+def _receive(session: "Session", part: "_Part", policy: Policy) -> None:
+    """One request: adds what arrives to the part. Returns when the file is whole, raises `Again` when it is not."""
     if part.whole():
         return
-    verify = urlsplit(url).hostname not in part.wanted.unverified_hosts
-    with _translated(policy), _quiet_about_tls(verify):
-        response = session.get(url, headers=part.headers(), stream=True, verify=verify,
-                               timeout=(policy.connect_timeout_s, policy.read_timeout_s))
+    with answers.translated(policy.timeouts_s):
+        response = session.get(part.address, headers=part.headers(), stream=True, timeout=policy.timeouts_s)
         with response:
             start = _start_of_body(response, part)
             if start is None:
                 return
-            _store(response, part, start)
+            _store(response, part, start, policy.stop)
     if part.size < part.total:
-        raise _Again(f"ended {part.total - part.size:,} bytes early")
+        raise Again(f"ended {part.total - part.size:,} bytes early")
 
 
 def _start_of_body(response: "Response", part: "_Part") -> int | None:
     """Where the body of this answer belongs in the file; None when there is nothing left to fetch."""
-    status = response.status_code
-    if status in AGAIN:
-        raise _Again(f"answered {status}", _retry_after_s(response.headers))
-    first, total = _content_range(response.headers.get("Content-Range", ""))
-    if status == 416:
+    answers.refuse_errors(response, (200, 206, 416))
+    first, total = answers.content_range(response.headers)
+    if response.status_code == 416:
         if part.size and total == part.size and part.wanted.size in (0, total):
             part.total = part.size
             return None
         part.restart()
-        raise _Again("answered 416 to a request to resume")
-    if status not in (200, 206):
-        raise _NextServer(f"answered {status} {response.reason}".strip())
+        raise Again("answered 416 to a request to resume")
     if "text/html" in response.headers.get("Content-Type", "").lower():
-        raise _NextServer("answered with a web page instead of the file")
+        raise NextServer("answered with a web page instead of the file")
     if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
-        raise _NextServer("sends the file encoded, though asked not to")
-    if status == 200:
-        first, total = 0, int(response.headers.get("Content-Length") or 0)
-    _check_offer(part, first, total)
+        raise NextServer("sends the file encoded, though asked not to")
+    if response.status_code == 200:
+        first, total = 0, answers.body_length(response.headers)
+    _check_offer(part, first, total, response.headers.get("ETag", ""))
     return first
 
 
-def _check_offer(part: "_Part", first: int, total: int) -> None:
+def _check_offer(part: "_Part", first: int, total: int, etag: str) -> None:
     if part.wanted.size and total and total != part.wanted.size:
-        raise _NextServer(f"offers {total:,} bytes instead of {part.wanted.size:,}: another file or release")
-    if first not in (0, part.size) or (first and part.total and total and total != part.total):
+        raise NextServer(f"offers {total:,} bytes instead of {part.wanted.size:,}: another file or release")
+    changed = not part.wanted.pinned and etag != part.notes.get("etag", "")  # though If-Range asked not to go on then
+    if first not in (0, part.size) or (first and (changed or (part.total and total and total != part.total))):
         part.restart()
-        raise _Again("answered with another part of the file than asked for")
+        raise Again("answered with another part of the file than asked for")
 
 
-def _store(response: "Response", part: "_Part", start: int) -> None:
+def _store(response: "Response", part: "_Part", start: int, stop: threading.Event) -> None:
     chunks = response.iter_content(CHUNK_BYTES)
     head = next(chunks, b"")
-    if start == 0 and _looks_like_page(head):
-        raise _NextServer("answered with a web page instead of the file")
+    if start == 0 and answers.looks_like_page(head):
+        raise NextServer("answered with a web page instead of the file")
     if start == 0:
         part.restart()
     part.note(response, start)
-    with part.path.open("ab") as file, _bar(part.wanted.path.name, part.total or None, part.size) as bar:
+    with part.path.open("ab") as file:
         for chunk in _prepend(head, chunks):
+            if stop.is_set():
+                raise Stopped
             file.write(chunk)
             part.add(chunk)
-            bar.update(len(chunk))
             if part.total and part.size > part.total:
                 break  # found out in `finish`
 
@@ -256,11 +272,13 @@ def _store(response: "Response", part: "_Part", start: int) -> None:
 class _Part:
     """What has arrived: the bytes in NAME.part, their hashes, and the server's validators in NAME.part.json."""
 
-    def __init__(self, wanted: Wanted, url: str) -> None:
+    def __init__(self, wanted: Wanted, address: str, bar: Bar) -> None:
         self.wanted = wanted
-        self.url = url
+        self.address = address
+        self.url = redact(address, wanted.secrets)  # the one to write down
+        self.bar = bar
         self.path = wanted.path.with_name(wanted.path.name + ".part")
-        self.notes_path = wanted.path.with_name(wanted.path.name + ".part.json")
+        self.notes_path = _notes_path(wanted.path)
         self.notes = self._read_notes()
         self.size = 0
         self.hashes = _new_hashes()
@@ -279,17 +297,16 @@ class _Part:
 
     def _can_resume(self) -> bool:
         """Bytes of unknown origin count only where a pinned digest will judge the whole."""
-        if not self.path.is_file() or not self.notes:
-            return False
-        return bool(self.wanted.pinned) or (self.notes.get("url") == self.url and bool(self._validator()))
+        known = self.notes.get("url") == self.url and bool(self._validator())
+        return self.path.is_file() and (known or bool(self.wanted.pinned))
 
     def _validator(self) -> str:
         etag = str(self.notes.get("etag") or "")
         return str(self.notes.get("last_modified") or "") if etag.startswith("W/") or not etag else etag
 
     def _load(self) -> None:
-        with self.path.open("rb") as file, _bar(f"checking {self.path.name}", self.path.stat().st_size) as bar:
-            self.size = _hash_into(self.hashes, file, bar)
+        with self.path.open("rb") as file:
+            self.size = _hash_into(self.hashes, file, lambda size: self.bar.move_to(size, arrived=False))
         if self.total and self.size > self.total:
             self.restart()
 
@@ -297,6 +314,7 @@ class _Part:
         self.path.unlink(missing_ok=True)
         self.size = 0
         self.hashes = _new_hashes()
+        self.bar.move_to(0)
 
     def whole(self) -> bool:
         return self.size > 0 and self.size == self.total
@@ -311,14 +329,19 @@ class _Part:
 
     def note(self, response: "Response", start: int) -> None:
         """Write down what identifies the file on this server, before the first byte of it is written."""
-        length = int(response.headers.get("Content-Length") or 0)
+        length = answers.body_length(response.headers)
         self.total = self.wanted.size or (start + length if length else 0)
-        self.notes = {"url": self.url, "total": self.total, "etag": response.headers.get("ETag", ""),
-                      "last_modified": response.headers.get("Last-Modified", ""), "sha256": _announced(response)}
-        self.notes_path.write_text(json.dumps(self.notes), encoding="utf-8")
+        self.bar.expect(self.total)
+        notes = {"url": self.url, "total": self.total, "etag": response.headers.get("ETag", ""),
+                 "last_modified": response.headers.get("Last-Modified", ""),
+                 "sha256": answers.announced_sha256(response)}
+        if notes != self.notes:  # else a kill while it is written would cost what has arrived
+            self.notes_path.write_text(json.dumps(notes), encoding="utf-8")
+        self.notes = notes
 
     def add(self, chunk: bytes) -> None:
         self.size += len(chunk)
+        self.bar.move_to(self.size)
         for hasher in self.hashes.values():
             hasher.update(chunk)
 
@@ -326,19 +349,18 @@ class _Part:
         """Check, make durable, give the file its name."""
         wanted = self.wanted
         if not wanted.pinned and self.notes.get("sha256"):
-            wanted = Wanted(path=wanted.path, urls=(), size=wanted.size, sha256=self.notes["sha256"])
+            wanted = replace(wanted, sha256=self.notes["sha256"])
         if self.total and self.size > self.total:
             raise Mismatch(f"sent more than the {self.total:,} bytes of the file")
-        fetched = _verdict(wanted, self.size, self.hashes, self.url)
-        with self.path.open("rb+") as file:
-            os.fsync(file.fileno())
+        fetched = _verdict(wanted, self.size, self.hashes)
+        sync_file(self.path)
         os.replace(self.path, self.wanted.path)
         self.notes_path.unlink(missing_ok=True)
         sync_folder(self.wanted.path.parent)
         return fetched
 
 
-def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any], url: str = "") -> Fetched:
+def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any]) -> Fetched:
     if size == 0 or (wanted.size and size != wanted.size):
         raise Mismatch(f"has {size:,} bytes" + (f" instead of {wanted.size:,}" if wanted.size else ""))
     found = {f"{name}:{hasher.hexdigest()}" for name, hasher in hashes.items()}
@@ -348,56 +370,21 @@ def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any], url: str = ""
         kind = good[0].split(":")[0]
         theirs = next(digest for digest in sorted(found) if digest.startswith(kind))
         raise Mismatch(f"has the digest {theirs} instead of {good[0]}")
-    return Fetched(path=wanted.path, size=size, sha256=hashes["sha256"].hexdigest(), checked=matched, url=url)
+    return Fetched(path=wanted.path, size=size, sha256=hashes["sha256"].hexdigest(), checked=matched)
 
 
 def _new_hashes() -> dict[str, Any]:
     return {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
 
 
-def _hash_into(hashes: Mapping[str, Any], file: Any, bar: Any) -> int:
+def _hash_into(hashes: Mapping[str, Any], file: Any, moved_to: Callable[[int], None]) -> int:
     size = 0
     while chunk := file.read(1 << 20):
         size += len(chunk)
-        bar.update(len(chunk))
         for hasher in hashes.values():
             hasher.update(chunk)
+        moved_to(size)
     return size
-
-
-def _announced(response: "Response") -> str:
-    """The sha256 that Hub-like servers name in the answer that redirects to the bytes."""
-    for answer in (*response.history, response):
-        digest = answer.headers.get("X-Linked-ETag", "").strip('"').lower()
-        if len(digest) == 64 and all(c in "0123456789abcdef" for c in digest):
-            return digest
-    return ""
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date; None where there is none or it is not readable."""
-    text = headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
-
-
-def _content_range(text: str) -> tuple[int, int]:
-    """(first byte, total) of `bytes 5-9/10` or `bytes */10`; -1 and 0 stand for what it does not say."""
-    unit, _, rest = text.partition(" ")
-    span, _, total = rest.partition("/")
-    first = span.partition("-")[0]
-    if unit != "bytes":
-        return -1, 0
-    return int(first) if first.isdigit() else -1, int(total) if total.isdigit() else 0
-
-
-def _looks_like_page(head: bytes) -> bool:
-    start = head[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return start.startswith((b"<!doctype html", b"<html", b"<head"))
 
 
 def _prepend(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -406,53 +393,8 @@ def _prepend(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield from chunks
 
 
-@contextlib.contextmanager
-def _translated(policy: Policy) -> Iterator[None]:
-    """Turn the library's exceptions, whose texts hold addresses and with them keys, into our short ones."""
-    import requests
-    from urllib3.exceptions import NameResolutionError, NewConnectionError
-
-    errors = requests.exceptions
-    try:
-        yield
-    except errors.SSLError:
-        raise _NextServer("shows a TLS certificate that is not accepted") from None
-    except (errors.TooManyRedirects, errors.MissingSchema, errors.InvalidSchema, errors.InvalidURL) as error:
-        raise _NextServer(f"cannot be used ({type(error).__name__})") from None
-    except errors.ConnectTimeout:
-        raise _Again(f"did not answer in {policy.connect_timeout_s:.0f} s", unreachable=True) from None
-    except errors.ReadTimeout:
-        raise _Again(f"sent nothing for {policy.read_timeout_s:.0f} s") from None
-    except errors.RequestException as error:
-        reason = getattr(error.args[0], "reason", None) if error.args else None
-        lost = not isinstance(reason, NewConnectionError | NameResolutionError)
-        raise _Again("cut the connection" if lost else "cannot be reached", unreachable=not lost) from None
-
-
-@contextlib.contextmanager
-def _quiet_about_tls(verify: bool) -> Iterator[None]:
-    """The user asked for no verification of this host: one warning a request adds nothing."""
-    import warnings
-
-    with warnings.catch_warnings():
-        if not verify:
-            warnings.filterwarnings("ignore", message="Unverified HTTPS request")
-        yield
-
-
 def _disk_error(error: OSError, path: Path) -> UserError:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return UserError(f"{path.parent}: the disk is full; what has arrived is kept, free some space and run again")
     return UserError(f"{error.filename or path}: {error.strerror or error}")
 
-
-def _bar(text: str, total: int | None, initial: int = 0) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, desc=text, unit="B", unit_scale=True, leave=False, disable=None)
-
-
-def _say(text: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)

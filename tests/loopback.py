@@ -21,18 +21,24 @@ class Loopback:
 
     a status ("503"), "retry:SECONDS" or "retry:DATE" (429 with Retry-After), "redirect:URL", "page", "sly-page" (a page
     that does not call itself one), "cut:BYTES" (the connection ends after so many), "stall:BYTES" (it then hangs),
-    "no-length" (the length is not told and half is sent), "no-range", "wrong-range", "gzip", "other" (other bytes),
-    "more" (bytes too many, their number not told).
+    "no-length" (the length is not told and half is sent), "no-range", "no-if-range" (a piece, though the file is
+    another one), "wrong-range", "gzip", "other" (other bytes), "more" (bytes too many, their number not told).
+    `slow_s` is a pause after each 64 KiB, for all answers.
     """
 
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
         self.files = dict(files or {})
         self.faults: dict[str, list[str]] = {}
         self.headers: dict[str, str] = {}  # sent with every answer
+        self.slow_s = 0.0
+        self.bytes_sent = 0
+        self.at_once = self.most_at_once = 0  # answers that are being given
+        self._lock = threading.Lock()
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.stop_stalling = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"loopback": self}))
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # killed clients are our trade
 
     def __enter__(self) -> "Loopback":
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -47,6 +53,11 @@ class Loopback:
     def url(self, path: str = "", host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self._server.server_port}{path}"
 
+    def busy(self, change: int) -> None:
+        with self._lock:
+            self.at_once += change
+            self.most_at_once = max(self.most_at_once, self.at_once)
+
     def ranges(self, path: str) -> list[str]:
         """The Range header of each request for `path`, "" where it had none."""
         return [headers.get("range", "") for asked, headers in self.requests if asked == path]
@@ -56,6 +67,13 @@ class _Handler(BaseHTTPRequestHandler):
     loopback: Loopback
 
     def do_GET(self) -> None:
+        self.loopback.busy(1)
+        try:
+            self._give()
+        finally:
+            self.loopback.busy(-1)
+
+    def _give(self) -> None:
         path = self.path.split("?")[0]
         self.loopback.requests.append((path, {name.lower(): value for name, value in self.headers.items()}))
         queue = self.loopback.faults.get(path, [])
@@ -85,18 +103,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, data: bytes, fault: str, detail: str) -> None:
         etag = f'"{hashlib.md5(data).hexdigest()}"'
-        start = self._start(data, etag) if fault != "no-range" else 0
+        span = self._span(data, etag, heeds=fault != "no-if-range") if fault != "no-range" else None
+        start, end = span or (0, len(data))
         if start >= len(data):
             return self._answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        body = data[start:]
+        body = data[start:end]
         if fault == "other":
             body = bytes(len(body))
         elif fault == "more":
             body += b"x" * 1000
         shown = start + 1 if fault == "wrong-range" else start
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {shown}-{len(data) - 1}/{len(data)}")
+        self.send_response(206 if span else 200)
+        if span:
+            self.send_header("Content-Range", f"bytes {shown}-{end - 1}/{len(data)}")
         for name, value in {"ETag": etag, **self.loopback.headers}.items():
             self.send_header(name, value)
         if fault == "gzip":
@@ -108,9 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
             body = body[: len(body) // 2]
         self._send(body, fault, detail)
 
-    def _start(self, data: bytes, etag: str) -> int:
+    def _span(self, data: bytes, etag: str, *, heeds: bool) -> tuple[int, int] | None:
+        """(first byte, the one after the last) of what is asked for, None for all of it; If-Range is heeded or not."""
         wanted, condition = self.headers.get("Range", ""), self.headers.get("If-Range", etag)
-        return int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and condition == etag else 0
+        if not wanted or (heeds and condition != etag):
+            return None
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        return int(first), min(len(data), int(last) + 1) if last else len(data)
 
     def _send(self, body: bytes, fault: str, detail: str) -> None:
         if fault in ("cut", "stall"):
@@ -119,7 +142,11 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "stall":
                 self.loopback.stop_stalling.wait(30)
         else:
-            self.wfile.write(body)
+            for at in range(0, len(body), 1 << 16):
+                self.wfile.write(body[at: at + (1 << 16)])
+                self.loopback.bytes_sent += len(body[at: at + (1 << 16)])
+                if self.loopback.slow_s:
+                    time.sleep(self.loopback.slow_s)
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from members import destination, safe_name
 from sources import SOURCES, Count, Item, Source
 from tests import packing, trees
 
@@ -65,9 +66,7 @@ def _shard(members: Members) -> bytes:
 
 def _count(item: Item, members: Members, count: Count) -> int:
     """Files that the rules of `item` let through, below count.folder."""
-    import archives
-
-    places = [place for name in members if (place := archives.destination(archives.safe_name(name), item.rules))]
+    places = [place for name in members if (place := destination(safe_name(name), item.rules))]
     below = "" if count.folder == "." else count.folder + "/"
     return sum(f"{item.into}/{place}".lstrip("/").startswith(below) and place.endswith(count.suffix)
                for place in places)

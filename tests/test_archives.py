@@ -1,6 +1,8 @@
 """Unpacking: all there under the right names, or nothing; and nothing ever outside its folder."""
 
+import gc
 import io
+import lzma
 import os
 import random
 import shutil
@@ -11,14 +13,18 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import archives
-from archives import ArchiveError, Expected, Unpacked, declared_size, destination, safe_name, unpack
+from archives import Expected, Unpacked, Watcher, declared_size, unpack
 from config import UserError
+from members import ArchiveError, Rules, destination, safe_name
+from seven_zip import TOOLS
 from tests import packing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +114,7 @@ def test_declared_size(tmp_path: Path) -> None:
     ("list.json", (("*/list.json", "l"), ("list.json", "l")), "l"),
     ("list.json/x", (("list.json", "l"),), None),
 ])
-def test_rules_choose_and_place(name: str, rules: archives.Rules, place: str | None) -> None:
+def test_rules_choose_and_place(name: str, rules: Rules, place: str | None) -> None:
     assert destination(name, rules) == place
 
 
@@ -127,7 +133,8 @@ def test_the_listing_is_shown_before_anything_is_renamed(tmp_path: Path) -> None
         seen.append(tree(folder))
         assert not (tmp_path / "out").exists()
 
-    unpack([write(tmp_path / "a", packing.zip_of(FILES))], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH, look)
+    unpack([write(tmp_path / "a", packing.zip_of(FILES))], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH,
+           Watcher(staged=look))
     assert seen == [FILES]
 
 
@@ -171,6 +178,60 @@ def test_killed_in_mid_unpacking_then_run_again(tmp_path: Path) -> None:
     assert (tmp_path / "beside").exists() and not (tmp_path / "out").exists()
     unpack([path], "zip", tmp_path / "out", tmp_path / "beside", ENOUGH)
     assert tree(tmp_path / "out") == files and not (tmp_path / "beside").exists()
+
+
+def test_what_an_interrupted_unpacking_left_is_not_written_again(tmp_path: Path) -> None:
+    """Members with the CRC of the archive stay; those that a power cut spoiled, and missing ones, are made."""
+    files = {f"sub/{i}": random.Random(i).randbytes(5_000) for i in range(6)}
+    beside = tmp_path / "beside"
+    for i, data in ((0, files["sub/0"]), (1, bytes(5_000)), (2, files["sub/2"][:-1])):
+        write(beside / f"sub/{i}", data)
+    inode = (beside / "sub/0").stat().st_ino
+    seen: list[tuple[str, int, int]] = []
+    unpack([write(tmp_path / "a", packing.zip_of(files))], "zip", tmp_path / "out", beside, ENOUGH,
+           Watcher(file=lambda *entry: seen.append(entry)))
+    assert tree(tmp_path / "out") == files and not beside.exists()
+    assert (tmp_path / "out/sub/0").stat().st_ino == inode and (tmp_path / "out/sub/1").stat().st_ino != inode
+    assert seen == [(name, 5_000, zlib.crc32(data)) for name, data in files.items()]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+def test_left_overs_of_any_kind_do_no_harm(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "beside/sub/deep/x..WAV.wav", b"half")
+    write(tmp_path / "beside.writing", b"half a file")
+    run(tmp_path, makers(tmp_path)[kind](FILES), kind)
+    assert tree(tmp_path / "out") == FILES and not (tmp_path / "beside.writing").exists()
+
+
+def test_left_overs_that_are_not_of_the_archive_end_the_unpacking(tmp_path: Path) -> None:
+    write(tmp_path / "beside/stranger", b"x")
+    with pytest.raises(ArchiveError, match="gave 5 files"):
+        run(tmp_path, packing.zip_of(FILES), "zip")
+    run(tmp_path, packing.zip_of(FILES), "zip")  # they are gone now
+    assert tree(tmp_path / "out") == FILES
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
+def test_each_file_is_told_with_its_size_and_crc(tmp_path: Path, kind: str) -> None:
+    seen: list[tuple[str, int, int]] = []
+    unpack([write(tmp_path / "archive", makers(tmp_path)[kind](FILES))], kind, tmp_path / "out", tmp_path / "beside",
+           ENOUGH, Watcher(file=lambda *entry: seen.append(entry)))
+    assert sorted(seen) == sorted((name, len(data), zlib.crc32(data)) for name, data in FILES.items())
+
+
+def test_a_tar_remembers_no_members_and_its_dictionary_is_bounded(tmp_path: Path) -> None:
+    many = write(tmp_path / "many.tar", packing.tar_of({f"f{i:06d}": b"" for i in range(5_000)}))
+    alive: list[int] = []
+
+    def look(name: str, size: int, crc32: int) -> None:
+        if name == "f004999":
+            gc.collect()
+            alive.append(sum(isinstance(one, tarfile.TarInfo) for one in gc.get_objects()))
+
+    unpack([many], "tar", tmp_path / "out", tmp_path / "beside", Expected(files=10_000, size=1), Watcher(file=look))
+    assert len(alive) == 1 and alive[0] < 10, alive
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}]
+    refused(tmp_path / "big", lzma.compress(packing.tar_of(FILES, compression=""), filters=filters), "tar", "LZMAError")
 
 
 # --- What is never unpacked ------------------------------------------------------------------------------------------
@@ -286,6 +347,21 @@ def test_damage_is_noticed(tmp_path: Path, kind: str, damage: str) -> None:
     refused(tmp_path, data, kind, "^archive ")
 
 
+def test_what_decoders_call_an_error_of_the_disk_is_damage(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    packed = packing.tar_of({"a": random.Random(0).randbytes(5000)}, compression="bz2")
+    refused(tmp_path, packed[:2000] + bytes(100) + packed[2100:], "tar", r"^archive is broken \(OSError: ")
+    table = pyarrow.Table.from_pylist([{"youtube_id": "a", "start_time": 1, "audio": {"bytes": b"fLaC1"}}])
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(table, out)
+    shard = out.getvalue()
+    described = int.from_bytes(shard[-8:-4], "little")
+    refused(tmp_path, shard[: -8 - described] + b"\xff" * described + shard[-8:], "parquet",
+            r"^archive is broken \(OSError: ")
+
+
 def test_modes_and_owners_of_the_archive_are_not_taken_over(tmp_path: Path) -> None:
     info = tarfile.TarInfo("suid")
     info.mode, info.uid = 0o6777, 12345
@@ -320,6 +396,32 @@ def test_a_tool_of_the_system_is_used(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tree(tmp_path / "out") == FILES and log.read_text() == str((tmp_path / "archive").resolve())
 
 
+def test_a_tool_that_outlived_a_killed_process_is_not_in_the_way(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes into the folder that it was started in, which is moved away; so does one that is started now."""
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    old = os.open(beside, os.O_RDONLY)  # as the working folder of a process
+    write(beside / "left", b"")
+    body = ("import os, py7zr; py7zr.SevenZipFile(archive).extractall(out)\n"
+            f"assert out == '.' and os.getcwd() == {str(beside)!r}\n"
+            f"try: os.close(os.open('late', os.O_CREAT | os.O_WRONLY, dir_fd={old}))\n"
+            "except FileNotFoundError: pass")
+    monkeypatch.setenv("PATH", fake_tool(tmp_path, body))
+    monkeypatch.setattr("seven_zip.subprocess.run", partial(subprocess.run, pass_fds=(old,)))
+    run(tmp_path, seven_zip(tmp_path, FILES), "7z")
+    os.close(old)
+    assert tree(tmp_path / "out") == FILES
+
+
+def test_a_tool_that_is_still_writing_keeps_nothing_from_being_unpacked(tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "beside/left", b"")
+    monkeypatch.setattr(archives.shutil, "rmtree", lambda folder, ignore_errors: None)  # it always finds one file more
+    run(tmp_path, seven_zip(tmp_path, FILES), "7z")
+    assert tree(tmp_path / "out") == FILES
+
+
 @pytest.mark.parametrize(("body", "why"), [
     ("sys.exit('no such method')", "cannot be unpacked by 7zz .no such method"),
     ("pathlib.Path(out, 'a').write_text('a')", "gave 1 files and 1 bytes instead of 4"),
@@ -333,7 +435,7 @@ def test_a_tool_that_fails_or_strays_is_noticed(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tool", archives.SEVEN_ZIP_TOOLS)
+@pytest.mark.parametrize("tool", TOOLS)
 def test_the_tools_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
     found = shutil.which(tool)
     if not found:

@@ -203,11 +203,23 @@ def test_a_package_that_is_missing_is_a_row(tmp_path: Path, package: str) -> Non
     assert "all else" in run.stdout
 
 
-def test_without_the_environment_the_command_that_activates_it_is_told() -> None:
-    run = subprocess.run([sys.executable, "-S", "run_training.py", "--doctor"], capture_output=True, text=True,
+@pytest.mark.parametrize("words", [["run_training.py", "--doctor"], ["evaluate.py", "--checkpoint", "x"],
+                                   ["download_datasets.py", "--datasets", "coco"]], ids=lambda words: words[0])
+def test_without_the_environment_the_command_that_activates_it_is_told(words: list[str]) -> None:
+    run = subprocess.run([sys.executable, "-S", *words], capture_output=True, text=True,
                          cwd=run_training.DEFAULT_CONFIG.parent, check=False)
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
     assert "'yaml' is not there; source venv/bin/activate" in run.stderr
+
+
+@pytest.mark.parametrize("package", ["requests", "tqdm"])
+def test_packages_that_downloads_load_late_are_asked_for_at_once(package: str) -> None:
+    program = (f"import importlib.util as u; found = u.find_spec; "
+               f"u.find_spec = lambda name: None if name == {package!r} else found(name); import download_datasets")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                         cwd=run_training.DEFAULT_CONFIG.parent)
+    assert run.returncode == 2 and run.stdout == "" and len(run.stderr.splitlines()) == 1
+    assert f"{package!r} is not there; source venv/bin/activate" in run.stderr
 
 
 def test_names_that_the_screen_cannot_show_and_secrets_are_hidden(

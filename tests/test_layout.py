@@ -22,7 +22,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
     "strict_yaml": "", "config": "strict_yaml", "redaction": "", "arguments": "redaction", "samples": "",
     "manifest": "config samples", "synthetic": "config samples",
-    "readers": "config samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
+    "readers": "config inventory samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "workers": "config",
     "bad_samples": "config samples",
@@ -59,14 +59,23 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
                  "resume runs stages tracking training",
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",
     # getting data
-    "sources": "", "transfer": "config files redaction", "archives": "config", "inventory": "files",
-    "local_copies": "config",
-    "acquisition": "config sources transfer archives inventory local_copies redaction",
-    "download_datasets": "arguments config sources transfer archives acquisition redaction",
+    "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
+    "answers": "", "transfer": "answers config files progress redaction", "debian": "transfer",
+    "inventory": "files", "local_copies": "config", "remote": "answers transfer", "sampling": "annotations sources",
+    "zip_stream": "members", "shards": "config members", "seven_zip": "config members progress remote",
+    "archives": "config members progress remote seven_zip shards zip_stream",
+    "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
+    "clips": "annotations config files pipeline selection transfer",
+    "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "
+                   "remote sampling selection sources transfer",
+    "verification": "acquisition archives images inventory pipeline selection sources transfer",
+    "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "
+                         "verification",
 }.items()}
 WITHOUT_TORCH = ("config", "arguments", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
                  "run_training", "evaluate", "doctor", "environment", "findings")
-ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr"}  # inside functions, never on top
+ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",
+                     "requests"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 
 MAX_FUNCTION, MAX_MEDIAN_FUNCTION, MAX_FILE, MAX_PARAMETERS = 60, 15, 500, 6  # lines; a count

@@ -228,7 +228,8 @@ def project(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "setup_environment.sh").write_text("echo setup_environment.sh $* >>calls")
-    (tmp_path / "download_datasets.py").write_text(f"{RECORD}\nsys.exit(3 if 'clotho' in sys.argv else 0)\n")
+    ends = "sys.exit(1 if 'clotho' in sys.argv else 3 if 'audiocaps' in sys.argv else 0)"
+    (tmp_path / "download_datasets.py").write_text(f"{RECORD}\n{ends}\n")
     training = (tmp_path / "run_training.py").read_text("utf-8")
     assert training.count(MAIN) == 1
     (tmp_path / "run_training.py").write_text(training.replace(MAIN, MAIN + RECORD_AND_REPORT))
@@ -269,9 +270,15 @@ def test_run_all_demo(project: Path) -> None:
 
 def test_run_all_alone_stops_where_data_is_missing(project: Path) -> None:
     run, calls = run_all(project)
-    assert run.returncode == 3
+    assert run.returncode == 1
     assert calls == ["setup_environment.sh",
                      "download_datasets.py --datasets coco clotho audiocaps --data-root ./data --skip-existing"]
+
+
+def test_run_all_goes_on_with_a_set_that_can_be_used_in_part(project: Path) -> None:
+    run, calls = run_all(project, "--datasets", "audiocaps")
+    assert run.returncode == 0 and "some files are not to be had any more" in run.stdout
+    assert calls[-1] == "run_training.py --datasets audiocaps --resume auto"
 
 
 @pytest.mark.parametrize("flags", [["--overwrite"], ["--resume", "outputs/x.pt"], ["--resume=auto"]])

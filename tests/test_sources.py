@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 import pytest
 
 import sources
-from archives import safe_name
+from members import safe_name
 from sources import SOURCES, File, Item, Source
 
 # No digest of these is published; they are told by counts, CRCs, or the digest that their server announces.

@@ -3,18 +3,22 @@
 import errno
 import hashlib
 import json
+import os
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import answers
 import transfer
 from config import UserError
 from tests.loopback import Loopback, http_date
@@ -60,7 +64,7 @@ def test_file_arrives_with_its_digest(server: Loopback, tmp_path: Path) -> None:
     assert only_file(tmp_path) == DATA
     assert (fetched.size, fetched.sha256, fetched.checked) == (len(DATA), SHA256, f"sha256:{SHA256}")
     ((_, headers),) = server.requests
-    assert headers["user-agent"] == transfer.USER_AGENT and "python" not in transfer.USER_AGENT
+    assert headers["user-agent"] == answers.USER_AGENT and "python" not in answers.USER_AGENT
     assert headers["accept-encoding"] == "identity"
 
 
@@ -78,6 +82,17 @@ def test_right_file_is_not_fetched_again_and_a_wrong_one_is(server: Loopback, tm
     (tmp_path / "a.bin").write_bytes(DATA[:-1] + b"x")
     get(wanted(tmp_path, server.url("/a.bin")))
     assert only_file(tmp_path) == DATA and len(server.requests) == 1
+
+
+def test_a_file_that_nothing_can_check_stays_until_there_is_another(server: Loopback, tmp_path: Path) -> None:
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    (tmp_path / "a.bin").write_bytes(b"of the user")
+    server.faults["/a.bin"] = ["404"]
+    with pytest.raises(TransferError):
+        get(unknown)
+    assert only_file(tmp_path) == b"of the user"
+    get(unknown)
+    assert only_file(tmp_path) == DATA
 
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
@@ -131,6 +146,45 @@ def test_a_file_that_changed_meanwhile_is_not_mixed(server: Loopback, tmp_path: 
     server.files["/a.bin"] = newer = random.Random(1).randbytes(len(DATA))
     get(unknown)
     assert only_file(tmp_path) == newer
+
+
+def test_a_changed_file_is_not_mixed_though_the_server_ignores_if_range(server: Loopback, tmp_path: Path) -> None:
+    server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", "cut:0", "no-if-range"]
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    with pytest.raises(TransferError):
+        get(unknown, failures=0)
+    server.files["/a.bin"] = newer = random.Random(1).randbytes(len(DATA))
+    get(unknown)
+    assert only_file(tmp_path) == newer and server.ranges("/a.bin")[-1] == ""
+
+
+def test_a_part_whose_notes_are_lost_counts_where_a_digest_judges(server: Loopback, tmp_path: Path) -> None:
+    for notes in ("", "{"):
+        (tmp_path / "a.bin.part").write_bytes(DATA[:CHUNK])
+        (tmp_path / "a.bin.part.json").write_text(notes)
+        get(wanted(tmp_path, server.url("/a.bin")))
+        assert only_file(tmp_path) == DATA and server.ranges("/a.bin")[-1] == f"bytes={CHUNK}-"
+        (tmp_path / "a.bin").unlink()
+
+
+def test_notes_are_written_only_where_they_change(server: Loopback, tmp_path: Path) -> None:
+    """A kill while they are written costs what has arrived of a file without a digest."""
+    unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
+    notes = tmp_path / "a.bin.part.json"
+    for size in (1, 2):
+        server.faults["/a.bin"] = [f"cut:{CHUNK}", "cut:0"]
+        with pytest.raises(TransferError):
+            get(unknown, failures=0)
+        assert (tmp_path / "a.bin.part").stat().st_size == size * CHUNK
+        assert size == 1 or notes.stat().st_mtime_ns == 1
+        os.utime(notes, ns=(1, 1))
+
+
+def test_notes_that_a_kill_left_beside_the_whole_file_go(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(DATA)
+    (tmp_path / "a.bin.part.json").write_text("{}")
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA and server.requests == []
 
 
 def test_part_of_unknown_origin_counts_only_with_a_digest(server: Loopback, tmp_path: Path) -> None:
@@ -340,3 +394,61 @@ def test_a_folder_in_the_way_is_named(server: Loopback, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         get(Wanted(path=tmp_path / "file" / "a.bin", urls=(server.url("/a.bin"),)))
+
+
+# --- Several at once -------------------------------------------------------------------------------------------------
+
+
+def test_of_several_that_want_a_file_one_fetches_it(server: Loopback, tmp_path: Path) -> None:
+    server.slow_s = 0.02
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: get(wanted(tmp_path, server.url("/a.bin"))), range(4)))
+    assert {fetched.sha256 for fetched in found} == {SHA256} and len(server.requests) == 1
+    assert only_file(tmp_path) == DATA
+
+
+def test_another_process_is_waited_for_and_the_wait_is_told_once(server: Loopback, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    code = ("import files, pathlib, sys, time\n"
+            f"with files.locked(pathlib.Path({str(tmp_path / 'a.bin')!r})): print('held', flush=True); time.sleep(1)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        get(wanted(tmp_path, server.url("/a.bin")))
+        assert process.wait(10) == 0
+    assert capsys.readouterr().err.count("a.bin: another process is fetching it; waiting for that") == 1
+    assert only_file(tmp_path) == DATA
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(server: Loopback, tmp_path: Path) -> None:
+    (tmp_path / "a.bin.lock").touch()
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_pause_ends_when_the_transfer_is_stopped() -> None:
+    policy = Policy()
+    threading.Timer(0.05, policy.stop.set).start()
+    with pytest.raises(transfer.Stopped):
+        policy.pause(600)
+
+
+def test_a_disk_without_locks_is_no_obstacle(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def none(handle: object, kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA
+
+
+def test_a_transfer_that_is_stopped_keeps_what_arrived(server: Loopback, tmp_path: Path) -> None:
+    server.slow_s = 0.02
+    patience = Patience().policy
+    threading.Timer(0.05, patience.stop.set).start()
+    with pytest.raises(transfer.Stopped):
+        fetch(wanted(tmp_path, server.url("/a.bin")), patience)
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.bin.part", "a.bin.part.json"}
+    get(wanted(tmp_path, server.url("/a.bin")))
+    assert only_file(tmp_path) == DATA

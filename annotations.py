@@ -1,0 +1,119 @@
+"""The files that a set's own lists name, compared with those on the disk: name by name, not only by their number."""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+SPLITS = ("train", "val", "test")
+_FILE_NAME = re.compile(rb'"file_name"\s*:\s*"([^"\\]+)"')
+_KARPATHY = re.compile(rb'"(?:filename"\s*:\s*"[^"\\]*_0*(\d+)\.jpg|split"\s*:\s*"(\w+))"')
+_BLOCK_BYTES = 1 << 20
+_LONGEST_MATCH = 1 << 10  # bytes of one entry that may be cut by a block
+_CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """How many of the files that `source` names are there, and the names of some that are not."""
+
+    place: str
+    source: str
+    found: int
+    listed: int
+    absent: tuple[str, ...]
+
+
+def coverage(name: str, folder: Path, splits: Collection[str] = SPLITS) -> Iterator[Coverage]:
+    """For each list of the set `name` that is on the disk, beside a folder that it is of."""
+    for place, source, read in LISTS.get(name, lambda splits: [])(splits):
+        path = folder / source
+        if path.is_file() and (folder / place).is_dir():
+            yield _compare(folder / place, place, source, read(path))
+
+
+def _compare(folder: Path, place: str, source: str, names: Iterable[str]) -> Coverage:
+    look = lru_cache(maxsize=64)(lambda parent: _names_in(folder / parent))
+    found = listed = 0
+    absent: list[str] = []
+    for name in names:
+        listed += 1
+        parent, _, last = name.rpartition("/")
+        there = look(parent)
+        if last in there or (not os.path.splitext(last)[1] and any(last + end in there for end in _SOUNDS)):
+            found += 1
+        elif len(absent) < 10:
+            absent.append(name)
+    return Coverage(place=place, source=source, found=found, listed=listed, absent=tuple(absent))
+
+
+_SOUNDS = (".flac", ".wav", ".ogg", ".mp3", ".m4a")  # of a clip whose suffix the list does not tell
+
+
+def _names_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
+
+
+def _of_json(path: Path) -> Iterator[str]:
+    """Every "file_name" of annotations."""
+    return (match[1].decode("utf-8", "replace") for match in _matches(_FILE_NAME, path))
+
+
+def karpathy(path: Path) -> Iterator[tuple[int, str]]:
+    """(number of the picture, its split) of each picture of dataset_coco.json, which names both once, in any order."""
+    image, split = b"", b""
+    for match in _matches(_KARPATHY, path):
+        image, split = match[1] or image, match[2] or split
+        if image and split:
+            yield int(image), split.decode("ascii", "replace")
+            image = split = b""
+
+
+def _matches(pattern: re.Pattern[bytes], path: Path) -> Iterator[re.Match[bytes]]:
+    """All of a file of hundreds of megabytes, a block at a time."""
+    rest = b""
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            text = rest + block
+            end = 0
+            for match in pattern.finditer(text):
+                end = match.end()
+                yield match
+            rest = text[max(end, len(text) - _LONGEST_MATCH):]
+
+
+def _of_table(column: str) -> Callable[[Path], Iterator[str]]:
+    def read(path: Path) -> Iterator[str]:
+        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            for row in csv.DictReader(file):
+                yield row.get(column) or ""
+    return read
+
+
+def clips(path: Path) -> Iterator[str]:
+    """YOUTUBEID_START of each clip of a list of AudioCaps, once; no suffix."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = (f"{row.get('youtube_id')}_{row.get('start_time')}" for row in csv.DictReader(file))
+        yield from dict.fromkeys(rows)
+
+
+def _of_trials(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        yield from (line.split(" ", 1)[1].strip() for line in file if " " in line)
+
+
+Lists = list[tuple[str, str, Callable[[Path], Iterator[str]]]]  # (folder of the files, list, names in the list)
+LISTS: dict[str, Callable[[Collection[str]], Lists]] = {
+    "coco": lambda splits: [(part, f"annotations/captions_{part}.json", _of_json) for part in ("train2017", "val2017")],
+    "clotho": lambda splits: [(ours, f"clotho_captions_{ours}.csv", _of_table("file_name"))
+                              for split, ours in _CLOTHO.items() if split in splits],
+    "audiocaps": lambda splits: [(split, f"dataset/{split}.csv", clips) for split in SPLITS if split in splits],
+    "voxceleb": lambda splits: ([("voxceleb1/wav", "voxceleb1/iden_split.txt", _of_trials)]
+                                if set(SPLITS) <= set(splits) else []),
+}

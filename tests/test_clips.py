@@ -1,0 +1,206 @@
+"""AudioCaps from YouTube: each clip has its reason in a ledger, a rerun tries only what may come. yt-dlp and ffmpeg
+are stand-ins that the tests write: what they say about each video is what the real ones say."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import clips
+import download_datasets
+from sources import SOURCES
+from tests import miniature, trees
+from tests.loopback import Loopback
+from transfer import Policy
+
+QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+SAID = {
+    "private": "ERROR: [youtube] x: Private video. Sign in if you've been granted access to this video",
+    "members": "ERROR: [youtube] x: Join this channel to get access to members-only content like this video",
+    "removed": "ERROR: [youtube] x: Video unavailable. This video has been removed by the uploader",
+    "terminated": "ERROR: [youtube] x: Video unavailable. The YouTube account associated with this video has been "
+                  "terminated.",
+    "geo": "ERROR: [youtube] x: Video unavailable. The uploader has not made this video available in your country",
+    "age": "ERROR: [youtube] x: Sign in to confirm your age. This video may be inappropriate for some users.",
+    "bot": "ERROR: [youtube] x: Sign in to confirm you’re not a bot. Use --cookies-from-browser or --cookies",
+    "rate": "ERROR: unable to download video data: HTTP Error 429: Too Many Requests",
+    "session": "ERROR: [youtube] x: Video unavailable. This content isn't available, try again later. Your account has "
+               "been rate-limited by YouTube for up to an hour",
+    "network": "ERROR: unable to download webpage: timed out",
+}
+
+# The plan says by video what happens: "ok", "silent", or one of SAID. Every call is a line of the log.
+TOOL = """#!{python}
+import json, pathlib, shutil, sys
+here = pathlib.Path(__file__).parent
+url, template = sys.argv[-1], sys.argv[sys.argv.index("--output") + 1]
+assert sys.argv[-2] == "--" and "--ignore-config" in sys.argv and template.endswith(".%(ext)s")
+video = url.removeprefix("https://www.youtube.com/watch?v=")
+with (here / "log").open("a") as log:
+    log.write(json.dumps([video, sys.argv[sys.argv.index("--download-sections") + 1],
+                          "--cookies" in sys.argv]) + "\\n")
+what = json.loads((here / "plan").read_text()).get(video, "ok")
+if what in ("ok", "silent"):
+    shutil.copy(here / (what + ".flac"), template.replace("%(ext)s", "flac").replace("%%", "%"))
+else:
+    sys.exit(json.loads((here / "said").read_text())[what])
+"""
+VIDEOS = {split: [video for video, _, _ in found] for split, found in trees.AUDIOCAPS.items()}
+
+
+class YouTube:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        for name, text in (("yt-dlp", TOOL.format(python=sys.executable)), ("ffmpeg", "#!/bin/sh\n")):
+            (folder / name).write_text(text, "utf-8")
+            (folder / name).chmod(0o755)
+        (folder / "said").write_text(json.dumps(SAID), "utf-8")
+        trees.sound(folder / "ok.flac", trees.tone(0.5))
+        trees.sound(folder / "silent.flac", trees.tone(0))
+        self.plan({})
+
+    def plan(self, plan: dict[str, str]) -> None:
+        (self.folder / "plan").write_text(json.dumps(plan), "utf-8")
+        (self.folder / "log").write_text("", "utf-8")
+
+    def asked(self) -> list[list[object]]:
+        return [json.loads(line) for line in (self.folder / "log").read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def youtube(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> YouTube:
+    found = YouTube(tmp_path / "bin % x")
+    monkeypatch.setenv("PATH", f"{found.folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    return found
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+def run(folder: Path, server: Loopback, *words: str) -> int:
+    source, served = miniature.audiocaps(folder / "true")
+    server.files |= {f"/audiocaps/{name}": data for name, data in served.items()}
+    return download_datasets.main(
+        ["--datasets", "audiocaps", "--data-root", str(folder / "data"), "--base-url",
+         f"audiocaps={server.url('/audiocaps')}", "--sounds", "youtube", *words],
+        table={**SOURCES, "audiocaps": source}, policy=QUICK)
+
+
+def ledger(folder: Path) -> dict[str, str]:
+    found = clips.read_ledger(folder / "data/audiocaps/youtube.csv")
+    return {clip.rpartition("_")[0]: status for clip, (status, _, _) in found.items()}
+
+
+def test_every_clip_has_its_status_and_a_rerun_tries_only_what_may_come(
+        youtube: YouTube, server: Loopback, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = dict(zip(VIDEOS["train"], ("private", "removed", "geo", "age", "rate", "silent", "ok", "network"),
+                    strict=True))
+    youtube.plan(plan)
+    assert run(tmp_path, server) == 3
+    status = {"silent": "failed", "network": "failed"}
+    assert {video: ledger(tmp_path)[video] for video in plan} == {v: status.get(w, w) for v, w in plan.items()}
+    assert {ledger(tmp_path)[video] for video in VIDEOS["val"] + VIDEOS["test"]} == {"ok"}
+    assert len(youtube.asked()) == 13 and ["-0a1B2c3D4e", "*30-40", False] in youtube.asked()
+    output = capsys.readouterr()
+    assert "train 1 of 8, val 2, test 3" in output.out and "--sounds youtube" in output.out, "the next command"
+    assert "private 1" in output.err and "youtube.csv" in output.err
+
+    youtube.plan({})
+    assert run(tmp_path, server, "--skip-existing") == 3
+    assert {video for video, _, _ in youtube.asked()} == {
+        v for v, w in plan.items() if w in ("rate", "silent", "network")}
+    assert "train 4 of 8" in capsys.readouterr().out
+    youtube.plan({})
+    (tmp_path / "cookies.txt").touch()
+    assert run(tmp_path, server, "--cookies", str(tmp_path / "cookies.txt")) == 3
+    assert {(video, cookies) for video, _, cookies in youtube.asked()} == {
+        (v, True) for v, w in plan.items() if w in ("geo", "age")}
+    youtube.plan({})
+    assert run(tmp_path, server) == 3 and youtube.asked() == [], "the rest is gone for ever"
+    with (tmp_path / "data/audiocaps/youtube.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == list(clips.COLUMNS) and len(rows) == 14, "one row a clip"
+
+
+def test_clips_that_the_mirror_brought_are_not_asked_for(youtube: YouTube, server: Loopback, tmp_path: Path) -> None:
+    place = tmp_path / "data/audiocaps/val" / f"{VIDEOS['val'][0]}_40.flac"
+    trees.sound(place, trees.tone(0.1))
+    assert run(tmp_path, server, "--splits", "val") == 0
+    assert [video for video, _, _ in youtube.asked()] == VIDEOS["val"][1:]
+
+
+def test_each_process_has_a_place_of_its_own_for_what_is_not_whole(youtube: YouTube, server: Loopback, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that outlives a killed process writes where nobody looks."""
+    looked_at: list[Path] = []
+
+    def look(path: Path) -> bool:
+        looked_at.append(path)
+        return True
+
+    monkeypatch.setattr(clips, "_has_sound", look)
+    assert run(tmp_path, server, "--splits", "val") == 0
+    assert {path.parent for path in looked_at} == {tmp_path / "data/audiocaps/.clips" / str(os.getpid())}
+
+
+def test_a_bot_check_ends_the_run_early_and_says_what_to_do(
+        youtube: YouTube, server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(clips.MOST_IN_A_ROW, "bot", 4)
+    youtube.plan(dict.fromkeys(VIDEOS["train"], "bot"))
+    assert run(tmp_path, server) == 2
+    assert "--cookies FILE" in capsys.readouterr().err
+    assert len([video for video, _, _ in youtube.asked() if video in VIDEOS["train"]]) <= 5
+    assert sum(status == "ok" for status in ledger(tmp_path).values()) == 5, "what came before is kept"
+
+
+def test_a_request_to_slow_down_is_heeded_and_then_ends_the_run(
+        youtube: YouTube, server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("tests.test_clips.QUICK", Policy(failures=0, sleep=slept.append))
+    youtube.plan(dict.fromkeys(VIDEOS["train"], "rate"))
+    assert run(tmp_path, server) == 1
+    assert slept == [60, 120, 180, 240, 300]
+
+
+def test_a_sample_is_as_many_clips_of_each_split(youtube: YouTube, server: Loopback, tmp_path: Path) -> None:
+    youtube.plan({VIDEOS["train"][0]: "removed"})
+    assert run(tmp_path, server, "--sample", "2") == 0
+    there = {split: len(list((tmp_path / "data/audiocaps" / split).iterdir())) for split in ("train", "val", "test")}
+    assert there == {"train": 1, "val": 2, "test": 2}
+    assert run(tmp_path, server, "--sample", "2") == 0
+    assert len(list((tmp_path / "data/audiocaps/train").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("said", "status"), [
+    ("private", "private"), ("members", "private"), ("removed", "removed"), ("terminated", "removed"), ("geo", "geo"),
+    ("age", "age"), ("bot", "bot"), ("rate", "rate"), ("session", "rate"), ("network", "failed")])
+def test_reasons_are_told_apart(said: str, status: str) -> None:
+    assert clips.status_of(SAID[said]) == status
+
+
+def test_a_row_that_was_cut_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "l").write_text("clip,status,detail,when\na_1,ok,,t\nb_2,removed,\"x, y\",t\nc_3,remo", "utf-8")
+    assert clips.read_ledger(tmp_path / "l") == {"a_1": ("ok", "", "t"), "b_2": ("removed", "x, y", "t")}
+    assert clips.read_ledger(tmp_path / "absent") == {}
+
+
+def test_what_is_missing_is_named(tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert run(tmp_path, server) == 2
+    assert "needs the optional program yt-dlp; run: pip install yt-dlp" in capsys.readouterr().err
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/yt-dlp").write_text("#!/bin/sh\n")
+    (tmp_path / "bin/yt-dlp").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert run(tmp_path, server) == 2
+    assert "ffmpeg, which is not on PATH" in capsys.readouterr().err

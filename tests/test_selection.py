@@ -1,0 +1,71 @@
+"""What was asked for: splits, a bound of bytes, addresses, and the command that asks for it again."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import download_datasets
+from selection import Options, Selection, fetch_bytes
+from sources import SOURCES, Item
+
+
+def select(name: str, **settings: Any) -> Selection:
+    return Selection(SOURCES[name], Options(**{"data_root": Path("data"), **settings}))
+
+
+def names(items: list[Item]) -> set[str]:
+    return {item.name for item in items}
+
+
+def test_splits_leave_the_other_archives_out_and_never_a_list() -> None:
+    clotho = names(select("clotho", splits=("test",)).items)
+    assert {name for name in clotho if name.endswith(".7z")} == {"clotho_audio_evaluation.7z"}
+    assert {name for name in clotho if name.endswith(".csv")} == {
+        name for name in names(select("clotho").items) if name.endswith(".csv")}
+    assert {item.into for item in select("audiocaps", splits=("val", "test")).items if item.kind == "parquet"} == {
+        "val", "test"}
+    assert "vox1_dev_wav.zip" not in names(select("voxceleb", splits=("test",)).items)
+    assert "vox1_dev_wav.zip" in names(select("voxceleb", splits=("val",)).items)
+    assert select("coco", splits=("val",)).items == select("coco").items, "each side lies in both archives"
+
+
+@pytest.mark.parametrize(("name", "gb"), [("coco", 0.3), ("coco", 5), ("audiocaps", 1), ("audiocaps", 100),
+                                          ("clotho", 2)])
+def test_a_bound_of_bytes_holds_and_leaves_nothing_out_that_fits(name: str, gb: float) -> None:
+    found, everything = select(name, max_gb=gb), select(name)
+    assert fetch_bytes(found.items) <= gb * 1e9
+    assert names(found.items) | names(found.left_out) == names(everything.items)
+    room = gb * 1e9 - fetch_bytes(found.items)
+    assert all(fetch_bytes([item]) > room for item in found.left_out)
+    assert found.limited == bool(found.left_out) and not everything.limited
+
+
+def test_a_bound_takes_shards_of_each_split_in_turn() -> None:
+    shards = [item for item in select("audiocaps", max_gb=3).items if item.kind == "parquet"]
+    each = [sum(item.into == split for item in shards) for split in ("train", "val", "test")]
+    assert min(each) >= 10 and max(each) - min(each) <= 1
+
+
+def test_sounds_from_youtube_need_no_shards() -> None:
+    assert {item.kind for item in select("audiocaps", sounds="youtube").items} == {"plain"}
+
+
+def test_the_command_asks_for_the_same_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "cookies.txt").touch()
+    words = ["--datasets", "audiocaps", "--data-root", str(tmp_path / "my data"), "--mirror", "hf", "--base-url",
+             "audiocaps=http://127.0.0.1:9/x", "--local", str(tmp_path / "own"), "--splits", "val", "test", "--max-gb",
+             "1.5", "--sample", "20", "--jobs", "2", "--sounds", "youtube", "--cookies", str(tmp_path / "cookies.txt"),
+             "--keep-archives", "--skip-existing", "--insecure-tls"]
+    parser = download_datasets._parser()
+    _, options = download_datasets._read_arguments(parser.parse_args(words), SOURCES, download_datasets.Policy())
+    again = shlex.split(Selection(SOURCES["audiocaps"], options).command())
+    assert again[:2] == ["python", "download_datasets.py"]
+    _, same = download_datasets._read_arguments(parser.parse_args(again[2:]), SOURCES, options.policy)
+    assert same == options
+
+
+def test_several_files_at_a_time_but_of_a_host_that_counts() -> None:
+    assert (select("coco").jobs, select("clotho").jobs, select("clotho", jobs=3).jobs) == (4, 1, 3)

@@ -1,0 +1,231 @@
+"""Parquet shards of sounds, however they are packed: the same clips, in little memory."""
+
+import io
+import itertools
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import shards
+from members import ArchiveError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sound(number: int, size: int = 3_000) -> bytes:
+    """Noise as FLAC has it, or a wave that packs well."""
+    if number % 3:
+        return b"fLaC" + random.Random(number).randbytes(size)
+    return b"RIFF" + bytes(itertools.islice(itertools.cycle((*range(200), *range(200, 0, -3))), size))
+
+
+def write(path: Path, clips: list[int], **settings: Any) -> dict[str, bytes]:
+    """A shard of these clips, some of them several times; returns what should come out of it."""
+    rows = [{"audiocap_id": i, "youtube_id": f"-id{number:06d}", "start_time": 30, "caption": "x",
+             "audio": {"bytes": sound(number), "path": None}} for i, number in enumerate(clips)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **settings)
+    return {f"-id{number:06d}_30.{'flac' if number % 3 else 'wav'}": sound(number) for number in clips}
+
+
+def read(path: Path) -> dict[str, bytes]:
+    found = {}
+    for member in shards.members(path):
+        assert member.name not in found
+        found[member.name] = b"".join(member.chunks())
+        assert len(found[member.name]) == member.size
+    return found
+
+
+FIVE_EACH = [number for number in range(12) for _ in range(5)]
+
+
+@pytest.mark.parametrize("clips", [list(range(40)), FIVE_EACH, [3, 1, 3, 2, 1, 3]], ids=["once", "five", "mixed"])
+@pytest.mark.parametrize("settings", [
+    {}, {"compression": "NONE"}, {"use_dictionary": False}, {"use_dictionary": False, "compression": "NONE"},
+    {"row_group_size": 7}, {"compression": "GZIP"}, {"compression": "ZSTD"}, {"data_page_version": "2.0"},
+    {"write_statistics": False}, {"data_page_size": 10_000, "write_batch_size": 4, "dictionary_pagesize_limit": 20_000},
+], ids=str)
+def test_clips_come_out_once_whatever_the_packing(tmp_path: Path, clips: list[int], settings: dict[str, Any]) -> None:
+    expected = write(tmp_path / "a.parquet", clips, **settings)
+    assert read(tmp_path / "a.parquet") == expected
+
+
+def test_the_usual_packing_is_not_left_to_the_usual_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = write(tmp_path / "a.parquet", FIVE_EACH)
+    monkeypatch.delattr(pyarrow.parquet.ParquetFile, "iter_batches")
+    assert read(tmp_path / "a.parquet") == expected
+
+
+@pytest.mark.parametrize("clips", [list(range(9)), FIVE_EACH], ids=["once", "five"])
+def test_columns_that_are_never_empty_have_no_levels_to_skip(tmp_path: Path, clips: list[int]) -> None:
+    expected = write(tmp_path / "a.parquet", clips)
+    table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
+    sounds = pyarrow.struct([pyarrow.field("bytes", pyarrow.binary(), nullable=False),
+                             pyarrow.field("path", pyarrow.string())])
+    schema = pyarrow.schema([pyarrow.field("audio", sounds, nullable=False) if field.name == "audio" else field
+                             for field in table.schema])
+    strict = pyarrow.Table.from_pylist(table.to_pylist(), schema=schema)
+    pyarrow.parquet.write_table(strict, tmp_path / "b.parquet")
+    column = pyarrow.parquet.ParquetFile(tmp_path / "b.parquet").schema.column(4)
+    assert (column.path, column.max_definition_level) == (shards.COLUMN, 0)
+    assert read(tmp_path / "b.parquet") == expected
+
+
+def test_a_sound_begins_where_a_piece_ends(tmp_path: Path) -> None:
+    for short in range(40):
+        sizes = (shards.PIECE_BYTES - 20 - short, 50)
+        rows = [{"youtube_id": f"id{size}", "start_time": 1, "audio": {"bytes": b"fLaC" + bytes(size), "path": None}}
+                for size in sizes]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", compression="NONE",
+                                    use_dictionary=False)
+        assert {len(data) for data in read(tmp_path / "a.parquet").values()} == {size + 4 for size in sizes}
+
+
+def test_sounds_that_nobody_takes_are_passed_over(tmp_path: Path) -> None:
+    expected = write(tmp_path / "a.parquet", list(range(9)))
+    found = {member.name: b"".join(member.chunks()) for i, member in enumerate(shards.members(tmp_path / "a.parquet"))
+             if i % 2}
+    assert len(found) == 4 and found.items() <= expected.items()
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.6, 0.95])
+def test_damage_is_told_or_does_not_matter(tmp_path: Path, place: float) -> None:
+    """One byte is another: the clips are told apart, or it is an error of one kind."""
+    write(tmp_path / "a.parquet", list(range(30)))
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    for shift in range(0, 400, 37):
+        at = int(len(data) * place) + shift
+        if at < len(data):
+            changed = bytes(data[:at]) + bytes([data[at] ^ 0xA5]) + bytes(data[at + 1:])
+            (tmp_path / "b.parquet").write_bytes(changed)
+            try:
+                read(tmp_path / "b.parquet")
+            except ArchiveError as error:
+                assert "\n" not in str(error)
+
+
+def test_a_sound_of_an_unknown_format_and_a_missing_one_are_errors(tmp_path: Path) -> None:
+    for data, said in ((b"what", "unknown format"), (None, "not a readable shard")):
+        table = pyarrow.Table.from_pylist([
+            {"youtube_id": "a", "start_time": 1, "audio": {"bytes": b"fLaC1", "path": "x"}},
+            {"youtube_id": "b", "start_time": 1, "audio": {"bytes": data, "path": "x"}}])
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(ArchiveError, match=said):
+            read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("start", [30, 30.0, "30"])
+def test_a_start_is_whole_seconds_whatever_its_type(tmp_path: Path, start: object) -> None:
+    rows = [{"youtube_id": "a", "start_time": start, "audio": {"bytes": b"fLaC1", "path": "x"}}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == {"a_30.flac": b"fLaC1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("compression", ["SNAPPY", "NONE"])
+def test_a_large_shard_takes_little_memory(tmp_path: Path, compression: str) -> None:
+    """120 MB in one page: what the process holds above the libraries is a few megabytes."""
+    block = random.Random(0).randbytes(1_000_000)
+    rows = [{"youtube_id": f"id{i}", "start_time": 1, "audio": {"bytes": b"fLaC" + bytes([i]) + block, "path": None}}
+            for i in range(120)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", compression=compression)
+    code = ("import pathlib, sys, shards, pyarrow.parquet\n"
+            "def most_kb():\n"
+            "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
+            "    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))\n"
+            "before = most_kb()\n"
+            "size = sum(len(p) for m in shards.members(pathlib.Path(sys.argv[1])) for p in m.chunks())\n"
+            "print(size, most_kb() - before)")
+    output = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], cwd=ROOT, capture_output=True,
+                            text=True, check=True).stdout
+    size, grown_kb = map(int, output.split())
+    assert size == 120 * 1_000_005 and grown_kb < 60_000
+
+
+
+# --- Blocks packed by snappy, as no packer of ours makes them --------------------------------------------------------
+
+
+def varint(number: int) -> bytes:
+    return bytes([number & 127 | (128 if number > 127 else 0)]) + (varint(number >> 7) if number > 127 else b"")
+
+
+def literal(data: bytes) -> bytes:
+    number = len(data) - 1
+    more = b"" if number < 60 else number.to_bytes((number.bit_length() + 7) // 8, "little")
+    return bytes([(59 + len(more) if more else number) << 2]) + more + data
+
+
+def copied(size: int, offset: int, width: int) -> bytes:
+    """`size` bytes again, from `offset` before; told in 1, 2 or 4 bytes."""
+    if width == 1:
+        return bytes([1 | (size - 4) << 2 | offset >> 8 << 5, offset & 255])
+    return bytes([(2 if width == 2 else 3) | (size - 1) << 2]) + offset.to_bytes(width, "little")
+
+
+def unpacked(block: bytes) -> bytes:
+    page = shards._Page(0, 0, 0, 2, len(block))
+    return b"".join(shards._unsnapped(shards._Body(io.BytesIO(b"??" + block + b"??"), page)))
+
+
+def test_blocks_of_any_make_unpack_as_by_the_library() -> None:
+    draw = random.Random(5)
+    for _ in range(30):
+        body, total = b"", 0
+        while len(body) < 200_000:
+            width = draw.choice((0, 0, 1, 2, 4)) if total > 70_000 else 0
+            size = draw.randint(4, 11 if width == 1 else 64) if width else draw.choice((1, 5, 60, 61, 256, 257, 70_000))
+            farthest = min(total, {1: 2047, 2: 65_535, 4: 1_000_000}.get(width, 0))
+            offset = draw.choice((draw.randint(1, max(1, farthest)), draw.randint(1, 9)))
+            body += copied(size, offset, width) if width else literal(draw.randbytes(size))
+            total += size
+        block = varint(total) + body
+        assert unpacked(block) == pyarrow.Codec("snappy").decompress(block, total, asbytes=True)
+
+
+def test_a_long_literal_is_given_in_pieces() -> None:
+    body = literal(bytes(5_000_000))
+    page = shards._Page(0, 0, 0, 0, 4 + len(body))
+    pieces = shards._unsnapped(shards._Body(io.BytesIO(varint(5_000_000) + body), page))
+    assert max(map(len, pieces)) <= 2 * shards.PIECE_BYTES
+
+
+def test_copies_reach_back_as_far_as_is_kept() -> None:
+    """A history is dropped only beyond what a copy may reach."""
+    noise = random.Random(1).randbytes(2 * shards.HISTORY_BYTES + 150_000)
+    body = b"".join(literal(noise[at: at + 100_000]) for at in range(0, len(noise), 100_000))
+    body += copied(64, shards.HISTORY_BYTES - 200_000, 4)
+    found = unpacked(varint(len(noise) + 64) + body)
+    start = len(noise) - (shards.HISTORY_BYTES - 200_000)
+    assert found == noise + noise[start: start + 64]
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    (literal(b"abcd") + copied(4, 5, 2), "damaged"), (literal(b"abcd") + copied(4, 0, 2), "damaged"),
+    (literal(b"abcd") + copied(9, 1, 2), "more than it says"), (literal(b"abcd"), "cut"),
+    (literal(b"abcd")[:-1], "cut"), (literal(b"abcd") + copied(4, 1, 4)[:-1], "cut"),
+])
+def test_damaged_blocks_are_told(body: bytes, said: str) -> None:
+    with pytest.raises(ArchiveError, match=said):
+        unpacked(varint(8) + body)
+
+
+def test_fields_of_a_header_may_be_far_apart() -> None:
+    header = bytes([0x15, 0x08, 0x05]) + varint(200) + bytes([0x06, 0x18, 0x03]) + b"abc" + bytes([0x15, 0x02, 0])
+    found = shards._struct(io.BytesIO(header))
+    assert (found[1], found[100], found[102]) == (4, 3, 1)
+
+
+@pytest.mark.parametrize("header", [b"", b"\x15", b"\x19\x00", b"\x1c" * 3000, b"\x18" + varint(1 << 45),
+                                    b"\x18" + varint(1 << 70)])
+def test_damaged_headers_are_told(tmp_path: Path, header: bytes) -> None:
+    """All that they raise is one of what a reader of shards takes for damage."""
+    (tmp_path / "header").write_bytes(header)
+    with (tmp_path / "header").open("rb") as file, pytest.raises((*shards._DAMAGE, ArchiveError)):
+        shards._struct(file)

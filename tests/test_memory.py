@@ -165,6 +165,30 @@ def test_devices_with_gpus(two_gpus) -> None:
         memory.choose_device("cuda:2")
 
 
+def test_segments_grow_unless_the_user_has_settings_of_the_allocator(two_gpus, monkeypatch) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that what is set in here ends with the test
+        monkeypatch.delenv(name)
+    memory.choose_device("cpu")
+    assert not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys()
+    memory.choose_device("cuda:1")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    memory.choose_device()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_deterministic_runs_set_the_workspaces_of_cublas(monkeypatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda wanted: None)
+    memory.use_deterministic(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    memory.use_deterministic(True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 def test_devices_without_gpus(no_gpu, monkeypatch) -> None:
     assert memory.choose_device() == CPU
     for name in ("cuda", "mps", "tpu", "", "cpu:1"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasets import Batch
 from model import TriModalModel
-from steps import TEXT_MASK_PART, Positives, hidden_words, kept_patches
+from steps import TEXT_MASK_PART, Positives, Share, hidden_words, kept_patches
 from tests.narrow import make_batch, narrow_model, plainly, step_of
 
 OWNER, IDS = [0, 0, 1, 2, 2, 3], [7, 8, 7, 9, 9, 5]  # samples 0 and 1 share a caption, 2 has the same one twice
@@ -20,6 +20,36 @@ RIGHT = [[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0
 @pytest.fixture(scope="module")
 def model() -> TriModalModel:
     return narrow_model()
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_parts_are_views_of_what_was_read_and_other_rows_copies(model: TriModalModel, modality: str) -> None:
+    """A view of pinned memory is pinned, so it goes to the device while the host goes on."""
+    batch = make_batch(("image", "audio"), 10)
+    given = batch.images if modality == "image" else batch.audio
+    assert given is not None
+    step = step_of(model, batch, 4)
+    parts = step.parts(modality)
+    assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] and step.parts(modality) is parts
+    for part in parts:
+        media = step.media(modality, part)
+        assert torch.equal(media, given[part]) and media.data_ptr() == given[part[0]].data_ptr()
+    for rows in (torch.tensor([7, 0, 7]), parts[1].clone()):
+        media = step.media(modality, rows)
+        assert torch.equal(media, given[rows]) and media.data_ptr() != given[rows[0]].data_ptr()
+
+
+@pytest.mark.parametrize("size", [2, 100])
+def test_a_share_of_a_batch_is_encoded_from_where_its_rows_begin(model: TriModalModel, size: int) -> None:
+    batch = make_batch(("image",), 10)
+    assert batch.images is not None
+    own = dataclasses.replace(batch, images=batch.images[6:9])
+    step = step_of(model, own, size, share=Share(range(6, 9), range(6, 9), 6))
+    found = torch.cat([step.media("image", rows) for rows in step.parts("image")])
+    assert torch.equal(found, batch.images[6:9]) and torch.equal(step.media("image", torch.tensor([8])), found[2:])
 
 
 # ---- positives ---------------------------------------------------------------------------------------------------

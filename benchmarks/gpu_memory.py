@@ -44,7 +44,7 @@ from runs import Options, Run, open_run
 from stages import build_stage
 from training import train_step
 
-LONG = 1024  # effective batch from which on the first step's own costs do not show
+LONG = 1024  # effective batch whose steps are so long that none is spent on warming up
 
 
 class Row(NamedTuple):

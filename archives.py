@@ -28,7 +28,7 @@ import seven_zip
 import shards
 import zip_stream
 from config import UserError
-from members import ArchiveError, Member, Rules, destination, safe_name
+from members import ArchiveError, ByteSource, Member, Rules, destination, safe_name
 from progress import Progress
 from remote import RemoteFile
 
@@ -209,42 +209,27 @@ def _merge(staging: Path, target: Path) -> None:
 # --- Formats ---------------------------------------------------------------------------------------------------------
 
 
-class Spans(io.RawIOBase):
+class Spans(ByteSource):
     """Pieces of files (file, first byte, length) read as one seekable file."""
 
     def __init__(self, spans: Sequence[tuple[Part, int, int]]) -> None:
-        super().__init__()
+        super().__init__(sum(length for _, _, length in spans))
         self._files = [part.open("rb", buffering=0) if isinstance(part, Path) else part for part, _, _ in spans]
         self._starts = [start for _, start, _ in spans]
         self._lengths = [length for _, _, length in spans]
-        self._position = 0
 
     @classmethod
     def join(cls, parts: Sequence[Part]) -> "Spans":
         return cls([(part, 0, part.stat().st_size if isinstance(part, Path) else part.size) for part in parts])
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: sum(self._lengths)}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
     def readinto(self, buffer: Any) -> int:
-        offset = self._position
+        offset = self.position
         for file, start, length in zip(self._files, self._starts, self._lengths, strict=True):
             if offset < length:
                 file.seek(start + offset)
                 chunk = file.read(min(len(buffer), length - offset))
                 buffer[: len(chunk)] = chunk
-                self._position += len(chunk)
+                self.position += len(chunk)
                 return len(chunk)
             offset -= length
         return 0

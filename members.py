@@ -1,5 +1,7 @@
 """What an archive holds, whatever its format: members with safe names, and where each goes."""
 
+import io
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +25,29 @@ class Member:
     size: int
     chunks: Callable[[], Iterable[bytes]]
     crc32: int | None = None
+
+
+class ByteSource(io.RawIOBase):
+    """Bytes to read archives from, `size` of them; whoever inherits gives `readinto`, which reads from `position` and
+    moves it on."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.position = size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
 
 
 def safe_name(name: str) -> str:

@@ -1,12 +1,11 @@
 """A file on a server, read in pieces by Range requests, as if it lay on the disk: for a sample of a large archive."""
 
-import io
-import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import answers
 from answers import Again, NextServer, host_of
+from members import ByteSource
 from transfer import Policy, TransferError, Wanted
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ class NoRange(Exception):
     """The server answers with the whole file only."""
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(ByteSource):
     """`wanted` on the first of its servers that gives pieces. Bytes that change under way are an error.
 
     Raises, when it is opened and when it is read:
@@ -29,38 +28,23 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(self, wanted: Wanted, policy: Policy) -> None:
-        super().__init__()
+        super().__init__(0)
         self.name = wanted.path.name
         self._policy, self._session = policy, answers.open_session(wanted.unverified_hosts)
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
-        self._position = 0
         self._etag = ""
         self.size = self._open_any(wanted)
 
     def close(self) -> None:
         """Those who read it close it; it can be read again."""
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
     def readinto(self, buffer: Any) -> int:
-        number, inside = divmod(self._position, BLOCK_BYTES)
-        if self._position >= self.size:
+        number, inside = divmod(self.position, BLOCK_BYTES)
+        if self.position >= self.size:
             return 0
         chunk = self._block(number)[inside: inside + len(buffer)]
         buffer[: len(chunk)] = chunk
-        self._position += len(chunk)
+        self.position += len(chunk)
         return len(chunk)
 
     def _open_any(self, wanted: Wanted) -> int:

@@ -61,7 +61,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # getting data
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
     "answers": "", "transfer": "answers config files progress redaction", "debian": "transfer",
-    "inventory": "files", "local_copies": "config", "remote": "answers transfer", "sampling": "annotations sources",
+    "inventory": "files", "local_copies": "config", "remote": "answers members transfer",
+    "sampling": "annotations sources",
     "zip_stream": "members", "shards": "config members", "seven_zip": "config members progress remote",
     "archives": "config members progress remote seven_zip shards zip_stream",
     "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",

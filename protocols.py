@@ -432,7 +432,7 @@ def _own_trials(names: np.ndarray) -> tuple[np.ndarray, str]:
 def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: int = 5) -> list[dict[str, Any]]:
     """What a few captions find among all pictures ("image") or sounds ("audio") of the split, for the gallery.
 
-    The captions are the first ones of samples drawn by a fixed seed. Each gives {"query", "source", "modality", "rank"
+    The captions are different first ones of samples drawn by a fixed seed. Each gives {"query", "source", "modality", "rank"
     (of the best right answer, ties against the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or log-mel
     float16 (T, 80), "caption", "score", "right"}]}, best answer first.
     """
@@ -443,7 +443,8 @@ def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: i
     gallery = _rows(encoded.items[modality].features_NF, left)
     rows_G, ids = encoded.items[modality].rows_N[left], encoded.caption_ids_C.numpy()[right]
     relation = metrics.Relation(torch.from_numpy(owners), torch.from_numpy(ids), len(left))
-    firsts = np.unique(owners, return_index=True)[1]  # one caption a sample
+    firsts = np.unique(owners, return_index=True)[1]  # one caption a sample, and each wording once
+    firsts = firsts[np.unique(ids[firsts], return_index=True)[1]]
     chosen = np.sort(np.random.default_rng(SAMPLING_SEED).permutation(firsts)[:queries])
     out = []
     for c in chosen.tolist():

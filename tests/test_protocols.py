@@ -326,6 +326,16 @@ def test_examples_show_the_best_answers_and_mark_the_right_one(tmp_path):
     assert protocols.examples(encoded, data, "audio", queries=4) == []
 
 
+def test_examples_ask_each_wording_once(tmp_path):
+    config = _config(tmp_path, [{"image": _picture(tmp_path, n), "text": f"number {n // 2}"} for n in range(12)])
+    data = load_data(config, ["test"])
+    ids, mask = data.tokenizer.encode([f"number {n}" for n in range(6)], 64)
+    oracle = Oracle({tuple(row[keep].tolist()): n for n, (row, keep) in enumerate(zip(ids, mask, strict=True))})
+    encoded = protocols.encode_split(oracle, data, "test", config, PLAIN)
+    rows = protocols.examples(encoded, data, "image", queries=12)
+    assert sorted(row["query"] for row in rows) == [f"number {n}" for n in range(6)]
+
+
 def test_examples_of_sounds_hold_log_mels(synthetic, evaluated):
     row = protocols.examples(evaluated[1], synthetic[1], "audio", queries=2)[0]
     picture = row["answers"][0]["picture"]

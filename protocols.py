@@ -432,9 +432,9 @@ def _own_trials(names: np.ndarray) -> tuple[np.ndarray, str]:
 def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: int = 5) -> list[dict[str, Any]]:
     """What a few captions find among all pictures ("image") or sounds ("audio") of the split, for the gallery.
 
-    The captions are different first ones of samples drawn by a fixed seed. Each gives {"query", "source", "modality", "rank"
-    (of the best right answer, ties against the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or log-mel
-    float16 (T, 80), "caption", "score", "right"}]}, best answer first.
+    The captions are different first ones of samples drawn by a fixed seed. Each gives {"query", "source", "modality",
+    "rank" (of the best right answer, ties against the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or
+    log-mel float16 (T, 80), "caption", "score", "right"}]}, best answer first.
     """
     table = data.tables[encoded.split]
     left, right, owners = _paired(encoded, (modality, "text"), np.ones(len(table), bool))

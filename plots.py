@@ -115,16 +115,17 @@ def _retrieval(axes: Any, checks: Sequence[Record]) -> None:
     colours: dict[str, str] = {}
     for name, (x, y) in series.items():
         direction, _, metric = name.rpartition("_")
+        label = None if direction in colours else direction.replace("_", " ")
         colour = colours.setdefault(direction, f"C{len(colours)}")
-        axes.plot(x, y, color=colour, linestyle="-" if metric == "R@1" else ":", linewidth=1.4, label=name,
+        axes.plot(x, y, color=colour, linestyle="-" if metric == "R@1" else ":", linewidth=1.4, label=label,
                   marker="o" if len(x) == 1 else None, markersize=3)
-    axes.set_title("validation retrieval", fontsize=10)
+    axes.set_title("validation retrieval: R@1, and R@5 dotted", fontsize=10)
     axes.set_xlabel("epoch")
     axes.set_ylim(0, 1)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.25)
-    if series:
-        axes.legend(fontsize=7, framealpha=0.8)
+    if series:  # beside the curves, which may be anywhere
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 def _xy(records: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -219,6 +219,15 @@ def assert_undisturbed(folder: Path) -> None:
         ".contents", ".downloaded.json", "LICENCE.txt", "annotations", "train2017", "val2017"]
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Processes started in the background ignore SIGINT, and so would those that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_interrupted_by_the_user(server: Loopback, tmp_path: Path) -> None:
     table, flags = tables(tmp_path / "true", server, "coco")
     server.faults["/coco/train2017.zip"] = ["stall:1000"]

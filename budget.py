@@ -5,8 +5,8 @@ laptop) while `footprint` adds up every storage that lives. What is chosen among
 
 1. The whole batch at once, nothing computed twice.
 2. The whole batch, with the activations of every 4th, every 2nd or every block of a tower recomputed in the backward
-   pass: a quarter, half or all of that tower's forward pass more. The costliest tower first, each recomputes as little
-   as fits.
+   pass: a quarter, half or all of that tower's forward pass more. As little as fits for all towers alike, then each as
+   little as then fits, the costliest first.
 3. Parts: a tower encodes micro-batches and recomputes each in the backward pass, one forward pass more; where a stage
    has several objectives, each also encodes anew, since no tokens of the whole batch are kept. The largest micro-batch
    for all towers together, then for each alone, the costliest first: whole if that fits, else as large as fits.
@@ -194,9 +194,10 @@ class _Search:
         """These sizes with as little recompute as fits; None where even all of it is not enough."""
         if self.fits(self.at(sizes, 0)):
             return self.at(sizes, 0)
-        if not self.may_recompute or not self.fits(self.at(sizes, 1)):
+        alike = [self.at(sizes, every) for every in (*PARTIAL, 1)] if self.may_recompute else []
+        fit = next((fit for fit in alike if self.fits(fit)), None)
+        if fit is None:
             return None
-        fit = self.at(sizes, 1)
         for tower in self.upper:
             fit = self._least_recompute(tower, fit) or fit
         return fit

@@ -82,7 +82,7 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
 
 
 def check_room(folder: Path, *contents: Any) -> None:
-    """Raises CheckpointError where `folder` has no room for files of all these contents."""
+    """Raises CheckpointError where `folder` has no room for the tensors of all these contents."""
     need, free = ROOM * sum(map(tensor_bytes, contents)), shutil.disk_usage(folder).free
     if need > free:
         raise CheckpointError(f"{folder}: the next checkpoint takes {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; "

@@ -8,7 +8,8 @@ the step that trains is the step that is measured. Modules may run any number of
         loss = step(model); loss.backward()
     tracker.usage().peak_bytes
 
-In `tracing` most results come from `shapes`, which knows them from operations alike: much faster, to the same byte.
+In `tracing` most results come from `shapes`, which repeats those of earlier operations of the same shapes: much faster,
+to the same byte.
 `tracing("cuda")` follows what the step would take on that device, though its fake tensors lie on the CPU: kernels are
 chosen as there (`device_of`), and what waits on the host is left out (`on_host`). `tracing(limit_bytes=...)` ends with
 `OverLimit` as soon as more than that lives, long before the step is through.
@@ -88,7 +89,8 @@ class PeakMemory(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled in here; torch would guard against that anew in each of the many calls."""
+        """False: torch does not wrap each of the many calls to keep its compiler out; nothing is compiled in here.
+        Private; in torch 2.11 to 2.14."""
         return False
 
     def __exit__(self, *exception: Any) -> None:

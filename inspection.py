@@ -79,6 +79,7 @@ def device(case: Case) -> Iterator[Finding]:
     """What would be computed on, in which numbers, and whether the budget is free there."""
     found = memory.choose_device(case.options.device)
     precision = memory.choose_precision(found, case.config.training.use_amp)
+    memory.use_deterministic(case.config.training.deterministic)
     with torch.autocast(found.type, precision.dtype or torch.bfloat16, enabled=precision.dtype is not None):
         product = torch.ones(8, 8, device=found) @ torch.ones(8, 8, device=found)
     if not bool((product == 8).all()):

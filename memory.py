@@ -132,7 +132,7 @@ def keep_few_kernels() -> None:
 
 
 def use_deterministic(wanted: bool) -> None:
-    """Take, or no longer take, only kernels that give the same bits each time. Before the first product on CUDA, since
+    """Turn kernels that give the same bits each time on or off. Before the first product on CUDA, since
     cuBLAS reads its workspaces' setting then; the user's own stays."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -140,9 +140,20 @@ def use_deterministic(wanted: bool) -> None:
 
 
 def cap_allocator(device: torch.device, budget_bytes: int) -> int | None:
-    """Make CUDA's allocator refuse more than the budget less the context; bytes of the cap, None on other devices."""
+    """Make CUDA's allocator refuse more than the budget less the context; bytes of the cap, None on other devices.
+
+    Raises:
+        UserError: the driver cannot grow segments, as on some virtual GPUs.
+    """
     if device.type != "cuda":
         return None
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        if "not supported" not in str(error):
+            raise
+        raise UserError(f"{device}: its driver cannot grow the allocator's segments ({str(error).splitlines()[0]}); "
+                        "start again with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False") from None
     total = torch.cuda.get_device_properties(device).total_memory
     cap = min(max(budget_bytes - int(CONTEXT_GIB["cuda"] * GIB), 0), total)
     torch.cuda.set_per_process_memory_fraction(cap / total, device)
@@ -227,8 +238,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def _grow_segments() -> None:
     """Let CUDA's allocator grow its segments where they lie, so that freed pieces join again and hardly any memory is
-    lost between them. It reads this at its first use; the user's own settings stay."""
-    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+    lost between them. It reads this at its first use; the user's own settings stay. The older name of the setting is
+    the one that all versions of torch here obey."""
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -266,8 +266,10 @@ class StageMeasure:
         task, fit = step.task, step.fit
         fusion = ("fusion",) if any(OBJECTIVES[name].uses_fusion for name in names) else ()
         again = [fit.recompute[tower] for tower in (*task.inputs, *fusion)]
-        known = self.gradients.setdefault(str((task, sorted(names), step.is_whole, again)), {})
-        sizes = tuple(fit.micro_batch[tower] for tower in fusion or task.inputs)
+        towers, upper = fusion or task.inputs, stage_upper(self.config, self.row, self.place)
+        whole = [fit.micro_batch[tower] == upper[tower] for tower in towers]  # may take less than two parts
+        known = self.gradients.setdefault(str((task, sorted(names), step.is_whole, again, whole)), {})
+        sizes = tuple(fit.micro_batch[tower] for tower in towers)
         implied = _implied(known, sizes, limit_bytes)
         if implied is None:
             known[sizes] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
@@ -397,11 +399,14 @@ def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig]
                   helpers: int) -> tuple[list[Plan], Plan]:
     """Long searches: the last stage, which tends to take longest, here at once; all else in other processes, which take
     seconds to start."""
-    with ProcessPoolExecutor(helpers, get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(helpers, get_context("spawn"))
+    try:
         others = [pool.submit(plan_stage, *one) for one in reversed(work[:-1])][::-1]
         evaluation = pool.submit(plan_evaluation, work[-1][0], work[-1][-1])
         last = plan_stage(*work[-1])
         return [*(other.result() for other in others), last], evaluation.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # where one stage does not fit, the others need not be waited for
 
 
 def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> None:

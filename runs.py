@@ -39,6 +39,7 @@ from vocabulary import Tokenizer, load_word_table
 
 PARTS = ("checkpoints", "logs", "reports")
 LOCK = ".lock"
+AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
 
 
 class TrainingError(RuntimeError):
@@ -82,6 +83,7 @@ class Run:
     world: World = field(default_factory=World)
     fits: dict[str, memory.Fit] = field(default_factory=dict)  # by stage, and of evaluation
     predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
+    planned_fits: dict[str, memory.Fit] = field(default_factory=dict)  # that this peak is of
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss, model_state_dict on the host
     claim: "Claim | None" = None  # on the folder
@@ -315,6 +317,16 @@ def show_examples(run: Run) -> None:
                 run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
 
 
+def _check_room_for_the_end(run: Run) -> None:
+    """Before the evaluation, which takes long. A file that is there already is replaced, and gives its room."""
+    folder, weights = run.folder / "checkpoints", run.model.state_dict()
+    try:
+        check_room(folder, *(weights for name in ("final_model.pt", "model.safetensors")
+                             if not (folder / name).exists()))
+    except CheckpointError as error:
+        raise UserError(f"{error}; {AT_THE_END}") from None
+
+
 def finish(run: Run) -> Path:
     """Evaluate the best weights on the test split, save final_model.pt, write the report; path of its Markdown.
 
@@ -326,6 +338,7 @@ def finish(run: Run) -> Path:
     else:
         run.tracker.event("The best weights are not known: the last ones are evaluated", run.progress.step)
     run.model.to(run.device).eval()
+    _check_room_for_the_end(run)
     setting = encoding(run)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
     run.tracker.say(report.format_table(figures))
@@ -344,13 +357,12 @@ def finish(run: Run) -> Path:
     try:
         final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
                  "progress": vars(run.progress).copy()}
-        check_room(run.folder / "checkpoints", final, final["model_state_dict"])
         save_file(final, run.folder / "checkpoints" / "final_model.pt")
         export(final, run.folder / "checkpoints" / "model.safetensors")
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
                                           language=run.config.report.language, gallery=gallery)
     except (CheckpointError, OSError) as error:
-        raise UserError(f"{error}; training is done: mend this, then --resume auto evaluates and reports") from None
+        raise UserError(f"{error}; {AT_THE_END}") from None
     run.tracker.record({"kind": "report", "step": run.progress.step, "file": markdown.name})
     run.tracker.say(f"Report: {markdown}")
     return markdown

@@ -41,8 +41,8 @@ def forget() -> None:
 
 
 class Shapes:
-    """Runs operations on the fake tensors of `mode`, which is entered: those known by itself, the rest by calling
-    them."""
+    """Runs operations on the fake tensors of `mode`, which is entered: repeats the result of an earlier one of the same
+    shapes, calls all others."""
 
     def __init__(self, mode: FakeTensorMode):
         self.mode = mode

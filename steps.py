@@ -98,7 +98,7 @@ class Step:
     detached: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     cut: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    runs: dict[int, slice] = field(default_factory=dict)  # of rows that follow each other, by the identity of a part
+    runs: dict[int, slice] = field(default_factory=dict)  # rows of each part, by its identity: `cut` keeps it alive
 
     def rows(self, modality: str) -> int:
         return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)

@@ -425,6 +425,7 @@ def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | N
     saved = (state or {}).get("fits", {})
     run.fits.update({name: memory.Fit(**fit) for name, fit in saved.items() if name in plans})
     run.predicted_gib = {name: found.peak_bytes / memory.GIB for name, found in plans.items()}
+    run.planned_fits = {name: found.fit for name, found in plans.items()}
 
 
 def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
@@ -437,6 +438,7 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
     else:
         run.progress.stage_step, run.progress.stage_s = 0, 0.0
     start_s = time.perf_counter() - run.progress.stage_s
+    memory.free_cached(run.device)  # else what the stage before took would count as this one's
     memory.reset_peak(run.device)
     samples = samples_of(epoch_jobs(run, stage, 1))
     begun = samples_of(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
@@ -471,7 +473,8 @@ def compare_memory(run: Run, name: str) -> float:
     if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
         run.tracker.say(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
                         f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
-    if run.device.type == "cuda":
+    as_planned = run.fits.get(name) == run.planned_fits.get(name)  # not after a checkpoint's fit, or one made smaller
+    if run.device.type == "cuda" and as_planned:
         budget.calibrate(memory.device_name(run.device), measured.gib, planned)
     return measured.gib
 

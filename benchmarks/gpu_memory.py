@@ -42,6 +42,7 @@ from memory import GIB
 from planning import TOWERS, Place, plan_stages, without_speaker
 from runs import Options, Run, open_run
 from stages import build_stage
+from tracking import read_records
 from training import train_step
 
 LONG = 1024  # effective batch whose steps are so long that none is spent on warming up
@@ -107,13 +108,12 @@ def measured(run: Run, row: StageConfig, plan: Plan, steps: int) -> Row:
     seconds = time.perf_counter() - began
     assert finite, f"loss {loss}, norm of the gradient {norm}"
     run.tracker.close_bar()
-    sizes, fit, halved = plan.micro_batch["image"], run.fits[row.name].micro_batch["image"], 0
-    while fit < sizes >> halved:
-        halved += 1
+    messages = [record.get("message", "") for record in read_records(run.tracker.path)]
+    smaller = sum(message.startswith(f"[{row.name}] out of memory") for message in messages)
     free, total = torch.cuda.mem_get_info(run.device)
     return Row(run.config, row, plan, torch.cuda.max_memory_allocated() / GIB, memory.peak_gib(run.device).gib,
                (total - free - torch.cuda.memory_reserved()) / GIB,
-               run.config.effective_batch(row) * len(tasks) * steps / seconds, halved)
+               run.config.effective_batch(row) * len(tasks) * steps / seconds, smaller)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ Each of these is skipped, with the reason, where there is no such device.
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import budget
 import memory
 import model as model_module
 import runs
+import saving
 import training
 from model import attend
 from runs import Options
@@ -40,6 +42,7 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device in this machine")
     memory.choose_device("cuda")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product of the process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # ratios that other runs have measured change plans
     yield "cuda"
     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -162,12 +165,17 @@ def test_memory_that_really_runs_out_costs_no_step(small: SmallRuns, tmp_path: P
 def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp_path: Path) -> None:
     run = small.open(tmp_path / "run", *LARGER)
     run.model.eval()
-    expected = runs.retrieval_figures(run)
     memory.free_cached(run.device)
-    held = torch.cuda.memory_reserved()
+    memory.reset_peak(run.device)
+    held = torch.cuda.memory_allocated()
+    expected = runs.retrieval_figures(run)
+    needed = torch.cuda.max_memory_allocated() - held
+    memory.free_cached(run.device)
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((held + (60 << 20)) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * needed) / total)
     found = runs.retrieval_figures(run)
+    assert {event["message"].split(" (")[0] for event in records(tmp_path / "run", "event")} == {
+        "[evaluation] out of memory"} and max(run.fits["evaluation"].micro_batch.values()) < 64
     assert found.keys() == expected.keys() and len(expected) > 3
     assert all(abs(found[name] - value) <= 0.1 for name, value in expected.items()), "rounding alone"
 
@@ -194,16 +202,26 @@ def test_a_deterministic_run_killed_at_any_place_ends_with_the_same_bits(tmp_pat
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_what_is_saved_while_training_goes_on_is_of_one_moment(small: SmallRuns, tmp_path: Path) -> None:
-    """A run that saves after every step, in the background, against one that never does: the same weights at its end,
-    and in the newest checkpoint those of its last step."""
-    same = "training.deterministic=true"
-    small.train(tmp_path / "never", same, "training.save_every_minutes=0")
-    small.train(tmp_path / "often", same, *OFTEN)
-    for name in ("checkpoint_epoch_3.pt", "best_model.pt", "final_model.pt"):
-        one, other = (torch.load(tmp_path / folder / "checkpoints" / name)["model_state_dict"]
-                      for folder in ("never", "often"))
-        assert all(value.device.type == "cpu" for value in one.values()) and differing(one, other) == []
+def test_what_is_saved_while_training_goes_on_is_of_one_moment(small: SmallRuns, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint of a run that saves after each step, in the background, is that of one that saves at once."""
+    same = ("training.deterministic=true", "training.keep_checkpoints=100", *OFTEN)
+    small.train(tmp_path / "background", *same)
+    begin = saving.Saver.__init__
+
+    def at_once(self: saving.Saver, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
+        self.in_background = False
+
+    monkeypatch.setattr(saving.Saver, "__init__", at_once)
+    small.train(tmp_path / "at_once", *same)
+    names = sorted(path.name for path in (tmp_path / "at_once" / "checkpoints").glob("*.pt"))
+    assert len(names) > 10 and any("_step_" in name for name in names)
+    for name in names:
+        one, other = (torch.load(tmp_path / folder / "checkpoints" / name) for folder in ("background", "at_once"))
+        for part in ("model_state_dict", "stage_state"):
+            assert differing(one.get(part), other.get(part)) == [], (name, part)
+        assert all(value.device.type == "cpu" for value in one["model_state_dict"].values())
 
 
 def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_back(small: SmallRuns, tmp_path: Path) -> None:

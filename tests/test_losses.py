@@ -140,11 +140,12 @@ def test_hard_negatives_are_drawn_by_similarity() -> None:
     assert chi_square < 16.27, "3 degrees of freedom: one seed in a thousand is beyond this"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
-def test_hard_negatives_are_never_positives(uniform: float, scale: float) -> None:
+def test_hard_negatives_are_never_positives(uniform: float, scale: float, dtype: torch.dtype) -> None:
     """Positives are the most similar, and stand first, last and between."""
-    key, query = unit(50, 8).float(), unit(50, 8).float()
+    key, query = unit(50, 8).to(dtype), unit(50, 8).to(dtype)
     right = torch.eye(50).bool() | (torch.rand(50, 50, generator=torch.Generator().manual_seed(0)) < 0.3)
     right[:, [0, -1]] = True
     picks, some = hard_negatives(query, key, torch.tensor(scale), rows_of(right), torch.full((50,), uniform))

@@ -166,7 +166,8 @@ def test_the_search_measures_every_fit_anew_that_differs_in_what_its_step_uses(t
 
 
 @pytest.mark.parametrize("rows_bytes", [lambda n: 10 * n, lambda n: 300 * (n > 5) + n, lambda n: int(90 * n**0.5),
-                                        lambda n: n * n], ids=["straight", "with a jump", "flattening", "steeper"])
+                                        lambda n: n * n, lambda n: 20 * n if n < 64 else 600],
+                         ids=["straight", "with a jump", "flattening", "steeper", "less as a whole"])
 def test_what_is_implied_by_known_measurements_changes_no_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                  rows_bytes: Callable[[int], int]) -> None:
     """Against a search that measures each task and objective of each fit that it tries."""
@@ -207,6 +208,22 @@ def test_larger_parts_that_fit_and_smaller_ones_that_do_not_tell_of_others() -> 
     assert planning._implied(known, (8, 4), 60) == (8, 8), "less of both"
     assert planning._implied(known, (8, 4), 40) is None, "the larger one is above this limit by now"
     assert planning._implied(known, (16, 8), 60) == (16, 4) and planning._implied(known, (16, 2), 60) is None
+
+
+def test_parts_that_take_too_much_do_not_tell_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part has no gradients of another beside it."""
+    config = load_config(None, ["training.batch_size=16", f"paths.output_dir={tmp_path}"])
+    row = config.stages[0]
+
+    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
+        peak = 500 if step.fit.micro_batch["image"] == 64 else 600
+        return None if limit_bytes is not None and peak > limit_bytes else Usage(peak, {})
+
+    monkeypatch.setattr(StepPlan, "usage", usage)
+    measure = planning.StageMeasure(config, row, [task for task in row.tasks if task.inputs == ("image",)], CPU)
+    half = Fit(dict.fromkeys(planning.TOWERS, 32), dict.fromkeys(planning.TOWERS, 0))
+    assert measure(half, 550) is None
+    assert measure(Fit(half.micro_batch | {"image": 64}, half.recompute), 550) == Usage(500, {})
 
 
 def test_the_task_that_passed_the_limit_is_the_first_to_be_run_at_the_next_fit(

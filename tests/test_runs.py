@@ -482,6 +482,8 @@ def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, 
             patch.setattr(full, no_space if full == "os.fsync" else lambda folder: shutil._ntuple_diskusage(9, 8, 1))
             return runs.finish(run)
 
+    for name in ("final_model.pt", "model.safetensors"):
+        (folder / "checkpoints" / name).unlink()
     before = sorted((folder / "checkpoints").iterdir())
     with monkeypatch.context() as patch, pytest.raises(UserError, match=said + ".*--resume auto"):
         patch.setattr(training, "finish", finish)

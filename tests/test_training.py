@@ -362,6 +362,9 @@ def test_the_measured_peak_stands_beside_the_planned_one_and_calibrates_a_gpu(
     monkeypatch.setattr(memory, "device_name", lambda device: "Some Card")
     assert training.compare_memory(run, "align") == 2.1
     assert "[align] memory: planned 2.00 GiB of tensors, measured 2.10 GiB (reserved" in capsys.readouterr().out
+    assert budget.calibration("Some Card") is None, "its micro-batches are not those that were planned"
+    run.planned_fits = dict(run.fits)
+    training.compare_memory(run, "align")
     assert budget.calibration("Some Card") == pytest.approx(1.05)
 
 

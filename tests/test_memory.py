@@ -101,10 +101,25 @@ def test_the_allocator_is_capped_at_the_budget_less_the_context(monkeypatch) -> 
     properties = type("Properties", (), {"total_memory": 24 * GIB})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    monkeypatch.setattr(torch, "empty", lambda *given, **named: None)
     assert memory.cap_allocator(CPU, 20 * GIB) is None and not asked
     assert memory.cap_allocator(CUDA, 20 * GIB) == pytest.approx(19.2 * GIB, abs=1)
     assert memory.cap_allocator(CUDA, 80 * GIB) == 24 * GIB
     assert asked == [(pytest.approx(19.2 / 24), CUDA), (1.0, CUDA)]
+
+
+@pytest.mark.parametrize(("cause", "raised", "said"), [
+    ("CUDA driver error: operation not supported\nmore", UserError,
+     r"^cuda:0: its driver cannot grow .*\(CUDA driver error: operation not supported\); start again with "
+     r"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False$"),
+    ("CUDA error: something else", RuntimeError, "something else")])
+def test_a_driver_that_cannot_grow_segments_is_one_line(monkeypatch, cause, raised, said) -> None:
+    def fail(*given: object, **named: object) -> None:
+        raise RuntimeError(cause)
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(raised, match=said):
+        memory.cap_allocator(CUDA, 20 * GIB)
 
 
 class Seconds:

@@ -81,8 +81,8 @@ def hard_negatives(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: C
         wrong = ~positives(rows)
         logits = (scale * query_QF[rows] @ key_KF.T).masked_fill(~wrong, -torch.inf)
         some.append(wrong.any(1))
-        exact = torch.promote_types(logits.dtype, torch.float32)  # in float16 2^48 is infinite
-        likely = logits.masked_fill(~some[-1][:, None], 0.0).softmax(1, dtype=exact)
+        dtype = torch.promote_types(logits.dtype, torch.float32)  # in float16 2^48 is infinite
+        likely = logits.masked_fill(~some[-1][:, None], 0.0).softmax(1, dtype=dtype)
         cumulated = (likely * 2.0**48).long().cumsum(1)
         target = (uniform_Q[rows, None].double() * cumulated[:, -1:]).long()
         picks.append(torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=len(key_KF) - 1))

@@ -71,8 +71,8 @@ class PlanStep(Step):
     def parts(self, modality: str) -> tuple[Tensor, ...]:
         return super().parts(modality)[:PARTS]
 
-    def view(self, values: Tensor, run: slice, first: int) -> Tensor:
-        rows = super().view(values, run, first)
+    def view(self, values: Tensor, span: slice, first: int) -> Tensor:
+        rows = super().view(values, span, first)
         return rows.clone() if self.copies else rows
 
     def gather(self, features: Tensor, num_rows: int) -> Tensor:

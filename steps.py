@@ -98,7 +98,7 @@ class Step:
     detached: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, Any] = field(default_factory=dict)
     cut: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    runs: dict[int, slice] = field(default_factory=dict)  # rows of each part, by its identity: `cut` keeps it alive
+    spans: dict[int, slice] = field(default_factory=dict)  # rows of each part, by its identity: `cut` keeps it alive
 
     def rows(self, modality: str) -> int:
         return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
@@ -115,7 +115,7 @@ class Step:
             own, size = self.own(modality), self.micro_batch[modality]
             everything = torch.arange(own.start, own.stop)
             parts = (everything,) if len(everything) <= size else everything.split(size)
-            self.runs |= {id(part): slice(own.start + i * size, own.start + i * size + len(part))
+            self.spans |= {id(part): slice(own.start + i * size, own.start + i * size + len(part))
                           for i, part in enumerate(parts)}
             self.cut[modality] = parts
         return self.cut[modality]
@@ -124,13 +124,13 @@ class Step:
         """Pictures or sounds of some rows, on the device."""
         values = self.batch.images if modality == "image" else self.batch.audio
         first = 0 if self.share is None else self.share.first_media
-        run = self.runs.get(id(rows))
-        return self.to_device(values[rows - first] if run is None else self.view(values, run, first))
+        span = self.spans.get(id(rows))
+        return self.to_device(values[rows - first] if span is None else self.view(values, span, first))
 
-    def view(self, values: Tensor, run: slice, first: int) -> Tensor:
+    def view(self, values: Tensor, span: slice, first: int) -> Tensor:
         """Rows that follow each other, of values whose first is row `first`. No copy: what lies in pinned memory stays
         there, so it goes to the device while the host goes on."""
-        return values[run.start - first:run.stop - first]
+        return values[span.start - first:span.stop - first]
 
     def to_device(self, value: Tensor) -> Tensor:
         return value.to(self.device, non_blocking=True)

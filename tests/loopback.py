@@ -8,6 +8,8 @@
 import hashlib
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -32,8 +34,9 @@ class Loopback:
         self.headers: dict[str, str] = {}  # sent with every answer
         self.slow_s = 0.0
         self.bytes_sent = 0
-        self.at_once = self.most_at_once = 0  # answers that are being given
-        self._lock = threading.Lock()
+        self.at_once = self.most_at_once = 0  # files that are being sent
+        self.wait_until_at_once = 0  # none goes on before so many were
+        self._together = threading.Condition()
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.stop_stalling = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"loopback": self}))
@@ -53,10 +56,18 @@ class Loopback:
     def url(self, path: str = "", host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self._server.server_port}{path}"
 
-    def busy(self, change: int) -> None:
-        with self._lock:
-            self.at_once += change
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        with self._together:
+            self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
+            self._together.notify_all()
+            self._together.wait_for(lambda: self.most_at_once >= self.wait_until_at_once, timeout=30)
+        try:
+            yield
+        finally:
+            with self._together:
+                self.at_once -= 1
 
     def ranges(self, path: str) -> list[str]:
         """The Range header of each request for `path`, "" where it had none."""
@@ -67,13 +78,6 @@ class _Handler(BaseHTTPRequestHandler):
     loopback: Loopback
 
     def do_GET(self) -> None:
-        self.loopback.busy(1)
-        try:
-            self._give()
-        finally:
-            self.loopback.busy(-1)
-
-    def _give(self) -> None:
         path = self.path.split("?")[0]
         self.loopback.requests.append((path, {name.lower(): value for name, value in self.headers.items()}))
         queue = self.loopback.faults.get(path, [])
@@ -142,12 +146,17 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "stall":
                 self.loopback.stop_stalling.wait(30)
         else:
-            for at in range(0, len(body), 1 << 16):
-                self.wfile.write(body[at: at + (1 << 16)])
-                self.loopback.bytes_sent += len(body[at: at + (1 << 16)])
-                if self.loopback.slow_s:
-                    time.sleep(self.loopback.slow_s)
+            with self.loopback.sending():
+                self._slowly(body[:-1])
+            self._slowly(body[-1:])  # whoever has it may ask for the next file before this thread goes on
         self.close_connection = True
+
+    def _slowly(self, body: bytes) -> None:
+        for at in range(0, len(body), 1 << 16):
+            self.wfile.write(body[at: at + (1 << 16)])
+            self.loopback.bytes_sent += len(body[at: at + (1 << 16)])
+            if self.loopback.slow_s:
+                time.sleep(self.loopback.slow_s)
 
     def log_message(self, format: str, *args: Any) -> None:
         """The test's own output says enough."""

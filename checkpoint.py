@@ -58,7 +58,7 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
             _write_with_digest(content, cast(BinaryIO, file))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)}); an earlier file there is unchanged. "
-                              "Free space or choose another --output-dir") from None
+                              "Free space there") from None
 
 
 def export(state: Mapping[str, Any], path: str | Path) -> None:
@@ -86,7 +86,7 @@ def check_room(folder: Path, *contents: Any) -> None:
     need, free = ROOM * sum(map(tensor_bytes, contents)), shutil.disk_usage(folder).free
     if need > free:
         raise CheckpointError(f"{folder}: the next checkpoint takes {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; "
-                              "earlier ones are unchanged. Free space or choose another --output-dir")
+                              "earlier ones are unchanged. Free space there")
 
 
 def tensor_bytes(value: Any) -> int:

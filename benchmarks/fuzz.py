@@ -172,6 +172,10 @@ PIECES = (b"[" * 5_000, b"{\"a\":" * 3_000, b"9" * 5_000, b"0x" + b"f" * 5_000, 
 VALUES = (b'"\\ud800"', b'"\\u0000"', b'"' + b"x" * 20_000 + b'"', b'"../a.png"', b'""', b"-1",
           b'"' + b"../" * 20 + b'etc/passwd"', b"1e300", b'["a", ["b"]]', b"9" * 400, b"-0.0", b"1_000", b"0o17",
           b"1e999", b"12:30:45", b"2026-01-01")
+FIELDS: tuple[Any, ...] = (0, 1, -1, 0.5, 1e-9, 59.9, 1e300, -1e300, float("nan"), 10**400, True, None, "", " ",
+                           "x" * 20_000, "a  dog\n\ton\u2028grass", "\u202e", "\0", "\ud800", "a.png", "b/c.png",
+                           "../a.png", "/etc/passwd", "train", "0.5", "inf", [], ["a", "a", "b"], ["a", ["b"]], {},
+                           {"a": 1}, ["a"] * 5_000)
 TEXTS = ("jsonl", "csv", "yaml")
 
 
@@ -221,6 +225,21 @@ def insert(data: bytearray, rng: random.Random, other: bytes) -> None:
     data[place:place + rng.choice((0, 0, 1, 5))] = rng.choice(PIECES)
 
 
+def revalue(data: bytearray, rng: random.Random, other: bytes) -> None:
+    """One field of one line changed, added or taken away, and the JSON right: what is in it has to be looked at."""
+    try:
+        lines = [json.loads(line) for line in data.splitlines()]
+    except (ValueError, RecursionError):
+        return  # an earlier change broke the syntax
+    line = rng.choice([line for line in lines if isinstance(line, dict)] or [{}])
+    name = rng.choice(["image", "audio", "text", "labels", "speaker", "split", "start", "duration", "id", "odd"])
+    if rng.random() < 0.2:
+        line.pop(name, None)
+    else:
+        line[name] = rng.choice(FIELDS)
+    data[:] = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
 def damaged(kind: str, number: int, seed: int) -> bytes:
     """Input `number` of a kind: the same for ever, and never a whole file."""
     rng = random.Random(f"{seed} {kind} {number}")
@@ -228,6 +247,8 @@ def damaged(kind: str, number: int, seed: int) -> bytes:
     changes: list[Callable[[bytearray, random.Random, bytes], None]] = [flip, cut, splice, header, run]
     if kind in TEXTS:
         changes += [insert] * 5 + [replace] * 20
+    if kind == "jsonl":
+        changes += [revalue] * 60
     good = rng.choice(files)
     data = bytearray(good)
     for _ in range(rng.choice((1, 1, 2, 3))):

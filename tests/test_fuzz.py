@@ -17,6 +17,7 @@ def test_damaged_files_are_read_or_refused() -> None:
     counts, problems = fuzz.fuzz(kinds, 200, seed=1, timeout_s=120.0)
     assert problems == [], format_table(counts)
     assert sum(found["inputs"] for found in counts.values()) == 200
+    assert all(found["accepted"] for kind, found in counts.items() if kind != "checkpoint"), format_table(counts)
     assert counts["checkpoint"]["refused"] == counts["checkpoint"]["inputs"] > 10
 
 

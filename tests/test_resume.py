@@ -76,7 +76,8 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_to_the_same_bits(
     process.join()
     assert process.exitcode == 3, folder.with_suffix(".out").read_text("utf-8")[-2000:]
     said = folder.with_suffix(".out").read_text("utf-8")
-    [path] = (folder / "checkpoints").glob("checkpoint_epoch_*.pt")
+    path = checkpoint.find_latest(folder / "checkpoints")
+    assert path is not None
     step = checkpoint.load(path)["progress"]["step"]
     assert f"Stopped by {name} after step {step}, which is saved. Go on with --resume auto" in said
     assert records(folder)[-1]["step"] == step, "what was done is recorded, and nothing more"

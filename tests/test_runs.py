@@ -202,23 +202,6 @@ def test_a_finished_run_without_its_report_is_evaluated_again(
     assert small.train(folder, *QUICK, resume="auto") == report
 
 
-def test_more_epochs_have_a_report_of_their_own_even_if_their_end_failed(
-        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, more = tmp_path / "run", (*QUICK, "training.epochs=5")
-    shutil.copytree(whole, folder, symlinks=True)
-    [first] = (folder / "reports").glob("*.md")
-
-    def full(run: runs.Run) -> Path:
-        raise UserError("no space left")
-
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
-        patch.setattr(training, "finish", full)
-        small.train(folder, *more, resume="auto")
-    report = small.train(folder, *more, resume="auto")
-    assert report != first and state_of(folder, "final_model.pt")["progress"]["epoch"] == 5
-    assert small.train(folder, *more, resume="auto") == report
-
-
 def test_auto_in_an_empty_folder_is_a_fresh_start(small: SmallRuns, tmp_path: Path) -> None:
     config = small.config(tmp_path)
     assert resume.find_state(config, Options("cpu", "auto")) is None

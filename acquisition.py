@@ -27,7 +27,7 @@ import sampling
 import transfer
 from config import UserError
 from debian import fetch_by_apt
-from files import BESIDE, locked
+from files import BESIDE, locked, replacing
 from holdings import Holdings
 from members import ArchiveError
 from redaction import redact
@@ -138,7 +138,8 @@ class Acquisition:
         (self.folder / LICENCE).write_text(f"{self.source.title}\n{self.source.page}\n\n{self.source.licence}\n"
                                            f"{self.source.note}\n", encoding="utf-8")
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
-        for name in (inventory.MARKER, clips.LEDGER):
+        lists = [item.into for item in self.selection.items if item.kind == "plain"]
+        for name in (inventory.MARKER, clips.LEDGER, *lists):
             for left in self.folder.glob(f"{name}.*{BESIDE}"):  # of a run that was killed while it wrote
                 left.unlink()
         if not self.options.keep_archives:
@@ -208,6 +209,16 @@ class Acquisition:
             return self.local if self.source.one_of or self.local.name == name else None
         places = (self.local / name, *sorted(self.local.glob(f"*/{name}")))
         return next((path for path in places if path.is_file()), None)
+
+    def _from_local(self, wanted: Wanted, path: Path) -> Fetched:
+        """A file of the user's copy, checked: an archive is read where it is, a list is copied to `path`."""
+        fetched = self._check_local(wanted)
+        if path.parent.name == ARCHIVES:
+            return fetched
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with wanted.path.open("rb") as source, replacing(path) as copy:
+            shutil.copyfileobj(source, copy)
+        return replace(fetched, path=path)
 
     def _check_local(self, wanted: Wanted) -> Fetched:
         try:
@@ -364,13 +375,12 @@ class Acquisition:
 
     def _get(self, file: File, path: Path) -> Fetched:
         """The file from the user's copy, the system's package tool or a server, checked."""
-        if local := self._in_local(file.name):
-            fetched = self._check_local(self._wanted(file, local, ()))
-            if path.parent.name == ARCHIVES:
-                return fetched
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(local, path)
-            return replace(fetched, path=path)
+        local = self._in_local(file.name)
+        if local and path.exists() and local.samefile(path):  # the set's own folder was named
+            with contextlib.suppress(Mismatch):
+                return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)
+        elif local:
+            return self._from_local(self._wanted(file, local, ()), path)
         urls = self.selection.addresses(file)
         if not urls and self.local:
             raise _NotAvailable

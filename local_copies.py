@@ -34,7 +34,7 @@ def link_voxceleb(local: Path, folder: Path) -> dict[str, int]:
 
 def _speaker_folders(folder: Path, depth: int) -> Iterator[Path]:
     try:
-        below = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        below = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
     if any(_SPEAKER.fullmatch(entry.name) for entry in below):
@@ -42,6 +42,11 @@ def _speaker_folders(folder: Path, depth: int) -> Iterator[Path]:
     elif depth:
         for entry in below:
             yield from _speaker_folders(entry, depth - 1)
+
+
+def _is_hidden(name: str) -> bool:
+    """What a download that was stopped left lies in such folders, where the set's own folder is named."""
+    return name.startswith(".")
 
 
 def _voxceleb_place(speaker: Path, local: Path) -> str | None:
@@ -62,7 +67,7 @@ def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
     known = _audiocaps_names(lists)
     found: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
     for root, below, names in os.walk(local, followlinks=True):
-        below.sort()
+        below[:] = sorted(name for name in below if not _is_hidden(name))
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
             clip = known.get(stem) if suffix.lower() in SOUND_SUFFIXES else None

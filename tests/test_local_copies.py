@@ -87,3 +87,10 @@ def test_other_sounds_are_not_linked_and_none_twice(tmp_path: Path, lists: Path)
         put(tmp_path / "own" / name)
     assert local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists) == {"train": 0, "val": 1, "test": 0}
     assert [path.name for path in (tmp_path / "data").rglob("*.*")] == ["vwxyzvwxyz1_0.flac"]
+
+
+def test_what_a_stopped_download_left_in_hidden_folders_is_not_linked(tmp_path: Path, lists: Path) -> None:
+    put(tmp_path / ".unpacking/x/vwxyzvwxyz1_0.flac")
+    put(tmp_path / ".unpacking/vox1_dev_wav.zip-0/wav/id10001/v/1.wav")
+    assert not any(local_copies.link_audiocaps(tmp_path, tmp_path / "data", lists).values())
+    assert local_copies.link_voxceleb(tmp_path, tmp_path / "data") == {}

@@ -443,6 +443,25 @@ def test_a_tool_that_fails_or_strays_is_noticed(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("written", ["write_bytes(bytes(60_000))", "open('wb').truncate(70_000)"])
+def test_a_full_disk_is_not_taken_for_a_broken_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       written: str) -> None:
+    """Less is free than what the tool has not written yet, though it gave the file its size; else it is the archive."""
+    data = seven_zip(tmp_path, FILES)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setenv("PATH", fake_tool(tmp_path, f"pathlib.Path(out, 'z').{written}\nsys.exit('E_FAIL')"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=9_000))
+    with pytest.raises(UserError, match="out: the disk is full, unpacking archive; free some space and run again"):
+        run(tmp_path, data, "7z")
+    assert (tmp_path / "beside/z").exists(), "what was unpacked is kept"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=80_000))
+    with pytest.raises(ArchiveError, match=r"cannot be unpacked by 7zz .E_FAIL"):
+        run(tmp_path, data, "7z")
+    monkeypatch.setenv("PATH", "")
+    run(tmp_path, data, "7z")
+    assert tree(tmp_path / "out") == FILES
+
+
 @pytest.mark.parametrize("tool", TOOLS)
 def test_the_tools_that_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str) -> None:
     found = shutil.which(tool)

@@ -63,8 +63,9 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "answers": "", "transfer": "answers config files progress redaction", "debian": "transfer",
     "inventory": "files", "local_copies": "config", "remote": "answers members transfer",
     "sampling": "annotations sources",
-    "zip_stream": "members", "shards": "config members", "seven_zip": "config members progress remote",
-    "archives": "config members progress remote seven_zip shards zip_stream",
+    "zip_stream": "members", "tar_stream": "members", "shards": "config members",
+    "seven_zip": "config members progress remote",
+    "archives": "config members progress remote seven_zip shards tar_stream zip_stream",
     "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
     "clips": "annotations config files pipeline selection transfer",
     "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "

@@ -44,7 +44,7 @@ def _entries(plain: IO[bytes], stack: ExitStack) -> Iterator[tuple[tarfile.TarFi
             archive.members = []  # type: ignore[attr-defined]  # it would remember them all
             if sum(len(key) + len(value) for key, value in archive.pax_headers.items()) > HEADER_BYTES:
                 raise ArchiveError("holds headers beyond all measure")
-    except (ValueError, OverflowError, RecursionError) as error:  # what the library says of headers without sense
+    except (ArithmeticError, LookupError, ValueError, RecursionError) as error:  # headers without sense
         raise ArchiveError(f"is not a readable tar archive ({type(error).__name__})") from None
 
 

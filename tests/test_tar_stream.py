@@ -110,6 +110,8 @@ def test_headers_without_sense_are_damage() -> None:
         ("major", "1"), ("minor", "0"), ("name", "x"), ("realsize", "1"))))
     with pytest.raises(ArchiveError, match=r"is not a readable tar archive \(ValueError\)"):
         contents(packed([header(b"x", len(facts)), facts, header(b"0", 1024), b"x" * 1024, bytes(1024)]))
+    with pytest.raises(ArchiveError, match=r"is not a readable tar archive \(IndexError\)"):
+        contents(packed([next(sparse_of_gnu())]))
 
 
 @pytest.mark.parametrize("form", FORMATS)

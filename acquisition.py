@@ -98,8 +98,13 @@ class Acquisition:
         return self._outcome("done")
 
     def _complete(self) -> bool:
-        """The cheap look: the marker, and that no file of the lists is missing."""
-        return bool(self.holdings.marker.get("complete")) and not self.holdings.todo(sizes=False)
+        """The cheap look: the marker, that no file of the lists is missing, and no clip is left to try."""
+        if not self.holdings.marker.get("complete") or self.holdings.todo(sizes=False):
+            return False
+        return not (self._asks_youtube() and clips.any_left(self.folder, self.options))
+
+    def _asks_youtube(self) -> bool:
+        return self.options.sounds == "youtube" and self.source.name == "audiocaps"
 
     def _needs_key(self) -> bool:
         """Whether a server that wants a key is the only way to something that is missing."""
@@ -124,15 +129,14 @@ class Acquisition:
             self._obtain_one(todo)
         else:
             self._obtain_all(todo)
-        if self.options.sounds == "youtube" and self.source.name == "audiocaps":
+        if self._asks_youtube():
             self.may_come = clips.fetch_clips(self.folder, self.options, self.policy)
         self._finish_set()
 
     def _finish_set(self) -> None:
         marker = self.holdings.marker
-        everything = Selection(self.source, replace(self.options, splits=(), max_gb=0.0, sample=0))
         marker |= {"complete": not self.unavailable and not self.may_come,
-                   "limited": self.selection.limited and bool(Holdings(everything, marker).todo(sizes=False)),
+                   "limited": self.selection.limited and self._more_without_limits(),
                    "counts": {place: found for place, found, _ in self.holdings.counts(self.holdings.coverage())}}
         inventory.write_marker(self.folder, marker)
         (self.folder / LICENCE).write_text(f"{self.source.title}\n{self.source.page}\n\n{self.source.licence}\n"
@@ -147,6 +151,12 @@ class Acquisition:
                 self._remove_archives(item)
         with contextlib.suppress(OSError):
             (self.folder / ARCHIVES).rmdir()  # only when empty
+
+    def _more_without_limits(self) -> bool:
+        options = replace(self.options, splits=(), max_gb=0.0, sample=0)
+        if Holdings(Selection(self.source, options), self.holdings.marker).todo(sizes=False):
+            return True
+        return self._asks_youtube() and clips.any_left(self.folder, options)
 
     def _remove_archives(self, item: Item) -> None:
         for file in item.files:
@@ -184,7 +194,7 @@ class Acquisition:
         if self.local.is_dir() and self.source.name == "audiocaps":
             self._obtain([item for item in self.selection.items
                           if item.kind == "plain" and not self.holdings.present(item, True)])
-            linked = local_copies.link_audiocaps(self.local, self.folder, self.folder / "dataset")
+            linked = local_copies.link_audiocaps(self.local, self.folder, self.folder)
             linked = linked if any(linked.values()) else {}
         self.holdings.marker["linked"] = linked
         if linked:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
+AUDIOCAPS_VERSIONS = ("dataset", "dataset2.0")  # folders of their lists
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*"([^"\\]+)"')
 _KARPATHY = re.compile(rb'"(?:filename"\s*:\s*"[^"\\]*_0*(\d+)\.jpg|split"\s*:\s*"(\w+))"')
 _BLOCK_BYTES = 1 << 20
@@ -96,11 +97,28 @@ def _of_table(column: str) -> Callable[[Path], Iterator[str]]:
     return read
 
 
-def clips(path: Path) -> Iterator[str]:
-    """YOUTUBEID_START of each clip of a list of AudioCaps, once; no suffix."""
+def clip_lists(folder: Path, split: str) -> list[Path]:
+    """The lists of AudioCaps in `folder`, one a version, the first version first; where none is there, its name."""
+    paths = [folder / version / f"{split}.csv" for version in AUDIOCAPS_VERSIONS]
+    return [path for path in paths if path.is_file()] or paths[:1]
+
+
+def clips(folder: Path, split: str) -> Iterator[str]:
+    """YOUTUBEID_START of each clip that any version names, once; no suffix."""
+    yield from dict.fromkeys(clip for path in clip_lists(folder, split) for clip in _of_clips(path))
+
+
+def _of_clips(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = (f"{row.get('youtube_id')}_{row.get('start_time')}" for row in csv.DictReader(file))
         yield from dict.fromkeys(rows)
+
+
+def _of_further_clips(path: Path) -> Iterator[str]:
+    """Those that the first version does not name."""
+    first, *_ = clip_lists(path.parent.parent, path.stem)
+    known = set(_of_clips(first)) if first != path else set()
+    yield from (clip for clip in _of_clips(path) if clip not in known)
 
 
 def _of_trials(path: Path) -> Iterator[str]:
@@ -113,7 +131,8 @@ LISTS: dict[str, Callable[[Collection[str]], Lists]] = {
     "coco": lambda splits: [(part, f"annotations/captions_{part}.json", _of_json) for part in ("train2017", "val2017")],
     "clotho": lambda splits: [(ours, f"clotho_captions_{ours}.csv", _of_table("file_name"))
                               for split, ours in _CLOTHO.items() if split in splits],
-    "audiocaps": lambda splits: [(split, f"dataset/{split}.csv", clips) for split in SPLITS if split in splits],
+    "audiocaps": lambda splits: [(split, f"{version}/{split}.csv", read) for version, read in zip(
+        AUDIOCAPS_VERSIONS, (_of_clips, _of_further_clips), strict=True) for split in SPLITS if split in splits],
     "voxceleb": lambda splits: ([("voxceleb1/wav", "voxceleb1/iden_split.txt", _of_trials)]
                                 if set(SPLITS) <= set(splits) else []),
 }

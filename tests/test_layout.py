@@ -61,7 +61,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # getting data
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
     "answers": "", "transfer": "answers config files progress redaction", "debian": "transfer",
-    "inventory": "files", "local_copies": "config", "remote": "answers members transfer",
+    "inventory": "files", "local_copies": "annotations config", "remote": "answers members transfer",
     "sampling": "annotations sources",
     "zip_stream": "members", "tar_stream": "members", "shards": "config members",
     "seven_zip": "config members progress remote",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sources import Source
-from tests import miniature
+from tests import miniature, trees
 from tests.test_acquisition import options, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,3 +83,14 @@ def test_a_damaged_list_in_the_folder_of_the_set_is_asked_of_the_server(tmp_path
     (folder / LIST).write_bytes(b"damaged")
     outcome = run(source, options(tmp_path, local={"clotho": folder}))
     assert outcome.code == 1 and f"not to be had: {LIST}" in outcome.detail, outcome.detail
+
+
+def test_sounds_of_the_second_version_of_audiocaps_are_linked(tmp_path: Path) -> None:
+    source, served = miniature.with_another_clip(tmp_path / "true", "newclip0001", 30)
+    for name, data in served.items():
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_bytes(data)
+    trees.sound(tmp_path / "own/Ynewclip0001.wav", trees.tone(0.5))
+    outcome = run(source, options(tmp_path, local={"audiocaps": tmp_path / "own"}))
+    assert (outcome.state, outcome.code) == ("partial", 3)
+    assert (tmp_path / "data/audiocaps/train/newclip0001_30.wav").is_symlink() and "further" not in outcome.detail

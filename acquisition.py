@@ -23,6 +23,7 @@ import clips
 import inventory
 import local_copies
 import pipeline
+import readiness
 import sampling
 import transfer
 from config import UserError
@@ -153,10 +154,9 @@ class Acquisition:
             (self.folder / ARCHIVES).rmdir()  # only when empty
 
     def _more_without_limits(self) -> bool:
-        options = replace(self.options, splits=(), max_gb=0.0, sample=0)
-        if Holdings(Selection(self.source, options), self.holdings.marker).todo(sizes=False):
-            return True
-        return self._asks_youtube() and clips.any_left(self.folder, options)
+        everything = self.selection.unlimited()
+        return (bool(Holdings(everything, self.holdings.marker).todo(sizes=False))
+                or (self._asks_youtube() and clips.any_left(self.folder, everything.options)))
 
     def _remove_archives(self, item: Item) -> None:
         for file in item.files:
@@ -178,10 +178,10 @@ class Acquisition:
         code = DONE
         if short and not (self.options.sample or self.selection.left_out):
             code = IN_PART if self.source.partly or self.holdings.marker.get("linked") else FAILED
-        command = self.selection.command() if code == FAILED or self.may_come else self.selection.training_command()
+        again = code == FAILED or self.may_come
         return Outcome(name=self.source.name, detail=", ".join(lines) or "all files are there", code=code,
                        state="partial" if state != "skipped" and (short or self.selection.left_out) else state,
-                       next_command=command)
+                       next_command=self.selection.command() if again else readiness.next_command(self.selection))
 
     # --- What the user has -----------------------------------------------------------------------------------------
 

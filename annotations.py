@@ -36,25 +36,42 @@ def coverage(name: str, folder: Path, splits: Collection[str] = SPLITS) -> Itera
             yield _compare(folder / place, place, source, read(path))
 
 
+def present(name: str, folder: Path, place: str) -> Iterator[str]:
+    """The files of the folder `place` that its first list names and that are there; no more is read than is asked."""
+    path, read = next((folder / source, read) for where, source, read in LISTS[name](SPLITS) if where == place)
+    is_there = _looker(folder / place)
+    return (each for each in read(path) if is_there(each))
+
+
 def _compare(folder: Path, place: str, source: str, names: Iterable[str]) -> Coverage:
-    look = lru_cache(maxsize=64)(lambda parent: _names_in(folder / parent))
+    is_there = _looker(folder)
     found = listed = 0
     absent: list[str] = []
     for name in names:
         listed += 1
-        parent, _, last = name.rpartition("/")
-        there = look(parent)
-        if last in there or (not os.path.splitext(last)[1] and any(last + end in there for end in _SOUNDS)):
+        if is_there(name):
             found += 1
         elif len(absent) < 10:
             absent.append(name)
     return Coverage(place=place, source=source, found=found, listed=listed, absent=tuple(absent))
 
 
+def _looker(folder: Path) -> Callable[[str], bool]:
+    look = lru_cache(maxsize=64)(lambda parent: names_in(folder / parent))
+
+    def is_there(name: str) -> bool:
+        parent, _, last = name.rpartition("/")
+        there = look(parent)
+        return last in there or (not os.path.splitext(last)[1] and any(last + end in there for end in _SOUNDS))
+
+    return is_there
+
+
 _SOUNDS = (".flac", ".wav", ".ogg", ".mp3", ".m4a")  # of a clip whose suffix the list does not tell
 
 
-def _names_in(folder: Path) -> frozenset[str]:
+def names_in(folder: Path) -> frozenset[str]:
+    """Of what is in the folder; none where there is no such folder."""
     try:
         return frozenset(os.listdir(folder))
     except OSError:

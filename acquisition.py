@@ -23,11 +23,12 @@ import clips
 import inventory
 import local_copies
 import pipeline
+import readiness
 import sampling
 import transfer
 from config import UserError
 from debian import fetch_by_apt
-from files import BESIDE, locked
+from files import BESIDE, locked, replacing
 from holdings import Holdings
 from members import ArchiveError
 from redaction import redact
@@ -98,8 +99,13 @@ class Acquisition:
         return self._outcome("done")
 
     def _complete(self) -> bool:
-        """The cheap look: the marker, and that no file of the lists is missing."""
-        return bool(self.holdings.marker.get("complete")) and not self.holdings.todo(sizes=False)
+        """The cheap look: the marker, that no file of the lists is missing, and no clip is left to try."""
+        if not self.holdings.marker.get("complete") or self.holdings.todo(sizes=False):
+            return False
+        return not (self._asks_youtube() and clips.any_left(self.folder, self.options))
+
+    def _asks_youtube(self) -> bool:
+        return self.options.sounds == "youtube" and self.source.name == "audiocaps"
 
     def _needs_key(self) -> bool:
         """Whether a server that wants a key is the only way to something that is missing."""
@@ -124,21 +130,21 @@ class Acquisition:
             self._obtain_one(todo)
         else:
             self._obtain_all(todo)
-        if self.options.sounds == "youtube" and self.source.name == "audiocaps":
+        if self._asks_youtube():
             self.may_come = clips.fetch_clips(self.folder, self.options, self.policy)
         self._finish_set()
 
     def _finish_set(self) -> None:
         marker = self.holdings.marker
-        everything = Selection(self.source, replace(self.options, splits=(), max_gb=0.0, sample=0))
         marker |= {"complete": not self.unavailable and not self.may_come,
-                   "limited": self.selection.limited and bool(Holdings(everything, marker).todo(sizes=False)),
+                   "limited": self.selection.limited and self._more_without_limits(),
                    "counts": {place: found for place, found, _ in self.holdings.counts(self.holdings.coverage())}}
         inventory.write_marker(self.folder, marker)
         (self.folder / LICENCE).write_text(f"{self.source.title}\n{self.source.page}\n\n{self.source.licence}\n"
                                            f"{self.source.note}\n", encoding="utf-8")
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
-        for name in (inventory.MARKER, clips.LEDGER):
+        lists = [item.into for item in self.selection.items if item.kind == "plain"]
+        for name in (inventory.MARKER, clips.LEDGER, *lists):
             for left in self.folder.glob(f"{name}.*{BESIDE}"):  # of a run that was killed while it wrote
                 left.unlink()
         if not self.options.keep_archives:
@@ -146,6 +152,11 @@ class Acquisition:
                 self._remove_archives(item)
         with contextlib.suppress(OSError):
             (self.folder / ARCHIVES).rmdir()  # only when empty
+
+    def _more_without_limits(self) -> bool:
+        everything = self.selection.unlimited()
+        return (bool(Holdings(everything, self.holdings.marker).todo(sizes=False))
+                or (self._asks_youtube() and clips.any_left(self.folder, everything.options)))
 
     def _remove_archives(self, item: Item) -> None:
         for file in item.files:
@@ -167,10 +178,10 @@ class Acquisition:
         code = DONE
         if short and not (self.options.sample or self.selection.left_out):
             code = IN_PART if self.source.partly or self.holdings.marker.get("linked") else FAILED
-        command = self.selection.command() if code == FAILED or self.may_come else self.selection.training_command()
+        again = code == FAILED or self.may_come
         return Outcome(name=self.source.name, detail=", ".join(lines) or "all files are there", code=code,
                        state="partial" if state != "skipped" and (short or self.selection.left_out) else state,
-                       next_command=command)
+                       next_command=self.selection.command() if again else readiness.next_command(self.selection))
 
     # --- What the user has -----------------------------------------------------------------------------------------
 
@@ -183,7 +194,7 @@ class Acquisition:
         if self.local.is_dir() and self.source.name == "audiocaps":
             self._obtain([item for item in self.selection.items
                           if item.kind == "plain" and not self.holdings.present(item, True)])
-            linked = local_copies.link_audiocaps(self.local, self.folder, self.folder / "dataset")
+            linked = local_copies.link_audiocaps(self.local, self.folder, self.folder)
             linked = linked if any(linked.values()) else {}
         self.holdings.marker["linked"] = linked
         if linked:
@@ -208,6 +219,16 @@ class Acquisition:
             return self.local if self.source.one_of or self.local.name == name else None
         places = (self.local / name, *sorted(self.local.glob(f"*/{name}")))
         return next((path for path in places if path.is_file()), None)
+
+    def _from_local(self, wanted: Wanted, path: Path) -> Fetched:
+        """A file of the user's copy, checked: an archive is read where it is, a list is copied to `path`."""
+        fetched = self._check_local(wanted)
+        if path.parent.name == ARCHIVES:
+            return fetched
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with wanted.path.open("rb") as source, replacing(path) as copy:
+            shutil.copyfileobj(source, copy)
+        return replace(fetched, path=path)
 
     def _check_local(self, wanted: Wanted) -> Fetched:
         try:
@@ -364,13 +385,12 @@ class Acquisition:
 
     def _get(self, file: File, path: Path) -> Fetched:
         """The file from the user's copy, the system's package tool or a server, checked."""
-        if local := self._in_local(file.name):
-            fetched = self._check_local(self._wanted(file, local, ()))
-            if path.parent.name == ARCHIVES:
-                return fetched
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(local, path)
-            return replace(fetched, path=path)
+        local = self._in_local(file.name)
+        if local and path.exists() and local.samefile(path):  # the set's own folder was named
+            with contextlib.suppress(Mismatch):
+                return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)
+        elif local:
+            return self._from_local(self._wanted(file, local, ()), path)
         urls = self.selection.addresses(file)
         if not urls and self.local:
             raise _NotAvailable

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
+AUDIOCAPS_VERSIONS = ("dataset", "dataset2.0")  # folders of their lists
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*"([^"\\]+)"')
 _KARPATHY = re.compile(rb'"(?:filename"\s*:\s*"[^"\\]*_0*(\d+)\.jpg|split"\s*:\s*"(\w+))"')
 _BLOCK_BYTES = 1 << 20
@@ -35,25 +36,42 @@ def coverage(name: str, folder: Path, splits: Collection[str] = SPLITS) -> Itera
             yield _compare(folder / place, place, source, read(path))
 
 
+def present(name: str, folder: Path, place: str) -> Iterator[str]:
+    """The files of the folder `place` that its first list names and that are there; no more is read than is asked."""
+    path, read = next((folder / source, read) for where, source, read in LISTS[name](SPLITS) if where == place)
+    is_there = _looker(folder / place)
+    return (each for each in read(path) if is_there(each))
+
+
 def _compare(folder: Path, place: str, source: str, names: Iterable[str]) -> Coverage:
-    look = lru_cache(maxsize=64)(lambda parent: _names_in(folder / parent))
+    is_there = _looker(folder)
     found = listed = 0
     absent: list[str] = []
     for name in names:
         listed += 1
-        parent, _, last = name.rpartition("/")
-        there = look(parent)
-        if last in there or (not os.path.splitext(last)[1] and any(last + end in there for end in _SOUNDS)):
+        if is_there(name):
             found += 1
         elif len(absent) < 10:
             absent.append(name)
     return Coverage(place=place, source=source, found=found, listed=listed, absent=tuple(absent))
 
 
+def _looker(folder: Path) -> Callable[[str], bool]:
+    look = lru_cache(maxsize=64)(lambda parent: names_in(folder / parent))
+
+    def is_there(name: str) -> bool:
+        parent, _, last = name.rpartition("/")
+        there = look(parent)
+        return last in there or (not os.path.splitext(last)[1] and any(last + end in there for end in _SOUNDS))
+
+    return is_there
+
+
 _SOUNDS = (".flac", ".wav", ".ogg", ".mp3", ".m4a")  # of a clip whose suffix the list does not tell
 
 
-def _names_in(folder: Path) -> frozenset[str]:
+def names_in(folder: Path) -> frozenset[str]:
+    """Of what is in the folder; none where there is no such folder."""
     try:
         return frozenset(os.listdir(folder))
     except OSError:
@@ -96,11 +114,28 @@ def _of_table(column: str) -> Callable[[Path], Iterator[str]]:
     return read
 
 
-def clips(path: Path) -> Iterator[str]:
-    """YOUTUBEID_START of each clip of a list of AudioCaps, once; no suffix."""
+def clip_lists(folder: Path, split: str) -> list[Path]:
+    """The lists of AudioCaps in `folder`, one a version, the first version first; where none is there, its name."""
+    paths = [folder / version / f"{split}.csv" for version in AUDIOCAPS_VERSIONS]
+    return [path for path in paths if path.is_file()] or paths[:1]
+
+
+def clips(folder: Path, split: str) -> Iterator[str]:
+    """YOUTUBEID_START of each clip that any version names, once; no suffix."""
+    yield from dict.fromkeys(clip for path in clip_lists(folder, split) for clip in _of_clips(path))
+
+
+def _of_clips(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = (f"{row.get('youtube_id')}_{row.get('start_time')}" for row in csv.DictReader(file))
         yield from dict.fromkeys(rows)
+
+
+def _of_further_clips(path: Path) -> Iterator[str]:
+    """Those that the first version does not name."""
+    first, *_ = clip_lists(path.parent.parent, path.stem)
+    known = set(_of_clips(first)) if first != path else set()
+    yield from (clip for clip in _of_clips(path) if clip not in known)
 
 
 def _of_trials(path: Path) -> Iterator[str]:
@@ -113,7 +148,8 @@ LISTS: dict[str, Callable[[Collection[str]], Lists]] = {
     "coco": lambda splits: [(part, f"annotations/captions_{part}.json", _of_json) for part in ("train2017", "val2017")],
     "clotho": lambda splits: [(ours, f"clotho_captions_{ours}.csv", _of_table("file_name"))
                               for split, ours in _CLOTHO.items() if split in splits],
-    "audiocaps": lambda splits: [(split, f"dataset/{split}.csv", clips) for split in SPLITS if split in splits],
+    "audiocaps": lambda splits: [(split, f"{version}/{split}.csv", read) for version, read in zip(
+        AUDIOCAPS_VERSIONS, (_of_clips, _of_further_clips), strict=True) for split in SPLITS if split in splits],
     "voxceleb": lambda splits: ([("voxceleb1/wav", "voxceleb1/iden_split.txt", _of_trials)]
                                 if set(SPLITS) <= set(splits) else []),
 }

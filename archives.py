@@ -6,7 +6,6 @@ An archive in several parts is read as one file, without a second copy on the di
 archive. What an interrupted unpacking left is kept where the archive's own CRC (of a zip) says that it is whole.
 """
 
-import bz2
 import errno
 import gzip
 import io
@@ -20,12 +19,12 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import seven_zip
 import shards
+import tar_stream
 import zip_stream
 from config import UserError
 from members import ArchiveError, ByteSource, Member, Rules, destination, safe_name
@@ -33,7 +32,6 @@ from progress import Progress
 from remote import RemoteFile
 
 CHUNK_BYTES = 1 << 18
-XZ_MEMORY_BYTES = 96 << 20  # of the dictionary; the largest preset takes 65 MiB
 _AR_MAGIC = b"!<arch>\n"
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
            NotImplementedError)
@@ -246,7 +244,7 @@ def _zip_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Itera
 
 def _tar_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
     source = stack.enter_context(io.BufferedReader(Spans.join(parts), 1 << 18))
-    yield from _tar_stream(source, rules, stack)
+    yield from tar_stream.members(source, rules, stack)
 
 
 def _deb_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
@@ -256,7 +254,7 @@ def _deb_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Itera
     for name, start, length in _ar_index(path):
         if name.startswith("data.tar"):
             source = stack.enter_context(io.BufferedReader(Spans([(path, start, length)]), 1 << 18))
-            yield from _tar_stream(source, rules, stack)
+            yield from tar_stream.members(source, rules, stack)
             return
     raise ArchiveError("holds no data.tar: not a Debian package")
 
@@ -272,61 +270,6 @@ def _ar_index(path: Path) -> Iterator[tuple[str, int, int]]:
                 raise ArchiveError("is a damaged Debian package")
             yield name, file.tell(), int(length)
             file.seek(int(length) + int(length) % 2, os.SEEK_CUR)  # members begin at even offsets
-
-
-def _tar_stream(source: IO[bytes], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    plain = stack.enter_context(_decompressed(source))
-    archive = stack.enter_context(tarfile.open(fileobj=plain, mode="r|"))
-    for info in archive:
-        if info.isdir():
-            continue
-        if not info.isreg():
-            if destination(safe_name(info.name), rules) is None:
-                continue  # is not unpacked anyway
-            raise ArchiveError(f"holds a link or device, {info.name!r}")
-        yield Member(info.name, info.size, partial(_tar_contents, archive, info))
-        archive.members = []  # type: ignore[attr-defined]  # it would remember them all
-    while plain.read(1 << 20):
-        pass  # the checksum stands at the end
-
-
-def _decompressed(source: IO[bytes]) -> IO[bytes]:
-    """The standard readers, since tarfile's own for streams checks no checksum of gz."""
-    magic = source.read(6)
-    source.seek(0)
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.GzipFile(fileobj=source)  # type: ignore[return-value]
-    if magic.startswith(b"BZh"):
-        return bz2.BZ2File(source)
-    return io.BufferedReader(_Xz(source), CHUNK_BYTES) if magic == b"\xfd7zXZ\0" else source
-
-
-class _Xz(io.RawIOBase):
-    """An xz file whose dictionary has a bound, which the standard reader does not know."""
-
-    def __init__(self, source: IO[bytes]) -> None:
-        super().__init__()
-        self._source, self._decoder = source, lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY_BYTES)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        chunk = b""
-        while not chunk and not self._decoder.eof:
-            packed = self._source.read(CHUNK_BYTES) if self._decoder.needs_input else b""
-            if self._decoder.needs_input and not packed:
-                raise EOFError("the xz file is cut")
-            chunk = self._decoder.decompress(packed, len(buffer))
-        buffer[: len(chunk)] = chunk
-        return len(chunk)
-
-
-def _tar_contents(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[bytes]:
-    contents = archive.extractfile(info)
-    assert contents is not None, "only regular files are asked for"
-    while chunk := contents.read(CHUNK_BYTES):
-        yield chunk
 
 
 def _parquet_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def fetch_clips(folder: Path, options: Options, policy: Policy) -> int:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows((clip, *row) for clip, row in ledger.items())
-    todo = list(_todo(folder, options, {clip: row[0] for clip, row in ledger.items()}))
+    todo = list(_todo(folder, options, ledger))
     shutil.rmtree(folder / STAGING, ignore_errors=True)
     try:
         return _fetch_all(tool, folder, todo, options, policy)
@@ -93,15 +93,20 @@ def status_of(said: str) -> str:
     return next((status for status, pattern in _REASONS if pattern.search(said)), "failed")
 
 
-def _todo(folder: Path, options: Options, status: dict[str, str]) -> Iterator[tuple[str, str]]:
+def any_left(folder: Path, options: Options) -> bool:
+    """Whether a clip that is asked for is not there and may come, because it was never tried, or may fare better."""
+    return next(_todo(folder, options, read_ledger(folder / LEDGER)), None) is not None
+
+
+def _todo(folder: Path, options: Options, ledger: Mapping[str, tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
     """(split, clip) of what is not there and may come, test and val first, as they are small."""
     closed = GONE if options.cookies else (*GONE, *BOUND)
     for split in ("test", "val", "train"):
         if options.splits and split not in options.splits:
             continue
         there = {path.stem for path in (folder / split).glob("*") if path.suffix in SUFFIXES}
-        open_clips = [clip for clip in annotations.clips(folder / "dataset" / f"{split}.csv")
-                      if clip not in there and status.get(clip) not in closed]
+        open_clips = [clip for clip in annotations.clips(folder, split)
+                      if clip not in there and ledger.get(clip, ("",))[0] not in closed]
         most = max(0, options.sample - len(there)) if options.sample else None
         yield from ((split, clip) for clip in open_clips[:most])
 

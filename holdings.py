@@ -103,8 +103,10 @@ class Holdings:
                 for (folder, suffix), number in expected.items()]
         splits = self.selection.options.splits or annotations.SPLITS
         partly = {count.folder: count.number for count in self.selection.source.partly if count.folder in splits}
-        rows += [(row.place if row.place in partly else f"{row.place} named in {row.source}", row.found, row.listed)
-                 for row in covered if row.place in partly or row.absent]
+        first = {row.place: row for row in reversed(covered) if row.place in partly}  # later versions name further ones
+        rows += [(row.place if first.get(row.place) is row else
+                  f"{'further ' if row.place in first else ''}{row.place} named in {row.source}", row.found, row.listed)
+                 for row in covered if first.get(row.place) is row or row.absent]
         unknown = partly.keys() - {row.place for row in covered}
         return rows + [(place, inventory.count(self.folder / place, ""), number)
                        for place, number in partly.items() if place in unknown]

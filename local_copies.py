@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import annotations
 from config import UserError
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
@@ -34,7 +35,7 @@ def link_voxceleb(local: Path, folder: Path) -> dict[str, int]:
 
 def _speaker_folders(folder: Path, depth: int) -> Iterator[Path]:
     try:
-        below = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        below = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
     if any(_SPEAKER.fullmatch(entry.name) for entry in below):
@@ -42,6 +43,11 @@ def _speaker_folders(folder: Path, depth: int) -> Iterator[Path]:
     elif depth:
         for entry in below:
             yield from _speaker_folders(entry, depth - 1)
+
+
+def _is_hidden(name: str) -> bool:
+    """What a download that was stopped left lies in such folders, where the set's own folder is named."""
+    return name.startswith(".")
 
 
 def _voxceleb_place(speaker: Path, local: Path) -> str | None:
@@ -54,42 +60,57 @@ def _voxceleb_place(speaker: Path, local: Path) -> str | None:
 
 
 def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
-    """Link the sounds below `local` to `folder`/SPLIT/YOUTUBEID_START.SUFFIX, by SPLIT.csv in the folder `lists`.
+    """Link the sounds below `local` to `folder`/SPLIT/YOUTUBEID_START.SUFFIX, by the lists of all versions that the
+    folder `lists` holds.
 
     Returns the number of clips by split. Known names: YOUTUBEID, YYOUTUBEID, either with _START (seconds or
     milliseconds) and _END, or the clip's id in the lists.
     """
     known = _audiocaps_names(lists)
-    found: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
+    found: dict[str, set[str]] = {split: set() for split in annotations.SPLITS}
     for root, below, names in os.walk(local, followlinks=True):
-        below.sort()
+        below[:] = sorted(name for name in below if not _is_hidden(name))
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            clip = known.get(stem) if suffix.lower() in SOUND_SUFFIXES else None
-            if clip and clip[1] not in found[clip[0]]:
-                found[clip[0]].add(clip[1])
-                _link(Path(root, name), folder / clip[0] / f"{clip[1]}{suffix.lower()}")
+            for split, clip in known.get(stem, ()) if suffix.lower() in SOUND_SUFFIXES else ():
+                if clip not in found[split]:
+                    found[split].add(clip)
+                    _link(Path(root, name), folder / split / f"{clip}{suffix.lower()}")
     return {split: len(clips) for split, clips in found.items()}
 
 
-def _audiocaps_names(lists: Path) -> dict[str, tuple[str, str]]:
-    """Name of a sound without suffix -> (split, YOUTUBEID_START). Ids have 11 characters: no two forms are alike."""
-    known: dict[str, tuple[str, str]] = {}
-    for split in ("train", "val", "test"):
-        path = lists / f"{split}.csv"
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    known |= _names_of_clip(split, row["youtube_id"], int(row["start_time"]), row["audiocap_id"])
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"{path}: damaged ({error!r}); delete it and run this again") from None
-    return known
+def _audiocaps_names(lists: Path) -> dict[str, list[tuple[str, str]]]:
+    """Name of a sound without suffix -> (split, YOUTUBEID_START) of its clip, which versions may put into two splits.
+    Ids have 11 characters: no two forms are alike. What a name means in the first version counts; a number that means
+    another clip in each is no name."""
+    known: dict[str, list[tuple[str, str]]] = {}
+    unclear: set[str] = set()
+    paths = [(path, split) for split in annotations.SPLITS for path in annotations.clip_lists(lists, split)]
+    for path, split in sorted(paths, key=lambda pair: pair[0].parent):
+        for name, clip in _named_clips(path):
+            places = known.setdefault(name, [])
+            if all(other == clip and where != split for where, other in places):
+                places.append((split, clip))
+            elif name.isdigit() and places[0][1] != clip:
+                unclear.add(name)
+    return {name: places for name, places in known.items() if name not in unclear}
 
 
-def _names_of_clip(split: str, video: str, start_s: int, number: str) -> dict[str, tuple[str, str]]:
-    clip = (split, f"{video}_{start_s}")
+def _named_clips(path: Path) -> Iterator[tuple[str, str]]:
+    """(name of a sound without suffix, YOUTUBEID_START) of each row of a list."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                video, start_s = row["youtube_id"], int(row["start_time"])
+                for name in _names_of_clip(video, start_s, row["audiocap_id"]):
+                    yield name, f"{video}_{start_s}"
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: damaged ({error!r}); delete it and run this again") from None
+
+
+def _names_of_clip(video: str, start_s: int, number: str) -> list[str]:
     spans = ("", f"_{start_s}", f"_{start_s}_{start_s + 10}", f"_{start_s * 1000}_{start_s * 1000 + 10_000}")
-    return {name + span: clip for name in (video, f"Y{video}") for span in spans} | {number: clip}
+    return [*(name + span for name in (video, f"Y{video}") for span in spans), number]
 
 
 def _link(source: Path, place: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -57,6 +57,10 @@ class Selection:
         """Whether the user asked for a part of the set only."""
         return bool(self.left_out or self.options.sample or self.options.splits)
 
+    def unlimited(self) -> "Selection":
+        """All of the set."""
+        return Selection(self.source, replace(self.options, splits=(), max_gb=0.0, sample=0))
+
     def _of_splits(self, item: Item) -> bool:
         return not self.options.splits or not item.splits or bool(set(item.splits) & set(self.options.splits))
 
@@ -110,10 +114,6 @@ class Selection:
         flags = {"--keep-archives": options.keep_archives, "--skip-existing": options.skip_existing,
                  "--insecure-tls": options.insecure_tls}
         return command_line([*words, *(flag for flag, given in flags.items() if given)])
-
-    def training_command(self) -> str:
-        return command_line(["python", "run_training.py", "--datasets", self.source.name,
-                             "--data-root", str(self.options.data_root)])
 
 
 def peak_bytes(items: list[Item], keep_archives: bool, ahead: int) -> int:

@@ -1,8 +1,11 @@
 """7z archives: listed by the Python package, unpacked by a tool of the system where there is one, else by it."""
 
+import errno
 import io
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +42,17 @@ def list_members(part: Path | RemoteFile) -> list[Listed]:
 
 def extract(part: Path | RemoteFile, staging: Path, size: int, progress: Progress,
             only: list[str] | None = None) -> None:
-    """Everything, or `only` these, in one go: these archives are solid, so member by member would be quadratic."""
+    """Everything, or `only` these, in one go: these archives are solid, so member by member would be quadratic.
+
+    `size` is what it unpacks to, in bytes.
+
+    Raises:
+        ArchiveError: the archive is broken.
+        OSError: of the disk; ENOSPC also where a tool failed and less is free than what it has not written yet.
+    """
     tool = next(filter(None, map(shutil.which, TOOLS)), None)
     if tool and only is None and isinstance(part, Path):
-        _run_tool(tool, part, staging)
+        _run_tool(tool, part, staging, size)
     else:
         _run_py7zr(part, staging, size, progress, only)
 
@@ -77,15 +87,23 @@ def _run_py7zr(part: Path | RemoteFile, staging: Path, size: int, progress: Prog
             raise ArchiveError(f"cannot be unpacked ({type(error).__name__})") from None
 
 
-def _run_tool(tool: str, path: Path, staging: Path) -> None:
+def _run_tool(tool: str, path: Path, staging: Path, size: int) -> None:
     """In its folder, so that a tool that outlives a killed process cannot write into what the next one puts there."""
     command = ([tool, "-x", "--no-same-owner", "--no-same-permissions", "-f", str(path.resolve()), "-C", "."]
                if Path(tool).stem == "bsdtar" else [tool, "x", "-y", "-bd", "-o.", str(path.resolve())])
     result = subprocess.run(command, cwd=staging, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                             errors="replace")
     if result.returncode:
+        if shutil.disk_usage(staging).free < size - _written(staging):  # each tool has words of its own for it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staging))
         lines = (result.stderr or result.stdout).strip().splitlines()
         raise ArchiveError(f"cannot be unpacked by {Path(tool).name} ({lines[-1] if lines else result.returncode})")
+
+
+def _written(folder: Path) -> int:
+    """Bytes that the files below `folder` take on the disk: a tool may give a file its size before it fills it."""
+    sizes = (os.lstat(os.path.join(root, name)) for root, _, names in os.walk(folder) for name in names)
+    return sum(min(status.st_size, getattr(status, "st_blocks", sys.maxsize) * 512) for status in sizes)
 
 
 def _py7zr(part: Path | RemoteFile) -> Any:

@@ -2,12 +2,13 @@
 page, which the usual reader holds several times over: here such a page is unpacked piece by piece.
 
 A page is a header (a struct in Thrift's compact protocol) and a body; see github.com/apache/parquet-format. What is
-packed in other ways than the usual ones goes through the usual reader.
+packed in other ways than the usual ones goes through the usual reader. A few kilobytes may unpack to gigabytes: nothing
+is read whole before the headers of its pages have shown that it is small.
 """
 
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,9 +19,16 @@ from members import ArchiveError, Member
 COLUMN = "audio.bytes"
 PIECE_BYTES = 1 << 16
 HISTORY_BYTES = 1 << 21  # that a copy may reach back; packers use 64 KiB
-_DATA, _DICTIONARY = 0, 2  # types of pages
+ROWS = 10_000  # of a shard; those of the mirror have 110
+NAME_BYTES = 1 << 20  # of one column of names or starts; 11 letters a row
+NAME_LETTERS = 100
+SOUND_BYTES = 32 << 20  # of one sound: 10 seconds, 8 channels of 96 kHz and 32 bits; those of the mirror have 0.4 MB
+USUAL_BYTES = 32 << 20  # of a group of rows; the usual reader holds a page several times over
+FOOTER_BYTES = 1 << 20  # which the usual reader takes whole; those of the mirror have a few kilobytes
+HEADER_BYTES = 1 << 16  # of a page; values in it are passed over
+_DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # types of pages
 _LARGEST_PAGE = 1 << 31
-_PLAIN, _INDICES = 0, (2, 8)  # encodings
+_PLAIN, _INDICES, _DELTA_OF_BYTES = 0, (2, 8), 7  # encodings; by the last one n bytes may stand for n squared
 _DAMAGE = (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError)
 _SOUND_MAGIC = {b"fLaC": "flac", b"RIFF": "wav", b"OggS": "ogg"}
 
@@ -32,6 +40,7 @@ class _Page:
     values: int
     offset: int  # of the body
     packed: int  # bytes
+    unpacked: int = 0  # bytes
 
 
 def members(path: Path) -> Iterator[Member]:
@@ -43,24 +52,73 @@ def members(path: Path) -> Iterator[Member]:
         raise UserError(f"{path.name}: sounds in parquet files need the package pyarrow; run: "
                         "pip install pyarrow") from None
     seen: set[str] = set()
+    rows = 0
     try:
+        _check_footer(path)
         with parquet.ParquetFile(path, pre_buffer=False) as table, path.open("rb") as file:
             for group in range(table.metadata.num_row_groups):
-                rows = table.read_row_group(group, columns=["youtube_id", "start_time"]).to_pylist()
-                names = [f"{row['youtube_id']}_{int(float(row['start_time']))}" for row in rows]
+                names = _names(table, group, file)
+                rows += len(names)
+                _check_rows(rows)
                 yield from _sounds(table, group, file, names, seen)
     except (pyarrow.ArrowException, *_DAMAGE) as error:
         raise ArchiveError(f"is not a readable shard of sounds ({type(error).__name__})") from None
 
 
+def _check_footer(path: Path) -> None:
+    with path.open("rb") as file:
+        file.seek(-min(8, path.stat().st_size), io.SEEK_END)
+        if int.from_bytes(file.read(4), "little") > FOOTER_BYTES:
+            raise ArchiveError("is not a readable shard of sounds: its list of contents is beyond all measure")
+
+
+def _names(table: Any, group: int, file: IO[bytes]) -> list[str]:
+    """YOUTUBEID_START of each row."""
+    columns = ["youtube_id", "start_time"]
+    for name in columns:
+        column = _column(table.metadata.row_group(group), name)
+        _check_size(column, _pages(file, column), NAME_BYTES)
+    batches = table.iter_batches(batch_size=16, row_groups=[group], columns=columns, use_threads=False)
+    return [_name(row["youtube_id"], row["start_time"]) for batch in batches for row in batch.to_pylist()]
+
+
+def _name(video: str, start: Any) -> str:
+    if len(video) > NAME_LETTERS:
+        raise ArchiveError("holds a name that is none of YouTube's")
+    if isinstance(start, str) and len(start) > NAME_LETTERS:
+        raise ArchiveError("holds a start that is not a start")
+    return f"{video}_{int(float(start))}"
+
+
+def _column(facts: Any, path: str) -> Any:
+    return next(column for column in map(facts.column, range(facts.num_columns)) if column.path_in_schema == path)
+
+
+def _check_rows(rows: int) -> None:
+    if rows > ROWS:
+        raise ArchiveError(f"holds {rows:,} rows or more: not what is expected here")
+
+
+def _check_size(column: Any, pages: Iterable[_Page], most: int) -> None:
+    """Before the usual reader takes it whole. Metadata may lie, and so the pages are looked at as well."""
+    _check_rows(column.num_values)
+    unpacked = 0
+    for page in pages:
+        unpacked += page.unpacked
+        if page.encoding == _DELTA_OF_BYTES:
+            raise ArchiveError("is packed in a way that is not known here")
+    if max(unpacked, column.total_compressed_size) > most:
+        raise ArchiveError(f"holds {unpacked:,} bytes in {column.path_in_schema}: not what is expected here")
+
+
 def _sounds(table: Any, group: int, file: IO[bytes], names: list[str], seen: set[str]) -> Iterator[Member]:
     facts = table.metadata.row_group(group)
-    column = next(column for column in map(facts.column, range(facts.num_columns))
-                  if column.path_in_schema == COLUMN)
+    column = _column(facts, COLUMN)
     levels = next(one for one in map(table.schema.column, range(facts.num_columns)) if one.path == COLUMN)
-    pages = list(_pages(file, column)) if _is_usual(column, levels) else []
-    if not pages or any(page.kind not in (_DATA, _DICTIONARY) for page in pages):
-        batches = table.iter_batches(batch_size=1, row_groups=[group], columns=["audio"], use_threads=False)
+    pages = list(_pages(file, column))
+    if not _is_usual(column, levels) or any(page.kind not in (_DATA, _DICTIONARY) for page in pages):
+        _check_size(column, pages, USUAL_BYTES)
+        batches = table.iter_batches(batch_size=1, row_groups=[group], columns=[COLUMN], use_threads=False)
         sounds = (row["audio"]["bytes"] for batch in batches for row in batch.to_pylist())
         for name, data in zip(names, sounds, strict=True):
             yield from _member(name, len(data), iter([data]), seen)
@@ -98,7 +156,7 @@ def _named(file: IO[bytes], pages: list[_Page], compression: str,
     row, plain = 0, []
     for page in pages:
         if page.kind == _DATA and page.encoding in _INDICES:
-            for number, index in enumerate(itertools.islice(_indices(_Stream(file, page, compression)), page.values)):
+            for number, index in enumerate(_indices(_Stream(file, page, compression), page.values)):
                 names_of.setdefault(index, {})[names[row + number]] = None
         elif page.kind == _DATA and page.encoding == _PLAIN:
             plain.append((page, row))
@@ -123,17 +181,44 @@ def _named(file: IO[bytes], pages: list[_Page], compression: str,
 
 def _pages(file: IO[bytes], column: Any) -> Iterator[_Page]:
     """The pages of the column, their bodies unread."""
-    at = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    at = column.data_page_offset
+    if column.has_dictionary_page:
+        at = min(at, column.dictionary_page_offset or at)
     end = at + column.total_compressed_size
-    while at < end:
+    for number in itertools.count():
+        if at >= end:
+            return
         file.seek(at)
-        header = _struct(file)
-        facts = header.get({_DATA: 5, _DICTIONARY: 7}.get(header[1], 0), {1: 0, 2: 0})
-        yield _Page(header[1], facts[2], facts[1], file.tell(), header[3])
-        at = file.tell() + header[3]
+        header = _struct(_Header(file))
+        page = _page(header, file.tell())
+        if number > ROWS or page.values not in range(ROWS + 1) or min(page.packed, page.unpacked) < 0:
+            raise ArchiveError("holds a page header that is damaged, or more rows than are expected here")
+        yield page
+        at = page.offset + page.packed
 
 
-def _struct(file: IO[bytes]) -> dict[int, Any]:
+def _page(header: dict[int, Any], offset: int) -> _Page:
+    facts = header.get({_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}.get(header[1], 0), {1: 0, 2: 0, 4: 0})
+    return _Page(header[1], facts[4 if header[1] == _DATA_2 else 2], facts[1], offset, header[3], header[2])
+
+
+class _Header:
+    """The file, of which a header may take HEADER_BYTES."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._left = file, HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0:
+            raise ArchiveError("holds a page header beyond all measure")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int) -> int:
+        return self._file.seek(offset, whence)
+
+
+def _struct(file: _Header | IO[bytes]) -> dict[int, Any]:
     """A struct in the compact protocol: value by the number of its field."""
     fields: dict[int, Any] = {}
     number = 0
@@ -143,7 +228,7 @@ def _struct(file: IO[bytes]) -> dict[int, Any]:
     return fields
 
 
-def _thrift(file: IO[bytes], kind: int) -> Any:
+def _thrift(file: _Header | IO[bytes], kind: int) -> Any:
     if kind in (1, 2):
         return kind == 1
     if kind in (4, 5, 6):
@@ -158,16 +243,16 @@ def _thrift(file: IO[bytes], kind: int) -> Any:
 
 
 def _varint(file: Any) -> int:
-    number = shift = 0
-    while True:
+    number = 0
+    for shift in range(0, 70, 7):  # 64 bits take ten bytes
         byte = file.read(1)[0]
         number |= (byte & 127) << shift
-        shift += 7
         if byte < 128:
             return number
+    raise ArchiveError("holds a number that is damaged")
 
 
-def _signed(file: IO[bytes]) -> int:
+def _signed(file: _Header | IO[bytes]) -> int:
     number = _varint(file)
     return (number >> 1) ^ -(number & 1)
 
@@ -231,24 +316,28 @@ def _values(stream: _Stream, number: int) -> Iterator[tuple[int, Iterator[bytes]
     """(bytes, their pieces) of each plain value; pieces that nobody took are passed over."""
     for _ in range(number):
         size = int.from_bytes(stream.read(4), "little")
+        if size > SOUND_BYTES:
+            raise ArchiveError(f"holds a sound of {size:,} bytes: not what is expected here")
         pieces = stream.pieces(size)
         yield size, pieces
         for _ in pieces:
             pass
 
 
-def _indices(stream: _Stream) -> Iterator[int]:
+def _indices(stream: _Stream, values: int) -> Iterator[int]:
     """Places in the dictionary: runs of one value, or bit-packed groups of eight."""
     stream.skip_levels()
     bits = stream.read(1)[0]
-    while True:
+    while values > 0:
         head = _varint(stream)
+        number = min(head >> 1, values)
         if head & 1:
-            number = 8 * (head >> 1)
-            packed = int.from_bytes(stream.read(number * bits // 8), "little")
+            number = min(8 * (head >> 1), values)  # the last group is filled up, whatever it claims
+            packed = int.from_bytes(stream.read(-(-number // 8) * bits), "little")
             yield from ((packed >> (place * bits)) & ((1 << bits) - 1) for place in range(number))
         else:
-            yield from itertools.repeat(int.from_bytes(stream.read(-(-bits // 8)), "little"), head >> 1)
+            yield from itertools.repeat(int.from_bytes(stream.read(-(-bits // 8)), "little"), number)
+        values -= number
 
 
 def _unsnapped(source: _Body) -> Iterator[bytes]:

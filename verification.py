@@ -11,6 +11,7 @@ from typing import Any
 import archives
 import inventory
 import pipeline
+import readiness
 import transfer
 from acquisition import ARCHIVES, DONE, FAILED, IN_PART, Acquisition, Outcome
 from selection import fetch_bytes
@@ -136,7 +137,7 @@ def _verdict(work: Acquisition, findings: Findings) -> Outcome:
     code = FAILED if number or absent else IN_PART if findings.unreadable else DONE
     return Outcome(name=work.source.name, detail=detail, code=code,
                    state="damaged" if number else "missing" if absent else "verified",
-                   next_command=work.selection.command() if code == FAILED else work.selection.training_command())
+                   next_command=work.selection.command() if code == FAILED else readiness.next_command(work.selection))
 
 
 def _checks(work: Acquisition) -> Iterator[tuple[tuple[str, str], Check]]:

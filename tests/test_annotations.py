@@ -36,6 +36,19 @@ def test_clips_are_counted_once_whatever_their_suffix(tmp_path: Path) -> None:
     assert rows("audiocaps", root, "val") == {"val": (2, 2)}
 
 
+def test_the_second_version_of_audiocaps_counts_where_it_names_more(tmp_path: Path) -> None:
+    root = trees.audiocaps(tmp_path)
+    trees.audiocaps(tmp_path, version=2)
+    with (root / "dataset2.0/val.csv").open("a", encoding="utf-8") as file:
+        file.write("1,newclip0001,7,a\n2,newclip0001,7,b\n")
+    found = [(row.source, row.found, row.listed) for row in annotations.coverage("audiocaps", root, ["val"])]
+    assert found == [("dataset/val.csv", 1, 2), ("dataset2.0/val.csv", 0, 1)]
+    assert list(annotations.clips(root, "val"))[-1] == "newclip0001_7" and len(set(annotations.clips(root, "val"))) == 3
+    (root / "dataset/val.csv").unlink()
+    (row,) = annotations.coverage("audiocaps", root, ["val"])
+    assert (row.found, row.listed) == (1, 3)
+
+
 @pytest.mark.parametrize("block", [7, 64, 1 << 20])
 def test_names_that_a_block_cuts_are_found_once(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotations, "_BLOCK_BYTES", block)

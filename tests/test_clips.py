@@ -12,7 +12,10 @@ import pytest
 
 import clips
 import download_datasets
-from sources import SOURCES
+import inventory
+import readers
+from config import config_from_dict
+from sources import SOURCES, Source
 from tests import miniature, trees
 from tests.loopback import Loopback
 from transfer import Policy
@@ -88,6 +91,10 @@ def server() -> Iterator[Loopback]:
 def run(folder: Path, server: Loopback, *words: str) -> int:
     source, served = miniature.audiocaps(folder / "true")
     server.files |= {f"/audiocaps/{name}": data for name, data in served.items()}
+    return get(source, folder, server, *words)
+
+
+def get(source: Source, folder: Path, server: Loopback, *words: str) -> int:
     return download_datasets.main(
         ["--datasets", "audiocaps", "--data-root", str(folder / "data"), "--base-url",
          f"audiocaps={server.url('/audiocaps')}", "--sounds", "youtube", *words],
@@ -178,6 +185,48 @@ def test_a_sample_is_as_many_clips_of_each_split(youtube: YouTube, server: Loopb
     assert there == {"train": 1, "val": 2, "test": 2}
     assert run(tmp_path, server, "--sample", "2") == 0
     assert len(list((tmp_path / "data/audiocaps/train").iterdir())) == 2
+
+
+@pytest.mark.parametrize("before", [["--splits", "val"], ["--sample", "1"], ["--sounds", "mirror"]], ids=" ".join)
+def test_what_was_never_tried_is_not_skipped(youtube: YouTube, server: Loopback, tmp_path: Path,
+                                             before: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever an earlier run was limited to, or where its sounds came from."""
+    everything = {video for videos in VIDEOS.values() for video in videos}
+    run(tmp_path, server, *before)
+    first = {video for video, _, _ in youtube.asked()}
+    youtube.plan({VIDEOS["train"][3]: "removed"})
+    assert run(tmp_path, server, "--skip-existing") == 3
+    assert {video for video, _, _ in youtube.asked()} == everything - first != set()
+    youtube.plan({})
+    capsys.readouterr()
+    assert run(tmp_path, server, "--skip-existing") == 3
+    assert youtube.asked() == [] and "skipped" in capsys.readouterr().out, "the one that is gone keeps nobody"
+
+
+def test_a_split_alone_is_a_part_on_purpose(youtube: YouTube, server: Loopback, tmp_path: Path) -> None:
+    """Training takes it as it is: the reader of another split finds none of its clips, and says so without an error."""
+    run(tmp_path, server, "--splits", "train")
+    config = config_from_dict({"paths": {"data_root": str(tmp_path / "data")}})
+    assert {split: len(list(readers.read_split("audiocaps", split, config))) for split in VIDEOS} == {
+        "train": 8, "val": 0, "test": 0}
+    run(tmp_path, server)
+    assert not inventory.read_marker(tmp_path / "data/audiocaps")["limited"]
+
+
+def test_clips_of_the_second_version_are_tried_as_well(youtube: YouTube, server: Loopback, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    source, served = miniature.with_another_clip(tmp_path / "true", "newclip0001", 30)
+    server.files |= {f"/audiocaps/{name}": data for name, data in served.items()}
+    youtube.plan({"newclip0001": "removed"})
+    assert get(source, tmp_path, server, "--splits", "train") == 3
+    assert ["newclip0001", "*30-40", False] in youtube.asked() and len(youtube.asked()) == 9
+    assert ledger(tmp_path)["newclip0001"] == "removed"
+    assert "train 8, further train named in dataset2.0/train.csv 0 of 1" in capsys.readouterr().out
+    youtube.plan({})
+    assert get(source, tmp_path, server, "--splits", "train") == 3 and youtube.asked() == []
+    (tmp_path / "data/audiocaps/youtube.csv").unlink()
+    assert get(source, tmp_path, server, "--splits", "train") == 0
+    assert (tmp_path / "data/audiocaps/train/newclip0001_30.flac").exists()
 
 
 @pytest.mark.parametrize(("said", "status"), [

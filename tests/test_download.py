@@ -195,7 +195,7 @@ def test_killed_before_any_rename_then_run_again(server: Loopback, tmp_path: Pat
     """Whatever is made durable becomes so by a rename: SIGKILL before the first, the second, and so on to the last."""
     table, flags = tables(tmp_path / "true", server, "coco")
     process, _ = start(table, tmp_path, flags, runner=KILLER)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     trees = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
     expected = sorted(miniature.files_of(tmp_path / "true/coco"))

@@ -61,15 +61,17 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # getting data
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
     "answers": "", "transfer": "answers config files progress redaction", "debian": "transfer",
-    "inventory": "files", "local_copies": "config", "remote": "answers members transfer",
+    "inventory": "files", "local_copies": "annotations config", "remote": "answers members transfer",
     "sampling": "annotations sources",
-    "zip_stream": "members", "shards": "config members", "seven_zip": "config members progress remote",
-    "archives": "config members progress remote seven_zip shards zip_stream",
+    "zip_stream": "members", "tar_stream": "members", "shards": "config members",
+    "seven_zip": "config members progress remote",
+    "archives": "config members progress remote seven_zip shards tar_stream zip_stream",
     "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
+    "readiness": "annotations redaction selection",
     "clips": "annotations config files pipeline selection transfer",
-    "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline redaction "
-                   "remote sampling selection sources transfer",
-    "verification": "acquisition archives images inventory pipeline selection sources transfer",
+    "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline readiness "
+                   "redaction remote sampling selection sources transfer",
+    "verification": "acquisition archives images inventory pipeline readiness selection sources transfer",
     "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "
                          "verification",
 }.items()}

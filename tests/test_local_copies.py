@@ -64,7 +64,7 @@ def lists(tmp_path: Path) -> Path:
                          "test": [(8, "YcdefghiX12", 70)]}.items():
         trees.rows(tmp_path / f"dataset/{split}.csv", [("audiocap_id", "youtube_id", "start_time", "caption"),
                                                       *((*clip, "a, \"b\"") for clip in clips)])
-    return tmp_path / "dataset"
+    return tmp_path
 
 
 @pytest.mark.parametrize(("given", "place"), [
@@ -87,3 +87,31 @@ def test_other_sounds_are_not_linked_and_none_twice(tmp_path: Path, lists: Path)
         put(tmp_path / "own" / name)
     assert local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists) == {"train": 0, "val": 1, "test": 0}
     assert [path.name for path in (tmp_path / "data").rglob("*.*")] == ["vwxyzvwxyz1_0.flac"]
+
+
+def test_what_a_stopped_download_left_in_hidden_folders_is_not_linked(tmp_path: Path, lists: Path) -> None:
+    put(tmp_path / ".unpacking/x/vwxyzvwxyz1_0.flac")
+    put(tmp_path / ".unpacking/vox1_dev_wav.zip-0/wav/id10001/v/1.wav")
+    assert not any(local_copies.link_audiocaps(tmp_path, tmp_path / "data", lists).values())
+    assert local_copies.link_voxceleb(tmp_path, tmp_path / "data") == {}
+
+
+def test_clips_of_both_versions_are_known_and_unclear_numbers_are_not(tmp_path: Path, lists: Path) -> None:
+    """The second version has a clip of its own, has moved another one, and gives the number 1 to a third."""
+    head = ("audiocap_id", "youtube_id", "start_time", "caption")
+    trees.rows(tmp_path / "dataset2.0/train.csv", [head, (1, "newclip0001", 30, "a"), (2, "YYcdefghi12", 5, "a"),
+                                                   (9, "-abcdefghi1", 40, "another start")])
+    trees.rows(tmp_path / "dataset2.0/val.csv", [head, (8, "YcdefghiX12", 70, "a")])
+    for name in ("newclip0001_30.wav", "YcdefghiX12.wav", "1.wav", "2.wav", "-abcdefghi1.wav"):
+        put(tmp_path / "own" / name)
+    linked = local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists)
+    assert linked == {"train": 3, "val": 1, "test": 1}
+    assert sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.wav")) == [
+        "test/YcdefghiX12_70.wav", "train/-abcdefghi1_30.wav", "train/YYcdefghi12_5.wav", "train/newclip0001_30.wav",
+        "val/YcdefghiX12_70.wav"]
+
+
+def test_one_version_is_enough(tmp_path: Path, lists: Path) -> None:
+    (lists / "dataset").rename(lists / "dataset2.0")
+    put(tmp_path / "own/vwxyzvwxyz1.flac")
+    assert local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists)["val"] == 1

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -58,7 +59,13 @@ def test_clips_come_out_once_whatever_the_packing(tmp_path: Path, clips: list[in
 
 def test_the_usual_packing_is_not_left_to_the_usual_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = write(tmp_path / "a.parquet", FIVE_EACH)
-    monkeypatch.delattr(pyarrow.parquet.ParquetFile, "iter_batches")
+    batches = pyarrow.parquet.ParquetFile.iter_batches
+
+    def names_only(self: Any, *, columns: list[str], **settings: Any) -> Any:
+        assert columns == ["youtube_id", "start_time"]
+        return batches(self, columns=columns, **settings)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", names_only)
     assert read(tmp_path / "a.parquet") == expected
 
 
@@ -135,18 +142,106 @@ def test_a_large_shard_takes_little_memory(tmp_path: Path, compression: str) -> 
     rows = [{"youtube_id": f"id{i}", "start_time": 1, "audio": {"bytes": b"fLaC" + bytes([i]) + block, "path": None}}
             for i in range(120)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", compression=compression)
-    code = ("import pathlib, sys, shards, pyarrow.parquet\n"
-            "def most_kb():\n"
-            "    lines = pathlib.Path('/proc/self/status').read_text().splitlines()\n"
-            "    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))\n"
-            "before = most_kb()\n"
-            "size = sum(len(p) for m in shards.members(pathlib.Path(sys.argv[1])) for p in m.chunks())\n"
-            "print(size, most_kb() - before)")
-    output = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], cwd=ROOT, capture_output=True,
-                            text=True, check=True).stdout
-    size, grown_kb = map(int, output.split())
+    size, grown_kb, _ = measured(tmp_path / "a.parquet")
     assert size == 120 * 1_000_005 and grown_kb < 60_000
 
+
+MEASURE = """
+import pathlib, sys, shards, pyarrow.parquet
+from members import ArchiveError
+
+def most_kb():
+    lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM'))
+
+before, size, error = most_kb(), 0, ""
+try:
+    for member in shards.members(pathlib.Path(sys.argv[1])):
+        size += sum(map(len, member.chunks()))
+except ArchiveError as refused:
+    error = refused
+print(size, most_kb() - before, most_kb(), error)
+"""
+
+
+def measured(path: Path) -> tuple[int, int, str]:
+    """(bytes that came out, kB that the process grew by, "kB at most, error") of a process that reads a shard."""
+    output = subprocess.run([sys.executable, "-c", MEASURE, str(path)], cwd=ROOT, capture_output=True, text=True,
+                            check=True, timeout=120).stdout
+    size, grown_kb, rest = output.split(" ", 2)
+    return int(size), int(grown_kb), rest
+
+
+# --- Shards that nobody should unpack --------------------------------------------------------------------------------
+
+
+def table_of(rows: int, **columns: Any) -> Any:
+    """`rows` rows alike."""
+    sound = {"bytes": columns.pop("bytes", b"fLaC1234"), "path": columns.pop("path", None)}
+    row = {"audiocap_id": 0, "youtube_id": "abcdefghijk", "start_time": 30, "audio": sound, **columns}
+    table = pyarrow.Table.from_pylist([row])
+    return table.take(pyarrow.array([0] * rows))
+
+
+BOMBS: dict[str, tuple[Any, dict[str, Any], str]] = {  # what is in it, how it is packed, what is said
+    "rows": (lambda: table_of(600_000), {"row_group_size": 600_000}, "600,000 rows"),
+    "groups": (lambda: table_of(30_000), {"row_group_size": 5_000}, "15,000 rows"),
+    "a name": (lambda: table_of(1, youtube_id="x" * 150_000_000), {"compression": "ZSTD"}, "youtube_id"),
+    "names": (lambda: table_of(2_000, youtube_id="x" * 900_000), {"compression": "ZSTD"}, "none of YouTube"),
+    "starts": (lambda: table_of(2_000, start_time="0" * 900_000), {"compression": "ZSTD"}, "not a start"),
+    "prefixes": (lambda: table_of(500, youtube_id="x" * 900_000), {
+        "use_dictionary": False, "column_encoding": {"youtube_id": "DELTA_BYTE_ARRAY"}}, "not known here"),
+    "packed": (lambda: table_of(1, bytes=b"fLaC" + bytes(150_000_000)), {"compression": "ZSTD"}, "audio.bytes"),
+    "path": (lambda: table_of(5, path="x" * 150_000_000), {"compression": "ZSTD"}, ""),
+    "shared": (lambda: table_of(5, bytes=b"fLaC" + bytes(150_000_000)), {}, "a sound of 150,000,004 bytes"),
+    "columns": (lambda: table_of(1, **{f"c{i}": 0 for i in range(6_000)}), {}, "beyond all measure"),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_small_file_cannot_take_much_memory(tmp_path: Path, bomb: str) -> None:
+    make, settings, said = BOMBS[bomb]
+    table = make()
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", **settings)
+    del table
+    assert (tmp_path / "a.parquet").stat().st_size < 20_000_000
+    _, _, rest = measured(tmp_path / "a.parquet")
+    most_kb, _, error = rest.partition(" ")
+    assert said in error and bool(said) == bool(error.strip()), error
+    assert int(most_kb) * 1.024 < 200_000
+
+
+def test_the_largest_that_is_left_to_the_usual_reader_takes_little_memory(tmp_path: Path) -> None:
+    rows = [{"youtube_id": f"id{i}", "start_time": 1, "audio": {"bytes": b"fLaC" + sound(i, 3_300_000), "path": None}}
+            for i in range(10)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", compression="ZSTD")
+    size, _, rest = measured(tmp_path / "a.parquet")
+    assert size > 33_000_000, rest
+    assert int(rest.partition(" ")[0]) * 1.024 < 200_000
+
+
+def test_numbers_and_headers_have_an_end(tmp_path: Path) -> None:
+    """What costs time by the square of its length, or goes back to where it began."""
+    with pytest.raises(ArchiveError, match="a number that is damaged"):
+        shards._varint(io.BytesIO(b"\xff" * 10 + b"\0"))
+    assert shards._varint(io.BytesIO(b"\xff" * 9 + b"\1")) == (1 << 64) - 1
+    with pytest.raises(ArchiveError, match="a page header beyond all measure"):
+        shards._struct(shards._Header(io.BytesIO(b"\x15\2" * 50_000)))
+    for packed in (-12, 1):  # back, and on and on
+        path = tmp_path / "pages"
+        header = b"\x15\0\x15\0\x15" + varint(2 * packed if packed > 0 else -2 * packed - 1)
+        path.write_bytes((header + b"\x2c\x15\2\x15\0\0\0" + b"x") * 20_000)
+        column = SimpleNamespace(data_page_offset=0, has_dictionary_page=False, total_compressed_size=1 << 40)
+        with path.open("rb") as file, pytest.raises(ArchiveError, match="a page header that is damaged, or more rows"):
+            list(shards._pages(file, column))
+
+
+def test_indices_are_as_many_as_there_are_values() -> None:
+    for head in (1 << 60, (1 << 60) + 1):  # a run, and groups of eight
+        body = (0).to_bytes(4, "little") + b"\3" + varint(head) + b"\2" + bytes(99)
+        stream = shards._Stream(io.BytesIO(body), shards._Page(0, 0, 0, 0, len(body)), "UNCOMPRESSED")
+        assert list(shards._indices(stream, 3)) == [2, 2, 2] if head % 2 == 0 else [2, 0, 0]
 
 
 # --- Blocks packed by snappy, as no packer of ours makes them --------------------------------------------------------

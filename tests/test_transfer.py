@@ -21,6 +21,7 @@ import pytest
 import answers
 import transfer
 from config import UserError
+from progress import Progress
 from tests.loopback import Loopback, http_date
 from transfer import Fetched, Policy, TransferError, Wanted, fetch
 
@@ -407,15 +408,26 @@ def test_of_several_that_want_a_file_one_fetches_it(server: Loopback, tmp_path: 
     assert only_file(tmp_path) == DATA
 
 
-def test_another_process_is_waited_for_and_the_wait_is_told_once(server: Loopback, tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    code = ("import files, pathlib, sys, time\n"
-            f"with files.locked(pathlib.Path({str(tmp_path / 'a.bin')!r})): print('held', flush=True); time.sleep(1)")
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+def test_another_process_is_waited_for_and_the_wait_is_told_once(server: Loopback, tmp_path: Path) -> None:
+    code = ("import files, pathlib, sys\n"
+            f"with files.locked(pathlib.Path({str(tmp_path / 'a.bin')!r})):\n"
+            "    print('held', flush=True)\n    sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        told: list[str] = []
+
+        class Listening(Progress):
+            """Lets the holder go some rounds of waiting after it has heard of it."""
+
+            def say(self, text: str, stream: object = None) -> None:
+                told.append(text)
+                assert process.stdin
+                threading.Timer(0.5, process.stdin.close).start()
+
         assert process.stdout and process.stdout.readline() == "held\n"
-        get(wanted(tmp_path, server.url("/a.bin")))
-        assert process.wait(10) == 0
-    assert capsys.readouterr().err.count("a.bin: another process is fetching it; waiting for that") == 1
+        get(wanted(tmp_path, server.url("/a.bin")), progress=Listening())
+        assert process.wait() == 0
+    assert told == ["a.bin: another process is fetching it; waiting for that"]
     assert only_file(tmp_path) == DATA
 
 
@@ -444,11 +456,20 @@ def test_a_disk_without_locks_is_no_obstacle(server: Loopback, tmp_path: Path, m
 
 
 def test_a_transfer_that_is_stopped_keeps_what_arrived(server: Loopback, tmp_path: Path) -> None:
-    server.slow_s = 0.02
-    patience = Patience().policy
-    threading.Timer(0.05, patience.stop.set).start()
+    server.faults["/a.bin"] = [f"stall:{2 * CHUNK}"]
+    patience, part = Patience().policy, tmp_path / "a.bin.part"
+
+    def stop() -> None:
+        while not (part.exists() and part.stat().st_size == 2 * CHUNK):
+            time.sleep(0.001)
+        patience.stop.set()
+        server.stop_stalling.set()
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
     with pytest.raises(transfer.Stopped):
         fetch(wanted(tmp_path, server.url("/a.bin")), patience)
-    assert {path.name for path in tmp_path.iterdir()} <= {"a.bin.part", "a.bin.part.json"}
+    thread.join()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin.part", "a.bin.part.json"}
     get(wanted(tmp_path, server.url("/a.bin")))
-    assert only_file(tmp_path) == DATA
+    assert only_file(tmp_path) == DATA and server.ranges("/a.bin") == ["", f"bytes={2 * CHUNK}-"]

@@ -21,6 +21,7 @@ import strict_yaml
 
 MODALITIES = ("image", "text", "audio")
 OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker")
+OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of other samples
 DATASETS = ("coco", "clotho", "audiocaps", "voxceleb", "stamps", "synthetic", "manifest")
 
 SAMPLE_RATE_HZ = 16_000
@@ -150,7 +151,7 @@ class TaskConfig:
             found.append(f"{where}: needs at least one entry in inputs and in objectives")
         if self.passes <= 0:
             found.append(f"{where}.passes: {self.passes} is not above 0")
-        pairs = [name for name in ("contrastive", "matching") if name in self.objectives]
+        pairs = [name for name in OF_PAIRS if name in self.objectives]
         if pairs and len(set(self.inputs)) != 2:
             found.append(f"{where}: {pairs[0]} needs exactly two inputs, got {', '.join(self.inputs)}")
         if "speaker" in self.objectives and "audio" not in self.inputs:
@@ -171,6 +172,10 @@ class StageConfig:
     audio_keep: float = 1.0
     drop_path: float = 0.0
     trainable: tuple[str, ...] = (".*",)  # regular expressions over parameter names; the rest is frozen
+
+    @property
+    def compares(self) -> bool:
+        return any(name in task.objectives for task in self.tasks for name in OF_PAIRS)
 
     def problems(self, where: str) -> list[str]:
         found = [p for i, task in enumerate(self.tasks) for p in task.problems(f"{where}.tasks[{i}]")]
@@ -304,6 +309,9 @@ class Config:
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             found.append("stages: needs at least one stage, each with a name of its own")
+        found += [f"stages[{i}].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2, so "
+                  "that no sample has another to be compared with" for i, stage in enumerate(self.stages)
+                  if stage.compares and stage.effective_batch is None and self.training.effective_batch == 1]
         if found:
             raise ConfigError("; ".join(found))
 

@@ -226,6 +226,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read" in error_of(path=tmp_path / "binary")
 
 
+def test_a_stage_that_compares_needs_two_samples_in_a_batch() -> None:
+    alone = ["training.batch_size=1", "training.gradient_accumulation_steps=1"]
+    message = error_of(*alone)
+    assert "stages[1].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2" in message
+    assert "stages[2].effective_batch: 1" in message and "stages[0]" not in message, "masks compare nothing"
+    larger = ["stages.align.effective_batch=2", "stages.finetune.effective_batch=2"]
+    assert load_config(None, alone + larger).training.effective_batch == 1
+    assert error_of(*alone, *larger, "stages.pretrain.effective_batch=1") == "stages[0].effective_batch: 1 is below 2"
+
+
 def test_two_stages_of_one_name(tmp_path: Path) -> None:
     task = "{inputs: [image, text], objectives: {contrastive: 1}}"
     text = f"stages: [{{name: a, share: 1, tasks: [{task}]}}, {{name: a, share: 1, tasks: [{task}]}}]"

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
-    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "arguments": "redaction", "samples": "",
+    "strict_yaml": "", "checks": "", "config": "checks strict_yaml", "redaction": "", "arguments": "redaction",
+    "samples": "",
     "manifest": "config samples", "synthetic": "config samples",
     "readers": "config inventory samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds

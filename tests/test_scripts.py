@@ -223,8 +223,8 @@ RECORD_AND_REPORT = """
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """The real run_all.sh, configuration and arguments, beside scripts that only record their arguments."""
-    for name in ("run_all.sh", "config.py", "config.yaml", "run_training.py", "strict_yaml.py", "interruption.py",
-                 "redaction.py", "arguments.py"):
+    for name in ("run_all.sh", "config.py", "config.yaml", "run_training.py", "strict_yaml.py", "checks.py",
+                 "interruption.py", "redaction.py", "arguments.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "setup_environment.sh").write_text("echo setup_environment.sh $* >>calls")

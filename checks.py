@@ -25,6 +25,12 @@ def twice(where: str, names: Iterable[str]) -> list[str]:
             for name, times in Counter(names).items() if times > 1]
 
 
+def blank(section: str, config: Any, *names: str) -> list[str]:
+    """Of settings that name a folder or a file."""
+    return [f"{section}.{name}: is empty; name a path ('.' is the folder you are in)"
+            for name in names if (value := getattr(config, name)) is not None and not value.strip()]
+
+
 def patterns(where: str, found: Iterable[str]) -> list[str]:
     """Of regular expressions."""
     problems = []

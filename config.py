@@ -260,6 +260,7 @@ class DataConfig:
         if isinstance(self.workers, int) and self.workers < 0:
             found.append(f"data.workers: {self.workers} is below 0")
         found += checks.below("data", self, cache_max_gb=0)
+        found += checks.blank("data", self, "cache_dir", "manifest_root")
         if not 0 <= self.max_bad_pct <= 100:
             found.append(f"data.max_bad_pct: {self.max_bad_pct} is outside 0 to 100")
         if not 0 <= self.timeout_s < math.inf:
@@ -304,6 +305,9 @@ class PathsConfig:
     data_root: str = "./data"
     output_dir: str = "./outputs"
 
+    def problems(self) -> list[str]:
+        return checks.blank("paths", self, "data_root", "output_dir")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -317,7 +321,7 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
-        sections = (self.model, self.training, self.data, self.memory, self.evaluation, self.report)
+        sections = (self.model, self.training, self.data, self.memory, self.evaluation, self.report, self.paths)
         found = [p for section in sections for p in section.problems()]
         found += [p for i, stage in enumerate(self.stages) for p in stage.problems(f"stages[{i}]")]
         names = [stage.name for stage in self.stages]

@@ -41,7 +41,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
     # runs
     "protocols": "config datasets metrics memory",
-    "planning": "config model datasets steps losses memory budget footprint shapes optimization",
+    "planning": "config model datasets steps losses memory budget distributed footprint shapes optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
             "redaction",
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",

@@ -18,6 +18,7 @@ import torch
 import budget
 import memory
 import prepare
+import protocols
 import resume
 import runs
 import saving
@@ -140,9 +141,11 @@ def data(case: Case) -> Iterator[Finding]:
         found = [f"{split}: {_counted(counts)}" for split, counts in splits.items()]
         yield Finding(f"data: {name}", "warn" if missing else "ok", "\n".join(found + told),
                       _again(name, case.config) if missing else "")
-    for split in [split for split in SPLITS[1:] if not len(case.data.tables[split])]:
-        yield Finding(f"data: {split}", "warn", f"no set has samples for {split}",
-                      f"another set (--datasets), or lines of the manifest with the split '{split}'")
+    if not len(case.data.tables["val"]):
+        yield Finding("data: val", "warn", "no set has samples for val",
+                      "another set (--datasets), or lines of the manifest with the split 'val'")
+    if not protocols.can_score(case.data, "test"):
+        yield Finding("data: test", "warn", runs.NO_TEST, runs.ADD_TEST)
     for row in case.config.stages:
         try:
             case.tasks[row.name] = active_tasks(row, case.data)

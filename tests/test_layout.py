@@ -54,8 +54,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files",
     # what a run needs, tried before it starts
     "findings": "config memory", "environment": "config findings images audio vocabulary",
-    "inspection": "config findings files workers datasets readers prepare memory budget model optimization planning "
-                  "resume runs saving stages training",
+    "inspection": "config findings files workers datasets readers prepare protocols memory budget model optimization "
+                  "planning resume runs saving stages training",
     "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning "
                  "resume runs stages tracking training",
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",

@@ -73,6 +73,22 @@ class Case:
         return [row for row in self.config.stages if row.name in self.tasks]
 
 
+def before_download(config: Config, options: Options) -> None:
+    """For `run_all.sh`: what training refuses whatever the sets hold, by its own functions: device, list of samples,
+    output folder, checkpoint. Takes the folder for that moment, and leaves it as a run would find it.
+
+    Raises:
+        UserError: as training would.
+    """
+    memory.choose_device(options.device)
+    if "manifest" in config.data.datasets:
+        read_split("manifest", "train", config)
+    claim = runs.claim_folder(Path(config.paths.output_dir), options)
+    resume.find_state(config, options)
+    if claim.lock:
+        claim.lock.close()
+
+
 # ---- the machine -------------------------------------------------------------------------------------------------
 
 

@@ -163,7 +163,7 @@ class Claim:
     lock: IO[str] | None  # of the main process; the others have none
 
 
-def claim_folder(folder: Path, options: Options, world: World) -> Claim:
+def claim_folder(folder: Path, options: Options, world: World | None = None) -> Claim:
     """Make the folder and lock it, on the main process. Before the checkpoint is looked for: a run that is just
     ending may still write one.
 
@@ -171,6 +171,7 @@ def claim_folder(folder: Path, options: Options, world: World) -> Claim:
         UserError: it cannot be written, another process trains in it, or a run is in it that is neither gone on with
             nor thrown away.
     """
+    world = world or World()
     return world.together(lambda: Claim(_claim(folder, options) if world.is_main else None))
 
 

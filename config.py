@@ -198,8 +198,6 @@ class StageConfig:
             found.append(f"{where}: share and lr_factor must be above 0")
         if not self.tasks:
             found.append(f"{where}.tasks: a stage needs at least one task")
-        if not self.trainable:
-            found.append(f"{where}.trainable: a stage needs at least one pattern; '.*' trains everything")
         found += checks.patterns(f"{where}.trainable", self.trainable)
         if self.effective_batch is not None and self.effective_batch < 2:
             found.append(f"{where}.effective_batch: {self.effective_batch} is below 2")

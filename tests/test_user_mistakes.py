@@ -93,12 +93,6 @@ def test_what_was_asked_for(mistake: Main, tmp_path: Path, arguments: list[str],
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["2026", "1_0", "1e5", "nan", "-5", "true", "1: a", "[a", "~", "a #b"])
-def test_a_folder_may_have_any_name(name: str) -> None:
-    config = run_training.configuration(run_training.parse([f"--output-dir={name}", f"--data-root={name}"]))
-    assert (config.paths.output_dir, config.paths.data_root) == (name, name)
-
-
 def test_a_pattern_of_the_last_stage_is_checked_before_the_first(mistake: Main, tmp_path: Path) -> None:
     error = mistake("stages.finetune.trainable=['vision.*']")
     assert "stages.finetune.trainable: 'vision.*' matches no parameter; names look like " in error
@@ -117,6 +111,12 @@ def test_a_configuration_file_that_is_wrong(mistake: Main, tmp_path: Path, text:
     error = mistake("--config", str(path))
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize("name", ["2026", "1_0", "1e5", "nan", "-5", "true", "1: a", "[a", "~", "a #b"])
+def test_a_folder_may_have_any_name(name: str) -> None:
+    config = run_training.configuration(run_training.parse([f"--output-dir={name}", f"--data-root={name}"]))
+    assert (config.paths.output_dir, config.paths.data_root) == (name, name)
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

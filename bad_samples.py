@@ -31,10 +31,12 @@ def given_up(table: SampleTable, config: Config) -> dict[int, str]:
 
 
 def _records(path: Path) -> Iterator[dict[str, str]]:
-    """Lines of bad_samples.jsonl, without one that was cut off."""
+    """Lines of bad_samples.jsonl, without what was cut off or is no record: people edit it."""
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with suppress(ValueError):
-            yield json.loads(line)
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict) and all(isinstance(found.get(name), str) for name in ("key", "split", "reason")):
+                yield found
 
 
 def record(records: Sequence[dict[str, str]], config: Config) -> None:

@@ -137,9 +137,10 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
             break
         aim -= usage.peak_bytes - line  # whole steps take more than the gradients that the search measures
     if not plan.fits:
+        auto = "set memory.micro_batch to auto, " if pinned else ""
         raise OverBudget(f"memory.budget_gb: of {limits.budget_bytes / GIB:.3g} GiB, {line / GIB:.2f} are for tensors, "
                          f"but at {chosen} a step takes {usage.peak_bytes / GIB:.2f} ({_by_tag_gib(usage.by_tag)}); "
-                         f"{KNOBS}")
+                         f"{auto}{KNOBS}")
     return plan
 
 

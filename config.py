@@ -7,6 +7,7 @@ Order of precedence: the defaults below < config.yaml < flags and `section.key=v
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -31,8 +32,15 @@ NUM_MELS = 80
 AUDIO_WINDOW_FRAMES = 1024  # the audio encoder reads at most this many frames (10.24 s) at once
 
 
+_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+
+
 class UserError(ValueError):
-    """A mistake that the user can mend: `main` prints it as one line and exits with code 2."""
+    """A mistake that the user can mend: `main` prints it as one line and exits with code 2. Line breaks in the names
+    and values that it quotes are shown as escapes."""
+
+    def __str__(self) -> str:
+        return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
 
 
 class ConfigError(UserError):

@@ -26,9 +26,10 @@ from config import TaskConfig, UserError, config_from_dict
 from datasets import Batch
 from losses import build_objective
 from model import load_model
+from optimization import freeze
 from redaction import redact
 from runs import Run, description
-from stages import Stage, freeze, make_step, weighted_terms
+from stages import Stage, make_step, weighted_terms
 from steps import Positives, Share, Step, accumulate
 
 SNAPSHOTS = 3  # of a run: a batch may be large

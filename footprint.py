@@ -11,8 +11,8 @@ the step that trains is the step that is measured. Modules may run any number of
 In `tracing` most results come from `shapes`, which repeats those of earlier operations of the same shapes: much faster,
 to the same byte.
 `tracing("cuda")` follows what the step would take on that device, though its fake tensors lie on the CPU: kernels are
-chosen as there (`device_of`), and what waits on the host is left out (`on_host`). `tracing(limit_bytes=...)` ends with
-`OverLimit` as soon as more than that lives, long before the step is through.
+chosen as there (`device_of`), and what is made under `phase(HOST)`, which waits on the host, is left out.
+`tracing(limit_bytes=...)` ends with `OverLimit` as soon as more than that lives, long before the step is through.
 
 A step says what it is doing by `phase`, `mark` and `loss_ends_at`, which do nothing when no tracker follows it.
 """
@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from shapes import DEVICE, Shapes
 
 TAGS = ("parameters", "gradients", "optimizer", "activations", "loss", "data")
-HOST = "host"  # tag of storages that are not on the device, and not counted
+HOST = "host"  # tag of storages that wait in the host's memory while the step runs on a device: they do not count
 BLOCK_BYTES = 512  # the CUDA allocator hands out multiples of this
 
 
@@ -99,14 +99,6 @@ class PeakMemory(TorchDispatchMode):
             hook.remove()
         self._hooks.clear()
         self._blocks.clear()  # and with it the callbacks: storages that live on are no longer followed
-
-    def on_host(self, *trees: Any) -> None:
-        """Never count these: they wait in the host's memory while the step runs on another device."""
-        for tensor in _tensors(trees):
-            self._see(tensor)
-            block = self._blocks[tensor.untyped_storage()._cdata]
-            self._count(-block.size, block.tag)
-            block.size, block.tag = 0, HOST
 
     def mark(self, tag: str, *trees: Any) -> None:
         """Count every tensor in `trees` (nested lists, tuples, dicts; `vars(batch)` of a dataclass) as `tag`."""

@@ -84,6 +84,13 @@ def out_of_memory_message(where: str, device: torch.device) -> str:
     return f"{where}: out of memory on {device} even at micro-batch 1 (peak {peak.gib:.2f} GiB, {peak.kind}); {KNOBS}"
 
 
+def no_room(device: torch.device, error: BaseException) -> str:
+    """What to do when the weights, the optimizer's state or another run's memory leave no room beside a step."""
+    return (f"out of memory on {device} ({out_of_memory_cause(error)}): the model and its optimizer need more than is "
+            f"free there or in memory.budget_gb; end what else uses it, or {KNOBS}; what was saved is whole, "
+            "--resume auto goes on")
+
+
 def free_cached(device: torch.device) -> None:
     """Give back what the allocator holds for later, before a step is redone with smaller parts."""
     if device.type == "cuda":

@@ -1,12 +1,42 @@
 """Muon and AdamW, the learning-rate schedule, the guarded update and the moving average of weights."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from config import TrainingConfig
+from config import ConfigError, StageConfig, TrainingConfig
+from steps import Term
+
+
+def freeze(model: nn.Module, row: StageConfig) -> None:
+    """Train the parameters whose whole name matches one of the stage's patterns, freeze the others.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in row.trainable:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(f"stages.{row.name}.trainable: {pattern!r} matches no parameter; names look like "
+                              f"{names[0]}, {names[-1]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
+
+
+def trained(terms: Iterable[Term], row: StageConfig) -> Iterator[Term]:
+    """The terms of an objective, in training.
+
+    Raises:
+        ConfigError: none of the parameters that the stage trains has a part in one.
+    """
+    for loss, parts in terms:
+        if not loss.requires_grad:
+            raise ConfigError(f"stages.{row.name}.trainable: {', '.join(parts)} depends on none of the parameters "
+                              "named; name some of its encoders', or leave it out")
+        yield loss, parts
 
 
 def lr_at(step: int, total: int, peak: float, warmup_pct: float, min_pct: float) -> float:

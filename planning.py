@@ -39,7 +39,7 @@ from footprint import OverLimit, Usage
 from losses import OBJECTIVES, Objective, build_objective
 from memory import EVALUATION, GIB, Fit
 from model import TriModalModel
-from optimization import MovingAverage, Optimizer
+from optimization import MovingAverage, Optimizer, freeze, trained
 from steps import Positives, Share, Step, accumulate
 
 PARTS = 2
@@ -157,6 +157,7 @@ class StepPlan:
     def _run(self, tracker: footprint.PeakMemory, names: Sequence[str], num_updates: int) -> None:
         config, training = self.config, self.config.training
         model = TriModalModel(config.model)
+        freeze(model, self.row)
         apply_recompute(model, self.fit)
         objectives = [build_objective(name, model, self.task.inputs, self.place.num_speakers,
                                       training.contrastive_loss) for name in names]
@@ -167,24 +168,19 @@ class StepPlan:
         average = MovingAverage(model, training.ema_decay) if training.ema_decay else None
         tracker.mark("optimizer", [list(state.values()) for state in optimizer.state.values()],
                      average.values if average else [])
-        batch = self._batch(tracker)
+        batch = self._batch()
         for _ in range(num_updates or 1):
             step = self._step(model, batch)
-            accumulate(step, (term for objective in objectives for term in objective.terms(step)),
+            accumulate(step, (term for objective in objectives for term in trained(objective.terms(step), self.row)),
                        lambda loss: _backward(optimizer, loss))
             if num_updates:
                 optimizer.step(1e-4)
                 if average:
                     average.update(model.parameters())
 
-    def _batch(self, tracker: footprint.PeakMemory) -> Batch:
-        batch = largest_batch(self.config, self.row, self.task)
-        columns = [[v for v in vars(batch).values() if isinstance(v, Tensor)], batch.noise]
-        if self.place.device == "cpu":
-            tracker.mark("data", columns)
-        else:
-            tracker.on_host(columns)
-        return batch
+    def _batch(self) -> Batch:
+        with footprint.phase("data" if self.place.device == "cpu" else footprint.HOST):
+            return largest_batch(self.config, self.row, self.task)
 
     def _step(self, model: TriModalModel, batch: Batch) -> PlanStep:
         amp, row = self.place.amp, self.row
@@ -312,7 +308,8 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], pl
     facts = {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
              "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
              "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
-             "drop_path": row.drop_path > 0, "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
+             "drop_path": row.drop_path > 0, "trainable": row.trainable,
+             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
     pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
     kinds = [OBJECTIVES[name] for task in tasks for name in task.objectives]
 

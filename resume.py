@@ -69,12 +69,12 @@ def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
 
 
 def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None:
-    """The report of a run whose epochs are all done; None while there is something left to do."""
+    """The report of a run whose epochs are all done, of its last checkpoint; None while there is something to do."""
     if state is None or state["progress"]["epoch"] < config.training.epochs:
         return None
     folder = Path(config.paths.output_dir)
     made = [folder / "reports" / record["file"] for record in read_records(folder / "logs" / "metrics.jsonl")
-            if record["kind"] == "report"]
+            if (record["kind"], record["step"]) == ("report", state["progress"]["step"])]
     return next((path for path in reversed(made) if path.is_file()), None)
 
 

@@ -3,7 +3,6 @@
 A stage is a row of the configuration; nothing here knows one by name.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from alarms import Alarms
 from checkpoint import describe_mismatch
-from config import Config, ConfigError, StageConfig, TaskConfig, UserError
+from config import Config, StageConfig, TaskConfig, UserError
 from datasets import Batch, Data, epoch_batches, pool
 from distributed import World
 from losses import OBJECTIVES, build_objective, loss_parameters
-from optimization import MovingAverage, Optimizer
+from optimization import MovingAverage, Optimizer, freeze, trained
 from planning import apply_recompute, without_speaker
 from runs import Run
 from steps import Share, Step, shared_batch
@@ -84,21 +83,6 @@ def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[s
     return tasks, skipped
 
 
-def freeze(model: nn.Module, row: StageConfig) -> None:
-    """Train the parameters whose whole name matches one of the stage's patterns, freeze the others.
-
-    Raises:
-        ConfigError: a pattern matches no parameter.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in row.trainable:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ConfigError(f"stages.{row.name}.trainable: {pattern!r} matches no parameter; names look like "
-                              f"{names[0]}, {names[-1]}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
-
-
 def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int) -> Stage:
     """Heads, optimizer and average of a stage, with fresh state."""
     torch.manual_seed(run.config.training.seed)
@@ -163,10 +147,8 @@ def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor
         count = objective.count(step)
         copies = step.world.size if objective.is_of_whole_batch else 1
         if count:
-            for loss, parts in objective.terms(step):
-                if step.train and not loss.requires_grad:
-                    raise ConfigError(f"stages.{stage.row.name}.trainable: {', '.join(parts)} depends on none of the "
-                                      "parameters named; name some of its encoders', or leave it out")
+            terms = objective.terms(step)
+            for loss, parts in trained(terms, stage.row) if step.train else terms:
                 loss = weight / count * loss
                 shown = {name: value / (count * copies) for name, value in parts.items()}
                 yield loss, {TOTAL: loss.detach() / copies, **shown}

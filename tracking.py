@@ -153,7 +153,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n") if path.exists() else []:  # splitlines would split within records
         with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    return [record for record in records if isinstance(record, dict) and "kind" in record]
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

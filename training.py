@@ -25,7 +25,7 @@ from datasets import Batch, epoch_batches, loader, pool
 from distributed import OutOfMemoryElsewhere, World
 from interruption import Interruption
 from losses import start_sigmoid
-from optimization import lr_at
+from optimization import freeze, lr_at
 from planning import Place, apply_recompute, plan_stages, print_plan
 from resume import find_state, finished_report, stage_epochs
 from runs import (
@@ -48,7 +48,6 @@ from stages import (
     build_stage,
     epoch_jobs,
     first_contrast,
-    freeze,
     make_step,
     own_jobs,
     reduce_gradients,
@@ -355,9 +354,8 @@ def averaged(run: Run, stage: Stage) -> Iterator[None]:
 
 
 def train(config: Config, options: Options) -> Path | None:
-    """Run what is left of every stage, evaluate the best weights on the test split, write the report; its path.
-
-    Under torchrun all processes train, and the main one does the rest: the others return None.
+    """Run what is left of every stage, evaluate the best weights on the test split, write the report; its path. Under
+    torchrun all processes train, and the main one does the rest: the others return None.
 
     Raises:
         UserError: a mistake that the user can mend.
@@ -370,6 +368,8 @@ def train(config: Config, options: Options) -> Path | None:
         with world.quiet(), Interruption() as interruption:
             return run_stages(config, options, world, interruption)
     except RuntimeError as error:
+        if memory.is_out_of_memory(error):  # a step and the evaluation go on with less; what is beside them cannot
+            raise UserError(memory.no_room(world.device, error)) from None
         if not world.has_lost_someone(error):
             raise
         raise TrainingError("another process of this run has ended (its own lines say why); go on with --resume "

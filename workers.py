@@ -40,6 +40,7 @@ from config import UserError
 NOWHERE = -1  # the place of a process that is between two places
 AHEAD = 2  # results of each process that are begun or waiting
 TRIES = 3  # deaths at one job without a common place, or places given up of one job, that end the run
+STARTING_S = 60.0  # more patience with a process that has begun nothing yet: a busy machine starts it late
 TICK_S = 1.0  # at most so long between two looks at who hangs
 ALIGNMENT = 64  # bytes, of each array in a result
 
@@ -155,11 +156,11 @@ class Member:
     still_s: float = 0.0  # how long the main process has waited and seen no beat
 
     def watch(self, waited_s: float) -> float:
-        """How long it has not moved though it had a job."""
+        """How long it has not moved though it had a job; what its start may take beside that does not count."""
         beats = self.pulse[0]
         self.still_s = self.still_s + waited_s if self.jobs and beats == self.beats else 0.0
         self.beats = beats
-        return self.still_s
+        return self.still_s if beats else self.still_s - STARTING_S
 
 
 class Team:

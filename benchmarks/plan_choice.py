@@ -2,10 +2,11 @@
 
     python benchmarks/plan_choice.py [--stages align finetune --tasks image+text audio+text --rounds 9]
 
-The sweep: micro-batches of 1, 2, 4, ... for all towers together, the same with one tower whole, each with every n-th
-block recomputed (n of 0, 4, 2, 1, in all towers). Their peaks are measured as the planner measures. The budgets lie
-between the smallest and the largest of them: in %, 100 takes everything at once, 0 only what takes least. The step is
-the one that trains, float32, on random values of the largest shapes.
+The sweep: micro-batches of 1, 2, 4, ..., with every n-th block recomputed (n of 0, 4, 2, 1); of one or two towers every
+combination, of three (as in finetune, with the fusion) those of all towers alike or with one tower whole. Their peaks
+are measured as the planner measures. The budgets lie between the smallest and the largest of them: in %, 100 takes
+everything at once, 0 only what takes least. The step is the one that trains, float32, on random values of the largest
+shapes.
 
 Times are CPU seconds of one thread, since others may use the machine; medians of the rounds, in which the fits take
 turns. After the first round those go that are 1.3 times slower than the fastest in every budget that they fit. `ratio`:
@@ -16,6 +17,7 @@ the fastest of all. Sizes are written as image 8/2: micro-batches of 8, every 2n
 import argparse
 import dataclasses
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -78,11 +80,14 @@ class Case:
         return tuple((tower, fit.micro_batch[tower], fit.recompute[tower]) for tower in self.towers)
 
     def sweep(self) -> list[Key]:
-        most = max(self.upper.values())
-        small = [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent < most]
-        sizes = [dict.fromkeys(self.towers, size) for size in (*small, most)]
-        sizes += [dict.fromkeys(self.towers, size) | {tower: most} for size in small for tower in self.towers]
-        return [tuple((tower, of[tower], every) for tower in self.towers) for of in sizes for every in RECOMPUTE]
+        powers = [[1 << exponent for exponent in range(self.upper[tower].bit_length())] for tower in self.towers]
+        if len(self.towers) <= 2:
+            return list(itertools.product(*([(tower, size, every) for size in sizes for every in RECOMPUTE]
+                                            for tower, sizes in zip(self.towers, powers, strict=True))))
+        *small, most = max(powers)
+        alike = [dict.fromkeys(self.towers, size) for size in (*small, most)]
+        alike += [dict.fromkeys(self.towers, size) | {tower: most} for size in small for tower in self.towers]
+        return [tuple((tower, of[tower], every) for tower in self.towers) for of in alike for every in RECOMPUTE]
 
 
 class Peaks:

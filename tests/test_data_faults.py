@@ -156,7 +156,7 @@ def test_a_line_deleted_gives_its_sample_another_try(tmp_path: Path) -> None:
         list(load(data, config, workers=1))
     assert "manifest/7" not in {key for batch in load(data, config, workers=1) for key in batch.keys}
     path = tmp_path / "outputs/logs/bad_samples.jsonl"
-    path.write_text('{"key": "cut off')
+    path.write_text('{}\nnull\n{"key": 1, "split": "train", "reason": []}\n' + "[" * 9999 + '\n{"key": "cut off')
     assert_equal(list(load(data, config, workers=1)), clean)
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import footprint
-from footprint import TAGS, OverLimit, PeakMemory, device_of, tracing
+from footprint import HOST, TAGS, OverLimit, PeakMemory, device_of, phase, tracing
 
 KIB = 1024
 
@@ -182,9 +182,10 @@ def test_a_limit_ends_the_run_at_the_operation_that_passes_it() -> None:
 
 def test_what_waits_on_the_host_is_not_counted() -> None:
     with tracing("cuda") as tracker:
-        batch, weight = torch.zeros(1 << 20), torch.zeros(1 << 10)
-        tracker.on_host({"images": batch})
-        assert tracker.live_bytes == 4 << 10
+        weight = torch.zeros(1 << 10)
+        with phase(HOST):
+            batch = torch.zeros(1 << 20)
+        assert tracker.live_bytes == tracker.peak_bytes == 4 << 10
         part = batch[: 1 << 18].clone()  # what a transfer makes
         assert tracker.live_bytes == (4 << 10) + (1 << 20)
         del part

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fuzz
-from benchmarks.fuzz import Bad, Kind, Reader, damaged, format_table, outcome, whole
+from benchmarks.damage import MENDED, damaged, whole
+from benchmarks.fuzz import Bad, Kind, Reader, format_table, outcome
 
 
 @pytest.mark.slow
@@ -17,6 +18,7 @@ def test_damaged_files_are_read_or_refused() -> None:
     counts, problems = fuzz.fuzz(kinds, 200, seed=1, timeout_s=120.0)
     assert problems == [], format_table(counts)
     assert sum(found["inputs"] for found in counts.values()) == 200
+    assert counts["jsonl"]["accepted"] and counts["yaml"]["accepted"], format_table(counts)
     assert counts["checkpoint"]["refused"] == counts["checkpoint"]["inputs"] > 10
 
 
@@ -26,7 +28,7 @@ def test_damage_is_the_same_for_ever_and_always_some() -> None:
         assert inputs == [damaged(kind, number, 0) for number in range(40)]
         assert not set(inputs) & set(whole(kind)) and len(set(inputs)) > 30
         assert inputs != [damaged(kind, number, 1) for number in range(40)]
-    for kind, mend in fuzz.MENDED.items():
+    for kind, mend in MENDED.items():
         assert [mend(data) for data in whole(kind)] == list(whole(kind))
 
 

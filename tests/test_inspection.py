@@ -116,17 +116,17 @@ def test_what_a_filled_cache_knows_to_be_broken_is_told_without_reading_it_again
 
 
 def test_a_file_that_hangs_costs_that_file(tmp_path: Path) -> None:
-    case = opened(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 30, 0, val=1), "data.timeout_s=1",
+    case = opened(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 30, 0, val=1), "data.timeout_s=3",
                   "data.cache=false", stages=[PICTURES])
     assert case.data is not None
     split = case.data.splits["train"]
     path = split.table.images[int(rehearsal.some_rows(split, case.rows[0].tasks[0], 1)[0])]
     with hanging(Path(path)):
         (found,) = inspection.files(case)
-        assert found.state == "warn" and f"{path}: took longer than data.timeout_s=1" in found.found
+        assert found.state == "warn" and f"{path}: took longer than data.timeout_s=3" in found.found
         assert [one.state for one in rehearsal.steps(case)] == ["ok"], "here as well"
         reason = bad_samples.path_of(case.tried).read_text()
-    assert f"{path}: took longer than data.timeout_s=1" in reason, "of its batch"
+    assert f"{path}: took longer than data.timeout_s=3" in reason, "of its batch"
 
 
 def test_the_cache_is_foretold_and_not_made(tmp_path: Path) -> None:

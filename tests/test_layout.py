@@ -32,7 +32,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "datasets": "config samples readers vocabulary concepts prepare batches workers bad_samples",
     # mathematics
     "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
-    "optimization": "config",
+    "optimization": "config steps",
     # the machine
     "shapes": "", "footprint": "shapes", "memory": "config", "budget": "config files footprint memory",
     "checkpoint": "files",
@@ -47,7 +47,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
-    "faults": "arguments redaction config datasets model steps losses checkpoint runs stages alarms",
+    "faults": "arguments redaction config datasets model steps losses checkpoint optimization runs stages alarms",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
                 "faults interruption resume saving",
     "run_training": "arguments config interruption training redaction doctor",

@@ -1,5 +1,6 @@
 """Plans: true to the real step's bytes, inside the README's budgets, kept, obeyed, printed without any data."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,6 +96,30 @@ def test_a_large_effective_batch_fits_the_same_budget_in_smaller_parts(tmp_path:
     assert all(size >= 16 for size in plan.micro_batch.values()), "and the parts are of a useful size"
 
 
+def test_a_batch_that_waits_on_the_host_takes_nothing_of_a_gpu(tmp_path: Path) -> None:
+    """However large it is: 2,048 pictures here are more than all else together."""
+    small = SmallRuns(tmp_path / "shared")
+    config = small.config(tmp_path / "run", "training.batch_size=2048", "model.image_size=224")
+    row, fit = config.stages[1], Fit(dict.fromkeys(planning.TOWERS, 16), dict.fromkeys(planning.TOWERS, 1))
+    step = StepPlan(config, row, row.tasks[0], fit, CUDA)
+    on_gpu, on_cpu = step.usage(), dataclasses.replace(step, place=CPU).usage()
+    assert on_gpu is not None and on_cpu is not None
+    pictures = 2048 * 3 * 224 * 224
+    assert on_gpu.by_tag["data"] == 0 and on_gpu.peak_bytes < pictures < on_cpu.by_tag["data"] < on_cpu.peak_bytes
+
+
+def test_what_a_stage_freezes_takes_neither_gradients_nor_moments(tmp_path: Path) -> None:
+    small = SmallRuns(tmp_path / "shared")
+    whole = planned(small.config(tmp_path / "run"), "align")
+    heads = small.config(tmp_path / "run", "stages.align.trainable=['projections.*', 'logit_.*']")
+    plan = planned(heads, "align")
+    trained = sum(p.numel() for name, p in TriModalModel(heads.model).named_parameters()
+                  if name.startswith(("projections.", "logit_")))
+    assert plan.by_tag["parameters"] == whole.by_tag["parameters"]
+    assert plan.by_tag["optimizer"] < 9 * trained < whole.by_tag["optimizer"] / 9
+    assert plan.peak_bytes < whole.peak_bytes / 2
+
+
 def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(tmp_path: Path) -> None:
     config = SmallRuns(tmp_path / "shared").config(tmp_path / "run", "memory.budget_gb=4")
     weights = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
@@ -107,9 +132,13 @@ def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(tmp_path: Path) -> N
 def test_a_budget_that_nothing_fits_is_one_line(tmp_path: Path) -> None:
     small = SmallRuns(tmp_path / "shared")
     config = small.config(tmp_path / "run", "memory.budget_gb=0.55")
-    with pytest.raises(budget.OverBudget, match=r"memory\.budget_gb: of 0\.55 GiB, .*image 32.*lower training") as stop:
+    with pytest.raises(budget.OverBudget, match=r"memory\.budget_gb: of 0\.55 GiB, .*image 32.* set memory\."
+                                                r"micro_batch to auto, lower training") as stop:
         planned(config, "finetune")
     assert isinstance(stop.value, UserError) and "\n" not in str(stop.value)
+    smallest = small.config(tmp_path / "run", "memory.budget_gb=0.55", "memory.micro_batch=auto")
+    with pytest.raises(budget.OverBudget, match=r"memory\.budget_gb: of 0\.55 GiB, .*image 1\b.*; lower training"):
+        planned(smallest, "finetune")
 
 
 # ---- what is obeyed and kept ---------------------------------------------------------------------------------------

@@ -216,17 +216,24 @@ FILL = """
 import sys, time
 from pathlib import Path
 import prepare
-from tests.test_prepare import configured, files
+from samples import SampleTable
+from tests.test_prepare import configured, entries, sample
 folder = Path(sys.argv[1])
 original = prepare.decode
-def slow(kind, item, side):
-    time.sleep(0.05)
+def held(kind, item, side):
+    while entries(folder) and (folder / "hold").exists():
+        time.sleep(0.01)
     return original(kind, item, side)
-prepare.decode = slow
-from samples import SampleTable
-rows = files(folder, 80)
+prepare.decode = held
+rows = SampleTable.pack(sample(str(i), image=folder / "data" / "set" / f"{i}.png") for i in range(80))
 prepare.open_store(rows, configured(folder, "data.workers=2"))
 """
+
+
+def filling(folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """A process that fills the cache in `folder`, and stops in the middle of it while `folder/hold` is there."""
+    with (folder / f"{name}.out").open("wb") as out:
+        return subprocess.Popen([sys.executable, "-c", FILL, str(folder)], cwd=ROOT, stdout=out)
 
 
 def children_of(parent: int) -> list[int]:
@@ -250,33 +257,32 @@ def is_alive(pid: int) -> bool:
 
 
 def test_a_killed_run_leaves_no_entry_no_lock_and_no_process(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", FILL, str(tmp_path)], cwd=ROOT)
+    table = files(tmp_path, 80)
+    (tmp_path / "hold").touch()
+    process = filling(tmp_path, "killed")
     wait_for(lambda: entries(tmp_path) and len(children_of(process.pid)) == 2)
     children = children_of(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [name.endswith(".tmp") for name in entries(tmp_path)] == [True]
     wait_for(lambda: not any(is_alive(child) for child in children))
-    table = files(tmp_path, 80)
     assert_same(open_store(table, configured(tmp_path)), open_store(table, configured(tmp_path, "data.cache=false")))
     assert len(entries(tmp_path)) == 2 and not any(name.endswith(".tmp") for name in entries(tmp_path))
 
 
 def test_two_runs_at_once_share_one_entry(tmp_path: Path) -> None:
     files(tmp_path, 80)
-    runs = [subprocess.Popen([sys.executable, "-c", FILL.replace("rows = files(folder, 80)", TABLE), str(tmp_path)],
-                             cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [run.communicate(timeout=100)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0]
-    assert sum("waiting for another process" in text for text in said) == 1
-    assert not any("is not kept" in text for text in said)
+    (tmp_path / "hold").touch()
+    runs = [filling(tmp_path, name) for name in ("first", "second")]
+
+    def said() -> str:
+        return "".join((tmp_path / f"{name}.out").read_text("utf-8") for name in ("first", "second"))
+
+    wait_for(lambda: "waiting for another process" in said())
+    (tmp_path / "hold").unlink()
+    assert [run.wait(300) for run in runs] == [0, 0]
+    assert said().count("waiting for another process") == 1 and "is not kept" not in said()
     assert len(entries(tmp_path)) == 1
-
-
-TABLE = """
-from tests.test_prepare import sample
-rows = SampleTable.pack(sample(str(i), image=folder / "data" / "set" / f"{i}.png") for i in range(80))
-"""
 
 
 def wait_for(condition) -> None:

@@ -16,8 +16,9 @@ import checkpoint
 import run_training
 import runs
 import training
+from config import UserError
 from interruption import Interruption, Stopped
-from runs import Options
+from runs import Options, Run
 from tests.killing import OFTEN, PLACES, assert_same, in_process, killed_run, recipe, with_files
 from tests.small_runs import SmallRuns, one_thread, records
 from tracking import read_records
@@ -65,6 +66,24 @@ def test_a_run_killed_at_each_place_ends_with_the_same_bits(small: SmallRuns, wh
     assert_same(folder, whole)
 
 
+def test_more_epochs_have_a_report_of_their_own_even_if_their_end_failed(
+        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, more = tmp_path / "run", (*recipe(small), "training.epochs=4")
+    shutil.copytree(whole, folder, symlinks=True)
+    [first] = (folder / "reports").glob("*.md")
+
+    def full(run: Run) -> Path:
+        raise UserError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
+        patch.setattr(training, "finish", full)
+        small.train(folder, *more, resume="auto")
+    report = small.train(folder, *more, resume="auto")
+    assert report != first
+    assert checkpoint.load(folder / "checkpoints" / "final_model.pt")["progress"]["epoch"] == 4
+    assert small.train(folder, *more, resume="auto") == report
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_to_the_same_bits(
         small: SmallRuns, whole: Path, tmp_path: Path, name: str) -> None:
@@ -76,7 +95,8 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_to_the_same_bits(
     process.join()
     assert process.exitcode == 3, folder.with_suffix(".out").read_text("utf-8")[-2000:]
     said = folder.with_suffix(".out").read_text("utf-8")
-    [path] = (folder / "checkpoints").glob("checkpoint_epoch_*.pt")
+    path = checkpoint.find_latest(folder / "checkpoints")
+    assert path is not None
     step = checkpoint.load(path)["progress"]["step"]
     assert f"Stopped by {name} after step {step}, which is saved. Go on with --resume auto" in said
     assert records(folder)[-1]["step"] == step, "what was done is recorded, and nothing more"

@@ -106,10 +106,10 @@ def test_a_fresh_start_drops_all_of_an_attempt_before_it(tmp_path: Path) -> None
     assert read_records(tmp_path / "metrics.jsonl") == [] and scalars(tmp_path) == {}
 
 
-def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+def test_a_line_that_is_no_record_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_records(path) == []
-    path.write_text('{"kind": "event", "step": 1}\n{"kind": "eve', encoding="utf-8")
+    path.write_text('{"kind": "event", "step": 1}\n{}\n[]\n{"kind": "eve', encoding="utf-8")
     assert read_records(path) == [{"kind": "event", "step": 1}]
 
 

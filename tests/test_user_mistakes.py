@@ -93,9 +93,14 @@ def test_what_was_asked_for(mistake: Main, tmp_path: Path, arguments: list[str],
     assert not (tmp_path / "out").exists()
 
 
-def test_a_pattern_of_the_last_stage_is_checked_before_the_first(mistake: Main, tmp_path: Path) -> None:
-    error = mistake("stages.finetune.trainable=['vision.*']")
-    assert "stages.finetune.trainable: 'vision.*' matches no parameter; names look like " in error
+@pytest.mark.parametrize(("patterns", "words"), [
+    ("['vision.*']", "'vision.*' matches no parameter; names look like "),
+    ("['audio.*']", "contrastive_image_text depends on none of the parameters named"),
+    ("[]", "contrastive_image_text depends on none of the parameters named"),
+])
+def test_the_patterns_of_the_last_stage_are_checked_before_the_first(mistake: Main, tmp_path: Path, patterns: str,
+                                                                     words: str) -> None:
+    assert f"stages.finetune.trainable: {words}" in mistake(f"stages.finetune.trainable={patterns}")
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
 
 
@@ -189,6 +194,18 @@ def test_a_full_disk(mistake: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(runs, "Tracker", full(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):  # no mistake of the user's: all of it is shown
         mistake()
+
+
+def test_a_device_without_room_for_the_weights_or_the_moments(mistake: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 20 GiB.")
+
+    for place in ("stages.Optimizer.allocate", "runs.memory.cap_allocator"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            error = mistake("--overwrite")
+        assert error.startswith("error: out of memory on cpu (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+        assert "end what else uses it, or lower training.batch_size, model.size" in error and "--resume auto" in error
 
 
 def test_a_used_output_folder(mistake: Main, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_three_places_of_one_job_given_up_are_an_error() -> None:
 
 def test_lack_of_memory_in_a_process_is_a_death(once: Callable[[str], bool]) -> None:
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
-        if once("full"):
+        if job == 0 and once("full"):
             raise MemoryError
         return job
 
@@ -263,6 +263,21 @@ def test_a_process_that_stands_still_at_no_place_is_replaced() -> None:
     assert list(iterator) == [job**2 for job in range(1, 30)]
     assert len(said) == 1 and "was lost (hung for 1 s) at " in said[0]
     assert ours() == []
+
+
+def test_a_process_that_starts_late_has_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve, said = workers._serve, list[str]()
+
+    def late(*given: Any) -> None:
+        time.sleep(1.5)
+        serve(*given)
+
+    monkeypatch.setattr(workers, "_serve", late)
+    assert list(results(squares, 9, timeout_s=0.5, say=said.append)) == [job**2 for job in range(9)]
+    assert said == []
+    monkeypatch.setattr(workers, "STARTING_S", 0.1)
+    with pytest.raises(UserError, match=r"3 reading processes were lost in a row \(hung for 0\.5 s\)"):
+        list(results(squares, 9, timeout_s=0.5))
 
 
 def test_a_slow_main_process_takes_nobody_for_hung(once: Callable[[str], bool]) -> None:

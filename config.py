@@ -6,7 +6,6 @@ Order of precedence: the defaults below < config.yaml < flags and `section.key=v
 """
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -18,10 +17,13 @@ from typing import Any, Literal
 
 import yaml
 
+import checks
 import strict_yaml
 
 MODALITIES = ("image", "text", "audio")
 OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker")
+MAX_PASSES = 1_000  # the order of all visits of an epoch is in memory
+OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of other samples
 DATASETS = ("coco", "clotho", "audiocaps", "voxceleb", "stamps", "synthetic", "manifest")
 
 SAMPLE_RATE_HZ = 16_000
@@ -91,9 +93,9 @@ class ModelConfig:
         return PRESETS[self.size]
 
     def problems(self) -> list[str]:
-        found = _below("model", self, embed_dim=1, num_classes=1, image_size=16, context_length=4, vocab_size=1000)
-        found += [f"model.{name}: {getattr(self, name)} is above {most}" for name, most in MAX_SIZES.items()
-                  if getattr(self, name) > most]
+        found = checks.below("model", self, embed_dim=1, num_classes=1, image_size=16, context_length=4,
+                             vocab_size=1000)
+        found += checks.above("model", self, **MAX_SIZES)
         if self.image_size % 16:
             found.append(f"model.image_size: {self.image_size} is not a multiple of the patch, 16")
         if self.word_embeddings not in ("minilm", "random") and not self.word_embeddings.startswith("hub:"):
@@ -131,9 +133,11 @@ class TrainingConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
     def problems(self) -> list[str]:
-        found = _below("training", self, epochs=1, batch_size=1, gradient_accumulation_steps=1, captions_per_visit=1,
-                       log_every_steps=1, keep_checkpoints=1, save_every_epochs=1, save_every_minutes=0, weight_decay=0,
-                       grad_clip_norm=0, max_bad_steps=1, warmup_pct=0, min_lr_pct=0, seed=0)
+        found = checks.below("training", self, epochs=1, batch_size=1, gradient_accumulation_steps=1,
+                             captions_per_visit=1, log_every_steps=1, keep_checkpoints=1, save_every_epochs=1,
+                             save_every_minutes=0, weight_decay=0, grad_clip_norm=0, max_bad_steps=1, warmup_pct=0,
+                             min_lr_pct=0, seed=0)
+        found += checks.above("training", self, warmup_pct=100, min_lr_pct=100)
         if not self.learning_rate > 0:
             found.append(f"training.learning_rate: {self.learning_rate} is not above 0")
         if not 0 <= self.ema_decay < 1:
@@ -152,13 +156,16 @@ class TaskConfig:
     def problems(self, where: str) -> list[str]:
         found = [f"{where}.inputs: {name!r} is not one of {', '.join(MODALITIES)}"
                  for name in self.inputs if name not in MODALITIES]
-        found += [f"{where}.objectives: {_unknown(name, OBJECTIVES)}" for name in self.objectives
+        found += [f"{where}.objectives: {checks.unknown(name, OBJECTIVES)}" for name in self.objectives
                   if name not in OBJECTIVES]
+        found += [f"{where}.objectives.{name}: {weight} is not above 0; remove what is not to be trained"
+                  for name, weight in self.objectives.items() if weight <= 0]
         if not self.inputs or not self.objectives:
             found.append(f"{where}: needs at least one entry in inputs and in objectives")
-        if self.passes <= 0:
-            found.append(f"{where}.passes: {self.passes} is not above 0")
-        pairs = [name for name in ("contrastive", "matching") if name in self.objectives]
+        found += checks.twice(f"{where}.inputs", self.inputs)
+        if not 0 < self.passes <= MAX_PASSES:
+            found.append(f"{where}.passes: {self.passes} is outside (0, {MAX_PASSES}]")
+        pairs = [name for name in OF_PAIRS if name in self.objectives]
         if pairs and len(set(self.inputs)) != 2:
             found.append(f"{where}: {pairs[0]} needs exactly two inputs, got {', '.join(self.inputs)}")
         if "speaker" in self.objectives and "audio" not in self.inputs:
@@ -180,6 +187,10 @@ class StageConfig:
     drop_path: float = 0.0
     trainable: tuple[str, ...] = (".*",)  # regular expressions over parameter names; the rest is frozen
 
+    @property
+    def compares(self) -> bool:
+        return any(name in task.objectives for task in self.tasks for name in OF_PAIRS)
+
     def problems(self, where: str) -> list[str]:
         found = [p for i, task in enumerate(self.tasks) for p in task.problems(f"{where}.tasks[{i}]")]
         for name in ("image_keep", "audio_keep"):
@@ -195,6 +206,7 @@ class StageConfig:
             found.append(f"{where}: share and lr_factor must be above 0")
         if not self.tasks:
             found.append(f"{where}.tasks: a stage needs at least one task")
+        found += checks.patterns(f"{where}.trainable", self.trainable)
         if self.effective_batch is not None and self.effective_batch < 2:
             found.append(f"{where}.effective_batch: {self.effective_batch} is below 2")
         return found
@@ -240,9 +252,10 @@ class DataConfig:
     synthetic_sounds: int = 384
 
     def problems(self) -> list[str]:
-        found = [f"data.datasets: {_unknown(name, DATASETS)}" for name in self.datasets if name not in DATASETS]
+        found = [f"data.datasets: {checks.unknown(name, DATASETS)}" for name in self.datasets if name not in DATASETS]
         if not self.datasets:
             found.append("data.datasets: name at least one set")
+        found += checks.twice("data.datasets", self.datasets)
         if "manifest" in self.datasets and not self.manifest:
             found.append("data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here")
         if self.audio_max_s * FRAME_RATE_HZ > AUDIO_WINDOW_FRAMES or self.audio_max_s < 0.1:
@@ -252,6 +265,8 @@ class DataConfig:
             found.append(f"data.min_crop: {self.min_crop} is outside (0, 1]")
         if isinstance(self.workers, int) and self.workers < 0:
             found.append(f"data.workers: {self.workers} is below 0")
+        found += checks.below("data", self, cache_max_gb=0)
+        found += checks.blank("data", self, "cache_dir", "manifest_root")
         if not 0 <= self.max_bad_pct <= 100:
             found.append(f"data.max_bad_pct: {self.max_bad_pct} is outside 0 to 100")
         if not 0 <= self.timeout_s < math.inf:
@@ -279,7 +294,7 @@ class EvaluationConfig:
     resamples: int = 1000
 
     def problems(self) -> list[str]:
-        return _below("evaluation", self, batch_size=1, tile=1, max_validation=2, resamples=0)
+        return checks.below("evaluation", self, batch_size=1, tile=1, max_validation=2, resamples=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +302,17 @@ class ReportConfig:
     language: Literal["zh", "en"] = "zh"
     gallery_queries: int = 8
 
+    def problems(self) -> list[str]:
+        return checks.below("report", self, gallery_queries=0) + checks.above("report", self, gallery_queries=100)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PathsConfig:
     data_root: str = "./data"
     output_dir: str = "./outputs"
+
+    def problems(self) -> list[str]:
+        return checks.blank("paths", self, "data_root", "output_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,12 +327,15 @@ class Config:
     paths: PathsConfig = field(default_factory=PathsConfig)
 
     def __post_init__(self) -> None:
-        sections = (self.model, self.training, self.data, self.memory, self.evaluation)
+        sections = (self.model, self.training, self.data, self.memory, self.evaluation, self.report, self.paths)
         found = [p for section in sections for p in section.problems()]
         found += [p for i, stage in enumerate(self.stages) for p in stage.problems(f"stages[{i}]")]
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             found.append("stages: needs at least one stage, each with a name of its own")
+        found += [f"stages[{i}].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2, so "
+                  "that no sample has another to be compared with" for i, stage in enumerate(self.stages)
+                  if stage.compares and stage.effective_batch is None and self.training.effective_batch == 1]
         if found:
             raise ConfigError("; ".join(found))
 
@@ -345,18 +369,6 @@ def config_from_dict(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
     for override in overrides:
         _apply_override(changed, override)
     return _build(Config, changed, "")
-
-
-def _below(section: str, config: Any, **minimum: float) -> list[str]:
-    return [f"{section}.{name}: {getattr(config, name)} is below {low}"
-            for name, low in minimum.items() if getattr(config, name) < low]
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
-    return f"{name!r} is unknown. {hint}"
 
 
 def _plain(value: Any) -> Any:
@@ -426,7 +438,7 @@ def _build(cls: Any, raw: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for key in raw:
         if key not in hints:
-            raise ConfigError(f"{prefix}{key}: unknown key. {_unknown(str(key), hints).split('. ', 1)[1]}")
+            raise ConfigError(f"{prefix}{key}: unknown key. {checks.unknown(str(key), hints).split('. ', 1)[1]}")
     values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in raw.items()}
     missing = [f.name for f in fields(cls) if f.name not in values
                and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]

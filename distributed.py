@@ -227,6 +227,12 @@ class World:
         return [bool(flag) for flag in used.tolist()]
 
 
+def place_in_world() -> tuple[int, int]:
+    """This process's rank, and how many torchrun started: 0 and 1 without it."""
+    size = int(os.environ.get("WORLD_SIZE", "").strip() or 1)
+    return (int(os.environ["RANK"]), size) if size > 1 else (0, 1)
+
+
 def start(device: torch.device | None = None) -> World:
     """Join the processes that torchrun started; without torchrun, a world of one and no process group.
 
@@ -236,10 +242,10 @@ def start(device: torch.device | None = None) -> World:
         UserError: more processes on this machine than CUDA devices.
     """
     device = device or torch.device("cpu")
-    size = int(os.environ.get("WORLD_SIZE", "").strip() or 1)
+    rank, size = place_in_world()
     if size == 1:
         return World(device=device)
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
     backend = "gloo"
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -18,6 +18,7 @@ import torch
 import budget
 import memory
 import prepare
+import protocols
 import resume
 import runs
 import saving
@@ -70,6 +71,22 @@ class Case:
     def rows(self) -> list[StageConfig]:
         """Stages that have something to train."""
         return [row for row in self.config.stages if row.name in self.tasks]
+
+
+def before_download(config: Config, options: Options) -> None:
+    """For `run_all.sh`: what training refuses whatever the sets hold, by its own functions: device, list of samples,
+    output folder, checkpoint. Takes the folder for that moment, and leaves it as a run would find it.
+
+    Raises:
+        UserError: as training would.
+    """
+    memory.choose_device(options.device)
+    if "manifest" in config.data.datasets:
+        read_split("manifest", "train", config)
+    claim = runs.claim_folder(Path(config.paths.output_dir), options)
+    resume.find_state(config, options)
+    if claim.lock:
+        claim.lock.close()
 
 
 # ---- the machine -------------------------------------------------------------------------------------------------
@@ -140,9 +157,11 @@ def data(case: Case) -> Iterator[Finding]:
         found = [f"{split}: {_counted(counts)}" for split, counts in splits.items()]
         yield Finding(f"data: {name}", "warn" if missing else "ok", "\n".join(found + told),
                       _again(name, case.config) if missing else "")
-    for split in [split for split in SPLITS[1:] if not len(case.data.tables[split])]:
-        yield Finding(f"data: {split}", "warn", f"no set has samples for {split}",
-                      f"another set (--datasets), or lines of the manifest with the split '{split}'")
+    if not len(case.data.tables["val"]):
+        yield Finding("data: val", "warn", "no set has samples for val",
+                      "another set (--datasets), or lines of the manifest with the split 'val'")
+    if not protocols.can_score(case.data, "test"):
+        yield Finding("data: test", "warn", runs.NO_TEST, runs.ADD_TEST)
     for row in case.config.stages:
         try:
             case.tasks[row.name] = active_tasks(row, case.data)

@@ -1,7 +1,7 @@
 """The user's own data: a JSONL, CSV or TSV file with one sample a line.
 
     {"image": "photos/1.jpg", "text": ["a dog on grass", "a dog"], "labels": ["dog"], "split": "train"}
-    {"audio": "talk.flac", "start": 12.5, "duration": 10, "text": "a door slams", "speaker": "anna"}
+    {"audio": "talk.flac", "start": 12.5, "duration": 10, "text": "a door slams", "speaker": "anna", "split": "train"}
 
 Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id; all optional, but
 a line needs an image, an audio file or a text. In a CSV, `labels` are separated by ";", and a text is one caption, or
@@ -42,8 +42,8 @@ def read_manifest(path: Path, split: str, root: str | None = None) -> Iterator[S
     lie in the folder `root` (None: that of the manifest), links followed.
 
     Without a `split` column, 10 % of the samples are test and 10 % val, told by their ids alone, so that lines may be
-    reordered, and few samples change sides when lines are added; lines that share a picture or a stretch of sound stay
-    on one side. Without an `id`, a sample's id is its file name as written, with its start.
+    reordered, and few samples change sides when lines are added; lines that share a picture or a recording stay on one
+    side, whichever parts of it they name. Without an `id`, a sample's id is its file name as written, with its start.
 
     Raises:
         UserError: file and line number, what is wrong there, what is allowed.
@@ -130,10 +130,10 @@ class _Row:
         if "start" in given:
             self.name += f"@{self.start_s:g}"
 
-    def media(self) -> list[tuple[str, str, float, float]]:
-        """What must not stand on two sides."""
-        found = [("image", self.image, 0.0, 0.0)] if self.image else []
-        return found + ([("audio", self.audio, self.start_s, self.duration_s)] if self.audio else [])
+    def media(self) -> dict[str, str]:
+        """Files that must not stand on two sides, and their column. A whole file, since stretches of one may overlap,
+        and a video may be a picture here and a sound there."""
+        return {path: column for path, column in ((self.image, "image"), (self.audio, "audio")) if path}
 
     def sample(self) -> Sample:
         return Sample(key=self.key, source="manifest", split=self.split, image=self.image, audio=self.audio,
@@ -308,15 +308,15 @@ def _name(rows: list[_Row]) -> None:
 
 
 def _check_splits(rows: list[_Row]) -> None:
-    side: dict[tuple[str, str, float, float], _Row] = {}
+    side: dict[str, _Row] = {}
     for row in rows:
         if not row.split:
             _clash(row, f"no split, though other lines have one; give {', '.join(SPLITS)}, on all lines or on none")
-        for medium in row.media():
-            first = side.setdefault(medium, row)
+        for path, column in row.media().items():
+            first = side.setdefault(path, row)
             if first.split != row.split:
-                _clash(row, f"{medium[0]} {medium[1]} is in {row.split!r} here and in {first.split!r} on "
-                            f"{first.where.rpartition(', ')[2]}; nothing may be on two sides")
+                _clash(row, f"{column} {path} is in {row.split!r} here and in {first.split!r} on "
+                            f"{first.where.rpartition(', ')[2]}; no file, nor parts of one, may be on two sides")
 
 
 def _clash(row: _Row, message: str) -> NoReturn:
@@ -345,8 +345,8 @@ def _roots(rows: list[_Row]) -> list[int]:
             parent[i] = i = parent[parent[i]]
         return i
 
-    first: dict[tuple[str, str, float, float], int] = {}
+    first: dict[str, int] = {}
     for i, row in enumerate(rows):
-        for medium in row.media():
-            parent[find(i)] = find(first.setdefault(medium, i))
+        for path in row.media():
+            parent[find(i)] = find(first.setdefault(path, i))
     return [find(i) for i in range(len(rows))]

@@ -34,6 +34,7 @@ import steps
 from budget import Limits, Plan
 from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
 from datasets import Batch
+from distributed import place_in_world
 from footprint import OverLimit, Usage
 from losses import OBJECTIVES, Objective, build_objective
 from memory import EVALUATION, GIB, Fit
@@ -407,7 +408,11 @@ def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig]
 
 
 def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> None:
-    """`--plan`: every task of every stage, for a CUDA device with bf16 unless another device is named or found."""
+    """`--plan`: every task of every stage, for a CUDA device with bf16 unless another device is named or found. Under
+    torchrun that of each process, planned and printed by the first."""
+    rank, processes = place_in_world()
+    if rank:
+        return
     found = memory.choose_device(device_name)
     device = "cuda" if device_name == "auto" else found.type
     amp = memory.choose_precision(found, config.training.use_amp).dtype
@@ -415,16 +420,18 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> No
         amp = torch.bfloat16 if config.training.use_amp else None
     speakers = VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0
     tasks = {row.name: [without_speaker(task) if not speakers else task for task in row.tasks] for row in config.stages}
-    place = Place(device, amp, speakers, ratio=budget.calibration(memory.device_name(found)))
+    place = Place(device, amp, speakers, processes, budget.calibration(memory.device_name(found)))
     plans = plan_stages(config, {name: [t for t in found if t.objectives] for name, found in tasks.items()}, place)
     precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
     batches = {row.name: config.effective_batch(row) for row in config.stages}
     if as_json:
-        print(json.dumps({"size": config.model.size, "device": device, "precision": precision,
+        print(json.dumps({"size": config.model.size, "device": device, "precision": precision, "processes": processes,
                           "effective_batch": batches, "plans": {name: plan.to_dict() for name, plan in plans.items()}},
                          indent=1))
         return
-    print(f"Plan for {device}, {precision}, effective batch {', '.join(f'{n} {size}' for n, size in batches.items())}")
+    shared = f", of each of {processes} processes" if processes > 1 else ""
+    print(f"Plan for {device}, {precision}, effective batch {', '.join(f'{n} {size}' for n, size in batches.items())}"
+          f"{shared}")
     print(budget.format_plan(plans))
 
 

@@ -139,6 +139,12 @@ def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ..
     return chosen
 
 
+def can_score(data: Data, split: str) -> bool:
+    """False where the samples of a split cannot give any figure: all of them need two pictures or two sounds."""
+    kinds = chosen_rows(data, split, None)
+    return any(sum(len(rows) for kind, rows in kinds.items() if name in kind) > 1 for name in ("image", "audio"))
+
+
 def _facts(data: Data, split: str, rows: np.ndarray, gathered: "_Gathered") -> dict[str, dict[str, Any]]:
     """Of each set: samples used, samples there are, broken ones, and features that are not finite."""
     table, facts = data.tables[split], {}

@@ -67,8 +67,9 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
      "minDCF less is better.",
      "数据划分：`{split}`。“随机水平”是随机排序下的精确期望值，“候选数”是每个查询可选的数量。分数相同时按对模型不利的顺序计算。"
      "区间为对查询做自助法得到的 95 % 置信区间。median_rank、EER 和 minDCF 越小越好。"),
-    ("nothing", "Nothing was evaluated: no samples with two modalities.",
-     "没有可评测的内容：没有同时含两种模态的样本。"),
+    ("nothing", "Nothing was evaluated: this split has no two samples with two modalities, labels or speakers. Add "
+     "lines with this split to the list, or another set.",
+     "没有可评测的内容：这一划分里没有两个含两种模态、标签或说话人的样本。请在清单里加上写有这一划分的行，或换用别的数据集。"),
     ("pair", "Pair", "模态对"), ("metric", "Metric", "指标"), ("value", "Value", "数值"),
     ("interval", "95 % interval", "95 % 区间"), ("chance", "Chance", "随机水平"), ("times", "x chance", "随机的倍数"),
     ("candidates", "Candidates", "候选数"), ("queries", "Queries", "查询数"),

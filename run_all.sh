@@ -46,17 +46,23 @@ given() { # is the flag $1 among the other arguments?
     return 1
 }
 
-# Prints data folder, output folder and sets of the run, one a line, as run_training.py reads its arguments. Mistakes in
-# them end here, before any download.
+# Prints data folder, output folder and sets of the run, one a line, as run_training.py reads its arguments. What
+# training would refuse whatever the data hold ends here, before any download.
 settings() {
     "$PYTHON_HERE" - "$@" <<'EOP'
-import sys
+import contextlib, io, sys
 from config import UserError
+from redaction import redact
 from run_training import configuration, parse
 try:
-    config = configuration(parse(sys.argv[1:]))
+    options = parse(sys.argv[1:])
+    config = configuration(options)
+    from inspection import before_download  # loads torch
+    from runs import Options
+    with contextlib.redirect_stdout(io.StringIO()):  # training says it again
+        before_download(config, Options(options.device, options.resume, options.overwrite))
 except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {redact(str(error))}", file=sys.stderr)
     sys.exit(2)
 print(config.paths.data_root, config.paths.output_dir, " ".join(config.data.datasets), sep="\n")
 EOP
@@ -94,9 +100,10 @@ main() {
 
     say "[1/5] environment"
     bash setup_environment.sh
+    if given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
+    if ! given --resume "$@" && ! given --overwrite "$@"; then set -- "$@" --resume auto; fi
     answers=$(settings "$@")
     { read -r data_root && read -r output_dir && read -r names; } <<<"$answers"
-    if given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
 
     say "[2/5] data: $names in $data_root"
     # shellcheck disable=SC2086 # one word for each set
@@ -108,7 +115,6 @@ main() {
     fi
 
     say "[3/5] training: pictures, texts and sounds apart, then together (Ctrl-C is safe: run this again to go on)"
-    if ! given --resume "$@" && ! given --overwrite "$@"; then set -- "$@" --resume auto; fi
     "$PYTHON_HERE" run_training.py "$@"
 
     say "[4/5] evaluation and report"

@@ -25,8 +25,8 @@ with environment_needed():
     from config import DATASETS, SIZES, Config, UserError, load_config
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
-FLAGS = {  # flag -> key of the configuration
-    "data_root": "paths.data_root", "output_dir": "paths.output_dir", "model_size": "model.size",
+TEXTS = {"data_root": "paths.data_root", "output_dir": "paths.output_dir", "model_size": "model.size"}
+FLAGS = TEXTS | {  # flag -> key of the configuration
     "batch_size": "training.batch_size", "epochs": "training.epochs", "lr": "training.learning_rate",
 }
 
@@ -67,7 +67,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def configuration(options: argparse.Namespace) -> Config:
     """config.yaml, then flags, then `section.key=value`, each winning over the one before."""
-    flags = [f"{key}={_literal(value)}" for name, key in FLAGS.items() if (value := getattr(options, name)) is not None]
+    flags = [f"{key}={json.dumps(value) if name in TEXTS else _literal(value)}" for name, key in FLAGS.items()
+             if (value := getattr(options, name)) is not None]
     given = options.datasets or []  # argparse gives it the overrides that follow it, too
     if names := [word for word in given if "=" not in word]:
         flags.append(f"data.datasets={json.dumps(names)}")
@@ -75,7 +76,7 @@ def configuration(options: argparse.Namespace) -> Config:
 
 
 def _literal(value: str) -> str:
-    """Numbers as they are, all else as quoted text, so that a folder called `1: a` stays a folder."""
+    """Numbers as they are, all else as quoted text, so that `[3` is shown as it was given."""
     try:
         float(value)
         return value

@@ -39,6 +39,9 @@ from vocabulary import Tokenizer, load_word_table
 
 PARTS = ("checkpoints", "logs", "reports")
 LOCK = ".lock"
+NO_TEST = ("no test samples to compare, so the report has no figures: they need two with two modalities, labels or "
+           "speakers")
+ADD_TEST = "add lines with split: test to the manifest, or a set that has some (--datasets)"
 AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
 
 
@@ -134,6 +137,8 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         run.best = state["best"]
         within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""
         run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step})", progress.step)
+    if not protocols.can_score(data, "test"):
+        run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
     return run
 
 
@@ -158,7 +163,7 @@ class Claim:
     lock: IO[str] | None  # of the main process; the others have none
 
 
-def claim_folder(folder: Path, options: Options, world: World) -> Claim:
+def claim_folder(folder: Path, options: Options, world: World | None = None) -> Claim:
     """Make the folder and lock it, on the main process. Before the checkpoint is looked for: a run that is just
     ending may still write one.
 
@@ -166,6 +171,7 @@ def claim_folder(folder: Path, options: Options, world: World) -> Claim:
         UserError: it cannot be written, another process trains in it, or a run is in it that is neither gone on with
             nor thrown away.
     """
+    world = world or World()
     return world.together(lambda: Claim(_claim(folder, options) if world.is_main else None))
 
 
@@ -341,7 +347,10 @@ def finish(run: Run) -> Path:
     _check_room_for_the_end(run)
     setting = encoding(run)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
-    run.tracker.say(report.format_table(figures))
+    if figures:
+        run.tracker.say(report.format_table(figures))
+    else:
+        run.tracker.event(f"Evaluation: {NO_TEST}; {ADD_TEST}", run.progress.step)
     count = run.config.report.gallery_queries
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []

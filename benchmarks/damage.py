@@ -75,7 +75,7 @@ def video(pictures: bool, voice: bool) -> bytes:
 def manifest_lines() -> list[dict[str, Any]]:
     return [{"image": "a.png", "text": ["a dog on grass", "a dog"], "labels": ["dog"], "split": "train", "id": "one"},
             {"audio": "a.wav", "start": 0.1, "duration": 0.5, "text": "a door slams", "speaker": 7, "split": "val"},
-            {"image": "b/c.png", "audio": "a.wav", "text": "both of them", "split": "test"}]
+            {"image": "b/c.png", "audio": "a.wav", "text": "both of them", "split": "val"}]
 
 
 def manifest_csv() -> bytes:

@@ -194,6 +194,18 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("stages.align.share=0", ["stages[1]", "share"]),
     ("stages.align.tasks.0.objectives={clip: 1}", ["stages[1].tasks[0].objectives", "'clip'"]),
     ("stages.align.tasks.0.inputs=[video]", ["stages[1].tasks[0].inputs", "'video'", "image, text, audio"]),
+    ("stages.align.tasks.0.inputs=[image,text,text]", ["stages[1].tasks[0].inputs: 'text' is given 2 times"]),
+    ("stages.align.tasks.0.objectives.contrastive=-1", ["stages[1].tasks[0].objectives.contrastive: -1.0", "above 0"]),
+    ("stages.align.tasks.0.objectives.contrastive=0", ["objectives.contrastive: 0.0 is not above 0"]),
+    ("stages.align.tasks.0.passes=0", ["stages[1].tasks[0].passes: 0.0 is outside (0, 1000]"]),
+    ("stages.align.tasks.0.passes=1e9", ["passes: 1000000000.0 is outside (0, 1000]"]),
+    ("stages.align.trainable=['(']", ["stages[1].trainable: '(' is not a regular expression (missing ), unterminated"]),
+    ("data.datasets=[coco, clotho, coco]", ["data.datasets: 'coco' is given 2 times"]),
+    ("data.cache_max_gb=-3", ["data.cache_max_gb: -3.0 is below 0"]),
+    ("training.warmup_pct=300", ["training.warmup_pct: 300.0 is above 100"]),
+    ("training.min_lr_pct=500", ["training.min_lr_pct: 500.0 is above 100"]),
+    ("report.gallery_queries=-1", ["report.gallery_queries: -1 is below 0"]),
+    ("report.gallery_queries=101", ["report.gallery_queries: 101 is above 100"]),
     ("stages=[]", ["section.key=value"]),
     ("training.epochs", ["section.key=value"]),
     ("training.epochs.more=1", ["training.epochs"]),
@@ -224,6 +236,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert str(tmp_path) in error_of(path=tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
     assert "cannot be read" in error_of(path=tmp_path / "binary")
+
+
+def test_a_stage_that_compares_needs_two_samples_in_a_batch() -> None:
+    alone = ["training.batch_size=1", "training.gradient_accumulation_steps=1"]
+    message = error_of(*alone)
+    assert "stages[1].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2" in message
+    assert "stages[2].effective_batch: 1" in message and "stages[0]" not in message, "masks compare nothing"
+    larger = ["stages.align.effective_batch=2", "stages.finetune.effective_batch=2"]
+    assert load_config(None, alone + larger).training.effective_batch == 1
+    assert error_of(*alone, *larger, "stages.pretrain.effective_batch=1") == "stages[0].effective_batch: 1 is below 2"
 
 
 def test_two_stages_of_one_name(tmp_path: Path) -> None:

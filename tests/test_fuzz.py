@@ -18,8 +18,14 @@ def test_damaged_files_are_read_or_refused() -> None:
     counts, problems = fuzz.fuzz(kinds, 200, seed=1, timeout_s=120.0)
     assert problems == [], format_table(counts)
     assert sum(found["inputs"] for found in counts.values()) == 200
-    assert counts["jsonl"]["accepted"] and counts["yaml"]["accepted"], format_table(counts)
     assert counts["checkpoint"]["refused"] == counts["checkpoint"]["inputs"] > 10
+
+
+@pytest.mark.slow
+def test_some_damaged_lists_and_settings_are_accepted() -> None:
+    """So many that it does not hang on a word of config.yaml, which the damage is drawn over."""
+    counts, problems = fuzz.fuzz(["jsonl", "yaml"], 120, seed=1, timeout_s=120.0)
+    assert problems == [] and counts["jsonl"]["accepted"] and counts["yaml"]["accepted"], format_table(counts)
 
 
 def test_damage_is_the_same_for_ever_and_always_some() -> None:

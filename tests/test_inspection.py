@@ -1,6 +1,7 @@
 """Checks of the doctor that look at data, files, disk, memory and what a run goes on from."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -252,6 +253,15 @@ def test_a_run_that_goes_on_is_tried_with_what_its_checkpoint_holds(tmp_path: Pa
     assert "after epoch 0 of 3, in the stage words" in row(found, "resume").found
     assert case.run is not None and bool((case.run.model.text.words.weight == 0.125).all())
     assert [one.state for one in rehearsal.steps(case)] == ["ok", "ok"]
+
+
+def test_before_a_download_a_start_is_tried_and_leaves_the_folder_free(tmp_path: Path, trained: Path) -> None:
+    case = case_of(tmp_path, stages=[WORDS, PICTURES], options=Options("cpu", str(trained)))
+    inspection.before_download(case.config, case.options)
+    folder = Path(case.config.paths.output_dir)
+    assert os.listdir(folder) == [runs.LOCK] and runs.claim_folder(folder, case.options).lock
+    with pytest.raises(UserError, match="no such checkpoint"):
+        inspection.before_download(case.config, Options("cpu", str(trained.with_name("best_model.pt"))))
 
 
 def test_a_checkpoint_of_another_model_fails(tmp_path: Path, trained: Path) -> None:

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
-    "strict_yaml": "", "config": "strict_yaml", "redaction": "", "arguments": "redaction", "samples": "",
+    "strict_yaml": "", "checks": "", "config": "checks strict_yaml", "redaction": "", "arguments": "redaction",
+    "samples": "",
     "manifest": "config samples", "synthetic": "config samples",
     "readers": "config inventory samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
@@ -40,7 +41,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
     # runs
     "protocols": "config datasets metrics memory",
-    "planning": "config model datasets steps losses memory budget footprint shapes optimization",
+    "planning": "config model datasets steps losses memory budget distributed footprint shapes optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
             "redaction",
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
@@ -53,8 +54,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files",
     # what a run needs, tried before it starts
     "findings": "config memory", "environment": "config findings images audio vocabulary",
-    "inspection": "config findings files workers datasets readers prepare memory budget model optimization planning "
-                  "resume runs saving stages training",
+    "inspection": "config findings files workers datasets readers prepare protocols memory budget model optimization "
+                  "planning resume runs saving stages training",
     "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning "
                  "resume runs stages tracking training",
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",

@@ -168,9 +168,27 @@ def test_what_belongs_together_stays_on_one_side(folder: Path) -> None:
     assert list(drawn.values()).count("test") == 9
 
 
-def test_parts_of_one_recording_are_samples_of_their_own(folder: Path) -> None:
-    lines = [{"audio": "sounds/a.wav", "start": i, "duration": 1} for i in range(20)]
-    assert list(sides(jsonl(folder, *lines)).values()).count("val") == 2
+def test_parts_of_one_recording_are_samples_of_one_side(folder: Path) -> None:
+    for i in range(20):
+        trees.sound(folder / "many" / f"{i}.wav", trees.tone(0.01))
+    lines = [{"audio": f"many/{i}.wav", "start": start, "duration": 5} for i in range(20) for start in (0, 1, 50)]
+    drawn = sides(jsonl(folder, *lines))
+    assert [list(drawn.values()).count(split) for split in SPLITS] == [48, 6, 6]
+    assert all(len({drawn[f"many/{i}.wav@{start}"] for start in (0, 1, 50)}) == 1 for i in range(20))
+
+
+def test_parts_of_one_recording_on_two_sides_are_refused(folder: Path) -> None:
+    lines = [{"audio": "sounds/a.wav", "start": i, "duration": 5, "split": split}
+             for i, split in enumerate(("train", "train", "val"))]
+    message = refusal(jsonl(folder, *lines))
+    assert f"line 3: audio {folder / 'sounds/a.wav'} is in 'val' here and in 'train' on line 1" in message
+    assert "no file, nor parts of one, may be on two sides" in message
+
+
+def test_a_video_is_one_file_as_a_picture_and_as_a_sound(folder: Path) -> None:
+    message = refusal(jsonl(folder, {"image": "sounds/a.wav", "split": "train"},
+                            {"audio": "sounds/a.wav", "split": "test"}))
+    assert "line 2: audio" in message and "on line 1" in message
 
 
 def test_one_picture_on_two_sides_is_refused(folder: Path) -> None:

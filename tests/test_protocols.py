@@ -48,6 +48,17 @@ def _sound(folder: Path, number: int, seconds: float = 0.5) -> str:
     return str(path)
 
 
+def test_what_can_be_scored_is_known_before(tmp_path: Path) -> None:
+    shown = [{"image": _picture(tmp_path, n), "text": f"number {n}"} for n in range(3)]
+    heard = [{"audio": _sound(tmp_path, n), "text": f"tone {n}"} for n in range(2)]
+    train = [{"text": "words to train on", "split": "train"}, {"text": "more words", "split": "train"}]
+    for lines, possible in (([], False), (shown[:1], False), ([shown[0], heard[0]], False), (shown[:2], True),
+                            (heard, True), ([{"image": shown[n]["image"], "labels": "x"} for n in range(2)], True),
+                            ([{"image": shown[n]["image"]} for n in range(2)], False)):
+        data = load_data(_config(tmp_path, train + lines))
+        assert protocols.can_score(data, "test") == possible, lines
+
+
 class Oracle(torch.nn.Module):
     """A model that knows the colours of `_picture` and the captions that name them, and tells what it was given."""
 

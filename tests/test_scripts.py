@@ -222,10 +222,9 @@ RECORD_AND_REPORT = """
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The real run_all.sh, configuration and arguments, beside scripts that only record their arguments."""
-    for name in ("run_all.sh", "config.py", "config.yaml", "run_training.py", "strict_yaml.py", "interruption.py",
-                 "redaction.py", "arguments.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    """The real run_all.sh and modules, beside scripts that only record their arguments."""
+    for path in (ROOT / "run_all.sh", ROOT / "config.yaml", *ROOT.glob("*.py")):
+        shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     (tmp_path / "setup_environment.sh").write_text("echo setup_environment.sh $* >>calls")
     ends = "sys.exit(1 if 'clotho' in sys.argv else 3 if 'audiocaps' in sys.argv else 0)"
@@ -281,7 +280,7 @@ def test_run_all_goes_on_with_a_set_that_can_be_used_in_part(project: Path) -> N
     assert calls[-1] == "run_training.py --datasets audiocaps --resume auto"
 
 
-@pytest.mark.parametrize("flags", [["--overwrite"], ["--resume", "outputs/x.pt"], ["--resume=auto"]])
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--resume", "auto"], ["--resume=auto"]])
 def test_run_all_leaves_the_choice_of_a_start(project: Path, flags: list[str]) -> None:
     _, calls = run_all(project, "--datasets", "coco", *flags)
     assert calls[-1] == " ".join(["run_training.py --datasets coco", *flags])
@@ -306,6 +305,25 @@ def test_run_all_refuses_flags_before_the_set_up(project: Path, arguments: list[
     (["--model-size", "huge"], "'huge'"), (["--epochs", "none"], "training.epochs"), (["training.epoch=3"], "'epochs'"),
     (["--datasets", "cocoa"], "'cocoa'"), (["--config", "none.yaml"], "no such file"), (["word"], "'word'")])
 def test_run_all_refuses_values_before_the_download(project: Path, arguments: list[str], shown: str) -> None:
+    run, calls = run_all(project, *arguments)
+    assert (run.returncode, calls) == (2, ["setup_environment.sh"])
+    assert shown in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "shown"), [
+    (["--device", "tpu"], "--device: 'tpu' is not in this machine"),
+    (["--resume", "none.pt"], "--resume: none.pt: no such checkpoint"),
+    (["--overwrite", "--resume", "auto"], "--overwrite deletes the run that --resume would go on with"),
+    (["--output-dir", "run_all.sh/out"], "run_all.sh/out: cannot be written (Not a directory)"),
+    (["--output-dir", ""], "paths.output_dir: is empty"),
+    (["--output-dir", "used", "--resume", "elsewhere.pt"], "used: holds an earlier run"),
+    (["--datasets", "manifest", "data.manifest=none.jsonl"], "/none.jsonl: no such file"),
+    (["--datasets", "manifest", "data.manifest=wrong.csv"], "wrong.csv, line 2: unknown column 'imgae'")])
+def test_run_all_refuses_what_training_would_before_the_download(project: Path, arguments: list[str],
+                                                                 shown: str) -> None:
+    (project / "wrong.csv").write_text("imgae\na.png\n")
+    (project / "used" / "checkpoints").mkdir(parents=True)
+    (project / "used" / "checkpoints" / "checkpoint_epoch_1.pt").write_bytes(b"x")
     run, calls = run_all(project, *arguments)
     assert (run.returncode, calls) == (2, ["setup_environment.sh"])
     assert shown in run.stderr and run.stderr.count("\n") == 1

@@ -235,6 +235,17 @@ def process_of_rank(rank: int, parent: int) -> int:
     raise AssertionError("no such process")
 
 
+def test_a_plan_is_that_of_each_process_and_printed_once(tmp_path: Path) -> None:
+    process = torchrun(2, "run_training.py", "--plan", "--device", "cpu", "--model-size", "tiny", "--output-dir",
+                       str(tmp_path), "model.image_size=32", "data.audio_max_s=0.5", "memory.micro_batch=32")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    lines = printed.splitlines()
+    assert lines[0].endswith("effective batch pretrain 32, align 32, finetune 32, of each of 2 processes")
+    assert printed.count("Plan for ") == 1 and [line.split()[0] for line in lines].count("align") == 1
+    assert all("image 16 (16), audio 16 (16)" in line for line in lines[2:5]), "half of the batch each"
+
+
 def test_a_mistake_is_told_once(small: SmallRuns, tmp_path: Path) -> None:
     recipe = recipe_of(small, tmp_path / "run")
     process = torchrun(2, "run_training.py", "--config", recipe, "--device", "cpu", "--datasets", "coco")

@@ -1,6 +1,7 @@
 """Training: epochs of stages, what a step changes, lack of memory, bad steps, validation and the best weights."""
 
 import dataclasses
+import json
 import math
 import random
 import re
@@ -22,6 +23,7 @@ from datasets import Batch
 from interruption import Interruption
 from runs import Run, TrainingError
 from saving import Saver
+from tests import trees
 from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, trained, weights
 from training import Stage
 
@@ -387,3 +389,24 @@ def test_validation_hears_at_most_what_training_hears(small: SmallRuns, tmp_path
     assert sounds[0].audio_lengths is not None and int(sounds[0].audio_lengths.max()) == 64
     for batch in seen:
         assert batch.input_ids is not None and len(batch.input_ids) == 2 * len(batch.keys), "all captions"
+
+
+# ---- without test samples ----------------------------------------------------------------------------------------
+
+
+def test_a_list_without_test_samples_is_told_at_the_start_and_in_the_report(
+        small: SmallRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = []
+    for i in range(12):
+        trees.picture(tmp_path / f"{i}.png")
+        lines.append({"image": f"{i}.png", "text": f"number {i}", "split": "test" if i == 0 else "train"})
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    own = ("data.datasets=[manifest]", f"data.manifest={tmp_path / 'own.jsonl'}", "training.epochs=1")
+    report = small.train(tmp_path / "run", *own)
+    said = capsys.readouterr().out.splitlines()
+    about = [i for i, line in enumerate(said) if line.startswith("Evaluation: no test samples to compare")]
+    first_epoch = next(i for i, line in enumerate(said) if "epoch 1/1" in line)
+    assert len(about) == 2 and about[0] < first_epoch < about[1] and "add lines with split: test" in said[about[0]]
+    assert not any(line.startswith("set ") for line in said), "no table without rows"
+    text = report.read_text("utf-8")
+    assert "没有可评测的内容" in text and "- Evaluation: no test samples to compare" in text

@@ -80,6 +80,11 @@ def mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
     (["memory.budget_gb=-1"], ["memory.budget_gb: -1.0 is not above 0"]),
     (["--config", "/no/such.yaml"], ["/no/such.yaml: no such file"]),
     (["--datasets", "manifest"], ["data.manifest", "JSONL or CSV"]),
+    (["--datasets", "synthetic", "synthetic"], ["data.datasets: 'synthetic' is given 2 times; once is enough"]),
+    (["--output-dir", ""], ["paths.output_dir: is empty; name a path"]),
+    (["--data-root", " "], ["paths.data_root: is empty; name a path"]),
+    (["data.cache_dir=''"], ["data.cache_dir: is empty"]),
+    (["--model-size", "3"], ["model.size: '3' is not one of tiny"]),
 ])
 def test_what_was_asked_for(mistake: Main, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     error = mistake(*arguments)
@@ -111,6 +116,12 @@ def test_a_configuration_file_that_is_wrong(mistake: Main, tmp_path: Path, text:
     error = mistake("--config", str(path))
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize("name", ["2026", "1_0", "1e5", "nan", "-5", "true", "1: a", "[a", "~", "a #b"])
+def test_a_folder_may_have_any_name(name: str) -> None:
+    config = run_training.configuration(run_training.parse([f"--output-dir={name}", f"--data-root={name}"]))
+    assert (config.paths.output_dir, config.paths.data_root) == (name, name)
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

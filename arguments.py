@@ -21,6 +21,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {redact(message)}; see --help\n")
 
 
+def folder_name(name: str) -> str:
+    """Type of an argument: anything but nothing, which would be the folder that one happens to be in."""
+    if not name.strip():
+        raise argparse.ArgumentTypeError("is empty; name a path ('.' is the folder you are in)")
+    return name
+
+
 @contextlib.contextmanager
 def environment_needed(*loaded_later: str) -> Iterator[None]:
     """For the imports on top of a script: without the environment one line tells how to get it, and the script ends."""

@@ -14,7 +14,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from annotations import SPLITS
-from arguments import Parser, environment_needed
+from arguments import Parser, environment_needed, folder_name
 from files import check_writable, nearest_existing
 from redaction import redact
 from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Item, Source
@@ -95,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--datasets", nargs="+", required=True, metavar="NAME",
         help=f"{', '.join(SOURCES)}, or all ({' '.join(ALL)}); {', '.join(NEEDS_NOTHING)} need no download")
-    add("--data-root", type=Path, default=Path("./data"), metavar="DIR", help="where the sets go (default: ./data)")
+    add("--data-root", type=lambda name: Path(folder_name(name)), default=Path("./data"), metavar="DIR",
+        help="where the sets go (default: ./data)")
     add("--skip-existing", action="store_true", help="trust a complete set after a quick look; without this flag every "
         "file of it is looked at, and fetched again only if it is missing or wrong")
     _add_looks(parser)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, environment_needed
+from arguments import Parser, environment_needed, folder_name
 from files import check_writable
 from redaction import command_line, redact
 
@@ -30,8 +30,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", metavar="SET",
                         help=f"any of {', '.join(DATASETS)} (default: those of the training)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default test")
-    parser.add_argument("--data-root", metavar="DIR", default="./data", help="folder of the data sets (default ./data)")
-    parser.add_argument("--output-dir", metavar="DIR", default="./outputs", help="default ./outputs")
+    parser.add_argument("--data-root", type=folder_name, metavar="DIR", default="./data",
+                        help="folder of the data sets (default ./data)")
+    parser.add_argument("--output-dir", type=folder_name, metavar="DIR", default="./outputs", help="default ./outputs")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N samples of each set and kind, drawn by a "
                         "fixed seed (default: all)")

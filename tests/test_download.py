@@ -289,6 +289,11 @@ def test_mistakes_of_the_user_are_one_line_and_2(tmp_path: Path, words: list[str
     assert len(errors) == 1 and errors[0].startswith("error: ") and said in errors[0]
 
 
+def test_a_folder_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--datasets", "coco", "--data-root", "") == 2
+    assert capsys.readouterr().err.startswith("error: argument --data-root: is empty; name a path ('.' is the folder ")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run("--datasets", "coco", "--data-root", str(tmp_path / "file/data")) == 2

@@ -106,6 +106,7 @@ def test_what_was_asked_for_wrongly_takes_one_line(trained, tmp_path, capsys, ar
 @pytest.mark.parametrize("arguments, word", [
     (["--bogus"], "unknown argument '--bogus'"), (["--split", "tset"], "invalid choice: 'tset'"),
     (["--limit", "1"], "--limit: 1 is below 2"), (["--limit", "many"], "invalid int"), (["word"], "unknown argument"),
+    (["--data-root", ""], "--data-root: is empty"), (["--output-dir", " "], "--output-dir: is empty; name a path"),
 ])
 def test_flags_that_are_wrong(trained, tmp_path, capsys, arguments, word):
     with pytest.raises(SystemExit) as stop:

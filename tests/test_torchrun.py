@@ -62,8 +62,8 @@ def gradient(world: World, inputs: str, micro: Any) -> dict[str, Tensor]:
         batch = part_of(batch, torch.arange(begin, begin + SHARES[world.size][world.rank]))
     whole, share = shared_batch(world, batch, with_media="matching" in names)
     step = step_of(model, whole, micro, world=world, share=share)
-    stage: Any = SimpleNamespace(objectives_of=lambda task: ((name, 1.0, objective) for name, objective in zip(
-        names.split(), objectives, strict=True)))
+    stage: Any = SimpleNamespace(row=SimpleNamespace(name="own"), objectives_of=lambda task: (
+        (name, 1.0, objective) for name, objective in zip(names.split(), objectives, strict=True)))
     parts = accumulate(step, stages.weighted_terms(stage, 0, step), Tensor.backward)
     parameters = [*model.parameters(), *objectives.parameters()]
     stages.reduce_gradients(SimpleNamespace(world=world, model=model),  # type: ignore[arg-type]

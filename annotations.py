@@ -9,7 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
-AUDIOCAPS_VERSIONS = ("dataset", "dataset2.0")  # folders of their lists
+AUDIOCAPS_VERSIONS = ("dataset", "dataset2.0")  # folders of the lists of version 1 and 2
+VOX1_TEST_SPEAKERS = frozenset(f"id{number}" for number in range(10270, 10310))
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*"([^"\\]+)"')
 _KARPATHY = re.compile(rb'"(?:filename"\s*:\s*"[^"\\]*_0*(\d+)\.jpg|split"\s*:\s*"(\w+))"')
 _BLOCK_BYTES = 1 << 20

@@ -26,6 +26,7 @@ import numpy as np
 
 import inventory
 import synthetic
+from annotations import AUDIOCAPS_VERSIONS, VOX1_TEST_SPEAKERS
 from config import Config, UserError
 from manifest import MAX_CAPTION_CHARS, distinct_captions, read_manifest
 from samples import SPLITS, Sample, normalise_caption, stable_hash
@@ -277,7 +278,7 @@ def _recordings(root: Path, folder: str, config: Config) -> dict[str, str]:
 def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
     """One sample a clip, with all its captions; no video of a later split. A clip is `YOUTUBEID_START`, `YYOUTUBEID`,
     `YOUTUBEID` or `AUDIOCAPID`, with any of SOUND_SUFFIXES, anywhere below `root` but in another split's folder."""
-    folder = root / {1: "dataset", 2: "dataset2.0"}[config.data.audiocaps_version]
+    folder = root / AUDIOCAPS_VERSIONS[config.data.audiocaps_version - 1]
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
     later = {row["youtube_id"] for other in SPLITS[SPLITS.index(split) + 1:]
              for row in _table(folder / f"{other}.csv", columns, config)}
@@ -299,7 +300,7 @@ def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
 
 
 def _listed_audiocaps(root: Path, split: str, config: Config) -> int:
-    folder = root / {1: "dataset", 2: "dataset2.0"}[config.data.audiocaps_version]
+    folder = root / AUDIOCAPS_VERSIONS[config.data.audiocaps_version - 1]
     rows = _table(folder / f"{split}.csv", ("youtube_id", "start_time"), config)
     return len({(row["youtube_id"], row["start_time"]) for row in rows})
 
@@ -326,7 +327,6 @@ def _preference(path: str) -> int:
 
 # --- VoxCeleb --------------------------------------------------------------------------------------------------------
 
-VOX1_TEST_SPEAKERS = frozenset(f"id{number}" for number in range(10270, 10310))
 _IDEN_SIDES = {"1": "train", "2": "val"}  # "3" tests identification of known speakers: on no side here
 
 

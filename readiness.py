@@ -14,7 +14,6 @@ from selection import Selection
 
 ENOUGH = 3  # training samples: two make a contrast, and one may be kept for validation
 RECIPES = {"voxceleb": "recipes/speakers.yaml"}  # sets that cannot go through the three default stages alone
-_VOX1_TEST_SPEAKERS = {f"id{number}" for number in range(10270, 10310)}
 _DRAWINGS = (".png", ".svg")
 _LISTS = {  # that training opens, whatever the split
     "coco": [f"annotations/{kind}_{part}.json" for kind in ("captions", "instances") for part in
@@ -57,7 +56,7 @@ def _voxceleb(folder: Path) -> Iterator[str]:
     names = _listed_training(sides) if sides.is_file() else (path.relative_to(first / "wav").as_posix()
                                                              for path in (first / "wav").glob("id*/*/*.wav"))
     if (first / "wav").is_dir():
-        yield from (name for name in names if name.split("/")[0] not in _VOX1_TEST_SPEAKERS
+        yield from (name for name in names if name.split("/")[0] not in annotations.VOX1_TEST_SPEAKERS
                     and (first / "wav" / name).is_file())
     for kind, suffix in (("aac", "m4a"), ("mp4", "mp4")):
         yield from (path.name for path in (second / kind).glob(f"id*/*/*.{suffix}"))

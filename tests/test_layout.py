@@ -23,7 +23,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "strict_yaml": "", "checks": "", "config": "checks strict_yaml", "redaction": "", "arguments": "redaction",
     "samples": "",
     "manifest": "config samples", "synthetic": "config samples",
-    "readers": "config inventory samples manifest synthetic", "concepts": "config samples", "vocabulary": "config",
+    "readers": "annotations config inventory samples manifest synthetic",
+    "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
     "images": "config", "audio": "config", "workers": "config",
     "bad_samples": "config samples",

@@ -49,7 +49,7 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Width and depth of the towers of one size; head width is 64 throughout."""
+    """Width and depth of the towers of one size; head width is 64 in all that users train."""
 
     dim: int
     num_heads: int
@@ -69,16 +69,17 @@ PRESETS: dict[str, Preset] = {
         "small": (320, 5, 12, 4, 6, 2, 160, 8.0),
         "base": (448, 7, 12, 5, 7, 3, 384, 12.0),
         "large": (640, 10, 17, 7, 10, 4, 384, 20.0),
+        "nano": (8, 2, 2, 2, 2, 1, 4, 4.0),
     }.items()
 }
-SIZES = tuple(PRESETS)
+SIZES = tuple(name for name in PRESETS if name != "nano")  # for users; nano is for tests: quick, and too small to learn
 MAX_SIZES = {  # of a model; a checkpoint that asks for more was made to fill the memory
     "embed_dim": 8_192, "num_classes": 100_000, "image_size": 2_048, "context_length": 4_096, "vocab_size": 1_000_000}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    size: Literal["tiny", "small", "base", "large"] = "base"
+    size: Literal["tiny", "small", "base", "large", "nano"] = "base"
     embed_dim: int = 512
     use_checkpoint: bool = True
     num_classes: int = 1000
@@ -94,12 +95,13 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         found = checks.below("model", self, embed_dim=1, num_classes=1, image_size=16, context_length=4,
-                             vocab_size=1000)
+                             vocab_size=1)
         found += checks.above("model", self, **MAX_SIZES)
         if self.image_size % 16:
             found.append(f"model.image_size: {self.image_size} is not a multiple of the patch, 16")
-        if self.word_embeddings not in ("minilm", "random") and not self.word_embeddings.startswith("hub:"):
-            found.append(f"model.word_embeddings: {self.word_embeddings!r} is not 'minilm', 'random' or 'hub:NAME'")
+        if self.word_embeddings not in ("minilm", "random") and not self.word_embeddings.startswith(("hub:", "file:")):
+            found.append(f"model.word_embeddings: {self.word_embeddings!r} is not 'minilm', 'random', 'hub:NAME' or "
+                         "'file:PATH'")
         if isinstance(self.attention_chunk, int) and self.attention_chunk < 1:
             found.append(f"model.attention_chunk: {self.attention_chunk} is below 1; 'auto' lets the kernel decide")
         return found

@@ -63,8 +63,8 @@ def block_matrices(module: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and ".blocks." in f".{name}"]
 
 
-def orthogonalise(x_KMN: Tensor, dtype: torch.dtype) -> Tensor:
-    """K matrices, each with all its singular values moved near 1 by four Newton-Schulz steps in `dtype`.
+def orthogonalise(x_KMN: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """K matrices, each with all its singular values moved near 1 by four Newton-Schulz steps in `dtype` (None: theirs).
 
     Coefficients of Jordan et al., "Muon", 2024. A step of an m x n matrix, m <= n, takes 2 m^2 (2 n + m) operations.
     """
@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
     MOMENTUM = 0.95
     BATCH_ELEMENTS = 2**24  # matrices of one shape go together, as many as this: bounds the memory of an update
 
-    def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype):
+    def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype | None):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
         self.dtype = dtype
         self.batch_elements = self.BATCH_ELEMENTS
@@ -132,7 +132,7 @@ class Optimizer:
     device when a gradient is not finite: no host synchronisation.
 
     `step` returns device tensors, which the caller reads a step late. Muon's products are in bfloat16 where `amp`, the
-    dtype of autocast, is that, and in float32 elsewhere.
+    dtype of autocast, is that, and in the parameters' own elsewhere.
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig, amp: torch.dtype | None = None,
@@ -148,7 +148,7 @@ class Optimizer:
         self.parts: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)}
         if matrices:
-            dtype = torch.bfloat16 if amp == torch.bfloat16 else torch.float32
+            dtype = torch.bfloat16 if amp == torch.bfloat16 else None
             self.parts["muon"] = Muon(matrices, config.weight_decay, dtype)
         self.scaler = torch.amp.GradScaler(scaler_device) if scaler_device else None
         self._clipped: tuple[Tensor, Tensor] | None = None  # norm and whether it is finite, of a step that has begun

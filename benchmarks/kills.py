@@ -28,14 +28,13 @@ from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
 from tests.killing import in_process, killed_run, with_files
-from tests.small_runs import SmallRuns, one_thread
+from tests.small_runs import SmallRuns
 
 MOST = 20  # kills of one run
 
 
 def killed(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int) -> list[str]:
-    with one_thread():
-        return killed_run(small, whole, folder, turn, most)
+    return killed_run(small, whole, folder, turn, most)
 
 
 def all_kills(folder: Path, kills: int, jobs: int) -> Iterator[list[str]]:

@@ -1,9 +1,8 @@
-"""Training runs of seconds: drawn pictures of 32 pixels and half a second of drawn sounds, the tiny model, few steps.
+"""Training runs of a second: drawn pictures of 32 pixels and half a second of drawn sounds, the nano model, few steps.
 
-    with one_thread():                                  # steps this small are slower with two
-        small = SmallRuns(tmp_path_factory.mktemp("shared"))   # one for a test file: prepared data and plans are kept
-    small.train(tmp_path / "run", "training.epochs=3")         # all three stages, evaluation, report
-    run = small.open(tmp_path / "run"); stage = small.stage(run, "align")    # or step by step
+    def test_it(small: SmallRuns, tmp_path: Path) -> None:     # the fixture of conftest.py: data and plans are kept
+        small.train(tmp_path / "run", "training.epochs=3")     # all three stages, evaluation, report
+        run = small.open(tmp_path / "run"); stage = small.stage(run, "align")    # or step by step
 """
 
 import contextlib
@@ -34,7 +33,8 @@ STAGES: list[dict[str, Any]] = [
 RECIPE: dict[str, Any] = {
     "data": {"datasets": ["synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "min_crop": 1.0,
              "flip": False, "audio_max_s": 0.5, "workers": 0},
-    "model": {"size": "tiny", "image_size": 32, "context_length": 12, "word_embeddings": "random"},
+    "model": {"size": "nano", "image_size": 32, "context_length": 12, "embed_dim": 8, "num_classes": 60,
+              "vocab_size": 1, "word_embeddings": f"file:{Path(__file__).with_name('words.json')}"},
     "memory": {"micro_batch": 32},
     "training": {"epochs": 3, "batch_size": 32, "gradient_accumulation_steps": 1, "use_amp": False,
                  "log_every_steps": 1, "learning_rate": 1e-3},
@@ -43,13 +43,14 @@ RECIPE: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def float64() -> Iterator[None]:
+    """Models made within are float64 and so is all that they compute: what differs there by more than 1e-12 is no
+    rounding, whatever the CPU and the number of its threads."""
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
 
 
 class SmallRuns:

@@ -22,7 +22,6 @@ import run_training
 from config import Config, UserError
 from datasets import Batch, Data, Loader, epoch_batches, load_data
 from tests import trees
-from tests.small_runs import one_thread
 from tests.test_datasets import assert_equal, configured
 from tests.test_prepare import wait_for
 from tests.test_workers import ours
@@ -274,7 +273,6 @@ stages: [{name: own, share: 1, tasks: [{inputs: [image, text], objectives: {cont
 """
 
 
-@pytest.mark.slow
 def test_a_run_whose_disk_is_detached_ends_with_code_2_and_goes_on_with_resume(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     disk = pictures(tmp_path, 60)
@@ -286,12 +284,11 @@ def test_a_run_whose_disk_is_detached_ends_with_code_2_and_goes_on_with_resume(
         wait_for((tmp_path / "outputs/checkpoints/checkpoint_epoch_1.pt").exists)
         disk.rename(tmp_path / "elsewhere")
 
-    with one_thread():
-        thread = threading.Thread(target=detach)
-        thread.start()
-        assert run_training.main(command) == 2
-        thread.join()
-        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: data: {disk} is gone, or empty")
-        (tmp_path / "elsewhere").rename(disk)
-        assert run_training.main([*command, "--resume", "auto"]) == 0
+    thread = threading.Thread(target=detach)
+    thread.start()
+    assert run_training.main(command) == 2
+    thread.join()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: data: {disk} is gone, or empty")
+    (tmp_path / "elsewhere").rename(disk)
+    assert run_training.main([*command, "--resume", "auto"]) == 0
     assert broken(tmp_path) == {} and ours() == []

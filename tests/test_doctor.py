@@ -34,7 +34,7 @@ from findings import Finding
 from inspection import Case
 from runs import Options
 from tests import trees
-from tests.small_runs import RECIPE, one_thread
+from tests.small_runs import RECIPE
 from tests.test_data_faults import hanging
 from tests.test_prepare import wait_for
 
@@ -81,12 +81,6 @@ def row(found: Sequence[Finding], check: str) -> Finding:
     return one
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 # ---- the whole of it -----------------------------------------------------------------------------------------------
 
 
@@ -102,7 +96,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 def test_a_healthy_run_passes_and_an_earlier_run_stays_as_it_is(
         tmp_path: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, out = tmp_path / "small.yaml", tmp_path / "out"

@@ -16,7 +16,7 @@ import evaluate
 import run_training
 from model import load_model
 from tests import trees
-from tests.small_runs import one_thread, records
+from tests.small_runs import records
 
 MIXED: dict[str, Any] = {
     "data": {"datasets": ["stamps", "synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "fit": "pad",
@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     (root / "mixed.yaml").write_text(yaml.safe_dump(MIXED), "utf-8")
     arguments = ["--config", str(root / "mixed.yaml"), "--data-root", str(root / "data"), "--output-dir",
                  str(root / "out"), "--device", "cpu", "--epochs", "4", "--lr", "1e-3", "training.use_amp=false"]
-    with one_thread(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         import io
         import sys
 
@@ -186,16 +186,15 @@ def test_one_epoch_on_the_official_layouts(tmp_path: Path, capsys: pytest.Captur
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--data-root", str(tmp_path / "data"), "--output-dir",
                  str(tmp_path / "out"), "--device", "cpu", "--epochs", "1", "training.use_amp=false"]
     best = tmp_path / "out" / "checkpoints" / "best_model.pt"
-    with one_thread():
-        assert run_training.main([*arguments, "training.log_every_steps=1"]) == 0
-        capsys.readouterr()
-        report = the_report(tmp_path / "out")
-        figures = report["evaluation"]["figures"]
-        assert {"all", "coco", "clotho"} <= figures.keys()
-        assert figures["coco"]["image-text"].keys() and figures["clotho"]["audio-text"].keys()
-        assert report["stages"][0]["steps"] == len(records(tmp_path / "out", "step"))
-        bad = (tmp_path / "out" / "logs" / "bad_samples.jsonl").read_text("utf-8").splitlines()
-        assert sorted(json.loads(line)["key"].split("/")[0] for line in bad) == ["clotho", "coco"]
-        assert evaluate.main(["--checkpoint", str(best), "--device", "cpu", "--data-root", str(tmp_path / "data"),
-                              "--output-dir", str(tmp_path / "again"), "--datasets", "coco"]) == 0
+    assert run_training.main([*arguments, "training.log_every_steps=1"]) == 0
+    capsys.readouterr()
+    report = the_report(tmp_path / "out")
+    figures = report["evaluation"]["figures"]
+    assert {"all", "coco", "clotho"} <= figures.keys()
+    assert figures["coco"]["image-text"].keys() and figures["clotho"]["audio-text"].keys()
+    assert report["stages"][0]["steps"] == len(records(tmp_path / "out", "step"))
+    bad = (tmp_path / "out" / "logs" / "bad_samples.jsonl").read_text("utf-8").splitlines()
+    assert sorted(json.loads(line)["key"].split("/")[0] for line in bad) == ["clotho", "coco"]
+    assert evaluate.main(["--checkpoint", str(best), "--device", "cpu", "--data-root", str(tmp_path / "data"),
+                          "--output-dir", str(tmp_path / "again"), "--datasets", "coco"]) == 0
     assert the_report(tmp_path / "again")["evaluation"]["figures"]["coco"] == figures["coco"]

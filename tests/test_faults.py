@@ -7,7 +7,7 @@ import dataclasses
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,11 @@ from runs import Options, Run, TrainingError
 from saving import Saver
 from tests.killing import OFTEN
 from tests.narrow import part_of
-from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, weights
+from tests.small_runs import SmallRuns, batches, differing, records, step, weights
 from tests.test_torchrun import torchrun
 from training import Stage, StepLog
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
-    with one_thread():
-        yield SmallRuns(tmp_path_factory.mktemp("shared"))
 
 
 def opened(small: SmallRuns, folder: Path, *overrides: str) -> tuple[Run, Stage, list[Batch]]:
@@ -365,7 +359,7 @@ def run_as_rank(folder: Path) -> None:
     """Three steps; in the first the third picture of the second process is spoilt."""
     world = distributed.start()
     small = SmallRuns(folder / f"shared{world.rank}")
-    with one_thread(), world.quiet():
+    with world.quiet():
         run = runs.open_run(small.config(folder / "run", "training.batch_size=8", *OFTEN), Options("cpu"), None, world)
         towers = ("image", "audio", "text", "fusion")
         run.fits = {row.name: memory.Fit(dict.fromkeys(towers, 3), {}) for row in run.config.stages}
@@ -385,7 +379,6 @@ def run_as_rank(folder: Path) -> None:
     world.stop()
 
 
-@pytest.mark.slow
 def test_processes_look_together_and_name_the_sample_of_the_one_that_has_it(small: SmallRuns, tmp_path: Path) -> None:
     process = torchrun(2, "-m", "tests.test_faults", str(tmp_path))
     _, errors = process.communicate()

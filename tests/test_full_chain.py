@@ -17,7 +17,7 @@ import run_training
 from sources import ALL, SOURCES
 from tests import miniature
 from tests.loopback import Loopback
-from tests.small_runs import one_thread, records
+from tests.small_runs import records
 from transfer import Policy
 
 SETTINGS: dict[str, Any] = {
@@ -52,7 +52,6 @@ def report_of(folder: Path, kind: str) -> tuple[dict[str, Any], str]:
     return next(pair for pair in found if pair[0]["kind"] == kind)
 
 
-@pytest.mark.slow
 def test_downloaded_prepared_trained_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VOXCELEB_KEY", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
@@ -62,10 +61,9 @@ def test_downloaded_prepared_trained_and_evaluated(tmp_path: Path, monkeypatch: 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(SETTINGS), "utf-8")
     common = ["--config", str(tmp_path / "config.yaml"), "--data-root", str(tmp_path / "data"), "--device", "cpu",
               "training.use_amp=false"]
-    with one_thread():
-        assert run_training.main([*common, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]) == 0
-        assert evaluate.main(["--checkpoint", str(tmp_path / "out/checkpoints/best_model.pt"), "--data-root",
-                              str(tmp_path / "data"), "--output-dir", str(tmp_path / "again")]) == 0
+    assert run_training.main([*common, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]) == 0
+    assert evaluate.main(["--checkpoint", str(tmp_path / "out/checkpoints/best_model.pt"), "--data-root",
+                          str(tmp_path / "data"), "--output-dir", str(tmp_path / "again")]) == 0
     steps = records(tmp_path / "out", "step")
     assert {part for step in steps for part in step["parts"]} >= {"contrastive_image_text", "contrastive_audio_text",
                                                                   "speaker"}

@@ -5,14 +5,11 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import pytest
-
 from benchmarks import fuzz
 from benchmarks.damage import MENDED, damaged, whole
 from benchmarks.fuzz import Bad, Kind, Reader, format_table, outcome
 
 
-@pytest.mark.slow
 def test_damaged_files_are_read_or_refused() -> None:
     kinds = list(fuzz.KINDS)
     counts, problems = fuzz.fuzz(kinds, 200, seed=1, timeout_s=120.0)
@@ -21,7 +18,6 @@ def test_damaged_files_are_read_or_refused() -> None:
     assert counts["checkpoint"]["refused"] == counts["checkpoint"]["inputs"] > 10
 
 
-@pytest.mark.slow
 def test_some_damaged_lists_and_settings_are_accepted() -> None:
     """So many that it does not hang on a word of config.yaml, which the damage is drawn over."""
     counts, problems = fuzz.fuzz(["jsonl", "yaml"], 120, seed=1, timeout_s=120.0)

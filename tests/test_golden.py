@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from config import config_from_dict
 from runs import Options
-from tests.small_runs import RECIPE, one_thread, records
+from tests.small_runs import RECIPE, records
 from training import train
 
 GOLDEN = Path(__file__).with_name("golden") / "losses.txt"
@@ -39,7 +39,7 @@ def losses(folder: Path) -> list[tuple[str, str, int, float]]:
     recipe["report"] = {"gallery_queries": 0}
     recipe["evaluation"] |= {"max_validation": 4}
     recipe["paths"] = {"data_root": str(folder / "data"), "output_dir": str(folder / "run")}
-    with one_thread(), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
         train(config_from_dict(recipe), Options("cpu"))
     return [(line["stage"], line["task"], line["step"], line["loss"]) for line in records(folder / "run", "step")]
 

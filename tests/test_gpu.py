@@ -183,7 +183,6 @@ def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp
 # ---- nothing is lost ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_deterministic_run_killed_at_any_place_ends_with_the_same_bits(tmp_path: Path) -> None:
     small = with_files(tmp_path / "shared", "cuda")
     same = "training.deterministic=true", "training.use_amp=true"
@@ -254,7 +253,6 @@ def test_the_doctor_looks_at_the_device(config: str) -> None:
     assert torch.cuda.get_device_name() in found.stdout
 
 
-@pytest.mark.slow
 def test_more_processes_than_devices_are_refused_in_one_line(config: str) -> None:
     count = torch.cuda.device_count() + 1
     found = program("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "run_training.py",

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,8 @@ from runs import Options
 from saving import Saver
 from stages import build_stage
 from tests import trees
-from tests.small_runs import one_thread
 from tests.test_data_faults import hanging
 from tests.test_doctor import PICTURES, WORDS, case_of, configured, opened, own_pictures, row
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
 
 # ---- data and disk -------------------------------------------------------------------------------------------------
 
@@ -228,16 +219,15 @@ def test_nothing_to_resume_is_a_fresh_start(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint within the first of two stages."""
     folder = tmp_path_factory.mktemp("trained")
-    with one_thread():
-        run = runs.open_run(configured(folder, stages=[WORDS, PICTURES]), Options("cpu"), None)
-        towers = ("image", "audio", "text", "fusion")
-        run.fits = {name: Fit(dict.fromkeys(towers, 8), dict.fromkeys(towers, 0)) for name in ("words", "pictures")}
-        stage = build_stage(run, run.config.stages[0], list(run.config.stages[0].tasks), 1)
-        run.progress.epoch_step = 1
-        with torch.no_grad():
-            run.model.text.words.weight.fill_(0.125)
-        Saver(run, {"words": 2, "pictures": 1}, Interruption()).save("words", stage.state_dict)
-        run.tracker.close()
+    run = runs.open_run(configured(folder, stages=[WORDS, PICTURES]), Options("cpu"), None)
+    towers = ("image", "audio", "text", "fusion")
+    run.fits = {name: Fit(dict.fromkeys(towers, 8), dict.fromkeys(towers, 0)) for name in ("words", "pictures")}
+    stage = build_stage(run, run.config.stages[0], list(run.config.stages[0].tasks), 1)
+    run.progress.epoch_step = 1
+    with torch.no_grad():
+        run.model.text.words.weight.fill_(0.125)
+    Saver(run, {"words": 2, "pictures": 1}, Interruption()).save("words", stage.state_dict)
+    run.tracker.close()
     (path,) = (folder / "out" / "checkpoints").glob("checkpoint_epoch_*.pt")
     return path
 

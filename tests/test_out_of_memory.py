@@ -2,7 +2,6 @@
 the mathematics changes."""
 
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,7 @@ import runs
 import training
 from config import UserError
 from runs import Run
-from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, trained, weights
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
-    with one_thread():
-        yield SmallRuns(tmp_path_factory.mktemp("shared"))
-
+from tests.small_runs import SmallRuns, batches, differing, records, step, trained, weights
 
 ON_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 ON_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")

@@ -19,7 +19,7 @@ from footprint import TAGS, PeakMemory, Usage
 from memory import CONTEXT_GIB, GIB, Fit
 from model import TriModalModel
 from planning import Place, StepPlan
-from tests.small_runs import SmallRuns, batches, one_thread
+from tests.small_runs import SmallRuns, batches
 
 CPU, CUDA = Place("cpu", None), Place("cuda", torch.bfloat16)
 
@@ -39,24 +39,23 @@ def planned(config: Config, name: str, place: Place = CPU) -> Plan:
 @pytest.mark.parametrize(("name", "size"), [("pretrain", 4), ("align", 2), ("finetune", 8), ("finetune", 32)])
 def test_the_prediction_is_the_peak_of_the_real_step(tmp_path: Path, name: str, size: int) -> None:
     """Real batches of full size: captions and sounds are longer than what is read. Up to 16 parts, two traced."""
-    with one_thread():
-        small = SmallRuns(tmp_path / "shared")
-        run = small.open(tmp_path / "run", "model.context_length=10", f"memory.micro_batch={size}",
-                         "training.ema_decay=0.9", micro_batch=size)
-        stage = small.stage(run, name)
-        peaks = []
-        for task in range(len(stage.tasks)):
-            heads = [stage.objectives[f"{task}_{objective}"] for objective in stage.tasks[task].objectives]
-            batch = batches(run, stage, task)[0]
-            with PeakMemory() as tracker:
-                tracker.watch(p for module in (run.model, *heads) for p in module.parameters())
-                own = {id(p) for module in (run.model, *heads) for p in module.parameters()}
-                tracker.mark("optimizer", [list(state.values()) for p, state in stage.optimizer.state.items()
-                                           if id(p) in own], stage.average.values if stage.average else [])
-                tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise)
-                for _ in range(2):
-                    training.train_step(run, stage, task, batch)
-            peaks.append(tracker.usage().peak_bytes)
+    small = SmallRuns(tmp_path / "shared")
+    run = small.open(tmp_path / "run", "model.context_length=10", f"memory.micro_batch={size}",
+                     "training.ema_decay=0.9", micro_batch=size)
+    stage = small.stage(run, name)
+    peaks = []
+    for task in range(len(stage.tasks)):
+        heads = [stage.objectives[f"{task}_{objective}"] for objective in stage.tasks[task].objectives]
+        batch = batches(run, stage, task)[0]
+        with PeakMemory() as tracker:
+            tracker.watch(p for module in (run.model, *heads) for p in module.parameters())
+            own = {id(p) for module in (run.model, *heads) for p in module.parameters()}
+            tracker.mark("optimizer", [list(state.values()) for p, state in stage.optimizer.state.items()
+                                       if id(p) in own], stage.average.values if stage.average else [])
+            tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise)
+            for _ in range(2):
+                training.train_step(run, stage, task, batch)
+        peaks.append(tracker.usage().peak_bytes)
     predicted = planned(run.config, name)
     assert predicted.micro_batch == dict.fromkeys(planning.TOWERS, size)
     assert predicted.peak_bytes == pytest.approx(max(peaks), rel=0.02)
@@ -73,7 +72,6 @@ def test_an_average_of_the_weights_is_planned_for(tmp_path: Path) -> None:
 # ---- budgets -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_trains_in_the_budget_that_the_readme_states(tmp_path: Path, size: str) -> None:
     """The default stages on a GPU with bf16, 32 samples an effective batch, 224 pixels, sounds of 10 s."""
@@ -86,7 +84,6 @@ def test_every_size_trains_in_the_budget_that_the_readme_states(tmp_path: Path, 
         assert sum(plan.by_tag.values()) == plan.peak_bytes and min(plan.micro_batch.values()) >= 1
 
 
-@pytest.mark.slow
 def test_a_large_effective_batch_fits_the_same_budget_in_smaller_parts(tmp_path: Path) -> None:
     config = load_config(None, ["model.size=tiny", "stages.align.effective_batch=4096", f"paths.output_dir={tmp_path}"])
     row = config.stages[1]
@@ -333,7 +330,6 @@ def test_a_gpu_holds_no_more_of_the_batch_than_what_is_encoded(tmp_path: Path) -
     assert gpu.peak_bytes < host.peak_bytes
 
 
-@pytest.mark.slow
 def test_evaluation_is_planned_within_the_budget(tmp_path: Path) -> None:
     config = load_config(None, ["model.size=tiny", "evaluation.batch_size=2048", f"paths.output_dir={tmp_path}"])
     plan = planning.plan_evaluation(config, CUDA)

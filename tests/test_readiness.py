@@ -17,7 +17,6 @@ from sources import SOURCES, Source
 from stages import active_tasks
 from tests import miniature, trees
 from tests.loopback import Loopback
-from tests.small_runs import one_thread
 from transfer import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,8 +116,7 @@ def test_the_printed_command_trains(sets: Sets, name: str, tmp_path: Path, monke
     monkeypatch.chdir(ROOT)
     quick = ["--output-dir", str(tmp_path / "out"), "--device", "cpu", "--epochs", "3", "memory.micro_batch=32",
              "training.use_amp=false", "evaluation.resamples=0", "report.gallery_queries=0"]
-    with one_thread():
-        assert run_training.main([*words[2:], *quick, *SMALL]) == 0
+    assert run_training.main([*words[2:], *quick, *SMALL]) == 0
     assert list((tmp_path / "out/reports").glob("report_*.json"))
 
 

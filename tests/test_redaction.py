@@ -15,7 +15,7 @@ import report
 import run_training
 from config import Config
 from redaction import command_line, names_secret, redact, redacted
-from tests.small_runs import SmallRuns, one_thread
+from tests.small_runs import SmallRuns
 from tracking import Tracker
 
 SECRET = "s3cr3t/pa+ss"
@@ -127,9 +127,8 @@ def test_a_whole_run_writes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A password in a setting, a token among the arguments, and a key of the environment in a setting."""
     monkeypatch.setenv("OWN_KEY", "k3y-of-mine")
     monkeypatch.setattr("sys.argv", ["run_training.py", "--own-token", "s3cr3t"])
-    with one_thread():
-        SmallRuns(tmp_path / "shared").train(tmp_path / "run", "training.epochs=1",
-                                             "data.manifest=https://anna:s3cr3t@host/k3y-of-mine")
+    SmallRuns(tmp_path / "shared").train(tmp_path / "run", "training.epochs=1",
+                                         "data.manifest=https://anna:s3cr3t@host/k3y-of-mine")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {".pt", ".json", ".md", ".jsonl", ".yaml"} <= {path.suffix for path in files}
     assert [path for path in files if b"s3cr3t" in path.read_bytes() or b"k3y-of-mine" in path.read_bytes()] == []

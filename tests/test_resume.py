@@ -20,7 +20,7 @@ from config import UserError
 from interruption import Interruption, Stopped
 from runs import Options, Run
 from tests.killing import OFTEN, PLACES, assert_same, in_process, killed_run, recipe, with_files
-from tests.small_runs import SmallRuns, one_thread, records
+from tests.small_runs import SmallRuns, records
 from tracking import read_records
 
 KILLS = 25
@@ -28,8 +28,7 @@ KILLS = 25
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
-    with one_thread():
-        yield with_files(tmp_path_factory.mktemp("shared"))
+    yield with_files(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,6 @@ def whole(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     hits: list[str] = []
     for turn in itertools.count(1):
@@ -49,7 +47,6 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small: SmallRuns
             return
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_each_place_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     """One run, killed again and again: while data are prepared, in each stage, between stages, in validation, while
     saving, in the last evaluation. The number of reading processes changes from one start to the next."""

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,12 @@ import saving
 import training
 from config import UserError, load_config
 from runs import Options
-from tests.small_runs import STAGES, SmallRuns, differing, one_thread, records, without_times
+from tests.small_runs import STAGES, SmallRuns, differing, records, without_times
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("training.epochs=4", "evaluation.max_validation=8", "report.gallery_queries=0", "training.ema_decay=0.5",
          "stages.align.tasks.1.passes=0.5", "training.keep_checkpoints=9")
 ALL_EPOCHS = ["checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt"]
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
-    with one_thread():
-        yield SmallRuns(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")

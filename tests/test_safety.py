@@ -28,7 +28,7 @@ from model import load_model
 from prepare import open_store
 from samples import Sample, SampleTable
 from tests import trees
-from tests.small_runs import RECIPE, one_thread
+from tests.small_runs import RECIPE
 from vocabulary import Tokenizer, load_tokenizer, load_word_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,9 +103,8 @@ def test_commands_refuse_it_in_one_line(tmp_path: Path, marker: Path, make: Call
     recipe = tmp_path / "small.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE), "utf-8")
     folders = ["--data-root", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
-    with one_thread():
-        codes = [run_training.main(["--config", str(recipe), "--resume", str(path), *folders]),
-                 evaluate.main(["--checkpoint", str(path), *folders])]
+    codes = [run_training.main(["--config", str(recipe), "--resume", str(path), *folders]),
+             evaluate.main(["--checkpoint", str(path), *folders])]
     first, second = capsys.readouterr().err.splitlines()
     assert codes == [2, 2] and not marker.exists()
     assert first.startswith(f"error: --resume: {path}: ") and second.startswith(f"error: {path}: ")

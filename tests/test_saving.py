@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,7 @@ import protocols
 import runs
 import saving
 from interruption import Interruption, Stopped
-from tests.small_runs import SmallRuns, differing, one_thread, records
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
-    with one_thread():
-        yield SmallRuns(tmp_path_factory.mktemp("shared"))
+from tests.small_runs import SmallRuns, differing, records
 
 
 def no_space(handle: int) -> None:

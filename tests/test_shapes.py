@@ -39,7 +39,7 @@ FLOAT, BF16 = Place("cpu", None), Place("cuda", torch.bfloat16)
 
 @pytest.mark.parametrize(("stage", "task", "how"), [
     ("pretrain", 0, (FLOAT, 32, 0)), ("align", 0, (BF16, 8, 0)),
-    *(pytest.param(stage, task, how, marks=pytest.mark.slow)
+    *(pytest.param(stage, task, how, marks=pytest.mark.repetition)
       for stage, task in (("pretrain", 0), ("pretrain", 1), ("align", 0), ("finetune", 0))
       for how in ((FLOAT, 8, 2), (BF16, 32, 0), (BF16, 32, 1), (BF16, 5, 1)))])
 def test_a_step_takes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, task: int,

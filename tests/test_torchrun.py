@@ -29,7 +29,7 @@ from losses import build_objective
 from runs import Options
 from steps import accumulate, shared_batch
 from tests.narrow import make_batch, narrow_model, part_of, step_of
-from tests.small_runs import SmallRuns, batches, differing, one_thread, records
+from tests.small_runs import SmallRuns, batches, differing, records
 
 ROOT = Path(distributed.__file__).parent
 B = 13
@@ -102,7 +102,7 @@ def trained(world: World, folder: Path, fails: bool) -> dict[str, Any]:
 
 def run_as_rank(folder: Path) -> None:
     world = distributed.start()
-    with one_thread(), world.quiet():
+    with world.quiet():
         found = {f"{inputs} {i}": gradient(world, inputs, micro) for inputs in TASKS for i, micro in enumerate(MICRO)}
         runs_of = {fails: trained(world, folder, fails) for fails in (False, True)} if world.size == 2 else {}
     torch.save({"gradients": found, "runs": runs_of}, folder / f"rank{world.rank}.pt")
@@ -123,8 +123,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("inputs", TASKS)
 def test_uneven_shares_give_the_gradient_of_one_process(ranks: list[dict], inputs: str) -> None:
-    with one_thread():
-        expected = gradient(World(), inputs, 100)
+    expected = gradient(World(), inputs, 100)
     for rank in ranks:
         for i in range(len(MICRO)):
             found = rank["gradients"][f"{inputs} {i}"]
@@ -142,8 +141,7 @@ def test_out_of_memory_on_one_process_is_answered_by_all(ranks: list[dict], tmp_
     for fails, size in ((False, 4), (True, 2)):
         assert first[fails]["fit"] == second[fails]["fit"] == dict.fromkeys(("image", "audio", "text", "fusion"), size)
         assert differing(first[fails]["weights"], second[fails]["weights"]) == [], "no process drifts from the other"
-    with one_thread():
-        alone = trained(World(), tmp_path, False)["weights"]
+    alone = trained(World(), tmp_path, False)["weights"]
     for found in (first[False], first[True]):
         one, other = (torch.cat([value.flatten() for value in state.values()]) for state in (alone, found["weights"]))
         assert float((one - other).norm() / one.norm()) < 1e-6
@@ -174,8 +172,7 @@ def recipe_of(small: SmallRuns, folder: Path, *overrides: str) -> str:
 
 def test_one_process_goes_on_where_two_have_stopped_and_the_other_way_round(small: SmallRuns, tmp_path: Path) -> None:
     """Each stage by other numbers of processes; metrics are those of one process throughout, up to rounding."""
-    with one_thread():
-        small.train(tmp_path / "alone")
+    small.train(tmp_path / "alone")
     folder = tmp_path / "shared"
     recipe = recipe_of(small, folder)
     process = torchrun(2, "run_training.py", "--config", recipe, "--device", "cpu")
@@ -190,8 +187,7 @@ def test_one_process_goes_on_where_two_have_stopped_and_the_other_way_round(smal
         assert one["parts"] == pytest.approx(other["parts"], rel=1e-3)
     for name in ("checkpoint_epoch_3.pt", "best_model.pt", "final_model.pt"):
         (folder / "checkpoints" / name).unlink()
-    with one_thread():
-        report = small.train(folder, resume="auto")
+    report = small.train(folder, resume="auto")
     assert report.exists() and (folder / "checkpoints" / "final_model.pt").exists()
     last = [records(place, "validation")[-1]["loss"] for place in (tmp_path / "alone", folder)]
     assert last[0] == pytest.approx(last[1], rel=1e-4)
@@ -217,8 +213,7 @@ def test_a_process_that_dies_ends_the_run_and_leaves_a_usable_checkpoint(small: 
     config = small.config(folder, "training.epochs=12", "training.keep_checkpoints=20")
     state = resume.find_state(config, Options("cpu", "auto"))
     assert state is not None and 1 <= state["progress"]["epoch"] < 12
-    with one_thread():
-        small.train(folder, "training.epochs=12", "training.keep_checkpoints=20", resume="auto")
+    small.train(folder, "training.epochs=12", "training.keep_checkpoints=20", resume="auto")
     assert [line["epoch"] for line in records(folder, "validation")] == list(range(1, 13))
 
 

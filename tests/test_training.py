@@ -5,7 +5,6 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,8 @@ from interruption import Interruption
 from runs import Run, TrainingError
 from saving import Saver
 from tests import trees
-from tests.small_runs import SmallRuns, batches, differing, one_thread, records, step, trained, weights
+from tests.small_runs import SmallRuns, batches, differing, records, step, trained, weights
 from training import Stage
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
-    with one_thread():
-        yield SmallRuns(tmp_path_factory.mktemp("shared"))
-
 
 # ---- stages ------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import prepare
 import run_training
 import runs
 from tests import trees
-from tests.small_runs import RECIPE, one_thread
+from tests.small_runs import RECIPE
 
 ROOT = Path(__file__).resolve().parent.parent
 Main = Callable[..., str]
@@ -44,8 +44,7 @@ def mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
         defaults = {"--data-root": str(tmp_path / "data"), "--output-dir": str(tmp_path / "out"), "--device": "cpu"}
         for flag in defaults.keys() - set(given):
             given += [flag, defaults[flag]]
-        with one_thread():
-            status = status_of(main, given)
+        status = status_of(main, given)
         error = capsys.readouterr().err
         assert status == 2, (status, error)
         assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error

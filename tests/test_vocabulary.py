@@ -131,7 +131,6 @@ def test_minilm_opens_no_connection_and_imports_no_large_library() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.slow  # imports transformers
 def test_a_hub_model_gives_its_own_vocabulary_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     transformers: Any = importlib.import_module("transformers")

@@ -1,0 +1,68 @@
+"""Every sentence that the program may say, as it stands in the source: tests/messages.txt is the snapshot of them all.
+
+    python tests/messages.py            # what has changed since the snapshot; exit code 1 if anything has
+    python tests/messages.py --renew    # write it again, after a change of wording that is meant
+
+No other test asserts wording. A message is a text of several words in a root module that is no docstring; `{}` stands
+for a value. Lines of the shell scripts count where they call `say`, `die` or `echo`.
+"""
+
+import ast
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SNAPSHOT = Path(__file__).with_name("messages.txt")
+SCRIPTS = ("run_all.sh", "setup_environment.sh")
+_SAID = re.compile(r"""\b(?:say|die|echo) ("(?:[^"\\]|\\.)*"|'[^']*')""")
+
+
+def texts(source: str) -> Iterator[str]:
+    """Texts of several words in Python `source`, docstrings left out, with `{}` for each value, in their order."""
+    tree = ast.parse(source)
+    docstrings = {id(node.body[0].value) for node in ast.walk(tree)  # type: ignore[attr-defined]
+                  if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                  and ast.get_docstring(node, clean=False) is not None}
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)
+             if part is not node}
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in docstrings or id(node) in inner:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+        else:
+            continue
+        if len(re.findall(r"[^\W\d_]{2,}", text)) >= 3 and " " in text.strip():
+            found.append((node.lineno, node.col_offset, text))
+    yield from (text for _, _, text in sorted(found))
+
+
+def messages() -> str:
+    """All messages of all root modules and scripts, one a line, below the name of their file."""
+    lines = []
+    for path in sorted(ROOT.glob("*.py")):
+        found = list(texts(path.read_text("utf-8")))
+        lines += [f"# {path.name}", *(repr(text)[1:-1] for text in found), ""] if found else []
+    for name in SCRIPTS:
+        lines += [f"# {name}", *(found[1:-1] for found in _SAID.findall((ROOT / name).read_text("utf-8"))), ""]
+    return "\n".join(lines)
+
+
+def changes() -> list[str]:
+    """The lines in which the messages differ from the snapshot, as a diff."""
+    kept = SNAPSHOT.read_text("utf-8").splitlines() if SNAPSHOT.exists() else []
+    return list(difflib.unified_diff(kept, messages().splitlines(), "snapshot", "source", lineterm="", n=0))
+
+
+if __name__ == "__main__":
+    differing = changes()
+    print("\n".join(differing) or "nothing has changed")
+    if "--renew" in sys.argv:
+        SNAPSHOT.write_text(messages() + "\n", "utf-8")
+    sys.exit(bool(differing) and "--renew" not in sys.argv)

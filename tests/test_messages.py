@@ -1,0 +1,19 @@
+"""The words of all messages are those of the snapshot: a change of wording is seen in review, in one file."""
+
+import pytest
+
+from tests import messages
+
+
+def test_every_message_is_as_in_the_snapshot() -> None:
+    assert messages.changes() == [], "is this change of wording meant? Then run python tests/messages.py --renew"
+
+
+@pytest.mark.parametrize(("source", "found"), [
+    ('raise UserError(f"{path}: no such file; name {what!r}")', ["{}: no such file; name {}"]),
+    ('"""A module of many words."""\nx = "one two three"', ["one two three"]),
+    ('print("a.b")\nopen("data.json")', []),
+    ('f"{x}" "the count is " f"{n:,} of {m}"', ["{}the count is {} of {}"]),
+])
+def test_texts_are_found_and_docstrings_left_out(source: str, found: list[str]) -> None:
+    assert list(messages.texts(source)) == found

@@ -51,7 +51,7 @@ def messages() -> str:
         lines += [f"# {path.name}", *(repr(text)[1:-1] for text in found), ""] if found else []
     for name in SCRIPTS:
         lines += [f"# {name}", *(found[1:-1] for found in _SAID.findall((ROOT / name).read_text("utf-8"))), ""]
-    return "\n".join(lines)
+    return "\n".join(lines).strip() + "\n"
 
 
 def changes() -> list[str]:
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     differing = changes()
     print("\n".join(differing) or "nothing has changed")
     if "--renew" in sys.argv:
-        SNAPSHOT.write_text(messages() + "\n", "utf-8")
+        SNAPSHOT.write_text(messages(), "utf-8")
     sys.exit(bool(differing) and "--renew" not in sys.argv)

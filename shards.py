@@ -29,12 +29,12 @@ HEADER_BYTES = 1 << 16  # of a page; values in it are passed over
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # types of pages
 _LARGEST_PAGE = 1 << 31
 _PLAIN, _INDICES, _DELTA_OF_BYTES = 0, (2, 8), 7  # encodings; by the last one n bytes may stand for n squared
-_DAMAGE = (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError)
+DAMAGE = (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError)
 _SOUND_MAGIC = {b"fLaC": "flac", b"RIFF": "wav", b"OggS": "ogg"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Page:
+class Page:
     kind: int
     encoding: int
     values: int
@@ -61,7 +61,7 @@ def members(path: Path) -> Iterator[Member]:
                 rows += len(names)
                 _check_rows(rows)
                 yield from _sounds(table, group, file, names, seen)
-    except (pyarrow.ArrowException, *_DAMAGE) as error:
+    except (pyarrow.ArrowException, *DAMAGE) as error:
         raise ArchiveError(f"is not a readable shard of sounds ({type(error).__name__})") from None
 
 
@@ -77,7 +77,7 @@ def _names(table: Any, group: int, file: IO[bytes]) -> list[str]:
     columns = ["youtube_id", "start_time"]
     for name in columns:
         column = _column(table.metadata.row_group(group), name)
-        _check_size(column, _pages(file, column), NAME_BYTES)
+        _check_size(column, pages_of(file, column), NAME_BYTES)
     batches = table.iter_batches(batch_size=16, row_groups=[group], columns=columns, use_threads=False)
     return [_name(row["youtube_id"], row["start_time"]) for batch in batches for row in batch.to_pylist()]
 
@@ -99,7 +99,7 @@ def _check_rows(rows: int) -> None:
         raise ArchiveError(f"holds {rows:,} rows or more: not what is expected here")
 
 
-def _check_size(column: Any, pages: Iterable[_Page], most: int) -> None:
+def _check_size(column: Any, pages: Iterable[Page], most: int) -> None:
     """Before the usual reader takes it whole. Metadata may lie, and so the pages are looked at as well."""
     _check_rows(column.num_values)
     unpacked = 0
@@ -115,7 +115,7 @@ def _sounds(table: Any, group: int, file: IO[bytes], names: list[str], seen: set
     facts = table.metadata.row_group(group)
     column = _column(facts, COLUMN)
     levels = next(one for one in map(table.schema.column, range(facts.num_columns)) if one.path == COLUMN)
-    pages = list(_pages(file, column))
+    pages = list(pages_of(file, column))
     if not _is_usual(column, levels) or any(page.kind not in (_DATA, _DICTIONARY) for page in pages):
         _check_size(column, pages, USUAL_BYTES)
         batches = table.iter_batches(batch_size=1, row_groups=[group], columns=[COLUMN], use_threads=False)
@@ -148,7 +148,7 @@ def _member(name: str, size: int, pieces: Iterator[bytes], seen: set[str]) -> It
     yield Member(f"{name}.{suffix}", size, lambda: itertools.chain([head], pieces))
 
 
-def _named(file: IO[bytes], pages: list[_Page], compression: str,
+def _named(file: IO[bytes], pages: list[Page], compression: str,
            names: list[str]) -> Iterator[tuple[str, tuple[int, Iterator[bytes]]]]:
     """(name, (bytes, their pieces)) of each value, in the order in which they lie in the file. A value that several
     rows share stands in the dictionary once: rows of one clip, or clips of the very same sound."""
@@ -156,7 +156,7 @@ def _named(file: IO[bytes], pages: list[_Page], compression: str,
     row, plain = 0, []
     for page in pages:
         if page.kind == _DATA and page.encoding in _INDICES:
-            for number, index in enumerate(_indices(_Stream(file, page, compression), page.values)):
+            for number, index in enumerate(indices(Stream(file, page, compression), page.values)):
                 names_of.setdefault(index, {})[names[row + number]] = None
         elif page.kind == _DATA and page.encoding == _PLAIN:
             plain.append((page, row))
@@ -165,13 +165,13 @@ def _named(file: IO[bytes], pages: list[_Page], compression: str,
         row += page.values if page.kind == _DATA else 0
     for page in pages:
         if page.kind == _DICTIONARY:
-            for index, (size, pieces) in enumerate(_values(_Stream(file, page, compression), page.values)):
+            for index, (size, pieces) in enumerate(_values(Stream(file, page, compression), page.values)):
                 own = list(names_of.get(index, ()))
                 data = b"".join(pieces) if len(own) > 1 else b""
                 for name in own:
                     yield name, (size, iter([data]) if data else pieces)
     for page, row in plain:
-        stream = _Stream(file, page, compression)
+        stream = Stream(file, page, compression)
         stream.skip_levels()
         yield from zip(names[row: row + page.values], _values(stream, page.values), strict=True)
 
@@ -179,7 +179,7 @@ def _named(file: IO[bytes], pages: list[_Page], compression: str,
 # --- Pages -----------------------------------------------------------------------------------------------------------
 
 
-def _pages(file: IO[bytes], column: Any) -> Iterator[_Page]:
+def pages_of(file: IO[bytes], column: Any) -> Iterator[Page]:
     """The pages of the column, their bodies unread."""
     at = column.data_page_offset
     if column.has_dictionary_page:
@@ -189,7 +189,7 @@ def _pages(file: IO[bytes], column: Any) -> Iterator[_Page]:
         if at >= end:
             return
         file.seek(at)
-        header = _struct(_Header(file))
+        header = struct_of(Header(file))
         page = _page(header, file.tell())
         if number > ROWS or page.values not in range(ROWS + 1) or min(page.packed, page.unpacked) < 0:
             raise ArchiveError("holds a page header that is damaged, or more rows than are expected here")
@@ -197,12 +197,12 @@ def _pages(file: IO[bytes], column: Any) -> Iterator[_Page]:
         at = page.offset + page.packed
 
 
-def _page(header: dict[int, Any], offset: int) -> _Page:
+def _page(header: dict[int, Any], offset: int) -> Page:
     facts = header.get({_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}.get(header[1], 0), {1: 0, 2: 0, 4: 0})
-    return _Page(header[1], facts[4 if header[1] == _DATA_2 else 2], facts[1], offset, header[3], header[2])
+    return Page(header[1], facts[4 if header[1] == _DATA_2 else 2], facts[1], offset, header[3], header[2])
 
 
-class _Header:
+class Header:
     """The file, of which a header may take HEADER_BYTES."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -218,7 +218,7 @@ class _Header:
         return self._file.seek(offset, whence)
 
 
-def _struct(file: _Header | IO[bytes]) -> dict[int, Any]:
+def struct_of(file: Header | IO[bytes]) -> dict[int, Any]:
     """A struct in the compact protocol: value by the number of its field."""
     fields: dict[int, Any] = {}
     number = 0
@@ -228,21 +228,22 @@ def _struct(file: _Header | IO[bytes]) -> dict[int, Any]:
     return fields
 
 
-def _thrift(file: _Header | IO[bytes], kind: int) -> Any:
+def _thrift(file: Header | IO[bytes], kind: int) -> Any:
     if kind in (1, 2):
         return kind == 1
     if kind in (4, 5, 6):
         return _signed(file)
     if kind == 8:
-        return file.seek(min(_varint(file), _LARGEST_PAGE), io.SEEK_CUR)  # of no interest, and may be many bytes
+        return file.seek(min(varint(file), _LARGEST_PAGE), io.SEEK_CUR)  # of no interest, and may be many bytes
     if kind == 12:
-        return _struct(file)
+        return struct_of(file)
     if kind in (3, 7):
         return file.read(1 if kind == 3 else 8)
     raise ArchiveError("holds a page header that is not known here")
 
 
-def _varint(file: Any) -> int:
+def varint(file: Any) -> int:
+    """An unsigned number of 64 bits, seven of them a byte."""
     number = 0
     for shift in range(0, 70, 7):  # 64 bits take ten bytes
         byte = file.read(1)[0]
@@ -252,17 +253,17 @@ def _varint(file: Any) -> int:
     raise ArchiveError("holds a number that is damaged")
 
 
-def _signed(file: _Header | IO[bytes]) -> int:
-    number = _varint(file)
+def _signed(file: Header | IO[bytes]) -> int:
+    number = varint(file)
     return (number >> 1) ^ -(number & 1)
 
 
-class _Stream:
+class Stream:
     """The unpacked body of a page, read from its beginning on."""
 
-    def __init__(self, file: IO[bytes], page: _Page, compression: str) -> None:
-        source = _Body(file, page)
-        self._pieces = _unsnapped(source) if compression == "SNAPPY" else iter(lambda: source.read(PIECE_BYTES), b"")
+    def __init__(self, file: IO[bytes], page: Page, compression: str) -> None:
+        source = Body(file, page)
+        self._pieces = unsnapped(source) if compression == "SNAPPY" else iter(lambda: source.read(PIECE_BYTES), b"")
         self._rest = b""
 
     def pieces(self, size: int) -> Iterator[bytes]:
@@ -284,10 +285,10 @@ class _Stream:
             pass
 
 
-class _Body:
+class Body:
     """The packed body of a page; others may move the file's position meanwhile."""
 
-    def __init__(self, file: IO[bytes], page: _Page) -> None:
+    def __init__(self, file: IO[bytes], page: Page) -> None:
         self._file, self._at, self._end = file, page.offset, page.offset + page.packed
         self._buffer = io.BytesIO()
 
@@ -312,7 +313,7 @@ class _Body:
         return data
 
 
-def _values(stream: _Stream, number: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+def _values(stream: Stream, number: int) -> Iterator[tuple[int, Iterator[bytes]]]:
     """(bytes, their pieces) of each plain value; pieces that nobody took are passed over."""
     for _ in range(number):
         size = int.from_bytes(stream.read(4), "little")
@@ -324,12 +325,12 @@ def _values(stream: _Stream, number: int) -> Iterator[tuple[int, Iterator[bytes]
             pass
 
 
-def _indices(stream: _Stream, values: int) -> Iterator[int]:
+def indices(stream: Stream, values: int) -> Iterator[int]:
     """Places in the dictionary: runs of one value, or bit-packed groups of eight."""
     stream.skip_levels()
     bits = stream.read(1)[0]
     while values > 0:
-        head = _varint(stream)
+        head = varint(stream)
         number = min(head >> 1, values)
         if head & 1:
             number = min(8 * (head >> 1), values)  # the last group is filled up, whatever it claims
@@ -340,9 +341,9 @@ def _indices(stream: _Stream, values: int) -> Iterator[int]:
         values -= number
 
 
-def _unsnapped(source: _Body) -> Iterator[bytes]:
+def unsnapped(source: Body) -> Iterator[bytes]:
     """A block packed by snappy, in pieces: literals, and copies of what came shortly before."""
-    left, given, window = _varint(source), 0, bytearray()
+    left, given, window = varint(source), 0, bytearray()
     literal = 0  # bytes still to come of one
     while left > 0:
         before = len(window)
@@ -364,11 +365,11 @@ def _unsnapped(source: _Body) -> Iterator[bytes]:
         raise ArchiveError("holds a page that unpacks to more than it says")
 
 
-def _size_of_literal(told: int, source: _Body) -> int:
+def _size_of_literal(told: int, source: Body) -> int:
     return 1 + (told if told < 60 else int.from_bytes(source.exactly(told - 59), "little"))
 
 
-def _copy(window: bytearray, tag: int, source: _Body) -> None:
+def _copy(window: bytearray, tag: int, source: Body) -> None:
     if tag & 3 == 1:
         size, offset = 4 + ((tag >> 2) & 7), (tag >> 5 << 8) | source.exactly(1)[0]
     else:

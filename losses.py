@@ -183,7 +183,7 @@ class Matching(Objective):
         return 3.0 * len(step.batch.sample_ids) if len(step.batch.sample_ids) > 1 else 0.0
 
     @torch.no_grad()
-    def _negatives(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    def negatives(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """A wrong key for each sample, a wrong query for each sample's first key, and whether both exist; host."""
         query, key = (step.detached[n] if n in step.detached else step.features(n).detach() for n in self.inputs)
         positives, scale = step.positives(self.inputs), pair_scale(step, self.inputs).detach()
@@ -195,7 +195,7 @@ class Matching(Objective):
         return step.to_host(keys), step.to_host(queries), step.to_host(some & also)
 
     def terms(self, step: Step) -> Iterator[Term]:
-        keys, queries, some = self._negatives(step)
+        keys, queries, some = self.negatives(step)
         first = first_keys(step, self.inputs)
         for rows in step.parts("fusion"):
             logits = self._pair_logits(step, torch.cat([rows, queries[rows]]), torch.cat([first[rows], keys[rows]]))

@@ -62,7 +62,7 @@ def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | No
     else:
         some_B = valid_BK.any(1)
         mask_B11K = (valid_BK | ~some_B[:, None])[:, None, None, :]  # no softmax over nothing
-    if chunk == "auto" and _has_fused_kernel(q_BHQE, k_BHKE, v_BHKE, mask_B11K):
+    if chunk == "auto" and has_fused_kernel(q_BHQE, k_BHKE, v_BHKE, mask_B11K):
         out_BHQE = _fused_attention(q_BHQE, k_BHKE, v_BHKE, mask_B11K)
     else:
         size = 128 if chunk == "auto" else int(chunk)
@@ -94,7 +94,7 @@ def _plain_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: 
     return scores_BHQK.softmax(-1).to(v_BHKE.dtype) @ v_BHKE
 
 
-def _has_fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+def has_fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """True where SDPA has a kernel that never holds the Q x K scores for these inputs."""
     if q.device.type == "cpu":
         return True  # flash attention for float and double, masks included

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from operator import ge, le
@@ -45,6 +46,8 @@ from steps import Positives, Share, Step, accumulate
 PARTS = 2
 VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound, before their lists are read
 TOWERS = ("image", "audio", "text", "fusion")
+
+Tracing = Callable[[str, int | None], AbstractContextManager[footprint.PeakMemory]]
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,8 @@ class StepPlan:
         upper = stage_upper(self.config, self.row, self.place)
         return all(self.fit.micro_batch[tower] >= upper[tower] for tower in (*self.task.inputs, "fusion"))
 
-    def usage(self, *, limit_bytes: int | None = None, gradient_of: Sequence[str] | None = None) -> Usage | None:
+    def usage(self, *, limit_bytes: int | None = None, gradient_of: Sequence[str] | None = None,
+              tracing: Tracing = footprint.tracing) -> Usage | None:
         """Bytes at the peak of two optimizer steps on fake tensors; None as soon as more than `limit_bytes` live.
 
         `gradient_of`: only the gradients of these objectives, once and without the update, which takes as much at every
@@ -148,7 +152,7 @@ class StepPlan:
         """
         names = [name for name in OBJECTIVES if name in (gradient_of or self.task.objectives)]
         try:
-            with footprint.tracing(self.place.device, limit_bytes) as tracker:
+            with tracing(self.place.device, limit_bytes) as tracker:
                 self._run(tracker, names, 0 if gradient_of else 2)
             return tracker.usage()
         except OverLimit:
@@ -219,10 +223,11 @@ def _largest_share(config: Config, row: StageConfig, place: Place) -> Share | No
 
 class StageMeasure:
     """Runs the steps of a stage's tasks at a fit. What has been measured is kept, by what it uses of the fit; limits
-    never rise from call to call."""
+    never rise from call to call. `run` measures a step."""
 
-    def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place):
-        self.config, self.row, self.tasks, self.place = config, row, list(tasks), place
+    def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place,
+                 run: Callable[..., Usage | None] = StepPlan.usage):
+        self.config, self.row, self.tasks, self.place, self.run = config, row, list(tasks), place, run
         self.costly = [(i, name) for i, task in enumerate(tasks) for name in task.objectives]  # the likeliest first
         self.steps: dict[str, Usage | None] = {}
         self.gradients: dict[str, dict[tuple[int, ...], Usage | None]] = {}
@@ -255,7 +260,7 @@ class StageMeasure:
     def _steps(self, step: StepPlan, limit_bytes: int | None) -> Usage | None:
         key = str((step.task, step.fit))
         if self.steps.get(key) is None:  # not measured yet, or above a limit
-            self.steps[key] = step.usage(limit_bytes=limit_bytes)
+            self.steps[key] = self.run(step, limit_bytes=limit_bytes)
         return _within(self.steps[key], limit_bytes)
 
     def _gradients(self, step: StepPlan, names: Sequence[str], limit_bytes: int) -> Usage | None:
@@ -269,7 +274,7 @@ class StageMeasure:
         sizes = tuple(fit.micro_batch[tower] for tower in towers)
         implied = _implied(known, sizes, limit_bytes)
         if implied is None:
-            known[sizes] = step.usage(limit_bytes=limit_bytes, gradient_of=names)
+            known[sizes] = self.run(step, limit_bytes=limit_bytes, gradient_of=names)
             return known[sizes]
         return known[implied] if _within(known[implied], limit_bytes) else None
 
@@ -303,8 +308,10 @@ def limits(config: Config, place: Place) -> Limits:
     return Limits(int(config.budget_gb * GIB), place.device, place.ratio, held)
 
 
-def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place) -> Plan:
-    """A fit at which every task of the stage stays in the budget, from the cache if it was planned before."""
+def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place,
+               run: Callable[..., Usage | None] = StepPlan.usage) -> Plan:
+    """A fit at which every task of the stage stays in the budget, from the cache if it was planned before; `run`
+    measures a step."""
     facts = {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
              "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
              "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
@@ -314,7 +321,7 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], pl
     kinds = [OBJECTIVES[name] for task in tasks for name in task.objectives]
 
     def search() -> Plan:
-        return budget.plan_fit(StageMeasure(config, row, tasks, place), stage_upper(config, row, place),
+        return budget.plan_fit(StageMeasure(config, row, tasks, place, run), stage_upper(config, row, place),
                                limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint,
                                parts_are_free=not any(map(_pays_for_parts, kinds)))
 

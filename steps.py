@@ -163,10 +163,10 @@ class Step:
         encoder, noise = getattr(self.model, modality), self.batch.noise
         keep = self.keep.get(modality, 1.0) if self.train or hide else 1.0
         if modality == "text":
-            path = self._path(noise["path_text"][rows], 0, encoder)
+            path = self.path_scales(noise["path_text"][rows], 0, encoder)
             return encoder(self.to_device(self.batch.input_ids[rows]),
                            self.to_device(self.batch.attention_mask[rows]), path)
-        path = self._path(noise["path"][rows], AUDIO_PATH_COLUMN if modality == "audio" else 0, encoder)
+        path = self.path_scales(noise["path"][rows], AUDIO_PATH_COLUMN if modality == "audio" else 0, encoder)
         kept, valid = (None, None) if keep == 1 else map(self.to_device, self.kept(modality, rows))
         if modality == "image":
             return encoder(self.media("image", rows), kept, path)
@@ -202,7 +202,7 @@ class Step:
         steps = (self.batch.audio_lengths[rows] + audio.patch_frames - 1).div(audio.patch_frames, rounding_mode="floor")
         return steps * audio.bands
 
-    def _path(self, uniform: Tensor, column: int, encoder: Any) -> Tensor | None:
+    def path_scales(self, uniform: Tensor, column: int, encoder: Any) -> Tensor | None:
         """Scale of each residual branch: 0 where dropped, else 1 / (1 - p), p rising linearly (arXiv:1603.09382)."""
         if not self.train or self.drop_path == 0:
             return None

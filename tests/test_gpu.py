@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 import budget
 import memory
@@ -30,6 +29,7 @@ from tests import test_exactness
 from tests.killing import OFTEN, assert_same, in_process, with_files
 from tests.small_runs import RECIPE, SmallRuns, batches, differing, records, step, weights
 from tests.test_attention import masks_of, naive_attention
+from tests.test_exactness import far
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(model_module.__file__).parent
@@ -55,14 +55,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
 
 
 # ---- mathematics -------------------------------------------------------------------------------------------------
-
-
-def far(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Distance of two gradients over the length of the second."""
-    assert found.keys() == expected.keys()
-    one, other = (torch.cat([value.cpu().double().flatten() for name, value in sorted(grads.items()) if name != "loss"])
-                  for grads in (found, expected))
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("task", test_exactness.TASKS)
@@ -104,7 +96,7 @@ def test_attention_takes_a_fused_kernel_and_is_right(mask: str, dtype: torch.dty
         assert float((one.detach().cpu().double() - other.detach()).norm()) <= close * float(other.detach().norm())
     assert mask != "empty row" or not ours[2].any()
     mask_B11K = None if valid is None else valid.cuda()[:, None, None, :]
-    assert model_module._has_fused_kernel(q, k, v, mask_B11K)
+    assert model_module.has_fused_kernel(q, k, v, mask_B11K)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

@@ -37,7 +37,12 @@ def trainable(name: str, folder: Path) -> bool:
     """Whether every list is there that training opens, and enough of the training samples."""
     if not all((folder / path).is_file() for path in _LISTS.get(name, ())):
         return False
-    return sum(1 for _ in itertools.islice(_SAMPLES[name](folder), ENOUGH)) == ENOUGH
+    return sum(1 for _ in itertools.islice(training_samples(name, folder), ENOUGH)) == ENOUGH
+
+
+def training_samples(name: str, folder: Path) -> Iterator[str]:
+    """What the set `name` in `folder` has to train on, by name, as its reader would find it."""
+    return _SAMPLES[name](folder)
 
 
 def _coco(folder: Path) -> Iterator[str]:
@@ -80,3 +85,4 @@ _SAMPLES: dict[str, Callable[[Path], Iterator[str]]] = {
     "audiocaps": lambda folder: annotations.present("audiocaps", folder, "train"),
     "voxceleb": _voxceleb, "stamps": _stamps,
 }
+SETS = _SAMPLES.keys()

@@ -21,8 +21,9 @@ from transfer import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
-SMALL = ["model.size=tiny", "model.word_embeddings=random", "model.image_size=32", "model.context_length=16",
-         "data.workers=0", "data.audio_max_s=0.5"]
+SMALL = ["model.size=nano", f"model.word_embeddings=file:{ROOT / 'tests/words.json'}", "model.vocab_size=1",
+         "model.image_size=32", "model.context_length=12", "model.embed_dim=8", "data.workers=0",
+         "data.audio_max_s=0.5"]
 MAKERS: dict[str, Callable[[Path], tuple[Source, dict[str, bytes]]]] = {
     "coco": miniature.coco, "clotho": miniature.clotho, "voxceleb": miniature.voxceleb, "stamps": miniature.stamps,
     "audiocaps": lambda folder: miniature.audiocaps(folder, shards=True)}
@@ -114,8 +115,8 @@ def test_the_printed_command_trains(sets: Sets, name: str, tmp_path: Path, monke
     assert sets.get(name) == 0
     words = next_words(capsys.readouterr().out)
     monkeypatch.chdir(ROOT)
-    quick = ["--output-dir", str(tmp_path / "out"), "--device", "cpu", "--epochs", "3", "memory.micro_batch=32",
-             "training.use_amp=false", "evaluation.resamples=0", "report.gallery_queries=0"]
+    quick = ["--output-dir", str(tmp_path / "out"), "--device", "cpu", "--epochs", "3", "memory.micro_batch=16",
+             "training.batch_size=16", "training.gradient_accumulation_steps=1", "training.use_amp=false", "evaluation.resamples=0", "report.gallery_queries=0"]
     assert run_training.main([*words[2:], *quick, *SMALL]) == 0
     assert list((tmp_path / "out/reports").glob("report_*.json"))
 
@@ -125,7 +126,7 @@ def test_pictures_count_as_the_reader_takes_them(tmp_path: Path) -> None:
     root = trees.coco(tmp_path)
     config = config_from_dict({"paths": {"data_root": str(tmp_path)}})
     read = {Path(sample.image).name for sample in readers.read_split("coco", "train", config)}
-    assert set(readiness._coco(root)) == read and len(read) >= readiness.ENOUGH
+    assert set(readiness.training_samples("coco", root)) == read and len(read) >= readiness.ENOUGH
     for path in (root / "train2017").iterdir():
         path.unlink()
     (root / "annotations/dataset_coco.json").unlink()
@@ -135,7 +136,7 @@ def test_pictures_count_as_the_reader_takes_them(tmp_path: Path) -> None:
 def test_speakers_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
     root = trees.voxceleb(tmp_path, vox2=False)
     for listed in (True, False):
-        names = list(readiness._voxceleb(root))
+        names = list(readiness.training_samples("voxceleb", root))
         assert {name.split("/")[0] for name in names} == {"id10001", "id10002"} and len(names) == (3 if listed else 9)
         (root / "voxceleb1/iden_split.txt").unlink(missing_ok=True)
     wav = root / "voxceleb1/wav"
@@ -145,5 +146,5 @@ def test_speakers_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
 
 
 def test_every_set_is_known() -> None:
-    assert readiness._SAMPLES.keys() == SOURCES.keys()
+    assert readiness.SETS == SOURCES.keys()
     assert all((ROOT / recipe).is_file() for recipe in readiness.RECIPES.values())

@@ -117,6 +117,13 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def apart(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Norm of the difference of all that two models save, as a part of the first one's; in float64, or it raises."""
+    first, second = (torch.cat([value.flatten() for value in model.state_dict().values()]) for model in (one, other))
+    assert first.dtype == second.dtype == torch.float64, "in float32 this is rounding, which depends on the CPU"
+    return float((first - second).norm() / first.norm())
+
+
 def differing(one: Any, other: Any, where: str = "") -> list[str]:
     """Places in two nests of dicts, lists and tensors whose values are not bit for bit the same."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():

@@ -1,11 +1,6 @@
-"""Ranks: real processes under torchrun give the gradient of one process, uneven shares and unused towers included.
+"""Ranks: real processes give the gradient of one process, uneven shares and unused towers included."""
 
-Run as `python -m tests.test_distributed FOLDER` this file is one rank's work; the tests start it with torchrun.
-"""
-
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 import distributed
-from config import UserError
 from distributed import World, start
+from tests.ranks import in_ranks
+from tests.refusals import refused
 
-ROOT = Path(distributed.__file__).parent
 SHARES = {2: [9, 4], 3: [7, 0, 6]}  # rows of each rank, of 13
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 
@@ -94,22 +89,15 @@ def agreements(world: World) -> dict:
     }
 
 
-def run_as_rank(folder: Path) -> None:
+def work() -> dict[str, Any]:
     world = start(torch.device("cpu"))
     distributed.BUCKET_BYTES = 300  # several buckets even for these towers
-    jobs = (contrastive_step, partly_used, gathers, agreements)
-    torch.save({job.__name__: job(world) for job in jobs}, folder / f"rank{world.rank}.pt")
-    world.stop()
+    return {job.__name__: job(world) for job in (contrastive_step, partly_used, gathers, agreements)}
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}",
-               "-m", "tests.test_distributed", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
+def ranks(request) -> list[dict]:
+    return [rank.value for rank in in_ranks(request.param, work)]
 
 
 def test_gradients_equal_those_of_one_process(ranks):
@@ -191,9 +179,5 @@ def test_more_processes_than_devices_is_one_line(monkeypatch):
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"process 3 .* CUDA devices here: 2; lower --nproc_per_node"):
+    with refused("torchrun", 3, 2, "--nproc_per_node", "--device"):
         start(torch.device("cuda"))
-
-
-if __name__ == "__main__":
-    run_as_rank(Path(sys.argv[1]))

@@ -1,7 +1,8 @@
 """Running out of memory, in each phase of a step and in evaluation: the work goes on in smaller parts, and nothing of
-the mathematics changes."""
+the mathematics changes. In float64, where what a CPU's rounding may change is below 1e-12."""
 
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ import memory
 import optimization
 import runs
 import training
-from config import UserError
 from runs import Run
-from tests.small_runs import SmallRuns, batches, differing, records, step, trained, weights
+from tests.refusals import assert_names, refused
+from tests.small_runs import SmallRuns, apart, batches, differing, float64, records, step, trained, weights
 
 ON_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 ON_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+@pytest.fixture(autouse=True)
+def _in_float64() -> Iterator[None]:
+    with float64():
+        yield
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exception) -> None:
@@ -64,9 +71,8 @@ def test_out_of_memory_redoes_the_step_in_smaller_parts(
     assert differing(run.model.state_dict(), expected.model.state_dict()) == []
     assert differing(stage.state_dict(), expected_stage.state_dict()) == []
     [event] = records(tmp_path / "failing", "event")
-    assert event["step"] == 1 and event["message"].startswith(
-        f"[finetune] out of memory ({str(error)[:20] or 'MemoryError'}")
-    assert f"the same step again with micro-batch image {size // 2}, audio" in event["message"]
+    assert event["step"] == 1
+    assert_names(event["message"], "finetune", (str(error) or "MemoryError").split()[0], f"image {size // 2}")
 
 
 @pytest.mark.parametrize("where", ["encoding", "loss", "backward", "fusion"])
@@ -82,14 +88,15 @@ def test_the_gradient_of_a_redone_step_is_that_of_the_undisturbed_one(
         step(run, stage, batches(run, stage)[0])
         found.append(torch.cat([p.grad.flatten() for p in stage.optimizer.parameters if p.grad is not None]))
     assert len(records(tmp_path / "True", "event")) == 1
-    assert not torch.equal(*found) and (found[0] - found[1]).norm() <= 1e-6 * found[0].norm()
+    assert not torch.equal(*found), "another order of additions"
+    assert found[0].dtype == torch.float64 and (found[0] - found[1]).norm() <= 1e-12 * found[0].norm()
 
 
 @pytest.mark.parametrize("where", ["clipping", "update"])
 def test_out_of_memory_in_the_update_goes_on_where_it_stopped(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """The gradients are complete: this step is that of the undisturbed run, the next ones go in smaller parts, so after
-    two the weights are those of a run that began with the smaller parts, up to rounding."""
+    two the weights are those of a run that began with the smaller parts."""
     undisturbed, _ = trained(small, tmp_path / "undisturbed", "align", 16, 1)
     smaller, _ = trained(small, tmp_path / "smaller", "align", 8, 2)
     run = small.open(tmp_path / "failing", micro_batch=16)
@@ -104,15 +111,13 @@ def test_out_of_memory_in_the_update_goes_on_where_it_stopped(
     assert muon.batch_elements == elements // 4
     assert run.fits["align"].micro_batch["image"] == 8 and len(records(tmp_path / "failing", "event")) == 1
     step(run, stage, second)
-    one, other = (torch.cat([value.flatten() for value in model.state_dict().values()])
-                  for model in (run.model, smaller.model))
-    assert float((one - other).norm() / one.norm()) < 1e-6
+    assert apart(run.model, smaller.model) < 1e-12
 
 
 def test_out_of_memory_amid_the_update_updates_nothing_twice(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each of the places where Muon's update may fail; its first matrices are done by then."""
-    monkeypatch.setattr(optimization.Muon, "BATCH_ELEMENTS", 2 * 192 * 192)
+    monkeypatch.setattr(optimization.Muon, "BATCH_ELEMENTS", 2 * 8 * 8)  # one or two of nano's matrices at a time
     expected = small.open(tmp_path / "expected", micro_batch=16)
     stage = small.stage(expected, "align")
     norm = step(expected, stage, batches(expected, stage)[0]).grad_norm
@@ -121,7 +126,7 @@ def test_out_of_memory_amid_the_update_updates_nothing_twice(
 
     def failing(*given: Any) -> Any:
         calls[0] += 1
-        if calls[0] in (2, 7, 20):
+        if calls[0] in (2, 5, 14):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return orthogonalise(*given)
 
@@ -129,10 +134,8 @@ def test_out_of_memory_amid_the_update_updates_nothing_twice(
     run = small.open(tmp_path / "failing", micro_batch=16)
     stage = small.stage(run, "align")
     assert torch.equal(step(run, stage, batches(run, stage)[0]).grad_norm, norm), "clipped once, when all was there"
-    assert len(records(tmp_path / "failing", "event")) == 3 and calls[0] > 20
-    one, other = (torch.cat([value.flatten() for value in model.state_dict().values()])
-                  for model in (run.model, expected.model))
-    assert float((one - other).norm() / one.norm()) < 1e-6
+    assert len(records(tmp_path / "failing", "event")) == 3 and calls[0] > 14
+    assert apart(run.model, expected.model) < 1e-12
 
 
 def test_out_of_memory_in_validation_halves_and_goes_on(
@@ -142,7 +145,7 @@ def test_out_of_memory_in_validation_halves_and_goes_on(
     expected = training.validation_loss(run, stage)
     fail_once(monkeypatch, run, "fusion", ON_DEVICE)
     loss, parts = training.validation_loss(run, stage)
-    assert loss == pytest.approx(expected[0], rel=1e-6) and parts.keys() == expected[1].keys()
+    assert loss == pytest.approx(expected[0], rel=1e-9) and parts.keys() == expected[1].keys()
     [event] = records(tmp_path, "event")
     assert run.fits["finetune"].micro_batch["fusion"] == 8 and event["step"] == run.progress.step
 
@@ -154,7 +157,7 @@ def test_out_of_memory_in_evaluation_halves_its_parts_from_there_on(
     fail_once(monkeypatch, run, "encoding", ON_HOST)
     assert runs.retrieval_figures(run) == pytest.approx(expected)
     [event] = records(tmp_path, "event")
-    assert event["message"].startswith("[evaluation] out of memory (") and "32 at a time" in event["message"]
+    assert_names(event["message"], "evaluation", 32)
     assert run.fits["evaluation"].micro_batch["image"] == 32, "kept for later evaluations, and saved"
 
 
@@ -191,7 +194,7 @@ def test_out_of_memory_again_and_again_ends_at_one_with_what_to_turn(
         raise ON_DEVICE
 
     monkeypatch.setattr(run.model, "features", never_fits)
-    with pytest.raises(UserError, match=r"stages\.align: out of memory on cpu even at micro-batch 1 .*batch_size.*_gb"):
+    with refused("stages.align", "cpu", 1, "training.batch_size", "memory.budget_gb"):
         step(run, stage, batches(run, stage)[0])
     assert len(records(tmp_path, "event")) == 4  # 4, 2, 1, then recompute of every block
     assert differing(run.model.state_dict(), before) == []

@@ -38,7 +38,7 @@ MAX_PEAK = 1e6  # floating-point files may pass 1; beyond this, or not a number,
 
 _BLOCK_VALUES = 1 << 20  # read at once, over all channels
 _KERNEL_TAPS = 4_000_000  # the largest resampling kernel that is built (16 MB)
-_SETTLE_S = 1.0  # compressed sound is decoded from this long before a start, until its predictors have settled
+SETTLE_S = 1.0  # compressed sound is decoded from this long before a start, until its predictors have settled
 _SEEK_IS_WRONG = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # in libsndfile 1.2: read from the start
 _MEL_BLOCK = 3_000  # frames transformed at once: bounds memory for long sounds
 
@@ -143,8 +143,8 @@ def _decode_stream(container, stream, start_s: float, duration_s: float) -> tupl
 
     rate_hz = stream.codec_context.sample_rate
     _check_sound(rate_hz, stream.codec_context.channels)
-    if start_s > _SETTLE_S:
-        container.seek(int((start_s - _SETTLE_S) / stream.time_base), stream=stream)
+    if start_s > SETTLE_S:
+        container.seek(int((start_s - SETTLE_S) / stream.time_base), stream=stream)
     to_float = av.AudioResampler(format="fltp")
     first = round(start_s * rate_hz)
     end = round((start_s + duration_s) * rate_hz) if duration_s else math.inf
@@ -189,14 +189,14 @@ def _check_length(num_samples: int, rate_hz: int) -> None:
 
 
 def _resample(samples: np.ndarray, rate_hz: int) -> np.ndarray:
-    near_hz = _near_rate(rate_hz)
+    near_hz = near_rate(rate_hz)
     if near_hz == SAMPLE_RATE_HZ:
         return np.ascontiguousarray(samples, np.float32)
     with torch.inference_mode():
         return _resampler(near_hz)(torch.from_numpy(np.ascontiguousarray(samples, np.float32))).numpy()
 
 
-def _near_rate(rate_hz: int) -> int:
+def near_rate(rate_hz: int) -> int:
     """`rate_hz`, or the nearest rate whose ratio to 16 kHz is simple enough for a kernel of bounded size.
 
     A polyphase kernel has one row per output phase and about one column per input phase: 8,000 x 11,127 for 22,254 Hz.

@@ -11,6 +11,7 @@ import soundfile
 import audio
 from audio import BrokenSound, decode_audio, log_mel
 from tests import trees
+from tests.refusals import refused
 
 
 def melody(rate_hz: int, seconds: float = 2.0) -> np.ndarray:
@@ -101,23 +102,22 @@ def test_tones_above_8_khz_do_not_fold_back(tmp_path: Path) -> None:
 # ---- start and duration ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("start_s", "duration_s"), [(0.0, 0.7), (0.5, 0.0), (0.5, 0.25), (3.1, 1.5), (5.9, 2.0)])
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3", "a.m4a", "a.mp4"])
-def test_excerpt_equals_the_same_part_of_the_whole(tmp_path: Path, name: str, start_s: float,
-                                                   duration_s: float) -> None:
+def test_excerpt_equals_the_same_part_of_the_whole(tmp_path: Path, name: str) -> None:
     """Tones that differ at each moment, so that a shift of 1 ms would show."""
     rate_hz = 44_100
-    t = np.arange(6 * rate_hz) / rate_hz
-    chirp = (0.3 * np.sin(2 * np.pi * (200 * t + 150 * t * t))).astype(np.float32)
+    t = np.arange(4 * rate_hz) / rate_hz
+    chirp = (0.3 * np.sin(2 * np.pi * (200 * t + 225 * t * t))).astype(np.float32)
     path = trees.sound(tmp_path / name, chirp, rate_hz)
     whole = decode_audio(path)
-    excerpt = decode_audio(path, start_s, duration_s)
-    first = round(start_s * 16_000)
-    expected = whole[first: first + round(duration_s * 16_000)] if duration_s else whole[first:]
-    assert abs(len(excerpt) - len(expected)) <= 1
-    margin = 100  # the resampler sees silence beyond an excerpt, and sound beyond a part
-    common = slice(margin, min(len(excerpt), len(expected)) - margin)
-    assert np.abs(excerpt[common] - expected[common]).max() < 0.02
+    for start_s, duration_s in ((0.0, 0.7), (0.5, 0.0), (0.5, 0.25), (2.1, 1.0), (3.9, 2.0)):
+        excerpt = decode_audio(path, start_s, duration_s)
+        first = round(start_s * 16_000)
+        expected = whole[first: first + round(duration_s * 16_000)] if duration_s else whole[first:]
+        assert abs(len(excerpt) - len(expected)) <= 1
+        margin = 100  # the resampler sees silence beyond an excerpt, and sound beyond a part
+        common = slice(margin, min(len(excerpt), len(expected)) - margin)
+        assert np.abs(excerpt[common] - expected[common]).max() < 0.02, (start_s, duration_s)
 
 
 def test_excerpt_past_the_end_is_shorter(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_tiny_duration_is_not_the_whole_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.wav", "a.m4a"])
 def test_start_after_the_end(tmp_path: Path, name: str) -> None:
     path = trees.sound(tmp_path / name, trees.tone(1.0))
-    with pytest.raises(BrokenSound, match=rf"{name}: holds no samples from 5 s on"):
+    with refused(path, 5, error=BrokenSound):
         decode_audio(path, 5.0, 1.0)
 
 
@@ -145,13 +145,20 @@ def write_raw(path: Path, samples: np.ndarray, rate_hz: int = 16_000, subtype: s
     return path
 
 
-def test_zero_length_and_silence(tmp_path: Path) -> None:
-    for name, complaint in (("a.wav", "holds no samples"), ("a.ogg", "holds no samples"), ("a.flac", "has a .* 0 Hz")):
-        with pytest.raises(BrokenSound, match=rf"{name}: {complaint}"):
-            decode_audio(trees.sound(tmp_path / name, np.zeros(0, np.float32)))
-    for name in ("b.wav", "b.ogg", "b.m4a"):
-        with pytest.raises(BrokenSound, match=rf"{name}: is silent"):
-            decode_audio(trees.sound(tmp_path / name, np.zeros(48_000, np.float32), 44_100))
+@pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.flac"])
+def test_zero_length(tmp_path: Path, name: str) -> None:
+    path = trees.sound(tmp_path / name, np.zeros(0, np.float32))
+    with refused(path, 0, error=BrokenSound):  # no samples from 0 s on, or, of FLAC, a rate of 0 Hz
+        decode_audio(path)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.m4a"])
+def test_silence(tmp_path: Path, name: str) -> None:
+    samples = np.zeros(12_000, np.float32)
+    with refused(trees.sound(tmp_path / name, samples, 44_100), error=BrokenSound):
+        decode_audio(tmp_path / name)
+    trees.sound(tmp_path / name, samples + trees.tone(12_000 / 44_100, 44_100), 44_100)
+    assert len(decode_audio(tmp_path / name)) > 4_000, "it is the silence that is refused"
 
 
 def test_one_step_of_16_bits_is_not_silence(tmp_path: Path) -> None:
@@ -164,7 +171,7 @@ def test_one_step_of_16_bits_is_not_silence(tmp_path: Path) -> None:
 def test_values_that_are_not_sound(tmp_path: Path, value: float) -> None:
     samples = np.full(1_000, 0.1)
     samples[500] = value
-    with pytest.raises(BrokenSound, match=r"a\.wav: holds values that are not sound"):
+    with refused(tmp_path / "a.wav", f"{value:g}", error=BrokenSound):
         decode_audio(write_raw(tmp_path / "a.wav", samples))
 
 
@@ -174,7 +181,7 @@ def test_rate_bounds(tmp_path: Path, rate_hz: int, good: bool) -> None:
     if good:
         assert abs(len(decode_audio(path)) - 16_000) <= 1
     else:
-        with pytest.raises(BrokenSound, match=rf"a\.wav: has a sample rate of {rate_hz} Hz"):
+        with refused(path, rate_hz, error=BrokenSound):
             decode_audio(path)
 
 
@@ -182,26 +189,29 @@ def test_rate_bounds(tmp_path: Path, rate_hz: int, good: bool) -> None:
 def test_length_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path = trees.sound(tmp_path / name, trees.tone(3.0))
     monkeypatch.setattr(audio, "MAX_SOUND_S", 2.5)
-    with pytest.raises(BrokenSound, match=rf"{name}: is over 2.5 s long: give a start and a duration"):
+    with refused(path, 2.5, error=BrokenSound):
         decode_audio(path)
     assert len(decode_audio(path, 1.0, 1.0)) == 16_000
     assert len(decode_audio(path, 1.0)) > 30_000  # what is read is bounded, not the file
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac"])
-def test_length_is_checked_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Two hours of silence are 250 KB of FLAC: decoded they would be 460 MB."""
-    path = trees.sound(tmp_path / name, trees.tone(3.0))
-    monkeypatch.setattr(audio, "MAX_SOUND_S", 2.5)
-    monkeypatch.setattr(soundfile.SoundFile, "read", None)
-    with pytest.raises(BrokenSound, match=rf"{name}: is over 2.5 s long"):
+def test_length_is_checked_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    """Two hours of silence are 250 KB of FLAC: decoded they would be 460 MB. Here it is an hour and a second at 1 kHz,
+    which would be 14 MB."""
+    path = write_raw(tmp_path / name, np.zeros(3_601_000), 1_000, "PCM_U8" if name == "a.wav" else "PCM_16")
+    tracemalloc.start()
+    with refused(path, 3_600, error=BrokenSound):
         decode_audio(path)
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < 1_000_000
 
 
 def test_high_rates_may_be_less_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audio, "MAX_SAMPLES", 96_000)
     assert len(decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 48_000), 48_000))) == 32_000
-    with pytest.raises(BrokenSound, match=r"a\.wav: is over 1 s long"):
+    with refused(tmp_path / "a.wav", 1, error=BrokenSound):
         decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 96_000), 96_000))
 
 
@@ -211,26 +221,27 @@ def test_channel_bound(tmp_path: Path, channels: int, good: bool) -> None:
     if good:
         assert np.abs(decode_audio(path) - trees.tone(0.1)).max() < 1e-3
     else:
-        with pytest.raises(BrokenSound, match=r"a\.wav: has 65 channels, outside 1 to 64"):
+        with refused(path, 65, 1, 64, error=BrokenSound):
             decode_audio(path)
 
 
 def test_what_lies_before_a_start_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a container cannot be jumped into, all before the start is decoded, but never held at once."""
-    path = trees.sound(tmp_path / "a.mkv", trees.tone(30.0))
-    monkeypatch.setattr(audio, "_SETTLE_S", 100.0)
+    path = trees.sound(tmp_path / "a.mkv", trees.tone(20.0))
+    monkeypatch.setattr(audio, "SETTLE_S", 100.0)  # so nothing is jumped over
+    decode_audio(path, 0.0, 0.1)  # loads what has to be loaded
     tracemalloc.start()
-    assert len(decode_audio(path, 28.0, 0.5)) == 8_000
+    assert len(decode_audio(path, 18.0, 0.5)) == 8_000
     largest = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert largest < 500_000  # 30 s are 1.9 MB
+    assert largest < 500_000  # 20 s are 1.3 MB
 
 
 @pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile other.mkv\n", "#EXTM3U\n#EXTINF:10,\nother.mkv\n"])
 def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
     trees.sound(tmp_path / "other.mkv", trees.tone())
     (tmp_path / "a.mp4").write_text(text)
-    with pytest.raises(BrokenSound, match=r"a\.mp4: cannot be decoded"):
+    with refused(tmp_path / "a.mp4", error=BrokenSound):
         decode_audio(tmp_path / "a.mp4")
 
 
@@ -238,17 +249,15 @@ def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"no sound at all", bytes(4096)])
 def test_not_a_sound(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BrokenSound, match=rf"{name}: (cannot be decoded|has no sound track|holds no samples)"):
+    with refused(tmp_path / name, error=BrokenSound):
         decode_audio(tmp_path / name)
 
 
 def test_picture_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(BrokenSound, match=r"a\.png: cannot be decoded \(of a format that is not read here\)"):
-        decode_audio(trees.picture(tmp_path / "a.png"))
-    with pytest.raises(BrokenSound, match=r"a\.mp4: has no sound track"):
-        decode_audio(trees.video(tmp_path / "a.mp4", [(9, 9, 9)] * 3))
-    for path in (tmp_path / "a.wav", tmp_path):
-        with pytest.raises(BrokenSound, match="no such file"):
+    trees.picture(tmp_path / "a.png")
+    trees.video(tmp_path / "a.mp4", [(9, 9, 9)] * 3)
+    for path in (tmp_path / "a.png", tmp_path / "a.mp4", tmp_path / "a.wav", tmp_path):
+        with refused(path, error=BrokenSound):
             decode_audio(path)
 
 
@@ -286,13 +295,13 @@ def slaney_filters() -> np.ndarray:
     def to_mel(hz: float) -> float:
         return 3 * hz / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
 
-    mels = np.array([to_mel(hz) for hz in np.linspace(0, 8000, 257)])
-    corners = np.linspace(0, to_mel(8000), 82)
-    hz_of = np.interp(corners, [to_mel(hz) for hz in range(8001)], np.arange(8001))
+    def to_hz(mel: float) -> float:
+        return 200 * mel / 3 if mel < 15 else 1000 * math.exp((mel - 15) * math.log(6.4) / 27)
+
+    hz_of = np.array([to_hz(mel) for mel in np.linspace(0, to_mel(8000), 82)])
     hz = np.linspace(0, 8000, 257)
     rising = (hz - hz_of[:-2, None]) / (hz_of[1:-1] - hz_of[:-2])[:, None]
     falling = (hz_of[2:, None] - hz) / (hz_of[2:] - hz_of[1:-1])[:, None]
-    assert len(mels) == 257
     return np.clip(np.minimum(rising, falling), 0, None)
 
 
@@ -321,11 +330,11 @@ def test_frames_depend_only_on_their_window() -> None:
 
 def test_rates_of_a_simple_ratio_are_exact_and_others_near() -> None:
     for rate_hz in (8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 96_000, 192_000):
-        assert audio._near_rate(rate_hz) == rate_hz
-    errors = {rate_hz: abs(audio._near_rate(rate_hz) / rate_hz - 1) for rate_hz in range(1_000, 400_000, 97)}
+        assert audio.near_rate(rate_hz) == rate_hz
+    errors = {rate_hz: abs(audio.near_rate(rate_hz) / rate_hz - 1) for rate_hz in range(1_000, 400_000, 97)}
     assert max(errors.values()) < 0.002
     assert max(error for rate_hz, error in errors.items() if rate_hz > 4_000) < 0.001
     for rate_hz in errors:
-        near_hz = audio._near_rate(rate_hz)
+        near_hz = audio.near_rate(rate_hz)
         ratio = math.gcd(near_hz, 16_000)
         assert (16_000 // ratio) * (near_hz // ratio) <= 4_000_000

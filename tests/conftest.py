@@ -13,7 +13,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from tests.small_runs import SmallRuns
+from tests.small_runs import SmallRuns, close_opened
 
 TIMED = "timed"
 
@@ -32,6 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("repetition") is not None and not config.getoption("--all"):
             item.add_marker(pytest.mark.skip(reason="a repetition: bash tests/run.sh --all runs it"))
     items.sort(key=lambda item: item.get_closest_marker(TIMED) is None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """A hook and no fixture: a fixture of all tests ends after their folders have gone."""
+    close_opened()
 
 
 @pytest.fixture(scope="session")

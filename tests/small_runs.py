@@ -53,6 +53,15 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+_opened: list[Run] = []
+
+
+def close_opened() -> None:
+    """End the logs of all runs that are open: TensorBoard's threads would write on into folders that are gone."""
+    while _opened:
+        _opened.pop().tracker.close()
+
+
 class SmallRuns:
     """Runs on one device that share their prepared data and their plans, below `root`."""
 
@@ -73,8 +82,9 @@ class SmallRuns:
         return report
 
     def open(self, folder: Path, *overrides: str, micro_batch: int = 32) -> Run:
-        """A fresh run before its first step, its micro-batches given and not planned."""
+        """A fresh run before its first step, its micro-batches given and not planned; open until the test ends."""
         run = runs.open_run(self.config(folder, *overrides), Options(self.device), None)
+        _opened.append(run)
         towers = ("image", "audio", "text", "fusion")
         run.fits = {row.name: Fit(dict.fromkeys(towers, micro_batch), dict.fromkeys(towers, 0))
                     for row in run.config.stages}

@@ -93,6 +93,7 @@ def trained(world: World, folder: Path, fails: bool) -> dict[str, Any]:
         training.train_step(run, stage, 0, own)
         run.progress.step += 1
         run.progress.stage_step += 1
+    run.tracker.close()
     return {"weights": run.model.state_dict(), "fit": run.fits["finetune"].micro_batch}
 
 

@@ -1,6 +1,9 @@
 """Pictures of every kind become the RGB that a person would see; damaged ones become one kind of error."""
 
+import fractions
+import re
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from PIL import Image
 import images
 from images import BrokenImage, augment, decode_image, fit_eval, resize_for_cache
 from tests import trees
+from tests.refusals import assert_names, refused
 
 RED = (220, 40, 40)
 
@@ -77,8 +81,10 @@ def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
 
 def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(BrokenImage, match=r"a\.tiff: has floating-point pixels"):
+    with refused(tmp_path / "a.tiff", error=BrokenImage):
         decode_image(tmp_path / "a.tiff")
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "a.tiff")
+    assert decode_image(tmp_path / "a.tiff").shape == (2, 2, 3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -113,7 +119,7 @@ def test_truncated_picture(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     Image.fromarray(noise).save(path)
     assert decode_image(path).shape == (64, 64, 3)
-    with pytest.raises(BrokenImage, match=rf"^{trees.truncate(path)}: cannot be decoded"):
+    with refused(trees.truncate(path), error=BrokenImage):
         decode_image(path)
 
 
@@ -121,13 +127,13 @@ def test_truncated_picture(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("name", ["a.png", "a.mp4"])
 def test_not_a_picture(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BrokenImage, match=rf"{name}: .+"):
+    with refused(tmp_path / name, error=BrokenImage):
         decode_image(tmp_path / name)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "a.png", tmp_path):
-        with pytest.raises(BrokenImage, match="no such file"):
+        with refused(path, error=BrokenImage):
             decode_image(path)
 
 
@@ -136,14 +142,15 @@ def test_damage_at_any_place_raises_nothing_but_broken_image(tmp_path: Path) -> 
     path = trees.picture(tmp_path / "a.png")
     whole = path.read_bytes()
     outcomes = set()
-    for _ in range(200):
+    for _ in range(100):
         damaged = bytearray(whole)
         damaged[rng.integers(8, len(whole))] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
         try:
             decode_image(path)
             outcomes.add("decoded")
-        except BrokenImage:
+        except BrokenImage as error:
+            assert_names(str(error), path)
             outcomes.add("broken")
     assert "broken" in outcomes
 
@@ -153,7 +160,7 @@ def test_pixel_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     assert decode_image(path).shape == (20, 50, 3)
     monkeypatch.setattr(images, "MAX_PIXELS", 999)
-    with pytest.raises(BrokenImage, match=r"a\.png: has 50 x 20 pixels, over"):
+    with refused(path, 50, 20, error=BrokenImage):
         decode_image(path)
 
 
@@ -165,8 +172,9 @@ def test_huge_header_is_refused_before_memory_is_taken(tmp_path: Path, side: int
     chunks = [header, b"IDAT" + zlib.compress(bytes(100)), b"IEND"]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks))
-    with pytest.raises(BrokenImage, match=rf"a\.png: .*({side} x {side}|{side**2}) pixels"):
+    with refused(tmp_path / "a.png", error=BrokenImage) as caught:
         decode_image(tmp_path / "a.png")
+    assert {str(side), str(side**2)} & set(re.findall(r"\d+", str(caught.value)))  # ours, or Pillow's own
 
 
 @pytest.mark.parametrize(("size", "good"), [((300, 3), True), ((301, 3), False), ((3, 301), False), ((1, 100), True)])
@@ -175,17 +183,23 @@ def test_strips_are_refused(tmp_path: Path, size: tuple[int, int], good: bool) -
     if good:
         assert decode_image(path).shape == (size[1], size[0], 3)
     else:
-        with pytest.raises(BrokenImage, match=rf"a\.png: has {size[0]} x {size[1]} pixels, one side over 100 times"):
+        with refused(path, *size, 100, error=BrokenImage):
             decode_image(path)
 
 
-def test_a_file_beyond_any_picture_is_not_read(tmp_path: Path) -> None:
-    """WebP is read whole before it is looked at; here it would be all zeros but for its first bytes."""
+def test_a_file_beyond_any_picture_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebP is read whole before it is looked at; here it is all zeros but for its first bytes."""
     path = trees.picture(tmp_path / "a.webp")
     with path.open("r+b") as file:
-        file.truncate(images.MAX_FILE_BYTES + 1)
-    with pytest.raises(BrokenImage, match=r"a\.webp: has 1,000,000,001 bytes, over 1,000,000,000"):
+        file.truncate(8_000_001)
+    assert decode_image(path).shape == (30, 40, 3)
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 8_000_000)
+    tracemalloc.start()
+    with refused(path, "8,000,001", "8,000,000", error=BrokenImage):
         decode_image(path)
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert largest < 1_000_000
 
 
 def test_of_many_frames_one_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +218,10 @@ def test_only_formats_that_are_named_are_tried(tmp_path: Path) -> None:
     """EPS would be handed to Ghostscript."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with pytest.raises(BrokenImage, match=r"a\.png: cannot be decoded \(cannot identify image file"):
+    with refused(tmp_path / "a.png", error=BrokenImage):
         decode_image(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "GIF")
+    assert decode_image(tmp_path / "a.png").shape == (8, 8, 3), "a wrong suffix is no obstacle"
 
 
 # ---- video -------------------------------------------------------------------------------------------------------
@@ -259,7 +275,7 @@ def test_rotation_turns_the_right_way(tmp_path: Path) -> None:
 def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
     trees.video(tmp_path / "other.avi", [RED] * 3)
     (tmp_path / "a.mp4").write_text(text)
-    with pytest.raises(BrokenImage, match=r"a\.mp4: cannot be decoded"):
+    with refused(tmp_path / "a.mp4", error=BrokenImage):
         decode_image(tmp_path / "a.mp4")
 
 
@@ -267,13 +283,29 @@ def test_bounds_hold_for_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = trees.video(tmp_path / "a.mp4", [RED] * 9)
     assert decode_image(path).shape == (32, 64, 3)
     monkeypatch.setattr(images, "MAX_PIXELS", 64 * 32 - 1)
-    with pytest.raises(BrokenImage, match=r"a\.mp4: has 64 x 32 pixels, over"):
+    with refused(path, 64, 32, error=BrokenImage):
         decode_image(path)
-    checked: list[tuple[int, int]] = []
-    monkeypatch.setattr(images, "_check_size", lambda *size: checked.append(size))  # as if it said a smaller size
-    with pytest.raises(BrokenImage, match=r"a\.mp4: cannot be decoded"):
-        decode_image(path)
-    assert checked == [(64, 32)]
+
+
+def test_frames_larger_than_the_video_says_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder itself refuses them, before they take memory: or their size could be told."""
+    import av
+
+    frames = [trees.picture(tmp_path / f"{i}.jpg", size=size).read_bytes()
+              for i, size in enumerate([(64, 32)] * 2 + [(640, 320)] * 7)]
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuvj420p"
+        for number, content in enumerate(frames):
+            packet = av.Packet(content)
+            packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, number, number, True
+            packet.time_base = fractions.Fraction(1, 25)
+            container.mux(packet)
+    assert decode_image(tmp_path / "a.avi").shape == (320, 640, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 32)
+    with refused(tmp_path / "a.avi", error=BrokenImage) as caught:
+        decode_image(tmp_path / "a.avi")
+    assert "640" not in str(caught.value)
 
 
 def test_a_video_without_key_frames_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,13 +313,13 @@ def test_a_video_without_key_frames_is_not_read_for_ever(tmp_path: Path, monkeyp
     monkeypatch.setattr(images, "MAX_SKIPPED_FRAMES", 10)
     assert decode_image(path).shape == (32, 64, 3)
     monkeypatch.setattr(images, "MAX_SKIPPED_FRAMES", 9)
-    with pytest.raises(BrokenImage, match=r"a\.mp4: has no key frame within 9 frames before its middle"):
+    with refused(path, 9, error=BrokenImage):
         decode_image(path)
 
 
 def test_sound_alone_has_no_picture(tmp_path: Path) -> None:
     trees.sound(tmp_path / "a.mp4", trees.tone())
-    with pytest.raises(BrokenImage, match=r"a\.mp4: has no picture track"):
+    with refused(tmp_path / "a.mp4", error=BrokenImage):
         decode_image(tmp_path / "a.mp4")
 
 

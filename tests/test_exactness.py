@@ -128,7 +128,7 @@ def test_each_parameters_gradient_of_256_samples(task: str, cut: str) -> None:
     pytest.param(task, cut, marks=() if cut == "ragged" else pytest.mark.repetition)
     for task in TASKS if task in SINGLE for cut in CUTS])
 def test_in_float32_a_cut_changes_no_more_than_rounding_does(task: str, cut: str) -> None:
-    """Rounding is how far the whole batch in float32 is from float64: each of the two may be as far, on its own side."""
+    """Rounding is how far the whole batch in float32 is from float64: each may be as far, on its own side."""
     exact, expected = whole(task, torch.float64), whole(task, torch.float32)
     found = gradient(task, torch.float32, CUTS[cut])
     rounding = 2 * far(expected, exact)

@@ -27,6 +27,7 @@ from model import attend
 from runs import Options
 from tests import test_exactness
 from tests.killing import OFTEN, assert_same, in_process, with_files
+from tests.refusals import assert_names, assert_told
 from tests.small_runs import RECIPE, SmallRuns, batches, differing, records, step, weights
 from tests.test_attention import masks_of, naive_attention
 from tests.test_exactness import far
@@ -34,7 +35,8 @@ from tests.test_exactness import far
 pytestmark = pytest.mark.gpu
 ROOT = Path(model_module.__file__).parent
 BF16 = functools.partial(torch.autocast, "cuda", torch.bfloat16)
-LARGER = ("model.image_size=224", "training.use_amp=true")  # so that the activations outweigh the weights
+LARGER = ("model.size=tiny", "model.embed_dim=512", "model.num_classes=1000", "model.vocab_size=30522",
+          "model.word_embeddings=random", "model.image_size=224", "training.use_amp=true")  # activations are most
 
 
 @pytest.fixture(autouse=True)
@@ -103,17 +105,13 @@ def test_attention_takes_a_fused_kernel_and_is_right(mask: str, dtype: torch.dty
 
 
 def test_a_run_keeps_its_budget_says_what_it_took_and_calibrates_later_plans(
-        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "LEAST_GIB", 0.0)  # these steps are small
     report = small.train(tmp_path / "run", *LARGER, "memory.micro_batch=auto")
-    said = capsys.readouterr().out
-    assert "Device: cuda:0; bf16: " in said or "Device: cuda:0; fp16" in said
     found = json.loads(report.with_suffix(".json").read_text("utf-8"))
     name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     for stage in found["stages"]:
-        line = next(line for line in said.splitlines() if line.startswith(f"[{stage['stage']}] memory: planned "))
-        assert f"measured {stage['peak_gib']:.2f} GiB (reserved by the CUDA allocator)" in line
-        planned = float(line.split()[3])
+        planned = stage["predicted_gib"]
         assert planned < stage["peak_gib"] < 1.1 * planned + 0.3, "tensors, gaps and workspaces"
         assert stage["peak_gib"] + memory.CONTEXT_GIB["cuda"] <= 4
     ratios = json.loads(budget.calibration_file().read_text("utf-8"))[name]
@@ -149,7 +147,7 @@ def test_memory_that_really_runs_out_costs_no_step(small: SmallRuns, tmp_path: P
     for batch in batches(run, stage)[:2]:
         step(run, stage, batch)
     [event] = records(tmp_path / "capped", "event")
-    assert "out of memory (CUDA out of memory." in event["message"] and "the same step again" in event["message"]
+    assert_names(event["message"], "finetune", "image 16")
     assert run.fits["finetune"].micro_batch["image"] == 16
     assert differing({name: value.cpu() for name, value in weights(run.model).items()}, right) == []
 
@@ -166,8 +164,9 @@ def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * needed) / total)
     found = runs.retrieval_figures(run)
-    assert {event["message"].split(" (")[0] for event in records(tmp_path / "run", "event")} == {
-        "[evaluation] out of memory"} and max(run.fits["evaluation"].micro_batch.values()) < 64
+    events = records(tmp_path / "run", "event")
+    assert events and all("[evaluation]" in event["message"] for event in events)
+    assert max(run.fits["evaluation"].micro_batch.values()) < 64
     assert found.keys() == expected.keys() and len(expected) > 3
     assert all(abs(found[name] - value) <= 0.1 for name, value in expected.items()), "rounding alone"
 
@@ -249,5 +248,6 @@ def test_more_processes_than_devices_are_refused_in_one_line(config: str) -> Non
     count = torch.cuda.device_count() + 1
     found = program("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "run_training.py",
                     "--config", config)
-    assert found.returncode != 0 and f"process {count - 1} of this machine has no device" in found.stderr
+    assert found.returncode != 0
+    assert_told(next(line for line in found.stderr.splitlines(True) if line.startswith("error: torchrun")), count - 1)
     assert f'File "{ROOT}' not in found.stderr, "torchrun prints a traceback of its own, but none of ours"

@@ -1,9 +1,9 @@
 """Running out is recognised and answered, devices are chosen and explained."""
 
 import os
+import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +11,11 @@ import torch
 import memory
 from config import UserError
 from memory import GIB, Fit
+from tests.refusals import assert_names, refused
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+KNOBS = ("training.batch_size", "model.size", "model.image_size", "data.audio_max_s", "model.use_checkpoint",
+         "memory.budget_gb")
 
 
 # ---- running out -------------------------------------------------------------------------------------------------
@@ -48,37 +51,35 @@ def test_halving_ends_at_one_then_recomputes_then_names_the_knobs(may_recompute:
         fit = memory.smaller(fit, may_recompute=may_recompute)
     halved = [(12, 3, 0, 2), (6, 1, 0, 2), (3, 1, 0, 2), (1, 1, 0, 2)]
     assert seen == halved + ([(1, 1, 1, 1)] if may_recompute else [])
-    text = memory.out_of_memory_message("stage align", CPU)
-    assert text.startswith("stage align: out of memory on cpu even at micro-batch 1") and memory.KNOBS in text
+    assert_names(memory.out_of_memory_message("stages.align", CPU), "stages.align", "cpu", *KNOBS)
 
 
-def _growth_mib(few: bool) -> float:
-    """Of the process over linear layers of 300 different numbers of rows, each a kernel of its own in oneDNN."""
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.pop(name, None)  # what a run in the same process has set
-    if few:
-        memory.keep_few_kernels()
-    weight, bias = torch.randn(16, 16).to_mkldnn(), torch.randn(16).to_mkldnn()
-
-    def run(rows: int) -> None:
-        torch._C._nn.mkldnn_linear(torch.zeros(rows, 16).to_mkldnn(), weight, bias)
-
-    with torch.no_grad():
-        run(1)
-        memory.reset_peak(CPU)
-        before = memory.peak_gib(CPU).gib
-        for rows in range(2, 300):
-            run(rows)
-    return 1024 * (memory.peak_gib(CPU).gib - before)
+LAYERS = """
+import torch
+import memory
+if __import__("sys").argv[1] == "few":
+    memory.keep_few_kernels()
+weight, bias = torch.randn(16, 16).to_mkldnn(), torch.randn(16).to_mkldnn()
+with torch.no_grad(), torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+    for rows in (1, *range(1, 101), 1):
+        torch.nn.functional.linear(torch.zeros(rows, 16).to_mkldnn(), weight, bias)
+"""
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available() or sys.platform != "linux", reason="no oneDNN, no /proc")
-def test_kernels_compiled_for_each_number_of_tokens_do_not_pile_up() -> None:
-    found = []
-    for few in (False, True):
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            found.append(pool.submit(_growth_mib, few).result())
-    assert found[1] < found[0] / 2, f"MiB kept: all kernels {found[0]:.0f}, few {found[1]:.0f}"
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+@pytest.mark.parametrize(("kept", "compiled"), [("few", 2), pytest.param("all", 1, marks=pytest.mark.repetition)])
+def test_kernels_compiled_for_each_number_of_tokens_do_not_pile_up(kept: str, compiled: int) -> None:
+    """oneDNN says what it compiles: that of one row again after those of 100 others, though not at once."""
+    settings = {name: value for name, value in os.environ.items()
+                if name not in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
+    said = subprocess.run([sys.executable, "-c", LAYERS, kept], cwd=Path(memory.__file__).parent, env=settings,
+                          capture_output=True, text=True, check=True).stdout
+    made = [line.split(",") for line in said.splitlines() if ",create:cache_" in line and ",reorder," not in line]
+    if not made:
+        pytest.skip("this oneDNN does not say what it compiles")
+    assert len({shapes for *_, shapes, _ in made}) == 100
+    of_one_row = [line[3] for line in made if line[-2] == made[0][-2]]
+    assert of_one_row.count("create:cache_miss") == compiled
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -87,13 +88,12 @@ def test_kernels_compiled_for_each_number_of_tokens_do_not_pile_up() -> None:
 def test_the_peak_of_the_process_rises_and_starts_anew() -> None:
     memory.reset_peak(CPU)
     before = memory.peak_gib(CPU)
-    table = torch.ones(GIB // 16)  # 0.25 GiB of float32
+    table = torch.ones(GIB // 32)  # 0.125 GiB of float32
     del table
-    assert memory.peak_gib(CPU).gib - before.gib > 0.24
-    assert before.kind.startswith("resident memory of the process")
-    if "ever" not in before.kind:
+    assert memory.peak_gib(CPU).gib - before.gib > 0.12
+    if Path("/proc/self/clear_refs").exists():
         memory.reset_peak(CPU)
-        assert memory.peak_gib(CPU).gib - before.gib < 0.1
+        assert memory.peak_gib(CPU).gib - before.gib < 0.06
 
 
 def test_the_allocator_is_capped_at_the_budget_less_the_context(monkeypatch) -> None:
@@ -108,17 +108,16 @@ def test_the_allocator_is_capped_at_the_budget_less_the_context(monkeypatch) -> 
     assert asked == [(pytest.approx(19.2 / 24), CUDA), (1.0, CUDA)]
 
 
-@pytest.mark.parametrize(("cause", "raised", "said"), [
+@pytest.mark.parametrize(("cause", "raised", "named"), [
     ("CUDA driver error: operation not supported\nmore", UserError,
-     r"^cuda:0: its driver cannot grow .*\(CUDA driver error: operation not supported\); start again with "
-     r"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False$"),
-    ("CUDA error: something else", RuntimeError, "something else")])
-def test_a_driver_that_cannot_grow_segments_is_one_line(monkeypatch, cause, raised, said) -> None:
+     ("cuda:0", "CUDA driver error: operation not supported", "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False")),
+    ("CUDA error: something else", RuntimeError, ("CUDA error: something else",))])
+def test_a_driver_that_cannot_grow_segments_is_one_line(monkeypatch, cause, raised, named) -> None:
     def fail(*given: object, **named: object) -> None:
         raise RuntimeError(cause)
 
     monkeypatch.setattr(torch, "empty", fail)
-    with pytest.raises(raised, match=said):
+    with refused(*named, error=raised):
         memory.cap_allocator(CUDA, 20 * GIB)
 
 
@@ -175,8 +174,7 @@ def no_gpu(monkeypatch):
 def test_devices_with_gpus(two_gpus) -> None:
     assert [str(memory.choose_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
         "cuda:0", "cuda:0", "cuda:1", "cpu"]
-    with pytest.raises(UserError, match=r"--device: 'cuda:2' is not in this machine; it has cpu, cuda:0 \(Tesla V9\), "
-                                        r"cuda:1 \(Tesla V9\), and 'auto' chooses"):
+    with refused("--device", "cuda:2", "cpu", "cuda:0 (Tesla V9)", "cuda:1 (Tesla V9)", "auto"):
         memory.choose_device("cuda:2")
 
 
@@ -207,7 +205,7 @@ def test_deterministic_runs_set_the_workspaces_of_cublas(monkeypatch) -> None:
 def test_devices_without_gpus(no_gpu, monkeypatch) -> None:
     assert memory.choose_device() == CPU
     for name in ("cuda", "mps", "tpu", "", "cpu:1"):
-        with pytest.raises(UserError, match="it has cpu, and 'auto' chooses"):
+        with refused("--device", repr(name), "cpu", "auto"):
             memory.choose_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert memory.choose_device("mps") == torch.device("mps") and memory.choose_device("auto") == CPU
@@ -220,19 +218,21 @@ def test_precision_follows_the_gpu(two_gpus, monkeypatch, capability, dtype, sca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     found = memory.choose_precision(CUDA, True)
     assert (found.dtype, found.use_scaler) == (dtype, scaler)
-    assert "Tesla V9" in found.reason and found.reason.split()[0].strip(":") == {
-        torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[dtype]
-    assert memory.choose_precision(CUDA, False) == (None, False, "fp32: training.use_amp is false")
+    assert_names(found.reason, "Tesla V9", {torch.bfloat16: "bf16", torch.float16: "fp16", None: "fp32"}[dtype])
+    unwanted = memory.choose_precision(CUDA, False)
+    assert unwanted.dtype is None and not unwanted.use_scaler
+    assert_names(unwanted.reason, "fp32", "training.use_amp")
 
 
 @pytest.mark.parametrize(("tiles", "dot", "dtype", "named"), [
     (True, True, torch.bfloat16, "AMX"), (True, False, torch.bfloat16, "AMX"),
-    (False, True, torch.bfloat16, "AVX512_BF16"), (False, False, None, "no bf16 units")])
+    (False, True, torch.bfloat16, "AVX512_BF16"), (False, False, None, "fp32")])
 def test_a_cpu_takes_bf16_only_with_units_for_it(monkeypatch, tiles, dot, dtype, named) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dot, raising=False)
     found = memory.choose_precision(CPU, True)
-    assert found.dtype is dtype and not found.use_scaler and named in found.reason
+    assert found.dtype is dtype and not found.use_scaler
+    assert_names(found.reason, named)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert memory.choose_precision(CPU, True).dtype is None, "private names may go: fp32 then"

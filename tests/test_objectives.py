@@ -32,8 +32,9 @@ CASES = [("contrastive", "image text"), ("contrastive", "audio text"), ("contras
          ("concepts", "image text"), ("concepts", "audio text"), ("concepts", "image audio text"), ("concepts", "text"),
          ("masked", "image"), ("masked", "audio"), ("masked", "text"), ("masked", "image audio text"),
          ("speaker", "audio"), ("masked speaker", "audio"), ("contrastive matching concepts", "image text")]
+ALONE = [("speaker", "audio"), ("contrastive matching concepts", "image text")]  # in parts of one sample as well
 SPLITS: dict[str, int | dict[str, int]] = {
-    "4 x 6": 6, "ragged 5": 5, "one by one": 1, "uneven towers": {"image": 24, "audio": 7, "text": 10, "fusion": 9}}
+    "uneven towers": {"image": 24, "audio": 7, "text": 10, "fusion": 9}, "4 x 6": 6, "ragged 5": 5, "one by one": 1}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,9 @@ def learn(step: Step, *objectives: Objective) -> dict[str, Tensor]:
 # ---- splitting a batch -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize(("names", "inputs"), CASES)
+@pytest.mark.parametrize(("names", "inputs", "split"), [
+    pytest.param(*case, split, marks=() if split == "uneven towers" or (split == "one by one" and case in ALONE)
+                 else pytest.mark.repetition) for case in CASES for split in SPLITS])
 def test_every_split_gives_the_same_gradients(model: TriModalModel, names: str, inputs: str, split: str) -> None:
     objectives = [objective_of(model, name, inputs) for name in names.split()]
     batch = make_batch(inputs.split(), B)
@@ -146,11 +148,11 @@ def test_contrast_goes_both_ways(model: TriModalModel, inputs: str) -> None:
     with torch.no_grad():
         (loss, parts), = objective.terms(step)
         query, key = (step.features(name) for name in objective.inputs)
-        scores = query @ key.T / 0.07
+        scores = query @ key.T * pair_scale(step, objective.inputs)
         right = step.positives(objective.inputs).of_samples(torch.arange(B))
         sides = [-(s.log_softmax(1).masked_fill(~r, 0).sum(1) / r.sum(1)).mean()
                  for s, r in ((scores, right), (scores.T, right.T))]
-    assert float(loss) == pytest.approx(float(sum(sides)) / 2, abs=1e-6)  # 1 / 0.07 is a float32
+    assert float(loss) == pytest.approx(float(sum(sides)) / 2, abs=1e-12)
     assert list(parts) == [f"contrastive_{'_'.join(objective.inputs)}"]
 
 
@@ -169,7 +171,7 @@ def test_matching_is_told_right_pairs_from_hard_wrong_ones(model: TriModalModel)
     batch = make_batch(("image", "text"), 8)
     objective, step = objective_of(model, "matching", "image text"), plainly(model, batch)
     with torch.no_grad():
-        keys, queries, some = objective._negatives(step)
+        keys, queries, some = objective.negatives(step)
         first = first_keys(step, objective.inputs)
         total = 0.0
         for b in range(8):
@@ -191,7 +193,7 @@ def test_no_right_pair_is_ever_called_wrong(model: TriModalModel, seed: int) -> 
     assert batch.caption_ids is not None and batch.caption_owner is not None
     batch.caption_ids %= 3
     objective, step = objective_of(model, "matching", "image text"), plainly(model, batch)
-    keys, queries, some = objective._negatives(step)
+    keys, queries, some = objective.negatives(step)
     right = step.positives(objective.inputs).of_samples(torch.arange(5))
     first = first_keys(step, objective.inputs)
     for b in range(5):
@@ -204,7 +206,7 @@ def test_no_right_pair_is_ever_called_wrong(model: TriModalModel, seed: int) -> 
 def test_negatives_are_drawn_by_similarity_each_with_draws_of_its_own(model: TriModalModel) -> None:
     batch = make_batch(("image", "text"), B)
     objective, step = objective_of(model, "matching", "image text"), plainly(model, batch)
-    keys, queries, _ = objective._negatives(step)
+    keys, queries, _ = objective.negatives(step)
     first, uniform = first_keys(step, objective.inputs), batch.noise["path"]
     positives, scale = step.positives(objective.inputs), torch.tensor(1 / 0.07)
     image, text = (step.features(name).detach() for name in objective.inputs)
@@ -217,7 +219,7 @@ def test_negatives_are_drawn_by_similarity_each_with_draws_of_its_own(model: Tri
 def test_negatives_come_from_the_whole_batch(model: TriModalModel) -> None:
     batch = make_batch(("image", "audio"), B)
     objective = objective_of(model, "matching", "image audio")
-    whole, parts = (objective._negatives(step_of(model, batch, micro)) for micro in (1000, 4))
+    whole, parts = (objective.negatives(step_of(model, batch, micro)) for micro in (1000, 4))
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
     assert (whole[0] // 4 != torch.arange(B) // 4).sum() > B // 2
 
@@ -382,7 +384,7 @@ def test_weights_and_counts_make_the_loss(model: TriModalModel, order: tuple[str
     parts = accumulate(step, terms, lambda loss: encoded.append(",".join(step.detached)))
     total = parts.pop(TOTAL)
     expected = sum(weights[name] * float(learn(step, objectives[name])["loss"]) for name in order)
-    assert float(total) == pytest.approx(expected, abs=1e-6)
+    assert float(total) == pytest.approx(expected, abs=1e-9)
     assert set(parts) == {"contrastive_image_text", "matching", "matching_accuracy", "concepts"}
     assert 0 <= float(parts["matching_accuracy"]) <= 1
     assert encoded[0] == "image,text", "contrast comes first"

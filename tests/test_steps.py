@@ -160,7 +160,7 @@ def test_evaluation_sees_everything(model: TriModalModel) -> None:
 
 def test_paths_are_dropped_as_often_as_said_and_keep_the_mean(model: TriModalModel) -> None:
     uniform = torch.rand(4000, 64, generator=torch.Generator().manual_seed(0))
-    scale_BZ = step_of(model, make_batch(("image",), 2), drop_path=0.4)._path(uniform, 10, model.image)
+    scale_BZ = step_of(model, make_batch(("image",), 2), drop_path=0.4).path_scales(uniform, 10, model.image)
     assert scale_BZ is not None and scale_BZ.shape == (4000, 2)
     assert torch.allclose((scale_BZ == 0).float().mean(0), torch.tensor([0.2, 0.4]), atol=0.03), "deeper, more often"
     assert torch.allclose(scale_BZ.max(0).values, 1 / (1 - torch.tensor([0.2, 0.4])))

@@ -36,7 +36,8 @@ LIMIT_PCT = 2.0
 def measure(size: str, folder: Path, rounds: int) -> tuple[float, float, float]:
     """GB of both files; seconds that training waits for it, written at once and in the background."""
     small = SmallRuns(folder / "shared")
-    run = small.open(folder / "run", f"model.size={size}")
+    run = small.open(folder / "run", f"model.size={size}", "model.embed_dim=512", "model.num_classes=1000",
+                     "model.vocab_size=30522", "model.word_embeddings=random")
     stage = small.stage(run, "finetune")
     step(run, stage, batches(run, stage)[0])
     waits: list[float] = []

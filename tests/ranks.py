@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
@@ -61,7 +61,7 @@ def in_ranks(size: int, work: Callable[..., Any], *given: Any) -> list[Rank]:
         return [Rank(torch.load(folder / f"{rank}.pt"), *said[rank]) for rank in range(size)]
 
 
-def _join(processes: list[BaseProcess]) -> None:
+def _join(processes: Sequence[BaseProcess]) -> None:
     """Wait for all; the death of one ends the others."""
     running = list(processes)
     while running:

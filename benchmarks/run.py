@@ -1,0 +1,131 @@
+"""Measure figures again and keep them in benchmarks/records.json.
+
+    python benchmarks/run.py                      # the keys, with what stands recorded
+    python benchmarks/run.py suite_s suite_tmp_gb # measure these: keys that one run gives together take that run once
+
+A record is {"median", "low", "high", "runs", "limit", "command", "hardware", "commit", "date"}; `limit` is the most
+that is allowed, or null. What cannot be measured on this machine, or fails, leaves the record of before, and the exit
+code is 2.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from files import replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = Path(__file__).with_name("records.json")
+
+
+class CannotMeasure(Exception):
+    """Why there is no new figure: this machine cannot give it, or what is measured has failed."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A key of the records: its limit, if it has one, and which measurement gives it."""
+
+    limit: float | None
+    measurement: Callable[[], dict[str, float]]  # one run: the value of each key that it gives
+    runs: int = 3
+
+
+def suite() -> dict[str, float]:
+    """Wall time of one run of the whole suite in seconds, and the most GB that its temporary files took."""
+    from benchmarks.suite import run_suite
+
+    found = run_suite()
+    if not found.green:
+        raise CannotMeasure(f"the suite is not green: {found.counts}")
+    return {"suite_s": found.seconds, "suite_tmp_gb": found.tmp_gb}
+
+
+FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite)}
+
+
+def measure(keys: Iterable[str], figures: dict[str, Figure], records: Path) -> list[str]:
+    """Measure `keys` and write their records; what could not be measured, and why, by line."""
+    problems, keys = [], list(keys)
+    for measurement in dict.fromkeys(figures[key].measurement for key in keys):
+        together = [key for key in keys if figures[key].measurement is measurement]
+        machine = hardware()
+        try:
+            found = [measurement() for _ in range(max(figures[key].runs for key in together))]
+        except CannotMeasure as reason:
+            problems.append(f"{', '.join(together)}: {reason}; the record of before stands")
+            continue
+        write({key: record(key, [one[key] for one in found], figures[key].limit, machine) for key in together},
+              records)
+    return problems
+
+
+def record(key: str, values: list[float], limit: float | None, machine: str) -> dict[str, Any]:
+    """The record of one key, from its value in each run."""
+    digits = [float(f"{value:.4g}") for value in (statistics.median(values), min(values), max(values))]
+    return {**dict(zip(("median", "low", "high"), digits, strict=True)), "runs": len(values), "limit": limit,
+            "command": f"python benchmarks/run.py {key}", "hardware": machine, "commit": commit(),
+            "date": date.today().isoformat()}
+
+
+def hardware() -> str:
+    """Name and kind of the CPU, its cores, and the load of the last minute, which is that of other work."""
+    import torch
+
+    from benchmarks.attention_memory import cpu_name
+
+    return (f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, no GPU, "
+            f"load {os.getloadavg()[0]:.1f} before")
+
+
+def commit() -> str:
+    """The commit measured; with a plus if files of it were changed."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RECORDS.relative_to(ROOT)}")
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def read(records: Path = RECORDS) -> dict[str, dict[str, Any]]:
+    """All records by key."""
+    return json.loads(records.read_text("utf-8")) if records.exists() else {}
+
+
+def write(new: dict[str, dict[str, Any]], records: Path) -> None:
+    """Put `new` in the place of the records of the same keys; the others stay as they are."""
+    with replacing(records, "w") as file:
+        json.dump(dict(sorted({**read(records), **new}.items())), file, indent=1)
+        file.write("\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("keys", nargs="*", metavar="KEY", help="figures to measure; none: show what is recorded")
+    keys = parser.parse_args(argv).keys
+    unknown = [key for key in keys if key not in FIGURES]
+    if unknown:
+        print(f"error: unknown key {unknown[0]!r}; have {', '.join(FIGURES)}", file=sys.stderr)
+        return 2
+    problems = measure(keys, FIGURES, RECORDS)
+    for key, one in read().items():
+        if key in keys or not keys:
+            print(f"{key}: {one['median']} ({one['low']} to {one['high']}, {one['runs']} runs, limit {one['limit']}), "
+                  f"{one['hardware']}, {one['commit']}, {one['date']}")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -24,8 +24,9 @@ class Interruption:
             ...
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.asked = ""  # name of the signal
+        self.now = now
         self._waits = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
@@ -60,6 +61,6 @@ class Interruption:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         elif self._waits and not self.asked:
-            self.asked, self._asked_s = name, time.monotonic()
-        elif not self.asked or time.monotonic() - self._asked_s >= self._echo_s:
+            self.asked, self._asked_s = name, self.now()
+        elif not self.asked or self.now() - self._asked_s >= self._echo_s:
             raise KeyboardInterrupt(name)

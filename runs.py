@@ -136,7 +136,8 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     if state:
         run.best = state["best"]
         within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""
-        run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step})", progress.step)
+        run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step})", progress.step,
+                          resumed=True)
     if not protocols.can_score(data, "test"):
         run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
     return run

@@ -52,10 +52,10 @@ class Tracker:
         """Print a line without breaking the bar."""
         tqdm.write(redact(message).encode("utf-8", "backslashreplace").decode("utf-8"))
 
-    def event(self, message: str, step: int) -> None:
-        """Something a user should know: printed, and kept in the log and the report."""
+    def event(self, message: str, step: int, **facts: Any) -> None:
+        """Something a user should know: printed, and kept in the log, with `facts`, and in the report."""
         self.say(message)
-        self.record({"kind": "event", "step": step, "message": message})
+        self.record({"kind": "event", "step": step, "message": message, **facts})
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line. A full disk costs records, not the run; it is said once."""

@@ -2,11 +2,11 @@
 
     python benchmarks/kills.py [--kills 200] [--jobs 1]
 
-SIGKILL after up to 4 seconds, over and over, at most 20 times a run. A run (drawn pictures and sounds, and some in
-files that are decoded first; `tiny`, all three stages) saves after every step; its number of reading processes changes
-with each start. At the end its weights, optimizer, averages and all records must be those of a run that nobody stopped;
-times, memory and restarts aside. The first difference ends the benchmark. The table says what was left where a kill
-had hit. `--jobs`: runs at a time.
+SIGKILL over and over, at most 20 times a run, up to a second after its start or after some of its records. A run
+(drawn pictures and sounds, and some in files that are decoded first; `nano`, all three stages) saves after every step;
+its number of reading processes changes with each start. At the end its weights, optimizer, averages and all records
+must be those of a run that nobody stopped; times, memory and restarts aside. The first difference ends the benchmark.
+The table says what was left where a kill had hit. `--jobs`: runs at a time.
 """
 
 import argparse

@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,14 +20,14 @@ import checkpoint
 import training
 from interruption import Stopped
 from runs import Options
-from tests import trees
+from tests import forked, trees
 from tests.small_runs import SmallRuns, differing, records, without_times
 from tracking import read_records
 
 RECIPE = ("training.epochs=3", "training.batch_size=32", "training.log_every_steps=1", "training.ema_decay=0.5",
           "training.keep_checkpoints=2", "evaluation.max_validation=8", "report.gallery_queries=0")
 OFTEN = ("training.save_every_minutes=0.0001",)  # after every step
-LONGEST_S = 4.0
+LONGEST_S = 1.0
 
 # Where a process can be told to die: before which call of what, in which stage.
 PLACES: dict[str, tuple[str, int, str]] = {
@@ -64,21 +63,20 @@ def recipe(small: SmallRuns, *overrides: str) -> tuple[str, ...]:
     return (*RECIPE, "data.datasets=[synthetic, manifest]", f"data.manifest={files}", *overrides)
 
 
-def in_process(small: SmallRuns, folder: Path, *overrides: str, dies: str = "") -> BaseProcess:
-    """A process that trains, or goes on training, in `folder`, to the place where it dies, if any; its exit code is
-    that of the program."""
-    server = multiprocessing.get_context("forkserver")  # has loaded everything, and trained nothing
-    server.set_forkserver_preload(["tests.killing"])
-    process = server.Process(target=_train, args=(small, folder, overrides, dies))
+def in_process(small: SmallRuns, folder: Path, *overrides: str, dies: str = "", by: str = "SIGKILL") -> BaseProcess:
+    """A process that trains, or goes on training, in `folder`, to the place where it dies, if any, or gets another
+    signal; its exit code is that of the program."""
+    process = forked.context().Process(target=_train, args=(small, folder, overrides, dies, by))
     process.start()
     return process
 
 
-def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str) -> None:
+def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str, by: str) -> None:
     sys.stdout = sys.stderr = open(folder.with_suffix(".out"), "a", encoding="utf-8")
     torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # what a process has written outlives it: only a power cut would differ
     if dies:
-        _die_at(*PLACES[dies])
+        _die_at(*PLACES[dies], getattr(signal, by))
     try:
         training.train(small.config(folder, *recipe(small, *overrides)), Options(small.device, "auto"))
     except Stopped as stopped:
@@ -88,15 +86,15 @@ def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str
     os._exit(0)
 
 
-def _die_at(called: str, number: int, stage: str) -> None:
-    """Replace a function by one that kills its process at the call of that number; of those in `stage`, if one is
-    named. Processes that are forked from here die as well."""
+def _die_at(called: str, number: int, stage: str, by: int) -> None:
+    """Replace a function by one that sends its process a signal at the call of that number; of those in `stage`, if
+    one is named. Processes that are forked from here die as well."""
     module, name = called.split(".")
     whole, calls = getattr(importlib.import_module(module), name), itertools.count(1)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         if (not stage or getattr(args[1], "row", args[1]).name == stage) and next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
         return whole(*args, **kwargs)
 
     setattr(importlib.import_module(module), name, dying)
@@ -104,7 +102,7 @@ def _die_at(called: str, number: int, stage: str) -> None:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """All records but what only restarts and times tell."""
-    found = [line for line in records(folder) if not line.get("message", "").startswith("Resumed after")]
+    found = [line for line in records(folder) if not line.get("resumed")]
     return without_times([line | {"file": None} if line["kind"] == "report" else line for line in found])
 
 

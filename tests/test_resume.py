@@ -5,8 +5,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import run_training
 import runs
 import training
 from config import UserError
-from interruption import Interruption, Stopped
+from interruption import SIGNALS, Interruption, Stopped
 from runs import Options, Run
+from tests import forked
 from tests.killing import OFTEN, PLACES, assert_same, in_process, killed_run, recipe, with_files
+from tests.refusals import refused
 from tests.small_runs import SmallRuns, records
-from tracking import read_records
 
-KILLS = 25
+pytestmark = pytest.mark.timed
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,13 @@ def whole(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path,
+                                                                all_repetitions: bool) -> None:
     hits: list[str] = []
+    kills = 25 if all_repetitions else 3
     for turn in itertools.count(1):
-        hits += killed_run(small, whole, tmp_path, turn, KILLS - len(hits))
-        if len(hits) >= KILLS:
+        hits += killed_run(small, whole, tmp_path, turn, kills - len(hits))
+        if len(hits) >= kills:
             return
 
 
@@ -57,9 +60,7 @@ def test_a_run_killed_at_each_place_ends_with_the_same_bits(small: SmallRuns, wh
         process.join()
         said = folder.with_suffix(".out").read_text("utf-8")
         assert process.exitcode == -signal.SIGKILL, f"not {place}: {said[-2000:]}"
-    process = in_process(own, folder, *OFTEN)
-    process.join()
-    assert process.exitcode == 0
+    own.train(folder, *recipe(own, *OFTEN), resume="auto")
     assert_same(folder, whole)
 
 
@@ -72,7 +73,7 @@ def test_more_epochs_have_a_report_of_their_own_even_if_their_end_failed(
     def full(run: Run) -> Path:
         raise UserError("no space left")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="no space left"):
+    with monkeypatch.context() as patch, refused("no space left"):
         patch.setattr(training, "finish", full)
         small.train(folder, *more, resume="auto")
     report = small.train(folder, *more, resume="auto")
@@ -81,89 +82,95 @@ def test_more_epochs_have_a_report_of_their_own_even_if_their_end_failed(
     assert small.train(folder, *more, resume="auto") == report
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_to_the_same_bits(
-        small: SmallRuns, whole: Path, tmp_path: Path, name: str) -> None:
+def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_to_the_same_bits(small: SmallRuns, whole: Path,
+                                                                              tmp_path: Path) -> None:
+    """One that comes while a step is at its work."""
     folder = tmp_path / "run"
-    process = in_process(small, folder, "training.save_every_minutes=0")
-    while process.is_alive() and not records_of_steps(folder):
-        time.sleep(0.01)
-    os.kill(process.pid or 0, getattr(signal, name))
+    process = in_process(small, folder, "training.save_every_minutes=0", dies="in align", by="SIGTERM")
     process.join()
-    assert process.exitcode == 3, folder.with_suffix(".out").read_text("utf-8")[-2000:]
     said = folder.with_suffix(".out").read_text("utf-8")
+    assert process.exitcode == 3, said[-2000:]
     path = checkpoint.find_latest(folder / "checkpoints")
     assert path is not None
-    step = checkpoint.load(path)["progress"]["step"]
-    assert f"Stopped by {name} after step {step}, which is saved. Go on with --resume auto" in said
+    progress = checkpoint.load(path)["progress"]
+    step = progress["step"]
+    assert progress["epoch_step"] == 2, "the step in hand was done and saved, and no other one"
+    assert path.name == f"checkpoint_epoch_2_step_{step}.pt"
+    assert f"SIGTERM after step {step}, " in said.splitlines()[-1]
     assert records(folder)[-1]["step"] == step, "what was done is recorded, and nothing more"
-    again = in_process(small, folder)
-    again.join()
-    assert again.exitcode == 0
+    small.train(folder, *recipe(small), "training.save_every_minutes=0", resume="auto")
     assert_same(folder, whole)
 
 
-def records_of_steps(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in read_records(folder / "logs" / "metrics.jsonl") if line["kind"] == "step"]
-
-
-def test_a_second_signal_and_one_outside_of_training_stop_at_once() -> None:
+@pytest.mark.parametrize("name", SIGNALS)
+def test_each_signal_asks_once_while_somebody_looks_and_stops_at_once_where_nobody_does(name: str) -> None:
+    before = signal.getsignal(getattr(signal, name))
     with Interruption() as interruption:
-        with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
-            signal.raise_signal(signal.SIGTERM)  # nothing to wait for
+        with pytest.raises(KeyboardInterrupt) as stop:
+            signal.raise_signal(getattr(signal, name))  # nothing to wait for
+        assert stop.value.args == (name,) and interruption.asked == ""
         with interruption.can_wait():
-            signal.raise_signal(signal.SIGUSR1)
-            assert interruption.asked == "SIGUSR1"
-            with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+            signal.raise_signal(getattr(signal, name))
+            assert interruption.asked == name
+            with pytest.raises(KeyboardInterrupt) as stop:
                 signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            assert stop.value.args == ("SIGINT",)
+    assert signal.getsignal(getattr(signal, name)) == before
 
 
 def test_what_torchrun_sends_on_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with Interruption() as interruption, interruption.can_wait():
+    clock = [0.0]
+    with Interruption(lambda: clock[0]) as interruption, interruption.can_wait():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert interruption.asked == "SIGINT"
-        interruption._asked_s -= 2.0
+        clock[0] = 2.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_reading_processes_leave_ctrl_c_to_their_parent_and_obey_their_own_end() -> None:
-    def wait() -> None:
-        for _ in range(1000):
-            time.sleep(0.01)
+def _wait_for(word: Connection) -> None:
+    os._exit(0 if word.recv() == "go on" else 1)
 
+
+@pytest.mark.parametrize(("name", "ends_with"), [("SIGINT", 0), ("SIGTERM", -signal.SIGTERM)])
+def test_reading_processes_leave_ctrl_c_to_their_parent_and_obey_their_own_end(name: str, ends_with: int) -> None:
+    ours, its = multiprocessing.Pipe()
     with Interruption():
-        process = multiprocessing.get_context("fork").Process(target=wait)
+        process = multiprocessing.get_context("fork").Process(target=_wait_for, args=(its,))
         process.start()
-        os.kill(process.pid or 0, signal.SIGINT)
-        process.join(0.3)
-        assert process.exitcode is None
-        process.terminate()
+        os.kill(process.pid or 0, getattr(signal, name))
+        ours.send("go on")  # after the signal, which is handled first
         process.join()
-    assert process.exitcode == -signal.SIGTERM
+    assert process.exitcode == ends_with
 
 
 def test_the_program_ends_with_3_when_told_to_stop(monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     def stop(*_: Any) -> None:
-        raise Stopped("Stopped by SIGTERM after step 7, which is saved. Go on with --resume auto")
+        raise Stopped("at step 7")
 
     monkeypatch.setattr(training, "train", stop)
     assert run_training.main([]) == 3
-    assert capsys.readouterr().err == "Stopped by SIGTERM after step 7, which is saved. Go on with --resume auto\n"
+    assert capsys.readouterr().err == "at step 7\n"
+
+
+def _open(small: SmallRuns, folder: Path, word: Connection) -> None:
+    run = small.open(folder)
+    word.send(run.progress.step)
+    word.recv()  # until it is killed
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(small: SmallRuns, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = in_process(small, folder)
-    while process.is_alive() and not records_of_steps(folder):
-        time.sleep(0.01)
-    with pytest.raises(run_training.UserError, match=f"{folder}: another process trains there at this moment; wait"):
-        small.open(folder)
+    ours, its = multiprocessing.Pipe()
+    process = forked.context().Process(target=_open, args=(small, tmp_path, its))
+    process.start()
+    assert ours.recv() == 0
+    with refused(tmp_path, "--output-dir"):
+        small.open(tmp_path)
+    with refused(tmp_path, "--output-dir"):  # not even to throw it away
+        runs.open_run(small.config(tmp_path), Options("cpu", overwrite=True), None)
     process.kill()
     process.join()
-    config = small.config(folder, *recipe(small))
-    runs.open_run(config, Options("cpu", overwrite=True), None).tracker.close()
+    runs.open_run(small.config(tmp_path), Options("cpu", overwrite=True), None).tracker.close()

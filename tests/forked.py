@@ -1,0 +1,14 @@
+"""Processes that tests start and kill: each is forked from one that has loaded everything and done nothing, so that it
+is at its work at once. There is one such server in a process, whoever asks first, hence one list for all."""
+
+import multiprocessing
+from multiprocessing.context import ForkServerContext
+
+LOADED = ["tests.killing", "tests.download_killing", "matplotlib.backends.backend_agg", "matplotlib.figure", "py7zr",
+          "pyarrow.parquet", "requests", "tokenizers", "torch._dynamo", "torch.utils.tensorboard", "torchaudio"]
+
+
+def context() -> ForkServerContext:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(LOADED)
+    return server

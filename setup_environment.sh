@@ -18,7 +18,7 @@ PYTHON=${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10} # first on
 VENV_DIR=${VENV_DIR:-venv}                                            # relative to this folder
 TORCH_VERSION=${TORCH_VERSION:-}                                      # empty: the newest that requirements.txt allows
 TORCH_INDEX_URL=${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu} # empty: the default index, ask nobody
-PROBE_S=5
+PROBE_S=${PROBE_S:-5}                                                   # empty: 5 seconds
 CPU_DISK_GB=2
 DEFAULT_DISK_GB=7
 

@@ -1,12 +1,13 @@
 """The shell scripts: lint, flags, decisions of the set-up, and what run_all.sh hands to whom.
 
-Nothing is installed or downloaded here: the set-up is asked what it would do, and run_all.sh runs in a folder whose
-other scripts only record how they were called.
+Nothing is installed or downloaded here: the set-up is asked what it would do, or its pip only records what it was
+asked for; run_all.sh runs in a folder whose scripts, and mostly whose Python, only record how they were called.
 """
 
 import functools
 import http.server
 import os
+import re
 import shutil
 import socketserver
 import subprocess
@@ -17,14 +18,18 @@ from pathlib import Path
 
 import pytest
 
+import run_training
+from tests.refusals import assert_names, assert_told
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("setup_environment.sh", "run_all.sh", "tests/run.sh", ".ci/run")
 NOBODY = "http://127.0.0.1:9/"  # the discard port: refuses at once
+Done = subprocess.CompletedProcess[str]
 
 
-def bash(script: str | Path, *arguments: str, cwd: Path = ROOT,
-         env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("TORCH_VERSION", "VENV_DIR", "PYTHON")}
+def bash(script: str | Path, *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Done:
+    own = ("TORCH_VERSION", "VENV_DIR", "PYTHON", "PROBE_S")
+    clean = {key: value for key, value in os.environ.items() if key not in own}
     return subprocess.run(["bash", str(script), *arguments], cwd=cwd, env=clean | dict(env or {}), capture_output=True,
                           text=True, stdin=subprocess.DEVNULL)
 
@@ -33,6 +38,18 @@ def executable(path: Path, commands: str) -> Path:
     path.write_text(f"#!/bin/sh\n{commands}\n")
     path.chmod(0o755)
     return path
+
+
+def names(text: str, *named: str | int | Path) -> bool:
+    """Whether one line of `text` names all of these, each as a whole word."""
+    return any(all(re.search(rf"(?<!\w){re.escape(str(one))}(?!\w)", line) for one in named)
+               for line in text.splitlines())
+
+
+def assert_refused(run: Done, *named: str | int | Path) -> None:
+    """Exit code 2 and one line on stderr that names all of these."""
+    assert run.returncode == 2, run.stderr
+    assert_names(run.stderr.removesuffix("\n"), *named)
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +83,10 @@ def test_help(script: str, words: list[str], tmp_path: Path) -> None:
     assert "set -euo" not in run.stdout and os.listdir(tmp_path) == []
 
 
-# ---- setup_environment.sh ----------------------------------------------------------------------------------------
+# ---- setup_environment.sh: what it would do ----------------------------------------------------------------------
 
 
-def plan(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def plan(folder: Path, *arguments: str, **variables: str) -> Done:
     """What the set-up would do for an environment that does not exist, on a machine without nvidia-smi."""
     return bash("setup_environment.sh", "--dry-run", *arguments,
                 env={"VENV_DIR": str(folder / "none"), "PATH": path_without_gpu(folder), **variables})
@@ -79,7 +96,7 @@ def path_without_gpu(folder: Path) -> str:
     """A PATH of links to the few commands that the script needs."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
-    for name in ("bash", "dirname", "df", "awk", "sed", "grep", "cat", "timeout"):
+    for name in ("bash", "dirname", "df", "awk", "sed", "grep", "cat", "timeout", "mv"):
         if not (tools / name).exists():
             (tools / name).symlink_to(str(shutil.which(name)))
     if not (tools / "python3").exists():
@@ -94,7 +111,7 @@ def index(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "index" / "torch" / "index.html").write_text("<html></html>")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "index"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=functools.partial(server.serve_forever, 0.01), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -102,42 +119,44 @@ def index(tmp_path: Path) -> Iterator[str]:
 def test_cpu_index_is_taken_where_it_answers(tmp_path: Path, index: str) -> None:
     run = plan(tmp_path, TORCH_INDEX_URL=index, no_proxy="127.0.0.1")
     assert run.returncode == 0
-    assert f"torch from the cpu index: there is no NVIDIA GPU, and {index} answers" in run.stdout
-    assert "needs about 2 GB of disk" in run.stdout and "would install now" in run.stdout
+    assert names(run.stdout, "cpu", index) and not names(run.stdout, "default")
+    assert names(run.stdout, "2 GB", "90 GB"), "needed and free"
 
 
 def test_an_index_without_torch_is_no_answer(tmp_path: Path, index: str) -> None:
     run = plan(tmp_path, TORCH_INDEX_URL=f"{index}/other", no_proxy="127.0.0.1")
-    assert "torch from the default index" in run.stdout
+    assert names(run.stdout, "default", f"{index}/other")
 
 
 def test_unreachable_cpu_index_falls_back_and_says_so(tmp_path: Path) -> None:
     run = plan(tmp_path, TORCH_INDEX_URL=NOBODY, no_proxy="127.0.0.1")
     assert run.returncode == 0
-    assert f"torch from the default index: there is no NVIDIA GPU, but {NOBODY} gave no answer" in run.stdout
-    assert "needs about 7 GB of disk" in run.stdout
+    assert names(run.stdout, "default", NOBODY) and names(run.stdout, "7 GB", "90 GB")
 
 
 def test_a_silent_index_is_given_up(tmp_path: Path) -> None:
     with socketserver.TCPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as silent:
-        run = plan(tmp_path, TORCH_INDEX_URL=f"http://127.0.0.1:{silent.server_address[1]}", no_proxy="127.0.0.1")
-    assert "torch from the default index" in run.stdout and "gave no answer within 5 s" in run.stdout
+        url = f"http://127.0.0.1:{silent.server_address[1]}"
+        run = plan(tmp_path, TORCH_INDEX_URL=url, no_proxy="127.0.0.1", PROBE_S="0.3")
+    assert names(run.stdout, "default", url, "0.3")
 
 
 def test_empty_index_asks_nobody(tmp_path: Path) -> None:
     run = plan(tmp_path, TORCH_INDEX_URL="")
-    assert "torch from the default index: there is no NVIDIA GPU, and TORCH_INDEX_URL is empty" in run.stdout
+    assert names(run.stdout, "default", "TORCH_INDEX_URL")
 
 
 def test_a_password_of_the_index_is_not_shown(tmp_path: Path) -> None:
-    assert "secret" not in plan(tmp_path, TORCH_INDEX_URL="http://me:secret@127.0.0.1:9/").stdout
+    run = plan(tmp_path, TORCH_INDEX_URL="http://me:secret@127.0.0.1:9/")
+    assert names(run.stdout, "127.0.0.1:9") and "secret" not in run.stdout + run.stderr
 
 
 def test_gpu_takes_the_default_index(tmp_path: Path, index: str) -> None:
     smi = executable(Path(path_without_gpu(tmp_path)) / "nvidia-smi", "echo 'GPU 0: Some Card (UUID: 1)'")
-    assert "torch from the default index: there is an NVIDIA GPU" in plan(tmp_path, TORCH_INDEX_URL=index).stdout
+    found = plan(tmp_path, TORCH_INDEX_URL=index, no_proxy="127.0.0.1").stdout
+    assert names(found, "default", "GPU") and not names(found, index)
     executable(smi, "echo 'No devices were found' >&2; exit 6")
-    assert "torch from the cpu index" in plan(tmp_path, TORCH_INDEX_URL=index, no_proxy="127.0.0.1").stdout
+    assert names(plan(tmp_path, TORCH_INDEX_URL=index, no_proxy="127.0.0.1").stdout, "cpu", index)
 
 
 def test_dry_run_leaves_nothing(tmp_path: Path) -> None:
@@ -146,37 +165,38 @@ def test_dry_run_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "shown"), [
-    (["--torch-version", "2.11"], "torch 2.11.0 from"), (["--torch-version=2.14.1"], "torch 2.14.1 from")])
+    (["--torch-version", "2.11"], "2.11.0"), (["--torch-version=2.14.1"], "2.14.1")])
 def test_torch_version(tmp_path: Path, arguments: list[str], shown: str) -> None:
-    assert shown in plan(tmp_path, *arguments, TORCH_INDEX_URL="").stdout
-    assert shown in plan(tmp_path, TORCH_INDEX_URL="", TORCH_VERSION=arguments[-1].split("=")[-1]).stdout
+    assert names(plan(tmp_path, *arguments, TORCH_INDEX_URL="").stdout, "torch", shown, "default")
+    by_variable = plan(tmp_path, TORCH_INDEX_URL="", TORCH_VERSION=arguments[-1].split("=")[-1])
+    assert names(by_variable.stdout, "torch", shown, "default")
 
 
-@pytest.mark.parametrize(("arguments", "shown"), [
-    (["--cuda"], "unknown flag '--cuda'; known: --dev"), (["extra"], "unknown flag 'extra'"),
-    (["--torch-version"], "is no version"), (["--torch-version", "newest"], "'newest' is no version")])
-def test_setup_mistakes(arguments: list[str], shown: str) -> None:
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--cuda"], ["--cuda", "--dev"]), (["extra"], ["extra"]),
+    (["--torch-version"], ["--torch-version"]), (["--torch-version", "newest"], ["--torch-version", "newest"])])
+def test_setup_mistakes(arguments: list[str], named: list[str]) -> None:
     run = bash("setup_environment.sh", *arguments)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert shown in run.stderr and run.stderr.count("\n") == 1
+    assert run.stdout == ""
+    assert_refused(run, *named)
 
 
 def test_no_fitting_python(tmp_path: Path) -> None:
     old = executable(tmp_path / "python3", "exit 1")
     run = plan(tmp_path, PYTHON=f"{old} python-that-is-not-there")
-    assert run.returncode == 2 and "needs Python 3.10 to 3.13" in run.stderr and run.stderr.count("\n") == 1
+    assert_refused(run, "3.10", "3.13", old, "python-that-is-not-there", "PYTHON")
 
 
 def test_a_python_without_venv_is_named(tmp_path: Path) -> None:
     bare = executable(tmp_path / "bare", f'case "$*" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"')
-    run = plan(tmp_path, PYTHON=str(bare))
-    assert run.returncode == 2 and f"{bare} has no venv module" in run.stderr
+    assert_refused(plan(tmp_path, PYTHON=str(bare)), bare, "venv", "apt-get install python3-venv")
 
 
 def test_a_full_disk_is_told_before_the_download(tmp_path: Path) -> None:
     executable(tmp_path / "df", "echo header\necho disk 9 9 3145728 9% /")  # 3 GB free
     run = plan(tmp_path, TORCH_INDEX_URL="", PATH=f"{tmp_path}:{path_without_gpu(tmp_path)}")
-    assert run.returncode == 2 and "has 3 GB free" in run.stdout and "not enough disk" in run.stderr
+    assert names(run.stdout, "7 GB", "3 GB")
+    assert_refused(run, "VENV_DIR")
 
 
 def test_a_folder_with_other_things_is_not_emptied(tmp_path: Path) -> None:
@@ -184,30 +204,63 @@ def test_a_folder_with_other_things_is_not_emptied(tmp_path: Path) -> None:
     precious.mkdir()
     (precious / "letter").write_text("x")
     run = bash("setup_environment.sh", env={"VENV_DIR": str(precious), "TORCH_INDEX_URL": ""})
-    assert run.returncode == 2 and "holds other things" in run.stderr
+    assert_refused(run, precious, "VENV_DIR")
     assert os.listdir(precious) == ["letter"]
 
 
-def test_second_run_has_nothing_to_do(tmp_path: Path) -> None:
-    here = {"VENV_DIR": sys.prefix, "TORCH_INDEX_URL": NOBODY}
-    if not (Path(sys.prefix) / "setup_environment.stamp").exists():
-        pytest.skip("this environment was not made by setup_environment.sh")
-    dry = bash(ROOT / "setup_environment.sh", "--dev", "--dry-run", cwd=tmp_path, env=here)
-    assert "dry run: nothing to do" in dry.stdout, "requirements changed: run bash setup_environment.sh --dev"
-    run = bash(ROOT / "setup_environment.sh", "--dev", cwd=tmp_path, env=here)
-    assert run.returncode == 0 and run.stdout.startswith("setup: nothing to do") and run.stdout.count("\n") == 1
-    other = bash("setup_environment.sh", "--dry-run", "--torch-version", "2.12.0", env=here)
-    assert "torch 2.12.0 from the default index" in other.stdout and "would install now" in other.stdout
+# ---- setup_environment.sh: what it does --------------------------------------------------------------------------
+
+REQUIRED = ("requirements.txt", "requirements-embeddings.txt", "requirements-dev.txt")
+
+
+def installed(folder: Path) -> Path:
+    """The set-up beside an environment whose packages are those of this one, whose pip only records its work, and
+    whose torch packages are imported in no time."""
+    for name in ("setup_environment.sh", *REQUIRED):
+        shutil.copy(ROOT / name, folder)
+    (folder / "venv" / "bin").mkdir(parents=True)
+    (folder / "venv" / "bin" / "activate").write_text(f"VIRTUAL_ENV={folder}/venv\n")
+    executable(folder / "venv" / "bin" / "python",
+               f'case "$1 $2" in "-m pip") echo "$@" >>"{folder}/pip"; exit 0 ;; esac\nexec "{sys.executable}" "$@"')
+    (folder / "quick").mkdir()
+    for name in ("torch", "torchaudio", "torchvision"):
+        (folder / "quick" / f"{name}.py").write_text("__version__ = '0'\nclass cuda: is_available = bool\n")
+    return folder
+
+
+def set_up(folder: Path, *arguments: str) -> Done:
+    return bash(folder / "setup_environment.sh", *arguments, env={
+        "PATH": path_without_gpu(folder), "PYTHONPATH": str(folder / "quick"), "TORCH_INDEX_URL": ""})
+
+
+def test_torch_packages_that_cannot_be_imported_are_no_environment(tmp_path: Path) -> None:
+    (installed(tmp_path) / "quick" / "torchaudio.py").write_text("raise ImportError")
+    run = set_up(tmp_path)
+    assert run.returncode == 2 and names(run.stderr, tmp_path / "venv")
+    assert not (tmp_path / "venv" / "setup_environment.stamp").exists()
+
+
+def test_a_second_run_has_nothing_to_do_until_something_changes(tmp_path: Path) -> None:
+    folder, pip = installed(tmp_path), tmp_path / "pip"
+    first = set_up(folder, "--dev")
+    assert first.returncode == 0, first.stderr
+    asked = pip.read_text()
+    assert [name for name in REQUIRED if f"-r {name}" not in asked] == [] and "torch" not in asked, "torch stays"
+    pip.unlink()
+    for arguments in (["--dev"], []):
+        second = set_up(folder, *arguments)
+        assert second.returncode == 0 and second.stdout.count("\n") == 1, second.stdout
+    dry = set_up(folder, "--dev", "--dry-run").stdout
+    assert names(dry, "torch") and not names(dry, "default") and not names(dry, "cpu", "index")
+    assert names(set_up(folder, "--dry-run", "--torch-version", "2.12.0").stdout, "2.12.0", "default")
+    assert not pip.exists(), "nothing of this asks pip for anything"
+    with (folder / "requirements-dev.txt").open("a") as file:
+        file.write("# changed\n")
+    assert set_up(folder).returncode == 0 and not pip.exists(), "not asked for"
+    assert set_up(folder, "--dev").returncode == 0 and "-r requirements-dev.txt" in pip.read_text()
 
 
 # ---- run_all.sh --------------------------------------------------------------------------------------------------
-
-RECORD = """
-import os, sys
-with open("calls", "a") as calls:
-    print(os.path.basename(__file__), *sys.argv[1:], file=calls)
-"""
-
 
 MAIN = 'if __name__ == "__main__":\n'
 RECORD_AND_REPORT = """
@@ -218,26 +271,49 @@ RECORD_AND_REPORT = """
     (reports / "report_1.md").touch()
     sys.exit(0)
 """
+RECORDING = """
+case $1 in
+    -) cat >/dev/null; shift; echo settings "$@" >>calls; cat answers; exit "$(cat refuses)" ;;
+    *) echo "$@" >>calls; mkdir -p out/reports; : >out/reports/report_1.md ;;
+esac
+case "$*" in download*clotho*) exit 1 ;; download*audiocaps*) exit 3 ;; esac
+"""
+
+
+def beside_run_all(folder: Path, python: str) -> Path:
+    """run_all.sh in `folder`, beside a set-up that only records its call and an environment with this `python`."""
+    shutil.copy(ROOT / "run_all.sh", folder)
+    (folder / "setup_environment.sh").write_text("echo setup_environment.sh $* >>calls")
+    (folder / "venv" / "bin").mkdir(parents=True)
+    executable(folder / "venv" / "bin" / "python", python)
+    return folder
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The real run_all.sh and modules, beside scripts that only record their arguments."""
-    for path in (ROOT / "run_all.sh", ROOT / "config.yaml", *ROOT.glob("*.py")):
+    """run_all.sh with a Python that records its calls: its answers are those of a run of `coco` in `out`."""
+    for name in ("answers", "refuses"):
+        (tmp_path / name).write_text({"answers": "./data\n./out\ncoco\n", "refuses": "0"}[name])
+    shutil.copy(ROOT / "run_training.py", tmp_path)
+    return beside_run_all(tmp_path, RECORDING)
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """run_all.sh with Python and the modules, beside a download and a training that only record their arguments."""
+    for path in (ROOT / "config.yaml", *ROOT.glob("*.py")):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    (tmp_path / "setup_environment.sh").write_text("echo setup_environment.sh $* >>calls")
-    ends = "sys.exit(1 if 'clotho' in sys.argv else 3 if 'audiocaps' in sys.argv else 0)"
-    (tmp_path / "download_datasets.py").write_text(f"{RECORD}\n{ends}\n")
+    (tmp_path / "download_datasets.py").write_text(
+        'import sys\nprint("download_datasets.py", *sys.argv[1:], file=open("calls", "a"))\n')
     training = (tmp_path / "run_training.py").read_text("utf-8")
     assert training.count(MAIN) == 1
     (tmp_path / "run_training.py").write_text(training.replace(MAIN, MAIN + RECORD_AND_REPORT))
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    executable(tmp_path / "venv" / "bin" / "python", f'exec "{sys.executable}" "$@"')
-    return tmp_path
+    return beside_run_all(tmp_path, f'exec "{sys.executable}" "$@"')
 
 
-def run_all(project: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def run_all(project: Path, *arguments: str) -> tuple[Done, list[str]]:
+    """What it did, called from another folder, and the calls that it made."""
     other = project / "elsewhere"
     other.mkdir(exist_ok=True)
     run = bash(project / "run_all.sh", *arguments, cwd=other)
@@ -245,39 +321,50 @@ def run_all(project: Path, *arguments: str) -> tuple[subprocess.CompletedProcess
     return run, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_run_all_hands_everything_on(project: Path) -> None:
-    run, calls = run_all(project, "--model-size", "small", "--datasets", "coco", "stamps", "--data-root", "./d",
+def test_run_all_hands_everything_on(real: Path) -> None:
+    run, calls = run_all(real, "--model-size", "small", "--datasets", "coco", "stamps", "--data-root", "./d",
                          "--epochs=3", "training.seed=4")
     assert run.returncode == 0, run.stderr
     flags = "--model-size small --datasets coco stamps --data-root ./d --epochs=3 training.seed=4"
     assert calls == ["setup_environment.sh",
                      "download_datasets.py --datasets coco stamps --data-root ./d --skip-existing",
                      f"run_training.py {flags} --resume auto"]
-    assert [line for line in run.stdout.splitlines() if "/5]" in line][::4] == [
-        "run_all: [1/5] environment", "run_all: [5/5] done"]
+    assert re.findall(r"\[(\d)/5\]", run.stdout) == list("12345")
     assert "./outputs/reports/report_1.md" in run.stdout
     assert "tensorboard --logdir=./outputs/logs/tensorboard" in run.stdout
+
+
+def test_run_all_refuses_before_the_download(real: Path) -> None:
+    run, calls = run_all(real, "--device", "tpu")
+    assert (run.returncode, calls) == (2, ["setup_environment.sh"])
+    assert_told(run.stderr, "--device", "tpu")
 
 
 def test_run_all_demo(project: Path) -> None:
     run, calls = run_all(project, "--demo", "--epochs", "2")
     assert run.returncode == 0, run.stderr
-    assert calls[1:] == ["download_datasets.py --datasets stamps --data-root ./data --skip-existing",
-                         "run_training.py --config recipes/demo.yaml --model-size tiny --epochs 2 --resume auto"]
-    assert "./outputs/demo/reports/report_1.md" in run.stdout
+    flags = "--config recipes/demo.yaml --model-size tiny --epochs 2 --resume auto"
+    assert calls == ["setup_environment.sh", f"settings {flags}",
+                     "download_datasets.py --datasets coco --data-root ./data --skip-existing",
+                     f"run_training.py {flags}"]
+    assert "./out/reports/report_1.md" in run.stdout
 
 
-def test_run_all_alone_stops_where_data_is_missing(project: Path) -> None:
+def test_run_all_stops_where_its_settings_are_refused_or_data_are_missing(project: Path) -> None:
+    (project / "answers").write_text("./d\n./out\ncoco clotho\n")
     run, calls = run_all(project)
     assert run.returncode == 1
-    assert calls == ["setup_environment.sh",
-                     "download_datasets.py --datasets coco clotho audiocaps --data-root ./data --skip-existing"]
+    assert calls[2:] == ["download_datasets.py --datasets coco clotho --data-root ./d --skip-existing"]
+    (project / "refuses").write_text("2")
+    (project / "calls").unlink()
+    run, calls = run_all(project)
+    assert (run.returncode, calls) == (2, ["setup_environment.sh", "settings --resume auto"])
 
 
 def test_run_all_goes_on_with_a_set_that_can_be_used_in_part(project: Path) -> None:
+    (project / "answers").write_text("./data\n./out\naudiocaps\n")
     run, calls = run_all(project, "--datasets", "audiocaps")
-    assert run.returncode == 0 and "some files are not to be had any more" in run.stdout
-    assert calls[-1] == "run_training.py --datasets audiocaps --resume auto"
+    assert run.returncode == 0 and calls[-1] == "run_training.py --datasets audiocaps --resume auto"
 
 
 @pytest.mark.parametrize("flags", [["--overwrite"], ["--resume", "auto"], ["--resume=auto"]])
@@ -292,45 +379,63 @@ def test_run_all_plan_and_doctor_fetch_nothing(project: Path, flag: str) -> None
     assert run.returncode == 0 and calls == ["setup_environment.sh", f"run_training.py {flag}"]
 
 
-@pytest.mark.parametrize(("arguments", "shown"), [
-    (["--epoch", "3"], "unknown flag '--epoch'"), (["-x"], "unknown flag '-x'"),
-    (["--epochs", "3", "--demo"], "--demo comes first"),
-    (["--demo", "--config", "config.yaml"], "--demo brings its own --config")])
-def test_run_all_refuses_flags_before_the_set_up(project: Path, arguments: list[str], shown: str) -> None:
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--epoch", "3"], ["--epoch"]), (["-x"], ["-x"]), (["--epochs", "3", "--demo"], ["--demo"]),
+    (["--demo", "--config", "config.yaml"], ["--demo", "--config"])])
+def test_run_all_refuses_flags_before_the_set_up(project: Path, arguments: list[str], named: list[str]) -> None:
     run, calls = run_all(project, *arguments)
-    assert (run.returncode, calls) == (2, []) and shown in run.stderr and run.stderr.count("\n") == 1
+    assert calls == []
+    assert_refused(run, *named)
 
 
-@pytest.mark.parametrize(("arguments", "shown"), [
-    (["--model-size", "huge"], "'huge'"), (["--epochs", "none"], "training.epochs"), (["training.epoch=3"], "'epochs'"),
-    (["--datasets", "cocoa"], "'cocoa'"), (["--config", "none.yaml"], "no such file"), (["word"], "'word'")])
-def test_run_all_refuses_values_before_the_download(project: Path, arguments: list[str], shown: str) -> None:
-    run, calls = run_all(project, *arguments)
-    assert (run.returncode, calls) == (2, ["setup_environment.sh"])
-    assert shown in run.stderr and run.stderr.count("\n") == 1
+# ---- the Python program within run_all.sh ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("arguments", "shown"), [
-    (["--device", "tpu"], "--device: 'tpu' is not in this machine"),
-    (["--resume", "none.pt"], "--resume: none.pt: no such checkpoint"),
-    (["--overwrite", "--resume", "auto"], "--overwrite deletes the run that --resume would go on with"),
-    (["--output-dir", "run_all.sh/out"], "run_all.sh/out: cannot be written (Not a directory)"),
-    (["--output-dir", ""], "paths.output_dir: is empty"),
-    (["--output-dir", "used", "--resume", "elsewhere.pt"], "used: holds an earlier run"),
-    (["--datasets", "manifest", "data.manifest=none.jsonl"], "/none.jsonl: no such file"),
-    (["--datasets", "manifest", "data.manifest=wrong.csv"], "wrong.csv, line 2: unknown column 'imgae'")])
-def test_run_all_refuses_what_training_would_before_the_download(project: Path, arguments: list[str],
-                                                                 shown: str) -> None:
-    (project / "wrong.csv").write_text("imgae\na.png\n")
-    (project / "used" / "checkpoints").mkdir(parents=True)
-    (project / "used" / "checkpoints" / "checkpoint_epoch_1.pt").write_bytes(b"x")
-    run, calls = run_all(project, *arguments)
-    assert (run.returncode, calls) == (2, ["setup_environment.sh"])
-    assert shown in run.stderr and run.stderr.count("\n") == 1
+def settings(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """What the program between the lines EOP of run_all.sh ends with, run here in `folder` with these arguments."""
+    (program,) = re.findall(r"<<'EOP'\n(.*?)\nEOP\n", (ROOT / "run_all.sh").read_text("utf-8"), re.DOTALL)
+    monkeypatch.setattr(sys, "argv", ["-", *arguments])
+    monkeypatch.chdir(folder)
+    try:
+        exec(compile(program, "run_all.sh", "exec"), {})
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
-def test_run_all_knows_every_flag_of_training() -> None:
-    run = subprocess.run([sys.executable, "run_training.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    flags = {word.strip("[],") for word in run.stdout.split() if word.strip("[]").startswith("--")} - {"--help"}
+def test_settings_of_the_full_job_and_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert settings(tmp_path, monkeypatch) == 0
+    assert capsys.readouterr().out.splitlines() == ["./data", "./outputs", "coco clotho audiocaps"]
+    assert settings(tmp_path, monkeypatch, "--config", str(ROOT / "recipes" / "demo.yaml")) == 0
+    assert capsys.readouterr().out.splitlines() == ["./data", "./outputs/demo", "stamps"]
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--model-size", "huge"], ["model.size", "huge"]), (["--epochs", "none"], ["training.epochs", "none"]),
+    (["training.epoch=3"], ["training.epoch", "epochs"]), (["--datasets", "cocoa"], ["data.datasets", "cocoa"]),
+    (["--config", "none.yaml"], ["none.yaml"]), (["word"], ["word"]),
+    (["--device", "tpu"], ["--device", "tpu"]), (["--resume", "none.pt"], ["--resume", "none.pt"]),
+    (["--overwrite", "--resume", "auto"], ["--overwrite", "--resume"]),
+    (["--output-dir", "file/out"], ["file/out", "Not a directory"]), (["--output-dir", ""], ["paths.output_dir"]),
+    (["--output-dir", "used", "--resume", "elsewhere.pt"], ["used", "checkpoints"]),
+    (["--datasets", "manifest", "data.manifest=none.jsonl"], ["none.jsonl"]),
+    (["--datasets", "manifest", "data.manifest=wrong.csv"], ["wrong.csv", "line 2", "imgae"])])
+def test_settings_refuse_what_training_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+                                             capsys: pytest.CaptureFixture[str], named: list[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "wrong.csv").write_text("imgae\na.png\n")
+    (tmp_path / "used" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "used" / "checkpoints" / "checkpoint_epoch_1.pt").write_bytes(b"x")
+    assert settings(tmp_path, monkeypatch, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert_told(printed.err, *named)
+
+
+def test_run_all_knows_every_flag_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_training.parse(["--help"])
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out)) - {"--help"}
     source = (ROOT / "run_training.py").read_text("utf-8")
     assert len(flags) > 10 and [flag for flag in flags if f'"{flag}"' not in source] == []

@@ -1,9 +1,11 @@
 """Quality gates over the files of the project. Each gate is a function over sources, proved able to fail here too."""
 
 import ast
+import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -172,11 +174,11 @@ def test_optional_packages_are_imported_where_needed() -> None:
 
 # ---- what an import does -----------------------------------------------------------------------------------------
 
-# Forks one child for each module, with torch loaded but none of ours, and prints what its import changed.
+# Imports one module after the other with torch loaded, and prints what each import changed.
 WATCH_IMPORTS = r"""
 import contextlib, io, json, logging, os, sys, warnings
 import numpy, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1].split(os.pathsep)
 
 def state():
     return {"printed": printed.getvalue(), "files": sorted(os.listdir(".")), "environment": dict(os.environ),
@@ -190,87 +192,103 @@ def state():
 
 results = {}
 for name in sys.argv[2:]:
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            before = state()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        before = state()
+        try:
             __import__(name)
             after = state()
-        changed = [key for key in before if before[key] != after[key]]
-        os.write(writer, json.dumps(changed).encode())
-        os._exit(0)
-    os.close(writer)
-    results[name] = json.loads(os.fdopen(reader).read() or '["it raised"]')
+            results[name] = [key for key in before if before[key] != after[key]]
+        except Exception:
+            results[name] = ["it raised"]
 print(json.dumps(results))
 """
+BAD_MODULES = {
+    "prints": "print(1)", "writes": "open('left', 'w').close()", "seeds": "import torch; torch.manual_seed(1)",
+    "threads": "import torch; torch.set_num_threads(torch.get_num_threads() + 1)", "breaks": "1 / 0"}
 
 
-def import_effects(folder: Path, names: Iterable[str], cwd: Path) -> dict[str, list[str]]:
-    run = subprocess.run([sys.executable, "-B", "-c", WATCH_IMPORTS, str(folder), *names], cwd=cwd,
-                         capture_output=True, text=True, check=True)
-    return {name: changed for name, changed in json.loads(run.stdout.splitlines()[-1]).items() if changed}
+@pytest.fixture(scope="module")
+def effects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the import of each module changes, and that of the bad ones: each after those that it imports, so that what
+    is found is its own."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name, source in BAD_MODULES.items():
+        (folder / f"{name}.py").write_text(source)
+    (folder / "cwd").mkdir()
+    names = [*TopologicalSorter(MAY_IMPORT).static_order(), *BAD_MODULES]
+    run = subprocess.run([sys.executable, "-B", "-c", WATCH_IMPORTS, f"{ROOT}{os.pathsep}{folder}", *names],
+                         cwd=folder / "cwd", capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def test_importing_a_module_changes_nothing(tmp_path: Path) -> None:
-    before = sorted(path.name for path in ROOT.iterdir())
-    assert import_effects(ROOT, modules(), tmp_path) == {}
-    assert sorted(path.name for path in ROOT.iterdir()) == before
+def test_importing_a_module_changes_nothing(effects: dict[str, list[str]]) -> None:
+    assert {name: changed for name, changed in effects.items() if changed and name not in BAD_MODULES} == {}
+    assert MAY_IMPORT.keys() <= effects.keys()
 
 
-def test_import_effects_gate_can_fail(tmp_path: Path) -> None:
-    bad = {"prints": "print(1)", "writes": "open('left', 'w').close()", "seeds": "import torch; torch.manual_seed(1)",
-           "threads": "import torch; torch.set_num_threads(torch.get_num_threads() + 1)", "breaks": "1 / 0"}
-    for name, source in bad.items():
-        (tmp_path / f"{name}.py").write_text(source)
-    (tmp_path / "cwd").mkdir()
-    effects = import_effects(tmp_path, bad, tmp_path / "cwd")
-    assert {name: effects[name][0] for name in bad} == {
+def test_import_effects_gate_can_fail(effects: dict[str, list[str]]) -> None:
+    assert {name: effects[name][0] for name in BAD_MODULES} == {
         "prints": "printed", "writes": "files", "seeds": "seed", "threads": "threads", "breaks": "it raised"}
 
 
-def loads_torch(*command: str) -> bool:
-    """Whether `python command` imports torch, from the interpreter's own record of imports."""
-    run = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr.splitlines()[-1]
-    return re.search(r"\| +torch$", run.stderr, re.MULTILINE) is not None
+# Imports modules and runs scripts with --help, and prints which of them first loaded torch, and each script's help.
+WATCH_TORCH = r"""
+import contextlib, io, json, runpy, sys
+loaded, helps = {}, {}
+for name in sys.argv[1:]:
+    said = io.StringIO()
+    if name.endswith(".py"):
+        sys.argv = [name, "--help"]
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            runpy.run_path(name, run_name="__main__")
+        helps[name] = said.getvalue()
+    else:
+        __import__(name)
+    loaded[name] = sys.modules.pop("torch", None) is not None
+print(json.dumps([loaded, helps]))
+"""
+FLAGS = {
+    "run_training.py": "--data-root --output-dir --model-size --batch-size --epochs --lr --resume --config --datasets"
+                       " --device --plan --doctor --overwrite",
+    "download_datasets.py": "--datasets --data-root --skip-existing",
+    "evaluate.py": "--checkpoint --datasets"}
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_light_modules_load_no_torch(module: str) -> None:
-    assert not loads_torch("-c", f"import {module}")
+def loading_torch(names: Iterable[str], cwd: Path) -> tuple[dict[str, bool], dict[str, str]]:
+    """Whether each module, and each script with --help, is the first to load torch; and what the scripts print."""
+    run = subprocess.run([sys.executable, "-c", WATCH_TORCH, *names], cwd=cwd, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)[0], json.loads(run.stdout)[1]
 
 
-@pytest.mark.parametrize("script", ["run_training.py", "evaluate.py", "download_datasets.py"])
-def test_help_loads_no_torch(script: str) -> None:
-    assert not loads_torch(script, "--help")
+def test_light_modules_and_help_load_no_torch_and_help_names_every_flag() -> None:
+    loaded, helps = loading_torch([*WITHOUT_TORCH, *FLAGS], ROOT)
+    assert loaded == dict.fromkeys([*WITHOUT_TORCH, *FLAGS], False)
+    for script, flags in FLAGS.items():
+        text = helps[script]
+        assert [flag for flag in flags.split() if not re.search(rf"^ +(-\w, )?{flag}\b", text, re.MULTILINE)] == []
 
 
-def test_torch_gate_can_fail() -> None:
-    assert loads_torch("-c", "import torch")
-
-
-@pytest.mark.parametrize(("script", "flags"), [
-    ("run_training.py", "--data-root --output-dir --model-size --batch-size --epochs --lr --resume --config --datasets"
-                        " --device --plan --doctor --overwrite"),
-    ("download_datasets.py", "--datasets --data-root --skip-existing"),
-    ("evaluate.py", "--checkpoint --datasets"),
-])
-def test_help_names_every_flag(script: str, flags: str) -> None:
-    text = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [flag for flag in flags.split() if not re.search(rf"^ +(-\w, )?{flag}\b", text.stdout, re.MULTILINE)] == []
+def test_torch_gate_can_fail(tmp_path: Path) -> None:
+    for name, source in {"torch": "", "light": "", "heavy": "import torch", "late.py": "import heavy, torch"}.items():
+        (tmp_path / f"{name.removesuffix('.py')}.py").write_text(source)
+    assert loading_torch(["light", "heavy", "late.py"], tmp_path)[0] == {"light": False, "heavy": True, "late.py": True}
 
 
 # ---- size --------------------------------------------------------------------------------------------------------
 
 
-def functions(source: str) -> Iterator[tuple[str, int, int]]:
+@functools.cache
+def functions(source: str) -> tuple[tuple[str, int, int], ...]:
     """(name, lines, parameters without self and cls) of every function."""
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             count = sum(p.arg not in ("self", "cls") for p in parameters)
-            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1, count
+            found.append((node.name, (node.end_lineno or node.lineno) - node.lineno + 1, count))
+    return tuple(found)
 
 
 def size_problems(name: str, source: str) -> list[str]:

@@ -19,7 +19,7 @@ from tests import miniature, packing, trees
 from tests.loopback import Loopback
 from transfer import Policy
 
-QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 
 
 @pytest.fixture

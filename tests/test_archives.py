@@ -21,10 +21,10 @@ import pytest
 
 import archives
 from archives import Expected, Unpacked, Watcher, declared_size, unpack
-from config import UserError
 from members import ArchiveError, Rules, destination, safe_name
 from seven_zip import TOOLS
 from tests import packing
+from tests.refusals import refused
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {" leading blank.wav": b"one", "sub/naïve 水.txt": b"two" * 999, "sub/deep/x..WAV.wav": b"", "z": bytes(70_000)}
@@ -121,7 +121,7 @@ def test_only_what_the_rules_name_is_written(tmp_path: Path) -> None:
     data = packing.deb_of({"./usr/stamps/a.png": b"a", "./usr/doc/b": b"b"})
     run(tmp_path, data, "deb", Expected(files=9, size=9, rules=(("usr/stamps/", ""),)))
     assert tree(tmp_path / "out") == {"a.png": b"a"}
-    with pytest.raises(ArchiveError, match="nothing of what is expected"):
+    with refused("archive", error=ArchiveError):
         run(tmp_path, data, "deb", Expected(files=9, size=9, rules=(("opt/", ""),)))
 
 
@@ -152,14 +152,14 @@ def test_a_linked_folder_of_the_user_is_not_written_into(tmp_path: Path) -> None
     (tmp_path / "own").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/wav").symlink_to(tmp_path / "own")
-    with pytest.raises(UserError, match="link to a folder of yours"):
+    with refused(tmp_path / "out/wav"):
         run(tmp_path, packing.zip_of({"wav/a": b"a"}), "zip")
     assert tree(tmp_path / "own") == {}
 
 
 def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
     write(tmp_path / "out/a/x", b"")
-    with pytest.raises(UserError, match=r"out/a: is a folder where a file"):
+    with refused(tmp_path / "out/a"):
         run(tmp_path, packing.zip_of({"a": b"a"}), "zip")
 
 
@@ -179,7 +179,7 @@ archives.unpack([folder / "a.zip"], "zip", folder / "out", folder / "beside", ar
 
 
 def test_killed_in_mid_unpacking_then_run_again(tmp_path: Path) -> None:
-    files = {f"folder{i % 7}/file{i:04d}.bin": bytes([i % 256]) * 20_000 for i in range(400)}
+    files = {f"folder{i % 7}/file{i:04d}.bin": bytes([i]) * 2_000 for i in range(150)}
     path = write(tmp_path / "a.zip", packing.zip_of(files))
     process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
     assert process.returncode == -signal.SIGKILL
@@ -213,7 +213,7 @@ def test_left_overs_of_any_kind_do_no_harm(tmp_path: Path, kind: str) -> None:
 
 def test_left_overs_that_are_not_of_the_archive_end_the_unpacking(tmp_path: Path) -> None:
     write(tmp_path / "beside/stranger", b"x")
-    with pytest.raises(ArchiveError, match="gave 5 files"):
+    with refused("archive", 5, 4, error=ArchiveError):  # files there, and expected
         run(tmp_path, packing.zip_of(FILES), "zip")
     run(tmp_path, packing.zip_of(FILES), "zip")  # they are gone now
     assert tree(tmp_path / "out") == FILES
@@ -228,29 +228,34 @@ def test_each_file_is_told_with_its_size_and_crc(tmp_path: Path, kind: str) -> N
 
 
 def test_a_tar_remembers_no_members_and_its_dictionary_is_bounded(tmp_path: Path) -> None:
-    many = write(tmp_path / "many.tar", packing.tar_of({f"f{i:06d}": b"" for i in range(5_000)}))
+    many = write(tmp_path / "many.tar", packing.tar_of({f"f{i:03d}": b"" for i in range(300)}))
     alive: list[int] = []
 
     def look(name: str, size: int, crc32: int) -> None:
-        if name == "f004999":
+        if name == "f299":
             gc.collect()
-            alive.append(sum(isinstance(one, tarfile.TarInfo) for one in gc.get_objects()))
+            alive.append(sum(issubclass(type(one), tarfile.TarInfo) for one in gc.get_objects()))
 
-    unpack([many], "tar", tmp_path / "out", tmp_path / "beside", Expected(files=10_000, size=1), Watcher(file=look))
+    unpack([many], "tar", tmp_path / "out", tmp_path / "beside", Expected(files=300, size=0), Watcher(file=look))
     assert len(alive) == 1 and alive[0] < 10, alive
-    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}]
-    refused(tmp_path / "big", lzma.compress(packing.tar_of(FILES, compression=""), filters=filters), "tar", "LZMAError")
+    packed = bytearray(lzma.compress(packing.tar_of(FILES, compression="")))
+    header = slice(12, 12 + 4 * packed[12])  # of the first block: the filter, the bytes of what it tells, a dictionary
+    at = packed.index(b"\x21\x01", 12) + 2
+    packed[at] = 32  # 256 MiB
+    packed[header.stop: header.stop + 4] = zlib.crc32(packed[header]).to_bytes(4, "little")
+    rejected(tmp_path / "big", bytes(packed), "tar", "LZMAError")
+    assert len(lzma.decompress(bytes(packed))) > 70_000, "it is well, but for that"
 
 
 # --- What is never unpacked ------------------------------------------------------------------------------------------
 
 
-def refused(folder: Path, data: bytes, kind: str, why: str, expected: Expected = ENOUGH) -> None:
-    """The archive is refused for this reason, nothing is left, and a file that an attack would hit is as it was."""
+def rejected(folder: Path, data: bytes, kind: str, *named: str, expected: Expected = ENOUGH) -> None:
+    """The archive is refused by its name, and those that are `named`; nothing is left, and a file that an attack would
+    hit is as it was."""
     write(folder / "victim", b"whole")
-    with pytest.raises(ArchiveError, match=why) as error:
+    with refused("archive", *named, error=ArchiveError):
         run(folder, data, kind, expected)
-    assert "\n" not in str(error.value)
     left = {name for name in tree(folder) if not name.startswith(("src/", "made.7z"))}
     assert left == {"archive", "victim"} and (folder / "victim").read_bytes() == b"whole"
     assert not (folder / "beside").exists() and not (folder / "out").exists()
@@ -262,12 +267,12 @@ UNSAFE = ["../victim", "a/../../victim", "/tmp/trimodal-victim", "a\\..\\b", "./
 @pytest.mark.parametrize("name", UNSAFE)
 @pytest.mark.parametrize("kind", ["zip", "tar", "deb"])
 def test_names_that_lead_out_are_refused(tmp_path: Path, kind: str, name: str) -> None:
-    refused(tmp_path, makers(tmp_path)[kind]({"good": b"good", name: b"bad"}), kind, "unsafe name")
+    rejected(tmp_path, makers(tmp_path)[kind]({"good": b"good", name: b"bad"}), kind, repr(name))
 
 
 @pytest.mark.parametrize("name", [*UNSAFE, "", ".", "/", "a\0b"])
 def test_unsafe_names(name: str) -> None:
-    with pytest.raises(ArchiveError, match="unsafe name"):
+    with refused(repr(name), error=ArchiveError):
         safe_name(name)
 
 
@@ -279,19 +284,19 @@ def test_odd_names_that_are_safe(name: str, safe: str) -> None:
 
 def test_names_that_lead_out_of_7z_are_refused(tmp_path: Path) -> None:
     packing.seven_zip_with_name("aa/victim", "../victim", tmp_path / "made.7z")
-    refused(tmp_path, (tmp_path / "made.7z").read_bytes(), "7z", "unsafe name")
+    rejected(tmp_path, (tmp_path / "made.7z").read_bytes(), "7z", repr("../victim"))
 
 
 def test_links_are_refused(tmp_path: Path) -> None:
-    refused(tmp_path, packing.zip_of({"a": b"a"}, links={"link": "../victim"}), "zip", "link or device")
+    rejected(tmp_path, packing.zip_of({"a": b"a"}, links={"link": "../victim"}), "zip", repr("link"))
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
-        refused(tmp_path, packing.tar_of({"a": b"a"}, links={"link": (kind, "../victim")}), "tar", "link or device")
+        rejected(tmp_path, packing.tar_of({"a": b"a"}, links={"link": (kind, "../victim")}), "tar", repr("link"))
 
 
 def test_links_in_7z_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "src/a", b"a")
     (tmp_path / "src/link").symlink_to("a")
-    refused(tmp_path, packing.seven_zip_of(tmp_path / "src", tmp_path / "made.7z"), "7z", "link or device")
+    rejected(tmp_path, packing.seven_zip_of(tmp_path / "src", tmp_path / "made.7z"), "7z", repr("link"))
 
 
 def test_a_bad_7z_is_not_even_given_to_a_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +304,7 @@ def test_a_bad_7z_is_not_even_given_to_a_tool(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "src/link").symlink_to("a")
     data = packing.seven_zip_of(tmp_path / "src", tmp_path / "made.7z")
     monkeypatch.setenv("PATH", fake_tool(tmp_path, f"pathlib.Path({str(tmp_path / 'log')!r}).write_text('used')"))
-    with pytest.raises(ArchiveError, match="link or device"):
+    with refused(repr("link"), error=ArchiveError):
         run(tmp_path, data, "7z")
     assert not (tmp_path / "log").exists()
 
@@ -314,20 +319,20 @@ def test_a_link_that_is_not_taken_out_harms_nobody(tmp_path: Path) -> None:
 def test_bombs_are_bounded(tmp_path: Path, kind: str) -> None:
     bomb = makers(tmp_path)[kind]({"bomb": bytes(3_000_000)})
     assert len(bomb) < 30_000
-    refused(tmp_path, bomb, kind, "expected here", Expected(files=10, size=1_000_000))
+    rejected(tmp_path, bomb, kind, expected=Expected(files=10, size=1_000_000))
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
 def test_swarms_of_files_are_bounded(tmp_path: Path, kind: str) -> None:
     swarm = makers(tmp_path)[kind]({f"f{i}": b"" for i in range(50)})
-    refused(tmp_path, swarm, kind, "files", Expected(files=49, size=1_000_000))
+    rejected(tmp_path, swarm, kind, expected=Expected(files=49, size=1_000_000))
 
 
 def test_a_zip_that_lies_about_its_sizes(tmp_path: Path) -> None:
     data = packing.zip_of({"bomb": bytes(3_000_000)})
     lie = data.replace((3_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
     assert lie != data
-    refused(tmp_path, lie, "zip", "broken", Expected(files=10, size=1_000_000))
+    rejected(tmp_path, lie, "zip", expected=Expected(files=10, size=1_000_000))
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
@@ -335,13 +340,13 @@ def test_a_name_twice_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(out, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("a", b"1")
         archive.writestr("a", b"2")
-    refused(tmp_path, out.getvalue(), "zip", "twice")
+    rejected(tmp_path, out.getvalue(), "zip")
 
 
 def test_encrypted_archives_are_refused(tmp_path: Path) -> None:
     data = bytearray(packing.zip_of({"a": b"a"}))
     data[data.index(b"PK\x01\x02") + 8] |= 1
-    refused(tmp_path, bytes(data), "zip", "encrypted")
+    rejected(tmp_path, bytes(data), "zip", repr("a"))
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "deb", "7z"])
@@ -352,7 +357,7 @@ def test_damage_is_noticed(tmp_path: Path, kind: str, damage: str) -> None:
     middle = len(data) // 2
     data = {"cut": data[:middle], "flip": data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1:],
             "page": b"<html>not found</html>"}[damage]
-    refused(tmp_path, data, kind, "^archive ")
+    rejected(tmp_path, data, kind)
 
 
 def test_what_decoders_call_an_error_of_the_disk_is_damage(tmp_path: Path) -> None:
@@ -360,14 +365,13 @@ def test_what_decoders_call_an_error_of_the_disk_is_damage(tmp_path: Path) -> No
     import pyarrow.parquet
 
     packed = packing.tar_of({"a": random.Random(0).randbytes(5000)}, compression="bz2")
-    refused(tmp_path, packed[:2000] + bytes(100) + packed[2100:], "tar", r"^archive is broken \(OSError: ")
+    rejected(tmp_path, packed[:2000] + bytes(100) + packed[2100:], "tar", "OSError")
     table = pyarrow.Table.from_pylist([{"youtube_id": "a", "start_time": 1, "audio": {"bytes": b"fLaC1"}}])
     out = io.BytesIO()
     pyarrow.parquet.write_table(table, out)
     shard = out.getvalue()
     described = int.from_bytes(shard[-8:-4], "little")
-    refused(tmp_path, shard[: -8 - described] + b"\xff" * described + shard[-8:], "parquet",
-            r"^archive is broken \(OSError: ")
+    rejected(tmp_path, shard[: -8 - described] + b"\xff" * described + shard[-8:], "parquet", "OSError")
 
 
 def test_modes_and_owners_of_the_archive_are_not_taken_over(tmp_path: Path) -> None:
@@ -430,15 +434,14 @@ def test_a_tool_that_is_still_writing_keeps_nothing_from_being_unpacked(tmp_path
     assert tree(tmp_path / "out") == FILES
 
 
-@pytest.mark.parametrize(("body", "why"), [
-    ("sys.exit('no such method')", "cannot be unpacked by 7zz .no such method"),
-    ("pathlib.Path(out, 'a').write_text('a')", "gave 1 files and 1 bytes instead of 4"),
-    ("pathlib.Path(out, 'a').symlink_to('/')", "link or device"),
+@pytest.mark.parametrize(("body", "named"), [
+    ("sys.exit('no such method')", ("7zz", "no such method")), ("pathlib.Path(out, 'a').write_text('a')", (1, 4)),
+    ("pathlib.Path(out, 'a').symlink_to('/')", (repr("a"),)),
 ])
 def test_a_tool_that_fails_or_strays_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str,
-                                               why: str) -> None:
+                                               named: tuple[str | int, ...]) -> None:
     monkeypatch.setenv("PATH", fake_tool(tmp_path, body))
-    with pytest.raises(ArchiveError, match=why):
+    with refused("archive", *named, error=ArchiveError):
         run(tmp_path, seven_zip(tmp_path, FILES), "7z")
     assert not (tmp_path / "out").exists()
 
@@ -451,11 +454,11 @@ def test_a_full_disk_is_not_taken_for_a_broken_archive(tmp_path: Path, monkeypat
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setenv("PATH", fake_tool(tmp_path, f"pathlib.Path(out, 'z').{written}\nsys.exit('E_FAIL')"))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=9_000))
-    with pytest.raises(UserError, match="out: the disk is full, unpacking archive; free some space and run again"):
+    with refused(tmp_path / "out", "archive"):
         run(tmp_path, data, "7z")
     assert (tmp_path / "beside/z").exists(), "what was unpacked is kept"
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=80_000))
-    with pytest.raises(ArchiveError, match=r"cannot be unpacked by 7zz .E_FAIL"):
+    with refused("archive", "7zz", "E_FAIL", error=ArchiveError):
         run(tmp_path, data, "7z")
     monkeypatch.setenv("PATH", "")
     run(tmp_path, data, "7z")
@@ -483,7 +486,7 @@ def test_shards_need_a_package_or_are_unpacked(tmp_path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        with pytest.raises(UserError, match=r"package pyarrow; run: pip install pyarrow$"):
+        with refused("pip install pyarrow"):
             run(tmp_path, b"PAR1", "parquet")
         return
     rows = [{"youtube_id": video, "start_time": start, "audio": {"bytes": data, "path": None}}
@@ -493,4 +496,4 @@ def test_shards_need_a_package_or_are_unpacked(tmp_path: Path) -> None:
     run(tmp_path, out.getvalue(), "parquet")
     assert tree(tmp_path / "out") == {"-Ab_1_30.flac": b"fLaC1", "Ycd_0.wav": b"RIFF2"}
     shutil.rmtree(tmp_path / "out")
-    refused(tmp_path, b"<html>", "parquet", "not a readable shard")
+    rejected(tmp_path, b"<html>", "parquet")

@@ -20,7 +20,7 @@ from tests import miniature, trees
 from tests.loopback import Loopback
 from transfer import Policy
 
-QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 SAID = {
     "private": "ERROR: [youtube] x: Private video. Sign in if you've been granted access to this video",
     "members": "ERROR: [youtube] x: Join this channel to get access to members-only content like this video",

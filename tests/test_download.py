@@ -19,10 +19,11 @@ from config import config_from_dict
 from sources import SOURCES, Source
 from tests import miniature
 from tests.loopback import Loopback
+from tests.refusals import assert_names, assert_told
 from transfer import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 MAKERS: dict[str, Callable[[Path], tuple[Source, dict[str, bytes]]]] = {
     "coco": miniature.coco, "clotho": miniature.clotho, "audiocaps": miniature.audiocaps,
     "voxceleb": miniature.voxceleb, "stamps": miniature.stamps}
@@ -112,8 +113,9 @@ def test_all_goes_on_past_a_set_that_fails_and_ends_with_a_table(server: Loopbac
     table_rows = rows(output.out)
     assert {name: state for name, (state, _) in table_rows.items()} == {
         "coco": "done", "clotho": "failed", "audiocaps": "partial", "voxceleb": "needs key", "synthetic": "done"}
-    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2 and "clotho_audio_evaluation.7z" in errors[0] and "VOXCELEB_KEY" in errors[1]
+    clotho, voxceleb = (line for line in output.err.splitlines() if line.startswith("error: "))
+    assert_names(clotho, "clotho", "clotho_audio_evaluation.7z")
+    assert_names(voxceleb, "voxceleb", "VOXCELEB_KEY")
     assert table_rows["coco"][1] == f"python run_training.py --datasets coco --data-root '{root}'"
 
     server.files["/clotho/clotho_audio_evaluation.7z"] = absent
@@ -150,6 +152,7 @@ import itertools, json, os, pathlib, pickle, requests, shutil, signal, sys, tqdm
 with open(sys.argv[1], "rb") as file:
     table = pickle.load(file)
 replace, folder = os.replace, pathlib.Path(sys.argv[5]) / "coco"
+os.fsync = lambda file: None  # the disk is not what dies here
 
 def child(deadly):
     calls, members = itertools.count(1), itertools.count()
@@ -175,22 +178,24 @@ for deadly in itertools.count(1):
 """
 
 
+@pytest.mark.timed
 def test_killed_in_mid_transfer_then_run_again(server: Loopback, tmp_path: Path) -> None:
     table, flags = tables(tmp_path / "true", server, "coco")
     size = len(server.files["/coco/train2017.zip"])
     server.faults["/coco/train2017.zip"] = [f"stall:{size // 2}"]
     process, words = start(table, tmp_path, flags)
-    part, deadline = tmp_path / "got/coco/archives/train2017.zip.part", time.monotonic() + 30
-    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+    part = tmp_path / "got/coco/archives/train2017.zip.part"
+    while not (part.exists() and part.stat().st_size) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     kept = part.stat().st_size
     assert run(*words, table=table) == 0
     assert_undisturbed(tmp_path)
     assert server.ranges("/coco/train2017.zip") == ["", f"bytes={kept}-"] and kept > 0
 
 
+@pytest.mark.timed
 def test_killed_before_any_rename_then_run_again(server: Loopback, tmp_path: Path) -> None:
     """Whatever is made durable becomes so by a rename: SIGKILL before the first, the second, and so on to the last."""
     table, flags = tables(tmp_path / "true", server, "coco")
@@ -227,6 +232,7 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.timed
 @pytest.mark.usefixtures("_interruptible")
 def test_interrupted_by_the_user(server: Loopback, tmp_path: Path) -> None:
     table, flags = tables(tmp_path / "true", server, "coco")
@@ -235,9 +241,8 @@ def test_interrupted_by_the_user(server: Loopback, tmp_path: Path) -> None:
     while not any(path == "/coco/train2017.zip" for path, _ in server.requests) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and errors.strip().splitlines() == [
-        "stopped; what has arrived is kept, the same command goes on from there"]
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130 and len(errors.strip().splitlines()) == 1, errors
 
 
 # --- Without a download ----------------------------------------------------------------------------------------------
@@ -246,8 +251,8 @@ def test_interrupted_by_the_user(server: Loopback, tmp_path: Path) -> None:
 def test_sets_without_a_download(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--datasets", "synthetic", "manifest", "--data-root", str(tmp_path)) == 0
     output = capsys.readouterr().out
-    assert "synthetic: drawn while training; there is nothing to download" in output
-    assert "manifest: your own files, listed in data.manifest; there is nothing to download" in output
+    assert {name: state for name, (state, _) in rows(output).items()} == {"synthetic": "done", "manifest": "done"}
+    assert "data.manifest" in output
 
 
 def test_dry_run_names_all_and_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str],
@@ -257,48 +262,47 @@ def test_dry_run_names_all_and_touches_nothing(tmp_path: Path, capsys: pytest.Ca
     assert run("--datasets", "all", "stamps", "synthetic", "--data-root", str(root), "--dry-run") == 0
     output = capsys.readouterr().out
     assert not root.exists() and "s3cr3t" not in output
-    for text in ("train2017.zip: 19.34 GB, to fetch", "https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip",
-                 "test-00000-of-00041.parquet and 40 more like it", "key=***&file=vox1_dev_wav_partad",
-                 "apt:tuxpaint-stamps-default=2022.06.04-1", "licence: GPL-2"):
+    for text in ("train2017.zip: 19.34 GB", "https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip",
+                 "test-00000-of-00041.parquet", "key=***&file=vox1_dev_wav_partad",
+                 "apt:tuxpaint-stamps-default=2022.06.04-1", "GPL-2"):
         assert text in output
-    assert len(re.findall(r"space needed: [\d.,]+ GB, free: [\d.,]+ GB", output)) == 5
+    assert "test-00001-of-00041.parquet" not in output, "one shard stands for all of its folder"
+    plans = re.split(r"^(?=\w+: )", output, flags=re.MULTILINE)[1:]
+    sizes = {plan.partition(":")[0]: len(re.findall(r"[\d.,]+ [GM]B", plan.splitlines()[-1])) for plan in plans}
+    assert sizes == {**dict.fromkeys(SOURCES, 3), "synthetic": 0}, "to fetch, needed and free"
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--datasets", "cocoo"], "--datasets: 'cocoo' is unknown; did you mean 'coco'?"),
-    (["--datasets", "imagenet"], "known: all, coco, clotho, audiocaps, voxceleb, stamps, synthetic, manifest"),
-    ([], "required: --datasets"), (["--dataset", "coco"], "required: --datasets"),
-    (["--datasets", "coco", "--nonsense"], "--nonsense"),
-    (["--datasets", "coco", "--mirror", "h"], "--mirror: 'h' is unknown"),
-    (["--datasets", "coco", "--base-url", "clotho=http://x"], "--base-url clotho=http://x: expected NAME=..."),
-    (["--datasets", "coco", "--base-url", "coco=ftp://x"], "an address is http:// or https://, a host"),
-    (["--datasets", "coco", "--base-url", "coco=http://[bad"], "an address is http:// or https://, a host"),
-    (["--datasets", "coco", "--base-url", "coco=http://x:99999"], "an address is http:// or https://, a host"),
-    (["--datasets", "coco", "--base-url", "coco=http:///x"], "an address is http:// or https://, a host"),
-    (["--datasets", "coco", "--sample", "5.5"], "--sample 5.5: expected a whole number above 0"),
-    (["--datasets", "coco", "clotho", "--local", "/tmp"], "--local /tmp: which set is it?"),
-    (["--datasets", "voxceleb", "--local", "/no/such"], "--local voxceleb=/no/such: no such file or folder"),
-    (["--datasets", "coco", "--also", "coco:2041"], "--also: 'coco:2041' is unknown; did you mean 'coco:20"),
-    (["--datasets", "stamps", "--local", __file__], "is another release than those that were verified"),
-    (["--datasets", "voxceleb"], "ask for a personal key at https://cn01.mmai.io/keyreq/voxceleb"),
+@pytest.mark.parametrize(("words", "named"), [
+    (["--datasets", "cocoo"], ("--datasets", "cocoo", "coco")),
+    (["--datasets", "imagenet"], ("--datasets", "imagenet", "all", *SOURCES, "synthetic", "manifest")),
+    ([], ("--datasets",)), (["--dataset", "coco"], ("--datasets",)),
+    (["--datasets", "coco", "--nonsense"], ("--nonsense",)),
+    (["--datasets", "coco", "--mirror", "h"], ("--mirror", "h")),
+    (["--datasets", "coco", "--base-url", "clotho=http://x"], ("--base-url", "clotho=http://x", "NAME", "coco")),
+    *((["--datasets", "coco", "--base-url", f"coco={url}"], ("--base-url", f"coco={url}"))
+      for url in ("ftp://x", "http://[bad", "http://x:99999", "http:///x")),
+    (["--datasets", "coco", "--sample", "5.5"], ("--sample", "5.5")),
+    (["--datasets", "coco", "clotho", "--local", "/tmp"], ("--local", "/tmp", "NAME=/tmp")),
+    (["--datasets", "voxceleb", "--local", "/no/such"], ("--local", "voxceleb=/no/such")),
+    (["--datasets", "coco", "--also", "coco:2041"], ("--also", "coco:2041", "coco:2017")),
+    (["--datasets", "stamps", "--local", __file__], ("stamps", __file__, SOURCES["stamps"].items[0].files[0].sha256)),
+    (["--datasets", "voxceleb"], ("voxceleb", "VOXCELEB_KEY", "https://cn01.mmai.io/keyreq/voxceleb")),
 ])
-def test_mistakes_of_the_user_are_one_line_and_2(tmp_path: Path, words: list[str], said: str,
+def test_mistakes_of_the_user_are_one_line_and_2(tmp_path: Path, words: list[str], named: tuple[str, ...],
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words, "--data-root", str(tmp_path)) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: ") and said in errors[0]
+    assert_told(capsys.readouterr().err, *named)
 
 
 def test_a_folder_without_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--datasets", "coco", "--data-root", "") == 2
-    assert capsys.readouterr().err.startswith("error: argument --data-root: is empty; name a path ('.' is the folder ")
+    assert_told(capsys.readouterr().err, "--data-root")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run("--datasets", "coco", "--data-root", str(tmp_path / "file/data")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "file/data: cannot be written (Not a directory)" in line
+    assert_told(capsys.readouterr().err, "--data-root", tmp_path / "file/data")
 
 
 def test_a_disk_that_fails_while_one_looks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -308,7 +312,7 @@ def test_a_disk_that_fails_while_one_looks_is_one_line(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("verification.parts", fail)
     assert run("--datasets", "coco", "--data-root", str(tmp_path), "--status") == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/list.csv: Permission denied\n"
+    assert_told(capsys.readouterr().err, tmp_path / "list.csv")
 
 
 def test_key_comes_from_the_environment_only(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from tests.loopback import Loopback
 from transfer import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 SMALL = ["model.size=nano", f"model.word_embeddings=file:{ROOT / 'tests/words.json'}", "model.vocab_size=1",
          "model.image_size=32", "model.context_length=12", "model.embed_dim=8", "data.workers=0",
          "data.audio_max_s=0.5"]

@@ -19,7 +19,7 @@ from tests import miniature, trees
 from tests.loopback import Loopback
 from transfer import Policy, TransferError, Wanted
 
-QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 DATA = random.Random(3).randbytes(3 * BLOCK_BYTES + 1000)
 
 

@@ -12,6 +12,7 @@ import pytest
 import tar_stream
 from members import ArchiveError
 from tests import packing
+from tests.refusals import refused
 
 LARGE = 40_000_000  # bytes of what an attack makes the library read; 40 KB when packed
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -98,7 +99,7 @@ def test_headers_are_bounded(attack: str) -> None:
     assert len(data) < 400_000
     tracemalloc.start()
     try:
-        with pytest.raises(ArchiveError, match="headers beyond all measure"):
+        with refused(error=ArchiveError):
             contents(data)
         assert tracemalloc.get_traced_memory()[1] < 3_000_000
     finally:
@@ -108,9 +109,9 @@ def test_headers_are_bounded(attack: str) -> None:
 def test_headers_without_sense_are_damage() -> None:
     facts = filled(b"".join(record(f"GNU.sparse.{key}", value) for key, value in (
         ("major", "1"), ("minor", "0"), ("name", "x"), ("realsize", "1"))))
-    with pytest.raises(ArchiveError, match=r"is not a readable tar archive \(ValueError\)"):
+    with refused("ValueError", error=ArchiveError):
         contents(packed([header(b"x", len(facts)), facts, header(b"0", 1024), b"x" * 1024, bytes(1024)]))
-    with pytest.raises(ArchiveError, match=r"is not a readable tar archive \(IndexError\)"):
+    with refused("IndexError", error=ArchiveError):
         contents(packed([next(sparse_of_gnu())]))
 
 

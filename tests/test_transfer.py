@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -20,9 +19,9 @@ import pytest
 
 import answers
 import transfer
-from config import UserError
 from progress import Progress
 from tests.loopback import Loopback, http_date
+from tests.refusals import assert_names, refused
 from transfer import Fetched, Policy, TransferError, Wanted, fetch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +41,7 @@ class Patience:
 
     def __init__(self, **settings: Any) -> None:
         self.slept_s: list[float] = []
-        self.policy = Policy(sleep=self.slept_s.append, read_timeout_s=5, **settings)
+        self.policy = Policy(sleep=self.slept_s.append, **settings)
 
 
 def wanted(folder: Path, *urls: str, **settings: Any) -> Wanted:
@@ -116,7 +115,7 @@ def test_every_cut_that_brings_bytes_earns_new_patience(server: Loopback, tmp_pa
 
 def test_a_second_run_goes_on_from_the_part(server: Loopback, tmp_path: Path) -> None:
     server.faults["/a.bin"] = [f"cut:{2 * CHUNK}", "cut:0"]
-    with pytest.raises(TransferError, match="cut the connection"):
+    with refused("a.bin", error=TransferError):
         get(wanted(tmp_path, server.url("/a.bin")), failures=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin.part", "a.bin.part.json"]
     get(wanted(tmp_path, server.url("/a.bin")))
@@ -212,15 +211,16 @@ def test_416_for_a_complete_part_of_unknown_size_ends_well(server: Loopback, tmp
     assert only_file(tmp_path) == DATA
 
 
+@pytest.mark.timed
 def test_killed_in_mid_transfer_then_run_again(server: Loopback, tmp_path: Path) -> None:
     server.faults["/a.bin"] = [f"stall:{3 * CHUNK}"]
     code = (f"import transfer, pathlib; transfer.fetch(transfer.Wanted(path=pathlib.Path({str(tmp_path / 'a.bin')!r}), "
             f"urls=({server.url('/a.bin')!r},), size={len(DATA)}, sha256={SHA256!r}))")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    part, deadline = tmp_path / "a.bin.part", time.monotonic() + 30
-    while not (part.exists() and part.stat().st_size >= 2 * CHUNK) and time.monotonic() < deadline:
+    part = tmp_path / "a.bin.part"
+    while not (part.exists() and part.stat().st_size >= 2 * CHUNK) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (tmp_path / "a.bin").exists()
     get(wanted(tmp_path, server.url("/a.bin")))
@@ -232,12 +232,13 @@ def test_killed_in_mid_transfer_then_run_again(server: Loopback, tmp_path: Path)
 
 
 def test_429_waits_as_long_as_the_server_asks(server: Loopback, tmp_path: Path) -> None:
-    server.faults["/a.bin"] = ["retry:7", f"retry:{http_date(120)}"]
+    server.faults["/a.bin"] = ["retry:7", f"retry:{http_date(500)}"]
     patience = Patience()
+    begin_s = time.time()
     fetch(wanted(tmp_path, server.url("/a.bin")), patience.policy)
     assert only_file(tmp_path) == DATA
     first, second = patience.slept_s
-    assert first == 7 and 100 < second <= 120
+    assert first == 7 and 498 - (time.time() - begin_s) <= second <= 500, "whole seconds of what is left"
 
 
 def test_too_long_a_wait_goes_to_the_next_server(server: Loopback, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_errors_of_the_server_are_retried_with_growing_pauses(server: Loopback, 
 
 def test_it_gives_up_in_the_end(server: Loopback, tmp_path: Path) -> None:
     server.faults["/a.bin"] = ["503"] * 99
-    with pytest.raises(TransferError, match=r"answered 503 \(3 tries\)"):
+    with refused("a.bin", 503, 3, error=TransferError):
         get(wanted(tmp_path, server.url("/a.bin")), failures=2)
     assert len(server.requests) == 3
 
@@ -271,17 +272,18 @@ def test_a_clear_no_goes_to_the_next_server_at_once(server: Loopback, tmp_path: 
 
 
 def test_a_host_that_is_not_there_is_not_asked_for_its_other_address(tmp_path: Path) -> None:
-    with pytest.raises(TransferError, match=r"^a\.bin: 127\.0\.0\.1:9 cannot be reached \(3 tries\)$"):
+    with refused("a.bin", "127.0.0.1:9", 3, error=TransferError) as caught:
         get(wanted(tmp_path, "http://127.0.0.1:9/a.bin", "http://127.0.0.1:9/b.bin"))
+    assert str(caught.value).count("127.0.0.1:9") == 1
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.bin"
     patience = Patience()
-    with pytest.raises(TransferError, match=r"^a\.bin: 127\.0\.0\.1:\d+ cannot be reached \(3 tries\)$"):
-        fetch(wanted(tmp_path, url), patience.policy)
+    with socket.socket() as bound:  # and nobody else can be: it never listens
+        bound.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{bound.getsockname()[1]}"
+        with refused("a.bin", host, 3, error=TransferError):
+            fetch(wanted(tmp_path, f"http://{host}/a.bin"), patience.policy)
     assert len(patience.slept_s) == 2
 
 
@@ -291,7 +293,7 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fault", "size"), [("page", 0), ("page", len(DATA)), ("sly-page", 0)])
 def test_a_web_page_is_not_the_file(server: Loopback, tmp_path: Path, fault: str, size: int) -> None:
     server.faults["/a.bin"] = [fault]
-    with pytest.raises(TransferError, match="answered with a web page instead of the file"):
+    with refused("a.bin", error=TransferError):
         get(wanted(tmp_path, server.url("/a.bin"), sha256="", size=size))
     assert not (tmp_path / "a.bin").exists()
 
@@ -318,24 +320,23 @@ def test_a_wrong_digest_is_tried_once_more(server: Loopback, tmp_path: Path) -> 
 
 def test_a_wrong_digest_that_stays_is_an_error_with_both(server: Loopback, tmp_path: Path) -> None:
     server.faults["/a.bin"] = ["other"] * 9
-    with pytest.raises(TransferError) as error:
+    with refused("a.bin", SHA256, hashlib.sha256(bytes(len(DATA))).hexdigest(), error=TransferError):
         get(wanted(tmp_path, server.url("/a.bin")))
-    assert SHA256 in str(error.value) and hashlib.sha256(bytes(len(DATA))).hexdigest() in str(error.value)
     assert len(server.requests) == 2 and not (tmp_path / "a.bin").exists()
 
 
-@pytest.mark.parametrize(("fault", "why"), [("more", "sent more than the 300,000 bytes"),
-                                            ("gzip", "sends the file encoded")])
-def test_other_bytes_than_asked_for_are_refused(server: Loopback, tmp_path: Path, fault: str, why: str) -> None:
+@pytest.mark.parametrize(("fault", "named"), [("more", ("300,000",)), ("gzip", ())])
+def test_other_bytes_than_asked_for_are_refused(server: Loopback, tmp_path: Path, fault: str,
+                                                named: tuple[str, ...]) -> None:
     server.faults["/a.bin"] = [fault] * 9
-    with pytest.raises(TransferError, match=why):
+    with refused("a.bin", *named, error=TransferError):
         get(wanted(tmp_path, server.url("/a.bin")))
     get(wanted(tmp_path, server.url("/a.bin"), server.url("/b.bin")))
     assert only_file(tmp_path) == DATA and server.requests[-1][0] == "/b.bin"
 
 
 def test_another_size_than_published_is_not_even_fetched(server: Loopback, tmp_path: Path) -> None:
-    with pytest.raises(TransferError, match="offers 300,000 bytes instead of 300,001"):
+    with refused("a.bin", "300,000", "300,001", error=TransferError):
         get(wanted(tmp_path, server.url("/a.bin"), size=len(DATA) + 1))
     assert not list(tmp_path.iterdir())
 
@@ -349,7 +350,7 @@ def test_a_redirect_to_another_host_is_followed_and_its_digest_checked(server: L
     assert get(unknown).checked == f"sha256:{SHA256}"  # the digest that the redirecting answer announced
     (tmp_path / "a.bin").unlink()
     server.files["/b.bin"] = bytes(len(DATA))
-    with pytest.raises(TransferError, match="digest"):
+    with refused("a.bin", SHA256, error=TransferError):
         get(unknown)
 
 
@@ -386,14 +387,14 @@ def test_a_full_disk_is_the_users_to_mend(server: Loopback, tmp_path: Path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match=f"{tmp_path}: the disk is full; what has arrived is kept"):
+    with refused(tmp_path):
         get(wanted(tmp_path, server.url("/a.bin")))
     assert (tmp_path / "a.bin.part").stat().st_size == len(DATA)
 
 
 def test_a_folder_in_the_way_is_named(server: Loopback, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file"):
+    with refused(tmp_path / "file"):
         get(Wanted(path=tmp_path / "file" / "a.bin", urls=(server.url("/a.bin"),)))
 
 
@@ -408,6 +409,7 @@ def test_of_several_that_want_a_file_one_fetches_it(server: Loopback, tmp_path: 
     assert only_file(tmp_path) == DATA
 
 
+@pytest.mark.timed
 def test_another_process_is_waited_for_and_the_wait_is_told_once(server: Loopback, tmp_path: Path) -> None:
     code = ("import files, pathlib, sys\n"
             f"with files.locked(pathlib.Path({str(tmp_path / 'a.bin')!r})):\n"
@@ -427,7 +429,8 @@ def test_another_process_is_waited_for_and_the_wait_is_told_once(server: Loopbac
         assert process.stdout and process.stdout.readline() == "held\n"
         get(wanted(tmp_path, server.url("/a.bin")), progress=Listening())
         assert process.wait() == 0
-    assert told == ["a.bin: another process is fetching it; waiting for that"]
+    (line,) = told
+    assert_names(line, "a.bin")
     assert only_file(tmp_path) == DATA
 
 
@@ -439,9 +442,11 @@ def test_the_lock_of_a_killed_process_is_no_obstacle(server: Loopback, tmp_path:
 
 def test_a_pause_ends_when_the_transfer_is_stopped() -> None:
     policy = Policy()
-    threading.Timer(0.05, policy.stop.set).start()
+    stopping = threading.Timer(0.05, policy.stop.set)
+    stopping.start()
     with pytest.raises(transfer.Stopped):
         policy.pause(600)
+    stopping.join()
 
 
 def test_a_disk_without_locks_is_no_obstacle(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from tests.loopback import Loopback
 from transfer import Policy
 from verification import parts, problem_of, verify
 
-QUICK = Policy(failures=1, failures_to_connect=0, read_timeout_s=5, sleep=lambda seconds: None)
+QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 
 
 @pytest.fixture

@@ -238,8 +238,8 @@ def _value_problems(flag: str, value: str) -> list[str]:
     if flag == "" and not placeholder and not value.endswith(".pt"):
         try:
             load_config(None, [value])
-        except ConfigError as error:
-            return [str(error)]
+        except ConfigError:
+            return [f"no setting {value}"]
     allowed = {"--datasets": {*DATASETS, "all"}, "--model-size": SIZES, "--config": project_files()}.get(flag)
     foreign = allowed is None or placeholder or (flag == "--config" and not value.startswith("recipes/"))
     return [] if foreign or value in (allowed or ()) else [f"{flag} takes no {value}"]
@@ -258,11 +258,11 @@ def test_commands_are_real(readme: Path) -> None:
     ("```bash\nA=1 bash \\\n  ghost.sh  # x\n```", ["no such file: ghost.sh"]),
     ("`./run_all.sh --datasets coco clohto --demo`", ["--datasets takes no clohto"]),
     ("`./run_all.sh --model-size huge`", ["--model-size takes no huge"]),
-    ("`python run_training.py training.epochs=0`", ["training.epochs: 0 is below 1"]),
+    ("`python run_training.py training.epochs=0`", ["no setting training.epochs=0"]),
     ("`python run_training.py --config recipes/ghost.yaml`", ["--config takes no recipes/ghost.yaml"]),
     ("`bash setup_environment.sh --dev && ./run_all.sh --lr 1e-3 --datasets coco model.size=tiny`", []),
     ("`python run_training.py --resume PATH --model-size SIZE section.key=value`",
-     ["section: unknown key. Known: model, training, stages, data, memory, evaluation, report, paths."])])
+     ["no setting section.key=value"])])
 def test_command_gate_can_fail(text: str, problems: list[str]) -> None:
     assert [problem for words in commands(text) for problem in command_problems(words)] == problems
 

@@ -4,9 +4,12 @@ are stand-ins that the tests write: what they say about each video is what the r
 import csv
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ from config import config_from_dict
 from sources import SOURCES, Source
 from tests import miniature, trees
 from tests.loopback import Loopback
+from tests.refusals import assert_told
 from transfer import Policy
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
@@ -36,21 +40,20 @@ SAID = {
     "network": "ERROR: unable to download webpage: timed out",
 }
 
-# The plan says by video what happens: "ok", "silent", or one of SAID. Every call is a line of the log.
-TOOL = """#!{python}
-import json, pathlib, shutil, sys
-here = pathlib.Path(__file__).parent
-url, template = sys.argv[-1], sys.argv[sys.argv.index("--output") + 1]
-assert sys.argv[-2] == "--" and "--ignore-config" in sys.argv and template.endswith(".%(ext)s")
-video = url.removeprefix("https://www.youtube.com/watch?v=")
-with (here / "log").open("a") as log:
-    log.write(json.dumps([video, sys.argv[sys.argv.index("--download-sections") + 1],
-                          "--cookies" in sys.argv]) + "\\n")
-what = json.loads((here / "plan").read_text()).get(video, "ok")
-if what in ("ok", "silent"):
-    shutil.copy(here / (what + ".flac"), template.replace("%(ext)s", "flac").replace("%%", "%"))
-else:
-    sys.exit(json.loads((here / "said").read_text())[what])
+# plan/VIDEO says what happens: "ok", which it is without a plan, "silent", or one of SAID. Calls are lines of the log.
+TOOL = r"""#!/bin/sh
+here=${0%/*} cookies=false
+for word; do
+    case $before in --output) template=$word ;; --download-sections) span=$word ;; esac
+    case $word in --cookies) cookies=true ;; --ignore-config) ignores=yes ;; esac
+    last=$before before=$word
+done
+[ "$last" = -- ] && [ "$ignores" = yes ] && [ "${template%'.%(ext)s'}" != "$template" ] || exit 9
+video=${word#'https://www.youtube.com/watch?v='}
+path=$(printf '%s' "${template%'.%(ext)s'}" | sed 's/%%/%/g').flac
+printf '["%s", "%s", %s, "%s"]\n' "$video" "$span" $cookies "${path%/*}" >> "$here/log"
+what=$(cat "$here/plan/$video" 2>/dev/null || echo ok)
+case $what in ok|silent) cp "$here/$what.flac" "$path" ;; *) cat "$here/said/$what" >&2; exit 1 ;; esac
 """
 VIDEOS = {split: [video for video, _, _ in found] for split, found in trees.AUDIOCAPS.items()}
 
@@ -59,20 +62,29 @@ class YouTube:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir()
-        for name, text in (("yt-dlp", TOOL.format(python=sys.executable)), ("ffmpeg", "#!/bin/sh\n")):
+        for name, text in (("yt-dlp", TOOL), ("ffmpeg", "#!/bin/sh\n")):
             (folder / name).write_text(text, "utf-8")
             (folder / name).chmod(0o755)
-        (folder / "said").write_text(json.dumps(SAID), "utf-8")
+        (folder / "said").mkdir()
+        for what, text in SAID.items():
+            (folder / "said" / what).write_text(text, "utf-8")
         trees.sound(folder / "ok.flac", trees.tone(0.5))
         trees.sound(folder / "silent.flac", trees.tone(0))
         self.plan({})
 
     def plan(self, plan: dict[str, str]) -> None:
-        (self.folder / "plan").write_text(json.dumps(plan), "utf-8")
+        shutil.rmtree(self.folder / "plan", ignore_errors=True)
+        (self.folder / "plan").mkdir()
+        for video, what in plan.items():
+            (self.folder / "plan" / video).write_text(what, "utf-8")
         (self.folder / "log").write_text("", "utf-8")
 
-    def asked(self) -> list[list[object]]:
+    def calls(self) -> list[list[Any]]:
+        """[video, span, whether there were cookies, folder to write to] of each."""
         return [json.loads(line) for line in (self.folder / "log").read_text("utf-8").splitlines()]
+
+    def asked(self) -> list[list[Any]]:
+        return [call[:3] for call in self.calls()]
 
 
 @pytest.fixture
@@ -106,6 +118,11 @@ def ledger(folder: Path) -> dict[str, str]:
     return {clip.rpartition("_")[0]: status for clip, (status, _, _) in found.items()}
 
 
+def there(folder: Path) -> dict[str, int]:
+    """Clips on the disk."""
+    return {split: len(list((folder / "data/audiocaps" / split).glob("*"))) for split in VIDEOS}
+
+
 def test_every_clip_has_its_status_and_a_rerun_tries_only_what_may_come(
         youtube: YouTube, server: Loopback, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = dict(zip(VIDEOS["train"], ("private", "removed", "geo", "age", "rate", "silent", "ok", "network"),
@@ -117,14 +134,14 @@ def test_every_clip_has_its_status_and_a_rerun_tries_only_what_may_come(
     assert {ledger(tmp_path)[video] for video in VIDEOS["val"] + VIDEOS["test"]} == {"ok"}
     assert len(youtube.asked()) == 13 and ["-0a1B2c3D4e", "*30-40", False] in youtube.asked()
     output = capsys.readouterr()
-    assert "train 1 of 8, val 2, test 3" in output.out and "--sounds youtube" in output.out, "the next command"
-    assert "private 1" in output.err and "youtube.csv" in output.err
+    assert there(tmp_path) == {"train": 1, "val": 2, "test": 3} and "--sounds youtube" in output.out, "the next command"
+    assert "private" in output.err and "youtube.csv" in output.err
 
     youtube.plan({})
     assert run(tmp_path, server, "--skip-existing") == 3
     assert {video for video, _, _ in youtube.asked()} == {
         v for v, w in plan.items() if w in ("rate", "silent", "network")}
-    assert "train 4 of 8" in capsys.readouterr().out
+    assert there(tmp_path)["train"] == 4
     youtube.plan({})
     (tmp_path / "cookies.txt").touch()
     assert run(tmp_path, server, "--cookies", str(tmp_path / "cookies.txt")) == 3
@@ -144,18 +161,11 @@ def test_clips_that_the_mirror_brought_are_not_asked_for(youtube: YouTube, serve
     assert [video for video, _, _ in youtube.asked()] == VIDEOS["val"][1:]
 
 
-def test_each_process_has_a_place_of_its_own_for_what_is_not_whole(youtube: YouTube, server: Loopback, tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_a_place_of_its_own_for_what_is_not_whole(youtube: YouTube, server: Loopback,
+                                                                   tmp_path: Path) -> None:
     """A tool that outlives a killed process writes where nobody looks."""
-    looked_at: list[Path] = []
-
-    def look(path: Path) -> bool:
-        looked_at.append(path)
-        return True
-
-    monkeypatch.setattr(clips, "_has_sound", look)
     assert run(tmp_path, server, "--splits", "val") == 0
-    assert {path.parent for path in looked_at} == {tmp_path / "data/audiocaps/.clips" / str(os.getpid())}
+    assert {place for *_, place in youtube.calls()} == {str(tmp_path / "data/audiocaps/.clips" / str(os.getpid()))}
 
 
 def test_a_bot_check_ends_the_run_early_and_says_what_to_do(
@@ -164,7 +174,7 @@ def test_a_bot_check_ends_the_run_early_and_says_what_to_do(
     monkeypatch.setitem(clips.MOST_IN_A_ROW, "bot", 4)
     youtube.plan(dict.fromkeys(VIDEOS["train"], "bot"))
     assert run(tmp_path, server) == 2
-    assert "--cookies FILE" in capsys.readouterr().err
+    assert "--cookies" in capsys.readouterr().err
     assert len([video for video, _, _ in youtube.asked() if video in VIDEOS["train"]]) <= 5
     assert sum(status == "ok" for status in ledger(tmp_path).values()) == 5, "what came before is kept"
 
@@ -181,10 +191,9 @@ def test_a_request_to_slow_down_is_heeded_and_then_ends_the_run(
 def test_a_sample_is_as_many_clips_of_each_split(youtube: YouTube, server: Loopback, tmp_path: Path) -> None:
     youtube.plan({VIDEOS["train"][0]: "removed"})
     assert run(tmp_path, server, "--sample", "2") == 0
-    there = {split: len(list((tmp_path / "data/audiocaps" / split).iterdir())) for split in ("train", "val", "test")}
-    assert there == {"train": 1, "val": 2, "test": 2}
+    assert there(tmp_path) == {"train": 1, "val": 2, "test": 2}
     assert run(tmp_path, server, "--sample", "2") == 0
-    assert len(list((tmp_path / "data/audiocaps/train").iterdir())) == 2
+    assert there(tmp_path)["train"] == 2
 
 
 @pytest.mark.parametrize("before", [["--splits", "val"], ["--sample", "1"], ["--sounds", "mirror"]], ids=" ".join)
@@ -221,7 +230,8 @@ def test_clips_of_the_second_version_are_tried_as_well(youtube: YouTube, server:
     assert get(source, tmp_path, server, "--splits", "train") == 3
     assert ["newclip0001", "*30-40", False] in youtube.asked() and len(youtube.asked()) == 9
     assert ledger(tmp_path)["newclip0001"] == "removed"
-    assert "train 8, further train named in dataset2.0/train.csv 0 of 1" in capsys.readouterr().out
+    assert there(tmp_path)["train"] == 8
+    assert re.search(r"dataset2\.0/train\.csv\D+0\D+1$", capsys.readouterr().out, re.MULTILINE)
     youtube.plan({})
     assert get(source, tmp_path, server, "--splits", "train") == 3 and youtube.asked() == []
     (tmp_path / "data/audiocaps/youtube.csv").unlink()
@@ -245,11 +255,12 @@ def test_a_row_that_was_cut_is_no_row(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "yt_dlp", None)
     assert run(tmp_path, server) == 2
-    assert "needs the optional program yt-dlp; run: pip install yt-dlp" in capsys.readouterr().err
+    assert_told(capsys.readouterr().err, "audiocaps", "--sounds", "pip install yt-dlp")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/yt-dlp").write_text("#!/bin/sh\n")
     (tmp_path / "bin/yt-dlp").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert run(tmp_path, server) == 2
-    assert "ffmpeg, which is not on PATH" in capsys.readouterr().err
+    assert_told(capsys.readouterr().err, "audiocaps", "--sounds", "ffmpeg", "PATH")

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import budget
-import memory
 from budget import Limits, OverBudget, Plan, plan_fit
-from config import UserError
 from footprint import TAGS, OverLimit, Usage, tracing
 from memory import CONTEXT_GIB, GIB, Fit, MicroBatch
+from tests.refusals import assert_names, refused
+from tests.test_memory import KNOBS
 
 UPPER = {"image": 4096, "audio": 1024, "text": 4096}
 SAMPLE_BYTES = {"image": 20 << 20, "audio": 10 << 20, "text": 1 << 20}
@@ -127,10 +127,13 @@ def test_small_parts_are_recomputed_for_larger_ones_and_no_others(room: int, eve
 
 
 def test_parts_are_equal() -> None:
-    assert [budget._equal_part(size, 32) for size in (1, 7, 11, 15, 16, 31, 32, 99)] == [1, 7, 11, 11, 16, 16, 32, 32]
+    def part_of(size: int, upper: int) -> int:
+        return planned(62, {"text": upper}, pinned=size).micro_batch["text"]
+
+    assert [part_of(size, 32) for size in (1, 7, 11, 15, 16, 31, 32, 99)] == [1, 7, 11, 11, 16, 16, 32, 32]
     for upper in range(1, 60):
         for size in range(1, upper + 1):
-            part = budget._equal_part(size, upper)
+            part = part_of(size, upper)
             assert part <= size and -(-upper // part) == -(-upper // size)
             assert part == 1 or -(-upper // (part - 1)) > -(-upper // size), "no smaller one has as few parts"
 
@@ -139,7 +142,7 @@ def test_a_size_of_the_users_own_is_not_searched_for() -> None:
     step = Step(UPPER)
     plan = plan_fit(step, UPPER, gib(20), pinned=64)
     assert plan.micro_batch == {"image": 64, "audio": 64, "text": 64} and step.runs == 2
-    with pytest.raises(OverBudget, match="at micro-batch image 1024, audio 1024, text 1024 a step takes"):
+    with refused("memory.budget_gb", "image 1024", "audio 1024", "text 1024", error=OverBudget):
         planned(18, pinned=1024, **NEVER)
     assert planned(18, pinned=1024).recompute["image"] > 0
 
@@ -161,11 +164,10 @@ def test_where_whole_steps_take_more_than_gradients_the_search_goes_on_with_less
 
 
 def test_a_budget_below_the_smallest_step_names_the_figures_and_the_knobs() -> None:
-    with pytest.raises(UserError) as caught:
+    """Of 1.5 GiB, 0.64 are for tensors; the smallest step takes 1.02."""
+    with refused("memory.budget_gb", "1.5 GiB", "0.64", "image 1", "audio 1", "text 1", "1.02", "parameters 1.00",
+                 "activations 0.02", *KNOBS):
         planned(1.5, **NEVER)
-    assert str(caught.value) == (
-        "memory.budget_gb: of 1.5 GiB, 0.64 are for tensors, but at micro-batch image 1, audio 1, text 1 a step takes "
-        f"1.02 (parameters 1.00, activations 0.02); {memory.KNOBS}")
 
 
 def test_a_real_step_is_planned_by_running_it() -> None:
@@ -244,4 +246,4 @@ def test_the_table_of_plans_is_aligned() -> None:
     assert cells[7:10] == [f"{plan.peak_bytes / GIB:.2f}", f"{plan.allowance_bytes / GIB:.2f}", "20.00"]
     assert lines[1].endswith(", ".join(f"{t} {n} ({UPPER[t]})" for t, n in plan.micro_batch.items()))
     assert lines[2].endswith("image 500 (500) /2, audio 500 (500) /4, text 500 (500) /2")
-    assert "0.8 GiB of context on cuda" in lines[3] and "on cpu" in lines[3]
+    assert_names(lines[3], "0.8", "cuda", "1.0", "cpu")

@@ -89,11 +89,12 @@ class Workers:
     say: Callable[[str], None]
     given_up: dict[int, str] = field(default_factory=dict)
     finish: Callable[[Any], Any] | None = None
+    clock: Callable[[], float] = time.monotonic  # seconds
 
     def __iter__(self) -> Generator[Any, None, None]:
         self._deaths: dict[int, list[int]] = {}
         self._dropped: dict[int, int] = {}
-        team = Team(self.work, self.jobs, self.count, self.timeout_s, self.finish)
+        team = Team(self.work, self.jobs, self.count, self.timeout_s, self.finish, self.clock)
         try:
             if team.shortage:
                 self.say(f"data: reading processes: {team.shortage}; data.workers asks for {self.count}")
@@ -167,8 +168,8 @@ class Team:
     """The processes: hands out jobs, takes in results, replaces who is lost."""
 
     def __init__(self, work: Work, jobs: Sequence[int], count: int, timeout_s: float,
-                 finish: Callable[[Any], Any] | None):
-        self.work, self.timeout_s = work, timeout_s or math.inf
+                 finish: Callable[[Any], Any] | None, clock: Callable[[], float]):
+        self.work, self.timeout_s, self.clock = work, timeout_s or math.inf, clock
         self.tick_s = min(TICK_S, timeout_s / 4) if timeout_s else None
         self.waiting = list(jobs)  # a heap: what was lost comes first again
         self.found: dict[int, concurrent.futures.Future[Any]] = {}
@@ -225,11 +226,11 @@ class Team:
 
     def _look(self, patience_s: float | None) -> list[Loss]:
         """Take in what has come, waiting for something to come if need be; who was lost."""
-        start_s = time.monotonic()
+        start_s = self.clock()
         links = {member.link: member for member in self.members}
         ready = wait(list(links), patience_s)
         losses = [loss for link in ready if (loss := self._receive(links[link]))]  # type: ignore[index]
-        waited_s = time.monotonic() - start_s
+        waited_s = self.clock() - start_s
         if self.tick_s is not None:
             waited_s = min(waited_s, 2 * self.tick_s)  # a run that was stopped and goes on has not waited
             losses += [self._replace(member, hung=True) for member in list(self.members)

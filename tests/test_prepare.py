@@ -232,9 +232,9 @@ def fill(folder: Path, name: str) -> None:
     sys.stdout = (folder / f"{name}.out").open("w", encoding="utf-8")
     original = prepare.decode
 
-    def held(*given: Any) -> np.ndarray:
+    def held(kind: prepare.Kind, item: prepare.Item, side: int) -> np.ndarray:
         wait_for(lambda: not entries(folder) or not (folder / "hold").exists())
-        return original(*given)
+        return original(kind, item, side)
 
     prepare.decode = held
     rows = SampleTable.pack(sample(str(i), image=folder / "data" / "set" / f"{i}.png") for i in range(MANY))

@@ -1,12 +1,14 @@
 """Processes that work ahead: results in order, and what becomes of those that die, hang or fail."""
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-import workers
-from config import UserError
-from tests.test_prepare import children_of, is_alive, wait_for
-from workers import NOWHERE, Workers
+from tests.refusals import assert_names, refused
+from tests.test_prepare import FORK, children_of, is_alive, wait_for
+from workers import NOWHERE, STARTING_S, Member, Workers
 
+pytestmark = pytest.mark.timed
 ROOT = Path(__file__).resolve().parent.parent
 
 Begin = Callable[[int], None]
@@ -59,10 +61,10 @@ def once(tmp_path: Path) -> Callable[[str], bool]:
 @pytest.mark.parametrize("count", [1, 3])
 def test_results_come_in_the_order_of_their_jobs(count: int) -> None:
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
-        time.sleep(0.05 if job % 3 == 0 else 0)  # the first of three is the last to be done
+        time.sleep(0.03 if job % 3 == 0 else 0)  # the first of three is the last to be done
         return job
 
-    assert list(results(work, 20, count)) == list(range(20))
+    assert list(results(work, 9, count)) == list(range(9))
 
 
 def test_arrays_and_tensors_arrive_as_they_were_and_are_ours_to_change() -> None:
@@ -103,31 +105,26 @@ def test_processes_run_a_bounded_number_of_jobs_ahead(tmp_path: Path) -> None:
 
 
 def test_a_result_is_finished_ahead_of_its_turn(tmp_path: Path) -> None:
+    """Job 0 is done only when the result of job 1 has been finished."""
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
-        (tmp_path / str(job)).touch()
+        if job == 0:
+            wait_for((tmp_path / "1").exists)
         return job
 
     def finish(found: int) -> int:
-        done.append(found)
+        (tmp_path / str(found)).touch()
         return -found
 
-    done: list[int] = []
-    iterator = iter(results(work, 10, count=2, finish=finish))
-    next(iterator)
-    wait_for(lambda: len(os.listdir(tmp_path)) == 5)
-    time.sleep(0.2)  # until they have been handed over as well
-    next(iterator)
-    wait_for(lambda: 2 in done)
-    assert list(iterator) == [-job for job in range(2, 10)]
+    assert list(results(work, 5, count=2, finish=finish)) == [0, -1, -2, -3, -4]
 
 
 def test_a_mistake_in_a_process_is_raised_here_with_its_place() -> None:
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
         return 1 // (3 - job)
 
-    iterator = iter(results(work, 9))
-    with pytest.raises(RuntimeError, match=r"(?s)in a reading process.*test_workers\.py.*ZeroDivisionError"):
-        list(iterator)
+    with pytest.raises(RuntimeError) as caught:
+        list(results(work, 9))
+    assert "test_workers.py" in str(caught.value) and "ZeroDivisionError" in str(caught.value)
     assert ours() == []
 
 
@@ -157,7 +154,9 @@ def test_a_process_killed_from_outside_is_replaced_and_nothing_is_lost() -> None
         if result in (9, 100):
             os.kill(ours()[0], signal.SIGKILL)
     assert found == [job**2 for job in range(30)]
-    assert len(said) == 2 and all("was lost (killed by SIGKILL, perhaps for lack of memory)" in line for line in said)
+    assert len(said) == 2
+    for line in said:
+        assert_names(line, "SIGKILL")
     assert ours() == []
 
 
@@ -175,17 +174,18 @@ def test_a_job_is_done_again_by_another_process(once: Callable[[str], bool]) -> 
     said: list[str] = []
     found = list(results(killed_at(3, signal.SIGKILL, lambda: once("died")), 6, say=said.append))
     assert [job for job, _ in found] == list(range(6)) and not any(given_up for _, given_up in found)
-    assert said == ["data: a reading process was lost (killed by SIGKILL, perhaps for lack of memory) at place 3; "
-                    "another one goes on from there"]
+    [line] = said
+    assert_names(line, "SIGKILL", "place 3")
 
 
 def test_a_place_at_which_three_processes_died_is_given_up() -> None:
     said: list[str] = []
     workers = results(killed_at(3, signal.SIGSEGV, lambda: True), 6, say=said.append)
     assert [job for job, _ in workers] == list(range(6))
-    assert workers.given_up == {3: "place 3: 3 reading processes were lost at it (killed by SIGSEGV)"}
-    assert len(said) == 3 and said[-1] == (
-        "data: place 3: 3 reading processes were lost at it (killed by SIGSEGV); it is left out")
+    [(place, reason)] = workers.given_up.items()
+    assert place == 3 and len(said) == 3
+    for line in (reason, *said):
+        assert_names(line, "place 3", "SIGSEGV")
 
 
 def test_three_deaths_at_other_places_of_one_job_are_an_error_that_names_it(once: Callable[[str], bool]) -> None:
@@ -198,8 +198,7 @@ def test_three_deaths_at_other_places_of_one_job_are_an_error_that_names_it(once
 
     found: Iterator[int] = iter(results(work, 6))
     assert [next(found), next(found)] == [0, 1]
-    with pytest.raises(UserError, match=r"^data: 3 reading processes were lost in a row \(it ended with code 7\), at "
-                                        r"job 2; lower data\.workers .* --resume auto$"):
+    with refused(3, 7, "job 2", "data.workers", "--resume auto"):
         next(found)
     assert ours() == []
 
@@ -211,8 +210,7 @@ def test_three_places_of_one_job_given_up_are_an_error() -> None:
             if place not in given_up:
                 die(signal.SIGBUS)
 
-    with pytest.raises(UserError, match=r"^data: 3 files in a row cannot be read, the last one place 2: 3 reading "
-                                        r"processes were lost at it \(killed by SIGBUS, as by a file that shrank\)"):
+    with refused(3, "place 2", "SIGBUS", "data.timeout_s", "--resume auto"):
         list(results(work, 1, count=1))
 
 
@@ -224,7 +222,8 @@ def test_lack_of_memory_in_a_process_is_a_death(once: Callable[[str], bool]) -> 
 
     said: list[str] = []
     assert list(results(work, 3, say=said.append)) == [0, 1, 2]
-    assert len(said) == 1 and "was lost (out of memory) at job 0" in said[0]
+    [line] = said
+    assert_names(line, "memory", "job 0")
 
 
 # ---- standing still ----------------------------------------------------------------------------------------------
@@ -234,56 +233,80 @@ def test_a_place_that_takes_too_long_is_given_up_whether_or_not_it_is_waited_for
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> tuple[int, int]:
         for place in (10 * job, 10 * job + 1):
             begin(place)
-            time.sleep(0.01 if place not in (21, 30) or place in given_up else 600)
+            time.sleep(600 if place in (21, 30) and place not in given_up else 0)
         return job, len(given_up)
 
     said: list[str] = []
-    workers = results(work, 6, timeout_s=1.0, say=said.append)
+    workers = results(work, 6, timeout_s=0.5, say=said.append)
     assert [job for job, _ in workers] == list(range(6))
-    assert workers.given_up == {place: f"place {place}: took longer than data.timeout_s=1" for place in (21, 30)}
-    assert sorted(said) == [f"data: place {place}: took longer than data.timeout_s=1; it is left out"
-                            for place in (21, 30)]
+    assert sorted(workers.given_up) == [21, 30] and len(said) == 2
+    for place, line in zip((21, 30), sorted(said), strict=True):
+        assert_names(line, f"place {place}", "data.timeout_s=0.5")
+        assert_names(workers.given_up[place], f"place {place}", "data.timeout_s=0.5")
 
 
-def test_many_quick_places_of_one_job_may_take_longer_together_than_one_of_them() -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
-        for place in range(12):
-            begin(place)
-            time.sleep(0.2)
-        return job
+def member(beats: int, *jobs: int) -> Member:
+    """A process that has begun something so often, as the main one sees it."""
+    seen = Member(process=None, link=None, pulse=[beats, 0], jobs=deque(jobs))  # type: ignore[arg-type]
+    seen.watch(0.0)
+    return seen
 
-    assert list(results(work, 1, count=1, timeout_s=1.5)) == [0]
+
+def test_time_without_a_beat_adds_up_and_each_beat_ends_it() -> None:
+    """So many quick places of one job may take longer together than one of them."""
+    seen = member(1, 7)
+    assert [seen.watch(0.75), seen.watch(0.75)] == [0.75, 1.5]
+    seen.pulse[0] += 1
+    assert [seen.watch(0.75), seen.watch(0.75)] == [0, 0.75]
+
+
+def test_a_process_with_nothing_to_do_stands_not_still() -> None:
+    seen = member(1)
+    assert [seen.watch(100.0), seen.watch(100.0)] == [0, 0]
+    seen.jobs.append(7)
+    assert seen.watch(0.5) == 0.5
+
+
+def test_a_process_that_starts_late_has_more_time() -> None:
+    seen = member(0, 7)
+    assert seen.watch(STARTING_S) == 0 and seen.watch(0.5) == 0.5
+    seen.pulse[0] += 1
+    assert seen.watch(0.5) == 0 and seen.watch(0.5) == 0.5
 
 
 def test_a_process_that_stands_still_at_no_place_is_replaced() -> None:
     said: list[str] = []
-    iterator = iter(results(squares, 30, count=1, timeout_s=1.0, say=said.append))
+    iterator = iter(results(squares, 30, count=1, timeout_s=0.5, say=said.append))
     assert next(iterator) == 0
     os.kill(ours()[0], signal.SIGSTOP)
     assert list(iterator) == [job**2 for job in range(1, 30)]
-    assert len(said) == 1 and "was lost (hung for 1 s) at " in said[0]
+    assert len(said) == 1
+    assert_names(said[0], 0.5)
     assert ours() == []
 
 
-def test_a_process_that_starts_late_has_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
-    serve, said = workers._serve, list[str]()
+def test_a_slow_main_process_takes_nobody_for_hung(tmp_path: Path) -> None:
+    """Hours pass between two results, while a process is at a job."""
+    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+        begin(job)
+        wait_for((tmp_path / str(job)).exists)
+        return job
 
-    def late(*given: Any) -> None:
-        time.sleep(1.5)
-        serve(*given)
-
-    monkeypatch.setattr(workers, "_serve", late)
-    assert list(results(squares, 9, timeout_s=0.5, say=said.append)) == [job**2 for job in range(9)]
+    hours, said = itertools.count(), list[str]()
+    now_s = 0.0
+    iterator = iter(results(work, 6, count=1, timeout_s=0.9, say=said.append, clock=lambda: now_s))
+    for job in range(6):
+        (tmp_path / str(job)).touch()
+        assert next(iterator) == job
+        now_s = 3600.0 * next(hours)
     assert said == []
-    monkeypatch.setattr(workers, "STARTING_S", 0.1)
-    with pytest.raises(UserError, match=r"3 reading processes were lost in a row \(hung for 0\.5 s\)"):
-        list(results(squares, 9, timeout_s=0.5))
 
 
-def test_a_slow_main_process_takes_nobody_for_hung(once: Callable[[str], bool]) -> None:
-    said: list[str] = []
-    for _ in results(lambda job, given_up, begin: time.sleep(0.3), 4, count=1, timeout_s=0.9, say=said.append):
-        time.sleep(1.2)
+def test_a_run_that_was_stopped_has_not_waited() -> None:
+    """A thousand seconds pass while the main process waits, again and again, though it waits for one at most."""
+    jumps, said = itertools.count(0, 1000), list[str]()
+    assert list(results(squares, 9, count=1, timeout_s=400, say=said.append, clock=lambda: next(jumps))) == [
+        job**2 for job in range(9)]
     assert said == []
 
 
@@ -291,52 +314,62 @@ def test_a_slow_main_process_takes_nobody_for_hung(once: Callable[[str], bool]) 
 
 
 def test_fewer_processes_go_on_where_the_system_gives_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, given = workers._start, iter([True, True, False, False])
+    fork, given = os.fork, iter([True, True, False, False])
 
-    def limited(work: Any) -> Any:
+    def limited() -> int:
         if not next(given):
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        return start(work)
+        return fork()
 
-    monkeypatch.setattr(workers, "_start", limited)
+    monkeypatch.setattr(os, "fork", limited)
     said: list[str] = []
     assert list(results(squares, 20, count=3, say=said.append)) == [job * job for job in range(20)]
-    assert said == ["data: reading processes: no more than 2 can be started (Resource temporarily unavailable); "
-                    "data.workers asks for 3"]
-    with pytest.raises(UserError, match=r"no reading process can be started \(Resource .*data\.workers=0"):
+    [line] = said
+    assert_names(line, 2, 3, "data.workers", "Resource temporarily unavailable")
+    with refused("data", "Resource temporarily unavailable", "ulimit -u", "data.workers=0"):
         list(results(squares, 20))
 
 
 def test_leaving_early_ends_the_processes_even_those_that_hang() -> None:
-    iterator = iter(results(lambda job, given_up, begin: time.sleep(600 * (job > 0)), 9, count=3))
+    iterator = iter(results(asleep, 9, count=3))
     next(iterator)
     assert len(ours()) == 3
     iterator.close()
     assert ours() == []
 
 
-HANG = """
-import os, sys, time
-from workers import Workers
-def work(job, given_up, begin):
-    begin(job)
+def asleep(job: int, given_up: Mapping[int, str], begin: Begin) -> None:
     time.sleep(600 * (job > 0))
-reads = iter(Workers(work, range(9), 2, timeout_s=0, name=lambda *_: "", say=print))
+
+
+def start_and_wait() -> None:
+    """In a process of its own: two others that hang, as this one does."""
+    next(reads := iter(results(asleep, 9)))
+    signal.pause()
+    reads.close()
+
+
+def test_processes_end_with_the_main_one_that_is_killed() -> None:
+    process = FORK.Process(target=start_and_wait)
+    process.start()
+    wait_for(lambda: len(children_of(process.pid)) == 2)
+    children = children_of(process.pid)
+    process.kill()
+    process.join()
+    wait_for(lambda: not any(is_alive(child) for child in children))
+
+
+LEAVES = """
+import multiprocessing
+from tests.test_workers import asleep, results
+reads = iter(results(asleep, 9))
 next(reads)
-print("here", flush=True)
-sys.stdin.read(1)
+print(*[process.pid for process in multiprocessing.active_children()])
 """
 
 
-@pytest.mark.parametrize("how", ["killed", "ends"])
-def test_processes_end_with_the_main_one(how: str) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HANG], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None and process.stdout is not None
-    assert process.stdout.readline() == b"here\n"
-    children = children_of(process.pid)
-    assert len(children) == 2
-    if how == "killed":
-        process.kill()
-    process.stdin.close()
-    process.wait(timeout=60)
-    wait_for(lambda: not any(is_alive(child) for child in children))
+def test_processes_end_with_the_main_one_that_leaves_them() -> None:
+    """An interpreter that comes to its end in the middle of an iteration does not wait for them."""
+    found = subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, check=True)
+    children = [int(pid) for pid in found.stdout.split()]
+    assert len(children) == 2 and not any(is_alive(child) for child in children)

@@ -13,7 +13,7 @@ AUDIOCAPS_VERSIONS = ("dataset", "dataset2.0")  # folders of the lists of versio
 VOX1_TEST_SPEAKERS = frozenset(f"id{number}" for number in range(10270, 10310))
 _FILE_NAME = re.compile(rb'"file_name"\s*:\s*"([^"\\]+)"')
 _KARPATHY = re.compile(rb'"(?:filename"\s*:\s*"[^"\\]*_0*(\d+)\.jpg|split"\s*:\s*"(\w+))"')
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 _LONGEST_MATCH = 1 << 10  # bytes of one entry that may be cut by a block
 _CLOTHO = {"train": "development", "val": "validation", "test": "evaluation"}
 
@@ -98,7 +98,7 @@ def _matches(pattern: re.Pattern[bytes], path: Path) -> Iterator[re.Match[bytes]
     """All of a file of hundreds of megabytes, a block at a time."""
     rest = b""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(BLOCK_BYTES):
             text = rest + block
             end = 0
             for match in pattern.finditer(text):

@@ -18,6 +18,11 @@ class Bar:
         self._position = position
         self._overall = overall
 
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Bytes that the line shows, and how many of them were there already and are no speed."""
+        return self._line.n, self._line.initial
+
     def move_to(self, position: int, *, arrived: bool = True) -> None:
         """`arrived` is false for bytes that were there already: they count, but not as speed."""
         step, self._position = position - self._position, position
@@ -34,19 +39,20 @@ class Bar:
 
 
 class Progress:
-    """`stream` is a terminal or not; errors of people and notes go through `say`, so that no line is torn."""
+    """`stream` is a terminal or not; errors of people and notes go through `say`, so that no line is torn. A line is
+    drawn every `interval_s` at most."""
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
-        self._stream = stream
+    def __init__(self, stream: IO[str] | None = None, interval_s: float = 0.1) -> None:
+        self._stream, self._interval_s = stream, interval_s
         self._all: Any = None
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def overall(self, title: str, total: int) -> Iterator[None]:
+    def overall(self, title: str, total: int) -> Iterator[Bar]:
         """The line for all transfers in the block; `total` is in bytes, 0 where it is not known."""
         with self._line(title, total, 0) as self._all:
             try:
-                yield
+                yield Bar(self._all, 0, None)
             finally:
                 self._all = None
 
@@ -78,7 +84,8 @@ class Progress:
         from tqdm import tqdm
 
         return tqdm(total=total or None, initial=position, desc=title, unit=unit, unit_scale=True, leave=False,
-                    disable=None, file=self._stream or sys.stderr, dynamic_ncols=True)
+                    disable=None, file=self._stream or sys.stderr, dynamic_ncols=True, mininterval=self._interval_s,
+                    miniters=1)
 
 
 def _advance(line: Any, step: int, arrived: bool) -> None:

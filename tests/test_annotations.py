@@ -51,11 +51,16 @@ def test_the_second_version_of_audiocaps_counts_where_it_names_more(tmp_path: Pa
 
 @pytest.mark.parametrize("block", [7, 64, 1 << 20])
 def test_names_that_a_block_cuts_are_found_once(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotations, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(annotations, "BLOCK_BYTES", block)
     names = [f"{number:012d}.jpg" for number in range(200)]
-    path = tmp_path / "list.json"
+    path = tmp_path / "annotations/captions_val2017.json"
+    path.parent.mkdir()
     path.write_text("".join(f'{{"file_name" : "{name}", "id": 1}}, ' for name in names), "utf-8")
-    assert list(annotations._of_json(path)) == names
+    (tmp_path / "val2017").mkdir()
+    assert rows("coco", tmp_path) == {"val2017": (0, 200)}
+    for name in names:
+        (tmp_path / "val2017" / name).touch()
+    assert list(annotations.present("coco", tmp_path, "val2017")) == names
 
 
 def test_no_list_and_no_folder_say_nothing(tmp_path: Path) -> None:
@@ -71,7 +76,7 @@ IMAGE = ('{{"filepath": "val2014", "sentids": [1], "filename": "COCO_val2014_{nu
 @pytest.mark.parametrize("turned", [False, True])
 def test_pictures_of_karpathy_come_with_their_split(tmp_path: Path, block: int, turned: bool,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotations, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(annotations, "BLOCK_BYTES", block)
     expected = [(number, ("train", "restval", "val", "test")[number % 4]) for number in range(1, 50)]
     images = [IMAGE.format(number=number, split=split) for number, split in expected]
     if turned:
@@ -81,14 +86,15 @@ def test_pictures_of_karpathy_come_with_their_split(tmp_path: Path, block: int, 
     assert list(annotations.karpathy(path)) == expected
 
 
-def test_the_lists_of_karpathy_take_little_memory(tmp_path: Path) -> None:
+def test_the_lists_of_karpathy_take_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "dataset_coco.json"
-    images = ", ".join(IMAGE.format(number=number, split="val") for number in range(40_000))
+    monkeypatch.setattr(annotations, "BLOCK_BYTES", 1 << 16)
+    images = ", ".join(IMAGE.format(number=number, split="val") for number in range(15_000))
     path.write_text(f"[{images}]", "utf-8")
     del images
     tracemalloc.start()
     try:
-        assert sum(1 for _ in annotations.karpathy(path)) == 40_000
-        assert tracemalloc.get_traced_memory()[1] < 5_000_000, f"of {path.stat().st_size:,} bytes"
+        assert sum(1 for _ in annotations.karpathy(path)) == 15_000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 3
     finally:
         tracemalloc.stop()

@@ -286,28 +286,35 @@ def test_a_process_that_stands_still_at_no_place_is_replaced() -> None:
 
 
 def test_a_slow_main_process_takes_nobody_for_hung(tmp_path: Path) -> None:
-    """Hours pass between two results, while a process is at a job."""
+    """An hour passes between two results, while a process is at job 1, which it has begun before and ends after."""
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
         begin(job)
-        wait_for((tmp_path / str(job)).exists)
+        (tmp_path / str(job)).touch()
+        if job < 2:
+            wait_for((tmp_path / ("1" if job == 0 else "4")).exists)
         return job
 
-    hours, said = itertools.count(), list[str]()
-    now_s = 0.0
-    iterator = iter(results(work, 6, count=1, timeout_s=0.9, say=said.append, clock=lambda: now_s))
-    for job in range(6):
+    now_s, said = 0.0, list[str]()
+    iterator = iter(results(work, 6, timeout_s=0.9, say=said.append, clock=lambda: now_s))
+    assert next(iterator) == 0
+    now_s = 3600.0
+    assert list(iterator) == [1, 2, 3, 4, 5]
+    assert said == []
+
+
+def test_a_run_that_was_stopped_has_not_waited(tmp_path: Path) -> None:
+    """A thousand seconds pass each time that the main process waits, though it waits for one at most, while a process
+    is at job 0, which it ends after the other one has done three."""
+    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+        begin(job)
         (tmp_path / str(job)).touch()
-        assert next(iterator) == job
-        now_s = 3600.0 * next(hours)
-    assert said == []
+        if job == 0:
+            wait_for((tmp_path / "3").exists)
+        return job
 
-
-def test_a_run_that_was_stopped_has_not_waited() -> None:
-    """A thousand seconds pass while the main process waits, again and again, though it waits for one at most."""
     jumps, said = itertools.count(0, 1000), list[str]()
-    assert list(results(squares, 9, count=1, timeout_s=400, say=said.append, clock=lambda: next(jumps))) == [
-        job**2 for job in range(9)]
-    assert said == []
+    found = results(work, 6, timeout_s=400, say=said.append, clock=lambda: next(jumps))
+    assert list(found) == list(range(6)) and said == []
 
 
 # ---- the end -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from config import DEFAULT_STAGES, PRESETS, SIZES, Config, ConfigError, UserError, config_from_dict, load_config
+from tests.refusals import refused
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_YAML = ROOT / "config.yaml"
@@ -25,12 +26,11 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def error_of(*overrides: str, path: Path | None = None) -> str:
-    with pytest.raises(ConfigError) as caught:
+def error_of(*overrides: str, path: Path | None = None, named: Sequence[str | Path] = ()) -> str:
+    """The one line that refuses a configuration; it names all of `named`."""
+    with refused(*named, error=ConfigError) as caught:
         load_config(path, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return str(caught.value)
 
 
 # ---- config.yaml and the recipes ---------------------------------------------------------------------------------
@@ -163,100 +163,99 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("override", "parts"), [
-    ("training.epoch=3", ["training.epoch", "unknown key", "Did you mean 'epochs'?"]),
-    ("trainig.epochs=3", ["trainig", "Did you mean 'training'?"]),
-    ("training.zzz=3", ["training.zzz", "Known: epochs, batch_size"]),
-    ("training.epochs=three", ["training.epochs", "expected int", "'three'"]),
-    ("training.epochs=2.5", ["training.epochs", "expected int", "2.5"]),
-    ("training.epochs=true", ["training.epochs", "expected int"]),
-    ("training.use_amp=1", ["training.use_amp", "expected bool"]),
-    ("training.learning_rate=true", ["training.learning_rate", "expected float"]),
+@pytest.mark.parametrize(("override", "named"), [
+    ("training.epoch=3", ["training.epoch", "epochs"]),
+    ("trainig.epochs=3", ["trainig", "training"]),
+    ("training.zzz=3", ["training.zzz", "epochs", "batch_size"]),
+    ("training.epochs=three", ["training.epochs", "int", "three"]),
+    ("training.epochs=2.5", ["training.epochs", "int", "2.5"]),
+    ("training.epochs=true", ["training.epochs", "int", "True"]),
+    ("training.use_amp=1", ["training.use_amp", "bool", "1"]),
+    ("training.learning_rate=true", ["training.learning_rate", "float", "True"]),
     ("training.learning_rate=.nan", ["training.learning_rate", "nan"]),
-    ("training.learning_rate=0", ["training.learning_rate", "above 0"]),
-    ("training.epochs=0", ["training.epochs: 0 is below 1"]),
-    ("model.size=huge", ["model.size", "'huge'", "tiny, small, base, large"]),
-    ("model.image_size=100", ["model.image_size: 100", "16"]),
-    ("model.word_embeddings=glove", ["model.word_embeddings: 'glove'", "minilm", "hub:NAME"]),
-    ("model.attention_chunk=all", ["model.attention_chunk", "'auto'", "'all'"]),
-    ("model.attention_chunk=0", ["model.attention_chunk: 0", "'auto'"]),
-    ("data.datasets=[coco, clohto]", ["data.datasets", "'clohto'", "Did you mean 'clotho'?"]),
-    ("data.datasets=coco", ["data.datasets", "expected a list", "'coco'"]),
+    ("training.learning_rate=0", ["training.learning_rate", "0.0", "0"]),
+    ("training.epochs=0", ["training.epochs", "0", "1"]),
+    ("model.size=huge", ["model.size", "huge", *SIZES]),
+    ("model.image_size=100", ["model.image_size", "100", "16"]),
+    ("model.word_embeddings=glove", ["model.word_embeddings", "glove", "minilm", "random", "hub:NAME", "file:PATH"]),
+    ("model.attention_chunk=all", ["model.attention_chunk", "auto", "all"]),
+    ("model.attention_chunk=0", ["model.attention_chunk", "0", "1", "auto"]),
+    ("data.datasets=[coco, clohto]", ["data.datasets", "clohto", "clotho"]),
+    ("data.datasets=coco", ["data.datasets", "coco", "list"]),
     ("data.datasets=[]", ["data.datasets"]),
     ("data.datasets=[manifest]", ["data.manifest"]),
-    ("data.audiocaps_version=3", ["data.audiocaps_version", "1, 2"]),
-    ("data.audio_max_s=11", ["data.audio_max_s: 11", "10.24"]),
-    ("data.workers=-1", ["data.workers: -1"]),
-    ("memory.budget_gb=0", ["memory.budget_gb: 0"]),
-    ("memory.micro_batch=many", ["memory.micro_batch", "'many'", "'auto'"]),
-    ("stages.algn.share=1", ["stages.algn", "'algn'", "pretrain, align, finetune"]),
-    ("stages.align.shares=1", ["stages[1].shares", "Did you mean 'share'?"]),
-    ("stages.align.share=0", ["stages[1]", "share"]),
-    ("stages.align.tasks.0.objectives={clip: 1}", ["stages[1].tasks[0].objectives", "'clip'"]),
-    ("stages.align.tasks.0.inputs=[video]", ["stages[1].tasks[0].inputs", "'video'", "image, text, audio"]),
-    ("stages.align.tasks.0.inputs=[image,text,text]", ["stages[1].tasks[0].inputs: 'text' is given 2 times"]),
-    ("stages.align.tasks.0.objectives.contrastive=-1", ["stages[1].tasks[0].objectives.contrastive: -1.0", "above 0"]),
-    ("stages.align.tasks.0.objectives.contrastive=0", ["objectives.contrastive: 0.0 is not above 0"]),
-    ("stages.align.tasks.0.passes=0", ["stages[1].tasks[0].passes: 0.0 is outside (0, 1000]"]),
-    ("stages.align.tasks.0.passes=1e9", ["passes: 1000000000.0 is outside (0, 1000]"]),
-    ("stages.align.trainable=['(']", ["stages[1].trainable: '(' is not a regular expression (missing ), unterminated"]),
-    ("data.datasets=[coco, clotho, coco]", ["data.datasets: 'coco' is given 2 times"]),
-    ("data.cache_max_gb=-3", ["data.cache_max_gb: -3.0 is below 0"]),
-    ("training.warmup_pct=300", ["training.warmup_pct: 300.0 is above 100"]),
-    ("training.min_lr_pct=500", ["training.min_lr_pct: 500.0 is above 100"]),
-    ("report.gallery_queries=-1", ["report.gallery_queries: -1 is below 0"]),
-    ("report.gallery_queries=101", ["report.gallery_queries: 101 is above 100"]),
-    ("stages=[]", ["section.key=value"]),
-    ("training.epochs", ["section.key=value"]),
+    ("data.audiocaps_version=3", ["data.audiocaps_version", "3", "1", "2"]),
+    ("data.audio_max_s=11", ["data.audio_max_s", "11.0", "10.24"]),
+    ("data.workers=-1", ["data.workers", "-1", "0"]),
+    ("memory.budget_gb=0", ["memory.budget_gb", "0.0", "0"]),
+    ("memory.micro_batch=many", ["memory.micro_batch", "many", "auto"]),
+    ("stages.algn.share=1", ["stages.algn", "algn", "pretrain", "align", "finetune"]),
+    ("stages.align.shares=1", ["stages[1].shares", "share"]),
+    ("stages.align.share=0", ["stages[1]", "share", "0"]),
+    ("stages.align.tasks.0.objectives={clip: 1}", ["stages[1].tasks[0].objectives", "clip"]),
+    ("stages.align.tasks.0.inputs=[video]", ["stages[1].tasks[0].inputs", "video", "image", "text", "audio"]),
+    ("stages.align.tasks.0.inputs=[image,text,text]", ["stages[1].tasks[0].inputs", "text", "2"]),
+    ("stages.align.tasks.0.objectives.contrastive=-1", ["stages[1].tasks[0].objectives.contrastive", "-1.0", "0"]),
+    ("stages.align.tasks.0.objectives.contrastive=0", ["stages[1].tasks[0].objectives.contrastive", "0.0", "0"]),
+    ("stages.align.tasks.0.passes=0", ["stages[1].tasks[0].passes", "0.0", "1000"]),
+    ("stages.align.tasks.0.passes=1e9", ["stages[1].tasks[0].passes", "1000000000.0", "1000"]),
+    ("stages.align.trainable=['(']", ["stages[1].trainable", "'('"]),
+    ("data.datasets=[coco, clotho, coco]", ["data.datasets", "coco", "2"]),
+    ("data.cache_max_gb=-3", ["data.cache_max_gb", "-3.0", "0"]),
+    ("training.warmup_pct=300", ["training.warmup_pct", "300.0", "100"]),
+    ("training.min_lr_pct=500", ["training.min_lr_pct", "500.0", "100"]),
+    ("report.gallery_queries=-1", ["report.gallery_queries", "-1", "0"]),
+    ("report.gallery_queries=101", ["report.gallery_queries", "101", "100"]),
+    ("stages=[]", ["stages=[]", "section.key=value"]),
+    ("training.epochs", ["training.epochs", "section.key=value"]),
     ("training.epochs.more=1", ["training.epochs"]),
 ])
-def test_a_mistake_names_the_place_the_value_and_what_is_allowed(override: str, parts: list[str]) -> None:
-    message = error_of(override)
-    assert [part for part in parts if part not in message] == [], message
+def test_a_mistake_names_the_place_the_value_and_what_is_allowed(override: str, named: list[str]) -> None:
+    error_of(override, named=named)
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("training: {seed: 1, seed: 2}", ["'seed'", "twice", "line 1"]),
-    ("training:\n  seed: 1\nmodel: {}\ntraining: {}", ["'training'", "twice", "line 4"]),
-    ("training: [1", ["not valid YAML"]),
-    ("- training", ["expected sections", "list"]),
-    ("training: 3", ["training", "expected a section", "3"]),
-    ("stages: [{name: a, share: 1}]", ["stages[0]", "missing tasks"]),
-    ("stages: []", ["stages", "at least one"]),
-    ("stages: [{name: a, share: 1, tasks: []}]", ["stages[0].tasks", "at least one"]),
-    ("model: {size: !!python/object/apply:os.getcwd []}", ["not valid YAML"]),
+@pytest.mark.parametrize(("text", "named"), [
+    ("training: {seed: 1, seed: 2}", ["seed", "line 1", "config.yaml"]),
+    ("training:\n  seed: 1\nmodel: {}\ntraining: {}", ["training", "line 4", "config.yaml"]),
+    ("training: [1", ["config.yaml"]),
+    ("- training", ["config.yaml", "list"]),
+    ("training: 3", ["training", "3"]),
+    ("stages: [{name: a, share: 1}]", ["stages[0]", "tasks"]),
+    ("stages: []", ["stages"]),
+    ("stages: [{name: a, share: 1, tasks: []}]", ["stages[0].tasks"]),
+    ("model: {size: !!python/object/apply:os.getcwd []}", ["config.yaml"]),
 ])
-def test_a_broken_file_is_named(tmp_path: Path, text: str, parts: list[str]) -> None:
-    message = error_of(path=write(tmp_path, text))
-    assert [part for part in parts if part not in message] == [], message
+def test_a_broken_file_is_named(tmp_path: Path, text: str, named: list[str]) -> None:
+    error_of(path=write(tmp_path, text), named=named)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert "no such file" in error_of(path=tmp_path / "none.yaml")
-    assert str(tmp_path) in error_of(path=tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
-    assert "cannot be read" in error_of(path=tmp_path / "binary")
+    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "binary"):
+        error_of(path=path, named=[path])
 
 
 def test_a_stage_that_compares_needs_two_samples_in_a_batch() -> None:
     alone = ["training.batch_size=1", "training.gradient_accumulation_steps=1"]
-    message = error_of(*alone)
-    assert "stages[1].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2" in message
-    assert "stages[2].effective_batch: 1" in message and "stages[0]" not in message, "masks compare nothing"
+    message = error_of(*alone, named=["stages[1].effective_batch", "stages[2].effective_batch", "training.batch_size",
+                                      "gradient_accumulation_steps"])
+    assert "stages[0]" not in message, "masks compare nothing"
     larger = ["stages.align.effective_batch=2", "stages.finetune.effective_batch=2"]
     assert load_config(None, alone + larger).training.effective_batch == 1
-    assert error_of(*alone, *larger, "stages.pretrain.effective_batch=1") == "stages[0].effective_batch: 1 is below 2"
+    message = error_of(*alone, *larger, "stages.pretrain.effective_batch=1",
+                       named=["stages[0].effective_batch", "1", "2"])
+    assert "stages[1]" not in message and "stages[2]" not in message
 
 
 def test_two_stages_of_one_name(tmp_path: Path) -> None:
     task = "{inputs: [image, text], objectives: {contrastive: 1}}"
     text = f"stages: [{{name: a, share: 1, tasks: [{task}]}}, {{name: a, share: 1, tasks: [{task}]}}]"
-    assert "stages" in error_of(path=write(tmp_path, text))
+    error_of(path=write(tmp_path, text), named=["stages"])
 
 
 def test_all_problems_are_told_at_once() -> None:
-    message = error_of("training.epochs=0", "model.image_size=17", "stages.align.drop_path=1")
-    assert all(part in message for part in ("training.epochs", "model.image_size", "stages[1].drop_path"))
+    error_of("training.epochs=0", "model.image_size=17", "stages.align.drop_path=1",
+             named=["training.epochs", "model.image_size", "stages[1].drop_path"])
 
 
 def test_mistakes_are_user_errors() -> None:
@@ -282,9 +281,14 @@ def test_budget_follows_the_size_unless_given() -> None:
     assert load_config(None, ["memory.budget_gb=3.5"]).budget_gb == 3.5
 
 
-def test_presets_have_whole_heads() -> None:
+def test_sizes_have_whole_heads() -> None:
     assert SIZES == ("tiny", "small", "base", "large")
-    assert all(preset.dim == 64 * preset.num_heads for preset in PRESETS.values())
+    assert all(PRESETS[size].dim == 64 * PRESETS[size].num_heads for size in SIZES)
+
+
+def test_every_preset_is_a_size_and_the_one_for_tests_is_not_offered() -> None:
+    assert [load_config(None, [f"model.size={size}"]).model.preset for size in PRESETS] == [*PRESETS.values()]
+    assert set(PRESETS) - set(SIZES) == {"nano"}
 
 
 def test_config_alone_needs_no_other_library_than_yaml() -> None:

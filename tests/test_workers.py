@@ -1,7 +1,6 @@
 """Processes that work ahead: results in order, and what becomes of those that die, hang or fail."""
 
 import faulthandler
-import itertools
 import multiprocessing
 import os
 import signal
@@ -303,18 +302,24 @@ def test_a_slow_main_process_takes_nobody_for_hung(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_stopped_has_not_waited(tmp_path: Path) -> None:
-    """A thousand seconds pass each time that the main process waits, though it waits for one at most, while a process
-    is at job 0, which it ends after the other one has done three."""
+    """A thousand seconds pass within each wait of the main one for a result, which lasts a second at most. One process
+    is at job 0 meanwhile, begun before the other one ends job 1, and ends it after two results have been waited for."""
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
         begin(job)
-        (tmp_path / str(job)).touch()
-        if job == 0:
-            wait_for((tmp_path / "3").exists)
+        if job < 2:
+            (tmp_path / f"begun {job}").touch()
+            wait_for((tmp_path / ("third wait" if job == 0 else "begun 0")).exists)
         return job
 
-    jumps, said = itertools.count(0, 1000), list[str]()
-    found = results(work, 6, timeout_s=400, say=said.append, clock=lambda: next(jumps))
-    assert list(found) == list(range(6)) and said == []
+    def clock() -> float:
+        times.append(1000.0 * len(times))
+        if len(times) == 5:
+            (tmp_path / "third wait").touch()
+        return times[-1]
+
+    times, said = list[float](), list[str]()
+    assert list(results(work, 6, timeout_s=400, say=said.append, clock=clock)) == list(range(6))
+    assert said == []
 
 
 # ---- the end -----------------------------------------------------------------------------------------------------

@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import checkpoint
 import model as model_module
@@ -22,11 +18,11 @@ import resume
 import runs
 import saving
 import training
-from config import UserError, load_config
+from config import load_config
 from runs import Options
+from tests.refusals import assert_names, refused
 from tests.small_runs import STAGES, SmallRuns, differing, records, without_times
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = ("training.epochs=4", "evaluation.max_validation=8", "report.gallery_queries=0", "training.ema_decay=0.5",
          "stages.align.tasks.1.passes=0.5", "training.keep_checkpoints=9")
 ALL_EPOCHS = ["checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt"]
@@ -86,7 +82,7 @@ def assert_same_run(folder: Path, whole: Path, epochs: range) -> None:
     """Weights, optimizer, heads, averages and records bit for bit; times and the name of the report aside."""
     for name in (*(f"checkpoint_epoch_{epoch}.pt" for epoch in epochs), "best_model.pt", "final_model.pt"):
         assert differing(mathematics(folder, name), mathematics(whole, name)) == [], name
-    again = [line for line in records(folder) if not line.get("message", "").startswith("Resumed after")]
+    again = [line for line in records(folder) if not line.get("resumed")]
     found, expected = ([line | {"file": None} if line["kind"] == "report" else line for line in without_times(lines)]
                        for lines in (again, records(whole)))
     assert found == expected
@@ -100,21 +96,6 @@ def test_a_run_that_stopped_at_the_end_of_a_stage_goes_on_bit_for_bit(small: Sma
     assert_same_run(folder, whole, range(2, 5))
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
-    """SIGKILL to a real process, as soon as the last epoch but one is saved."""
-    folder = tmp_path / "run"
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(small.config(folder, *QUICK).to_dict()), "utf-8")
-    with subprocess.Popen([sys.executable, "run_training.py", "--config", str(recipe), "--device", "cpu"], cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE) as process:
-        while process.poll() is None and not (folder / "checkpoints" / "checkpoint_epoch_3.pt").exists():
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and not list((folder / "reports").iterdir())
-    small.train(folder, *QUICK, resume="auto")
-    assert_same_run(folder, whole, range(1, 5))
-
-
 def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     """It may have run out of memory once; another split would round otherwise."""
     folder = interrupted(whole, tmp_path / "run", 3)
@@ -125,6 +106,7 @@ def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Pat
     run = runs.open_run(config, Options("cpu", "auto"), {**state, "best": {}})
     tasks = {row.name: training.active_tasks(row, run.data)[0] for row in config.stages}
     training.plan(run, tasks, {**state, "fits": {**state["fits"], "finetune": smaller, "gone": smaller}})
+    run.tracker.close()
     assert {name: vars(fit) for name, fit in run.fits.items()} == {**state["fits"], "finetune": smaller}
 
 
@@ -134,7 +116,7 @@ def test_pieces_that_a_kill_leaves_behind_are_cleared(small: SmallRuns, whole: P
     leftover.write_bytes(b"half")
     config = small.config(folder, *QUICK)
     options = Options("cpu", "auto")
-    runs.open_run(config, options, resume.find_state(config, options))
+    runs.open_run(config, options, resume.find_state(config, options)).tracker.close()
     assert not leftover.exists()
     assert max(line["step"] for line in records(folder)) == state_of(whole, "checkpoint_epoch_3.pt")["progress"]["step"]
 
@@ -169,24 +151,23 @@ def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(small: Smal
     assert best(4).keys() == {"stage", "epoch", "loss", "model_state_dict"} and best(4)["epoch"] == 4
 
 
-def test_a_finished_run_says_so_and_trains_nothing(small: SmallRuns, whole: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_finished_run_says_so_and_trains_nothing(small: SmallRuns, whole: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-    monkeypatch.setattr(training, "open_run", None)
     report = small.train(whole, *QUICK, resume="auto")
     assert report.parent == whole / "reports" and report.suffix == ".md"
-    assert f"Complete: all 4 epochs are done and evaluated. Report: {report}" in capsys.readouterr().out
+    assert_names(capsys.readouterr().out.splitlines()[-1], 4, report)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_without_its_report_is_evaluated_again(
-        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
     shutil.rmtree(folder / "reports")
     (folder / "checkpoints" / "final_model.pt").unlink()
-    monkeypatch.setattr(training, "train_stage", None)
     report = small.train(folder, *QUICK, resume="auto")
+    assert records(folder, "step", "validation") == records(whole, "step", "validation"), "nothing is trained again"
     first = json.loads(next((whole / "reports").glob("*.json")).read_text("utf-8"))
     second = json.loads(report.with_suffix(".json").read_text("utf-8"))
     for name in ("evaluation", "best", "stages", "validations", "model", "data"):
@@ -199,6 +180,7 @@ def test_auto_in_an_empty_folder_is_a_fresh_start(small: SmallRuns, tmp_path: Pa
     config = small.config(tmp_path)
     assert resume.find_state(config, Options("cpu", "auto")) is None
     run = runs.open_run(config, Options("cpu", "auto"), None)
+    run.tracker.close()
     assert run.progress == runs.Progress() and run.best == {}
 
 
@@ -208,20 +190,16 @@ def test_auto_after_a_kill_before_any_checkpoint_leaves_no_records_of_it(small: 
     run.tracker.close()
     assert len(records(tmp_path)) == 1
     config = small.config(tmp_path)
-    runs.open_run(config, Options("cpu", "auto"), resume.find_state(config, Options("cpu", "auto")))
+    runs.open_run(config, Options("cpu", "auto"), resume.find_state(config, Options("cpu", "auto"))).tracker.close()
     assert records(tmp_path) == []
 
 
 def test_names_keep_their_numbers_when_the_data_grow(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
-    folder = interrupted(whole, tmp_path / "run", 3)
-    config = small.config(folder, *QUICK, "data.synthetic_images=400", "model.num_classes=12")
-    options = Options("cpu", "auto")
     state = state_of(whole, "checkpoint_epoch_3.pt")
     names = state["concepts"][::-1]
-    with pytest.raises(UserError, match="model is of another shape"):  # 12 classes: only to see the order below
-        runs.open_run(config, options, {**state, "best": {}})
-    data = runs.read_data(small.config(folder, *QUICK, "data.synthetic_images=400"), {**state, "concepts": names})
-    assert list(data.concepts) == names != list(runs.load_data(small.config(folder, *QUICK)).concepts)
+    config = small.config(tmp_path, *QUICK, "data.synthetic_images=160")
+    assert list(runs.read_data(config, {**state, "concepts": names}).concepts) == names
+    assert list(runs.read_data(config, None).concepts) != names
 
 
 def test_auto_where_no_checkpoint_can_be_read_is_refused_and_deletes_nothing(small: SmallRuns, whole: Path,
@@ -230,7 +208,7 @@ def test_auto_where_no_checkpoint_can_be_read_is_refused_and_deletes_nothing(sma
     paths = sorted((folder / "checkpoints").glob("checkpoint_epoch_*.pt"))
     for path in paths:
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"none of the {len(paths)} checkpoints in .* can be read; see to the disk"):
+    with refused("--resume", len(paths), folder / "checkpoints"):
         small.train(folder, *QUICK, resume="auto")
     assert sorted((folder / "checkpoints").glob("checkpoint_epoch_*.pt")) == paths
 
@@ -239,7 +217,7 @@ def test_another_runs_checkpoint_is_not_gone_on_with_in_a_used_folder(small: Sma
                                                                       tmp_path: Path) -> None:
     folder = interrupted(whole, tmp_path / "run", 2)
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    with pytest.raises(UserError, match="holds an earlier run"):
+    with refused(folder, "checkpoints", "--resume", "--overwrite"):
         small.train(folder, *QUICK, resume=str(whole / "checkpoints" / "checkpoint_epoch_3.pt"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
 
@@ -264,7 +242,7 @@ def test_best_weights_that_are_lost_are_told_and_the_last_ones_taken(
     best = folder / "checkpoints" / "best_model.pt"
     best.write_bytes(best.read_bytes()[:-1])
     small.train(folder, *QUICK, resume="auto")
-    assert "The best weights so far are lost, the next validation begins anew: " in capsys.readouterr().out
+    assert len([line for line in capsys.readouterr().out.splitlines() if str(best) in line]) == 1
     final, last = (torch.load(folder / "checkpoints" / name) for name in ("final_model.pt", "checkpoint_epoch_4.pt"))
     assert differing(final["model_state_dict"], last["model_state_dict"]) == []
 
@@ -283,10 +261,10 @@ def test_a_folder_is_claimed_before_its_checkpoints_are_looked_at(small: SmallRu
         code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
         found = subprocess.run([sys.executable, "-c", code, str(tmp_path / runs.LOCK)], capture_output=True, text=True)
         assert "BlockingIOError" in found.stderr
-        raise UserError("that was all")
+        raise InterruptedError
 
     monkeypatch.setattr(training, "find_state", look)
-    with pytest.raises(UserError, match="that was all"):
+    with pytest.raises(InterruptedError):
         small.train(tmp_path, resume="auto")
 
 
@@ -296,12 +274,11 @@ def test_a_folder_is_claimed_before_its_checkpoints_are_looked_at(small: SmallRu
 def test_a_used_folder_is_refused_then_thrown_away(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
-    with pytest.raises(UserError, match=re.escape(
-            f"{folder}: holds an earlier run (checkpoints, logs/metrics.jsonl). Continue it with --resume auto, delete "
-            "it with --overwrite, or choose another --output-dir")):
+    with refused(folder, "checkpoints", "logs/metrics.jsonl", "--resume auto", "--overwrite", "--output-dir"):
         small.train(folder, *QUICK)
     assert len(list((folder / "checkpoints").iterdir())) == 8
     run = runs.open_run(small.config(folder, *QUICK), Options("cpu", overwrite=True), None)
+    run.tracker.close()
     assert list((folder / "checkpoints").iterdir()) == [] and records(folder) == []
     assert run.progress.step == 0
     events = list((folder / "logs" / "tensorboard").iterdir())
@@ -311,7 +288,7 @@ def test_a_used_folder_is_refused_then_thrown_away(small: SmallRuns, whole: Path
 def test_a_mistake_found_late_throws_nothing_away(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
-    with pytest.raises(UserError, match=r"download_datasets\.py --datasets clotho"):
+    with refused("download_datasets.py --datasets clotho"):
         small.train(folder, *QUICK, "data.datasets=[clotho]", overwrite=True)
     assert len(list((folder / "checkpoints").iterdir())) == 8 and len(records(folder)) == len(records(whole))
 
@@ -320,30 +297,30 @@ def test_a_folder_in_which_only_setting_up_failed_is_not_in_use(small: SmallRuns
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "bad_samples.jsonl").write_text("{}\n")
     small.open(tmp_path).tracker.close()  # stopped before the first step: its log is empty
-    small.open(tmp_path).tracker.event("a step", 1)
-    with pytest.raises(UserError, match=r"holds an earlier run \(logs/metrics\.jsonl\)"):
+    tracker = small.open(tmp_path).tracker
+    tracker.event("a step", 1)
+    tracker.close()
+    with refused(tmp_path, "logs/metrics.jsonl") as refusal:
         small.open(tmp_path)
+    assert "checkpoints" not in str(refusal.value), "there are none"
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["model.size=small"], r"the checkpoint's model is of another shape: .*image \(\d+\): image\.embed\.weight "
-                           r"\[192, 768\] in the file, \[320, 768\] in the model, .* and \d+ more"),
-    (["model.num_classes=7"], r"another shape: other shape: classifier \(2\): classifier\.weight \[1000, 512\] in the "
-                              r"file, \[7, 512\] in the model"),
-])
-def test_another_model_is_refused(small: SmallRuns, whole: Path, tmp_path: Path, overrides: list[str],
-                                                   words: str) -> None:
+@pytest.mark.parametrize(("override", "named"), [
+    ("model.size=tiny", ("image.embed.weight", "[8, 768]", "[192, 768]", "text.words.weight")),
+    ("model.num_classes=7", ("classifier.weight", "[60, 8]", "[7, 8]"))])
+def test_another_model_is_refused(small: SmallRuns, whole: Path, tmp_path: Path, override: str,
+                                  named: tuple[str, ...]) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(whole / "checkpoints" / "checkpoint_epoch_4.pt", tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match=f"^--resume: .*{words}"):
-        small.train(tmp_path / "run", *QUICK, *overrides, resume="auto")
+    with refused("--resume") as refusal:
+        small.train(tmp_path / "run", *QUICK, override, resume="auto")
+    assert [name for name in named if name not in str(refusal.value)] == []
     assert not (tmp_path / "run" / "logs" / "metrics.jsonl").exists()
 
 
 def test_other_stages_than_were_trained_are_refused(small: SmallRuns, whole: Path) -> None:
     config = small.config(whole, *QUICK)
-    with pytest.raises(UserError, match=r"^--resume: the checkpoint has trained the stages pretrain, align, finetune, "
-                                        "but the configuration begins with align, finetune; resume with the stages"):
+    with refused("--resume", "pretrain, align, finetune", "with align, finetune"):
         resume.find_state(dataclasses.replace(config, stages=config.stages[1:]), Options("cpu", "auto"))
 
 
@@ -371,22 +348,19 @@ def test_what_has_changed_since_a_checkpoint_is_said(small: SmallRuns, whole: Pa
     resume.find_state(small.config(tmp_path, *QUICK), Options("cpu", str(path)))
     assert capsys.readouterr().out == "", "another folder is no change"
     resume.find_state(config, Options("cpu", str(path)))
-    assert capsys.readouterr().out.splitlines() == [
-        "Changed since this checkpoint: training.learning_rate: 0.001 -> 0.5",
-        "Changed since this checkpoint: stages.align.drop_path: 0.1 -> 0.3"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert_names(first, "training.learning_rate", "0.001", "0.5")
+    assert_names(second, "stages.align.drop_path", "0.1", "0.3")
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("stages.finetune.tasks.0.objectives={contrastive: 1.0}", r"unexpected: 0_matching \(2\)"),
-    ("stages.finetune.trainable=['image.*', 'logit_scale.*']", "the optimizer holds other parameters"),
-    ("training.optimizer=adamw", "the optimizer holds other parameters"),
-])
+@pytest.mark.parametrize(("override", "named"), [
+    ("stages.finetune.tasks.0.objectives={contrastive: 1.0}", "0_matching"),
+    ("stages.finetune.trainable=['image.*', 'logit_scale.*']", "optimizer"), ("training.optimizer=adamw", "optimizer")])
 def test_a_stage_that_trains_something_else_is_refused(small: SmallRuns, whole: Path, tmp_path: Path, override: str,
-                                                       words: str) -> None:
+                                                       named: str) -> None:
     run = small.open(tmp_path / "run", *QUICK, override)
     stage = small.stage(run, "finetune")
-    said = rf"--resume: stages\.finetune had other tasks, objectives, trainable parameters or another .*{words}"
-    with pytest.raises(UserError, match=said):
+    with refused("--resume", "stages.finetune", named):
         stage.load_state_dict(state_of(whole, "checkpoint_epoch_3.pt")["stage_state"])
 
 
@@ -394,15 +368,15 @@ def test_checkpoints_that_training_cannot_go_on_from(small: SmallRuns, whole: Pa
     config = small.config(tmp_path, *QUICK)
     for name in ("best_model.pt", "final_model.pt"):
         path = whole / "checkpoints" / name
-        with pytest.raises(UserError, match=f"--resume: {path}: holds weights only, .*give a checkpoint_epoch_"):
+        with refused("--resume", path, "checkpoint_epoch_*.pt"):
             resume.find_state(config, Options("cpu", str(path)))
-    with pytest.raises(UserError, match=r"--resume: .*none\.pt: no such checkpoint"):
+    with refused("--resume", tmp_path / "none.pt"):
         resume.find_state(config, Options("cpu", str(tmp_path / "none.pt")))
     newer = tmp_path / "checkpoints" / "checkpoint_epoch_1.pt"
     checkpoint.save({"schema": 99}, newer)
-    with pytest.raises(UserError, match=r"--resume: .*written by a newer version"):
+    with refused("--resume", newer, 99):
         resume.find_state(config, Options("cpu", "auto"))
-    with pytest.raises(UserError, match="--overwrite deletes the run that --resume would go on with"):
+    with refused("--overwrite", "--resume"):
         resume.find_state(config, Options("cpu", "auto", overwrite=True))
 
 
@@ -413,7 +387,8 @@ def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRun
     config = small.config(whole, *QUICK)
     for name in ("best_model.pt", "final_model.pt", "checkpoint_epoch_4.pt"):
         state = torch.load(whole / "checkpoints" / name)  # torch's default, which refuses code
-        assert state["config"] == config.to_dict(), name
+        rows = len(state["model_state_dict"]["text.words.weight"])
+        assert state["config"] == config.to_dict() | {"model": config.to_dict()["model"] | {"vocab_size": rows}}, name
         assert json.loads(state["tokenizer"])["model"]["vocab"]["circle"] > 0
         assert {"red", "circle", "melody"} <= set(state["concepts"]) and state["speakers"] == []
         assert state["normalisation"] == {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
@@ -430,8 +405,9 @@ def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRun
 
 
 def test_a_trained_model_loads_as_the_readme_says(whole: Path, tmp_path: Path) -> None:
-    model = model_module.create_model("tiny")  # of 224 pixels; the run's were 32
     state = torch.load(whole / "checkpoints" / "best_model.pt")
+    shapes = {name: state["config"]["model"][name] for name in ("embed_dim", "num_classes", "vocab_size")}
+    model = model_module.create_model("nano", **shapes)  # of 224 pixels; the run's were 32
     model.load_state_dict(state["model_state_dict"])
     model.eval()
     loaded, extras = model_module.load_model(whole / "checkpoints" / "final_model.pt")
@@ -448,9 +424,9 @@ def test_a_trained_model_loads_as_the_readme_says(whole: Path, tmp_path: Path) -
         if name == "broken":
             path.write_bytes(b"no tensors")
             (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(UserError, match=f"{path}: cannot be read, with the config.json beside it"):
+        with refused(path, "config.json"):
             model_module.load_model(path)
-    assert one["fused_features"].shape == (2, 512) and one["logits"].shape == (2, 1000)
+    assert one["fused_features"].shape == (2, 8) and one["logits"].shape == (2, 60)
 
 
 def test_the_used_settings_are_saved_in_the_folder(small: SmallRuns, whole: Path) -> None:
@@ -462,9 +438,8 @@ def no_space(handle: int) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(("full", "said"), [("os.fsync", "No space left on device"),
-                                            ("shutil.disk_usage", r"takes [0-9.]+ GB, 0\.00 are free")])
-def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path, full: str, said: str,
+@pytest.mark.parametrize(("full", "named"), [("os.fsync", "final_model.pt"), ("shutil.disk_usage", "0.00")])
+def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path, full: str, named: str,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
@@ -472,13 +447,13 @@ def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, 
 
     def finish(run: runs.Run) -> Path:
         with monkeypatch.context() as patch:
-            patch.setattr(full, no_space if full == "os.fsync" else lambda folder: shutil._ntuple_diskusage(9, 8, 1))
+            patch.setattr(full, no_space if full == "os.fsync" else lambda folder: SimpleNamespace(free=1))
             return runs.finish(run)
 
     for name in ("final_model.pt", "model.safetensors"):
         (folder / "checkpoints" / name).unlink()
     before = sorted((folder / "checkpoints").iterdir())
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=said + ".*--resume auto"):
+    with monkeypatch.context() as patch, refused("--resume auto", named):
         patch.setattr(training, "finish", finish)
         small.train(folder, *QUICK, resume="auto")
     assert sorted((folder / "checkpoints").iterdir()) == before, "nothing half written"

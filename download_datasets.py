@@ -45,8 +45,8 @@ T = TypeVar("T")
 def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOURCES,
          policy: Policy | None = None) -> int:
     try:
-        arguments = _parser().parse_args(argv)
-        names, options = _read_arguments(arguments, table, policy or Policy())
+        arguments = parse(argv)
+        names, options = asked_for(arguments, table, policy or Policy())
         if arguments.dry_run or arguments.status:
             (_print_plan if arguments.dry_run else _print_status)(names, table, options)
             return DONE
@@ -65,8 +65,13 @@ def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOU
     return next((code for code in (FAILED, MEND, IN_PART) if code in codes), DONE)
 
 
-def _read_arguments(arguments: argparse.Namespace, table: Mapping[str, Source],
-                    policy: Policy) -> tuple[list[str], Options]:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return _parser().parse_args(argv)
+
+
+def asked_for(arguments: argparse.Namespace, table: Mapping[str, Source],
+              policy: Policy) -> tuple[list[str], Options]:
+    """The names of the sets, and what is asked of them."""
     names = _names(arguments.datasets, [*table, *NEEDS_NOTHING])
     for flag, given, known in (("--mirror", [arguments.mirror], MIRRORS), ("--splits", arguments.splits, SPLITS),
                                ("--sounds", [arguments.sounds], ("mirror", "youtube"))):

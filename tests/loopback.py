@@ -69,6 +69,16 @@ class Loopback:
             with self._together:
                 self.at_once -= 1
 
+    def asked_for(self, path: str, within_s: float) -> bool:
+        """Waits for a request for `path`, or for so long."""
+        with self._together:
+            return self._together.wait_for(lambda: any(asked == path for asked, _ in self.requests), within_s)
+
+    def note(self, path: str, headers: dict[str, str]) -> None:
+        with self._together:
+            self.requests.append((path, headers))
+            self._together.notify_all()
+
     def ranges(self, path: str) -> list[str]:
         """The Range header of each request for `path`, "" where it had none."""
         return [headers.get("range", "") for asked, headers in self.requests if asked == path]
@@ -79,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        self.loopback.requests.append((path, {name.lower(): value for name, value in self.headers.items()}))
+        self.loopback.note(path, {name.lower(): value for name, value in self.headers.items()})
         queue = self.loopback.faults.get(path, [])
         fault, _, detail = (queue.pop(0) if queue else "").partition(":")
         data = self.loopback.files.get(path)

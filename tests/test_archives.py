@@ -337,7 +337,7 @@ def test_a_zip_that_lies_about_its_sizes(tmp_path: Path) -> None:
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+    with zipfile.ZipFile(out, "w") as archive, pytest.warns(UserWarning):
         archive.writestr("a", b"1")
         archive.writestr("a", b"2")
     rejected(tmp_path, out.getvalue(), "zip")

@@ -100,17 +100,17 @@ def server() -> Iterator[Loopback]:
         yield loopback
 
 
-def run(folder: Path, server: Loopback, *words: str) -> int:
+def run(folder: Path, server: Loopback, *words: str, policy: Policy = QUICK) -> int:
     source, served = miniature.audiocaps(folder / "true")
     server.files |= {f"/audiocaps/{name}": data for name, data in served.items()}
-    return get(source, folder, server, *words)
+    return get(source, folder, server, *words, policy=policy)
 
 
-def get(source: Source, folder: Path, server: Loopback, *words: str) -> int:
+def get(source: Source, folder: Path, server: Loopback, *words: str, policy: Policy = QUICK) -> int:
     return download_datasets.main(
         ["--datasets", "audiocaps", "--data-root", str(folder / "data"), "--base-url",
          f"audiocaps={server.url('/audiocaps')}", "--sounds", "youtube", *words],
-        table={**SOURCES, "audiocaps": source}, policy=QUICK)
+        table={**SOURCES, "audiocaps": source}, policy=policy)
 
 
 def ledger(folder: Path) -> dict[str, str]:
@@ -179,13 +179,12 @@ def test_a_bot_check_ends_the_run_early_and_says_what_to_do(
     assert sum(status == "ok" for status in ledger(tmp_path).values()) == 5, "what came before is kept"
 
 
-def test_a_request_to_slow_down_is_heeded_and_then_ends_the_run(
-        youtube: YouTube, server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_to_slow_down_is_heeded_and_then_ends_the_run(youtube: YouTube, server: Loopback,
+                                                                tmp_path: Path) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("tests.test_clips.QUICK", Policy(failures=0, sleep=slept.append))
     youtube.plan(dict.fromkeys(VIDEOS["train"], "rate"))
-    assert run(tmp_path, server) == 1
-    assert slept == [60, 120, 180, 240, 300]
+    assert run(tmp_path, server, policy=Policy(failures=0, sleep=slept.append)) == 1
+    assert slept == [clips.RATE_PAUSE_S * (i + 1) for i in range(clips.MOST_IN_A_ROW["rate"])]
 
 
 def test_a_sample_is_as_many_clips_of_each_split(youtube: YouTube, server: Loopback, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Getting one set by several files at a time: all that can be had, unpacked meanwhile; or a part, where it is asked."""
 
 import hashlib
-import time
+import os
+import re
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from config import config_from_dict
 from sources import SOURCES, File, Item, Source
 from tests import miniature, packing
 from tests.loopback import Loopback
+from tests.refusals import assert_names
 from tests.test_acquisition import options, run, serve, server
 
 __all__ = ["server"]  # a fixture
@@ -49,15 +52,12 @@ def test_the_next_archive_arrives_while_one_is_unpacked(server: Loopback, tmp_pa
     source = several(server, 2, tmp_path)
     unpack = archives.unpack
 
-    def slowly(*arguments: Any) -> Any:
-        deadline = time.monotonic() + 20
-        while not any(path == "/coco/1.zip" for path, _ in server.requests) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        met.append(any(path == "/coco/1.zip" for path, _ in server.requests))
+    def after_the_next(*arguments: Any) -> Any:
+        met.append(server.asked_for("/coco/1.zip", within_s=60))
         return unpack(*arguments)
 
     met: list[bool] = []
-    monkeypatch.setattr(archives, "unpack", slowly)
+    monkeypatch.setattr(archives, "unpack", after_the_next)
     assert run(source, options(tmp_path, server, jobs=1)).state == "done"
     assert met[0], "asked for before the first archive was unpacked"
 
@@ -67,7 +67,7 @@ def test_a_file_that_fails_keeps_the_others_from_nothing(server: Loopback, tmp_p
     absent = {name: server.files.pop(f"/coco/{name}") for name in ("0.zip", "2.zip")}
     outcome = run(source, options(tmp_path, server))
     assert (outcome.state, outcome.code) == ("failed", 1)
-    assert "0.zip: " in outcome.detail and "2.zip: " in outcome.detail and "\n" not in outcome.detail
+    assert_names(outcome.detail, "0.zip", "2.zip")
     assert {path.name for path in (tmp_path / "data/coco/val2017").iterdir()} == {"1.jpg", "3.jpg", "4.jpg"}
     server.requests.clear()
     server.files |= {f"/coco/{name}": data for name, data in absent.items()}
@@ -80,7 +80,7 @@ def test_where_nothing_works_not_everything_is_tried(server: Loopback, tmp_path:
     for name in list(server.files):
         del server.files[name]
     outcome = run(source, options(tmp_path, server, jobs=2))
-    assert outcome.code == 1 and outcome.detail.endswith("others were not tried any more")
+    assert outcome.code == 1 and len(set(re.findall(r"\d+\.zip", outcome.detail))) <= 5
     assert len({name for name, _ in server.requests}) <= 5
 
 
@@ -92,13 +92,14 @@ def test_names_are_compared_with_the_lists(server: Loopback, tmp_path: Path) -> 
                   for item in source.items)
     outcome = run(serve(server, (replace(source, items=items), served)), options(tmp_path, server))
     assert (outcome.state, outcome.code) == ("partial", 1)
-    assert f"evaluation named in {name} 2 of 3" in outcome.detail and "not there: Wind.wav" in outcome.detail
+    assert_names(outcome.detail, "evaluation", name, 2, 3, "Wind.wav")
 
 
 def test_a_bound_of_bytes_makes_a_usable_part(server: Loopback, tmp_path: Path) -> None:
     source = serve(server, miniature.coco(tmp_path / "true"))
     outcome = run(source, options(tmp_path, server, max_gb=0.0001))
-    assert (outcome.state, outcome.code) == ("partial", 0) and "left out by --max-gb: train2017.zip" in outcome.detail
+    assert (outcome.state, outcome.code) == ("partial", 0)
+    assert_names(outcome.detail, "--max-gb", "train2017.zip")
     assert run(source, options(tmp_path, server, max_gb=0.0001, skip_existing=True)).state == "skipped"
     config = config_from_dict({"paths": {"data_root": str(tmp_path / "data")}})
     assert [len(list(readers.read_split("coco", split, config))) for split in ("train", "val", "test")] == [6, 1, 1]
@@ -139,7 +140,14 @@ def test_what_has_arrived_or_was_unpacked_needs_no_room_again(server: Loopback, 
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that sufficed for the first run suffices for the one that goes on."""
     source = several(server, 1, tmp_path)
-    monkeypatch.setattr(archives, "_merge", lambda *folders: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def stopped(file: Path, *places: Any) -> None:
+        if ".unpacking" in str(file) and file.is_dir():  # all of it is unpacked, and moved now
+            raise KeyboardInterrupt
+        replace_file(file, *places)
+
+    replace_file = os.replace
+    monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(source, options(tmp_path, server))
     monkeypatch.undo()
@@ -147,13 +155,16 @@ def test_what_has_arrived_or_was_unpacked_needs_no_room_again(server: Loopback, 
     assert archive.stat().st_size > 200_000 and staged.stat().st_size == 200_000
     work = Acquisition(source, options(tmp_path, server))
     assert work.bytes_needed(list(source.items)) == 0
-    monkeypatch.setattr("acquisition.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     outcome = work.run()
     assert outcome.state == "done", outcome.detail
 
 
 def test_without_locks_the_user_is_told(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture[str]) -> None:
+    source = several(server, 1, tmp_path)
+    assert run(source, options(tmp_path / "locked", server)).state == "done"
+    without = capsys.readouterr().out
     monkeypatch.setattr("files.take_lock", lambda file: False)
-    assert run(several(server, 1, tmp_path), options(tmp_path, server)).state == "done"
-    assert capsys.readouterr().out.count("coco: this file system has no locks") == 1
+    assert run(source, options(tmp_path, server)).state == "done"
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(without.splitlines()), "once"

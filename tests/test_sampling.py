@@ -17,6 +17,7 @@ from selection import Options
 from sources import SOURCES, Source
 from tests import miniature, trees
 from tests.loopback import Loopback
+from tests.refusals import refused
 from transfer import Policy, TransferError, Wanted
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
@@ -67,7 +68,7 @@ def test_what_a_server_cannot_give_in_pieces_is_told(server: Loopback) -> None:
     server.faults["/a"] = ["no-range"]
     with pytest.raises(NoRange):
         remote(server)
-    with pytest.raises(TransferError, match=r"a: 127\.0\.0\.1:\d+ answered 404"):
+    with refused("a", server.url().removeprefix("http://"), 404, error=TransferError):
         remote(server, "/absent")
 
 
@@ -82,14 +83,14 @@ def test_the_first_server_that_gives_pieces_of_this_file_is_asked(server: Loopba
 def test_another_piece_than_asked_for_is_refused(server: Loopback) -> None:
     file = remote(server)
     server.faults["/a"] = ["wrong-range"]
-    with pytest.raises(TransferError, match="does not give the pieces"):
+    with refused("a", server.url().removeprefix("http://"), error=TransferError):
         file.read(4)
 
 
 def test_a_file_that_changes_under_way_is_an_error(server: Loopback) -> None:
     file = remote(server)
     server.files["/a"] = DATA[::-1]
-    with pytest.raises(TransferError, match="changed on"):
+    with refused("a", server.url().removeprefix("http://"), error=TransferError):
         file.read(4)
 
 
@@ -111,12 +112,12 @@ def test_a_sample_of_coco_has_pictures_of_each_side_and_can_be_trained_on(server
 
 
 def test_few_bytes_of_a_large_archive_are_fetched(server: Loopback, tmp_path: Path) -> None:
-    noise = {f"val2017/{i:012d}.jpg": random.Random(i).randbytes(60_000) for i in range(100)}
+    noise = {f"val2017/{i:012d}.jpg": random.Random(i).randbytes(60_000) for i in range(40)}
     source = served(server, miniature.shrink("coco", {"val2017.zip": noise}, tmp_path))
     assert Acquisition(source, options(tmp_path, server, "coco", 3)).run().code == 0
     got = miniature.files_of(tmp_path / "data/coco")
     assert len(got) == 3 and all(noise[name] == data for name, data in got.items())
-    assert server.bytes_sent < 6_000_000 / 3
+    assert server.bytes_sent < 40 * 60_000 / 2
 
 
 def test_a_whole_set_after_a_sample_and_a_sample_after_a_whole_one(server: Loopback, tmp_path: Path) -> None:
@@ -160,7 +161,8 @@ def test_a_sample_of_voxceleb_has_several_recordings_of_a_speaker(server: Loopba
 def test_a_sample_of_audiocaps_stops_at_enough_clips(server: Loopback, tmp_path: Path) -> None:
     source = served(server, miniature.audiocaps(tmp_path / "true", shards=True))
     outcome = Acquisition(source, options(tmp_path, server, "audiocaps", 1)).run()
-    assert (outcome.state, outcome.code, outcome.detail) == ("partial", 0, "train 1 of 8, val 1 of 2, test 1 of 3")
+    assert (outcome.state, outcome.code) == ("partial", 0)
+    assert inventory.read_marker(tmp_path / "data/audiocaps")["counts"] == {"train": 1, "val": 1, "test": 1}
     assert Acquisition(source, options(tmp_path, server, "audiocaps", 1)).run().code == 0
     assert len(trees.AUDIOCAPS["train"]) > 1
 

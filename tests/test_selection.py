@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-import download_datasets
+from download_datasets import asked_for, parse
 from selection import Options, Selection, fetch_bytes
 from sources import SOURCES, Item
+from transfer import Policy
 
 
 def select(name: str, **settings: Any) -> Selection:
@@ -59,11 +60,10 @@ def test_the_command_asks_for_the_same_again(tmp_path: Path, monkeypatch: pytest
              "audiocaps=http://127.0.0.1:9/x", "--local", str(tmp_path / "own"), "--splits", "val", "test", "--max-gb",
              "1.5", "--sample", "20", "--jobs", "2", "--sounds", "youtube", "--cookies", str(tmp_path / "cookies.txt"),
              "--keep-archives", "--skip-existing", "--insecure-tls"]
-    parser = download_datasets._parser()
-    _, options = download_datasets._read_arguments(parser.parse_args(words), SOURCES, download_datasets.Policy())
+    _, options = asked_for(parse(words), SOURCES, Policy())
     again = shlex.split(Selection(SOURCES["audiocaps"], options).command())
     assert again[:2] == ["python", "download_datasets.py"]
-    _, same = download_datasets._read_arguments(parser.parse_args(again[2:]), SOURCES, options.policy)
+    _, same = asked_for(parse(again[2:]), SOURCES, options.policy)
     assert same == options
 
 

@@ -13,7 +13,11 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, what ends jobs, what clust
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved where it is."""
+    """The run was asked to stop, and has saved where it is, if there was room."""
+
+    def __init__(self, message: str, is_saved: bool = True):
+        super().__init__(message)
+        self.is_saved = is_saved
 
 
 class Interruption:

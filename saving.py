@@ -109,7 +109,8 @@ class Saver:
         except (CheckpointError, OSError) as error:
             progress, what = self.run.progress, "Saved" if self.has_saved else "Not saved"
             self._best = self._best if self.has_saved else None
-            self.run.tracker.event(f"{what} (epoch {progress.epoch}, step {progress.step}): {error}", progress.step)
+            self.run.tracker.event(f"{what} (epoch {progress.epoch}, step {progress.step}): {error}", progress.step,
+                                   saved=self.has_saved)
 
     def _is_due(self) -> bool:
         minutes = self.run.config.training.save_every_minutes
@@ -123,4 +124,4 @@ class Saver:
             self.wait()
             saved = "which is saved" if self.has_saved else "which could NOT be saved"
             raise Stopped(f"Stopped by {self.interruption.asked or 'a signal'} after step {self.run.progress.step}, "
-                          f"{saved}. Go on with --resume auto")
+                          f"{saved}. Go on with --resume auto", self.has_saved)

@@ -1,165 +1,192 @@
 """evaluate.py from its command line: the same figures as the protocols, a report, and one line for each mistake."""
 
+import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 import protocols
 import report
 from checkpoint import save
-from config import config_from_dict
-from datasets import load_data
+from config import Config, config_from_dict
+from datasets import Data, load_data
 from memory import choose_precision
-from model import create_model
+from model import TriModalModel
+from runs import build_model
+from tests.refusals import assert_told
+from tests.small_runs import RECIPE
+
+Captured = pytest.CaptureFixture[str]
+
+
+class Trained(NamedTuple):
+    checkpoint: Path
+    config: Config
+    data: Data
+    model: TriModalModel
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A checkpoint as training writes it, of an untrained tiny model for pictures of 32 pixels."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A checkpoint as training writes it, of an untrained model for pictures of 32 pixels."""
     folder = tmp_path_factory.mktemp("trained")
-    config = config_from_dict({
-        "model": {"size": "tiny", "image_size": 32}, "report": {"language": "en", "gallery_queries": 2},
-        "data": {"datasets": ["synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "workers": 0},
-        "evaluation": {"resamples": 10}})
+    config = config_from_dict({**RECIPE, "report": {"language": "en", "gallery_queries": 2},
+                               "evaluation": {"resamples": 10}, "paths": {"data_root": str(folder / "data")}})
     data = load_data(config)
     torch.manual_seed(0)
-    model = create_model("tiny", image_size=32)
+    model = build_model(config, data, None)
+    config = dataclasses.replace(config, model=model.config)  # with as many words as there are
     state = {"config": config.to_dict(), "tokenizer": data.tokenizer.to_json(), "concepts": list(data.concepts),
              "speakers": [], "stage": "align", "epoch": 3, "loss": 1.25, "model_state_dict": model.state_dict()}
     path = folder / "best_model.pt"
     save(state, path)
-    return path, config, data, model
+    return Trained(path, config, data, model)
 
 
-def _main(tmp_path, *arguments):
-    return evaluate.main([*map(str, arguments), "--output-dir", str(tmp_path / "out"), "--device", "cpu",
-                          "--data-root", str(tmp_path / "data")])
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plans")
 
 
-def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(trained, tmp_path, capsys):
-    path, config, data, model = trained
-    assert _main(tmp_path, "--checkpoint", path) == 0
-    out = capsys.readouterr().out
-    found = json.loads(next((tmp_path / "out" / "reports").glob("report_*.json")).read_text("utf-8"))
+@pytest.fixture
+def folder(tmp_path: Path, plans: Path) -> Iterator[Path]:
+    """One whose output folder finds the plans of earlier tests."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plans").symlink_to(plans)
+    yield tmp_path
+
+
+def main(folder: Path, *arguments: str | Path) -> int:
+    return evaluate.main([*map(str, arguments), "--output-dir", str(folder / "out"), "--device", "cpu",
+                          "--data-root", str(folder / "data")])
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """The JSON of its one report."""
+    (path,) = (folder / "out" / "reports").glob("report_*.json")
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(
+        trained: Trained, folder: Path, capsys: Captured) -> None:
+    assert main(folder, "--checkpoint", trained.checkpoint) == 0
+    out, found = capsys.readouterr().out, told(folder)
     cpu = torch.device("cpu")
-    setting = protocols.Setting(device=cpu, amp=choose_precision(cpu, use_amp=True).dtype)
-    expected, encoded = protocols.evaluate_split(model, data, "test", config, setting)
+    setting = protocols.Setting(device=cpu, amp=choose_precision(cpu, trained.config.training.use_amp).dtype)
+    expected, encoded = protocols.evaluate_split(trained.model, trained.data, "test", trained.config, setting)
     assert found["evaluation"] == {"split": "test", "figures": expected, "facts": encoded.facts}
     assert report.format_table(expected) in out
     assert found["kind"] == "evaluation" and found["best"] == {"stage": "align", "epoch": 3, "loss": 1.25}
     assert found["data"]["counts"]["synthetic"].keys() == {"test"} and found["stages"] == []
     assert len(found["gallery"]) == 4  # two captions of pictures, two of sounds
-    markdown = tmp_path / "out" / "reports" / found["files"]["markdown"]
-    assert f"Report: {markdown}" in out and markdown.read_text("utf-8").startswith("# Evaluation report")
+    markdown = folder / "out" / "reports" / found["files"]["markdown"]
+    assert str(markdown) in out and markdown.read_text("utf-8").startswith(
+        f"# {report.PHRASES['title_evaluation']['en']}\n")
 
 
-def test_split_limit_and_overrides(trained, tmp_path):
-    arguments = ["--checkpoint", trained[0], "--split", "val", "--limit", "8", "--datasets", "synthetic",
-                 "report.language=zh", "report.gallery_queries=0"]
-    assert _main(tmp_path, *arguments) == 0
-    path = next((tmp_path / "out" / "reports").glob("report_*.json"))
-    found = json.loads(path.read_text("utf-8"))
+def test_split_limit_and_overrides(trained: Trained, folder: Path) -> None:
+    arguments = ["--split", "val", "--limit", "8", "--datasets", "synthetic", "report.language=zh",
+                 "report.gallery_queries=0"]
+    assert main(folder, "--checkpoint", trained.checkpoint, *arguments) == 0
+    found = told(folder)
     assert found["evaluation"]["split"] == "val"
     assert found["evaluation"]["facts"]["synthetic"] | {"nonfinite": {}} == {
         "samples": 16, "of": 64, "broken": 0, "subset_seed": 0, "nonfinite": {}}
     assert found["config"]["report"]["language"] == "zh" and found["gallery"] == []
-    assert "评测报告" in path.with_suffix(".md").read_text("utf-8")
+    markdown = folder / "out" / "reports" / found["files"]["markdown"]
+    assert report.PHRASES["title_evaluation"]["zh"] in markdown.read_text("utf-8")
 
 
-def _expect(capsys, status, *words):
-    error = capsys.readouterr().err
-    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    for word in words:
-        assert word in error
+def test_checkpoints_that_cannot_be_used(trained: Trained, folder: Path, capsys: Captured) -> None:
+    whole, paths = trained.checkpoint.read_bytes(), [folder / f"{name}.pt" for name in ("none", "text", "cut", "other")]
+    paths[1].write_text("hello")
+    paths[2].write_bytes(whole[:len(whole) // 2])
+    save({"weights": torch.zeros(3)}, paths[3])
+    for path in paths:
+        assert main(folder, "--checkpoint", path) == 2
+        assert_told(capsys.readouterr().err, path)
 
 
-def test_checkpoints_that_cannot_be_used(trained, tmp_path, capsys):
-    _expect(capsys, _main(tmp_path, "--checkpoint", tmp_path / "none.pt"), "none.pt: no such checkpoint")
-    text = tmp_path / "notes.pt"
-    text.write_text("hello")
-    _expect(capsys, _main(tmp_path, "--checkpoint", text), "notes.pt", "not a checkpoint of this project")
-    whole = trained[0].read_bytes()
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(whole[:len(whole) // 2])
-    _expect(capsys, _main(tmp_path, "--checkpoint", cut), "cut.pt", "truncated")
-    other = tmp_path / "other.pt"
-    save({"weights": torch.zeros(3)}, other)
-    _expect(capsys, _main(tmp_path, "--checkpoint", other), "other.pt", "not a checkpoint of this project")
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--datasets", "cocoo"], ["data.datasets", "'cocoo' is unknown", "Did you mean 'coco'?"]),
-    (["--datasets", "clotho"], ["clotho", "python download_datasets.py --datasets clotho --data-root"]),
-    (["evaluation.batchsize=3"], ["evaluation.batchsize", "Did you mean 'batch_size'?"]),
-    (["evaluation.batch_size=x"], ["evaluation.batch_size", "expected int"]),
-    (["model.size=large"], ["model.size=large: the model is that of the checkpoint"]),
-    (["--datasets", "manifest"], ["data.manifest", "JSONL or CSV"]),
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--datasets", "cocoo"], ["data.datasets", "cocoo", "coco"]),
+    (["--datasets", "clotho"], ["python download_datasets.py --datasets clotho --data-root"]),
+    (["evaluation.batchsize=3"], ["evaluation.batchsize", "batch_size"]),
+    (["evaluation.batch_size=x"], ["evaluation.batch_size", "int", "x"]),
+    (["model.size=large"], ["model.size=large"]),
+    (["--datasets", "manifest"], ["data.manifest", "JSONL", "CSV"]),
+    (["--device", "tpu"], ["--device", "tpu"]),
 ])
-def test_what_was_asked_for_wrongly_takes_one_line(trained, tmp_path, capsys, arguments, words):
-    _expect(capsys, _main(tmp_path, "--checkpoint", trained[0], *arguments), *words)
+def test_what_was_asked_for_wrongly_takes_one_line(trained: Trained, folder: Path, capsys: Captured,
+                                                   arguments: list[str], named: list[str]) -> None:
+    defaults = ["--output-dir", str(folder / "out"), "--data-root", str(folder / "data"), "--device", "cpu"]
+    assert evaluate.main(["--checkpoint", str(trained.checkpoint), *defaults, *arguments]) == 2
+    assert_told(capsys.readouterr().err, *named)
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (["--bogus"], "unknown argument '--bogus'"), (["--split", "tset"], "invalid choice: 'tset'"),
-    (["--limit", "1"], "--limit: 1 is below 2"), (["--limit", "many"], "invalid int"), (["word"], "unknown argument"),
-    (["--data-root", ""], "--data-root: is empty"), (["--output-dir", " "], "--output-dir: is empty; name a path"),
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["--bogus"], ["--bogus"]), (["--split", "tset"], ["--split", "tset", "train", "val", "test"]),
+    (["--limit", "1"], ["--limit", "1", "2"]), (["--limit", "many"], ["--limit", "int", "many"]), (["word"], ["word"]),
+    (["--data-root", ""], ["--data-root"]), (["--output-dir", " "], ["--output-dir"]),
 ])
-def test_flags_that_are_wrong(trained, tmp_path, capsys, arguments, word):
+def test_flags_that_are_wrong(trained: Trained, capsys: Captured, arguments: list[str], named: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        _main(tmp_path, "--checkpoint", trained[0], *arguments)
-    _expect(capsys, stop.value.code, word)
+        evaluate.main(["--checkpoint", str(trained.checkpoint), *arguments])
+    assert stop.value.code == 2
+    assert_told(capsys.readouterr().err, *named)
 
 
-def test_no_checkpoint_given(capsys):
+def test_no_checkpoint_given(capsys: Captured) -> None:
     with pytest.raises(SystemExit) as stop:
         evaluate.main([])
-    _expect(capsys, stop.value.code, "--checkpoint")
+    assert stop.value.code == 2
+    assert_told(capsys.readouterr().err, "--checkpoint")
 
 
-def test_a_device_that_is_not_there(trained, tmp_path, capsys):
-    status = evaluate.main(["--checkpoint", str(trained[0]), "--device", "tpu", "--output-dir", str(tmp_path)])
-    _expect(capsys, status, "--device", "'tpu'")
-
-
-def test_an_output_folder_that_cannot_be_written(trained, tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_written(trained: Trained, tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "out").write_text("a file")
-    _expect(capsys, _main(tmp_path, "--checkpoint", trained[0]), "out/reports", "choose another --output-dir")
+    assert main(tmp_path, "--checkpoint", trained.checkpoint) == 2
+    assert_told(capsys.readouterr().err, tmp_path / "out" / "reports", "--output-dir")
 
 
-def test_a_full_disk(trained, tmp_path, capsys, monkeypatch):
-    def full(descriptor):
+def test_a_full_disk(trained: Trained, folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(folder, "--checkpoint", trained.checkpoint, "--limit", "2") == 0  # its plan is kept
+    shutil.rmtree(folder / "out" / "reports")
+    capsys.readouterr()
+
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    assert _main(tmp_path, "--checkpoint", trained[0], "--limit", "2") == 0
-    shutil.rmtree(tmp_path / "out" / "reports")
-    capsys.readouterr()
-    monkeypatch.setattr(report.os, "fsync", full)
-    _expect(capsys, _main(tmp_path, "--checkpoint", trained[0], "--limit", "2"), "No space left on device")
-    assert list((tmp_path / "out" / "reports").iterdir()) == []
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(folder, "--checkpoint", trained.checkpoint, "--limit", "2") == 2
+    assert_told(capsys.readouterr().err, folder / "out" / "reports", "No space left on device", "--output-dir")
+    assert list((folder / "out" / "reports").iterdir()) == []
 
 
-def test_a_split_without_anything_to_compare(trained, tmp_path, capsys):
-    manifest = tmp_path / "own.jsonl"
+def test_a_split_without_anything_to_compare(trained: Trained, folder: Path, capsys: Captured) -> None:
+    manifest = folder / "own.jsonl"
     manifest.write_text(json.dumps({"text": "words alone", "split": "test"}) + "\n")
-    status = _main(tmp_path, "--checkpoint", trained[0], "--datasets", "manifest", f"data.manifest={manifest}")
-    _expect(capsys, status, "--split test", "manifest")
+    own = ["--datasets", "manifest", f"data.manifest={manifest}"]
+    assert main(folder, "--checkpoint", trained.checkpoint, *own) == 2
+    assert_told(capsys.readouterr().err, "--split test", "manifest")
 
 
-def test_the_concepts_are_those_of_the_checkpoint(trained, tmp_path):
+def test_the_concepts_are_those_of_the_checkpoint(trained: Trained, folder: Path) -> None:
     """A label that the training did not know is not scored; one that it knew keeps its place."""
-    path, _, data, _ = trained
-    from PIL import Image
-
+    first, second = trained.data.concepts[:2]
     lines = []
-    for n, label in enumerate([data.concepts[0], "unheard of", data.concepts[0], data.concepts[1]]):
-        Image.new("RGB", (32, 32), (40 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    for n, label in enumerate([first, "unheard of", first, second]):
+        Image.new("RGB", (32, 32), (40 * n, 0, 0)).save(folder / f"{n}.png")
         lines.append(json.dumps({"image": f"{n}.png", "labels": [label], "split": "test"}))
-    (tmp_path / "own.jsonl").write_text("\n".join(lines))
-    assert _main(tmp_path, "--checkpoint", path, "--datasets", "manifest", f"data.manifest={tmp_path}/own.jsonl") == 0
-    found = json.loads(next(Path(tmp_path / "out" / "reports").glob("*.json")).read_text("utf-8"))
-    figure = found["evaluation"]["figures"]["manifest"]["image-concepts"]["image_to_concepts_mAP"]
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    own = ["--datasets", "manifest", f"data.manifest={folder}/own.jsonl"]
+    assert main(folder, "--checkpoint", trained.checkpoint, *own) == 0
+    figure = told(folder)["evaluation"]["figures"]["manifest"]["image-concepts"]["image_to_concepts_mAP"]
     assert figure["queries"] == 2 and figure["candidates"] == 3

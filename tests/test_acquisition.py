@@ -13,7 +13,7 @@ import pytest
 import inventory
 from acquisition import Acquisition, Outcome
 from files import locked
-from selection import Options, Selection, peak_bytes
+from selection import Options, peak_bytes
 from sources import SOURCES, Count, File, Item, Source
 from tests import miniature, packing, trees
 from tests.loopback import Loopback
@@ -243,49 +243,7 @@ def test_a_missing_package_is_named_before_its_archive_is_fetched(server: Loopba
     assert not [name for name, _ in server.requests if name.endswith(".7z")]
 
 
-# --- Addresses and keys ----------------------------------------------------------------------------------------------
-
-
-def hosts(name: str, file: str, **settings: Any) -> list[str]:
-    work = Selection(SOURCES[name], Options(data_root=Path("data"), **settings))
-    (found,) = [each for item in work.source.items for each in item.files if each.name == file]
-    return [url.split("/")[2] for url in work.addresses(found)]
-
-
-@pytest.mark.parametrize(("mirror", "expected"), [
-    ("auto", ["images.cocodataset.org", "s3.amazonaws.com", "huggingface.co", "www.modelscope.cn"]),
-    ("official", ["images.cocodataset.org", "s3.amazonaws.com"]), ("hf", ["huggingface.co"]),
-    ("hf-mirror", ["hf-mirror.com"]), ("modelscope", ["www.modelscope.cn"])])
-def test_mirrors(mirror: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    assert hosts("coco", "val2017.zip", mirror=mirror) == expected
-
-
-def test_a_file_that_a_mirror_lacks_comes_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    assert hosts("clotho", "clotho_audio_evaluation.7z", mirror="modelscope") == ["zenodo.org"] * 2
-    assert hosts("audiocaps", "test-00000-of-00041.parquet", mirror="official") == ["huggingface.co"]
-
-
-def test_the_hub_follows_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid/")
-    assert hosts("coco", "val2017.zip", mirror="hf") == ["hub.invalid"]
-
-
-def test_base_url_is_the_only_address(tmp_path: Path) -> None:
-    work = Selection(SOURCES["audiocaps"], options(tmp_path))
-    assert work.addresses(work.items[0].files[0]) == ("http://127.0.0.1:9/audiocaps/dataset/train.csv",)
-
-
-def test_the_key_goes_to_its_server_only_and_a_third_party_is_asked_only_when_named() -> None:
-    keys = {"VOXCELEB_KEY": "k/1"}
-    assert hosts("voxceleb", "vox1_test_wav.zip") == []
-    assert hosts("voxceleb", "vox1_test_wav.zip", mirror="hf-mirror") == ["hf-mirror.com"]
-    work = Selection(SOURCES["voxceleb"], Options(data_root=Path("data"), keys=keys))
-    file = next(item for item in work.items if item.name == "vox1_test_wav.zip").files[0]
-    assert work.addresses(file) == ("https://cn01.mmai.io/download/voxceleb?key=k%2F1&file=vox1_test_wav.zip",)
-    assert work.addresses(file, hide_key=True)[0].split("?")[1] == "key=***&file=vox1_test_wav.zip"
-    assert hosts("voxceleb", "veri_test2.txt", keys=keys) == ["www.robots.ox.ac.uk"]
+# --- Keys ------------------------------------------------------------------------------------------------------------
 
 
 def test_voxceleb_without_key_is_told_what_to_do(tmp_path: Path) -> None:

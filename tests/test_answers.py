@@ -43,7 +43,7 @@ def test_errors_of_the_library_become_ours(error: Exception, ours: type[Exceptio
                                            unreachable: bool) -> None:
     with refused(*named, error=ours) as found, answers.translated((10, 60)):
         raise error
-    assert found.value.unreachable == unreachable  # type: ignore[attr-defined]
+    assert found.value.unreachable == unreachable
     assert "s3cret" not in str(found.value) and found.value.__cause__ is None
 
 
@@ -52,7 +52,7 @@ def test_a_proxy_that_is_not_there_is_named_as_such(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("no_proxy", "")
     with refused(error=Again) as found, answers.translated((1, 1)):
         answers.open_session().get("http://data.invalid/a", timeout=1)
-    assert found.value.unreachable  # type: ignore[attr-defined]
+    assert found.value.unreachable
 
 
 def answer(request: Any, to: str) -> requests.Response:

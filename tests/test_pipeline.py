@@ -54,12 +54,10 @@ def test_tasks_are_taken_only_when_there_is_room() -> None:
             taken.append(number)
             yield number, partial(int, number)
 
-    ending = pipeline.results(tasks(), 2)  # type: ignore[arg-type]
-    for count, _ in enumerate(ending, 1):
+    for count, _ in enumerate(pipeline.results(tasks(), 2), 1):  # type: ignore[arg-type]
         assert len(taken) == count + 2
         if count == 5:
             break
-    ending.close()
     assert len(taken) == 7
 
 

@@ -116,7 +116,8 @@ def test_the_printed_command_trains(sets: Sets, name: str, tmp_path: Path, monke
     words = next_words(capsys.readouterr().out)
     monkeypatch.chdir(ROOT)
     quick = ["--output-dir", str(tmp_path / "out"), "--device", "cpu", "--epochs", "3", "memory.micro_batch=16",
-             "training.batch_size=16", "training.gradient_accumulation_steps=1", "training.use_amp=false", "evaluation.resamples=0", "report.gallery_queries=0"]
+             "training.batch_size=16", "training.gradient_accumulation_steps=1", "training.use_amp=false",
+             "evaluation.resamples=0", "report.gallery_queries=0"]
     assert run_training.main([*words[2:], *quick, *SMALL]) == 0
     assert list((tmp_path / "out/reports").glob("report_*.json"))
 

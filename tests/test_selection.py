@@ -69,3 +69,48 @@ def test_the_command_asks_for_the_same_again(tmp_path: Path, monkeypatch: pytest
 
 def test_several_files_at_a_time_but_of_a_host_that_counts() -> None:
     assert (select("coco").jobs, select("clotho").jobs, select("clotho", jobs=3).jobs) == (4, 1, 3)
+
+
+# --- Addresses and keys ----------------------------------------------------------------------------------------------
+
+
+def hosts(name: str, file: str, **settings: Any) -> list[str]:
+    work = select(name, **settings)
+    (found,) = [each for item in work.source.items for each in item.files if each.name == file]
+    return [url.split("/")[2] for url in work.addresses(found)]
+
+
+@pytest.mark.parametrize(("mirror", "expected"), [
+    ("auto", ["images.cocodataset.org", "s3.amazonaws.com", "huggingface.co", "www.modelscope.cn"]),
+    ("official", ["images.cocodataset.org", "s3.amazonaws.com"]), ("hf", ["huggingface.co"]),
+    ("hf-mirror", ["hf-mirror.com"]), ("modelscope", ["www.modelscope.cn"])])
+def test_mirrors(mirror: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert hosts("coco", "val2017.zip", mirror=mirror) == expected
+
+
+def test_a_file_that_a_mirror_lacks_comes_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert hosts("clotho", "clotho_audio_evaluation.7z", mirror="modelscope") == ["zenodo.org"] * 2
+    assert hosts("audiocaps", "test-00000-of-00041.parquet", mirror="official") == ["huggingface.co"]
+
+
+def test_the_hub_follows_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid/")
+    assert hosts("coco", "val2017.zip", mirror="hf") == ["hub.invalid"]
+
+
+def test_base_url_is_the_only_address() -> None:
+    work = select("audiocaps", base_urls={"audiocaps": "http://127.0.0.1:9/a"})
+    assert work.addresses(work.items[0].files[0]) == ("http://127.0.0.1:9/a/dataset/train.csv",)
+
+
+def test_the_key_goes_to_its_server_only_and_a_third_party_is_asked_only_when_named() -> None:
+    keys = {"VOXCELEB_KEY": "k/1"}
+    assert hosts("voxceleb", "vox1_test_wav.zip") == []
+    assert hosts("voxceleb", "vox1_test_wav.zip", mirror="hf-mirror") == ["hf-mirror.com"]
+    work = select("voxceleb", keys=keys)
+    file = next(item for item in work.items if item.name == "vox1_test_wav.zip").files[0]
+    assert work.addresses(file) == ("https://cn01.mmai.io/download/voxceleb?key=k%2F1&file=vox1_test_wav.zip",)
+    assert work.addresses(file, hide_key=True)[0].split("?")[1] == "key=***&file=vox1_test_wav.zip"
+    assert hosts("voxceleb", "veri_test2.txt", keys=keys) == ["www.robots.ox.ac.uk"]

@@ -197,9 +197,14 @@ class Reader:
         return found
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork")  # which has all libraries already: a new one costs nothing
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=self.serve, args=(theirs, str(self.folder)), daemon=True)
+
+        def begin() -> None:
+            self.pipe.close()  # or it would not notice the end of this one
+            self.serve(theirs, str(self.folder))
+
+        self.process = context.Process(target=begin, daemon=True)
         self.process.start()
         theirs.close()
         self.pipe.recv()

@@ -11,13 +11,17 @@ from PIL import Image
 
 import metrics
 import protocols
-from config import Config, UserError, config_from_dict
-from datasets import load_data, loader
-from model import create_model
+from config import Config, config_from_dict
+from datasets import Data, load_data, loader
+from model import TriModalModel
 from protocols import Setting
+from runs import build_model
+from tests.refusals import assert_names, refused
+from tests.small_runs import RECIPE, float64
 
 CPU = Setting(device=torch.device("cpu"))
 PLAIN = Setting(device=torch.device("cpu"), concepts=False)
+ROUNDING = torch.finfo(torch.float32).eps  # features are kept in float32, whatever they are computed in
 
 
 def _config(tmp_path: Path, lines: list[dict] | None, **sections: dict) -> Config:
@@ -27,11 +31,17 @@ def _config(tmp_path: Path, lines: list[dict] | None, **sections: dict) -> Confi
         sets = ["manifest"]
     base: dict[str, dict] = {
         "data": {"datasets": sets, "manifest": str(tmp_path / "own.jsonl"), "workers": 0, "cache": False},
-        "model": {"size": "tiny", "image_size": 32}, "evaluation": {"batch_size": 5, "resamples": 20},
+        "model": RECIPE["model"], "evaluation": {"batch_size": 5, "resamples": 20},
         "paths": {"data_root": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}}
     for name, values in sections.items():
         base[name] = {**base.get(name, {}), **values}
     return config_from_dict(base)
+
+
+def _model(config: Config, data: Data) -> TriModalModel:
+    """Fresh, in float64: what then differs by more than ROUNDING differs."""
+    with float64():
+        return build_model(config, data, None)
 
 
 def _picture(folder: Path, number: int) -> str:
@@ -74,14 +84,14 @@ class Oracle(torch.nn.Module):
         return torch.eye(32)[[self.numbers[tuple(row[keep].tolist())] for row, keep in zip(ids, mask, strict=True)]]
 
 
-def _captioned(tmp_path, count=12):
+def _captioned(tmp_path, count=12, most_captions=3):
     """Pictures with one to three captions each, an oracle for them, and the data."""
-    captions = {n: [f"number {n} phrase {k}" for k in range(1 + n % 3)] for n in range(count)}
+    captions = {n: [f"number {n} phrase {k}" for k in range(1 + n % most_captions)] for n in range(count)}
     config = _config(tmp_path, [{"image": _picture(tmp_path, n), "text": captions[n]} for n in range(count)])
     data = load_data(config, ["test"])
     numbers: dict[tuple[int, ...], int] = {}
     for n, texts in captions.items():
-        ids, mask = data.tokenizer.encode(texts, 64)
+        ids, mask = data.tokenizer.encode(texts, 12)
         numbers |= {tuple(row[keep].tolist()): n for row, keep in zip(ids, mask, strict=True)}
     return config, data, Oracle(numbers)
 
@@ -110,17 +120,18 @@ def test_a_model_that_is_wrong_about_one_picture(tmp_path):
 def test_the_same_words_on_two_pictures_are_right_for_both(tmp_path):
     texts = ["a dog", "A dog. ", "a cat"]
     config = _config(tmp_path, [{"image": _picture(tmp_path, n), "text": text} for n, text in enumerate(texts)])
-    data, model = load_data(config, ["test"]), create_model("tiny", image_size=32)
+    data = load_data(config, ["test"])
+    model = _model(config, data)
     pair = protocols.evaluate_split(model, data, "test", config, PLAIN)[0]["all"]["image-text"]
     assert pair["text_to_image_R@1"]["chance"] == pair["image_to_text_R@1"]["chance"] == pytest.approx(5 / 9)
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    torch.manual_seed(0)
     config = _config(tmp_path_factory.mktemp("synthetic"), None,
                      data={"synthetic_images": 128, "synthetic_sounds": 128})
-    return config, load_data(config), create_model("tiny", image_size=32)
+    data = load_data(config)
+    return config, data, _model(config, data)
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +151,12 @@ def test_figures_equal_those_of_samples_encoded_one_by_one(synthetic, evaluated)
     with torch.no_grad():
         for place, row in enumerate(rows):
             for caption in split.table.captions_of(row):
-                texts.append(model.text_features(*data.tokenizer.encode([caption], 64)))
+                texts.append(model.text_features(*data.tokenizer.encode([caption], 12)).float())
                 owners.append(place)
                 words.append(hash(caption))
     sounds = encoded.items["audio"].features_NF
     assert encoded.items["audio"].rows_N.tolist() == rows.tolist()
-    assert torch.allclose(encoded.items["text"].features_NF[-len(texts):], torch.cat(texts), atol=1e-5)
+    assert torch.allclose(encoded.items["text"].features_NF[-len(texts):], torch.cat(texts), rtol=0, atol=ROUNDING)
     expected = metrics.retrieval(sounds, torch.cat(texts), torch.tensor(owners), torch.tensor(words),
                                  names=("audio", "text"), options=metrics.Options(resamples=20))
     for name, figure in figures["synthetic"]["audio-text"].items():
@@ -156,18 +167,19 @@ def test_an_untrained_model_says_what_chance_is_and_answers_concepts(synthetic, 
     (config, data, model), (figures, encoded) = synthetic, evaluated
     assert figures["synthetic"].keys() == {"image-text", "audio-text", "image-concepts", "audio-concepts"}
     answers = encoded.answers["image"]
-    assert answers.logits_NK.shape == answers.concepts_NK.shape == (32, 1000)
+    assert answers.logits_NK.shape == answers.concepts_NK.shape == (32, 60)
     batch, = loader(data, "test", [(0, answers.rows_N[-3:])], config, inputs=[("image", "text")],
                     train=False, epoch=0)
     with torch.no_grad():
-        assert torch.allclose(answers.logits_NK[-3:], model(images=batch.images)["logits"], atol=1e-4)
+        expected = model(images=batch.images)["logits"].float()
+    assert torch.allclose(answers.logits_NK[-3:], expected, rtol=ROUNDING, atol=ROUNDING)
     assert batch.concepts is not None and torch.equal(answers.concepts_NK[-3:], batch.concepts)
     figure = figures["synthetic"]["image-concepts"]["image_to_concepts_mAP"]
     assert 0 < figure["chance"] < 1 and figure["candidates"] == 32
     without = protocols.evaluate_split(model, data, "test", config, PLAIN)[0]
     assert without["synthetic"].keys() == {"image-text", "audio-text"}
-    for name, expected in figures["synthetic"]["image-text"].items():
-        assert without["synthetic"]["image-text"][name] == pytest.approx(expected), name
+    for name, figure in figures["synthetic"]["image-text"].items():
+        assert without["synthetic"]["image-text"][name] == pytest.approx(figure), name
 
 
 def test_a_limit_draws_the_same_part_of_every_set_and_kind_each_time(synthetic):
@@ -185,7 +197,7 @@ def test_a_limit_draws_the_same_part_of_every_set_and_kind_each_time(synthetic):
 
 def test_features_that_are_not_finite_are_counted(synthetic, monkeypatch):
     config, data, model = synthetic
-    monkeypatch.setattr(model, "text_features", lambda ids, mask: torch.full((len(ids), 512), torch.nan))
+    monkeypatch.setattr(model, "text_features", lambda ids, mask: torch.full((len(ids), 8), torch.nan))
     figures, encoded = protocols.evaluate_split(model, data, "test", config, PLAIN)
     assert encoded.facts["synthetic"]["nonfinite"] == {"text": len(data.tables["test"].captions)}
     assert figures["all"]["image-text"]["image_to_text_R@10"]["value"] == 0.0
@@ -198,7 +210,7 @@ def test_image_and_audio_of_one_sample_pair_up(tmp_path):
     lines += [{"audio": _sound(tmp_path, 30), "labels": ["hum"]}]
     config = _config(tmp_path, lines)
     data = load_data(config, ["test"], concepts=["hum", "noise"])
-    figures, _ = protocols.evaluate_split(create_model("tiny", image_size=32), data, "test", config, CPU)
+    figures, _ = protocols.evaluate_split(_model(config, data), data, "test", config, CPU)
     pairs = figures["manifest"]
     assert pairs["image-audio"]["image_to_audio_R@1"]["candidates"] == 6
     assert pairs["image-text"]["text_to_image_R@1"]["candidates"] == 9
@@ -210,7 +222,7 @@ def test_a_broken_file_is_left_out_and_counted(tmp_path):
     (tmp_path / "3.png").write_bytes(b"no picture")
     config = _config(tmp_path, lines, data={"max_bad_pct": 50.0})
     data = load_data(config, ["test"])
-    figures, encoded = protocols.evaluate_split(create_model("tiny", image_size=32), data, "test", config, CPU)
+    figures, encoded = protocols.evaluate_split(_model(config, data), data, "test", config, CPU)
     assert encoded.facts["manifest"]["broken"] == 1 and encoded.facts["manifest"]["samples"] == 6
     assert figures["manifest"]["image-text"]["text_to_image_R@1"]["candidates"] == 5
     assert 3 not in encoded.items["image"].rows_N and encoded.captions_C.tolist() == [0, 1, 2, 4, 5]
@@ -225,7 +237,7 @@ def test_stamps_stand_with_and_without_symbols(tmp_path):
     own = [{"image": _picture(tmp_path, n), "text": f"number {n}"} for n in range(4)]
     config = _config(tmp_path, own, data={"datasets": ["stamps", "manifest"]})
     data = load_data(config, ["test"])
-    figures, _ = protocols.evaluate_split(create_model("tiny", image_size=32), data, "test", config, CPU)
+    figures, _ = protocols.evaluate_split(_model(config, data), data, "test", config, CPU)
     stamps = data.tables["test"].sources.codes == data.tables["test"].sources.names.index("stamps")
     symbols = [data.tables["test"][i].labels == ("symbols",) for i in np.flatnonzero(stamps).tolist()]
     count = {name: pairs["image-text"]["text_to_image_R@1"]["candidates"] for name, pairs in figures.items()}
@@ -234,44 +246,61 @@ def test_stamps_stand_with_and_without_symbols(tmp_path):
     assert count["all"] == count["stamps"] + count["manifest"]
 
 
+class Small(Oracle):
+    """An oracle whose device has no room for more than `most` pictures; `sizes` are those of all it was given."""
+
+    def __init__(self, numbers: dict[tuple[int, ...], int], error: Exception, most: int = 100):
+        super().__init__(numbers)
+        self.error, self.most = error, most
+        self.sizes: dict[str, list[int]] = {"image": [], "text": []}
+
+    def image_features(self, images):
+        self.sizes["image"].append(len(images))
+        if len(images) > self.most:
+            raise self.error
+        return super().image_features(images)
+
+    def text_features(self, ids, mask):
+        self.sizes["text"].append(len(ids))
+        return super().text_features(ids, mask)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError(),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_halves_the_parts_from_there_on_and_changes_nothing(error):
-    sizes, told = [], []
-
-    def encode(x):
-        sizes.append(len(x))
-        if len(x) > 3:
-            raise error
-        return {"y": x * 2}
-
-    setting = protocols.Setting(device=torch.device("cpu"), less=lambda size, cause: told.append(size))
-    gathered = protocols._Gathered(None, setting, 8)
-    found = gathered._in_parts("image", encode, torch.arange(10))
-    assert torch.cat([part["y"] for part in found]).tolist() == list(range(0, 20, 2))
-    assert sizes == [8, 4, 2, 2, 2, 2, 2] and told == [4, 2]
-    gathered._in_parts("text", encode, torch.arange(4))
-    assert sizes[7:] == [2, 2], "it does not run out again"
-    with pytest.raises(UserError, match="out of memory with one sample"):
-        gathered._in_parts("image", lambda x: encode(torch.arange(9)), torch.arange(10))
+def test_out_of_memory_halves_the_parts_from_there_on_and_changes_nothing(tmp_path, error):
+    config, data, oracle = _captioned(tmp_path, 10, most_captions=1)
+    small, told = Small(oracle.numbers, error, most=3), []
+    setting = Setting(device=CPU.device, concepts=False, sizes={"image": 8, "text": 8},
+                      less=lambda size, cause: told.append(size))
+    encoded = protocols.encode_split(small, data, "test", config, setting)
+    assert small.sizes["image"] == [5, 4, 2, 2, 1, 2, 2, 1], "in two batches of 5; it does not run out again"
+    assert small.sizes["text"] == [2, 2, 1, 2, 2, 1] and told == [4, 2]
+    untroubled = protocols.encode_split(oracle, data, "test", config, PLAIN)
+    for name, items in untroubled.items.items():
+        assert torch.equal(encoded.items[name].features_NF, items.features_NF)
+    with refused("evaluation", "--device cpu"):
+        protocols.encode_split(Small(oracle.numbers, error, most=0), data, "test", config, PLAIN)
 
 
-def test_evaluation_encodes_as_many_at_a_time_as_its_plan_says():
-    setting = protocols.Setting(device=torch.device("cpu"), sizes={"image": 5})
-    assert protocols._Gathered(None, setting, 8).size == {"image": 5, "text": 8, "audio": 8}
+def test_evaluation_encodes_as_many_at_a_time_as_its_plan_says(tmp_path):
+    config, data, oracle = _captioned(tmp_path, 5, most_captions=1)
+    small = Small(oracle.numbers, MemoryError())
+    protocols.encode_split(small, data, "test", config, Setting(device=CPU.device, concepts=False, sizes={"image": 2}))
+    assert small.sizes == {"image": [2, 2, 1], "text": [5]}
 
 
 def test_long_sounds_are_encoded_in_smaller_parts_with_the_same_result(tmp_path):
     lines = [{"audio": _sound(tmp_path, n, seconds=25.0 if n == 2 else 0.5), "text": f"tone {n}"} for n in range(5)]
     config = _config(tmp_path, lines)
-    data, model = load_data(config, ["test"]), create_model("tiny", image_size=32).eval()
+    data = load_data(config, ["test"])
+    model = _model(config, data).eval()
     given = []
     model.audio.register_forward_hook(lambda module, args, out: given.append(tuple(args[0].shape[:2])))
     encoded = protocols.encode_split(model, data, "test", config, CPU)
     assert given == [(1, 64), (1, 64), (1, 2512), (1, 64), (1, 64)]  # a window each of 5 at a time; none is padded
     with torch.no_grad():
-        alone = model.audio_features(torch.from_numpy(data.splits["test"].store.mel(0))[None])
-    assert torch.allclose(encoded.items["audio"].features_NF[0], alone[0], atol=1e-5)
+        alone = model.audio_features(torch.from_numpy(data.splits["test"].store.mel(0))[None]).float()
+    assert torch.allclose(encoded.items["audio"].features_NF[0], alone[0], rtol=0, atol=ROUNDING)
 
 
 def _vox(tmp_path, speakers=5, videos=3):
@@ -293,12 +322,11 @@ def test_speakers_are_verified_on_the_trial_list(tmp_path):
     lines = [f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}" for a, b in trials]
     path = tmp_path / "data" / "voxceleb" / "voxceleb1" / "veri_test2.txt"
     path.write_text("\n".join([*lines, "1 id10270/gone/1.wav id10270/gone/2.wav", ""]))
-    model = create_model("tiny", image_size=32)
+    model = _model(config, data)
     figures, encoded = protocols.evaluate_split(model, data, "test", config, CPU)
     figure = figures["voxceleb"]["speakers"]["EER"]
     assert figure["queries"] == len(trials)
-    assert encoded.facts["voxceleb"]["trials"] == (
-        f"veri_test2.txt: {len(trials)} of its {len(trials) + 1} trials have both files here")
+    assert_names(encoded.facts["voxceleb"]["trials"], "veri_test2.txt", len(trials), len(trials) + 1)
     features = dict(zip(keys, encoded.items["audio"].features_NF.double(), strict=True))
     scores = [float(features[f"vox1/{a}"] @ features[f"vox1/{b}"]) for a, b in trials]
     same = [a.split("/")[0] == b.split("/")[0] for a, b in trials]
@@ -309,14 +337,14 @@ def test_speakers_are_verified_on_the_trial_list(tmp_path):
 def test_without_a_trial_list_all_pairs_are_tried_and_said(tmp_path):
     config = _vox(tmp_path, speakers=3, videos=12)
     data = load_data(config, ["test"])
-    figures, encoded = protocols.evaluate_split(create_model("tiny", image_size=32), data, "test", config, CPU)
-    assert encoded.facts["voxceleb"]["trials"] == "no trial list: all 435 pairs of 30 utterances drawn by seed 0"
+    figures, encoded = protocols.evaluate_split(_model(config, data), data, "test", config, CPU)
+    assert_names(encoded.facts["voxceleb"]["trials"], 435, 30, protocols.SAMPLING_SEED)
     assert figures["voxceleb"]["speakers"]["EER"]["queries"] == 30 * 29 // 2  # 10 of the 12 of each speaker
 
 
 def test_a_damaged_trial_list_is_named_with_its_line(tmp_path):
     (tmp_path / "veri_test.txt").write_text("1 a b\n\n0 c\n")
-    with pytest.raises(UserError, match=r"veri_test.txt, line 3: expected '1 FILE FILE'"):
+    with refused("veri_test.txt", "line 3", "1 FILE FILE"):
         protocols.read_trials(tmp_path / "veri_test.txt")
     (tmp_path / "veri_test.txt").write_text("1 a b\r\n0 c d\r\n")
     assert protocols.read_trials(tmp_path / "veri_test.txt") == [(True, "a", "b"), (False, "c", "d")]
@@ -340,7 +368,7 @@ def test_examples_show_the_best_answers_and_mark_the_right_one(tmp_path):
 def test_examples_ask_each_wording_once(tmp_path):
     config = _config(tmp_path, [{"image": _picture(tmp_path, n), "text": f"number {n // 2}"} for n in range(12)])
     data = load_data(config, ["test"])
-    ids, mask = data.tokenizer.encode([f"number {n}" for n in range(6)], 64)
+    ids, mask = data.tokenizer.encode([f"number {n}" for n in range(6)], 12)
     oracle = Oracle({tuple(row[keep].tolist()): n for n, (row, keep) in enumerate(zip(ids, mask, strict=True))})
     encoded = protocols.encode_split(oracle, data, "test", config, PLAIN)
     rows = protocols.examples(encoded, data, "image", queries=12)

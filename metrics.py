@@ -254,7 +254,7 @@ def bootstrap_means(values_QM: np.ndarray, groups_Q: np.ndarray, options: Option
     together) are drawn together."""
     group_Q, size_A = _groups(groups_Q)
     sums_AM = np.stack([np.bincount(group_Q, column, len(size_A)) for column in values_QM.T], axis=1)
-    drawn = [draws_RA @ sums_AM / (draws_RA @ size_A)[:, None] for draws_RA in _draws(len(size_A), options)]
+    drawn = [draws_RA @ sums_AM / (draws_RA @ size_A)[:, None] for draws_RA in draws(len(size_A), options)]
     return [_percentiles(column) for column in np.concatenate(drawn).T] if drawn else [(None, None)] * len(sums_AM.T)
 
 
@@ -263,7 +263,7 @@ def bootstrap_median(values_Q: np.ndarray, groups_Q: np.ndarray, options: Option
     group_Q, size_A = _groups(groups_Q)
     order = np.argsort(values_Q, kind="stable")
     drawn = []
-    for draws_RA in _draws(len(size_A), options, width=len(values_Q)):
+    for draws_RA in draws(len(size_A), options, width=len(values_Q)):
         cumulated = np.cumsum(draws_RA[:, group_Q[order]], axis=1)
         half = cumulated[:, -1:] / 2
         low = values_Q[order[(cumulated < half).sum(1)]]
@@ -277,7 +277,7 @@ def _groups(groups_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return group_Q, size_A
 
 
-def _draws(num_groups: int, options: Options, width: int = 0) -> Iterator[np.ndarray]:
+def draws(num_groups: int, options: Options, width: int = 0) -> Iterator[np.ndarray]:
     """How often each resample draws each group, float64 (R, A), some resamples at a time."""
     rng = np.random.default_rng(options.seed)
     at_once = max(1, 4_000_000 // max(num_groups, width))
@@ -354,7 +354,7 @@ def verification(scores_T: np.ndarray, same_T: np.ndarray, speakers_T2: np.ndarr
     _, ids_T2 = np.unique(np.asarray(speakers_T2)[order], return_inverse=True)
     ids_T2 = ids_T2.reshape(-1, 2)
     drawn = []
-    for draws_RA in _draws(int(ids_T2.max()) + 1, options, width=len(scores_T)):
+    for draws_RA in draws(int(ids_T2.max()) + 1, options, width=len(scores_T)):
         for draws_A in draws_RA:
             first, second = draws_A[ids_T2].T
             drawn.append(_detection_errors(np.where(same_T, first, first * second), same_T, ends))

@@ -46,7 +46,7 @@ def _case(seed, samples=23, captions=61, texts=30, levels=2):
     return left, right, owners, torch.randint(texts, (captions,), generator=g)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.repetition) for n in range(2, 6))])
 @pytest.mark.parametrize("tile", [4, 13, 1000])
 def test_retrieval_equals_the_naive_reference_with_ties_and_duplicates(seed, tile):
     left, right, owners, texts = _case(seed)
@@ -59,17 +59,21 @@ def test_retrieval_equals_the_naive_reference_with_ties_and_duplicates(seed, til
             assert figures[f"{prefix}_{name}"]["value"] == pytest.approx(expected[name], abs=1e-12), (prefix, name)
 
 
-def test_float32_unit_features_give_the_float64_answer():
+def test_float32_unit_features_give_the_float64_answer_where_it_is_clear():
+    """Rounding moves a score by less than 100 of its last places; where no wrong item is that near, ranks are equal."""
     g = torch.Generator().manual_seed(1)
     left = torch.nn.functional.normalize(torch.randn(200, 64, generator=g, dtype=torch.float64), dim=1)
     noise = torch.randn(600, 64, generator=g, dtype=torch.float64)
     owners = torch.arange(200).repeat_interleave(3)
     right = torch.nn.functional.normalize(left[owners] + 0.35 * noise, dim=1)
-    options = Options(tile=128, resamples=0)
-    single = metrics.retrieval(left.float(), right.float(), owners, options=options)
-    double = metrics.retrieval(left, right, owners, options=options)
-    assert {name: f["value"] for name, f in single.items()} == {name: f["value"] for name, f in double.items()}
-    assert 0.2 < double["image_to_text_R@1"]["value"] < 0.98  # neither trivial nor hopeless
+    relation = metrics.Relation(owners, torch.arange(600), 200)
+    double, single = (metrics.relevant_ranks(left.to(dtype), right.to(dtype), relation.tile, relation.captions_S, 128)
+                      for dtype in (torch.float64, torch.float32))
+    scores, is_right = left @ right.T, owners == torch.arange(200)[:, None]
+    best = scores.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)
+    clear = (scores - best).abs().masked_fill(is_right, torch.inf).amin(1) > 100 * torch.finfo(torch.float32).eps
+    assert clear.double().mean() > 0.9 and torch.equal(double[clear, 0], single[clear, 0])
+    assert 0.2 < (double[:, 0] == 1).double().mean() < 0.98  # neither trivial nor hopeless
 
 
 class _Largest(TorchDispatchMode):
@@ -284,7 +288,7 @@ def test_the_interval_of_the_error_rate_draws_speakers():
     same = speakers[:, 0] == speakers[:, 1]
     scores = rng.normal(same * 2.0, 1.0)
     rates = []
-    for draw in np.concatenate(list(metrics._draws(6, options))).astype(int):
+    for draw in np.concatenate(list(metrics.draws(6, options))).astype(int):
         times = np.where(same, draw[speakers[:, 0]], draw[speakers[:, 0]] * draw[speakers[:, 1]])
         if times[same].any() and times[~same].any():
             rates.append(_naive_detection(scores.repeat(times), same.repeat(times), 0.05)[0])

@@ -33,7 +33,9 @@ from stages import Stage, make_step, weighted_terms
 from steps import Positives, Share, Step, accumulate
 
 SNAPSHOTS = 3  # of a run: a batch may be large
-IN_OUTPUT = "first in the output"
+FOUND = {"": "", "sounds": "in sounds of the batch itself", "weights": "in the weights {}",
+         "output": "first in the output of {}", "gradient": "first in the gradient of {}",
+         "loss": "in the loss, though the outputs of all modules are finite", "unknown": "where cannot be told ({})"}
 SHOWN = 3  # samples named in a line
 
 Attempt = Callable[[Any, Callable[[], Any]], tuple[Any, str]]
@@ -82,11 +84,21 @@ def chance(batch: Batch, inputs: list[str], kind: str) -> float:
 
 @dataclass
 class Finding:
-    """Where a step stops being finite, "" if it does not; and the samples concerned, all where they cannot be told."""
+    """What stops being finite first, a key of FOUND; what is put into its words; and the samples concerned, all where
+    they cannot be told."""
 
-    where: str
+    kind: str
+    name: str
     keys: list[str]
-    is_own: bool = False  # of this process: what other processes work out has no part in it
+
+    @property
+    def where(self) -> str:
+        return FOUND[self.kind].format(self.name)
+
+    @property
+    def is_own(self) -> bool:
+        """Of this process: what other processes work out has no part in it."""
+        return self.kind in ("sounds", "output")
 
 
 def examine(run: Run, stage: Stage, given: Given, facts: Mapping[str, Any], attempt: Attempt) -> str:
@@ -102,17 +114,19 @@ def examine(run: Run, stage: Stage, given: Given, facts: Mapping[str, Any], atte
             raise  # the others are in another place now
         finding, problem = None, repr(error)[:200]  # whatever it is, it does not end the run
     stage.optimizer.zero_grad()
-    findings = run.world.gather_objects(finding or Finding(f"where cannot be told ({problem})", given.own.keys))
-    found = [rank for rank, one in enumerate(findings) if one.where]
+    findings = run.world.gather_objects(finding or Finding("unknown", problem, given.own.keys))
+    found = [rank for rank, one in enumerate(findings) if one.kind]
     rank = next((rank for rank in found if findings[rank].is_own), found[0] if found else None)
     bad = [part for part, value in facts["parts"].items() if not math.isfinite(value)]
     cause = f"loss part {', '.join(bad)}" if bad else "the gradient, not the loss"
-    cause += f", {findings[rank].where}" if rank is not None else _not_again(stage)
+    first = findings[rank or 0]
+    cause += f", {first.where}" if rank is not None else _not_again(stage)
     kept = ""
     if rank is not None or bad or stage.optimizer.scaler is None:  # else the scale of fp16 was too large, as it may be
         kept = keep(run, stage, given, {**facts, "cause": cause}, rank or 0)
     run.tracker.event(f"[{facts['stage']}] step {facts['step']} skipped: not finite in {cause} "
-                      f"({_samples(findings[rank or 0].keys)}){kept and f'; kept in {kept}'}", facts["step"])
+                      f"({_samples(first.keys)}){kept and f'; kept in {kept}'}", facts["step"], parts=bad,
+                      found=first.kind, name=first.name, samples=first.keys[:SHOWN], of=len(first.keys))
     return cause
 
 
@@ -135,13 +149,12 @@ def look(stage: Stage, given: Given, step: Step) -> Finding:
     weight = next((name for name, p in modules.named_parameters() if not bool(p.isfinite().all())), None)
     sounds = _bad_sounds(given.own)
     if sounds:
-        return Finding("in sounds of the batch itself", sounds, is_own=True)
+        return Finding("sounds", "", sounds)
     if weight is not None:
-        return Finding(f"in the weights {weight}", given.own.keys)
+        return Finding("weights", weight, given.own.keys)
     if not seen and not all(bool(value.isfinite().all()) for value in parts.values()):
-        seen.append("in the loss, though the outputs of all modules are finite")
-    is_own = bool(seen) and seen[0].startswith(IN_OUTPUT)
-    return Finding(seen[0] if seen else "", _bad_samples(step, given) or given.own.keys, is_own)
+        seen.append(("loss", ""))
+    return Finding(*(seen[0] if seen else ("", "")), _bad_samples(step, given) or given.own.keys)
 
 
 def _bad_sounds(batch: Batch) -> list[str]:
@@ -161,22 +174,23 @@ def _bad_samples(step: Step, given: Given) -> list[str]:
 
 
 @contextlib.contextmanager
-def watching(modules: nn.Module) -> Iterator[list[str]]:
-    """Collects places that are not finite, the first one first: outputs of modules, then gradients as they come."""
-    seen: list[str] = []
+def watching(modules: nn.Module) -> Iterator[list[tuple[str, str]]]:
+    """Collects what is not finite, as kind and name, the first one first: outputs of modules, then gradients as they
+    come."""
+    seen: list[tuple[str, str]] = []
 
     def hear_output(name: str) -> Callable[..., None]:
         @torch.no_grad()  # what autograd would keep of a look is missed in the recompute
         def hear(module: nn.Module, given: Any, output: Any) -> None:
             bad = None if seen else next((one for one in _tensors(output) if not bool(one.isfinite().all())), None)
             if bad is not None:
-                seen.append(f"{IN_OUTPUT} of {name} ({str(bad.dtype).removeprefix('torch.')})")
+                seen.append(("output", f"{name} ({str(bad.dtype).removeprefix('torch.')})"))
         return hear
 
     def hear_gradient(name: str) -> Callable[[Tensor], None]:
         def hear(parameter: Tensor) -> None:
             if not seen and parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
-                seen.append(f"first in the gradient of {name}")
+                seen.append(("gradient", name))
         return hear
 
     handles = [module.register_forward_hook(hear_output(name)) for name, module in modules.named_modules() if name]
@@ -248,7 +262,7 @@ def replay(snapshot: str | Path, checkpoint: str | Path, device: str = "cpu") ->
                 mask_id=state["mask_id"], num_concepts=state["num_concepts"])
     stage.objectives.to(device)
     finding = look(stage, Given(state["task_number"], batch, batch, None), step)
-    found = f"not finite {finding.where}" if finding.where else "finite, with these weights"
+    found = f"not finite {finding.where}" if finding.kind else "finite, with these weights"
     return f"Step {state['step']} of stage {state['stage']} was not finite in {state['cause']}.\nNow: {found}.{note}"
 
 

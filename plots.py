@@ -36,8 +36,8 @@ def loss_curves(records: Sequence[Record]) -> bytes | None:
     figure = _figure(5.0 * len(stages), 5.0)
     for place, stage in enumerate(stages):
         axes = figure.add_subplot(1, len(stages), place + 1)
-        for name, (x, y) in _parts(record for record in steps if record["stage"] == stage).items():
-            line, = axes.plot(x, _smooth(y), linewidth=1.6, label=name, marker="o" if len(x) == 1 else None)
+        for name, (x, y) in loss_parts(record for record in steps if record["stage"] == stage).items():
+            line, = axes.plot(x, smooth(y), linewidth=1.6, label=name, marker="o" if len(x) == 1 else None)
             axes.plot(x, y, linewidth=0.6, alpha=0.35, color=line.get_color())
         axes.set_title(f"{stage}: training loss by part", fontsize=10)
         axes.set_xlabel("optimizer step")
@@ -61,7 +61,7 @@ def progress_curves(records: Sequence[Record]) -> bytes | None:
     panels[3].set_ylim(bottom=0)
     places, waiting = _xy(steps, "step", "data_wait_pct")
     twin = panels[3].twinx()
-    twin.plot(places, _smooth(waiting), linestyle="--", linewidth=0.9, color="grey")
+    twin.plot(places, smooth(waiting), linestyle="--", linewidth=0.9, color="grey")
     twin.set_ylim(0, max([10.0, *waiting]) * 1.1)
     twin.set_ylabel("waiting (%)", fontsize=8)
     return _png(figure)
@@ -75,7 +75,7 @@ def flat_values(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: figure["value"] for pair in pairs.values() for name, figure in pair.items()}
 
 
-def _parts(steps: Iterator[Record]) -> dict[str, tuple[list[float], list[float]]]:
+def loss_parts(steps: Iterator[Record]) -> dict[str, tuple[list[float], list[float]]]:
     """Steps and values of each part of the loss, told apart by task where two tasks have the same."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for record in steps:
@@ -93,8 +93,8 @@ def _parts(steps: Iterator[Record]) -> dict[str, tuple[list[float], list[float]]
 def _by_stage(axes: Any, records: Sequence[Record], x: str, y: str, title: str) -> None:
     for stage, own in itertools.groupby(records, key=lambda record: record["stage"]):
         places, values = _xy(list(own), x, y)
-        smooth = _smooth(values) if y == "samples_per_s" else values
-        axes.plot(places, smooth, label=stage, linewidth=1.4, marker="o" if len(places) == 1 else None, markersize=3)
+        shown = smooth(values) if y == "samples_per_s" else values
+        axes.plot(places, shown, label=stage, linewidth=1.4, marker="o" if len(places) == 1 else None, markersize=3)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("optimizer step" if x == "step" else x)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
@@ -133,7 +133,7 @@ def _xy(records: Sequence[Record], x: str, y: str) -> tuple[list[float], list[fl
     return [record[x] for record in kept], [record[y] for record in kept]
 
 
-def _smooth(values: Sequence[float]) -> np.ndarray:
+def smooth(values: Sequence[float]) -> np.ndarray:
     """Running mean over a 20th of the curve, shorter at its ends, so that it starts and stops where the curve does."""
     half = len(values) // 40
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -179,7 +179,7 @@ def retrieval_grid(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     draw = ImageDraw.Draw(image)
     kind = {"image": "pictures", "audio": "sounds"}.get(rows[0]["modality"] if rows else "", "")
     title = f"Best answers among {rows[0]['candidates']} {kind}; a green frame marks a right one" if rows else ""
-    draw.text((MARGIN, MARGIN), title or "Nothing to show", FAINT, _font(SMALL))
+    draw.text((MARGIN, MARGIN), title or "Nothing to show", FAINT, font(SMALL))
     top = MARGIN + 30
     for row, height in zip(rows, heights, strict=True):
         _draw_row(image, draw, row, top)
@@ -250,12 +250,12 @@ def _spectrogram(mel_TM: np.ndarray) -> np.ndarray:
 def wrap(text: str, size: int, width: int, max_lines: int) -> list[str]:
     """`text` in lines of at most `width` pixels, broken between words, Chinese characters, or else anywhere; what does
     not fit in `max_lines` is cut off with dots."""
-    font = _font(size, _is_wide(text))
+    shown = font(size, text)
     words = re.findall(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+|\s+", text.strip())
-    pieces = [piece for word in words for piece in ([word] if font.getlength(word) <= width else word)]
+    pieces = [piece for word in words for piece in ([word] if shown.getlength(word) <= width else word)]
     lines = [""]
     for piece in (" " if piece.isspace() else piece for piece in pieces):
-        if font.getlength((lines[-1] + piece).rstrip()) <= width:
+        if shown.getlength((lines[-1] + piece).rstrip()) <= width:
             lines[-1] += piece
         else:
             lines.append(piece)
@@ -263,23 +263,24 @@ def wrap(text: str, size: int, width: int, max_lines: int) -> list[str]:
     if len(lines) <= max_lines:
         return lines
     last = lines[max_lines - 1]
-    while last and font.getlength(last + "...") > width:
+    while last and shown.getlength(last + "...") > width:
         last = last[:-1]
     return [*lines[:max_lines - 1], last.rstrip() + "..."]
 
 
 def _write(draw: Any, place: tuple[int, int], lines: Sequence[str], colour: tuple[int, int, int], size: int) -> None:
-    font = _font(size, _is_wide("".join(lines)))
+    shown = font(size, "".join(lines))
     for n, line in enumerate(lines):
-        draw.text((place[0], place[1] + n * (size + 4)), line, colour, font)
+        draw.text((place[0], place[1] + n * (size + 4)), line, colour, shown)
 
 
-def _is_wide(text: str) -> bool:
-    return not text.isascii()
+def font(size: int, text: str = "") -> Any:
+    """The font that shows `text`."""
+    return _font(size, not text.isascii())
 
 
 @functools.lru_cache(maxsize=8)
-def _font(size: int, wide: bool = False) -> Any:
+def _font(size: int, wide: bool) -> Any:
     """Pillow's own font, which has English letters; for others the first one found with Chinese characters, else
     matplotlib's, which has those of Europe."""
     from PIL import ImageFont

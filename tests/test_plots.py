@@ -63,17 +63,21 @@ def test_the_grid_grows_with_long_words_and_shows_sounds():
 
 
 def test_a_spectrogram_has_low_tones_at_the_bottom():
+    rows = _rows("audio", count=1)
     mel = np.full((100, 80), -10.0, np.float16)
     mel[:, 5] = 0.0  # a low tone
-    image = plots._spectrogram(mel)
-    assert image.shape == (80, 100, 3) and image[74].mean() > 200 and image[5].mean() < 30
+    rows[0]["answers"][0]["picture"] = mel
+    grid, left, top = plots.retrieval_grid(rows), plots.MARGIN + plots.TEXT_WIDTH, plots.MARGIN + 30
+    picture = grid[top:top + plots.THUMB * 5 // 8, left:left + plots.THUMB]
+    low, high = int(len(picture) * 74.5 / 80), int(len(picture) * 5.5 / 80)
+    assert picture[low].mean() > 150 and picture[high].mean() < 30
 
 
 @pytest.mark.parametrize("text", ["one two three four five six seven eight nine", "word " * 60, "x" * 300,
                                   "一只红色的猫坐在绿色的草地上看着远处的山和天空" * 3, "", "a " + "y" * 90 + " b"])
 def test_wrapped_lines_fit_and_keep_the_words(text):
     lines = plots.wrap(text, 14, 150, 4)
-    font = plots._font(14, plots._is_wide(text))
+    font = plots.font(14, text)
     assert len(lines) <= 4 and all(font.getlength(line) <= 150 for line in lines)
     joined = "".join(lines).replace(" ", "")
     whole = text.replace(" ", "")
@@ -90,10 +94,10 @@ def test_curves_of_runs_long_short_and_empty():
 
 
 def test_parts_of_the_loss_are_told_apart_by_task():
-    parts = plots._parts(iter(STEPS))
+    parts = plots.loss_parts(iter(STEPS))
     assert parts.keys() == {"masked_image (image_text)", "contrastive_image_text", "matching (image_text)"}
     assert parts["contrastive_image_text"][0] == list(range(41, 81))
-    unknown = plots._parts(iter([{"step": 1, "loss": None, "parts": {"a": None, "b": 1.0}}]))
+    unknown = plots.loss_parts(iter([{"step": 1, "loss": None, "parts": {"a": None, "b": 1.0}}]))
     assert unknown == {"b": ([1], [1.0])}
 
 
@@ -105,6 +109,6 @@ def test_validation_figures_may_be_flat_or_nested():
 
 
 def test_smoothing_keeps_constants_and_ends():
-    assert plots._smooth([2.0] * 100) == pytest.approx([2.0] * 100)
-    assert plots._smooth([1.0, 5.0]) == pytest.approx([1.0, 5.0])
-    assert len(plots._smooth([])) == 0
+    assert plots.smooth([2.0] * 100) == pytest.approx([2.0] * 100)
+    assert plots.smooth([1.0, 5.0]) == pytest.approx([1.0, 5.0])
+    assert len(plots.smooth([])) == 0

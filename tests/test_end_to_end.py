@@ -1,9 +1,10 @@
 """From a command line to a report: all stages on mixed sets, everything that a run promises to leave behind, and the
 same figures from evaluate.py; and one epoch on the official layouts of COCO and Clotho."""
 
+import contextlib
+import io
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import evaluate
 import run_training
 from model import load_model
 from tests import trees
+from tests.refusals import assert_names, assert_told
 from tests.small_runs import records
 
 MIXED: dict[str, Any] = {
     "data": {"datasets": ["stamps", "synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "fit": "pad",
              "audio_max_s": 0.5, "workers": 1},
-    "model": {"size": "tiny", "image_size": 32, "context_length": 16},
+    "model": {"size": "nano", "image_size": 32, "context_length": 16, "embed_dim": 8, "num_classes": 1000,
+              "vocab_size": 1, "word_embeddings": f"file:{Path(__file__).with_name('words.json')}"},
     "memory": {"micro_batch": 16},
     "training": {"epochs": 4, "batch_size": 16, "gradient_accumulation_steps": 2, "log_every_steps": 2,
                  "learning_rate": 1e-3},
@@ -54,20 +57,16 @@ def the_report(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A whole run, from its command line."""
     root = tmp_path_factory.mktemp("mixed")
     trees.stamps(root / "data", captions=40)
     (root / "mixed.yaml").write_text(yaml.safe_dump(MIXED), "utf-8")
     arguments = ["--config", str(root / "mixed.yaml"), "--data-root", str(root / "data"), "--output-dir",
                  str(root / "out"), "--device", "cpu", "--epochs", "4", "--lr", "1e-3", "training.use_amp=false"]
-    with pytest.MonkeyPatch.context() as patch:
-        import io
-        import sys
-
-        patch.setattr(sys, "stdout", out := io.StringIO())
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         assert run_training.main(arguments) == 0
-        yield Finished(root / "out", the_report(root / "out"), out.getvalue(), arguments)
+    return Finished(root / "out", the_report(root / "out"), out.getvalue(), arguments)
 
 
 def test_the_folder_holds_what_was_promised(finished: Finished) -> None:
@@ -106,7 +105,7 @@ def test_every_kind_of_record_is_there_with_all_its_parts(finished: Finished) ->
 def test_the_report_tells_what_was_run_and_found(finished: Finished) -> None:
     report = finished.report
     assert report["kind"] == "training" and report["config"]["training"]["epochs"] == 4
-    assert report["config"]["training"]["batch_size"] == 16 and report["config"]["model"]["size"] == "tiny"
+    assert report["config"]["training"]["batch_size"] == 16 and report["config"]["model"]["size"] == "nano"
     assert report["data"]["counts"]["synthetic"]["train"] == {"audio+text": 64, "captions": 256, "image+text": 64}
     assert report["data"]["licences"].keys() == {"stamps", "synthetic"}
     assert [stage["stage"] for stage in report["stages"]] == ["pretrain", "align", "finetune"]
@@ -125,14 +124,15 @@ def test_the_report_tells_what_was_run_and_found(finished: Finished) -> None:
 
 def test_what_is_printed(finished: Finished) -> None:
     lines = finished.out.splitlines()
-    assert "Device: cpu; fp32: training.use_amp is false" in lines
+    assert [line for line in lines if "cpu" in line and "training.use_amp" in line] == lines[:1]
     assert [line.split()[0] for line in lines if line.startswith("[") and " epoch " in line] == [
         "[pretrain]", "[align]", "[align]", "[finetune]"]
-    assert [line.split()[0] for line in lines if " memory: planned " in line and " measured " in line] == [
+    assert [line.split()[0] for line in lines if line.startswith("[") and " memory: " in line] == [
         "[pretrain]", "[align]", "[finetune]"]
-    assert any(line.startswith("[align] epoch 3/4  loss ") and "image_to_text_R@1" in line for line in lines)
+    assert any(line.startswith("[align] epoch 3/4 ") and "image_to_text_R@1" in line for line in lines)
     [markdown] = (finished.folder / "reports").glob("*.md")
-    assert lines[-1] == f"Report: {markdown}" and markdown.read_text("utf-8").startswith("# ")
+    assert_names(lines[-1], markdown)
+    assert markdown.read_text("utf-8").startswith("# ")
 
 
 def test_tensorboard_shows_curves_and_found_pictures(finished: Finished) -> None:
@@ -152,8 +152,8 @@ def test_best_and_final_are_the_weights_that_validation_chose(finished: Finished
     model, extras = load_model(finished.folder / "checkpoints" / "best_model.pt")
     assert extras["stage"] == "finetune" and extras["epoch"] == 4
     with torch.inference_mode():
-        outputs = model(images=torch.zeros(1, 3, 32, 32), input_ids=torch.tensor([[101, 2417, 102]]))
-    assert outputs["fused_features"].shape == (1, 512) and outputs["logits"].shape == (1, 1000)
+        outputs = model(images=torch.zeros(1, 3, 32, 32), input_ids=torch.tensor([[1, 2, 3]]))
+    assert outputs["fused_features"].shape == (1, 8) and outputs["logits"].shape == (1, 1000)
 
 
 def test_evaluate_gives_the_very_figures_of_the_run(finished: Finished, tmp_path: Path) -> None:
@@ -169,10 +169,11 @@ def test_evaluate_gives_the_very_figures_of_the_run(finished: Finished, tmp_path
 def test_a_second_start_is_refused_and_auto_says_that_all_is_done(finished: Finished,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert run_training.main(finished.arguments) == 2
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert_told(capsys.readouterr().err, finished.folder, "--resume auto", "--overwrite")
     before = records(finished.folder)
     assert run_training.main([*finished.arguments, "--resume", "auto"]) == 0
-    assert "Complete: all 4 epochs are done" in capsys.readouterr().out
+    [report] = (finished.folder / "reports").glob("*.md")
+    assert_names(capsys.readouterr().out.splitlines()[-1], 4, report)
     assert records(finished.folder) == before
 
 

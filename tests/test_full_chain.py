@@ -22,7 +22,8 @@ from transfer import Policy
 
 SETTINGS: dict[str, Any] = {
     "data": {"datasets": list(ALL), "audio_max_s": 0.5, "workers": 0},
-    "model": {"size": "tiny", "image_size": 32, "context_length": 16, "word_embeddings": "random"},
+    "model": {"size": "nano", "image_size": 32, "context_length": 16, "vocab_size": 1,
+              "word_embeddings": f"file:{Path(__file__).with_name('words.json')}"},
     "memory": {"micro_batch": 64},
     "training": {"epochs": 1, "batch_size": 64, "gradient_accumulation_steps": 1, "log_every_steps": 1},
     "evaluation": {"resamples": 20, "max_validation": 16}, "report": {"language": "en", "gallery_queries": 0},

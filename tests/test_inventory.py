@@ -114,18 +114,20 @@ def test_a_damaged_marker_counts_as_none(folder: Path, text: str) -> None:
 
 def test_a_list_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    monkeypatch.setattr("inventory.sync_file", lambda path: order.append(f"sync {path.name}"))
-    monkeypatch.setattr("inventory.sync_folder", lambda path: order.append("sync folder"))
-    replace = os.replace
+    folder, replace = tmp_path.stat().st_ino, os.replace
+
+    def sync(file: int) -> None:
+        order.append("sync folder" if os.fstat(file).st_ino == folder else "sync file")
 
     def rename(one: Path, other: Path) -> None:
         order.append("rename")
         replace(one, other)
 
+    monkeypatch.setattr("os.fsync", sync)
     monkeypatch.setattr("os.replace", rename)
     with inventory.Listing(tmp_path / "a.gz", {}) as listing:
         listing.finish()
-    assert order == ["sync a.gz.new", "rename", "sync folder"]
+    assert order == ["sync file", "rename", "sync folder"]
 
 
 def test_what_lies_beside_an_archive_goes_with_it(tmp_path: Path) -> None:

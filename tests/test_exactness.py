@@ -119,7 +119,8 @@ def test_each_parameters_gradient(task: str, cut: str) -> None:
     pytest.param(task, cut, marks=() if task == "all of finetune" and cut == "ragged" else pytest.mark.repetition)
     for task in TASKS for cut in ("ragged", "4 x 64")])
 def test_each_parameters_gradient_of_256_samples(task: str, cut: str) -> None:
-    sizes = {"ragged": {"image": 100, "audio": 37, "text": 83, "fusion": 45}, "4 x 64": 64}
+    sizes: dict[str, int | dict[str, int]] = {
+        "ragged": {"image": 100, "audio": 37, "text": 83, "fusion": 45}, "4 x 64": 64}
     found = gradient(task, torch.float64, sizes[cut], size=LARGE)
     assert_equal(found, whole(task, torch.float64, LARGE))
 

@@ -39,7 +39,7 @@ def planned(config: Config, name: str, place: Place = CPU) -> Plan:
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    ("pretrain", 8), ("align", 8), ("finetune", 32), *(pytest.param(*case, marks=pytest.mark.repetition) for case in (
+    ("pretrain", 16), ("align", 8), ("finetune", 32), *(pytest.param(*case, marks=pytest.mark.repetition) for case in (
         ("pretrain", 4), ("align", 2), ("finetune", 8)))])
 def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path: Path, name: str, size: int) -> None:
     """Real batches of full size: captions and sounds are longer than what is read. Up to 16 parts, two traced."""

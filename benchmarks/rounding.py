@@ -2,7 +2,7 @@
 
     python benchmarks/rounding.py [--size tiny]
 
-A task of each stage is trained two steps of 32 samples at once and in micro-batches of 16, 8 and 7; shown is the norm of
+A task of each stage is trained two steps of 32 samples at once and in micro-batches of 16, 8, 7; shown is the norm of
 the difference of all weights, as a part of their norm. What is more than rounding would be as large in float64.
 ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make the CPU an older one. The last column shows how far the steps moved.
 """

@@ -1,10 +1,8 @@
 """Concepts: labels first, then words by frequency, and which of them a sample has."""
 
-import pytest
-
 from concepts import concept_names, concepts_of
-from config import UserError
 from samples import Sample, SampleTable
+from tests.refusals import refused
 
 
 def table(*rows: tuple[tuple[str, ...], tuple[str, ...]]) -> SampleTable:
@@ -24,7 +22,7 @@ def test_labels_come_first_and_words_by_the_samples_that_have_them() -> None:
 
 def test_more_labels_than_classes_are_an_error() -> None:
     assert concept_names(TRAIN, 2) == ["apple", "traffic light"]
-    with pytest.raises(UserError, match=r"model\.num_classes: 1 is fewer than the 2 labels"):
+    with refused("model.num_classes", 1, 2):
         concept_names(TRAIN, 1)
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from audio import decode_audio, log_mel
-from config import DATASETS, Config, UserError, load_config
-from images import decode_image
+from config import DATASETS, Config, load_config
+from images import BrokenImage, decode_image
 from readers import READERS, download_command, draw_splits, read_split
 from samples import SPLITS, Sample, SampleTable, normalise_caption
 from tests import trees
+from tests.refusals import assert_names, refused
 
 
 def setting(root: Path, **data: object) -> Config:
@@ -30,6 +30,11 @@ def read(name: str, root: Path, **data: object) -> dict[str, list[Sample]]:
 
 def keys(samples: list[Sample]) -> list[str]:
     return [sample.key for sample in samples]
+
+
+def only_record(caplog: pytest.LogCaptureFixture) -> str:
+    [record] = caplog.records
+    return record.getMessage()
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------
@@ -69,7 +74,7 @@ def test_missing_data_names_the_command(tmp_path: Path, name: str, empty_folder:
     root = tmp_path / "my data"
     (root / (name if empty_folder else "other")).mkdir(parents=True)
     command = f"python download_datasets.py --datasets {name} --data-root '{root}'"
-    with pytest.raises(UserError, match=re.escape(command)):
+    with refused(root / name if empty_folder else root, command):
         read_split(name, "train", setting(root))
 
 
@@ -79,9 +84,9 @@ def test_command_keeps_the_data_root_as_it_was_typed() -> None:
 
 
 def test_unknown_set_and_split(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'cocoo' is unknown; did you mean 'coco'\?"):
+    with refused("data.datasets", "'cocoo'", "'coco'"):
         read_split("cocoo", "train", setting(tmp_path))
-    with pytest.raises(UserError, match="split 'dev' is unknown; known: train, val, test"):
+    with refused("split", "'dev'", *SPLITS):
         read_split("coco", "dev", setting(tmp_path))
 
 
@@ -119,8 +124,9 @@ def test_coco_2017(tmp_path: Path) -> None:
 def test_coco_without_karpathy(tmp_path: Path) -> None:
     trees.coco(tmp_path, karpathy=False)
     assert read("coco", tmp_path, coco_split="auto") == read("coco", tmp_path, coco_split="2017")
-    with pytest.raises(UserError, match=r"dataset_coco\.json: not there; get it with: python download"):
-        read_split("coco", "train", setting(tmp_path, coco_split="karpathy"))
+    config = setting(tmp_path, coco_split="karpathy")
+    with refused(tmp_path / "coco/annotations/dataset_coco.json", download_command("coco", config)):
+        read_split("coco", "train", config)
 
 
 def test_coco_2017_sides_do_not_depend_on_what_is_on_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -130,10 +136,11 @@ def test_coco_2017_sides_do_not_depend_on_what_is_on_disk(tmp_path: Path, caplog
     os.remove(gone.image)
     after = read("coco", tmp_path)
     assert after["val"] == before["val"] and after["train"] == [s for s in before["train"] if s != gone]
-    assert "coco train: 1 of the 38 files in its list are not there and are left out" in caplog.text
+    assert_names(only_record(caplog), "coco", "train", 1, 38)
     for name in os.listdir(root / "train2017")[:5]:
         os.remove(root / "train2017" / name)
-    with pytest.raises(UserError, match=r"coco train: . of the 38 files .* get them with: .*max_bad_pct, 5"):
+    gone_now = 38 - sum(os.path.exists(sample.image) for sample in before["train"])
+    with refused("coco", "train", gone_now, 38, download_command("coco", setting(tmp_path)), "data.max_bad_pct", 5):
         list(read_split("coco", "train", setting(tmp_path)))
 
 
@@ -141,8 +148,9 @@ def test_coco_folder_that_is_missing_is_not_made_up_for_by_the_other(tmp_path: P
     """With val2017 alone, Karpathy's training images would shrink to a few without a word."""
     root = trees.coco(tmp_path)
     shutil.rmtree(root / "train2017")
-    with pytest.raises(UserError, match="train2017: not there; get it with"):
-        read_split("coco", "train", setting(tmp_path, max_bad_pct=100.0))
+    config = setting(tmp_path, max_bad_pct=100.0)
+    with refused(root / "train2017", download_command("coco", config)):
+        read_split("coco", "train", config)
 
 
 def test_coco_labels_and_captions(tmp_path: Path) -> None:
@@ -168,7 +176,7 @@ def test_coco_pictures(tmp_path: Path) -> None:
     assert (grey[..., 0] == grey[..., 1]).all() and grey.shape == (48, 64, 3)
     assert decode_image(by_id[trees.COCO_CMYK]).shape == (48, 64, 3)
     assert decode_image(by_id[trees.COCO_TURNED]).shape == (64, 48, 3)
-    with pytest.raises(ValueError, match="cannot be decoded"):  # a reader decodes nothing: the loader finds this one
+    with refused(by_id[trees.COCO_TRUNCATED], error=BrokenImage):  # a reader decodes nothing: the loader finds it
         decode_image(by_id[trees.COCO_TRUNCATED])
 
 
@@ -187,7 +195,7 @@ def test_coco_labels_are_read_anew_when_the_file_changes(tmp_path: Path) -> None
 def test_coco_damaged_list(tmp_path: Path) -> None:
     root = trees.coco(tmp_path)
     trees.truncate(root / "annotations" / "captions_val2017.json")
-    with pytest.raises(UserError, match=r"captions_val2017\.json: damaged \(.*delete it and download it again"):
+    with refused(root / "annotations/captions_val2017.json"):
         read_split("coco", "test", setting(tmp_path, coco_split="2017"))
 
 
@@ -202,8 +210,7 @@ def test_clotho(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert keys(found["val"]) == list(trees.CLOTHO["validation"])
     assert keys(found["test"]) == list(trees.CLOTHO["evaluation"])
     assert {" Ambience Birds.wav", "KOOKABURRA..WAV.wav", "ópera.wav"} <= set(keys(found["train"]))
-    (line,) = [r.getMessage() for r in caplog.records]
-    assert line.startswith("clotho train: left out") and all(name in line for name in shared)
+    assert_names(only_record(caplog), "clotho", "train", *shared)
     assert found["test"][0].captions == (
         "Something is heard once at 0 in evaluation", "Something is heard twice, then stops at 0 in evaluation",
         "Something is heard far off at 0 in evaluation")
@@ -219,8 +226,9 @@ def test_clotho_metadata_are_iso_8859_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clotho_captions_development.csv", "clotho_metadata_evaluation.csv"])
 def test_clotho_list_missing(tmp_path: Path, name: str) -> None:
-    os.remove(trees.clotho(tmp_path) / name)
-    with pytest.raises(UserError, match=rf"{name}: not there; get it with: python download_datasets.py --datasets clo"):
+    path = trees.clotho(tmp_path) / name
+    os.remove(path)
+    with refused(path, download_command("clotho", setting(tmp_path))):
         read_split("clotho", "train", setting(tmp_path))
 
 
@@ -228,7 +236,7 @@ def test_clotho_half_extracted(tmp_path: Path) -> None:
     root = trees.clotho(tmp_path)
     os.remove(root / "development" / "thing 1.wav")
     os.remove(root / "development" / "thing 2.wav")
-    with pytest.raises(UserError, match="clotho train: 2 of the 12 files in its list are not there; get them with"):
+    with refused("clotho", "train", 2, 12, download_command("clotho", setting(tmp_path)), "data.max_bad_pct"):
         list(read_split("clotho", "train", setting(tmp_path)))
     assert len(list(read_split("clotho", "train", setting(tmp_path, max_bad_pct=20.0)))) == 10
 
@@ -237,10 +245,10 @@ def test_list_with_wrong_columns_or_short_lines(tmp_path: Path) -> None:
     path = trees.clotho(tmp_path) / "clotho_captions_validation.csv"
     whole = path.read_text(encoding="utf-8")
     path.write_text(whole.replace("caption_5", "caption_6"), encoding="utf-8")
-    with pytest.raises(UserError, match=r"clotho_captions_validation\.csv: no column 'caption_5' in its first line"):
+    with refused(path, "'caption_5'"):
         read_split("clotho", "val", setting(tmp_path))
     path.write_text(whole + "cut off.wav,A sound\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"clotho_captions_validation\.csv, line 5: 2 cells, but 6 columns"):
+    with refused(path, "line 5", 2, 6):
         read_split("clotho", "val", setting(tmp_path))
 
 
@@ -257,17 +265,18 @@ def test_audiocaps_finds_clips_under_each_naming(tmp_path: Path, caplog: pytest.
     assert [len(sample.captions) for sample in found["train"]] == [1] * 7
     assert [len(sample.captions) for sample in found["test"]] == [5, 5]
     assert {(s.start_s, s.duration_s) for s in found["train"]} == {(0.0, 0.0)}  # a file is the clip, not the video
-    assert [r.getMessage() for r in caplog.records] == [
-        "audiocaps train: 1 of the 8 files in its list are not there and are left out",
-        "audiocaps test: 1 of the 3 files in its list are not there and are left out"]
+    train, test = (record.getMessage() for record in caplog.records)
+    assert_names(train, "audiocaps", "train", 1, 8)
+    assert_names(test, "audiocaps", "test", 1, 3)
 
 
 def test_audiocaps_version_2(tmp_path: Path) -> None:
     trees.audiocaps(tmp_path, version=2)
     found = read("audiocaps", tmp_path, audiocaps_version=2)
     assert [len(sample.captions) for sample in found["train"]] == [2] * 7
-    with pytest.raises(UserError, match=r"dataset/.*\.csv: not there"):
+    with refused(download_command("audiocaps", setting(tmp_path))) as caught:
         read_split("audiocaps", "train", setting(tmp_path))
+    assert f"{tmp_path}/audiocaps/dataset/" in str(caught.value)
 
 
 def test_audiocaps_never_takes_a_file_of_another_split(tmp_path: Path) -> None:
@@ -318,12 +327,14 @@ def test_voxceleb_1_without_its_list(tmp_path: Path, caplog: pytest.LogCaptureFi
     os.remove(root / "iden_split.txt")
     found = read("voxceleb", tmp_path)
     assert len(found["train"]) + len(found["val"]) == 9 and len(found["test"]) == 6
-    assert "iden_split.txt is not there; 5 % of the videos are val instead" in caplog.text
+    for record in caplog.records:
+        assert_names(record.getMessage(), "voxceleb", root / "iden_split.txt", 5)
+    assert caplog.records
 
 
 def test_voxceleb_2_keeps_whole_videos_together(tmp_path: Path) -> None:
     root = trees.voxceleb(tmp_path, vox1=False, video_files=False) / "voxceleb2"
-    for number in range(200):
+    for number in range(100):
         for utterance in ("00001.m4a", "00002.m4a"):
             path = root / "dev" / "aac" / "id00012" / f"video{number:06d}" / utterance
             path.parent.mkdir(exist_ok=True)
@@ -331,7 +342,7 @@ def test_voxceleb_2_keeps_whole_videos_together(tmp_path: Path) -> None:
     found = read("voxceleb", tmp_path)
     videos = {split: {key.rpartition("/")[0] for key in keys(samples)} for split, samples in found.items()}
     assert not videos["train"] & videos["val"]
-    assert 3 <= len(videos["val"]) <= 20 and len(found["val"]) == 2 * len(videos["val"])
+    assert 1 <= len(videos["val"]) <= 15 and len(found["val"]) == 2 * len(videos["val"])
 
 
 def test_voxceleb_2_sound_and_video(tmp_path: Path) -> None:
@@ -385,11 +396,11 @@ def test_stamps_split_by_caption(tmp_path: Path) -> None:
 
 
 def test_stamps_without_symbols_stay_on_their_sides(tmp_path: Path) -> None:
-    trees.stamps(tmp_path, captions=40)
+    trees.stamps(tmp_path)
     whole, part = read("stamps", tmp_path), read("stamps", tmp_path, stamps_symbols=False)
     for split in SPLITS:
         assert part[split] == [sample for sample in whole[split] if not sample.key.startswith("symbols/")]
-    assert sum(map(len, part.values())) == sum(map(len, whole.values())) - 10
+    assert sum(map(len, part.values())) == sum(map(len, whole.values())) - 5
 
 
 def test_stamps_sides_depend_neither_on_the_training_seed_nor_on_sounds(tmp_path: Path) -> None:
@@ -414,7 +425,7 @@ def test_manifest(tmp_path: Path) -> None:
     path = trees.manifest(tmp_path / "mine")
     found = read("manifest", tmp_path / "none", manifest=str(path))
     assert {split: len(samples) for split, samples in found.items()} == {"train": 16, "val": 2, "test": 2}
-    with pytest.raises(UserError, match=r"data\.manifest"):
+    with refused("data.manifest"):
         read_split("manifest", "train", setting(tmp_path))
 
 

@@ -63,7 +63,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     trees.stamps(root / "data", captions=40)
     (root / "mixed.yaml").write_text(yaml.safe_dump(MIXED), "utf-8")
     arguments = ["--config", str(root / "mixed.yaml"), "--data-root", str(root / "data"), "--output-dir",
-                 str(root / "out"), "--device", "cpu", "--epochs", "4", "--lr", "1e-3", "training.use_amp=false"]
+                 str(root / "out"), "--device", "cpu", "--epochs", "4", "--lr", "1e-2", "training.use_amp=false"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert run_training.main(arguments) == 0
     return Finished(root / "out", the_report(root / "out"), out.getvalue(), arguments)
@@ -100,6 +100,16 @@ def test_every_kind_of_record_is_there_with_all_its_parts(finished: Finished) ->
     stages = records(finished.folder, "stage")
     assert [(line["stage"], line["epochs"]) for line in stages] == [("pretrain", 1), ("align", 2), ("finetune", 1)]
     assert sum(line["steps"] for line in stages) == stages[-1]["step"] == validations[-1]["step"]
+
+
+def test_it_learns(finished: Finished) -> None:
+    """Far beyond what rounding could do: the contrast of unseen samples gets better from epoch to epoch of a stage, and
+    their concepts are told better than training ones were at the start of theirs."""
+    _, before, after, last = records(finished.folder, "validation")
+    for name in ("contrastive_image_text", "contrastive_audio_text"):
+        assert after["parts"][name] < 0.99 * before["parts"][name], name
+    first = next(line for line in records(finished.folder, "step") if line["stage"] == "finetune")
+    assert last["parts"]["concepts"] < 0.9 * first["parts"]["concepts"]
 
 
 def test_the_report_tells_what_was_run_and_found(finished: Finished) -> None:

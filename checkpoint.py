@@ -55,7 +55,7 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            _write_with_digest(content, cast(BinaryIO, file))
+            write_with_digest(content, cast(BinaryIO, file))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)}); an earlier file there is unchanged. "
                               "Free space there") from None
@@ -291,7 +291,8 @@ class _DigestWriter:
             raise
 
 
-def _write_with_digest(content: Mapping[str, Any], file: BinaryIO) -> None:
+def write_with_digest(content: Mapping[str, Any], file: BinaryIO) -> None:
+    """What `save` puts into a file, whatever `content` holds."""
     writer = _DigestWriter(file)
     try:
         torch.save(content, cast(IO[bytes], writer))  # it asks for write and flush only

@@ -4,11 +4,12 @@ import io
 import os
 import pickle
 import random
+import resource
 import signal
-import subprocess
-import sys
-import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 
 import checkpoint
 from checkpoint import CheckpointError
-
-ROOT = Path(checkpoint.__file__).parent
+from tests import forked
+from tests.refusals import assert_names, refused
 
 
 def state_of(seed: int = 0) -> dict:
@@ -67,33 +68,31 @@ def test_whole_tensors_are_not_copied_unless_a_snapshot_is_asked_for():
     assert torch.equal(snapshot["w"], torch.ones(3))
 
 
-@pytest.mark.parametrize(("value", "where"), [
-    ({"a": [Path("x")]}, r"state\['a'\]\[0\]: .*not a \w*Path"),
-    ({"a": np.zeros(2)}, "not a ndarray"),
-    ({"a": {1.5: 2}}, r"state\['a'\]: the key 1.5 is a float"),
-])
-def test_what_a_safe_load_would_refuse_is_not_saved(tmp_path, value, where):
-    with pytest.raises(TypeError, match=where):
+@pytest.mark.parametrize(("value", "named"), [
+    ({"a": [Path("x")]}, ["state['a'][0]", type(Path("x")).__name__]), ({"a": np.zeros(2)}, ["state['a']", "ndarray"]),
+    ({"a": {1.5: 2}}, ["state['a']", "1.5", "float"])])
+def test_what_a_safe_load_would_refuse_is_not_saved(tmp_path, value, named):
+    with refused(*named, error=TypeError):
         checkpoint.save(value, tmp_path / "a.pt")
     assert os.listdir(tmp_path) == []
 
 
-def test_every_flipped_bit_and_every_truncation_is_recognised(tmp_path):
+def test_every_flipped_bit_and_every_truncation_is_recognised(tmp_path, all_repetitions):
     path = tmp_path / "a.pt"
     checkpoint.save({"w": torch.arange(8)}, path)
     good = path.read_bytes()
     random_ = random.Random(0)
     offsets = {0, 1, 5, len(good) - 1, len(good) - 64, len(good) - 65, len(good) - 130} | set(
-        random_.sample(range(len(good)), 300))
+        random_.sample(range(len(good)), 300 if all_repetitions else 60))
     for offset in offsets:
         damaged = bytearray(good)
         damaged[offset] ^= 1 << random_.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged"):
+        with refused(path, error=CheckpointError):
             checkpoint.load(path)
     for size in {4, 100, len(good) // 2, len(good) - 64, len(good) - 1}:
         path.write_bytes(good[:size])
-        with pytest.raises(CheckpointError, match="truncated"):
+        with refused(path, size, error=CheckpointError):
             checkpoint.load(path)
     path.write_bytes(good)
     assert torch.equal(checkpoint.load(path)["w"], torch.arange(8))
@@ -104,20 +103,17 @@ def test_files_of_others_and_missing_ones_are_named(tmp_path):
     torch.save({"w": torch.ones(2)}, foreign)
     text.write_text("hello, this is no checkpoint")
     empty.touch()
-    for path, message in ((foreign, "not a checkpoint of this project"), (text, "not a checkpoint of this project"),
-                          (empty, "ends after 0 bytes"), (tmp_path / "none.pt", "no such checkpoint.*has .*text.pt"),
-                          (tmp_path, "cannot be read")):
-        with pytest.raises(CheckpointError, match=message) as caught:
+    for path, named in ((foreign, ""), (text, ""), (empty, "0"), (tmp_path / "none.pt", "text.pt"), (tmp_path, "")):
+        with refused(path, *named.split(), error=CheckpointError):
             checkpoint.load(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_newer_schema_and_one_without_are_refused(tmp_path):
     checkpoint.save({"schema": checkpoint.SCHEMA + 1}, tmp_path / "newer.pt")
-    with pytest.raises(CheckpointError, match="newer version"):
+    with refused(tmp_path / "newer.pt", checkpoint.SCHEMA + 1, checkpoint.SCHEMA, error=CheckpointError):
         checkpoint.load(tmp_path / "newer.pt")
     checkpoint.save({"schema": "one"}, tmp_path / "odd.pt")
-    with pytest.raises(CheckpointError, match="names no schema"):
+    with refused(tmp_path / "odd.pt", error=CheckpointError):
         checkpoint.load(tmp_path / "odd.pt")
 
 
@@ -134,71 +130,63 @@ class Payload:
 def test_code_in_a_file_with_a_right_digest_does_not_run(tmp_path):
     marker, path = tmp_path / "was_run", tmp_path / "evil.pt"
     with open(path, "wb") as file:
-        checkpoint._write_with_digest({"schema": 1, "x": Payload(marker)}, file)
+        checkpoint.write_with_digest({"schema": 1, "x": Payload(marker)}, file)
     checkpoint.verify(path)  # the digest proves wholeness, not good intent
-    with pytest.raises(CheckpointError, match="refused"):
+    with refused(path, error=CheckpointError):
         checkpoint.load(path)
     assert not marker.exists()
     path.write_bytes(pickle.dumps(Payload(marker)))
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with refused(path, error=CheckpointError):
         checkpoint.load(path)
     assert not marker.exists()
 
 
-FULL_DISK = """
-import resource, signal, sys
-import torch
-import checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-path = sys.argv[1]
-checkpoint.save({"w": torch.ones(10)}, path)
-for limit in (0, 3000, 1_000_000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+@contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        checkpoint.save({"w": torch.zeros(1_000_000)}, path)
-    except checkpoint.CheckpointError as error:
-        print(error)
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_earlier_file_and_no_rest(tmp_path):
+@pytest.mark.parametrize("room", [0, 3000, 1_000_000])
+def test_a_full_disk_leaves_the_earlier_file_and_no_rest(tmp_path, room):
     """A limit on file size stands in for the full disk: the kernel refuses the same writes in the same place."""
     path = tmp_path / "a.pt"
-    result = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert len(lines) == 3 and all("cannot be saved" in line and "File too large" in line for line in lines), lines
+    checkpoint.save({"w": torch.ones(10)}, path)
+    with files_at_most(room), refused(path, os.strerror(27), error=CheckpointError):
+        checkpoint.save({"w": torch.zeros(1_000_000)}, path)
     assert os.listdir(tmp_path) == ["a.pt"]
     assert torch.equal(checkpoint.load(path)["w"], torch.ones(10))
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"file/a.pt: cannot be saved \("):
+    with refused(tmp_path / "file" / "a.pt", error=CheckpointError):
         checkpoint.save({}, tmp_path / "file" / "a.pt")
 
 
-KILLED = """
-import sys
-import torch
-import checkpoint
-print("ready", flush=True)
-for i in range(100_000):
-    checkpoint.save({"i": i, "w": torch.full((300_000,), i)}, sys.argv[1])
-"""
+def _save_on_and_on(path: Path, word: Connection) -> None:
+    for i in range(100_000):
+        checkpoint.save({"i": i, "w": torch.full((300_000,), i)}, path)
+        if i == 0:
+            word.send("there is one")
 
 
-def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "a.pt"
-    for attempt in range(3):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        deadline = time.monotonic() + 30
-        while not path.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.013 * attempt + 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+@pytest.mark.timed
+def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path, all_repetitions):
+    path, context = tmp_path / "a.pt", forked.context()
+    for attempt in range(25 if all_repetitions else 3):
+        ours, its = context.Pipe()
+        process = context.Process(target=_save_on_and_on, args=(path, its))
+        process.start()
+        ours.recv()
+        process.join(0.013 * (attempt % 5))
+        process.kill()
+        process.join()
         state = checkpoint.load(path)
         assert torch.equal(state["w"], torch.full((300_000,), state["i"]))
     checkpoint.remove_leftovers(tmp_path)
@@ -221,7 +209,8 @@ def test_the_newest_good_checkpoint_is_found_and_damaged_ones_are_named(tmp_path
         assert path is not None and path.name == f"checkpoint_epoch_{expected}.pt"
         path.write_bytes(path.read_bytes()[:-10])
     assert checkpoint.find_latest(tmp_path, heard.append) is None
-    assert "checkpoint_epoch_11.pt: truncated" in heard[0] and len(heard) == 1 + 2 + 3 + 4 + 5
+    assert_names(heard[0], tmp_path / "checkpoint_epoch_11.pt")
+    assert len(heard) == 1 + 2 + 3 + 4 + 5
 
 
 def test_rotation_keeps_the_last_every_tenth_and_all_named_models(tmp_path):
@@ -241,6 +230,7 @@ def test_a_mismatch_is_told_by_prefix_with_five_names_each():
     assert checkpoint.describe_mismatch(model, dict(model)) is None
     file = {"head.weight": torch.ones(5, 4), "image.block.0": torch.ones(2), "decoder.x": torch.ones(1)}
     text = checkpoint.describe_mismatch(file, model)
-    assert text == ("missing: image (7): image.block.1, image.block.2, image.block.3, image.block.4, image.block.5 and "
-                    "2 more; unexpected: decoder (1): decoder.x; other shape: head (1): head.weight [5, 4] in the file"
-                    ", [3, 4] in the model")
+    assert text is not None
+    assert_names(text, "image (7)", *(f"image.block.{i}" for i in range(1, 6)), 2, "decoder.x",
+                 "head.weight [5, 4]", "[3, 4]")
+    assert "image.block.6" not in text

@@ -37,10 +37,11 @@ def packages() -> Iterator[Finding]:
     named = [Requirement(line) for raw in text.splitlines() if (line := raw.split("#")[0].strip())]
     for title in ("torch", "packages"):
         group = [one for one in named if (one.name in TORCH) == (title == "torch")]
-        yield _group(title, group, {one.name: _version(one.name) for one in group})
+        yield judged(title, group, {one.name: _version(one.name) for one in group})
 
 
-def _group(title: str, group: "list[Requirement]", versions: dict[str, str]) -> Finding:
+def judged(title: str, group: "list[Requirement]", versions: dict[str, str]) -> Finding:
+    """A group of packages, of which these versions are installed; "" of one that is not."""
     faults = [f"{name} is missing" for name, version in versions.items() if not version]
     if title == "torch" and not faults:
         faults = misfits(versions, {name: importlib.metadata.requires(name) or [] for name in TORCH[1:]})

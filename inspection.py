@@ -317,9 +317,10 @@ def _unwritable(folder: Path) -> str | None:
     return None
 
 
-def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
-    """Weights, their moments and the average of each are a checkpoint's largest part; three more hold weights: the
-    best, the final one, and model.safetensors."""
+def checkpoint_bytes(config: Config) -> tuple[int, int, int]:
+    """How many checkpoints a run keeps at most, what each takes, and what all take. Weights, their moments and the
+    average of each are a checkpoint's largest part; three more hold weights: the best, the final one, and
+    model.safetensors."""
     training = config.training
     with torch.device("meta"):
         model = TriModalModel(config.model)
@@ -327,9 +328,13 @@ def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
     spared = 4 * sum(p.numel() for p in block_matrices(model)) if training.optimizer == "muon" else 0
     each = weights * (3 + (training.ema_decay > 0)) - spared  # of two moments Muon keeps one
     count = training.keep_checkpoints + training.epochs // saving.KEEP_EVERY + 1  # one more while it is written
+    return count, each, count * each + 3 * weights
+
+
+def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
+    count, each, needed = checkpoint_bytes(config)
     here = sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
     free = shutil.disk_usage(nearest_existing(folder)).free + here
-    needed = count * each + 3 * weights
     yield Finding("disk: checkpoints", "ok" if needed < free else "fail",
                   f"a run keeps up to {count} of {each / GB:.2f} GB and the best: {needed / GB:.1f} GB; free for it "
                   f"{free / GB:.1f} GB", "" if needed < free else

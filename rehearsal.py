@@ -20,7 +20,7 @@ import memory
 import prepare
 from batches import Split
 from budget import Plan
-from config import Config, StageConfig, TaskConfig
+from config import PRESETS, Config, StageConfig, TaskConfig
 from datasets import Batch, Data, loader, pool, worker_count
 from findings import Finding, State, guarded
 from inspection import Case
@@ -231,9 +231,9 @@ def _remedy(run: Run, stage: Stage, faults: list[str]) -> str:
 def overfit(case: Case) -> Iterator[Finding]:
     """Each objective with each kind of inputs, in the first stage that has it."""
     assert case.run is not None
-    run = _tiny_copy(case.run)
-    if case.config.model.size != "tiny":
-        yield Finding("overfit", "ok", "on a fresh model of size tiny, to be quick")
+    run = _small_copy(case.run)
+    if (size := run.config.model.size) != case.config.model.size:
+        yield Finding("overfit", "ok", f"on a fresh model of size {size}, to be quick")
     start = {name: value.clone() for name, value in run.model.state_dict().items()}
     done = set()
     for row in case.rows:
@@ -248,9 +248,12 @@ def overfit(case: Case) -> Iterator[Finding]:
                     yield from guarded(title, _learn, run, row, alone, title)
 
 
-def _tiny_copy(run: Run) -> Run:
-    """The same run with a fresh model of the smallest size."""
-    config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, size="tiny"))
+def _small_copy(run: Run) -> Run:
+    """The same run with a fresh model, of at most the smallest size."""
+    settings = run.config.model
+    if settings.preset.dim > PRESETS["tiny"].dim:
+        settings = dataclasses.replace(settings, size="tiny")
+    config = dataclasses.replace(run.config, model=settings)
     copy = dataclasses.replace(run, config=config, model=build_model(config, run.data, None).to(run.device))
     if config.training.contrastive_loss == "sigmoid":
         start_sigmoid(copy.model, config.training.batch_size)

@@ -131,6 +131,7 @@ def test_what_torchrun_sends_on_is_no_second_signal(monkeypatch: pytest.MonkeyPa
 
 
 def _wait_for(word: Connection) -> None:
+    word.send("here")  # Python forgets signals that come while it forks
     os._exit(0 if word.recv() == "go on" else 1)
 
 
@@ -140,6 +141,7 @@ def test_reading_processes_leave_ctrl_c_to_their_parent_and_obey_their_own_end(n
     with Interruption():
         process = multiprocessing.get_context("fork").Process(target=_wait_for, args=(its,))
         process.start()
+        assert ours.recv() == "here"
         os.kill(process.pid or 0, getattr(signal, name))
         ours.send("go on")  # after the signal, which is handled first
         process.join()

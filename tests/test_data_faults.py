@@ -32,6 +32,11 @@ LIVE = "data.cache=false"  # files are decoded when they are read
 SOON = "data.timeout_s=0.5"
 
 
+@pytest.fixture(autouse=True)
+def _a_small_disk_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+
+
 def pictures(folder: Path, number: int = 30) -> Path:
     """A list of pictures below `folder`/disk; the folder."""
     lines = [json.dumps({"id": "v", "text": "a text alone", "split": "val"})]

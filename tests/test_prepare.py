@@ -24,6 +24,11 @@ from tests import trees
 from tests.refusals import assert_names, refused
 
 
+@pytest.fixture(autouse=True)
+def _a_small_disk_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+
+
 def configured(folder: Path, *overrides: str) -> Config:
     return load_config(None, ["model.image_size=32", f"paths.data_root={folder}/data", "data.workers=0",
                               f"paths.output_dir={folder}/outputs", *overrides])
@@ -160,7 +165,7 @@ def test_without_room_files_are_decoded_live_and_the_reason_is_printed(
     config = configured(tmp_path, f"data.cache_max_gb={60 if bound == 'disk' else 1e-5}")
     if bound == "disk":
         usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 2 * 10**9 + 1000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
     assert [size for _, size in entries_to_make(table, config).values()] == [0, 0], "of a few files none is foretold"
     store = open_store(table, config)
     assert not store.entries and entries(tmp_path) == []

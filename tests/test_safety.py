@@ -44,6 +44,11 @@ class Trap:
         return open, (str(self.marker), "w")
 
 
+@pytest.fixture(autouse=True)
+def _a_small_disk_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+
+
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     return tmp_path / "SPRUNG"
@@ -186,9 +191,7 @@ def as_array(path: Path, marker: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [as_pickle, as_object_array, as_array])
-def test_the_cache_runs_no_code(tmp_path: Path, marker: Path, make: Callable[..., Path],
-                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+def test_the_cache_runs_no_code(tmp_path: Path, marker: Path, make: Callable[..., Path]) -> None:
     opens, entry = cached(tmp_path)
     for name in ("index.npz", "broken.json"):
         good = (entry / name).read_bytes()
@@ -200,9 +203,7 @@ def test_the_cache_runs_no_code(tmp_path: Path, marker: Path, make: Callable[...
 
 
 @pytest.mark.parametrize("change", ["more items", "wrong shape", "backwards", "too large", "unpacks to too much"])
-def test_an_index_that_does_not_fit_is_refused_when_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                 change: str) -> None:
-    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+def test_an_index_that_does_not_fit_is_refused_when_it_is_opened(tmp_path: Path, change: str) -> None:
     opens, entry = cached(tmp_path)
     with np.load(entry / "index.npz", allow_pickle=False) as index:
         arrays = dict(index)

@@ -275,8 +275,13 @@ def _start(work: Work) -> Member:
     ours, theirs = socket.socketpair()
     pulse = multiprocessing.RawArray("q", [0, NOWHERE])
     process = multiprocessing.Process(target=_serve, args=(work, theirs, pulse), daemon=True)
-    process.start()
-    theirs.close()
+    try:
+        process.start()
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
     return Member(process, ours, pulse)
 
 

@@ -34,7 +34,7 @@ MOST = 20  # kills of one run
 
 
 def killed(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int) -> list[str]:
-    return killed_run(small, whole, folder, turn, most)
+    return killed_run(small, whole, folder, turn, most, plans=turn == 1)
 
 
 def all_kills(folder: Path, kills: int, jobs: int) -> Iterator[list[str]]:

@@ -12,3 +12,8 @@ def context() -> ForkServerContext:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(LOADED)
     return server
+
+
+def as_usual() -> None:
+    """In such a process: those that it starts itself are forked from it, as from any other, and not from a server."""
+    multiprocessing.set_start_method("fork", force=True)

@@ -73,6 +73,7 @@ def in_process(small: SmallRuns, folder: Path, *overrides: str, dies: str = "", 
 
 def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str, by: str) -> None:
     sys.stdout = sys.stderr = open(folder.with_suffix(".out"), "a", encoding="utf-8")
+    forked.as_usual()
     torch.set_num_threads(1)
     os.fsync = lambda fd: None  # what a process has written outlives it: only a power cut would differ
     if dies:
@@ -173,15 +174,16 @@ def where(small: SmallRuns, place: Path, begun: set[Path]) -> str:
     return "after the last stage" if is_over else f"after an epoch of {stage}"
 
 
-def killed_run(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int) -> list[str]:
+def killed_run(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int, plans: bool = False) -> list[str]:
     """A run that is killed at up to `most` random moments, drawn by `turn`, and compared with `whole` when it is
-    through; where the kills hit. It prepares its data itself; the number of reading processes changes.
+    through; where the kills hit. It prepares its data itself, and plans itself if it is to; the number of reading
+    processes changes.
 
     Raises:
         AssertionError: it ended otherwise.
     """
     own, place = with_files(folder / f"shared{turn}"), folder / f"run{turn}"
-    if turn > 1:  # the first one plans as well
+    if not plans:
         shutil.copytree(small.plans, own.plans, dirs_exist_ok=True)
 
     def start(number: int) -> BaseProcess:

@@ -45,7 +45,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(small: SmallRuns
     hits: list[str] = []
     kills = 25 if all_repetitions else 3
     for turn in itertools.count(1):
-        hits += killed_run(small, whole, tmp_path, turn, kills - len(hits))
+        hits += killed_run(small, whole, tmp_path, turn, kills - len(hits), plans=all_repetitions and turn == 1)
         if len(hits) >= kills:
             return
 

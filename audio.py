@@ -218,5 +218,11 @@ def _resampler(rate_hz: int) -> torchaudio.transforms.Resample:
 
 @lru_cache(maxsize=1)
 def _mel_transform() -> torchaudio.transforms.MelSpectrogram:
-    return torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE_HZ, n_fft=FFT, win_length=WINDOW, hop_length=HOP, n_mels=NUM_MELS, center=False, mel_scale="slaney")
+    """Made in float32 whatever torch's default type is: its filters would differ in their last bits, and be kept."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        return torchaudio.transforms.MelSpectrogram(SAMPLE_RATE_HZ, n_fft=FFT, win_length=WINDOW, hop_length=HOP,
+                                                    n_mels=NUM_MELS, center=False, mel_scale="slaney")
+    finally:
+        torch.set_default_dtype(default)

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import audio
 from audio import BrokenSound, decode_audio, log_mel
 from tests import trees
+from tests.ranks import in_ranks
 from tests.refusals import refused
+from tests.small_runs import float64
 
 
 def melody(rate_hz: int, seconds: float = 2.0) -> np.ndarray:
@@ -314,6 +317,18 @@ def test_log_mel_equals_its_definition() -> None:
         centre = 1_000 + 160 * t
         power = np.abs(np.fft.rfft(padded[centre - 200: centre + 200] * hann, 512)) ** 2
         assert np.allclose(mel[t], np.log(slaney_filters() @ power + 1e-6), atol=2e-3)
+
+
+def first_log_mel_in_float64(waveform_S: np.ndarray) -> torch.Tensor:
+    with float64():
+        return torch.from_numpy(log_mel(waveform_S))
+
+
+def test_log_mel_does_not_depend_on_torchs_default_type() -> None:
+    """In a process of its own: the filters are made once, and kept."""
+    waveform_S = trees.tone(0.5) + np.random.default_rng(0).normal(0, 0.01, 8000).astype(np.float32)
+    [fresh] = in_ranks(1, first_log_mel_in_float64, waveform_S)
+    assert fresh.value.dtype == torch.float32 and torch.equal(fresh.value, torch.from_numpy(log_mel(waveform_S)))
 
 
 def test_log_mel_of_silence_is_the_floor() -> None:

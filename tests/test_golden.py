@@ -3,7 +3,8 @@
     python tests/test_golden.py            # print the losses as they are now
     python tests/test_golden.py --renew    # write them to tests/golden/losses.txt, after a change that is meant
 
-In float64: another CPU or number of threads rounds the float16 log-mels otherwise here and there, and nothing else.
+In float64; what another CPU changes comes in by its float32 log-mels, kept in float16: filters that differ in their last
+bits moved losses by 4e-6. The limit is 1e-4 of each loss.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ def test_the_losses_are_those_of_before(tmp_path: Path) -> None:
     found, expected = losses(tmp_path), read()
     assert [row[:3] for row in found] == [row[:3] for row in expected]
     apart = {f"{one[0]} step {one[2]}": f"{one[3]:.8g}, was {other[3]:.8g}"
-             for one, other in zip(found, expected, strict=True) if not math.isclose(one[3], other[3], rel_tol=1e-5)}
+             for one, other in zip(found, expected, strict=True) if not math.isclose(one[3], other[3], rel_tol=1e-4)}
     assert not apart, f"is this change meant? Then renew them as {GOLDEN.name} says. {json.dumps(apart, indent=1)}"
 
 

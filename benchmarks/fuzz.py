@@ -20,7 +20,6 @@ columns is not 0; `--keep` writes those inputs to a folder.
 
 import argparse
 import math
-import multiprocessing
 import os
 import resource
 import sys
@@ -45,12 +44,12 @@ from config import UserError, load_config
 from images import MAX_PIXELS
 from manifest import MAX_CAPTION_CHARS, MAX_SECONDS, read_manifest
 from samples import SPLITS, SampleTable
+from tests import forked
 
 COLUMNS = ("inputs", "accepted", "refused", "hangs", "crashes", "bad values")
 FAILURES = COLUMNS[3:]
 MEMORY_BYTES = 6 << 30  # what the reading process may write to
 LARGEST_SOUND_FRAMES = 100 * 3_600 + 1
-LIBRARIES = ["__main__", "benchmarks.fuzz", "audio", "images", "soundfile", "av"]  # take seconds to load
 
 
 # ---- reading, in a process of its own ----------------------------------------------------------------------------
@@ -198,8 +197,7 @@ class Reader:
         return found
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")  # has loaded the libraries once, and nothing else happened
-        context.set_forkserver_preload(LIBRARIES)
+        context = forked.context()  # has loaded the libraries once, and nothing else happened
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=self.serve, args=(theirs, str(self.folder)), daemon=True)
         self.process.start()

@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,7 +22,7 @@ import download_datasets
 import inventory
 from acquisition import ARCHIVES, STAGING
 from sources import ALL, SOURCES, Source
-from tests import miniature
+from tests import forked, miniature
 from tests.loopback import Loopback
 from transfer import Policy
 
@@ -62,9 +61,8 @@ def serve(folder: Path, server: Loopback, names: tuple[str, ...] = ALL) -> Serve
 
 def in_process(served: Served, root: Path) -> BaseProcess:
     """A process that downloads, or goes on downloading, to `root`; its exit code is that of the command."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.download_killing", "requests", "py7zr", "pyarrow.parquet", "tqdm"])
-    process = context.Process(target=_download, args=(served.table, [*served.words, "--data-root", str(root)], root))
+    arguments = (served.table, [*served.words, "--data-root", str(root)], root)
+    process = forked.context().Process(target=_download, args=arguments)
     process.start()
     return process
 

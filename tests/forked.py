@@ -4,11 +4,13 @@ is at its work at once. There is one such server in a process, whoever asks firs
 import multiprocessing
 from multiprocessing.context import ForkServerContext
 
-LOADED = ["tests.killing", "tests.download_killing", "matplotlib.backends.backend_agg", "matplotlib.figure", "py7zr",
-          "pyarrow.parquet", "requests", "tokenizers", "torch._dynamo", "torch.utils.tensorboard", "torchaudio"]
+LOADED = ["tests.killing", "tests.download_killing", "tests.ranks", "benchmarks.fuzz", "av", "matplotlib.figure",
+          "matplotlib.backends.backend_agg", "py7zr", "pyarrow.parquet", "requests", "soundfile", "tokenizers",
+          "torch._dynamo", "torch.utils.tensorboard", "torchaudio"]
 
 
 def context() -> ForkServerContext:
+    """How to start such processes: `context().Process(target=...)`."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(LOADED)
     return server

@@ -1,6 +1,6 @@
 """Ranks without torchrun: processes that share one store, as torchrun's agent would have started them.
 
-They are forked from a server that has loaded everything and computed nothing, so a rank begins within milliseconds.
+They are forked from a server that has loaded everything (tests/forked.py), so a rank begins within milliseconds.
 
     def work(folder: Path) -> Tensor:              # in a module of its own, at top level
         world = distributed.start()
@@ -10,20 +10,20 @@ They are forked from a server that has loaded everything and computed nothing, s
 """
 
 import contextlib
-import multiprocessing
 import os
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore
+
+from tests import forked
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,6 @@ class Rank:
     told: str  # on stderr
 
 
-def forked() -> ForkServerContext:
-    """Starts processes from a server that has loaded what training needs."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["training", "tests.ranks"])
-    return server
-
-
 def in_ranks(size: int, work: Callable[..., Any], *given: Any) -> list[Rank]:
     """`work(*given)` on each of `size` ranks, which it joins by `distributed.start()`.
 
@@ -51,7 +44,7 @@ def in_ranks(size: int, work: Callable[..., Any], *given: Any) -> list[Rank]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        processes = [forked().Process(target=_rank, args=(rank, size, store.port, folder, work, given))
+        processes = [forked.context().Process(target=_rank, args=(rank, size, store.port, folder, work, given))
                      for rank in range(size)]
         for process in processes:
             process.start()
@@ -77,6 +70,7 @@ def _join(processes: Sequence[BaseProcess]) -> None:
 def _rank(rank: int, size: int, port: int, folder: Path, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "none"}
+    forked.as_usual()
     with (open(folder / f"{rank}.out", "w", encoding="utf-8") as out,
           open(folder / f"{rank}.err", "w", encoding="utf-8") as err,
           contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):

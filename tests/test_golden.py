@@ -3,8 +3,8 @@
     python tests/test_golden.py            # print the losses as they are now
     python tests/test_golden.py --renew    # write them to tests/golden/losses.txt, after a change that is meant
 
-In float64; what another CPU changes comes in by its float32 log-mels, kept in float16: filters that differ in their last
-bits moved losses by 4e-6. The limit is 1e-4 of each loss.
+In float64; what another CPU changes comes in by its float32 log-mels, kept in float16: filters that differ in their
+last bits moved losses by 4e-6. The limit is 1e-4 of each loss.
 """
 
 import contextlib

@@ -22,15 +22,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="with all repetitions (random kills, fuzz, planner sizes)")
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A file's tests go to one process, since they share its fixtures; those marked `timed` all go to the same one. Here
+    and not when all are collected: pytest-xdist has read the groups by then."""
+    timed = item.get_closest_marker(TIMED) is not None
+    item.add_marker(pytest.mark.xdist_group(TIMED if timed else item.path.name))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A file's tests go to one process, since they share its fixtures; those marked `timed` all go to the same one, and
-    first, as together they take longest."""
-    for item in items:
-        timed = item.get_closest_marker(TIMED) is not None
-        item.add_marker(pytest.mark.xdist_group(TIMED if timed else item.path.name))
-        if item.get_closest_marker("repetition") is not None and not config.getoption("--all"):
-            item.add_marker(pytest.mark.skip(reason="a repetition: bash tests/run.sh --all runs it"))
+    """Repetitions are left out unless all are asked for. The `timed` tests go first, as together they take longest."""
+    if not config.getoption("--all"):
+        left_out = {item for item in items if item.get_closest_marker("repetition") is not None}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.get_closest_marker(TIMED) is None)
 
 

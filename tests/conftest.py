@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """A file's tests go to one process, since they share its fixtures; those marked `timed` all go to the same one. Here
+    """A file's tests go to one process, since they share its fixtures; those marked `timed` go to the same one. Here
     and not when all are collected: pytest-xdist has read the groups by then."""
     timed = item.get_closest_marker(TIMED) is not None
     item.add_marker(pytest.mark.xdist_group(TIMED if timed else item.path.name))
@@ -36,6 +36,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.get_closest_marker(TIMED) is None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that pytest-xdist does not see would be silent: files in pieces, timed tests beside one another."""
+    in_groups = getattr(session.config.option, "loadgroup", False)  # set in the processes of pytest-xdist alone
+    if in_groups and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist does not see the groups of tests: see pytest in requirements-dev.txt")
 
 
 @pytest.hookimpl(tryfirst=True)

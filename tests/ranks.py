@@ -25,6 +25,8 @@ from torch.distributed import TCPStore
 
 from tests import forked
 
+PATIENCE_S = 600.0  # no work of a test takes that long, however busy the machine
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -55,11 +57,12 @@ def in_ranks(size: int, work: Callable[..., Any], *given: Any) -> list[Rank]:
 
 
 def _join(processes: Sequence[BaseProcess]) -> None:
-    """Wait for all; the death of one ends the others."""
+    """Wait for all; the death of one ends the others, and so does that none ends for very long: they would wait for one
+    another for a day."""
     running = list(processes)
     while running:
-        wait([process.sentinel for process in running])
-        if any(process.exitcode for process in running):
+        ended = wait([process.sentinel for process in running], PATIENCE_S)
+        if not ended or any(process.exitcode for process in running):
             for process in running:
                 process.kill()
         running = [process for process in running if process.exitcode is None]
@@ -76,8 +79,7 @@ def _rank(rank: int, size: int, port: int, folder: Path, work: Callable[..., Any
           contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
         try:
             torch.save(work(*given), folder / f"{rank}.pt")
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+            assert not torch.distributed.is_initialized(), "the work has to leave the group of processes"
         except BaseException:
             traceback.print_exc()
             err.flush()

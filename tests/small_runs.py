@@ -71,8 +71,10 @@ class SmallRuns:
 
     def config(self, folder: Path, *overrides: str) -> Config:
         folder.mkdir(parents=True, exist_ok=True)
+        plans = self.plans / str(torch.get_default_dtype())  # within float64() another number of bytes is planned
+        plans.mkdir(exist_ok=True)
         with contextlib.suppress(FileExistsError):  # an earlier run's, or that of another process of torchrun
-            (folder / "plans").symlink_to(self.plans)
+            (folder / "plans").symlink_to(plans)
         return config_from_dict(copy.deepcopy(RECIPE), [f"paths.data_root={json.dumps(str(self.data_root))}",
                                                         f"paths.output_dir={json.dumps(str(folder))}", *overrides])
 

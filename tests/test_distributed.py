@@ -92,7 +92,9 @@ def agreements(world: World) -> dict:
 def work() -> dict[str, Any]:
     world = start(torch.device("cpu"))
     distributed.BUCKET_BYTES = 300  # several buckets even for these towers
-    return {job.__name__: job(world) for job in (contrastive_step, partly_used, gathers, agreements)}
+    found = {job.__name__: job(world) for job in (contrastive_step, partly_used, gathers, agreements)}
+    world.stop()
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -387,6 +387,7 @@ def three_steps(folder: Path) -> dict[str, Tensor]:
             saver.after_step("align", stage.state_dict, log.flush)  # the main process alone knows that it is time
         log.flush()
         run.tracker.close()
+    world.stop()
     return weights(run.model)
 
 

@@ -29,8 +29,8 @@ from losses import build_objective
 from runs import Options
 from steps import accumulate, shared_batch
 from tests.narrow import make_batch, narrow_model, part_of, step_of
-from tests.ranks import Rank, in_ranks
-from tests.refusals import refused
+from tests.ranks import PATIENCE_S, Rank, in_ranks
+from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, batches, differing, float64, records
 
 ROOT = Path(distributed.__file__).parent
@@ -102,6 +102,7 @@ def work(folder: Path) -> dict[str, Any]:
     with float64(), world.quiet():
         found = {f"{inputs} {i}": gradient(world, inputs, micro) for inputs in TASKS for i, micro in enumerate(MICRO)}
         runs_of = {fails: trained(world, folder, fails) for fails in (False, True)} if world.size == 2 else {}
+    world.stop()
     return {"gradients": found, "runs": runs_of}
 
 
@@ -199,6 +200,7 @@ def test_one_process_goes_on_where_two_have_stopped_and_the_other_way_round(smal
 def test_a_plan_is_that_of_each_process_and_printed_once(small: SmallRuns, tmp_path: Path) -> None:
     first, second = both("--plan", "--config", recipe_of(small, tmp_path / "run"))
     assert first.value == second.value == 0 and second.printed == ""
+    assert_names(first.printed.splitlines()[0], 2)
     rows = {line.split()[0]: line for line in first.printed.splitlines() if line.strip()}
     for stage in ("pretrain", "align", "finetune"):
         assert first.printed.count(f"\n{stage} ") == 1
@@ -214,26 +216,36 @@ def test_a_mistake_is_told_once(small: SmallRuns, tmp_path: Path) -> None:
 # ---- torchrun itself -----------------------------------------------------------------------------------------------
 
 
+def torchrun(*arguments: str) -> subprocess.Popen:
+    """run_training.py in two processes."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             "run_training.py", "--device", "cpu", *arguments],
+                            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 @pytest.mark.timed
 def test_a_process_that_dies_ends_the_run_and_leaves_a_usable_checkpoint(small: SmallRuns, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     longer = ("training.epochs=60", "training.keep_checkpoints=60")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_training.py",
-         "--config", recipe_of(small, folder, *longer), "--device", "cpu"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = folder / "checkpoints" / "checkpoint_epoch_1.pt"
-    while process.poll() is None and not first.exists():
-        time.sleep(0.02)
-    os.kill(process_of_rank(1, process.pid), signal.SIGKILL)
-    process.wait()  # nobody waits for the dead
-    assert process.returncode != 0
+    recipe = recipe_of(small, folder, *longer)
+    process = torchrun("--config", recipe)
+    try:
+        first = folder / "checkpoints" / "checkpoint_epoch_1.pt"
+        while process.poll() is None and not first.exists():
+            time.sleep(0.02)
+        os.kill(process_of_rank(1, process.pid), signal.SIGKILL)
+        process.wait(PATIENCE_S)  # nobody waits for the dead
+    finally:
+        process.kill()
+    assert process.returncode > 0
     assert not list((folder / "reports").iterdir()), "it had not been through"
     state = resume.find_state(small.config(folder, *longer), Options("cpu", "auto"))
     assert state is not None and 1 <= state["progress"]["epoch"] < 60
     fewer = state["progress"]["epoch"] + 2
-    small.train(folder, f"training.epochs={fewer}", "training.keep_checkpoints=60", resume="auto")
+    again = torchrun("--config", recipe, "--resume", "auto", "--epochs", str(fewer))
+    assert again.wait(PATIENCE_S) == 0
     assert [line["epoch"] for line in records(folder, "validation")] == list(range(1, fewer + 1))
+    assert len(list((folder / "reports").glob("*.md"))) == 1, "one process writes"
 
 
 def process_of_rank(rank: int, parent: int) -> int:

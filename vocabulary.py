@@ -109,7 +109,10 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     if source.startswith("hub:"):
         return Tokenizer(_from_hub(source, "AutoTokenizer").backend_tokenizer.to_str())
     path = _file_of(source) if source.startswith("file:") else _package_folder() / "tokenizer.json"
-    return Tokenizer(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise UserError(f"model.word_embeddings: {path}: cannot be read ({error.strerror})") from None
 
 
 def needs_network(config: ModelConfig) -> bool:

@@ -3,8 +3,8 @@
     python tests/messages.py            # what has changed since the snapshot; exit code 1 if anything has
     python tests/messages.py --renew    # write it again, after a change of wording that is meant
 
-No other test asserts wording. A message is a text of several words in a root module that is no docstring; `{}` stands
-for a value. Lines of the shell scripts count where they call `say`, `die` or `echo`.
+No other test asserts wording. A message is a text of two words or more in a root module that is no docstring; `{}`
+stands for a value. Lines of the shell scripts count where they call `say`, `die` or `echo`.
 """
 
 import ast
@@ -21,7 +21,7 @@ _SAID = re.compile(r"""\b(?:say|die|echo) ("(?:[^"\\]|\\.)*"|'[^']*')""")
 
 
 def texts(source: str) -> Iterator[str]:
-    """Texts of several words in Python `source`, docstrings left out, with `{}` for each value, in their order."""
+    """Texts of two words or more in Python `source`, docstrings left out, with `{}` for each value, in their order."""
     tree = ast.parse(source)
     docstrings = {id(node.body[0].value) for node in ast.walk(tree)  # type: ignore[attr-defined]
                   if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
@@ -38,7 +38,7 @@ def texts(source: str) -> Iterator[str]:
             text = node.value
         else:
             continue
-        if len(re.findall(r"[^\W\d_]{2,}", text)) >= 3 and " " in text.strip():
+        if len(re.findall(r"[^\W\d_]{2,}", text)) >= 2 and " " in text.strip():
             found.append((node.lineno, node.col_offset, text))
     yield from (text for _, _, text in sorted(found))
 

@@ -26,10 +26,14 @@ def refused(*named: str | Path | int | float, error: type[Exception] = UserError
 
 
 def assert_names(message: str, *named: str | Path | int | float) -> None:
-    """`message` is one line, and holds each of `named` as a whole word: "epochs" is not in "epochs_done"."""
+    """`message` is one line, and holds each of `named` as a whole word, each at a place of its own: "epochs" is not in
+    "epochs_done", 0 is not in "-1.0", and 1 named twice has to stand there twice."""
     assert message and "\n" not in message, repr(message)
-    for one in map(str, named):
-        assert re.search(rf"(?<!\w){re.escape(one)}(?!\w)", message), f"{one!r} is not named in: {message}"
+    left = message
+    for one in sorted(map(str, named), key=len, reverse=True):
+        before, after = (r"(?<![\w.-])", r"(?!\w|\.\d)") if one.isdigit() else (r"(?<!\w)", r"(?!\w)")
+        left, found = re.subn(before + re.escape(one) + after, "\0", left, count=1)
+        assert found, f"{one!r} is not named in: {message}"
 
 
 def assert_told(printed: str, *named: str | Path | int | float) -> None:

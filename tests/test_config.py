@@ -289,6 +289,9 @@ def test_sizes_have_whole_heads() -> None:
 def test_every_preset_is_a_size_and_the_one_for_tests_is_not_offered() -> None:
     assert [load_config(None, [f"model.size={size}"]).model.preset for size in PRESETS] == [*PRESETS.values()]
     assert set(PRESETS) - set(SIZES) == {"nano"}
+    with refused("model.size", "huge", *SIZES, error=ConfigError) as caught:
+        load_config(None, ["model.size=huge"])
+    assert "nano" not in str(caught.value)
 
 
 def test_config_alone_needs_no_other_library_than_yaml() -> None:

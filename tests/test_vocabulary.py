@@ -1,8 +1,10 @@
 """The tokenizer and the word table: read by path, reduced without losing the geometry, never from a network unasked."""
 
+import errno
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     for use in (load_tokenizer, needs_network):
         with refused("model.word_embeddings", tmp_path / name):
             use(config)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "words.json").write_text("{}", "utf-8")
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    with refused("model.word_embeddings", tmp_path / "words.json", os.strerror(errno.EACCES)):
+        load_tokenizer(ModelConfig(size="nano", word_embeddings=f"file:{tmp_path / 'words.json'}"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe words", b'{"model": {"type": "WordPiece"}}'])

@@ -35,6 +35,8 @@ PLACES: dict[str, tuple[str, int, str]] = {
     "while decoded pictures are written": ("prepare.replacing", 1, ""),
     "between two files of the prepared sounds": ("prepare.replacing", 5, ""),
     "after the rename of prepared data": ("prepare.sync_folder", 1, ""),
+    "before a plan is kept": ("budget.replacing", 1, ""),
+    "between two plans": ("budget.replacing", 3, ""),
     "before the first step": ("training.train_step", 1, "pretrain"),
     "in pretrain": ("training.train_step", 3, "pretrain"),
     "before the checkpoint of a step is renamed": ("os.replace", 2, ""),
@@ -66,15 +68,16 @@ def recipe(small: SmallRuns, *overrides: str) -> tuple[str, ...]:
 def in_process(small: SmallRuns, folder: Path, *overrides: str, dies: str = "", by: str = "SIGKILL") -> BaseProcess:
     """A process that trains, or goes on training, in `folder`, to the place where it dies, if any, or gets another
     signal; its exit code is that of the program."""
-    process = forked.context().Process(target=_train, args=(small, folder, overrides, dies, by))
+    process = forked.context().Process(target=_train, args=(small, folder, overrides, dies, by,
+                                                           torch.get_num_threads()))
     process.start()
     return process
 
 
-def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str, by: str) -> None:
+def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str, by: str, threads: int) -> None:
     sys.stdout = sys.stderr = open(folder.with_suffix(".out"), "a", encoding="utf-8")
     forked.as_usual()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # sums round otherwise with another number of them
     os.fsync = lambda fd: None  # what a process has written outlives it: only a power cut would differ
     if dies:
         _die_at(*PLACES[dies], getattr(signal, by))

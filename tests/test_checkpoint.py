@@ -183,6 +183,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path, all_repetitions):
         ours, its = context.Pipe()
         process = context.Process(target=_save_on_and_on, args=(path, its))
         process.start()
+        its.close()  # so that its end ends the wait for its word
         ours.recv()
         process.join(0.013 * (attempt % 5))
         process.kill()

@@ -33,7 +33,7 @@ def test_numbers_are_read() -> None:
 @pytest.mark.parametrize(("error", "ours", "named", "unreachable"), [
     (requests.exceptions.SSLError(ssl.SSLCertVerificationError("certificate s3cret")), NextServer, ("TLS",), False),
     (requests.exceptions.SSLError("[SSL: UNEXPECTED_EOF_WHILE_READING] s3cret"), Again, ("TLS",), False),
-    (requests.exceptions.ProxyError("s3cret"), Again, (), True),
+    (requests.exceptions.ProxyError("s3cret"), Again, ("proxy",), True),
     (requests.exceptions.TooManyRedirects("s3cret"), NextServer, ("TooManyRedirects",), False),
     (requests.exceptions.ConnectTimeout("s3cret"), Again, (10,), True),
     (requests.exceptions.ReadTimeout("s3cret"), Again, (60,), False),
@@ -50,7 +50,7 @@ def test_errors_of_the_library_become_ours(error: Exception, ours: type[Exceptio
 def test_a_proxy_that_is_not_there_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
-    with refused(error=Again) as found, answers.translated((1, 1)):
+    with refused("proxy", error=Again) as found, answers.translated((1, 1)):
         answers.open_session().get("http://data.invalid/a", timeout=1)
     assert found.value.unreachable
 

@@ -158,23 +158,31 @@ def assert_not_kept(printed: str, *named: str) -> None:
     assert_names(line, "set-train-image", *named)
 
 
+def almost_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has a thousand bytes more than those that stay free."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(prepare, "RESERVE_GB", 2.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 2 * 10**9 + 1000))
+
+
 @pytest.mark.parametrize("bound", ["growth", "disk"])
 def test_without_room_files_are_decoded_live_and_the_reason_is_printed(
         tmp_path: Path, bound: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     table = files(tmp_path)
     config = configured(tmp_path, f"data.cache_max_gb={60 if bound == 'disk' else 1e-5}")
     if bound == "disk":
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12, 1000))
+        almost_full(monkeypatch)
     assert [size for _, size in entries_to_make(table, config).values()] == [0, 0], "of a few files none is foretold"
     store = open_store(table, config)
     assert not store.entries and entries(tmp_path) == []
-    assert_not_kept(capsys.readouterr().out, f"data.cache_max_gb={'60' if bound == 'disk' else '1e-05'}")
+    limits = ["data.cache_max_gb=60", "2 GB"] if bound == "disk" else ["data.cache_max_gb=1e-05"]
+    assert_not_kept(capsys.readouterr().out, *limits)
     assert_same(store, open_store(table, configured(tmp_path, "data.cache=false")))
 
 
+@pytest.mark.parametrize("bound", ["growth", "disk"])
 def test_of_many_files_a_few_foretell_that_there_is_no_room(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        tmp_path: Path, bound: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [trees.picture(tmp_path / "data" / f"{i}.png", size=(9, 9)) for i in range(prepare.FEW + 1)]
     table = SampleTable.pack(sample(str(i), image=path) for i, path in enumerate(paths))
     decoded, decode = [], prepare.decode
@@ -184,10 +192,13 @@ def test_of_many_files_a_few_foretell_that_there_is_no_room(
         return decode(*given)
 
     monkeypatch.setattr(prepare, "decode", counted)
-    config = configured(tmp_path, "data.cache_max_gb=1e-5")
+    config = configured(tmp_path, f"data.cache_max_gb={60 if bound == 'disk' else 1e-5}")
     assert entries_to_make(table, config) == {"set-train-image": (len(paths), 9 * 9 * 3 * len(paths))}
     decoded.clear()
-    assert not open_store(table, config).entries and len(decoded) == prepare.PROBES
+    with monkeypatch.context() as patch:
+        if bound == "disk":
+            almost_full(patch)
+        assert not open_store(table, config).entries and len(decoded) == prepare.PROBES
     assert_not_kept(capsys.readouterr().out)
     assert open_store(table, configured(tmp_path)).entries
 

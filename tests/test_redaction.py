@@ -113,7 +113,7 @@ def test_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker.close()
     written = (tmp_path / "metrics.jsonl").read_text("utf-8")
     assert "s3cr3t" not in written + capsys.readouterr().out
-    assert "https://***@host" in json.loads(written.splitlines()[0])["message"]
+    assert json.loads(written.splitlines()[0])["message"] == "from https://***@host"
 
 
 def test_reports(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_memory import cpu_name
+from benchmarks.run import commit
 from tests.small_runs import SmallRuns, float64, trained
 
 TASKS = (("pretrain", 0), ("pretrain", 1), ("align", 0), ("align", 1), ("finetune", 0))
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     size = parser.parse_args(argv).size
     torch.set_num_threads(1)
     kind_of_cpu = torch.backends.cpu.get_cpu_capability()
-    print(f"{date.today()}, torch {torch.__version__}, {cpu_name()} ({kind_of_cpu}), {size}")
+    print(f"{date.today()}, {commit()}, torch {torch.__version__}, {cpu_name()} ({kind_of_cpu}), {size}")
     print("stage     task  type     " + "".join(f"{f'32 = {n} + ...':>14}" for n in MICRO_BATCHES) + "         moved")
     with tempfile.TemporaryDirectory() as folder:
         small = SmallRuns(Path(folder))

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.attention_memory import cpu_name
+from benchmarks.run import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_S = 0.5  # between two looks at the temporary files
@@ -128,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", default=range(1, len(SETTINGS) + 1),
                         help="rows of the table, counted from 1")
     wanted = parser.parse_args(argv).only
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print(f"{date.today()}, {commit.strip()}, torch {torch.__version__}, {cpu_name()} "
+    print(f"{date.today()}, {commit()}, torch {torch.__version__}, {cpu_name()} "
           f"({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores")
     print("row  ATen     oneDNN       MKL     threads  beside  green  seconds  tmp GB  counts")
     green = True

@@ -1,4 +1,4 @@
-"""What all tests share: compute threads, what stands between them, and one finished run to look at.
+"""What all tests share: compute threads, which process they run in, and prepared data for small runs.
 
     bash tests/run.sh --all      # also the repetitions: more random kills, more damaged inputs, all sizes' plans
 """
@@ -69,11 +69,3 @@ def _no_waiting_for_the_disk(request: pytest.FixtureRequest, monkeypatch: pytest
 def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
     """Small runs of all tests: their drawn data are prepared once, and their plans are kept."""
     return SmallRuns(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture(scope="session")
-def finished(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one finished run of three epochs, a stage each. To look at: copy it before you change it."""
-    folder = tmp_path_factory.mktemp("finished")
-    small.train(folder)
-    return folder

@@ -39,6 +39,7 @@ def test_a_loss_far_above_its_median_is_said_with_stage_step_figures_and_what_to
     assert heard(alarms, [2.0, 2.2] * 50) == []
     [(_, line)] = heard(alarms, [7.3], start=101)
     assert_names(line, "align", 101, "image_text", 7.3, 2.1, "--lr")
+    assert line.index("7.3") < line.index("2.1"), "the value, then the usual one"
 
 
 def test_a_gradient_far_above_its_median_is_said() -> None:
@@ -46,6 +47,7 @@ def test_a_gradient_far_above_its_median_is_said() -> None:
     [(step, line)] = heard(alarms, [2.0] * 101, [1.0, 1.5] * 50 + [40.0])
     assert step == 101
     assert_names(line, "align", 101, "gradient", "image_text", 40, 1.25)
+    assert line.index("40") < line.index("1.25"), "the value, then the usual one"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -94,6 +96,7 @@ def test_a_contrast_at_the_loss_of_guessing_is_said_once_a_stage_after_warm_up()
     assert contrast(alarms, [1.001] * (39 + CHANCE_STEPS), (32, 31)) == []
     [line] = contrast(alarms, [1.001] * 2000, (32, 31), start=40 + CHANCE_STEPS)
     assert_names(line, "align", 40 + CHANCE_STEPS, "image_text", CHANCE_STEPS, 3.469, 3.466)
+    assert line.index("3.469") < line.index("3.466"), "the loss, then that of guessing"
 
 
 def test_a_contrast_that_has_learnt_anything_is_left_alone_until_it_collapses() -> None:

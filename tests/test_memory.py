@@ -1,6 +1,7 @@
 """Running out is recognised and answered, devices are chosen and explained."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,7 @@ with torch.no_grad(), torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOS
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
-@pytest.mark.parametrize(("kept", "compiled"), [("few", 2), pytest.param("all", 1, marks=pytest.mark.repetition)])
+@pytest.mark.parametrize(("kept", "compiled"), [("few", 2), ("all", 1)])
 def test_kernels_compiled_for_each_number_of_tokens_do_not_pile_up(kept: str, compiled: int) -> None:
     """oneDNN says what it compiles: that of one row again after those of 100 others, though not at once."""
     settings = {name: value for name, value in os.environ.items()
@@ -75,8 +76,8 @@ def test_kernels_compiled_for_each_number_of_tokens_do_not_pile_up(kept: str, co
     said = subprocess.run([sys.executable, "-c", LAYERS, kept], cwd=Path(memory.__file__).parent, env=settings,
                           capture_output=True, text=True, check=True).stdout
     made = [line.split(",") for line in said.splitlines() if ",create:cache_" in line and ",reorder," not in line]
-    if not made:
-        pytest.skip("this oneDNN does not say what it compiles")
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("what oneDNN compiles, and says of it, is known on Linux and x86-64 only")
     assert len({shapes for *_, shapes, _ in made}) == 100
     of_one_row = [line[3] for line in made if line[-2] == made[0][-2]]
     assert of_one_row.count("create:cache_miss") == compiled

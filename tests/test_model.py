@@ -56,9 +56,13 @@ def test_counted_is_what_is_created(nano: TriModalModel) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_outputs_are_as_wide_at_every_size(size: str) -> None:
+def test_outputs_are_as_wide_and_reach_all_parameters_at_every_size(size: str) -> None:
     with tracing():  # shapes alone
-        outputs = outputs_of(create_model(size), **small_inputs(set(MODALITIES)))
+        model = create_model(size)
+        outputs = model(**small_inputs(set(MODALITIES)))
+        torch.stack([value.sum() for value in outputs.values()]).sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("logit_"), name
     assert {name: tuple(value.shape) for name, value in outputs.items()} == {
         **dict.fromkeys(("image_features", "text_features", "audio_features", "fused_features"), (2, 512)),
         "logits": (2, 1000)}

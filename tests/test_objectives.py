@@ -148,7 +148,9 @@ def test_contrast_goes_both_ways(model: TriModalModel, inputs: str) -> None:
     with torch.no_grad():
         (loss, parts), = objective.terms(step)
         query, key = (step.features(name) for name in objective.inputs)
-        scores = query @ key.T * pair_scale(step, objective.inputs)
+        scale = model.logit_scale["_".join(objective.inputs)].exp()
+        assert float(scale) == pytest.approx(1 / 0.07, rel=1e-6), "as all begin"
+        scores = query @ key.T * scale
         right = step.positives(objective.inputs).of_samples(torch.arange(B))
         sides = [-(s.log_softmax(1).masked_fill(~r, 0).sum(1) / r.sum(1)).mean()
                  for s, r in ((scores, right), (scores.T, right.T))]

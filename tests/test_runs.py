@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -351,6 +352,7 @@ def test_what_has_changed_since_a_checkpoint_is_said(small: SmallRuns, whole: Pa
     first, second = capsys.readouterr().out.splitlines()
     assert_names(first, "training.learning_rate", "0.001", "0.5")
     assert_names(second, "stages.align.drop_path", "0.1", "0.3")
+    assert first.index("0.001") < first.index("0.5") and second.index("0.1") < second.index("0.3"), "what it was first"
 
 
 @pytest.mark.parametrize(("override", "named"), [
@@ -435,12 +437,13 @@ def test_the_used_settings_are_saved_in_the_folder(small: SmallRuns, whole: Path
 
 
 def no_space(handle: int) -> None:
-    raise OSError(28, "No space left on device")
+    raise OSError(28, os.strerror(28))
 
 
-@pytest.mark.parametrize(("full", "named"), [("os.fsync", "final_model.pt"), ("shutil.disk_usage", "0.00")])
-def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path, full: str, named: str,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("full", "named"), [
+    ("os.fsync", ["final_model.pt", os.strerror(28)]), ("shutil.disk_usage", ["0.00"])])
+def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, tmp_path: Path, full: str,
+                                                 named: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
     shutil.rmtree(folder / "reports")
@@ -453,7 +456,7 @@ def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, 
     for name in ("final_model.pt", "model.safetensors"):
         (folder / "checkpoints" / name).unlink()
     before = sorted((folder / "checkpoints").iterdir())
-    with monkeypatch.context() as patch, refused("--resume auto", named):
+    with monkeypatch.context() as patch, refused("--resume auto", *named):
         patch.setattr(training, "finish", finish)
         small.train(folder, *QUICK, resume="auto")
     assert sorted((folder / "checkpoints").iterdir()) == before, "nothing half written"

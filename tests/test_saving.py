@@ -70,7 +70,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(small: SmallRuns, tmp_
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["best_model.pt", "checkpoint_epoch_1.pt"]
     [event] = records(tmp_path, "event")
-    assert_names(event["message"], tmp_path / "checkpoints" / "best_model.pt", os.strerror(28))  # the first of two
+    assert_names(event["message"], tmp_path / "checkpoints" / "best_model.pt", os.strerror(28), 2)  # the first of two
     assert event["saved"] is False and event["step"] == 0
 
 
@@ -82,10 +82,12 @@ def test_what_could_not_be_saved_is_not_said_to_be(small: SmallRuns, tmp_path: P
         saver.after_step("pretrain", dict, lambda: None)
     assert_names(str(stop.value), "SIGTERM", 0, "--resume auto")
     assert stop.value.is_saved
+    of_saved = str(stop.value)
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(Stopped) as stop:
         saver.after_step("pretrain", dict, lambda: None)
-    assert not stop.value.is_saved
+    assert not stop.value.is_saved and str(stop.value) != of_saved
+    assert_names(str(stop.value), "SIGTERM", 0, "--resume auto")
 
 
 def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(small: SmallRuns, tmp_path: Path) -> None:

@@ -349,7 +349,9 @@ def test_the_measured_peak_stands_beside_the_planned_one_and_calibrates_a_gpu(
     monkeypatch.setattr(memory, "peak_gib", lambda device: memory.Peak(2.1, "reserved by the CUDA allocator"))
     monkeypatch.setattr(memory, "device_name", lambda device: "Some Card")
     assert training.compare_memory(run, "align") == 2.1
-    assert_names(capsys.readouterr().out.splitlines()[-1], "align", "2.00", "2.10")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert_names(line, "align", "2.00", "2.10")
+    assert line.index("2.00") < line.index("2.10"), "the planned one, then the measured one"
     assert budget.calibration("Some Card") is None, "its micro-batches are not those that were planned"
     run.planned_fits = dict(run.fits)
     training.compare_memory(run, "align")

@@ -164,8 +164,8 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("override", "named"), [
-    ("training.epoch=3", ["training.epoch", "epochs"]),
-    ("trainig.epochs=3", ["trainig", "training"]),
+    ("training.epoch=3", ["training.epoch", "'epochs'"]),
+    ("trainig.epochs=3", ["trainig", "'training'"]),
     ("training.zzz=3", ["training.zzz", "epochs", "batch_size"]),
     ("training.epochs=three", ["training.epochs", "int", "three"]),
     ("training.epochs=2.5", ["training.epochs", "int", "2.5"]),
@@ -180,7 +180,7 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("model.word_embeddings=glove", ["model.word_embeddings", "glove", "minilm", "random", "hub:NAME", "file:PATH"]),
     ("model.attention_chunk=all", ["model.attention_chunk", "auto", "all"]),
     ("model.attention_chunk=0", ["model.attention_chunk", "0", "1", "auto"]),
-    ("data.datasets=[coco, clohto]", ["data.datasets", "clohto", "clotho"]),
+    ("data.datasets=[coco, clohto]", ["data.datasets", "clohto", "'clotho'"]),
     ("data.datasets=coco", ["data.datasets", "coco", "list"]),
     ("data.datasets=[]", ["data.datasets"]),
     ("data.datasets=[manifest]", ["data.manifest"]),
@@ -190,7 +190,7 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("memory.budget_gb=0", ["memory.budget_gb", "0.0", "0"]),
     ("memory.micro_batch=many", ["memory.micro_batch", "many", "auto"]),
     ("stages.algn.share=1", ["stages.algn", "algn", "pretrain", "align", "finetune"]),
-    ("stages.align.shares=1", ["stages[1].shares", "share"]),
+    ("stages.align.shares=1", ["stages[1].shares", "'share'"]),
     ("stages.align.share=0", ["stages[1]", "share", "0"]),
     ("stages.align.tasks.0.objectives={clip: 1}", ["stages[1].tasks[0].objectives", "clip"]),
     ("stages.align.tasks.0.inputs=[video]", ["stages[1].tasks[0].inputs", "video", "image", "text", "audio"]),

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import evaluate
+import memory
 import protocols
 import report
 from checkpoint import save
 from config import Config, config_from_dict
 from datasets import Data, load_data
-from memory import choose_precision
 from model import TriModalModel
 from runs import build_model
 from tests.refusals import assert_told
@@ -76,11 +76,19 @@ def told(folder: Path) -> dict[str, Any]:
 
 
 def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(
-        trained: Trained, folder: Path, capsys: Captured) -> None:
-    assert main(folder, "--checkpoint", trained.checkpoint) == 0
+        trained: Trained, folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the run's precision, here that of a machine that has bf16."""
+    asked: list[bool] = []
+
+    def chosen(device: torch.device, use_amp: bool) -> memory.Precision:
+        asked.append(use_amp)
+        return memory.Precision(torch.bfloat16, False, "bf16")
+
+    monkeypatch.setattr(memory, "choose_precision", chosen)
+    assert main(folder, "--checkpoint", trained.checkpoint, "training.use_amp=true") == 0
+    assert asked == [True]
     out, found = capsys.readouterr().out, told(folder)
-    cpu = torch.device("cpu")
-    setting = protocols.Setting(device=cpu, amp=choose_precision(cpu, trained.config.training.use_amp).dtype)
+    setting = protocols.Setting(device=torch.device("cpu"), amp=torch.bfloat16)
     expected, encoded = protocols.evaluate_split(trained.model, trained.data, "test", trained.config, setting)
     assert found["evaluation"] == {"split": "test", "figures": expected, "facts": encoded.facts}
     assert report.format_table(expected) in out
@@ -92,12 +100,13 @@ def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(
         f"# {report.PHRASES['title_evaluation']['en']}\n")
 
 
-def test_split_limit_and_overrides(trained: Trained, folder: Path) -> None:
+def test_split_limit_and_overrides(trained: Trained, folder: Path, capsys: Captured) -> None:
     arguments = ["--split", "val", "--limit", "8", "--datasets", "synthetic", "report.language=zh",
                  "report.gallery_queries=0"]
     assert main(folder, "--checkpoint", trained.checkpoint, *arguments) == 0
     found = told(folder)
     assert found["evaluation"]["split"] == "val"
+    assert "training.use_amp" in capsys.readouterr().out, "fp32, as it was trained"
     assert found["evaluation"]["facts"]["synthetic"] | {"nonfinite": {}} == {
         "samples": 16, "of": 64, "broken": 0, "subset_seed": 0, "nonfinite": {}}
     assert found["config"]["report"]["language"] == "zh" and found["gallery"] == []
@@ -110,15 +119,16 @@ def test_checkpoints_that_cannot_be_used(trained: Trained, folder: Path, capsys:
     paths[1].write_text("hello")
     paths[2].write_bytes(whole[:len(whole) // 2])
     save({"weights": torch.zeros(3)}, paths[3])
-    for path in paths:
+    reasons = ["other.pt"], [], [f"{paths[2].stat().st_size} bytes"], []
+    for path, why in zip(paths, reasons, strict=True):
         assert main(folder, "--checkpoint", path) == 2
-        assert_told(capsys.readouterr().err, path)
+        assert_told(capsys.readouterr().err, path, *why)
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
-    (["--datasets", "cocoo"], ["data.datasets", "cocoo", "coco"]),
+    (["--datasets", "cocoo"], ["data.datasets", "cocoo", "'coco'"]),
     (["--datasets", "clotho"], ["python download_datasets.py --datasets clotho --data-root"]),
-    (["evaluation.batchsize=3"], ["evaluation.batchsize", "batch_size"]),
+    (["evaluation.batchsize=3"], ["evaluation.batchsize", "'batch_size'"]),
     (["evaluation.batch_size=x"], ["evaluation.batch_size", "int", "x"]),
     (["model.size=large"], ["model.size=large"]),
     (["--datasets", "manifest"], ["data.manifest", "JSONL", "CSV"]),

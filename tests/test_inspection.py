@@ -57,6 +57,7 @@ def test_a_stage_without_samples_is_told(tmp_path: Path) -> None:
     case = case_of(tmp_path, stages=[WORDS, both])
     found = row(list(inspection.data(case)), "stage: both")
     assert found.state == "fail"
+    assert_names(found.found, "stages.both", "synthetic")
     assert [one.name for one in case.rows] == ["words"]
 
 
@@ -115,7 +116,7 @@ def test_what_a_filled_cache_knows_to_be_broken_is_told_without_reading_it_again
 
 @pytest.mark.timed
 def test_a_file_that_hangs_costs_that_file(tmp_path: Path) -> None:
-    case = opened(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 30, 0, val=1), "data.timeout_s=1",
+    case = opened(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 30, 0, val=1), "data.timeout_s=2",
                   "data.max_bad_pct=50", "data.cache=false", stages=[PICTURES])
     assert case.data is not None
     split = case.data.splits["train"]
@@ -123,10 +124,10 @@ def test_a_file_that_hangs_costs_that_file(tmp_path: Path) -> None:
     with hanging(Path(path)):
         (found,) = inspection.files(case)
         assert found.state == "warn"
-        assert_names(next(line for line in found.found.splitlines() if path in line), "data.timeout_s=1")
+        assert_names(next(line for line in found.found.splitlines() if path in line), "data.timeout_s=2")
         assert [one.state for one in rehearsal.steps(case)] == ["ok"], "here as well"
         reason = bad_samples.path_of(case.tried).read_text()
-    assert path in reason and "data.timeout_s=1" in reason, "of its batch"
+    assert path in reason and "data.timeout_s=2" in reason, "of its batch"
 
 
 def test_the_cache_is_foretold_and_not_made(tmp_path: Path) -> None:
@@ -162,8 +163,12 @@ def test_the_size_of_a_checkpoint_is_foretold(tmp_path: Path, optimizer: str) ->
 
 
 def test_a_disk_without_room_for_the_checkpoints_fails(tmp_path: Path) -> None:
-    full = row(list(inspection.disk(case_of(tmp_path, "training.keep_checkpoints=1000000"))), "disk: checkpoints")
+    case = case_of(tmp_path, "training.keep_checkpoints=1000000", "model.size=small")
+    full = row(list(inspection.disk(case)), "disk: checkpoints")
     assert full.state == "fail" and "training.keep_checkpoints" in full.advice
+    count, each, needed = inspection.checkpoint_bytes(case.config)
+    assert each > 1e8, "so that its figure says something"
+    assert_names(full.found, count, f"{each / 1e9:.2f} GB", f"{needed / 1e9:.1f} GB")
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_not_counted_on(tmp_path: Path) -> None:

@@ -364,6 +364,9 @@ def test_run_all_goes_on_with_a_set_that_can_be_used_in_part(project: Path) -> N
     (project / "answers").write_text("./data\n./out\naudiocaps\n")
     run, calls = run_all(project, "--datasets", "audiocaps")
     assert run.returncode == 0 and calls[-1] == "run_training.py --datasets audiocaps --resume auto"
+    (project / "answers").write_text("./data\n./out\ncoco\n")
+    whole, _ = run_all(project, "--datasets", "coco")
+    assert len(run.stdout.splitlines()) == len(whole.stdout.splitlines()) + 1, "it is told"
 
 
 @pytest.mark.parametrize("flags", [["--overwrite"], ["--resume", "auto"], ["--resume=auto"]])

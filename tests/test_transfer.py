@@ -22,6 +22,7 @@ import transfer
 from progress import Progress
 from tests.loopback import Loopback, http_date
 from tests.refusals import assert_names, refused
+from tests.test_prepare import wait_for
 from transfer import Fetched, Policy, TransferError, Wanted, fetch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,10 +219,11 @@ def test_killed_in_mid_transfer_then_run_again(server: Loopback, tmp_path: Path)
             f"urls=({server.url('/a.bin')!r},), size={len(DATA)}, sha256={SHA256!r}))")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     part = tmp_path / "a.bin.part"
-    while not (part.exists() and part.stat().st_size >= 2 * CHUNK) and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    try:
+        wait_for(lambda: (part.exists() and part.stat().st_size >= 2 * CHUNK) or process.poll() is not None)
+    finally:
+        process.kill()
+        process.wait()
     assert not (tmp_path / "a.bin").exists()
     get(wanted(tmp_path, server.url("/a.bin")))
     assert only_file(tmp_path) == DATA
@@ -465,8 +467,7 @@ def test_a_transfer_that_is_stopped_keeps_what_arrived(server: Loopback, tmp_pat
     patience, part = Patience().policy, tmp_path / "a.bin.part"
 
     def stop() -> None:
-        while not (part.exists() and part.stat().st_size == 2 * CHUNK):
-            time.sleep(0.001)
+        wait_for(lambda: part.exists() and part.stat().st_size == 2 * CHUNK)
         patience.stop.set()
         server.stop_stalling.set()
 

@@ -72,14 +72,15 @@ def mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
     (["--lr", "fast"], ["training.learning_rate", "float", "fast"]),
     (["--lr", "-1"], ["training.learning_rate", "-1.0", "0"]),
     (["--model-size", "huge"], ["model.size", "huge", *SIZES]),
-    (["--datasets", "cocoo"], ["data.datasets", "cocoo", "coco"]),
+    (["--datasets", "cocoo"], ["data.datasets", "cocoo", "'coco'"]),
     (["--device", "tpu"], ["--device", "tpu", "cpu"]),
-    (["training.epoch=3"], ["training.epoch", "epochs"]),
-    (["trainig.epochs=3"], ["trainig", "training"]),
+    (["training.epoch=3"], ["training.epoch", "'epochs'"]),
+    (["trainig.epochs=3"], ["trainig", "'training'"]),
     (["epochs=3"], ["epochs=3", "section.key=value"]),
     (["stages.algn.share=2"], ["stages.algn", "algn", "pretrain", "align", "finetune"]),
-    (["stages.align.shares=2"], ["stages[1].shares", "share"]),
-    (["stages.align.tasks.0.objectives={contrast: 1.0}"], ["stages[1].tasks[0].objectives", "contrast", "contrastive"]),
+    (["stages.align.shares=2"], ["stages[1].shares", "'share'"]),
+    (["stages.align.tasks.0.objectives={contrast: 1.0}"],
+     ["stages[1].tasks[0].objectives", "contrast", "'contrastive'"]),
     (["memory.budget_gb=-1"], ["memory.budget_gb", "-1.0", "0"]),
     (["--config", "/no/such.yaml"], ["/no/such.yaml"]),
     (["--datasets", "manifest"], ["data.manifest", "JSONL", "CSV"]),
@@ -225,10 +226,12 @@ def checkpoints(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("kind", ["missing", "text", "empty", "foreign", "cut", "folder", "weights"])
 def test_a_checkpoint_that_is_none(mistake: Main, tmp_path: Path, kind: str) -> None:
     path = checkpoints(tmp_path / "found")[kind]
-    named = ["checkpoint_epoch_*.pt"] if kind == "weights" else ["--resume", path]
+    size = f"{path.stat().st_size} bytes" if path.is_file() else ""
+    why = {"missing": ["weights.pt"], "cut": [size], "empty": ["0 bytes"], "folder": ["Is a directory"]}.get(kind, [])
+    named = ["checkpoint_epoch_*.pt"] if kind == "weights" else ["--resume", path, *why]
     assert_names(mistake("--resume", str(path)), *named)
     assert not (tmp_path / "out" / "logs").exists()
-    assert_names(mistake("--checkpoint", str(path), main=evaluate.main), path)
+    assert_names(mistake("--checkpoint", str(path), main=evaluate.main), path, *why)
 
 
 # ---- as a user sees it ---------------------------------------------------------------------------------------------

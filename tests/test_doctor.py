@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import doctor
 import environment
 import findings
 import inspection
+import prepare
 import rehearsal
 import run_training
 from config import Config, TaskConfig, config_from_dict
@@ -35,6 +37,8 @@ from runs import Options
 from tests import trees
 from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import RECIPE
+from tests.test_data_faults import hanging
+from tests.test_prepare import children_of, wait_for
 
 WORDS = {"name": "words", "share": 1, "tasks": [{"inputs": ["text"], "objectives": {"masked": 1.0}}]}
 PICTURES = {"name": "pictures", "share": 1, "image_keep": 0.5,
@@ -170,7 +174,45 @@ def test_an_interrupted_look_prints_what_it_has_found_and_leaves_nothing(
     assert status == 130 and "Traceback" not in printed.err and signal.getsignal(signal.SIGTERM) is before
     assert re.search(r"^data: synthetic +ok ", printed.out, re.MULTILINE)
     assert not re.search(r"^files", printed.out, re.MULTILINE) and not re.search(r"^\d+ ok", printed.out, re.MULTILINE)
+    assert_told_last(printed.out)
     assert not list(temporary.glob("doctor-*"))
+
+
+def assert_told_last(printed: str) -> None:
+    """Below the table stands that it is not the whole of it."""
+    last = printed.splitlines()[-1]
+    assert last and not re.search(r" {2,}(ok|warn|fail|skipped) ", last)
+
+
+@pytest.mark.timed
+def test_a_look_that_is_interrupted_while_files_hang_leaves_no_process(
+        tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    listed, command = own_pictures(tmp_path / "pictures", 20, 0), ["--config", str(recipe_of(tmp_path)), "--doctor"]
+    before: set[int] = set()
+    decode_all, begun = prepare.decode_all, threading.Event()
+
+    def noted(*given: Any) -> Any:
+        before.update(children_of(os.getpid()))
+        begun.set()
+        return decode_all(*given)
+
+    def interrupt() -> None:
+        assert begun.wait(120)
+        wait_for(lambda: set(children_of(os.getpid())) - before)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(prepare, "decode_all", noted)
+    thread = threading.Thread(target=interrupt, daemon=True)
+    with hanging(*(tmp_path / "pictures").glob("*.png")):
+        thread.start()
+        status = run_training.main([*command, "--device", "cpu", "--data-root", str(tmp_path / "data"), "--output-dir",
+                                    str(tmp_path / "out"), "data.datasets=[manifest]", listed])
+    thread.join()
+    printed = capsys.readouterr()
+    assert status == 130 and "Traceback" not in printed.err
+    assert re.search(r"^data: manifest +ok ", printed.out, re.MULTILINE)
+    assert_told_last(printed.out)
+    assert set(children_of(os.getpid())) <= before and not list(temporary.glob("doctor-*"))
 
 
 @pytest.mark.parametrize("package", ["numpy", "tqdm", "torch"])
@@ -349,8 +391,9 @@ def test_a_fall_of_the_loss_is_judged() -> None:
     slow, still, risen, broken = (rehearsal.judged("overfit", losses, 1e-3) for losses in (
         [2.0, 1.9, 1.8], [2.0, 2.0, 1.99], [2.0, 9.0], [2.0, float("nan")]))
     assert [one.state for one in (slow, still, risen, broken)] == ["warn", "fail", "fail", "fail"]
-    assert slow.advice == still.advice != risen.advice == broken.advice
-    assert "--lr" in slow.advice and "--lr" in risen.advice
+    assert slow.advice == still.advice and risen.advice == broken.advice
+    assert_names(still.advice, "raise --lr")
+    assert_names(risen.advice, "lower --lr")
 
 
 def test_an_objective_learns_its_batch_by_heart_and_without_a_rate_it_does_not(
@@ -365,7 +408,8 @@ def test_an_objective_learns_its_batch_by_heart_and_without_a_rate_it_does_not(
         case.run.config.training, learning_rate=1e-30))
     monkeypatch.setattr(rehearsal, "UPDATES", 4)
     (found,) = rehearsal.overfit(case)
-    assert found.state == "fail" and "--lr" in found.advice
+    assert found.state == "fail"
+    assert_names(found.advice, "raise --lr")
     assert_names(found.found, 4)
 
 

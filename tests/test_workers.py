@@ -236,12 +236,12 @@ def test_a_place_that_takes_too_long_is_given_up_whether_or_not_it_is_waited_for
         return job, len(given_up)
 
     said: list[str] = []
-    workers = results(work, 6, timeout_s=0.5, say=said.append)
+    workers = results(work, 6, timeout_s=1.0, say=said.append)
     assert [job for job, _ in workers] == list(range(6))
     assert sorted(workers.given_up) == [21, 30] and len(said) == 2
     for place, line in zip((21, 30), sorted(said), strict=True):
-        assert_names(line, f"place {place}", "data.timeout_s=0.5")
-        assert_names(workers.given_up[place], f"place {place}", "data.timeout_s=0.5")
+        assert_names(line, f"place {place}", "data.timeout_s=1")
+        assert_names(workers.given_up[place], f"place {place}", "data.timeout_s=1")
 
 
 def member(beats: int, *jobs: int) -> Member:
@@ -275,30 +275,36 @@ def test_a_process_that_starts_late_has_more_time() -> None:
 
 def test_a_process_that_stands_still_at_no_place_is_replaced() -> None:
     said: list[str] = []
-    iterator = iter(results(squares, 30, count=1, timeout_s=0.5, say=said.append))
+    iterator = iter(results(squares, 30, count=1, timeout_s=1.0, say=said.append))
     assert next(iterator) == 0
     os.kill(ours()[0], signal.SIGSTOP)
     assert list(iterator) == [job**2 for job in range(1, 30)]
     assert len(said) == 1
-    assert_names(said[0], 0.5)
+    assert_names(said[0], "1 s")
     assert ours() == []
 
 
 def test_a_slow_main_process_takes_nobody_for_hung(tmp_path: Path) -> None:
-    """An hour passes between two results, while a process is at job 1, which it has begun before and ends after."""
+    """An hour passes after each of the first three results, while a process is at job 3: begun before the first result,
+    and ended after the main one has looked at it once in each of these hours."""
     def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
         begin(job)
-        (tmp_path / str(job)).touch()
-        if job < 2:
-            wait_for((tmp_path / ("1" if job == 0 else "4")).exists)
+        (tmp_path / f"begun {job}").touch()
+        if job in (0, 3):
+            wait_for((tmp_path / ("begun 3" if job == 0 else "looked at")).exists)
         return job
 
-    now_s, said = 0.0, list[str]()
-    iterator = iter(results(work, 6, timeout_s=0.9, say=said.append, clock=lambda: now_s))
-    assert next(iterator) == 0
-    now_s = 3600.0
-    assert list(iterator) == [1, 2, 3, 4, 5]
-    assert said == []
+    def clock() -> float:
+        """It is asked as a look begins and as it ends."""
+        asked.append(len(taken))
+        if asked.count(3) == 3:
+            (tmp_path / "looked at").touch()
+        return 3600.0 * min(len(taken), 3)
+
+    asked, taken, said = list[int](), list[int](), list[str]()
+    for found in results(work, 6, timeout_s=0.9, say=said.append, clock=clock):
+        taken.append(found)
+    assert taken == list(range(6)) and said == []
 
 
 def test_a_run_that_was_stopped_has_not_waited(tmp_path: Path) -> None:

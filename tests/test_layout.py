@@ -178,10 +178,14 @@ def test_optional_packages_are_imported_where_needed() -> None:
 WATCH_IMPORTS = r"""
 import contextlib, io, json, logging, os, sys, warnings
 import numpy, torch
-sys.path[:0] = sys.argv[1].split(os.pathsep)
+sys.path[:0] = folders = sys.argv[1].split(os.pathsep)
+
+def names():  # caches of tools come and go beside the modules
+    beside = [sorted(n for n in os.listdir(folder) if n[0] != "." and n != "__pycache__") for folder in folders]
+    return [sorted(os.listdir(".")), *beside]
 
 def state():
-    return {"printed": printed.getvalue(), "files": sorted(os.listdir(".")), "environment": dict(os.environ),
+    return {"printed": printed.getvalue(), "files": names(), "environment": dict(os.environ),
             "threads": torch.get_num_threads(), "dtype": str(torch.get_default_dtype()),
             "device": str(torch.get_default_device()), "grad": torch.is_grad_enabled(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -204,7 +208,8 @@ for name in sys.argv[2:]:
 print(json.dumps(results))
 """
 BAD_MODULES = {
-    "prints": "print(1)", "writes": "open('left', 'w').close()", "seeds": "import torch; torch.manual_seed(1)",
+    "prints": "print(1)", "writes": "open('left', 'w').close()",
+    "writes_beside": "open(__file__ + '.txt', 'w').close()", "seeds": "import torch; torch.manual_seed(1)",
     "threads": "import torch; torch.set_num_threads(torch.get_num_threads() + 1)", "breaks": "1 / 0"}
 
 
@@ -229,7 +234,8 @@ def test_importing_a_module_changes_nothing(effects: dict[str, list[str]]) -> No
 
 def test_import_effects_gate_can_fail(effects: dict[str, list[str]]) -> None:
     assert {name: effects[name][0] for name in BAD_MODULES} == {
-        "prints": "printed", "writes": "files", "seeds": "seed", "threads": "threads", "breaks": "it raised"}
+        "prints": "printed", "writes": "files", "writes_beside": "files", "seeds": "seed", "threads": "threads",
+        "breaks": "it raised"}
 
 
 # Imports modules and runs scripts with --help, and prints which of them first loaded torch, and each script's help.

@@ -42,11 +42,12 @@ def planned(config: Config, name: str, place: Place = CPU) -> Plan:
     ("pretrain", 16), ("align", 8), ("finetune", 32), *(pytest.param(*case, marks=pytest.mark.repetition) for case in (
         ("pretrain", 4), ("align", 2), ("finetune", 8)))])
 def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path: Path, name: str, size: int) -> None:
-    """Real batches of full size: captions and sounds are longer than what is read. Up to 16 parts, two traced."""
-    run = small.open(tmp_path / "run", "model.context_length=10", f"memory.micro_batch={size}",
-                     "training.ema_decay=0.9", micro_batch=size)
+    """Real batches of full size: captions and sounds are longer than what is read; up to 4 parts, two of
+    them traced (with `--all` up to 16). Weights are little of these steps, so what they are is compared as well."""
+    run = small.open(tmp_path / "run", "model.vocab_size=200", "model.context_length=10", "training.ema_decay=0.9",
+                     f"memory.micro_batch={size}", micro_batch=size)  # more rows than the tokenizer has: known before
     stage = small.stage(run, name)
-    peaks = []
+    found = []
     for task in range(len(stage.tasks)):
         heads = [stage.objectives[f"{task}_{objective}"] for objective in stage.tasks[task].objectives]
         batch = batches(run, stage, task)[0]
@@ -58,10 +59,12 @@ def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path:
             tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise)
             for _ in range(2):
                 training.train_step(run, stage, task, batch)
-        peaks.append(tracker.usage().peak_bytes)
-    predicted = planned(run.config, name)
+        found.append(tracker.usage())
+    predicted, real = planned(run.config, name), max(found, key=lambda usage: usage.peak_bytes)
     assert predicted.micro_batch == dict.fromkeys(planning.TOWERS, size)
-    assert predicted.peak_bytes == pytest.approx(max(peaks), rel=0.02)
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+    for tag in ("parameters", "gradients", "optimizer"):
+        assert predicted.by_tag[tag] == real.by_tag[tag], tag
 
 
 def test_an_average_of_the_weights_is_planned_for(small: SmallRuns, tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_an_average_of_the_weights_is_planned_for(small: SmallRuns, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("size", "stage"), [
-    pytest.param(size, stage, marks=() if (size, stage) == ("tiny", "finetune") else pytest.mark.repetition)
+    pytest.param(size, stage, marks=() if stage == "finetune" else pytest.mark.repetition)
     for size in SIZES for stage in ("pretrain", "align", "finetune")])
 def test_every_size_trains_in_the_budget_that_the_readme_states(tmp_path: Path, size: str, stage: str) -> None:
     """The default stages on a GPU with bf16, 32 samples an effective batch, 224 pixels, sounds of 10 s."""
@@ -92,15 +95,14 @@ def test_the_budget_of_a_size_is_the_one_that_the_readme_states(size: str, budge
 
 
 @pytest.mark.parametrize(("size", "budget_gb"), [("nano", 1), pytest.param("tiny", 4, marks=pytest.mark.repetition)])
-def test_a_large_effective_batch_fits_the_same_budget_in_smaller_parts(tmp_path: Path, size: str,
-                                                                       budget_gb: int) -> None:
+def test_a_large_effective_batch_fits_in_parts_of_a_useful_size(tmp_path: Path, size: str, budget_gb: int) -> None:
     config = load_config(None, [f"model.size={size}", f"memory.budget_gb={budget_gb}", f"paths.output_dir={tmp_path}",
                                 "stages.align.effective_batch=4096"])
     row = config.stages[1]
     plan = planning.plan_stage(config, row, row.tasks[:1], CUDA)
     assert plan.fits and plan.budget_bytes == budget_gb * GIB
     assert plan.upper["image"] == 4096 and plan.in_parts, "more than fits at once, so some towers go in parts"
-    assert all(size >= 16 for size in plan.micro_batch.values()), "and the parts are of a useful size"
+    assert all(size >= 16 for size in plan.micro_batch.values())
 
 
 def test_a_batch_that_waits_on_the_host_takes_nothing_of_a_gpu(small: SmallRuns, tmp_path: Path) -> None:
@@ -356,7 +358,9 @@ def test_evaluation_is_planned_within_the_budget(tmp_path: Path) -> None:
     config = load_config(None, [*nano, "evaluation.batch_size=2048", "memory.budget_gb=1"])
     plan = planning.plan_evaluation(config, CUDA)
     assert plan.fits and 16 <= plan.micro_batch["audio"] < 2048
-    assert planning.plan_evaluation(load_config(None, nano), CUDA).micro_batch == {"image": 64, "audio": 64, "text": 64}
+    default = load_config(None, [f"paths.output_dir={tmp_path}"])
+    assert default.model.size == "base"
+    assert planning.plan_evaluation(default, CUDA).micro_batch == {"image": 64, "audio": 64, "text": 64}
 
 
 def test_plan_for_a_named_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,15 +105,20 @@ def test_attention_takes_a_fused_kernel_and_is_right(mask: str, dtype: torch.dty
 
 
 def test_a_run_keeps_its_budget_says_what_it_took_and_calibrates_later_plans(
-        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(budget, "LEAST_GIB", 0.0)  # these steps are small
     report = small.train(tmp_path / "run", *LARGER, "memory.micro_batch=auto")
     found = json.loads(report.with_suffix(".json").read_text("utf-8"))
+    lines = capsys.readouterr().out.splitlines()
+    on_device = next(line for line in lines if torch.cuda.get_device_name() in line)
+    assert_names(on_device, "cuda:0", "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16")
     name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     for stage in found["stages"]:
         planned = stage["predicted_gib"]
         assert planned < stage["peak_gib"] < 1.1 * planned + 0.3, "tensors, gaps and workspaces"
         assert stage["peak_gib"] + memory.CONTEXT_GIB["cuda"] <= 4
+        figures = f"{planned:.2f} GiB", f"{stage['peak_gib']:.2f} GiB"
+        assert [line for line in lines if f"[{stage['stage']}]" in line and all(one in line for one in figures)]
     ratios = json.loads(budget.calibration_file().read_text("utf-8"))[name]
     assert budget.calibration(torch.cuda.get_device_name()) == max(budget.LEAST_RATIO, *ratios)
     assert not records(tmp_path / "run", "event"), "nothing ran out"

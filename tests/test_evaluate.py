@@ -119,7 +119,7 @@ def test_checkpoints_that_cannot_be_used(trained: Trained, folder: Path, capsys:
     paths[1].write_text("hello")
     paths[2].write_bytes(whole[:len(whole) // 2])
     save({"weights": torch.zeros(3)}, paths[3])
-    reasons = ["other.pt"], [], [f"{paths[2].stat().st_size} bytes"], []
+    reasons: tuple[list[str], ...] = ["other.pt"], [], [f"{paths[2].stat().st_size} bytes"], []
     for path, why in zip(paths, reasons, strict=True):
         assert main(folder, "--checkpoint", path) == 2
         assert_told(capsys.readouterr().err, path, *why)

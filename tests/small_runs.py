@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = {
     "data": {"datasets": ["synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "min_crop": 1.0,
              "flip": False, "audio_max_s": 0.5, "workers": 0},
     "model": {"size": "nano", "image_size": 32, "context_length": 12, "embed_dim": 8, "num_classes": 60,
-              "vocab_size": 1, "word_embeddings": f"file:{Path(__file__).with_name('words.json')}"},
+              "vocab_size": 135, "word_embeddings": f"file:{Path(__file__).with_name('words.json')}"},
     "memory": {"micro_batch": 32},
     "training": {"epochs": 3, "batch_size": 32, "gradient_accumulation_steps": 1, "use_amp": False,
                  "log_every_steps": 1, "learning_rate": 1e-3},

@@ -165,8 +165,8 @@ class SigmoidContrastive(Contrastive):
 
 
 def pair_scale(step: Step, inputs: Sequence[str]) -> Tensor:
-    """exp of the pair's learned log-scale, at most 100 (arXiv:2103.00020)."""
-    return step.model.logit_scale["_".join(inputs)].clamp(max=math.log(100.0)).exp()
+    """exp of the pair's learned log-scale; the model bounds it after each update."""
+    return step.model.logit_scale["_".join(inputs)].exp()
 
 
 class Matching(Objective):

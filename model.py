@@ -369,6 +369,13 @@ class TriModalModel(nn.Module):
         """(B, T, 80) log-mels of any T, lengths in frames (None: T counts) -> (B, F)."""
         return self.features("audio", self.audio(audio, audio_lengths))
 
+    @torch.no_grad()
+    def bound_temperatures(self) -> None:
+        """Bring each pair's scale back to 1 to 100 (arXiv:2103.00020), after an update. It is bounded nowhere else: a
+        clamp in the loss would leave a scale at its bound without a gradient, and there for good."""
+        for scale in self.logit_scale.values():
+            scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
     def fuse(self, given: dict[str, Tokens]) -> tuple[Tensor, Tensor, Tensor]:
         """Fused state (B, D), L2-normalised fused features (B, F) and class logits (B, C), in float32."""
         fused_BD = self.fusion(given)

@@ -119,9 +119,7 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
             shrink(run, stage, cause)
     reduce_gradients(run, stage)
     norm, finite = update(run, stage)
-    with torch.no_grad():
-        for scale in run.model.logit_scale.values():
-            scale.clamp_(0.0, 4.6052)  # 1 to 100, arXiv:2103.00020
+    run.model.bound_temperatures()
     if stage.average is not None:
         stage.average.update(run.model.parameters())
     return StepResult(parts.pop(TOTAL, torch.zeros((), device=run.device)), parts, norm, finite,

@@ -158,13 +158,16 @@ def test_contrast_goes_both_ways(model: TriModalModel, inputs: str) -> None:
     assert list(parts) == [f"contrastive_{'_'.join(objective.inputs)}"]
 
 
-def test_temperature_is_bounded(model: TriModalModel) -> None:
-    step = plainly(model, make_batch(("image", "text"), 2))
+def test_a_temperature_at_its_bound_still_has_a_gradient(model: TriModalModel) -> None:
     scale = model.logit_scale["image_text"]
     before = scale.detach().clone()
     try:
         scale.data.fill_(9.0)
+        model.bound_temperatures()
+        step = plainly(model, make_batch(("image", "text"), 8))
         assert float(pair_scale(step, ("image", "text")).detach()) == pytest.approx(100)
+        [(loss, _)] = objective_of(model, "contrastive", "image text").terms(step)
+        assert abs(float(torch.autograd.grad(loss, scale)[0])) > 1e-3
     finally:
         scale.data.copy_(before)
 

@@ -129,6 +129,21 @@ def test_a_micro_batch_changes_the_weights_by_rounding_only(small: SmallRuns, tm
     assert 0 < apart(whole, parts) < 1e-12
 
 
+def test_a_temperature_is_pushed_past_its_bound_and_comes_back(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "stages.align.tasks.1.passes=0.0001", "training.learning_rate=0.1")
+    stage = small.stage(run, "align")
+    batch, scale, bound = batches(run, stage)[0], run.model.logit_scale["image_text"], math.log(100)
+    scale.data.fill_(bound - 1e-4)
+    upwards = scale.register_hook(torch.neg)  # as of pairs that are all told apart
+    for _ in range(3):
+        step(run, stage, batch)
+        assert float(scale) == pytest.approx(bound, rel=1e-6)
+    upwards.remove()
+    for _ in range(9):  # the optimizer's momentum has to turn round
+        step(run, stage, batch)
+    assert 0 < float(scale) < bound - 1e-4
+
+
 # ---- bad steps ---------------------------------------------------------------------------------------------------
 
 

@@ -192,7 +192,7 @@ class Optimizer:
             part.step()
             for p in (p for group in part.param_groups for p in group["params"]):
                 p.grad = None
-        if self.scaler is not None:
+        if self.scaler is not None and self._unscaled:  # it refuses to, after a step without any gradient
             self.scaler.update()
         self.zero_grad()
         return norm, finite

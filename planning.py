@@ -330,9 +330,9 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], pl
 
 def _kept(config: Config, facts: Mapping[str, Any], place: Place, search: Callable[[], Plan]) -> Plan:
     """A plan from the cache in the output folder, or what `search` finds. Rates, weights and seeds take no memory."""
-    everything = {**facts, "model": config.to_dict()["model"], "audio_max_s": config.data.audio_max_s,
-                  "memory": dataclasses.asdict(config.memory), "budget_gb": config.budget_gb,
-                  "place": dataclasses.asdict(place)}
+    everything = {**facts, "model": config.to_dict()["model"], "preset": dataclasses.asdict(config.model.preset),
+                  "audio_max_s": config.data.audio_max_s, "memory": dataclasses.asdict(config.memory),
+                  "budget_gb": config.budget_gb, "place": dataclasses.asdict(place)}
     sources = [Path(__file__).with_name(f"{name}.py")
                for name in ("planning", "steps", "losses", "model", "optimization", "footprint", "shapes", "memory")]
     folder, key = Path(config.paths.output_dir) / "plans", budget.plan_key(everything, sources)

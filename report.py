@@ -199,15 +199,16 @@ def _png(pixels: Any) -> bytes:
 
 
 def _stages(records: Sequence[Mapping[str, Any]], predicted_gib: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One entry a stage, in order; one that was not finished has no totals. A resumed stage adds up its parts."""
+    """One entry a stage, in order; one that was not finished has no totals. A stage that went on has several records of
+    its end, each of them of all that it has done so far: the last one counts."""
     found = []
     for stage in dict.fromkeys(record["stage"] for record in records if record.get("kind") in ("step", "stage")):
         own = [record for record in records if record.get("stage") == stage]
         steps = [record for record in own if record["kind"] == "step"]
         ends = [record for record in own if record["kind"] == "stage"]
         entry: dict[str, Any] = {"stage": stage, "predicted_gib": predicted_gib.get(stage)}
-        for name, unite in (("epochs", max), ("steps", sum), ("samples", max), ("seconds", sum), ("peak_gib", max)):
-            entry[name] = unite(record[name] for record in ends) if ends else None
+        for name in ("epochs", "steps", "samples", "seconds", "peak_gib"):
+            entry[name] = max(record[name] for record in ends) if ends else None
         last = steps[-max(1, len(steps) // 10):]
         entry |= {"data_wait_pct": _mean(steps, "data_wait_pct"), "samples_per_s": _mean(steps, "samples_per_s"),
                   "loss": _mean(last, "loss")}

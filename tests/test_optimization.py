@@ -258,6 +258,17 @@ def test_a_bad_gradient_changes_nothing(scaler: str | None, bad: float, name: st
 
 
 @SCALERS
+def test_a_step_without_any_gradient_changes_nothing_and_the_next_one_does(scaler: str | None) -> None:
+    """Of a batch with nothing to learn: clips without speakers, say."""
+    toy, optimizer = make(scaler)
+    before = state_of(toy, optimizer)
+    norm, finite = optimizer.step(1e-3)
+    assert float(norm) == 0.0 and bool(finite) and same(state_of(toy, optimizer), before)
+    train(toy, optimizer, 0, 1)
+    assert not same(state_of(toy, optimizer), before)
+
+
+@SCALERS
 @pytest.mark.parametrize("bad", BAD)
 def test_training_goes_on_as_if_the_bad_step_had_not_happened(scaler: str | None, bad: float) -> None:
     toy, optimizer = make(scaler)

@@ -179,6 +179,14 @@ def test_plans_are_kept_until_something_that_matters_changes(small: SmallRuns, t
         assert plan("memory.micro_batch=16", override)[1] == 0, override
 
 
+def test_a_size_whose_widths_have_changed_is_planned_anew(small: SmallRuns, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small.config(tmp_path / "run", "memory.micro_batch=16")
+    first = planned(config, "pretrain")
+    monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], dim=16))
+    assert planned(config, "pretrain").by_tag["parameters"] > first.by_tag["parameters"]
+
+
 def test_the_search_takes_everything_at_once_where_it_fits(small: SmallRuns, tmp_path: Path) -> None:
     config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.captions_per_visit=2")
     plan = planned(config, "finetune")

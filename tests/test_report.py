@@ -32,8 +32,9 @@ def _records() -> list[dict]:
                           "samples_per_s": 50.0, "data_wait_pct": 2.0 if step < 21 else 4.0})
         found.append({"kind": "validation", "stage": stage, "epoch": 1, "step": at, "loss": 1.5,
                       "metrics": {"image_to_text_R@1": 0.25} if stage == "align" else {}})
-        found.append({"kind": "stage", "stage": stage, "epochs": 2, "steps": 40, "seconds": 60.0, "peak_gib": 1.5,
-                      "samples": 400, "step": at})
+        for epochs in (1, 2):  # it was through after one epoch and has gone on for another: its records add up already
+            found.append({"kind": "stage", "stage": stage, "epochs": epochs, "steps": 20 * epochs, "peak_gib": 1.5,
+                          "seconds": 30.0 * epochs, "samples": 200 * epochs, "step": at})
     return [*found, {"kind": "event", "step": 3, "message": "step 3 skipped: a|b <b>bold</b>"}]
 
 

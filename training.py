@@ -417,7 +417,8 @@ def place_of(run: Run) -> Place:
 def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | None) -> None:
     """How each stage fits: as the checkpoint says where it does, since another split rounds otherwise."""
     place = place_of(run)
-    plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(run.config, tasks, place))
+    config = dataclasses.replace(run.config, model=run.model.config)  # with as many words as there are
+    plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(config, tasks, place))
     print(budget.format_plan(plans), flush=True)
     run.fits = {name: found.fit for name, found in plans.items()}
     saved = (state or {}).get("fits", {})

@@ -104,6 +104,15 @@ def test_a_loss_that_can_train_nothing_is_an_error(small: SmallRuns, tmp_path: P
         step(run, stage, batches(run, stage)[0])
 
 
+def test_a_vocabulary_beyond_the_settings_is_planned_as_large_as_it_is(small: SmallRuns, tmp_path: Path) -> None:
+    planned = []
+    for rows in (1, 135):
+        run = small.open(tmp_path / str(rows), f"model.vocab_size={rows}")
+        training.plan(run, {"pretrain": list(run.config.stages[0].tasks)}, None)
+        planned.append(run.predicted_gib)
+    assert planned[0] == planned[1]
+
+
 # ---- one step ----------------------------------------------------------------------------------------------------
 
 
@@ -137,11 +146,11 @@ def test_a_temperature_is_pushed_past_its_bound_and_comes_back(small: SmallRuns,
     upwards = scale.register_hook(torch.neg)  # as of pairs that are all told apart
     for _ in range(3):
         step(run, stage, batch)
-        assert float(scale) == pytest.approx(bound, rel=1e-6)
+        assert scale.item() == pytest.approx(bound, rel=1e-6)
     upwards.remove()
     for _ in range(9):  # the optimizer's momentum has to turn round
         step(run, stage, batch)
-    assert 0 < float(scale) < bound - 1e-4
+    assert 0 < scale.item() < bound - 1e-4
 
 
 # ---- bad steps ---------------------------------------------------------------------------------------------------

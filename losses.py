@@ -302,9 +302,10 @@ class Masked(Objective):
         hidden, places = step.hidden_words(rows)
         at = step.to_device(places)
         ids = step.to_device(batch.input_ids[rows])
+        path = step.path_scales(batch.noise["path_text"][rows], 0, step.model.text)
         with step.autocast():
             shown = ids.masked_fill(step.to_device(hidden), step.mask_id)
-            states_BLD, _ = step.model.text(shown, step.to_device(batch.attention_mask[rows]))
+            states_BLD, _ = step.model.text(shown, step.to_device(batch.attention_mask[rows]), path)
             words_MR = self.heads["text"](states_BLD[at[:, 0], at[:, 1]])
             logits_MV = words_MR @ step.model.text.words.weight.T
         logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))

@@ -158,6 +158,13 @@ def test_contrast_goes_both_ways(model: TriModalModel, inputs: str) -> None:
     assert list(parts) == [f"contrastive_{'_'.join(objective.inputs)}"]
 
 
+@pytest.mark.parametrize("name", ["image", "text", "audio"])
+def test_masked_pretraining_drops_paths_of_every_modality(model: TriModalModel, name: str) -> None:
+    batch, objective = make_batch((name,), 8), objective_of(model, "masked", name)
+    without, half = (loss_of(objective, step_of(model, batch, drop_path=p)) for p in (0.0, 0.5))
+    assert abs(without - half) > 1e-6 * abs(without)  # in float64, and nothing else differs
+
+
 def test_a_temperature_at_its_bound_still_has_a_gradient(model: TriModalModel) -> None:
     scale = model.logit_scale["image_text"]
     before = scale.detach().clone()

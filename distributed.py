@@ -200,10 +200,12 @@ class World:
         self.any_flag(False)
 
     def has_lost_someone(self, error: BaseException) -> bool:
-        """Whether `error` says that another process is gone: gloo's or NCCL's words for a connection that broke."""
+        """Whether `error` says that another process is gone: gloo's or NCCL's words for a connection that broke. Other
+        errors of NCCL (a wrong call, two processes on one GPU) are none of these."""
         text = str(error).lower()
         return self.size > 1 and any(sign in text for sign in (
-            "connection closed by peer", "connection reset", "broken pipe", "socket", "nccl", "timed out waiting"))
+            "connection closed by peer", "connection closed by remote peer", "connection reset", "broken pipe",
+            "remote process exit", "timed out waiting"))
 
     def stop(self) -> None:
         """Leave the group of processes; call it once, at the end."""

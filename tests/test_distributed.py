@@ -183,3 +183,18 @@ def test_more_processes_than_devices_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with refused("torchrun", 3, 2, "--nproc_per_node", "--device"):
         start(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("said", "is_lost"), [
+    ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711", True),
+    ("Application timeout caused pair closure: Read error [127.0.0.1]:4711: Connection reset by peer", True),
+    ("NCCL error: remote process exited or there was a network error, ncclRemoteError", True),
+    ("ncclRemoteError: socketProgress: Connection closed by remote peer host<4711>", True),
+    ("writev [127.0.0.1]:4711: Broken pipe", True),
+    ("NCCL error: invalid usage, Duplicate GPU detected: rank 0 and rank 1 both on CUDA device 1000", False),
+    ("NCCL error: unhandled cuda error, out of memory", False),
+    ("No backend type associated with device type cuda; socket family not supported", False),
+])
+def test_only_a_connection_that_broke_is_a_lost_process(said: str, is_lost: bool) -> None:
+    assert World(rank=0, size=2).has_lost_someone(RuntimeError(said)) is is_lost
+    assert not World().has_lost_someone(RuntimeError(said)), "alone there is nobody to lose"

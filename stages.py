@@ -64,22 +64,26 @@ class Stage:
 
 
 def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[str]]:
-    """Tasks that have samples, and a line about each that has none.
+    """Tasks that have samples in an epoch, and a line about each that has none.
 
     Raises:
         UserError: no task of the stage has samples.
     """
     table, tasks, skipped = data.tables["train"], [], []
     for task in row.tasks:
-        possible = task if data.speakers else without_speaker(task)
-        if len(pool(table, task.inputs)) >= 2 and possible.objectives:
+        possible, samples = task if data.speakers else without_speaker(task), len(pool(table, task.inputs))
+        visited = round(min(task.passes, 1.0) * samples)
+        if visited >= 2 and possible.objectives:
             tasks.append(possible)
+        elif samples >= 2 and possible.objectives:
+            skipped.append(f"[{row.name}] passes={task.passes:g} of {samples} samples with {' and '.join(task.inputs)} "
+                           f"are {visited} an epoch: {', '.join(task.objectives)} on them is skipped")
         else:
             wanted = " and ".join(task.inputs) if possible.objectives else "named speakers"
             skipped.append(f"[{row.name}] no samples with {wanted}: {', '.join(task.objectives)} on them is skipped")
     if not tasks:
         raise UserError(f"stages.{row.name}: none of its tasks has samples in {', '.join(data.names())}; "
-                        "add a set (--datasets) or remove the stage")
+                        "add a set (--datasets), raise the passes of its tasks, or remove the stage")
     return tasks, skipped
 
 

@@ -80,6 +80,17 @@ def test_tasks_without_samples_are_named_and_a_stage_without_any_is_an_error(sma
         training.active_tasks(row(("image+audio", "contrastive"), ("audio", "speaker")), data)
 
 
+def test_a_task_whose_passes_come_to_no_sample_is_named_and_not_trained(small: SmallRuns, tmp_path: Path) -> None:
+    data = small.open(tmp_path).data
+    few, some = (TaskConfig(inputs=("image",), objectives={"masked": 1.0}, passes=passes) for passes in (0.001, 0.05))
+    row = StageConfig(name="own", share=1, image_keep=0.5, tasks=(few, some))
+    tasks, [line] = training.active_tasks(row, data)
+    assert tasks == [some]
+    assert_names(line, "own", "passes", 0.001, 64, 0, "image", "masked")
+    with refused("stages.own", "synthetic", "passes"):
+        training.active_tasks(dataclasses.replace(row, tasks=(few,)), data)
+
+
 def test_patterns_choose_what_moves(small: SmallRuns, tmp_path: Path) -> None:
     run = small.open(tmp_path, "stages.align.trainable=['image\\.blocks\\..*', 'logit_scale.*']")
     stage = small.stage(run, "align")

@@ -81,6 +81,7 @@ class Batch:
     concepts: Tensor | None = None  # bool [B, num_classes]
     speakers: Tensor | None = None  # int64 [B], -1 = unknown
     noise: dict[str, Tensor] = field(default_factory=dict)
+    task: int = 0  # of its job
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory; the loader calls it before transfers to a GPU."""
@@ -92,7 +93,7 @@ class Batch:
 class Read(NamedTuple):
     """What a worker hands over for one job."""
 
-    batch: Batch | None  # None: `problem`
+    batch: Batch | None  # None: `problem`, or in evaluation no sample that can be read
     broken: list[dict[str, str]]  # records of the broken samples met
     problem: str = ""  # why the run cannot go on; raised by the loader, since workers add their traceback
 
@@ -145,11 +146,10 @@ class BatchReader:
         with one_thread():
             try:
                 found = [self._draw_good(index, inputs, broken, stand_in=self.train) for index in indices.tolist()]
-                if not any(found):
-                    found = [self._draw_good(int(indices[0]), inputs, broken, stand_in=True)]
             except UserError as error:
                 return Read(None, broken, str(error))
-            return Read(self._collate([one for one in found if one is not None], inputs), broken)
+            good = [one for one in found if one is not None]
+            return Read(replace(self._collate(good, inputs), task=task) if good else None, broken)
 
     def _draw_good(self, index: int, inputs: tuple[str, ...], broken: list[dict[str, str]],
                    stand_in: bool) -> _Drawn | None:

@@ -213,7 +213,8 @@ class Loader:
     """Iterates over the batches of `jobs[start:]`, one for each job, in order, read ahead by worker processes.
 
     In evaluation (`train` false): no augmentation, whole sounds, all captions, draws of seed 0 and epoch 0 whatever is
-    given, and broken samples left out. In training the next good sample of the pool stands in for a broken one.
+    given, and broken samples left out, with them a batch that has no other. In training the next good sample of the
+    pool stands in for a broken one.
 
     A process that dies is replaced, and its batch read again; a sample at which one stays longer than `data.timeout_s`
     counts as broken, from then on and in later runs of the folder. `say` hears a line for each such event. Batches are
@@ -270,6 +271,7 @@ def _pin(read: Read) -> Read:
 def _checked(reads: Generator[Read, None, None], reader: BatchReader) -> Iterator[Batch]:
     """Pass batches on; record broken samples once, and stop when there are too many."""
     met: set[str] = set()
+    first, passed = "", 0  # why the first batch without a good sample had none; batches passed on
     rows = [np.empty(0, np.int64), *(indices % VISIT for _, indices in reader.jobs)]
     total = len(np.unique(np.concatenate(rows)))
     with contextlib.closing(reads):
@@ -282,5 +284,10 @@ def _checked(reads: Generator[Read, None, None], reader: BatchReader) -> Iterato
                 raise UserError(problem)
             if fresh:
                 bad_samples.check("data", len(met), total, fresh[0]["reason"], reader.config)
-            assert batch is not None
+            if batch is None:
+                first = first or broken[0]["reason"]
+                continue
+            passed += 1
             yield batch
+    if first and not passed:
+        raise UserError(f"data: none of the {total} samples can be read; the first: {first}")

@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
-from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, ModelConfig, UserError, config_from_dict
+from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, UserError, config_from_dict
 from footprint import device_of
 
-IMAGE_PATCH = 16
-AUDIO_PATCH_FRAMES = 16
-AUDIO_PATCH_MELS = 16
+IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 LOG_MEL_MEAN, LOG_MEL_STD = -6.0, 4.0  # of natural-log mel power of everyday sounds
 POSITION_BASE = 100.0  # 10,000 (arXiv:1706.03762) hardly varies over the 4 to 14 steps of a patch grid
@@ -371,8 +369,7 @@ class TriModalModel(nn.Module):
 
     @torch.no_grad()
     def bound_temperatures(self) -> None:
-        """Bring each pair's scale back to 1 to 100 (arXiv:2103.00020), after an update. It is bounded nowhere else: a
-        clamp in the loss would leave a scale at its bound without a gradient, and there for good."""
+        """Bring each scale back to 1 to 100 (arXiv:2103.00020), after an update. Clamped in the loss it would stay."""
         for scale in self.logit_scale.values():
             scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
@@ -499,5 +496,5 @@ def _initialise(module: nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    for name in ("tiny", "small", "base", "large"):
+    for name in SIZES:
         print(f"{name:6}", "  ".join(f"{part} {n / 1e6:.1f}M" for part, n in count_parameters(name).items()))

@@ -112,7 +112,7 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     T = min(-(-int(config.data.audio_max_s * FRAME_RATE_HZ) // 16) * 16, AUDIO_WINDOW_FRAMES)
     S, zeros = config.model.image_size, torch.zeros
     noise = {"path": zeros(B, 64), "drop_text": zeros(B)}
-    columns: dict[str, Tensor] = {"concepts": zeros(B, config.model.num_classes, dtype=torch.bool)}
+    columns: dict[str, Any] = {"concepts": zeros(B, config.model.num_classes, dtype=torch.bool)}
     if "image" in task.inputs:
         columns["images"] = zeros(B, 3, S, S, dtype=torch.uint8)
         noise["image"] = zeros(B, (S // 16) ** 2)

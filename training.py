@@ -313,12 +313,13 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
     batches = loader(run.data, "val", jobs, run.config, inputs=[task.inputs for task in stage.tasks],
                      train=False, epoch=0)
     sums: dict[str, list[float]] = {}
-    for (task, indices), batch in zip(jobs, batches, strict=True):
-        parts = batch_loss(run, stage, task, crop_sounds(batch, run.config.data.audio_max_s))
+    for batch in batches:
+        parts = batch_loss(run, stage, batch.task, crop_sounds(batch, run.config.data.audio_max_s))
+        samples = len(batch.keys)
         for name, value in parts.items():
             entry = sums.setdefault(name, [0.0, 0.0])
-            entry[0] += float(value) * len(indices)
-            entry[1] += len(indices)
+            entry[0] += float(value) * samples
+            entry[1] += samples
     means = {name: total / weight for name, (total, weight) in sums.items()}
     return means.pop(TOTAL, float("nan")), means
 

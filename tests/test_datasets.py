@@ -212,6 +212,25 @@ def test_all_broken_is_an_error_even_where_any_share_is_allowed(tmp_path: Path, 
         list(loader(data, "train", jobs, config, inputs=BOTH[:1], train=True, epoch=1, workers=workers))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_evaluation_a_broken_file_never_makes_its_neighbour_count_twice(tmp_path: Path, workers: int) -> None:
+    broken_set(tmp_path, 2)
+    config = configured(tmp_path, "data.cache=false", "data.max_bad_pct=10")
+    data = load_data(config)
+    jobs = [(i % 2, np.array([i])) for i in range(20)]  # one at a time, so that two of the batches have no good one
+    batches = list(loader(data, "train", jobs, config, inputs=BOTH[:1] * 2, train=False, epoch=0, workers=workers))
+    assert [(batch.keys, batch.task) for batch in batches] == [([f"manifest/{i}"], i % 2) for i in range(2, 20)]
+
+
+def test_an_evaluation_of_nothing_but_broken_files_is_an_error(tmp_path: Path) -> None:
+    broken_set(tmp_path, 20)
+    config = configured(tmp_path, "data.cache=false", "data.max_bad_pct=100")
+    data = load_data(config)
+    jobs = [(0, np.arange(5)), (0, np.arange(5, 20))]
+    with refused("data", 20):
+        list(loader(data, "train", jobs, config, inputs=BOTH[:1], train=False, epoch=0, workers=0))
+
+
 def test_workers_follow_the_setting_the_cores_and_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     def count(cores: int, jobs: int = 100, *overrides: str) -> int:
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)

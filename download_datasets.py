@@ -66,6 +66,11 @@ def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOU
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of the command line `argv`, or of the process where it is None.
+
+    Raises:
+        SystemExit: with code 2, after one line on stderr, for a flag that there is not or one without its value.
+    """
     return _parser().parse_args(argv)
 
 

@@ -79,12 +79,13 @@ def record(key: str, values: list[float], limit: float | None, machine: str) -> 
 
 
 def hardware() -> str:
-    """Name and kind of the CPU, its cores, and the load of the last minute, which is that of other work."""
+    """Name and kind of the CPU, its cores, the GPU, and the load of the last minute, which is that of other work."""
     import torch
 
     from benchmarks.attention_memory import cpu_name
 
-    return (f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, no GPU, "
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {gpu}, "
             f"load {os.getloadavg()[0]:.1f} before")
 
 

@@ -3,7 +3,7 @@
 # writes, each later call raises in the job's own loop.
 #
 # Versions:  tensorboard 2.21.0 without TensorFlow (its own stub of file access), as torch.utils.tensorboard uses it.
-# Expected:  a process goes on writing to the file that it has open; on Linux a rename of the folder does not matter to it.
+# Expected:  a process goes on writing to the file that it has open; on Linux a rename of the folder does not matter.
 # Behaviour: the writer's thread dies at its next flush with FileNotFoundError. The event handed over just before was
 #            accepted and is lost; the flush and every later add_event raise, for good: nothing opens the file again.
 # Why it matters: `mv runs/today runs/kept` beside a job that trains ends the training at the next step that is logged,

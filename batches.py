@@ -52,6 +52,8 @@ class Split:
     concept_offsets: np.ndarray  # int64 [n + 1]
     may_flip: np.ndarray  # bool [n]: no caption speaks of left or right
     speakers: np.ndarray  # int64 [n], position in Data.speakers, -1 = none or not a speaker of train
+    image_ids: np.ndarray  # int64 [n], equal for equal files; of samples without a picture equal to no other
+    audio_ids: np.ndarray  # int64 [n], equal for the same stretch of equal files; without a sound equal to no other
 
 
 def pool(table: SampleTable, inputs: Sequence[str]) -> np.ndarray:

@@ -23,6 +23,7 @@ import torch
 
 import bad_samples
 import prepare
+import same_files
 from batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from concepts import concept_names, concepts_of
 from config import Config, UserError
@@ -167,6 +168,7 @@ def _prepare_split(store: prepare.Store, config: Config, tokenizer: Tokenizer, c
         caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
         concept_ids=concept_ids, concept_offsets=concept_offsets, may_flip=may_flip,
         speakers=by_code[table.speakers.codes],
+        image_ids=same_files.image_ids(table), audio_ids=same_files.audio_ids(table),
     )
 
 

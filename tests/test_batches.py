@@ -56,6 +56,21 @@ def read(split: Split, config: Config, rows: list[int], inputs: tuple[str, ...] 
     return batch
 
 
+def test_split_knows_equal_files(tmp_path: Path) -> None:
+    """One picture with two sounds: two samples, whose picture is one."""
+    lines = [line.replace('"id"', '"split": "train", "id"') for line in
+             trees.manifest(tmp_path, 4).read_text("utf-8").splitlines()]
+    picture, sound = (next(tmp_path.rglob(f"*{suffix}")).relative_to(tmp_path) for suffix in (".png", ".wav"))
+    lines += [f'{{"image": "{picture}", "audio": "{sound}", "start": {start}, "text": "t{start}", "split": "train"}}'
+              for start in (0.1, 0.2)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join([*lines, VALIDATION]), "utf-8")
+    split = load_data(configured(tmp_path)).splits["train"]
+    pictures, sounds = split.image_ids.tolist(), split.audio_ids.tolist()
+    assert len(pictures) == len(sounds) == len(split.table)
+    assert pictures[-1] == pictures[-2] and pictures.count(pictures[-1]) == 3 and len(set(pictures)) == len(pictures) - 2
+    assert len(set(sounds)) == len(sounds)
+
+
 def parts(batch: Batch, b: int) -> dict[str, torch.Tensor]:
     """All that belongs to sample b, without the padding that its neighbours ask for."""
     found = {"id": batch.sample_ids[b], "path": batch.noise["path"][b], "drop_text": batch.noise["drop_text"][b]}

@@ -24,7 +24,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
     "strict_yaml": "", "checks": "", "config": "checks strict_yaml", "redaction": "", "arguments": "redaction",
     "samples": "",
-    "manifest": "config samples", "synthetic": "config samples",
+    "manifest": "config samples", "synthetic": "config samples", "same_files": "samples synthetic",
     "readers": "annotations config inventory samples manifest synthetic",
     "concepts": "config samples", "vocabulary": "config",
     # pictures and sounds
@@ -32,7 +32,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "bad_samples": "config samples",
     "prepare": "config samples images audio synthetic files workers bad_samples",
     "batches": "config samples images prepare vocabulary workers",
-    "datasets": "config samples readers vocabulary concepts prepare batches workers bad_samples",
+    "datasets": "config samples readers vocabulary concepts prepare batches workers bad_samples same_files",
     # mathematics
     "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
     "optimization": "config steps",

@@ -242,19 +242,24 @@ class Optimizer:
 class MovingAverage:
     """Exponential moving average of a module's parameters, in float32 on their device (arXiv:1803.05407's relative).
 
-    The decay warms up as (1 + n) / (10 + n), so that short runs do not remember their initial weights.
+    The decay of the n-th update warms up as (1 + n) / (10 + n), so that short runs do not remember their initial
+    weights. A step that the optimizer left undone is none: neither the values nor n change.
     """
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self.names = [name for name, _ in module.named_parameters()]
         self.values = [p.detach().clone() for p in module.parameters()]
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.values[0].device)
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[Tensor]) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
+    def update(self, parameters: Iterable[Tensor], done: Tensor) -> None:
+        """Take in the weights after a step. `done`: bool on the device, whether the step changed them, as
+        `Optimizer.step` says; no host synchronisation."""
+        self.updates += done
+        weight = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * done  # 1 - the decay
+        for value, p in zip(self.values, parameters, strict=True):
+            value.lerp_(p.detach(), weight.to(value.dtype))
 
     def swap(self, module: nn.Module) -> None:
         """Exchange the averaged weights with those of the module; a second call restores them."""
@@ -265,9 +270,9 @@ class MovingAverage:
                 value.copy_(kept)
 
     def state_dict(self) -> dict[str, object]:
-        return {"updates": self.updates, "values": dict(zip(self.names, self.values, strict=True))}
+        return {"updates": int(self.updates), "values": dict(zip(self.names, self.values, strict=True))}
 
     def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
+        self.updates.fill_(state["updates"])
         for name, value in zip(self.names, self.values, strict=True):
             value.copy_(state["values"][name])

@@ -178,9 +178,9 @@ class StepPlan:
             accumulate(step, (term for objective in objectives for term in trained(objective.terms(step), self.row)),
                        lambda loss: _backward(optimizer, loss))
             if num_updates:
-                optimizer.step(1e-4)
+                _, finite = optimizer.step(1e-4)
                 if average:
-                    average.update(model.parameters())
+                    average.update(model.parameters(), finite)
 
     def _batch(self) -> Batch:
         with footprint.phase("data" if self.place.device == "cpu" else footprint.HOST):

@@ -121,7 +121,7 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
     norm, finite = update(run, stage)
     run.model.bound_temperatures()
     if stage.average is not None:
-        stage.average.update(run.model.parameters())
+        stage.average.update(run.model.parameters(), finite)
     return StepResult(parts.pop(TOTAL, torch.zeros((), device=run.device)), parts, norm, finite,
                       faults.Given(task, batch, whole, share))
 
@@ -493,7 +493,7 @@ def validate(run: Run, stage: Stage, log: StepLog) -> None:
     progress = run.progress
     run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
                             "parts": parts, "metrics": figures, "seconds": time.perf_counter() - start_s})
-    mean = progress.loss_sum / max(progress.losses, 1)
+    mean = progress.loss_sum / progress.losses if progress.losses else float("nan")
     shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("R@1"))
     run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}  "
                     f"validation {loss:.4f}{' *' if best else ''}{shown}  {log.samples_per_s:.0f} samples/s  "

@@ -368,6 +368,8 @@ def test_state_round_trip_continues_bit_by_bit(scaler: str | None) -> None:
 
 # ---- moving average ----------------------------------------------------------------------------------------------
 
+DONE = torch.tensor(True)
+
 
 def test_average_warms_up_and_then_decays_as_said(in_float64: None) -> None:
     module = nn.Linear(1, 1, bias=False)
@@ -376,7 +378,7 @@ def test_average_warms_up_and_then_decays_as_said(in_float64: None) -> None:
     expected = 8.0
     for n in range(1, 12):
         nn.init.constant_(module.weight, float(n))
-        average.update(module.parameters())
+        average.update(module.parameters(), DONE)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
         assert float(average.values[0]) == pytest.approx(expected, rel=1e-12)
@@ -388,7 +390,7 @@ def test_average_is_a_copy_and_keeps_a_resting_weight() -> None:
     average = MovingAverage(toy, 0.99)
     before = [value.clone() for value in average.values]
     for _ in range(20):
-        average.update(toy.parameters())
+        average.update(toy.parameters(), DONE)
     assert all(torch.equal(value, old) for value, old in zip(average.values, before, strict=True))
     with torch.no_grad():
         toy.linear.weight.add_(1.0)
@@ -400,7 +402,7 @@ def test_swapping_twice_restores_every_bit() -> None:
     toy, optimizer = make()
     average = MovingAverage(toy, 0.9)
     train(toy, optimizer, 0, 1)
-    average.update(toy.parameters())
+    average.update(toy.parameters(), DONE)
     train(toy, optimizer, 2)
     weights, averaged = copy.deepcopy(toy.state_dict()), [value.clone() for value in average.values]
     pointers = [p.data_ptr() for p in toy.parameters()]
@@ -418,14 +420,29 @@ def test_average_round_trip() -> None:
     average = MovingAverage(toy, 0.9)
     for seed in range(3):
         train(toy, optimizer, seed)
-        average.update(toy.parameters())
+        average.update(toy.parameters(), DONE)
     file = io.BytesIO()
     torch.save(average.state_dict(), file)
     file.seek(0)
     other = MovingAverage(Toy(), 0.9)
     other.load_state_dict(torch.load(file))
     train(toy, optimizer, 3)
-    average.update(toy.parameters())
-    other.update(toy.parameters())
+    average.update(toy.parameters(), DONE)
+    other.update(toy.parameters(), DONE)
     assert other.updates == 4
     assert all(torch.equal(one, two) for one, two in zip(average.values, other.values, strict=True))
+
+
+@SCALERS
+def test_average_leaves_out_the_steps_that_were_left_undone(scaler: str | None) -> None:
+    """Not even their number counts, which the decay depends on."""
+    (toy, optimizer), (other, its) = make(scaler), make(scaler)
+    average, expected = MovingAverage(toy, 0.99), MovingAverage(other, 0.99)
+    for seed in range(3):
+        average.update(toy.parameters(), spoil(toy, optimizer, BAD[seed])[1])
+        for one, optimizer_of_it, mean in ((toy, optimizer, average), (other, its, expected)):
+            train(one, optimizer_of_it, seed)
+            mean.update(one.parameters(), DONE)
+        average.update(toy.parameters(), spoil(toy, optimizer, BAD[seed])[1])
+        assert all(torch.equal(mine, yours) for mine, yours in zip(average.values, expected.values, strict=True))
+    assert average.updates == 3

@@ -1,5 +1,6 @@
 """Training: epochs of stages, what a step changes, lack of memory, bad steps, validation and the best weights."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -185,20 +186,24 @@ def poison(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, steps: set[int
 @pytest.mark.parametrize(("where", "parts"), [("loss", ["contrastive_image_text"]), ("gradient", [])])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, parts: list[str]) -> None:
-    run = small.open(tmp_path, "stages.align.tasks.1.passes=0.0001")
+    run = small.open(tmp_path, "stages.align.tasks.1.passes=0.0001", "training.ema_decay=0.9")
     stage = small.stage(run, "align")
+    assert stage.average is not None
     first, second = batches(run, stage)
     step(run, stage, first)
     before, state = weights(run.model), [value.clone() for one in stage.optimizer.state.values()
                                          for value in one.values()]
+    average = copy.deepcopy(stage.average.state_dict())
     poison(monkeypatch, run, where, {2})
     log = training.StepLog(run, stage, epoch=1)
     log.add(step(run, stage, second), second, len(second.keys))
     assert differing(run.model.state_dict(), before) == []
     assert differing([value for one in stage.optimizer.state.values() for value in one.values()], state) == []
+    assert differing(stage.average.state_dict(), average) == []
     log.add(step(run, stage, first), first, len(first.keys))
     log.flush()
     assert differing(run.model.state_dict(), before) != [], "the run goes on"
+    assert stage.average.updates == 2 and differing(stage.average.state_dict(), average) != []
     [event] = records(tmp_path, "event")
     assert event["step"] == 2 and event["parts"] == parts
     assert event["found"] == "", "gone when looked for"
@@ -221,6 +226,18 @@ def test_bad_steps_in_a_row_end_the_run_though_epochs_are_short(
     with refused("finetune", 6, 3, "contrastive_image_text", checkpoint, "--lr", error=TrainingError):
         training.train_epoch(run, stage, 3)
     assert len(records(tmp_path, "event")) == 5
+
+
+def test_an_epoch_whose_steps_were_all_skipped_has_no_loss(small: SmallRuns, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    run = small.open(tmp_path)
+    stage = small.stage(run, "finetune")
+    poison(monkeypatch, run, "gradient", {1, 2})
+    log = training.train_epoch(run, stage, 1)
+    training.validate(run, stage, log)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "[finetune] epoch 1/3  loss nan  validation " in line and "0.0000" not in line
 
 
 # ---- validation --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ Retrieval is over all captions of each sample. Speakers are verified on the offi
 Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,10 @@ ALL = "all"
 WITHOUT_SYMBOLS = "stamps_without_symbols"
 SPEAKER_UTTERANCES = 300  # of at most UTTERANCES_EACH a speaker, where there is no trial list: up to 44,850 pairs
 UTTERANCES_EACH = 10
-TRIAL_LISTS = ("veri_test2.txt", "veri_test.txt")  # cleaned Vox1-O first; the figures of papers are on either
+TRIAL_FOLDERS = ("voxceleb1", ".", "voxceleb2", "meta", "metadata", "voxceleb1/meta", "voxceleb1/metadata")
+TRIAL_LISTS = (  # cleaned Vox1-O first; the figures of papers are on either. The others are of all speakers
+    "veri_test2.txt", "veri_test.txt", "voxceleb1_test_v2.txt", "list_test_all2.txt", "list_test_all.txt",
+    "list_test_hard2.txt", "list_test_hard.txt")
 SAMPLING_SEED = 0  # of the parts of a split that are used; never the training seed, so that runs compare
 
 Figures = dict[str, dict[str, dict[str, Figure]]]
@@ -390,10 +394,10 @@ def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
     if len(np.unique(names)) < 2:
         return {}
     source = table.sources[items.rows_N[places[0]]]
-    found = None
     if source == "voxceleb" and encoded.split == "test":
-        found = _listed_trials([table.keys[row] for row in items.rows_N[places]], config)
-    pairs_T2, about = found or _own_trials(names)
+        pairs_T2, about = _listed_trials([table.keys[row] for row in items.rows_N[places]], names, config)
+    else:
+        pairs_T2, about = _own_trials(names, "no trial list")
     encoded.facts[source]["trials"] = about
     same_T = names[pairs_T2[:, 0]] == names[pairs_T2[:, 1]]
     features = _rows(items.features_NF, places).double().cpu()
@@ -402,22 +406,30 @@ def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
     return metrics.verification(scores.numpy(), same_T, names[pairs_T2], options)
 
 
-def _listed_trials(keys: Sequence[str], config: Config) -> tuple[np.ndarray, str] | None:
-    """Pairs of places in `keys` from the first list that is there, of the utterances that are; None without any."""
-    folder = Path(config.paths.data_root) / "voxceleb" / "voxceleb1"
-    path = next((folder / name for name in TRIAL_LISTS if (folder / name).is_file()), None)
-    if path is None:
-        return None
+def _listed_trials(keys: Sequence[str], names: np.ndarray, config: Config) -> tuple[np.ndarray, str]:
+    """Pairs of places in `keys` from the first list that has any of the utterances that are there, and what list it is;
+    pairs of our own (see `_own_trials`) where there is none."""
+    root = Path(config.paths.data_root) / "voxceleb"
     place = {key: n for n, key in enumerate(keys)}
-    trials = read_trials(path)
-    pairs = [(place[f"vox1/{one}"], place[f"vox1/{other}"]) for _, one, other in trials
-             if f"vox1/{one}" in place and f"vox1/{other}" in place]
-    if not pairs:
-        return None
-    return np.array(pairs, np.int64), f"{path.name}: {len(pairs)} of its {len(trials)} trials have both files here"
+    empty = []
+    for path in (root / folder / name for name in TRIAL_LISTS for folder in TRIAL_FOLDERS):
+        if not path.is_file():
+            continue
+        trials, name = read_trials(path), path.relative_to(root).as_posix()
+        both = ((place.get(_key_of_trial(one)), place.get(_key_of_trial(other))) for _, one, other in trials)
+        pairs = [pair for pair in both if None not in pair]
+        if pairs:
+            return np.array(pairs, np.int64), f"{name}: {len(pairs)} of its {len(trials)} trials have both files here"
+        empty.append(name)
+    return _own_trials(names, f"no trial of {', '.join(empty)} has both files here" if empty else "no trial list")
 
 
-def _own_trials(names: np.ndarray) -> tuple[np.ndarray, str]:
+def _key_of_trial(file: str) -> str:
+    """Key of the sample that a list calls SPEAKER/VIDEO/UTTERANCE.wav."""
+    return f"vox1/{os.path.splitext(file)[0]}"
+
+
+def _own_trials(names: np.ndarray, why: str) -> tuple[np.ndarray, str]:
     """All pairs among at most SPEAKER_UTTERANCES utterances, UTTERANCES_EACH a speaker, drawn by a fixed seed."""
     order = np.random.default_rng(SAMPLING_SEED).permutation(len(names))
     by_speaker: dict[str, list[int]] = {}
@@ -428,7 +440,7 @@ def _own_trials(names: np.ndarray) -> tuple[np.ndarray, str]:
     drawn = np.array([place for own in by_speaker.values() for place in own][:SPEAKER_UTTERANCES], np.int64)
     first, second = np.triu_indices(len(drawn), k=1)
     return np.stack([drawn[first], drawn[second]], axis=1), (
-        f"no trial list: all {len(first)} pairs of {len(drawn)} utterances drawn by seed {SAMPLING_SEED}")
+        f"{why}: all {len(first)} pairs of {len(drawn)} utterances drawn by seed {SAMPLING_SEED}")
 
 
 # ---- examples ----------------------------------------------------------------------------------------------------

@@ -312,26 +312,39 @@ def _vox(tmp_path, speakers=5, videos=3):
     return _config(tmp_path, None, data={"datasets": ["voxceleb"]}, evaluation={"batch_size": 16, "resamples": 20})
 
 
-def test_speakers_are_verified_on_the_trial_list(tmp_path):
+@pytest.mark.parametrize("place", ["voxceleb1/veri_test2.txt", "veri_test.txt", "meta/voxceleb1_test_v2.txt",
+                                   "voxceleb1/metadata/list_test_hard.txt", "voxceleb2/list_test_all2.txt"])
+def test_speakers_are_verified_on_the_trial_list(tmp_path, place):
+    """Lists name files, as they were published: with .wav."""
     config = _vox(tmp_path)
     data = load_data(config, ["test"])
     keys = [data.tables["test"].keys[i] for i in range(len(data.tables["test"]))]
-    names = [key.removeprefix("vox1/") for key in keys]
-    assert len(keys) == 15
+    names = [f"{key.removeprefix('vox1/')}.wav" for key in keys]
+    assert len(keys) == 15 and all((tmp_path / "data/voxceleb/voxceleb1/wav" / name).is_file() for name in names)
     trials = [(a, b) for i, a in enumerate(names) for b in names[:i] if (len(a) + i) % 2]
     lines = [f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}" for a, b in trials]
-    path = tmp_path / "data" / "voxceleb" / "voxceleb1" / "veri_test2.txt"
+    path = tmp_path / "data" / "voxceleb" / place
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, "1 id10270/gone/1.wav id10270/gone/2.wav", ""]))
+    (tmp_path / "data/voxceleb/voxceleb1/list_test_hard2.txt").write_text("1 id10270/gone/1.wav id10270/gone/2.wav\n")
     model = _model(config, data)
     figures, encoded = protocols.evaluate_split(model, data, "test", config, CPU)
     figure = figures["voxceleb"]["speakers"]["EER"]
     assert figure["queries"] == len(trials)
-    assert_names(encoded.facts["voxceleb"]["trials"], "veri_test2.txt", len(trials), len(trials) + 1)
-    features = dict(zip(keys, encoded.items["audio"].features_NF.double(), strict=True))
-    scores = [float(features[f"vox1/{a}"] @ features[f"vox1/{b}"]) for a, b in trials]
+    assert_names(encoded.facts["voxceleb"]["trials"], place, len(trials), len(trials) + 1)
+    features = dict(zip(names, encoded.items["audio"].features_NF.double(), strict=True))
+    scores = [float(features[a] @ features[b]) for a, b in trials]
     same = [a.split("/")[0] == b.split("/")[0] for a, b in trials]
     expected = metrics.verification(np.array(scores), np.array(same), np.array([(a[:7], b[:7]) for a, b in trials]))
     assert figure["value"] == pytest.approx(expected["EER"]["value"], abs=1e-9)
+
+
+def test_a_trial_list_of_other_files_is_named(tmp_path):
+    config = _vox(tmp_path, speakers=3, videos=2)
+    (tmp_path / "data/voxceleb/voxceleb1/veri_test.txt").write_text("1 id10270/gone/1.wav id10270/gone/2.wav\n")
+    data = load_data(config, ["test"])
+    _, encoded = protocols.evaluate_split(_model(config, data), data, "test", config, CPU)
+    assert_names(encoded.facts["voxceleb"]["trials"], "voxceleb1/veri_test.txt", 15, protocols.SAMPLING_SEED)
 
 
 def test_without_a_trial_list_all_pairs_are_tried_and_said(tmp_path):

@@ -60,16 +60,19 @@ def read_manifest(path: Path, split: str, root: str | None = None) -> Iterator[S
     return (row.sample() for row in rows if row.split == split)
 
 
-def distinct_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
-    """`texts` without outer blanks, without those that hold no word, and of equal ones (but for case, blanks and
-    final punctuation) only the first. Raises UserError, which begins with `where`, for one of absurd length."""
-    first: dict[str, str] = {}
+def worded_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
+    """`texts` without outer blanks and without those that hold no word; equal ones stay, since papers count them.
+
+    Raises:
+        UserError: one of absurd length; begins with `where`.
+    """
+    found = []
     for text in texts:
         if len(text) > MAX_CAPTION_CHARS:
             raise UserError(f"{where}: a text of {len(text):,} characters, over {MAX_CAPTION_CHARS:,}; shorten it")
-        first.setdefault(normalise_caption(text), text.strip())
-    first.pop("", None)
-    return tuple(first.values())
+        if normalise_caption(text):
+            found.append(text.strip())
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ class _Row:
             image=take("image", lambda value: _file(value, folders), ""),
             audio=take("audio", lambda value: _file(value, folders), ""),
             start_s=take("start", _seconds, 0.0), duration_s=take("duration", _seconds, 0.0),
-            captions=distinct_captions(take("text", _texts, ()), where),
+            captions=worded_captions(take("text", _texts, ()), where),
             labels=tuple(dict.fromkeys(take("labels", _texts, ()))), speaker=take("speaker", _word, ""), name="")
         row._check(given)
         return row

@@ -28,7 +28,7 @@ import inventory
 import synthetic
 from annotations import AUDIOCAPS_VERSIONS, VOX1_TEST_SPEAKERS
 from config import Config, UserError
-from manifest import MAX_CAPTION_CHARS, distinct_captions, read_manifest
+from manifest import MAX_CAPTION_CHARS, read_manifest, worded_captions
 from samples import SPLITS, Sample, normalise_caption, stable_hash
 
 SPLIT_SEED = 2017  # of the splits that we draw ourselves; never the training seed, so that everybody has the same
@@ -164,7 +164,7 @@ def _read_coco(root: Path, split: str, config: Config) -> Iterator[Sample]:
         if name in files:
             found += 1
             yield Sample(key=str(image_id), source="coco", split=split, image=files[name] + name,
-                         captions=distinct_captions(texts, f"coco {image_id}"), labels=labels.get(image_id, ()))
+                         captions=worded_captions(texts, f"coco {image_id}"), labels=labels.get(image_id, ()))
     _report("coco", split, found, len(captions) - found, config, limit_pct=limit_pct)
 
 
@@ -257,7 +257,7 @@ def _read_clotho(root: Path, split: str, config: Config) -> Iterator[Sample]:
         elif name in names:
             found += 1
             yield Sample(key=name, source="clotho", split=split, audio=os.path.join(folder, name),
-                         captions=distinct_captions((row[column] for column in columns[1:]), f"clotho {name}"))
+                         captions=worded_captions((row[column] for column in columns[1:]), f"clotho {name}"))
         else:
             missing += 1
     if shared:
@@ -294,7 +294,7 @@ def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
         if path:
             found += 1
             yield Sample(key=f"{video}_{start}", source="audiocaps", split=split, audio=path,
-                         captions=distinct_captions((row["caption"] for row in rows), f"audiocaps {video}"))
+                         captions=worded_captions((row["caption"] for row in rows), f"audiocaps {video}"))
     _report("audiocaps", split, found, len(clips) - found, config,
             limit_pct=max(100.0, _limit_pct(root, config)))  # many are gone for ever
 
@@ -441,7 +441,7 @@ def _stamps(root: Path) -> Iterator[Sample]:
             if not image and not (audio and first_of(stem, ".svg")):
                 continue
             with open(os.path.join(folder, stem + ".txt"), encoding="utf-8-sig", errors="replace") as file:
-                captions = distinct_captions([file.readline(MAX_CAPTION_CHARS + 1)], file.name)
+                captions = worded_captions([file.readline(MAX_CAPTION_CHARS + 1)], file.name)
             if captions:
                 path = Path(folder, stem).relative_to(root)
                 yield Sample(key=path.as_posix(), source="stamps", split="", image=image, audio=audio,

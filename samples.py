@@ -33,7 +33,7 @@ class Sample:
     audio: str = ""  # absolute path of a sound or video; "" = none; "synthetic:N" = drawn
     start_s: float = 0.0
     duration_s: float = 0.0  # 0 = to the end
-    captions: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()  # as listed: the table keeps one of those with the same words, and how many they are
     labels: tuple[str, ...] = ()  # names that the set brings: categories, folders, the user's labels
     speaker: str = ""
 
@@ -155,7 +155,8 @@ class SampleTable:
     audio: Strings
     start_s: np.ndarray  # float64 [n]
     duration_s: np.ndarray  # float64 [n]
-    captions: Strings
+    captions: Strings  # those of one sample differ in their words, see normalise_caption
+    caption_times: np.ndarray  # int64 [captions]: how often the sample's list has the caption; papers count each
     caption_offsets: np.ndarray  # int64 [n + 1]
     labels: Names
     label_offsets: np.ndarray  # int64 [n + 1]
@@ -163,14 +164,15 @@ class SampleTable:
 
     @staticmethod
     def pack(samples: Iterable[Sample]) -> "SampleTable":
-        """Columns of `samples`; captions of blanks alone are dropped. Takes an iterator in parts, to bound memory."""
+        """Columns of `samples`; captions of blanks alone are dropped, and of equal ones all but the first. Takes an
+        iterator in parts, to bound memory."""
         stream = iter(samples)
         parts = [SampleTable._pack(rows) for rows in iter(lambda: list(itertools.islice(stream, _PART)), [])]
         return SampleTable.concat(parts) if len(parts) > 1 else parts[0] if parts else SampleTable._pack([])
 
     @staticmethod
     def _pack(rows: Sequence[Sample]) -> "SampleTable":
-        captions = [[text for text in row.captions if text.strip()] for row in rows]
+        captions = [_counted(row.captions) for row in rows]
         return SampleTable(
             keys=Strings.pack(row.key for row in rows),
             sources=Names.pack(row.source for row in rows),
@@ -180,6 +182,7 @@ class SampleTable:
             start_s=np.array([row.start_s for row in rows], np.float64),
             duration_s=np.array([row.duration_s for row in rows], np.float64),
             captions=Strings.pack(text for texts in captions for text in texts),
+            caption_times=np.array([times for texts in captions for times in texts.values()], np.int64),
             caption_offsets=offsets_of([len(texts) for texts in captions]),
             labels=Names.pack(label for row in rows for label in row.labels),
             label_offsets=offsets_of([len(row.labels) for row in rows]),
@@ -230,7 +233,8 @@ class SampleTable:
             keys=self.keys.select(chosen), sources=self.sources.select(chosen), splits=self.splits.select(chosen),
             images=self.images.select(chosen), audio=self.audio.select(chosen),
             start_s=self.start_s[chosen], duration_s=self.duration_s[chosen],
-            captions=self.captions.select(caption_rows), caption_offsets=caption_offsets,
+            captions=self.captions.select(caption_rows), caption_times=self.caption_times[caption_rows],
+            caption_offsets=caption_offsets,
             labels=self.labels.select(label_rows), label_offsets=label_offsets,
             speakers=self.speakers.select(chosen),
         )
@@ -251,9 +255,10 @@ class SampleTable:
         return SampleTable(**joined)
 
     def digest(self) -> str:
-        """SHA-256 over every column in order, file names without their folders: the same wherever the data lies."""
+        """SHA-256 over every column in order but caption_times, file names without their folders: the same wherever the
+        data lies, and however often a caption is listed, which training does not see."""
         state = hashlib.sha256()
-        for f in fields(self):
+        for f in (f for f in fields(self) if f.name != "caption_times"):
             column = getattr(self, f.name)
             if f.name in ("images", "audio"):
                 texts = (column[i] for i in range(len(column)))
@@ -265,6 +270,19 @@ class SampleTable:
     def with_split(self, split: str) -> "SampleTable":
         """The same samples under another split's name."""
         return dataclasses.replace(self, splits=Names(np.zeros(len(self), np.int32), (split,)))
+
+
+def _counted(texts: Sequence[str]) -> dict[str, int]:
+    """The first of each wording, and how many have it."""
+    if len(texts) == 1:
+        return dict.fromkeys((text for text in texts if text.strip()), 1)
+    first: dict[str, str] = {}
+    times: dict[str, int] = {}
+    for text in texts:
+        if text.strip():
+            one = first.setdefault(normalise_caption(text), text)
+            times[one] = times.get(one, 0) + 1
+    return times
 
 
 def _encode(text: str) -> bytes:

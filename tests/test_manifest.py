@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import manifest
-from manifest import distinct_captions, read_manifest
-from samples import SPLITS, Sample
+from manifest import read_manifest, worded_captions
+from samples import SPLITS, Sample, SampleTable
 from tests import trees
 from tests.refusals import refused
 
@@ -109,12 +109,14 @@ def test_text_alone_is_a_sample(folder: Path) -> None:
     assert (sample.image, sample.audio, sample.captions, sample.key) == ("", "", ("only words",), "only words")
 
 
-def test_captions_of_blanks_and_doubles_are_dropped(folder: Path) -> None:
+def test_captions_without_words_are_dropped_and_doubles_counted(folder: Path) -> None:
     texts = ["  ", "A dog. ", "a  DOG", "", "...", "A cat"]
     line = {"image": "pictures/a.png", "text": texts, "labels": ["x", "x", " "]}
     (sample,) = everything(jsonl(folder, line))
-    assert sample.captions == ("A dog.", "A cat") and sample.labels == ("x",)
-    assert distinct_captions([" ", "!"], "here") == ()
+    assert sample.captions == ("A dog.", "a  DOG", "A cat") and sample.labels == ("x",)
+    table = SampleTable.pack([sample])
+    assert table[0].captions == ("A dog.", "A cat") and table.caption_times.tolist() == [2, 1]
+    assert worded_captions([" ", "!"], "here") == ()
 
 
 def test_ids_are_file_name_and_start_unless_given(folder: Path) -> None:

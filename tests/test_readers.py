@@ -54,10 +54,11 @@ def test_all_samples_are_whole(tmp_path: Path, write: Callable[[Path], Path]) ->
     seen: dict[str, str] = {}
     for split, samples in found.items():
         assert samples and len(set(keys(samples))) == len(samples)
-        assert len(SampleTable.pack(samples)) == len(samples)
-        for sample in samples:
+        table = SampleTable.pack(samples)
+        assert len(table) == len(samples)
+        for i, sample in enumerate(samples):
             assert (sample.source, sample.split) == (root.name, split)
-            assert len({normalise_caption(text) for text in sample.captions} - {""}) == len(sample.captions)
+            assert len({normalise_caption(text) for text in sample.captions} - {""}) == len(table[i].captions)
             for path in {sample.image, sample.audio} - {""}:
                 assert os.path.isabs(path) and seen.setdefault(path, split) == split
             if sample.image:
@@ -154,7 +155,7 @@ def test_coco_folder_that_is_missing_is_not_made_up_for_by_the_other(tmp_path: P
 
 
 def test_coco_labels_and_captions(tmp_path: Path) -> None:
-    """Ids with gaps become names, a crowd counts, an image without instances has none, doubles and blanks go."""
+    """Ids with gaps become names, a crowd counts, an image without instances has none, blanks go."""
     trees.coco(tmp_path)
     by_id = {int(sample.key): sample for samples in read("coco", tmp_path).values() for sample in samples}
     for image_id in trees.COCO_BARE:
@@ -163,7 +164,9 @@ def test_coco_labels_and_captions(tmp_path: Path) -> None:
     assert by_id[trees.COCO_CROWD].labels == ("person", "dog")
     first, on_a_table, double, blank, one = trees.coco_texts(9)
     assert normalise_caption(double) == normalise_caption(first) and not blank.strip()
-    assert by_id[9].captions == (first, on_a_table, one)
+    assert by_id[9].captions == (first, on_a_table, double.strip(), one)
+    table = SampleTable.pack([by_id[9]])
+    assert table[0].captions == (first, on_a_table, one) and table.caption_times.tolist() == [2, 1, 1]
     same = [sample for sample in by_id.values() if sample.captions == by_id[9].captions]
     assert len(same) > 1  # words that several images share are kept in each
 
@@ -211,9 +214,11 @@ def test_clotho(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert keys(found["test"]) == list(trees.CLOTHO["evaluation"])
     assert {" Ambience Birds.wav", "KOOKABURRA..WAV.wav", "ópera.wav"} <= set(keys(found["train"]))
     assert_names(only_record(caplog), "clotho", "train", *shared)
-    assert found["test"][0].captions == (
+    table = SampleTable.pack(found["test"])
+    assert table[0].captions == (
         "Something is heard once at 0 in evaluation", "Something is heard twice, then stops at 0 in evaluation",
         "Something is heard far off at 0 in evaluation")
+    assert table.caption_times[:3].tolist() == [2, 1, 1], "one stands there in capitals, too"
 
 
 def test_clotho_metadata_are_iso_8859_1(tmp_path: Path) -> None:

@@ -44,6 +44,18 @@ def test_blank_captions_are_dropped() -> None:
     assert table[0].captions == ("real",)
 
 
+def test_of_equal_captions_one_is_kept_and_their_number() -> None:
+    """Without a change of the digest: training sees what it saw. However tables are cut and joined."""
+    twice = [Sample(key="1", source="s", split="test", captions=("A dog.", "a cat", "a  dog", "A DOG!")),
+             Sample(key="2", source="s", split="test", captions=("a dog",))]
+    once = [Sample(key="1", source="s", split="test", captions=("A dog.", "a cat")), twice[1]]
+    table = SampleTable.pack(twice)
+    assert [table[i] for i in range(2)] == once and table.digest() == SampleTable.pack(once).digest()
+    assert table.caption_times.tolist() == [3, 1, 1]
+    assert table.select([1, 0]).caption_times.tolist() == [1, 3, 1]
+    assert SampleTable.concat([table, SampleTable.pack(once)]).caption_times.tolist() == [3, 1, 1, 1, 1, 1]
+
+
 def test_select_keeps_order_repeats_and_ragged_columns() -> None:
     table = SampleTable.pack(SAMPLES).select([3, 0, 0, 2])
     assert [table[i] for i in range(4)] == [SAMPLES[3], SAMPLES[0], SAMPLES[0], SAMPLES[2]]

@@ -82,6 +82,8 @@ class Batch:
     caption_ids: Tensor | None = None  # int64 [C], equal for equal normalised captions
     concepts: Tensor | None = None  # bool [B, num_classes]
     speakers: Tensor | None = None  # int64 [B], -1 = unknown
+    image_ids: Tensor | None = None  # int64 [B], equal for equal pictures
+    audio_ids: Tensor | None = None  # int64 [B], equal for the same stretch of equal sounds
     noise: dict[str, Tensor] = field(default_factory=dict)
     task: int = 0  # of its job
 
@@ -226,9 +228,11 @@ class BatchReader:
             for b, one in enumerate(drawn):
                 assert one.image_SS3 is not None
                 columns["images"][b] = one.image_SS3.transpose(2, 0, 1)
+            columns["image_ids"] = self.split.image_ids[rows]
             noise["image"] = np.stack([one.noise["image"] for one in drawn])
         if "audio" in inputs:
-            columns |= _sounds(drawn, noise) | {"speakers": self.split.speakers[rows]}
+            columns |= _sounds(drawn, noise)
+            columns |= {"speakers": self.split.speakers[rows], "audio_ids": self.split.audio_ids[rows]}
         tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in columns.items()}
         return Batch(inputs=inputs, keys=[f"{table.sources[row]}/{table.keys[row]}" for row in rows.tolist()],
                      noise={name: torch.from_numpy(values) for name, values in noise.items()}, **tensors)

@@ -30,7 +30,7 @@ from optimization import freeze
 from redaction import redact
 from runs import Run, description
 from stages import Stage, make_step, weighted_terms
-from steps import Positives, Share, Step, accumulate
+from steps import Share, Step, accumulate, positives_of
 
 SNAPSHOTS = 3  # of a run: a batch may be large
 FOUND = {"": "", "sounds": "in sounds of the batch itself", "weights": "in the weights {}",
@@ -68,15 +68,10 @@ def listen(run: Run, stage: Stage, given: Given, facts: Mapping[str, Any]) -> No
 def chance(batch: Batch, inputs: list[str], kind: str) -> float:
     """Loss of guessing on this batch. Only the sigmoid loss depends on how many of its pairs are right."""
     queries = keys = len(batch.sample_ids)
-    owner, ids = torch.arange(queries), batch.sample_ids
     if "text" in inputs:
-        assert batch.caption_owner is not None and batch.caption_ids is not None
-        owner, ids, keys = batch.caption_owner, batch.caption_ids, len(batch.caption_owner)
-    if kind != "sigmoid":
-        return guessing(queries, keys)
-    found = Positives.of(owner, ids, queries)
-    groups = torch.stack([found.owner_C, found.group_C]).unique(dim=1)[1]  # one of each that a sample owns
-    return guessing(queries, keys, int(found.group_C.bincount()[groups].sum()))
+        assert batch.caption_owner is not None
+        keys = len(batch.caption_owner)
+    return guessing(queries, keys, positives_of(batch, inputs).count() if kind == "sigmoid" else None)
 
 
 # ---- steps that are not finite ------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ class PlanStep(Step):
 
     def positives(self, inputs: Sequence[str]) -> Positives:
         keys = torch.zeros(self.rows(inputs[1]), dtype=torch.int64)
-        return Positives(keys, keys, len(self.batch.sample_ids), len(keys))
+        B = len(self.batch.sample_ids)
+        return Positives(keys, keys, torch.zeros(B, dtype=torch.int64), B, len(keys))
 
     def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         length = self.batch.input_ids.shape[1]

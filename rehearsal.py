@@ -72,13 +72,14 @@ def model(case: Case) -> Iterator[Finding]:
 
 def some_rows(split: Split, task: TaskConfig, count: int) -> np.ndarray:
     """`count` samples of a task, the same each time: with a speaker where it trains speakers, and of different captions
-    where it has text, since equal ones cannot be told apart."""
+    where it has text, and of different files, since equal ones cannot be told apart."""
     members = pool(split.table, task.inputs)
     members = np.random.default_rng(0).permutation(members)
     if "speaker" in task.objectives and (split.speakers[members] >= 0).any():
         members = members[split.speakers[members] >= 0]
-    if "text" in task.inputs:
-        first = split.caption_ids[split.table.caption_offsets[members]]
+    for told in task.inputs:
+        ids = {"image": split.image_ids, "audio": split.audio_ids}.get(told)
+        first = split.caption_ids[split.table.caption_offsets[members]] if ids is None else ids[members]
         different = members[np.sort(np.unique(first, return_index=True)[1])]
         members = different if len(different) > 1 else members
     return members[:count]

@@ -28,31 +28,55 @@ Term = tuple[Tensor, dict[str, Tensor]]
 class Positives:
     """Which keys are right for which queries: those that share a group, of which a query may have several.
 
-    `owner_C` names the sample of each caption, `group_C` its group. Masks are made for the rows asked for, so that
-    nothing here grows with B * C.
+    `item_B` numbers the different files among the samples, `owner_C` names the file of each caption, `group_C` the
+    caption's group. Masks are made for the rows asked for, so that nothing here grows with B * C.
     """
 
     owner_C: Tensor
     group_C: Tensor
-    num_samples: int
+    item_B: Tensor
+    num_items: int
     num_groups: int
 
     @staticmethod
-    def of(owner_C: Tensor, ids_C: Tensor, num_samples: int) -> "Positives":
-        """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them."""
+    def of(owner_C: Tensor, ids_C: Tensor, files_B: Tensor) -> "Positives":
+        """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them, and
+        samples of equal id in `files_B` the same file: what one of them owns, all own."""
         unique_U, group_C = ids_C.unique(return_inverse=True)
-        return Positives(owner_C, group_C, num_samples, len(unique_U))
+        items_U, item_B = files_B.unique(return_inverse=True)
+        return Positives(item_B[owner_C], group_C, item_B, len(items_U), len(unique_U))
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "Positives":
-        return replace(self, owner_C=move(self.owner_C), group_C=move(self.group_C))
+        return replace(self, owner_C=move(self.owner_C), group_C=move(self.group_C), item_B=move(self.item_B))
 
     def of_samples(self, rows: Tensor) -> Tensor:
-        """(Q, C) for samples as queries: captions of a group of which the sample owns one."""
-        return _some(self.owner_C == rows[:, None], self.group_C, self.num_groups)[:, self.group_C]
+        """(Q, C) for samples as queries: captions of a group of which the sample's file owns one."""
+        own_QC = self.owner_C == self.item_B[rows][:, None]
+        return _some(own_QC, self.group_C, self.num_groups)[:, self.group_C]
 
     def of_captions(self, rows: Tensor) -> Tensor:
-        """(Q, B) for captions as queries: samples that own a caption of the same group."""
-        return _some(self.group_C == self.group_C[rows][:, None], self.owner_C, self.num_samples)
+        """(Q, B) for captions as queries: samples whose file owns a caption of the same group."""
+        same_QC = self.group_C == self.group_C[rows][:, None]
+        return _some(same_QC, self.owner_C, self.num_items)[:, self.item_B]
+
+    def count(self) -> int:
+        """Right pairs of all samples and captions."""
+        owned = torch.stack([self.owner_C, self.group_C]).unique(dim=1)  # one of each group that a file owns
+        samples, captions = self.item_B.bincount(), self.group_C.bincount()
+        return int((samples[owned[0]] * captions[owned[1]]).sum())
+
+
+def positives_of(batch: Any, inputs: Sequence[str]) -> Positives:
+    """Which of the second input belong to which of the first: captions are told by their text, pictures and sounds by
+    their file, and where a batch does not say which that is by their sample. On the host."""
+    def files(name: str) -> Tensor:
+        found = batch.image_ids if name == "image" else batch.audio_ids
+        return batch.sample_ids if found is None else found
+
+    if "text" in inputs:
+        first = next(name for name in inputs if name != "text")
+        return Positives.of(batch.caption_owner, batch.caption_ids, files(first))
+    return Positives.of(torch.arange(len(batch.sample_ids)), files(inputs[1]), files(inputs[0]))
 
 
 def _some(flag_QC: Tensor, place_C: Tensor, count: int) -> Tensor:
@@ -178,14 +202,8 @@ class Step:
         return kept_patches(self.batch.noise[modality][rows], counts, self.keep.get(modality, 1.0))
 
     def positives(self, inputs: Sequence[str]) -> Positives:
-        """Which of the second input belong to which of the first: captions are told by their text, images and sounds
-        by their sample."""
-        batch = self.batch
-        if "text" in inputs:
-            owner, ids = batch.caption_owner, batch.caption_ids
-        else:
-            owner, ids = torch.arange(len(batch.sample_ids)), batch.sample_ids
-        return Positives.of(owner, ids, len(batch.sample_ids)).to(self.to_device)
+        """Which of the second input belong to which of the first, on the device."""
+        return positives_of(self.batch, inputs).to(self.to_device)
 
     def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that masked pretraining hides, drawn among the real ones between the first and the last: a mask

@@ -40,7 +40,7 @@ def narrow_model(**settings) -> TriModalModel:
 
 def make_batch(inputs: Sequence[str], size: int, seed: int = 0, captions: int = 3) -> Batch:
     """1 to `captions` captions a sample, some of them worded alike; sounds and captions of many lengths; one sample in
-    four without a speaker; two visits of the same sample."""
+    four without a speaker; two visits of the same sample; two samples with one picture, two with one sound."""
     g = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -48,6 +48,12 @@ def make_batch(inputs: Sequence[str], size: int, seed: int = 0, captions: int = 
 
     batch = Batch(tuple(inputs), [f"set/{i}" for i in range(size)], torch.arange(size))
     batch.sample_ids[-1] = 0
+    if "image" in inputs:
+        batch.image_ids = batch.sample_ids.clone()
+        batch.image_ids[size // 2] = batch.image_ids[size // 3]
+    if "audio" in inputs:
+        batch.audio_ids = batch.sample_ids.clone()
+        batch.audio_ids[2 * size // 3] = batch.audio_ids[size // 4]
     batch.concepts = torch.rand(size, CLASSES, generator=g) < 0.3
     batch.speakers = integers(-1, 3, size)
     batch.noise = {"path": torch.rand(size, 64, generator=g), "drop_text": torch.rand(size, generator=g)}

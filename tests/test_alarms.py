@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import faults
 from alarms import CHANCE_STEPS, LEAST, WINDOW, Alarms, Figures, guessing
 from losses import info_nce, pairwise_sigmoid
-from steps import Positives
+from steps import positives_of
 from tests.narrow import make_batch
 from tests.refusals import assert_names
 
@@ -109,15 +109,12 @@ def test_a_contrast_that_has_learnt_anything_is_left_alone_until_it_collapses() 
 @pytest.mark.parametrize("inputs", ["image text", "image audio"])
 @pytest.mark.parametrize("size", [2, 13])
 def test_guessing_is_the_loss_of_features_that_are_all_alike(kind: str, inputs: str, size: int) -> None:
-    """With several captions a sample, some worded alike, and two visits of one sample in the batch."""
+    """With several captions a sample, some worded alike, two visits of one sample, and two samples with one file."""
     batch = make_batch(inputs.split(), size)
-    owner, ids = torch.arange(size), batch.sample_ids
-    if "text" in inputs:
-        assert batch.caption_owner is not None and batch.caption_ids is not None
-        owner, ids = batch.caption_owner, batch.caption_ids
-    positives = Positives.of(owner, ids, size)
+    keys = size if batch.caption_owner is None else len(batch.caption_owner)
+    positives = positives_of(batch, inputs.split())
     query = F.normalize(torch.ones(size, 4, dtype=torch.float64), dim=1)
-    key = F.normalize(torch.ones(len(owner), 4, dtype=torch.float64), dim=1)
+    key = F.normalize(torch.ones(keys, 4, dtype=torch.float64), dim=1)
     scale = torch.tensor(1.0, dtype=torch.float64)
     if kind == "infonce":
         loss = (info_nce(query, key, scale, positives.of_samples) / size

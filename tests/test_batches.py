@@ -15,6 +15,7 @@ from datasets import load_data
 from images import fit_eval
 from samples import Sample, SampleTable, normalise_caption, stable_hash
 from tests import trees
+from tests.narrow import narrow_model, step_of
 from tests.refusals import assert_names
 from tests.small_runs import RECIPE
 
@@ -70,6 +71,12 @@ def test_split_knows_equal_files(tmp_path: Path) -> None:
     assert pictures[-1] == pictures[-2] and pictures.count(pictures[-1]) == 3
     assert len(set(pictures)) == len(pictures) - 2
     assert len(set(sounds)) == len(sounds)
+    rows = [len(pictures) - 1, len(pictures) - 2]
+    batch = read(split, configured(tmp_path), rows, ("image", "audio"))
+    assert batch.image_ids is not None and batch.audio_ids is not None
+    assert batch.image_ids.tolist() == split.image_ids[rows].tolist()
+    assert batch.audio_ids.tolist() == split.audio_ids[rows].tolist()
+    assert step_of(narrow_model(), batch).positives(("image", "audio")).count() == 4, "neither sound is wrong"
 
 
 def parts(batch: Batch, b: int) -> dict[str, torch.Tensor]:

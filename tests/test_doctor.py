@@ -428,6 +428,8 @@ def test_samples_of_equal_captions_are_not_put_into_one_batch(tmp_path: Path) ->
     assert np.array_equal(rows, rehearsal.some_rows(split, task, 8)) and len(set(rows.tolist())) == 8
     equal = dataclasses.replace(split, caption_ids=split.caption_ids % 3)
     assert len(rehearsal.some_rows(equal, task, 8)) == 3
+    equal = dataclasses.replace(split, image_ids=split.image_ids % 4)
+    assert len(rehearsal.some_rows(equal, task, 8)) == 4, "nor those of equal pictures"
 
 
 # ---- waiting -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def naive_nce(query: Tensor, key: Tensor, scale: Tensor, right: Tensor) -> Tenso
 def test_info_nce_is_the_mean_log_probability_of_the_positives(chunk: int, side: str) -> None:
     sample, caption = unit(4, 8).requires_grad_(), unit(6, 8, seed=1).requires_grad_()
     scale = torch.tensor(11.0, dtype=torch.float64, requires_grad=True)
-    positives = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4)
+    positives = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), torch.arange(4))
     right = torch.tensor(RIGHT)
     if side == "samples":
         ours = info_nce(sample, caption, scale, positives.of_samples, chunk)
@@ -91,7 +91,7 @@ def naive_sigmoid(query: Tensor, key: Tensor, scale: Tensor, bias: Tensor, right
 def test_the_sigmoid_loss_judges_every_pair_by_itself(chunk: int) -> None:
     sample, caption = unit(4, 8).requires_grad_(), unit(6, 8, seed=1).requires_grad_()
     scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (11.0, -1.5))
-    positives, right = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4), torch.tensor(RIGHT)
+    positives, right = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), torch.arange(4)), torch.tensor(RIGHT)
     ours = pairwise_sigmoid(sample, caption, scale, bias, positives.of_samples, chunk)
     naive = naive_sigmoid(sample, caption, scale, bias, right)
     assert float((ours - naive).detach().abs()) <= 1e-12
@@ -107,7 +107,8 @@ def test_the_memory_of_a_loss_in_chunks_grows_with_chunk_times_batch(kind: str) 
     """Several captions a sample, with the masks of positives made chunk by chunk: nothing of B x B is ever held."""
     def peak(B: int, chunk: int) -> int:
         query, key = unit(B, 4).requires_grad_(), unit(2 * B, 4, seed=1).requires_grad_()
-        positives = Positives.of(torch.arange(B).repeat_interleave(2), torch.arange(2 * B) % (2 * B - 3), B)
+        ids, samples = torch.arange(2 * B) % (2 * B - 3), torch.arange(B)
+        positives = Positives.of(samples.repeat_interleave(2), ids, samples)
         scale, bias = torch.tensor(10.0), torch.tensor(-3.0)
         with PeakMemory() as tracker:
             loss = (info_nce(query, key, scale, positives.of_samples, chunk) if kind == "infonce" else

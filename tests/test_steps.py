@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasets import Batch
 from model import TriModalModel
-from steps import TEXT_MASK_PART, Positives, Share, hidden_words, kept_patches
+from steps import TEXT_MASK_PART, Positives, Share, hidden_words, kept_patches, positives_of
 from tests.narrow import make_batch, narrow_model, plainly, step_of
 
 OWNER, IDS = [0, 0, 1, 2, 2, 3], [7, 8, 7, 9, 9, 5]  # samples 0 and 1 share a caption, 2 has the same one twice
@@ -56,7 +56,7 @@ def test_a_share_of_a_batch_is_encoded_from_where_its_rows_begin(model: TriModal
 
 
 def test_positives_share_a_sample_or_a_caption() -> None:
-    positives = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4)
+    positives = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), torch.arange(4))
     right = torch.tensor(RIGHT).bool()
     assert torch.equal(positives.of_samples(torch.arange(4)), right)
     assert torch.equal(positives.of_captions(torch.arange(6)), right.T)
@@ -67,25 +67,51 @@ def test_positives_share_a_sample_or_a_caption() -> None:
 
 def test_positives_of_many_captions_are_those_of_the_definition() -> None:
     batch = make_batch(("image", "text"), 40)
-    owner, ids = batch.caption_owner, batch.caption_ids
-    assert owner is not None and ids is not None
-    right = Positives.of(owner, ids, 40).of_samples(torch.arange(40))
+    owner, ids, files = batch.caption_owner, batch.caption_ids, batch.image_ids
+    assert owner is not None and ids is not None and files is not None
+    positives = positives_of(batch, ("image", "text"))
+    right = positives.of_samples(torch.arange(40))
     for b, c in itertools.product(range(40), range(len(ids))):
-        assert bool(right[b, c]) == (int(ids[c]) in ids[owner == b].tolist())
+        owners = (files == files[b]).nonzero()[:, 0]
+        assert bool(right[b, c]) == (int(ids[c]) in ids[torch.isin(owner, owners)].tolist())
     assert (right.sum(0) > 1).any(), "some captions belong to several samples"
+    assert torch.equal(positives.of_captions(torch.arange(len(ids))), right.T)
+    assert positives.count() == int(right.sum())
+
+
+FILES = {"one file": [3, 1, 3, 2], "other files": [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("files", FILES)
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_captions_of_one_file_are_right_for_all_its_samples(modality: str, files: str) -> None:
+    """Samples 0 and 2 are the same file, listed twice: neither caption is wrong for either."""
+    batch = Batch((modality, "text"), [], torch.arange(4), caption_owner=torch.tensor([0, 1, 2, 3]),
+                  caption_ids=torch.tensor([10, 11, 12, 13]))
+    setattr(batch, f"{modality}_ids", torch.tensor(FILES[files]))
+    found = positives_of(batch, (modality, "text"))
+    expected = torch.eye(4).bool()
+    if files == "one file":
+        expected[0, 2] = expected[2, 0] = True
+    assert torch.equal(found.of_samples(torch.arange(4)), expected)
+    assert torch.equal(found.of_captions(torch.arange(4)), expected.T) and found.count() == int(expected.sum())
 
 
 def test_positives_move_to_the_device() -> None:
-    moved = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), 4).to(lambda t: t.to("meta"))
-    assert moved.owner_C.is_meta and moved.group_C.is_meta
+    moved = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), torch.arange(4)).to(lambda t: t.to("meta"))
+    assert moved.owner_C.is_meta and moved.group_C.is_meta and moved.item_B.is_meta
 
 
-def test_images_and_sounds_match_by_sample(model: TriModalModel) -> None:
+def test_images_and_sounds_match_by_file(model: TriModalModel) -> None:
     batch = make_batch(("image", "audio"), 5)
-    right = step_of(model, batch).positives(("image", "audio")).of_samples(torch.arange(5))
+    assert batch.image_ids is not None and batch.audio_ids is not None
+    batch.image_ids, batch.audio_ids = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 1, 2, 3, 0])
+    positives = step_of(model, batch).positives(("image", "audio"))
     expected = torch.eye(5).bool()
     expected[0, 4] = expected[4, 0] = True  # two visits of one sample
-    assert torch.equal(right, expected)
+    expected[2, 3] = expected[3, 2] = True  # one picture with two sounds
+    assert torch.equal(positives.of_samples(torch.arange(5)), expected)
+    assert torch.equal(positives.of_captions(torch.arange(5)), expected.T)
 
 
 # ---- what is kept, what is hidden --------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Split:
     caption_ids: np.ndarray  # int64 [captions], equal for equal normalised captions
     concept_ids: np.ndarray  # int32, all samples one after another
     concept_offsets: np.ndarray  # int64 [n + 1]
-    may_flip: np.ndarray  # bool [n]: no caption speaks of left or right
+    may_flip: np.ndarray  # bool [n]: mirrored, all captions and labels stay true, see mirroring
     speakers: np.ndarray  # int64 [n], position in Data.speakers, -1 = none or not a speaker of train
     image_ids: np.ndarray  # int64 [n], equal for equal files; of samples without a picture equal to no other
     audio_ids: np.ndarray  # int64 [n], equal for the same stretch of equal files; without a sound equal to no other

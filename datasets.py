@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -27,6 +26,7 @@ import same_files
 from batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from concepts import concept_names, concepts_of
 from config import Config, UserError
+from mirroring import may_mirror
 from readers import READERS, listed, read_split
 from samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
 from vocabulary import Tokenizer, load_tokenizer
@@ -37,8 +37,6 @@ __all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample"
 
 MAX_WORKERS = 8
 VAL_PCT = 5  # of train, where a set has no validation split
-
-_SIDES = re.compile(r"\b(left|right)\b")
 
 
 @dataclass(frozen=True)
@@ -156,9 +154,6 @@ def _prepare_split(store: prepare.Store, config: Config, tokenizer: Tokenizer, c
     token_ids, token_offsets = tokenizer.encode_flat(captions, config.model.context_length)
     normalised = [normalise_caption(text) for text in captions]
     concept_ids, concept_offsets = concepts_of(table, concepts)
-    may_flip = np.ones(len(table), bool)
-    owners = np.repeat(np.arange(len(table)), table.caption_count)
-    may_flip[owners[[bool(_SIDES.search(text)) for text in normalised]]] = False
     set_hash, place = _seeds(table)
     numbers = {name: number for number, name in enumerate(speakers)}
     by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
@@ -166,7 +161,7 @@ def _prepare_split(store: prepare.Store, config: Config, tokenizer: Tokenizer, c
         table=table, store=store, pad_id=tokenizer.pad_id, set_hash=set_hash, place=place,
         token_ids=token_ids, token_offsets=token_offsets,
         caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
-        concept_ids=concept_ids, concept_offsets=concept_offsets, may_flip=may_flip,
+        concept_ids=concept_ids, concept_offsets=concept_offsets, may_flip=may_mirror(table),
         speakers=by_code[table.speakers.codes],
         image_ids=same_files.image_ids(table), audio_ids=same_files.audio_ids(table),
     )

@@ -26,13 +26,13 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "samples": "",
     "manifest": "config samples", "synthetic": "config samples", "same_files": "samples synthetic",
     "readers": "annotations config inventory samples manifest synthetic",
-    "concepts": "config samples", "vocabulary": "config",
+    "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     # pictures and sounds
     "images": "config", "audio": "config", "workers": "config",
     "bad_samples": "config samples",
     "prepare": "config samples images audio synthetic files workers bad_samples",
     "batches": "config samples images prepare vocabulary workers",
-    "datasets": "config samples readers vocabulary concepts prepare batches workers bad_samples same_files",
+    "datasets": "config samples readers vocabulary concepts mirroring prepare batches workers bad_samples same_files",
     # mathematics
     "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
     "optimization": "config steps",

@@ -126,6 +126,7 @@ class BatchReader:
     epoch: int
     given_up: Mapping[int, str] = field(default_factory=dict)  # rows that are not to be read, and why
     begin: Callable[[int], None] = tell_nobody
+    whole: Jobs | None = None  # the effective batches of which `jobs` are one process's shares; None: `jobs` are whole
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -144,36 +145,60 @@ class BatchReader:
             sample_names(table, np.array([row])))
 
     def __getitem__(self, k: int) -> Read:
-        task, indices = self.jobs[k]
-        inputs = tuple(self.inputs[task])
+        task, inputs = self.jobs[k][0], tuple(self.inputs[self.jobs[k][0]])
         broken: list[dict[str, str]] = []
         with one_thread():
             try:
-                found = [self._draw_good(index, inputs, broken, stand_in=self.train) for index in indices.tolist()]
+                found = self._draw_all(k, inputs, broken)
             except UserError as error:
                 return Read(None, broken, str(error))
-            good = [one for one in found if one is not None]
-            return Read(replace(self._collate(good, inputs), task=task) if good else None, broken)
+            return Read(replace(self._collate(found, inputs), task=task) if found else None, broken)
 
-    def _draw_good(self, index: int, inputs: tuple[str, ...], broken: list[dict[str, str]],
-                   stand_in: bool) -> _Drawn | None:
-        """The sample; if it is broken, the next good one of its pool, or None without `stand_in`."""
-        visit, row = divmod(index, VISIT)
+    def _draw_all(self, k: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> list[_Drawn]:
+        """The samples of job k that can be read, and in training others of the pool in the place of those that cannot:
+        none of them twice. Where no other is left, the batch is smaller."""
+        places = [divmod(index, VISIT) for index in self.jobs[k][1].tolist()]
+        found = [self._try(row, visit, inputs, broken) for visit, row in places]
+        if self.train and None in found:
+            taken: set[int] = set()
+            for place, (visit, row) in enumerate(places):
+                if found[place] is None:
+                    found[place] = self._stand_in(k, row, visit, inputs, taken)
+            if not any(found):
+                raise UserError(f"data: no sample of a batch can be read, and none of the {len(self._pool(inputs))} "
+                                f"with {' and '.join(inputs)} can stand in; the first: {broken[0]['reason']}")
+        return [one for one in found if one is not None]
+
+    def _try(self, row: int, visit: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> _Drawn | None:
         try:
             return self._draw(row, visit, inputs)
         except BrokenSample as error:
             self.split.store.check_folders(row)
             broken.append(self.split.store.record(row, str(error)))
-        if not stand_in:
             return None
-        members = pool(self.split.table, inputs)
-        for candidate in np.roll(members, -int(np.searchsorted(members, row, "right"))).tolist():
-            try:
-                return self._draw(candidate, visit, inputs)
-            except BrokenSample:
-                continue  # it is recorded in its own turn
-        raise UserError(f"data: none of the {len(members)} samples with {' and '.join(inputs)} can be read; the first: "
-                        f"{broken[-1]['reason']}")
+
+    def _stand_in(self, k: int, row: int, visit: int, inputs: tuple[str, ...], taken: set[int]) -> _Drawn | None:
+        """A good sample that is not in the whole batch nor in `taken`, to which it is added; None if there is none.
+
+        Each place of the batch asks samples of its own first: so the processes that share a batch take different ones
+        without a word, and the same ones as a single process does.
+        """
+        whole = (self.whole or self.jobs)[k][1] % VISIT
+        others = np.setdiff1d(self._pool(inputs), whole)
+        others = np.roll(others, -int(np.searchsorted(others, whole[0])))  # other ones for each batch
+        own = np.arange(len(others)) % len(whole) == np.flatnonzero(whole == row)[0]
+        for candidate in [*others[own].tolist(), *others[~own].tolist()]:
+            if candidate not in taken:
+                try:
+                    drawn = self._draw(candidate, visit, inputs)
+                except BrokenSample:
+                    continue  # it is recorded in its own turn
+                taken.add(candidate)
+                return drawn
+        return None
+
+    def _pool(self, inputs: Sequence[str]) -> np.ndarray:
+        return pool(self.split.table, inputs)
 
     def _draw(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Drawn:
         split, data = self.split, self.config.data

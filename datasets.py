@@ -210,8 +210,8 @@ class Loader:
     """Iterates over the batches of `jobs[start:]`, one for each job, in order, read ahead by worker processes.
 
     In evaluation (`train` false): no augmentation, whole sounds, all captions, draws of seed 0 and epoch 0 whatever is
-    given, and broken samples left out, with them a batch that has no other. In training the next good sample of the
-    pool stands in for a broken one.
+    given, and broken samples left out, with them a batch that has no other. In training another good sample of the
+    pool stands in for a broken one, none of them twice in a batch, as far as there are such.
 
     A process that dies is replaced, and its batch read again; a sample at which one stays longer than `data.timeout_s`
     counts as broken, from then on and in later runs of the folder. `say` hears a line for each such event. Batches are
@@ -233,13 +233,15 @@ class Loader:
     workers: int | None = None  # None: as config.data.workers says
     start: int = 0
     say: Callable[[str], None] = print
+    whole: Jobs | None = None  # the effective batches, where `jobs` are this process's shares of them
 
     def __len__(self) -> int:
         return len(self.jobs) - self.start
 
     def __iter__(self) -> Iterator[Batch]:
         split = self.data.splits[self.split]
-        reader = BatchReader(split, self.jobs, self.inputs, self.config, self.train, self.epoch)
+        reader = BatchReader(split, self.jobs, self.inputs, self.config, self.train, self.epoch,
+                             whole=self.whole)
         count = worker_count(self.config, len(self)) if self.workers is None else self.workers
         jobs, given_up = range(self.start, len(self.jobs)), bad_samples.given_up(split.table, self.config)
         if not count:

@@ -260,7 +260,7 @@ def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) 
     if not progress.epoch_step:
         progress.loss_sum, progress.losses = 0.0, 0
     start = min(progress.epoch_step, len(jobs))  # fewer where the effective batch has grown since
-    batches = loader(run.data, "train", own_jobs(run, jobs), run.config, start=start,
+    batches = loader(run.data, "train", own_jobs(run, jobs), run.config, start=start, whole=jobs,
                      inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
                      say=lambda line: run.tracker.event(line, progress.step))
     for (task, indices), batch in zip(jobs[start:], log.clock.waiting_for(batches), strict=True):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from batches import VISIT, Batch, BatchReader, Split, crop_mel, pool, spec_augment
 from config import Config, load_config
-from datasets import load_data
+from datasets import epoch_batches, load_data
 from images import fit_eval
 from samples import Sample, SampleTable, normalise_caption, stable_hash
 from tests import trees
@@ -299,10 +299,10 @@ def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Split, Conf
     return split, config
 
 
-def test_the_next_good_sample_stands_in_for_a_broken_one(damaged: tuple[Split, Config]) -> None:
+def test_other_good_samples_stand_in_for_broken_ones(damaged: tuple[Split, Config]) -> None:
     split, config = damaged
     found = BatchReader(split, [(0, np.array([1, 2, 7, 3]))], BOTH, config, True, 1)[0]
-    assert found.batch is not None and found.batch.sample_ids.tolist() == [1, 4, 0, 4]
+    assert found.batch is not None and found.batch.sample_ids.tolist() == [1, 5, 6, 0]
     assert [record["key"] for record in found.broken] == ["manifest/2", "manifest/7", "manifest/3"]
     assert all(record["split"] == "train" and ".png" in record["reason"] for record in found.broken)
 
@@ -333,3 +333,49 @@ def test_adding_a_set_does_not_change_what_others_draw(folder: Path, tmp_path: P
     a, b = parts(read(one, alone, [3]), 0), parts(read(other, both, [3 + shift]), 0)
     assert a.pop("id") + shift == b.pop("id")
     assert_equal(a, b)
+
+
+def half_broken(folder: Path, number: int, broken: int) -> tuple[Split, Config]:
+    """Pictures with two captions each, the first of which cannot be read."""
+    lines = [VALIDATION]
+    for i in range(number):
+        path = trees.picture(folder / f"{i}.png", (9 * i, 99, 250 - 9 * i), size=(48, 40))
+        if i < broken:
+            trees.truncate(path)
+        lines.append(f'{{"id": "{i}", "image": "{i}.png", "text": ["a {i}", "the {i}"], "split": "train"}}')
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    config = configured(folder, "data.cache=false", "data.max_bad_pct=100")
+    return load_data(config).splits["train"], config
+
+
+def test_no_sample_stands_twice_in_a_training_batch_whatever_is_broken(tmp_path: Path) -> None:
+    split, config = half_broken(tmp_path, 20, 9)
+    for seed in range(4):
+        jobs = epoch_batches([np.arange(20)], [2.5], 4, seed=seed, epoch=1)
+        for k in range(len(jobs)):
+            batch = BatchReader(split, jobs, BOTH[:1], config, True, 1)[k].batch
+            assert batch is not None and len(batch.keys) == len(set(batch.keys)) == len(jobs[k][1])
+            assert all(row >= 9 for row in batch.sample_ids.tolist())
+            good = [row for row in (jobs[k][1] % VISIT).tolist() if row >= 9]
+            assert [row for row in batch.sample_ids.tolist() if row in good] == good, "they keep their order"
+
+
+def test_a_training_batch_is_smaller_where_nobody_is_left_to_stand_in(tmp_path: Path) -> None:
+    split, config = half_broken(tmp_path, 12, 3)
+    for size, expected in ((12, 9), (8, 8), (6, 6)):
+        jobs = epoch_batches([np.arange(12)], [1.0], size, seed=0, epoch=1)
+        batches = [BatchReader(split, jobs, BOTH[:1], config, True, 1)[k].batch for k in range(len(jobs))]
+        keys = [batch.keys for batch in batches if batch is not None]
+        assert len(keys) == len(jobs) and all(len(set(own)) == len(own) for own in keys)
+        assert [len(own) for own in keys][:1] == [min(expected, len(jobs[0][1]))]
+
+
+def test_processes_that_share_a_batch_take_different_stand_ins_those_of_a_single_one(tmp_path: Path) -> None:
+    split, config = half_broken(tmp_path, 20, 7)
+    jobs = epoch_batches([np.arange(20)], [3.0], 5, seed=0, epoch=1)
+    shares = [[(task, indices[part]) for task, indices in jobs] for part in (slice(0, 2), slice(2, 5))]
+    for k in range(len(jobs)):
+        alone = BatchReader(split, jobs, BOTH[:1], config, True, 1)[k].batch
+        parts_ = [BatchReader(split, own, BOTH[:1], config, True, 1, whole=jobs)[k].batch for own in shares]
+        assert alone is not None and len(set(alone.keys)) == 5
+        assert alone.keys == [key for part in parts_ if part is not None for key in part.keys]

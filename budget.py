@@ -128,20 +128,25 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
     line = aim = limits.tensor_bytes
     while True:
         chosen = _Search(measure, dict(upper), aim, may_recompute, parts_are_free).best(pinned)
-        usage = measure(chosen, None)
-        assert usage is not None, "a measurement without a limit ends with a figure"
-        plan = Plan(micro_batch=chosen.micro_batch, recompute=chosen.recompute, upper=dict(upper),
-                    peak_bytes=usage.peak_bytes, by_tag=usage.by_tag, allowance_bytes=limits.budget_bytes - line,
-                    budget_bytes=limits.budget_bytes, device=limits.device)
+        plan = plan_of(chosen, measure, upper, limits)
         if plan.fits or pinned or smaller(chosen, may_recompute=may_recompute) is None:
             break
-        aim -= usage.peak_bytes - line  # whole steps take more than the gradients that the search measures
+        aim -= plan.peak_bytes - line  # whole steps take more than the gradients that the search measures
     if not plan.fits:
         auto = "set memory.micro_batch to auto, " if pinned else ""
         raise OverBudget(f"memory.budget_gb: of {limits.budget_bytes / GIB:.3g} GiB, {line / GIB:.2f} are for tensors, "
-                         f"but at {chosen} a step takes {usage.peak_bytes / GIB:.2f} ({_by_tag_gib(usage.by_tag)}); "
+                         f"but at {chosen} a step takes {plan.peak_bytes / GIB:.2f} ({_by_tag_gib(plan.by_tag)}); "
                          f"{auto}{KNOBS}")
     return plan
+
+
+def plan_of(fit: Fit, measure: Measure, upper: Mapping[str, int], limits: Limits) -> Plan:
+    """The plan that `fit` is, whether it keeps to the budget or not."""
+    usage = measure(fit, None)
+    assert usage is not None, "a measurement without a limit ends with a figure"
+    return Plan(micro_batch=fit.micro_batch, recompute=fit.recompute, upper=dict(upper), peak_bytes=usage.peak_bytes,
+                by_tag=usage.by_tag, allowance_bytes=limits.budget_bytes - limits.tensor_bytes,
+                budget_bytes=limits.budget_bytes, device=limits.device)
 
 
 class _Search:
@@ -287,9 +292,14 @@ def _by_tag_gib(by_tag: Mapping[str, int]) -> str:
 # ---- keeping -----------------------------------------------------------------------------------------------------
 
 
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """Digest of `facts` as JSON: the same for tuples and lists."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
 def plan_key(facts: Mapping[str, Any], sources: Iterable[Path] = ()) -> str:
     """Digest of all that a plan depends on: `facts` as JSON, the code in `sources`, torch's version, this module."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(fingerprint(facts).encode())
     digest.update(torch.__version__.encode())
     for path in (*sources, Path(__file__)):
         digest.update(hashlib.sha256(Path(path).read_bytes()).digest())

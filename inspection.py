@@ -27,6 +27,7 @@ from config import Config, StageConfig, TaskConfig, UserError
 from datasets import SPLITS, Data
 from files import nearest_existing
 from findings import Finding, guarded, of_error
+from fits import place_of, saved_fits, settings_of
 from model import TriModalModel
 from optimization import block_matrices
 from planning import plan_evaluation, plan_stage
@@ -34,7 +35,6 @@ from prepare import GB
 from readers import READERS, download_command, read_split
 from runs import Options, Run
 from stages import active_tasks
-from training import place_of
 from workers import cpu_cores
 
 SAMPLE_FILES = 64  # pictures, and sounds, of each split of a set that are decoded
@@ -116,12 +116,14 @@ def device(case: Case) -> Iterator[Finding]:
 def plan(case: Case) -> Iterator[Finding]:
     """Whether every stage fits the budget, and how."""
     assert case.run is not None
-    config, place = case.tried, place_of(case.run)
+    config, place = settings_of(case.run, case.tried), place_of(case.run)
+    tasks = {row.name: case.tasks[row.name][0] for row in case.rows}
+    kept = saved_fits(case.run, config, tasks, case.state)
     for row in case.rows:
         yield from guarded(f"memory: {row.name}", _planned, case, row.name,
-                           lambda row=row: plan_stage(config, row, case.tasks[row.name][0], place))
+                           lambda row=row: plan_stage(config, row, tasks[row.name], place, kept.get(row.name)))
     yield from guarded(f"memory: {memory.EVALUATION}", _planned, case, memory.EVALUATION,
-                       lambda: plan_evaluation(config, place))
+                       lambda: plan_evaluation(config, place, kept.get(memory.EVALUATION)))
 
 
 def _planned(case: Case, name: str, search: Callable[[], Plan]) -> Iterator[Finding]:

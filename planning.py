@@ -309,31 +309,61 @@ def limits(config: Config, place: Place) -> Limits:
     return Limits(int(config.budget_gb * GIB), place.device, place.ratio, held)
 
 
-def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place,
+def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place, fit: Fit | None = None,
                run: Callable[..., Usage | None] = StepPlan.usage) -> Plan:
-    """A fit at which every task of the stage stays in the budget, from the cache if it was planned before; `run`
-    measures a step."""
-    facts = {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
-             "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
-             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
-             "drop_path": row.drop_path > 0, "trainable": row.trainable,
-             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
+    """A fit at which every task of the stage stays in the budget, from the cache if it was planned before.
+
+    Args:
+        fit: plan this one, whether it stays in the budget or not.
+        run: measures a step.
+    """
     pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
     kinds = [OBJECTIVES[name] for task in tasks for name in task.objectives]
 
     def search() -> Plan:
-        return budget.plan_fit(StageMeasure(config, row, tasks, place, run), stage_upper(config, row, place),
-                               limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint,
+        measure, upper = StageMeasure(config, row, tasks, place, run), stage_upper(config, row, place)
+        if fit is not None:
+            return budget.plan_of(fit, measure, upper, limits(config, place))
+        return budget.plan_fit(measure, upper, limits(config, place), pinned=pinned,
+                               may_recompute=config.model.use_checkpoint,
                                parts_are_free=not any(map(_pays_for_parts, kinds)))
 
-    return _kept(config, facts, place, search)
+    return _kept(config, _stage_facts(config, row, tasks), place, fit, search)
 
 
-def _kept(config: Config, facts: Mapping[str, Any], place: Place, search: Callable[[], Plan]) -> Plan:
-    """A plan from the cache in the output folder, or what `search` finds. Rates, weights and seeds take no memory."""
-    everything = {**facts, "model": config.to_dict()["model"], "preset": dataclasses.asdict(config.model.preset),
-                  "audio_max_s": config.data.audio_max_s, "memory": dataclasses.asdict(config.memory),
-                  "budget_gb": config.budget_gb, "place": dataclasses.asdict(place)}
+def _stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
+    """What the plan of a stage depends on beside `_facts`. Rates, weights and seeds take no memory."""
+    return {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
+            "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
+            "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
+            "drop_path": row.drop_path > 0, "trainable": row.trainable, "micro_batch": config.memory.micro_batch,
+            "audio_max_s": config.data.audio_max_s,
+            "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
+
+
+def _evaluation_facts(config: Config) -> dict[str, Any]:
+    return {"evaluation": config.evaluation.batch_size}
+
+
+def _facts(config: Config, place: Place) -> dict[str, Any]:
+    """What every plan depends on."""
+    model = {name: value for name, value in config.to_dict()["model"].items() if name != "word_embeddings"}
+    return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,
+            "place": dataclasses.asdict(place)}
+
+
+def asked_of(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place) -> dict[str, str]:
+    """For each stage that `tasks` names, and evaluation, a digest of all settings that its plan is asked to obey. What
+    this machine's allocator was measured to waste is no setting."""
+    everywhere = _facts(config, dataclasses.replace(place, ratio=None))
+    own = {row.name: _stage_facts(config, row, tasks[row.name]) for row in config.stages if tasks.get(row.name)}
+    return {name: budget.fingerprint(everywhere | facts)
+            for name, facts in (*own.items(), (EVALUATION, _evaluation_facts(config)))}
+
+
+def _kept(config: Config, facts: Mapping[str, Any], place: Place, fit: Fit | None, search: Callable[[], Plan]) -> Plan:
+    """A plan, or that of `fit`, from the cache in the output folder, or what `search` finds."""
+    everything = {**facts, **_facts(config, place), "fit": fit and dataclasses.asdict(fit)}
     sources = [Path(__file__).with_name(f"{name}.py")
                for name in ("planning", "steps", "losses", "model", "optimization", "footprint", "shapes", "memory")]
     folder, key = Path(config.paths.output_dir) / "plans", budget.plan_key(everything, sources)
@@ -347,8 +377,9 @@ def _kept(config: Config, facts: Mapping[str, Any], place: Place, search: Callab
     return plan
 
 
-def plan_evaluation(config: Config, place: Place) -> Plan:
-    """How many samples of each modality are encoded at a time: `evaluation.batch_size`, or what the budget allows.
+def plan_evaluation(config: Config, place: Place, fit: Fit | None = None) -> Plan:
+    """How many samples of each modality are encoded at a time: `evaluation.batch_size`, or what the budget allows; or
+    what `fit` says.
 
     Sounds are windows of the encoder's length. Out of memory the encoding halves its parts by itself; a plan spares
     that, and says beforehand what it takes.
@@ -362,9 +393,11 @@ def plan_evaluation(config: Config, place: Place) -> Plan:
 
     def search() -> Plan:
         upper = dict.fromkeys(towers, config.evaluation.batch_size)
+        if fit is not None:
+            return budget.plan_of(fit, measure, upper, limits(config, place))
         return budget.plan_fit(measure, upper, limits(config, place), may_recompute=False)
 
-    return _kept(config, {"evaluation": config.evaluation.batch_size}, place, search)
+    return _kept(config, _evaluation_facts(config), place, fit, search)
 
 
 def _encoding_usage(config: Config, tower: str, size: int, place: Place, limit_bytes: int | None) -> Usage | None:
@@ -386,29 +419,33 @@ def _encoding_usage(config: Config, tower: str, size: int, place: Place, limit_b
         return None
 
 
-def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place) -> dict[str, Plan]:
-    """The plan of each stage that `tasks` names, in order, and of `evaluation`."""
+def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place,
+                fits: Mapping[str, Fit] | None = None) -> dict[str, Plan]:
+    """The plan of each stage that `tasks` names, in order, and of `evaluation`; those in `fits` are planned so."""
+    fits = fits or {}
     rows = [row for row in config.stages if tasks.get(row.name)]
-    work = [(config, row, tasks[row.name], place) for row in rows]
+    work = [(config, row, tasks[row.name], place, fits.get(row.name)) for row in rows]
     helpers = min(len(rows), os.cpu_count() or 1) - 1
     try:
         if helpers < 1 or max(config.effective_batch(row) for row in rows) <= budget.AMPLE_MICRO_BATCH:
-            found, evaluation = [plan_stage(*one) for one in work], plan_evaluation(config, place)
+            found = [plan_stage(*one) for one in work]
+            evaluation = plan_evaluation(config, place, fits.get(EVALUATION))
         else:
-            found, evaluation = _side_by_side(work, helpers)
+            found, evaluation = _side_by_side(work, fits.get(EVALUATION), helpers)
     finally:
         shapes.forget()
     return {row.name: plan for row, plan in zip(rows, found, strict=True)} | {EVALUATION: evaluation}
 
 
-def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig], Place]],
-                  helpers: int) -> tuple[list[Plan], Plan]:
+def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig], Place, Fit | None]],
+                  evaluation_fit: Fit | None, helpers: int) -> tuple[list[Plan], Plan]:
     """Long searches: the last stage, which tends to take longest, here at once; all else in other processes, which take
     seconds to start."""
     pool = ProcessPoolExecutor(helpers, get_context("spawn"))
     try:
         others = [pool.submit(plan_stage, *one) for one in reversed(work[:-1])][::-1]
-        evaluation = pool.submit(plan_evaluation, work[-1][0], work[-1][-1])
+        config, _, _, place, _ = work[-1]
+        evaluation = pool.submit(plan_evaluation, config, place, evaluation_fit)
         last = plan_stage(*work[-1])
         return [*(other.result() for other in others), last], evaluation.result()
     finally:

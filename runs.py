@@ -87,6 +87,7 @@ class Run:
     fits: dict[str, memory.Fit] = field(default_factory=dict)  # by stage, and of evaluation
     predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
     planned_fits: dict[str, memory.Fit] = field(default_factory=dict)  # that this peak is of
+    fits_asked: dict[str, str] = field(default_factory=dict)  # digests of the settings that `fits` obey
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss, model_state_dict on the host
     claim: "Claim | None" = None  # on the folder

@@ -88,7 +88,8 @@ class Saver:
         best = [(folder / "best_model.pt", {**common, **run.best})] if run.best and run.best is not self._best else []
         self._best = run.best
         fits = {name: vars(fit) for name, fit in run.fits.items()}
-        whole = {**common, "model_state_dict": run.model.state_dict(), "stage_state": state, "fits": fits}
+        whole = {**common, "model_state_dict": run.model.state_dict(), "stage_state": state, "fits": fits,
+                 "fits_asked": run.fits_asked}
         return [*best, (folder / checkpoint_name(progress), whole)]
 
     def _write(self, files: list[tuple[Path, Mapping[str, Any]]]) -> None:

@@ -19,14 +19,14 @@ import budget
 import distributed
 import faults
 import memory
-from budget import Plan
 from config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig, UserError
 from datasets import Batch, epoch_batches, loader, pool
 from distributed import OutOfMemoryElsewhere, World
+from fits import fit_stages
 from interruption import Interruption
 from losses import start_sigmoid
 from optimization import freeze, lr_at
-from planning import Place, apply_recompute, plan_stages, print_plan
+from planning import apply_recompute, print_plan
 from resume import find_state, finished_report, stage_epochs
 from runs import (
     Options,
@@ -391,7 +391,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
         if state is None and config.training.contrastive_loss == "sigmoid":
             start_sigmoid(run.model, first_contrast(config))
-        plan(run, {name: found for name, (found, _) in tasks.items()}, state)
+        fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs, first = stage_epochs(config, state), 1
         saver = Saver(run, epochs, interruption)
         for row in config.stages:
@@ -408,24 +408,6 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         return finish(run) if world.is_main else None
     finally:
         run.tracker.close()
-
-
-def place_of(run: Run) -> Place:
-    return Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
-                 budget.calibration(memory.device_name(run.device)))
-
-
-def plan(run: Run, tasks: dict[str, list[TaskConfig]], state: dict[str, Any] | None) -> None:
-    """How each stage fits: as the checkpoint says where it does, since another split rounds otherwise."""
-    place = place_of(run)
-    config = dataclasses.replace(run.config, model=run.model.config)  # with as many words as there are
-    plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(config, tasks, place))
-    print(budget.format_plan(plans), flush=True)
-    run.fits = {name: found.fit for name, found in plans.items()}
-    saved = (state or {}).get("fits", {})
-    run.fits.update({name: memory.Fit(**fit) for name, fit in saved.items() if name in plans})
-    run.predicted_gib = {name: found.peak_bytes / memory.GIB for name, found in plans.items()}
-    run.planned_fits = {name: found.fit for name, found in plans.items()}
 
 
 def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
@@ -473,7 +455,7 @@ def compare_memory(run: Run, name: str) -> float:
     if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
         run.tracker.say(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
                         f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
-    as_planned = run.fits.get(name) == run.planned_fits.get(name)  # not after a checkpoint's fit, or one made smaller
+    as_planned = run.fits.get(name) == run.planned_fits.get(name)  # not where it has been made smaller since
     if run.device.type == "cuda" and as_planned:
         budget.calibrate(memory.device_name(run.device), measured.gib, planned)
     return measured.gib

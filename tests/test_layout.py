@@ -52,13 +52,14 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
     "faults": "arguments redaction config datasets model steps losses checkpoint optimization runs stages alarms",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
-                "faults interruption resume saving",
+                "faults fits interruption resume saving",
+    "fits": "budget config memory planning runs stages",
     "run_training": "arguments config interruption training redaction doctor",
     "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files",
     # what a run needs, tried before it starts
     "findings": "config memory", "environment": "config findings images audio vocabulary",
-    "inspection": "config findings files workers datasets readers prepare protocols memory budget model optimization "
-                  "planning resume runs saving stages training",
+    "inspection": "config findings fits files workers datasets readers prepare protocols memory budget model "
+                  "optimization planning resume runs saving stages",
     "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning "
                  "resume runs stages tracking training",
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",

@@ -162,7 +162,7 @@ def test_plans_are_kept_until_something_that_matters_changes(small: SmallRuns, t
         """Of the masked pretraining of texts, and how often a step was traced for it."""
         traced.clear()
         config = small.config(tmp_path / "run", *overrides)
-        return planning.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], CPU, counting), len(traced)
+        return planning.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], CPU, run=counting), len(traced)
 
     first, times = plan("memory.micro_batch=16")
     assert times == 2 and first.micro_batch == dict.fromkeys(planning.TOWERS, 16), "a pinned size is not searched for"

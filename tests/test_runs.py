@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import checkpoint
+import fits
 import model as model_module
 import resume
 import runs
@@ -106,7 +107,7 @@ def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Pat
     smaller = {"micro_batch": dict.fromkeys(towers, 16), "recompute": dict.fromkeys(towers, 2)}
     run = runs.open_run(config, Options("cpu", "auto"), {**state, "best": {}})
     tasks = {row.name: training.active_tasks(row, run.data)[0] for row in config.stages}
-    training.plan(run, tasks, {**state, "fits": {**state["fits"], "finetune": smaller, "gone": smaller}})
+    fits.fit_stages(run, tasks, {**state, "fits": {**state["fits"], "finetune": smaller, "gone": smaller}})
     run.tracker.close()
     assert {name: vars(fit) for name, fit in run.fits.items()} == {**state["fits"], "finetune": smaller}
 

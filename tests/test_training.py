@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import budget
+import fits
 import memory
 import resume
 import runs
@@ -120,7 +121,7 @@ def test_a_vocabulary_beyond_the_settings_is_planned_as_large_as_it_is(small: Sm
     planned = []
     for rows in (1, 135):
         run = small.open(tmp_path / str(rows), f"model.vocab_size={rows}")
-        training.plan(run, {"pretrain": list(run.config.stages[0].tasks)}, None)
+        fits.fit_stages(run, {"pretrain": list(run.config.stages[0].tasks)}, None)
         planned.append(run.predicted_gib)
     assert planned[0] == planned[1]
 

@@ -1,0 +1,135 @@
+"""Micro-batches of a resumed run: the checkpoint's while it is asked for the same, else planned anew; shown as used."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fits
+import inspection
+import memory
+import runs
+from checkpoint import load
+from memory import EVALUATION
+from runs import Options, Run
+from stages import active_tasks
+from tests.refusals import assert_names
+from tests.small_runs import SmallRuns
+
+NAMES = ["pretrain", "align", "finetune", EVALUATION]
+
+
+def tasks_of(run: Run) -> dict[str, list[Any]]:
+    return {row.name: active_tasks(row, run.data)[0] for row in run.config.stages}
+
+
+def fitted(small: SmallRuns, folder: Path, state: dict[str, Any] | None, *overrides: str) -> Run:
+    run = small.open(folder, *overrides)
+    fits.fit_stages(run, tasks_of(run), state)
+    return run
+
+
+def micro_batches(run: Run) -> dict[str, int]:
+    return {name: fit.micro_batch["image"] for name, fit in run.fits.items()}
+
+
+def halved_state(small: SmallRuns, folder: Path, *overrides: str) -> dict[str, Any]:
+    """What a checkpoint holds of fits after each stage, and the evaluation, ran out of memory."""
+    run = fitted(small, folder, None, *overrides)
+    assert list(run.fits) == NAMES
+    smaller = {name: memory.smaller(fit, may_recompute=True) for name, fit in run.fits.items()}
+    return {"fits": {name: dataclasses.asdict(fit) for name, fit in smaller.items() if fit},
+            "fits_asked": run.fits_asked, "config": runs.description(run)["config"]}
+
+
+@pytest.fixture(scope="module")
+def state(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return halved_state(small, tmp_path_factory.mktemp("before"))
+
+
+HALVED = dict(zip(NAMES, (16, 16, 16, 32), strict=True))
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("training.learning_rate=0.5", {}), ("stages.finetune.tasks.0.objectives.matching=0.7", {}),
+    ("memory.micro_batch=4", {"pretrain": 4, "align": 4, "finetune": 4}),
+    ("memory.micro_batch=auto", dict.fromkeys(NAMES[:3], 32)),
+    ("stages.align.effective_batch=96", {"align": 32}), ("stages.align.drop_path=0", {"align": 32}),
+    ("training.ema_decay=0.9", dict.fromkeys(NAMES[:3], 32)), ("evaluation.batch_size=128", {EVALUATION: 128}),
+    ("memory.budget_gb=1.9", dict(zip(NAMES, (32, 32, 32, 64), strict=True)))])
+def test_what_is_asked_for_now_wins_and_all_else_stays_as_it_was(
+        small: SmallRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str], state: dict[str, Any], override: str,
+        expected: dict[str, int]) -> None:
+    run = fitted(small, tmp_path, state, override)
+    assert micro_batches(run) == HALVED | expected
+    assert run.planned_fits == run.fits and run.fits_asked.keys() == run.fits.keys()
+    said = capsys.readouterr().out.splitlines()
+    for name, fit in run.fits.items():
+        [shown] = [line for line in said if line.startswith(f"{name} ")]
+        assert f"image {fit.micro_batch['image']} (" in shown, "the table shows what is used"
+    anew = [line for line in said if line.startswith("Planned anew")]
+    assert len(anew) == bool(expected)
+    if anew:
+        assert_names(anew[0], *expected)
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("training.learning_rate=0.5", {}), ("memory.micro_batch=4", {"pretrain": 4, "align": 4, "finetune": 4}),
+    ("evaluation.batch_size=128", {EVALUATION: 128})])
+def test_a_checkpoint_that_does_not_say_what_it_was_asked_for_says_its_settings(
+        small: SmallRuns, tmp_path: Path, state: dict[str, Any], override: str, expected: dict[str, int]) -> None:
+    """As those of earlier releases."""
+    older = {name: value for name, value in state.items() if name != "fits_asked"}
+    assert micro_batches(fitted(small, tmp_path, older, override)) == HALVED | expected
+
+
+def test_a_smaller_budget_makes_smaller_micro_batches(small: SmallRuns, tmp_path: Path) -> None:
+    wide = ("memory.micro_batch=auto", "training.batch_size=128")
+    run = small.open(tmp_path / "before", *wide)
+    align = {"align": tasks_of(run)["align"][:1]}
+    fits.fit_stages(run, align, None)
+    before = {"fits": {"align": dataclasses.asdict(run.fits["align"])}, "fits_asked": run.fits_asked}
+    budget_gb = memory.CONTEXT_GIB["cpu"] + 0.8 * run.predicted_gib["align"]
+    less = small.open(tmp_path / "now", *wide, f"memory.budget_gb={budget_gb}")
+    fits.fit_stages(less, align, before)
+    assert micro_batches(less)["align"] < micro_batches(run)["align"] == 128
+
+
+def test_the_memory_foretold_is_that_of_the_micro_batches_used(small: SmallRuns, tmp_path: Path,
+                                                               state: dict[str, Any]) -> None:
+    whole, halved = fitted(small, tmp_path / "whole", None), fitted(small, tmp_path / "halved", state)
+    assert all(halved.predicted_gib[name] < whole.predicted_gib[name] for name in ("align", EVALUATION))
+
+
+def test_other_numbers_or_another_number_of_processes_are_planned_anew(small: SmallRuns, tmp_path: Path,
+                                                                       state: dict[str, Any]) -> None:
+    run = fitted(small, tmp_path, state)
+    config, tasks = fits.settings_of(run, run.config), tasks_of(run)
+    assert list(fits.saved_fits(run, config, tasks, state)) == NAMES
+    for changed in ({"precision": memory.Precision(torch.bfloat16, False, "as on a GPU")},
+                    {"world": SimpleNamespace(size=2)}):
+        other = dataclasses.replace(run, **changed)
+        assert fits.saved_fits(other, config, tasks, state) == {}
+
+
+def test_a_run_that_goes_on_with_other_micro_batches_saves_them(small: SmallRuns, tmp_path: Path) -> None:
+    quick = ("training.save_every_minutes=0", "report.gallery_queries=0", "evaluation.max_validation=8")
+    small.train(tmp_path, *quick, "training.epochs=1")
+    small.train(tmp_path, *quick, "training.epochs=2", "memory.micro_batch=4", resume="auto")
+    first, second = (load(tmp_path / "checkpoints" / f"checkpoint_epoch_{epoch}.pt") for epoch in (1, 2))
+    assert [one["fits"]["align"]["micro_batch"]["image"] for one in (first, second)] == [32, 4]
+    assert first["fits_asked"]["align"] != second["fits_asked"]["align"]
+    assert first["fits"][EVALUATION] == second["fits"][EVALUATION]
+
+
+def test_the_doctor_shows_the_micro_batches_that_the_run_would_go_on_with(small: SmallRuns, tmp_path: Path,
+                                                                         state: dict[str, Any]) -> None:
+    run = small.open(tmp_path)
+    case = inspection.Case(run.config, Options("cpu"), tmp_path, state=state, run=run, data=run.data,
+                           tasks={name: (tasks, []) for name, tasks in tasks_of(run).items()})
+    found = {one.check: one for one in inspection.plan(case)}
+    assert {name: plan.fit.micro_batch["image"] for name, plan in case.plans.items()} == HALVED
+    assert all("image 16 (32)" in found[f"memory: {name}"].found for name in NAMES[:3])

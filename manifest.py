@@ -4,10 +4,10 @@
     {"audio": "talk.flac", "start": 12.5, "duration": 10, "text": "a door slams", "speaker": "anna", "split": "train"}
 
 Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id; all optional, but
-a line needs an image, an audio file or a text. In a CSV, `labels` are separated by ";", and a text is one caption, or
-several as a JSON list: ["a dog", "a dog on grass"]. Relative paths start at the manifest's folder. No path, ".." or
-link leads out of that folder, or out of `data.manifest_root` where that is given: a manifest made by somebody else
-cannot name other files of yours.
+a line needs an image, an audio file or a text. A text is one caption, or several as a list, in a cell as JSON, Python
+or numpy write it: ["a dog", "a dog on grass"]; labels likewise, in a CSV also parted by ";". Relative paths start at
+the manifest's folder. No path, ".." or link leads out of that folder, or out of `data.manifest_root` where that is
+given: a manifest made by somebody else cannot name other files of yours.
 """
 
 import csv
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import written_lists
 from config import UserError
 from samples import SPLITS, Sample, normalise_caption, stable_hash
 
@@ -49,7 +50,8 @@ def read_manifest(path: Path, split: str, root: str | None = None) -> Iterator[S
         UserError: file and line number, what is wrong there, what is allowed.
     """
     folders = _Folders(path.parent, os.path.join(os.path.realpath(root or path.parent), ""))
-    rows = [_Row.parse(where, raw, folders) for where, raw in _lines(path)]
+    between = "" if path.suffix.lower() == ".jsonl" else ";"
+    rows = [_Row.parse(where, raw, folders, between) for where, raw in _lines(path)]
     if not rows:
         raise UserError(f"{path}: holds no samples; write one JSON object (or one CSV row below the header) a line")
     _name(rows)
@@ -98,7 +100,7 @@ class _Row:
     name: str  # the default id
 
     @staticmethod
-    def parse(where: str, raw: dict[str, Any], folders: _Folders) -> "_Row":
+    def parse(where: str, raw: dict[str, Any], folders: _Folders, between: str) -> "_Row":
         for column in raw:
             if column not in COLUMNS:
                 close = difflib.get_close_matches(str(column)[:20], COLUMNS, n=1)
@@ -120,7 +122,8 @@ class _Row:
             audio=take("audio", lambda value: _file(value, folders), ""),
             start_s=take("start", _seconds, 0.0), duration_s=take("duration", _seconds, 0.0),
             captions=worded_captions(take("text", _texts, ()), where),
-            labels=tuple(dict.fromkeys(take("labels", _texts, ()))), speaker=take("speaker", _word, ""), name="")
+            labels=tuple(dict.fromkeys(take("labels", lambda value: _texts(value, between), ()))),
+            speaker=take("speaker", _word, ""), name="")
         row._check(given)
         return row
 
@@ -229,17 +232,13 @@ def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns"
                                     " (a text that holds the delimiter needs quotes)")
                 if cells:
-                    yield where, {key: _cell(where, key, cell) for key, cell in zip(header, cells, strict=True)}
+                    yield where, {key: _cell(key, cell) for key, cell in zip(header, cells, strict=True)}
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
 
 
-def _cell(where: str, column: str, cell: str) -> Any:
-    """What a cell means: lists where a column may hold several values."""
-    if column == "labels":
-        return [label.strip() for label in cell.split(";") if label.strip()]
-    if column == "text" and cell.lstrip().startswith('["'):
-        return _json(f"{where}: text: begins like a JSON list", cell)
+def _cell(column: str, cell: str) -> Any:
+    """The value of a cell. File names may begin or end with blanks."""
     return cell if column in ("image", "audio", "text") else cell.strip()
 
 
@@ -265,10 +264,15 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
-def _texts(value: Any) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+def _texts(value: Any, between: str = "") -> tuple[str, ...]:
+    """A text, a list of texts, or a list that another program wrote as one text; a text is parted at `between`."""
+    texts = written_lists.parse(value) if isinstance(value, str) else value
+    if texts is None:
+        texts = value.split(between) if between else [value]
+    elif not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("expected a text or a list of texts")
+    elif any(written_lists.parse(text) is not None for text in texts):
+        raise ValueError(f"a list within a list; {written_lists.WRITE}")
     return tuple(_encodable(text.strip()) for text in texts if text.strip())
 
 

@@ -24,7 +24,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
     "strict_yaml": "", "checks": "", "config": "checks strict_yaml", "redaction": "", "arguments": "redaction",
     "samples": "",
-    "manifest": "config samples", "synthetic": "config samples", "same_files": "samples synthetic",
+    "synthetic": "config samples", "same_files": "samples synthetic",
+    "written_lists": "", "manifest": "config samples written_lists",
     "readers": "annotations config inventory samples manifest synthetic",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     # pictures and sounds

@@ -38,6 +38,18 @@ def table(folder: Path, text: str, name: str = "mine.csv", encoding: str = "utf-
     return path
 
 
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A list of these rows, as pandas writes it: a CSV without an index, or JSON lines."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            table = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    return path
+
+
 def everything(path: Path) -> list[Sample]:
     return [sample for split in SPLITS for sample in read_manifest(path, split)]
 
@@ -87,6 +99,37 @@ def test_jsonl_with_byte_order_mark_and_empty_lines(folder: Path) -> None:
 def test_a_caption_in_brackets_is_a_caption(folder: Path) -> None:
     path = table(folder, 'image,text,split\npictures/a.png,[applause] and music,train\n')
     assert everything(path)[0].captions == ("[applause] and music",)
+
+
+LIST_CELLS = ["['a dog', \"a dog's bone\"]", "['a dog' \"a dog's bone\"]", '[ "a dog", "a dog\'s bone" ]',
+              "[np.str_('a dog'), np.str_(\"a dog's bone\")]", "('a dog', \"a dog's bone\")",
+              "['a dog'\n \"a dog's bone\"]", '["a dog", "a dog\'s bone"]']
+
+
+@pytest.mark.parametrize("column", ["text", "labels"])
+@pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl"])
+@pytest.mark.parametrize("cell", LIST_CELLS)
+def test_a_list_that_pandas_or_numpy_wrote_into_a_cell_is_a_list(folder: Path, cell: str, name: str,
+                                                                 column: str) -> None:
+    row = {"image": "pictures/a.png", column: cell, "split": "train"}
+    path = written(folder / name, [row, {"image": "pictures/c d.png", column: "[]", "split": "train"}])
+    first, second = everything(path)
+    found = [(sample.captions if column == "text" else sample.labels) for sample in (first, second)]
+    assert found == [("a dog", "a dog's bone"), ()], "and an empty list is none"
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl"])
+@pytest.mark.parametrize("column", ["text", "labels"])
+@pytest.mark.parametrize("cell", ["['a dog', 'a dog's bone']", "['a' 'b' ... 'c']", "[['a'], ['b']]", '["a", 1]'])
+def test_a_list_that_cannot_be_read_is_refused_wherever_it_stands(folder: Path, cell: str, name: str,
+                                                                  column: str) -> None:
+    rows = [{"image": "pictures/a.png", column: text, "split": "train"} for text in (LIST_CELLS[0], cell)]
+    assert_refused(written(folder / name, rows), 2 + name.endswith("csv"), column, "JSON")
+
+
+def test_a_list_within_a_list_of_json_is_refused(folder: Path) -> None:
+    for inner in (["a"], "['a']", '["a"]'):
+        assert_refused(jsonl(folder, {"image": "pictures/a.png", "text": ["good", inner]}), 1, "text")
 
 
 def test_leading_blanks_of_file_names_are_real(folder: Path) -> None:

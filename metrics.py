@@ -51,14 +51,16 @@ class Options:
 class Relation:
     """Which captions are right for which samples: a sample's own, and any with the same text as one of them."""
 
-    def __init__(self, owners_C: Tensor, texts_C: Tensor, num_samples: int):
-        """`owners_C` gives the sample of each caption, `texts_C` an id that equal texts share."""
-        distinct, self.texts_C = torch.unique(texts_C, return_inverse=True)
+    def __init__(self, owners_N: Tensor, texts_N: Tensor, num_samples: int, num_captions: int | None = None):
+        """`owners_N` gives the sample of each caption, `texts_N` an id that equal texts share. Asked for are the first
+        `num_captions`, all without it: the others only tell what is right for which sample."""
+        distinct, texts_N = torch.unique(texts_N, return_inverse=True)
+        self.texts_C = texts_N[:num_captions]
         self.num_samples = num_samples
-        self.keys_P = torch.unique(self.texts_C * num_samples + owners_C)  # sorted: text first, then sample
+        self.keys_P = torch.unique(texts_N * num_samples + owners_N)  # sorted: text first, then sample
         samples_P, texts_P = self.keys_P % num_samples, self.keys_P // num_samples
         captions_of_text = torch.bincount(self.texts_C, minlength=len(distinct))
-        self.captions_S = torch.zeros(num_samples, dtype=torch.int64, device=owners_C.device)
+        self.captions_S = torch.zeros(num_samples, dtype=torch.int64, device=owners_N.device)
         self.captions_S.index_add_(0, samples_P, captions_of_text[texts_P])  # right captions of each sample
         self.samples_C = torch.bincount(texts_P, minlength=len(distinct))[self.texts_C]  # right samples of each caption
 
@@ -75,18 +77,20 @@ class Relation:
         return mask
 
 
-def retrieval(samples_SF: Tensor, captions_CF: Tensor, owners_C: Tensor, texts_C: Tensor | None = None, *,
+def retrieval(samples_SF: Tensor, captions_CF: Tensor, owners_N: Tensor, texts_N: Tensor | None = None, *,
               names: tuple[str, str] = ("image", "text"), options: Options = Options()) -> dict[str, Figure]:
     """R@1/5/10, median rank and mAP@10 of both directions, several captions a sample.
 
     Sample to caption is a hit if any caption of the sample, or any caption with the same text, ranks high enough;
     for a caption every sample that carries its text is right. This is the protocol of COCO 5k (arXiv:1412.2306) and
-    of Clotho with five captions, and equal texts do not count as errors.
+    of Clotho with five captions, and equal texts do not count as errors. Without `texts_N` it is the count of papers:
+    each caption is a query whose own sample alone is right, and an equal text of another sample an error.
 
     Args:
         samples_SF, captions_CF: L2-normalised features on one device.
-        owners_C: row of each caption's sample, int64.
-        texts_C: an id of each caption's normalised text, int64; None = all differ.
+        owners_N: row of each caption's sample, int64; behind the C captions may stand others that have no features and
+            only tell what is right for which sample.
+        texts_N: an id of each caption's normalised text, int64; None = all differ.
         names: what samples and captions are called in the names of the metrics.
 
     Returns:
@@ -95,15 +99,15 @@ def retrieval(samples_SF: Tensor, captions_CF: Tensor, owners_C: Tensor, texts_C
     if not len(samples_SF) or not len(captions_CF):
         return {}
     device = samples_SF.device
-    owners_C = owners_C.to(device)
-    texts_C = torch.arange(len(owners_C), device=device) if texts_C is None else texts_C.to(device)
-    relation = Relation(owners_C, texts_C, len(samples_SF))
+    owners_N = owners_N.to(device)
+    texts_N = torch.arange(len(owners_N), device=device) if texts_N is None else texts_N.to(device)
+    relation, owners_C = Relation(owners_N, texts_N, len(samples_SF), len(captions_CF)), owners_N[:len(captions_CF)]
     there = relevant_ranks(samples_SF, captions_CF, relation.tile, relation.captions_S, options.tile)
     back = relevant_ranks(captions_CF, samples_SF, lambda c, s: relation.tile(s, c).T, relation.samples_C, options.tile)
     first, second = names
-    own_group = np.arange(len(samples_SF))
     return {
-        **_direction(f"{first}_to_{second}", there, relation.captions_S, len(captions_CF), own_group, options),
+        **_direction(f"{first}_to_{second}", there, relation.captions_S, len(captions_CF), np.arange(len(samples_SF)),
+                     options),
         **_direction(f"{second}_to_{first}", back, relation.samples_C, len(samples_SF), owners_C.cpu().numpy(),
                      options),
     }
@@ -314,7 +318,7 @@ def concept_precision(scores_NK: Tensor, labels_NK: Tensor, *, name: str = "mAP"
     used = labels_NK.any(0)
     if not bool(used.any()):
         return {}
-    scores_NK = scores_NK[:, used].float().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    scores_NK = scores_NK[:, used].float().nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     labels_NK, places_N = labels_NK[:, used], torch.arange(1, len(scores_NK) + 1, device=scores_NK.device)
     precisions = []
     for k in _tiles(scores_NK.shape[1], max(1, options.tile**2 // len(scores_NK))):

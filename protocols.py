@@ -10,14 +10,17 @@ the fusion), "speakers" (verification). The set "all" holds the samples of all s
 candidates come from all of them. "stamps" stands a second time as "stamps_without_symbols": letters and digits are
 told apart by their shapes alone.
 
-Retrieval is over all captions of each sample. Speakers are verified on the official trial list where it is there
+Retrieval is over all captions of each sample, and counts each file once, however many samples have it. R@K and the
+other figures of captions stand twice: `R@K` counts equal captions of a file once, and every file that has the words is
+right; `R@K_per_caption` counts as papers do: each caption of each file is a query, equal ones too, and its own file
+alone is right (an equal caption that the list repeats has the features of the first). Equal scores count against the
+model in both. Speakers are verified on the official trial list where it is there
 (cosines of audio_features), else on all pairs of at most `SPEAKER_UTTERANCES` utterances.
 
 Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,19 +32,15 @@ from tqdm import tqdm
 
 import memory
 import metrics
+import trials
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, Config, UserError
-from datasets import Batch, Data, loader
+from datasets import Batch, Data, Split, loader
 from metrics import Figure
 
 ALL = "all"
 WITHOUT_SYMBOLS = "stamps_without_symbols"
-SPEAKER_UTTERANCES = 300  # of at most UTTERANCES_EACH a speaker, where there is no trial list: up to 44,850 pairs
-UTTERANCES_EACH = 10
-TRIAL_FOLDERS = ("voxceleb1", ".", "voxceleb2", "meta", "metadata", "voxceleb1/meta", "voxceleb1/metadata")
-TRIAL_LISTS = (  # cleaned Vox1-O first; the figures of papers are on either. The others are of all speakers
-    "veri_test2.txt", "veri_test.txt", "voxceleb1_test_v2.txt", "list_test_all2.txt", "list_test_all.txt",
-    "list_test_hard2.txt", "list_test_hard.txt")
 SAMPLING_SEED = 0  # of the parts of a split that are used; never the training seed, so that runs compare
+PER_CAPTION = "_per_caption"  # ends the names of retrieval figures as papers count them
 
 Figures = dict[str, dict[str, dict[str, Figure]]]
 
@@ -64,6 +63,7 @@ class Items:
 
     features_NF: Tensor
     rows_N: np.ndarray  # row of each item's sample in the split's table, ascending
+    ids_N: np.ndarray  # int64, equal for equal files (of a sound: and stretches), for captions of equal words
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ class Encoded:
     split: str
     items: dict[str, Items]  # by modality; of text, one item a caption
     answers: dict[str, Answers]  # by modality
-    caption_ids_C: Tensor  # equal for equal normalised captions
     captions_C: np.ndarray  # row of each caption in the table's captions
     facts: dict[str, dict[str, Any]]  # by set, as plain JSON; `score` adds how speakers were tried
 
@@ -115,8 +114,7 @@ def encode_split(model: Any, data: Data, split: str, config: Config, setting: Se
                 gathered.add(batch, table.caption_offsets)
     finally:
         model.train(was_training)
-    rows = np.concatenate([np.empty(0, np.int64), *rows_by_kind.values()])
-    return gathered.result(split, _facts(data, split, rows, gathered))
+    return gathered.result(data.splits[split], split, _facts(data, split, setting.limit, gathered))
 
 
 def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ...], np.ndarray]:
@@ -144,20 +142,24 @@ def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ..
 
 
 def can_score(data: Data, split: str) -> bool:
-    """False where the samples of a split cannot give any figure: all of them need two pictures or two sounds."""
-    kinds = chosen_rows(data, split, None)
-    return any(sum(len(rows) for kind, rows in kinds.items() if name in kind) > 1 for name in ("image", "audio"))
+    """False where the samples of a split cannot give any figure: all of them need two pictures or two sounds, which one
+    file twice is not."""
+    kinds, own = chosen_rows(data, split, None), data.splits[split]
+    return any(len(np.unique(np.concatenate([[], *(ids[rows] for kind, rows in kinds.items() if name in kind)]))) > 1
+               for name, ids in (("image", own.image_ids), ("audio", own.audio_ids)))
 
 
-def _facts(data: Data, split: str, rows: np.ndarray, gathered: "_Gathered") -> dict[str, dict[str, Any]]:
+def _facts(data: Data, split: str, limit: int | None, gathered: "_Gathered") -> dict[str, dict[str, Any]]:
     """Of each set: samples used, samples there are, broken ones, and features that are not finite."""
     table, facts = data.tables[split], {}
+    part, whole = (np.concatenate([np.empty(0, np.int64), *chosen_rows(data, split, most).values()])
+                   for most in (limit, None))
     for code, source in enumerate(table.sources.names):
         there = table.sources.codes == code
-        used = int(there[rows].sum())
+        used = int(there[part].sum())
         seen = int(there[np.array(sorted(gathered.seen), np.int64)].sum())
         facts[source] = {"samples": used, "of": int(there.sum()), "broken": used - seen,
-                         "subset_seed": SAMPLING_SEED if used < there.sum() else None,
+                         "subset_seed": SAMPLING_SEED if used < there[whole].sum() else None,
                          "nonfinite": gathered.nonfinite(there)}
     return facts
 
@@ -172,7 +174,6 @@ class _Gathered:
         self.features: dict[str, list[Tensor]] = {name: [] for name in MODALITIES}
         self.rows: dict[str, list[np.ndarray]] = {name: [] for name in MODALITIES}
         self.answers: dict[str, list[Answers]] = {name: [] for name in MODALITIES}
-        self.caption_ids: list[Tensor] = []
         self.captions: list[np.ndarray] = []
 
     def add(self, batch: Batch, caption_offsets: np.ndarray) -> None:
@@ -187,11 +188,9 @@ class _Gathered:
                 found = self._in_parts("audio", self._audio(batch), batch.audio, batch.audio_lengths, windows=windows)
                 self._keep("audio", rows, batch, found)
             if batch.input_ids is not None:
-                assert batch.caption_owner is not None and batch.caption_ids is not None
-                assert batch.attention_mask is not None
+                assert batch.caption_owner is not None and batch.attention_mask is not None
                 found = self._in_parts("text", self._text, batch.input_ids, batch.attention_mask)
                 self._keep("text", rows[batch.caption_owner.numpy()], batch, found)
-                self.caption_ids.append(batch.caption_ids)
                 self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
 
     def _in_parts(self, name: str, encode: Callable[..., dict[str, Tensor]], *inputs: Tensor,
@@ -262,21 +261,22 @@ class _Gathered:
             counts[name] = metrics.count_nonfinite(features[own.to(features.device)])
         return {name: count for name, count in counts.items() if count}
 
-    def result(self, split: str, facts: dict[str, dict[str, Any]]) -> Encoded:
+    def result(self, own: Split, name: str, facts: dict[str, dict[str, Any]]) -> Encoded:
         """Everything in order of rows, so that sets and pairs can be picked out by searching."""
-        items = {}
-        ids, captions = torch.empty(0, dtype=torch.int64), np.empty(0, np.int64)
-        for name in (name for name in MODALITIES if self.rows[name]):
-            rows = np.concatenate(self.rows[name])
+        items, captions = {}, np.empty(0, np.int64)
+        for modality in (modality for modality in MODALITIES if self.rows[modality]):
+            rows = np.concatenate(self.rows[modality])
             order = np.argsort(rows, kind="stable")
-            items[name] = Items(_rows(torch.cat(self.features[name]), order), rows[order])
-            if name == "text":
-                ids = torch.cat(self.caption_ids)[torch.from_numpy(order)]
+            if modality == "text":
                 captions = np.concatenate(self.captions)[order]
-        answers = {name: Answers(torch.cat([p.logits_NK for p in parts]), torch.cat([p.concepts_NK for p in parts]),
-                                 np.concatenate([p.rows_N for p in parts]))
-                   for name, parts in self.answers.items() if parts}
-        return Encoded(split, items, answers, ids, captions, facts)
+                ids = own.caption_ids[captions]
+            else:
+                ids = (own.image_ids if modality == "image" else own.audio_ids)[rows[order]]
+            items[modality] = Items(_rows(torch.cat(self.features[modality]), order), rows[order], ids)
+        answers = {modality: Answers(torch.cat([p.logits_NK for p in parts]), torch.cat([p.concepts_NK for p in parts]),
+                                     np.concatenate([p.rows_N for p in parts]))
+                   for modality, parts in self.answers.items() if parts}
+        return Encoded(name, items, answers, captions, facts)
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------------
@@ -288,10 +288,10 @@ def score(encoded: Encoded, data: Data, config: Config) -> Figures:
     options = metrics.Options(tile=config.evaluation.tile, resamples=config.evaluation.resamples)
     figures: Figures = {}
     for name, members in _sets(data, encoded.split):
-        pairs = {"image-text": _retrieval(encoded, ("image", "text"), members, options)}
+        pairs = {"image-text": _retrieval(encoded, data, ("image", "text"), members, options)}
         if name != WITHOUT_SYMBOLS:
-            pairs["audio-text"] = _retrieval(encoded, ("audio", "text"), members, options)
-            pairs["image-audio"] = _retrieval(encoded, ("image", "audio"), members, options)
+            pairs["audio-text"] = _retrieval(encoded, data, ("audio", "text"), members, options)
+            pairs["image-audio"] = _retrieval(encoded, data, ("image", "audio"), members, options)
             for modality in ("image", "audio"):
                 pairs[f"{modality}-concepts"] = _concepts(encoded, modality, members, options)
             if name != ALL:
@@ -326,25 +326,59 @@ def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:
                 yield WITHOUT_SYMBOLS, plain
 
 
-def _paired(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Items of both modalities whose samples have both, and for each of the second the place of its sample's first."""
+@dataclass(frozen=True)
+class _Pairs:
+    """Items of two modalities whose samples have both; of the first modality one item for each file."""
+
+    left: np.ndarray  # places of the first modality's items
+    right: np.ndarray  # places of the second's
+    owners: np.ndarray  # of each on the right, which on the left belongs to it
+    ids: np.ndarray  # of those on the right, see Items
+
+
+def _paired(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pairs:
     if not set(pair) <= encoded.items.keys():
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
-    first, second = (encoded.items[name].rows_N for name in pair)
-    left = np.flatnonzero(members[first] & np.isin(first, second))
-    right = np.flatnonzero(members[second] & np.isin(second, first))
-    return left, right, np.searchsorted(first[left], second[right])
+        return _Pairs(*np.empty((4, 0), np.int64))
+    first, second = (encoded.items[name] for name in pair)
+    left = np.flatnonzero(members[first.rows_N] & np.isin(first.rows_N, second.rows_N))
+    right = np.flatnonzero(members[second.rows_N] & np.isin(second.rows_N, first.rows_N))
+    owners = np.searchsorted(first.rows_N[left], second.rows_N[right])
+    kept, group = _first_of_each(first.ids_N[left])
+    return _Pairs(left[kept], right, group[owners], second.ids_N[right])
 
 
-def _retrieval(encoded: Encoded, pair: tuple[str, str], members: np.ndarray,
+def _first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Place of the first of each id, ascending, and which of these places each has."""
+    _, first, group_N = np.unique(ids_N, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[group_N]
+
+
+def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.ndarray,
                options: metrics.Options) -> dict[str, Figure]:
-    left, right, owners = _paired(encoded, pair, members)
-    if len(left) < 2:
+    """Both directions, each file and each of its wordings once; with captions also as papers count, caption by caption.
+
+    A file that stands in several samples is one, for which all their captions are right.
+    """
+    p = _paired(encoded, pair, members)
+    if len(p.left) < 2:
         return {}
-    first, second = (_rows(encoded.items[name].features_NF, rows) for name, rows in zip(pair, (left, right),
-                                                                                          strict=True))
-    texts = encoded.caption_ids_C[torch.from_numpy(right)] if pair[1] == "text" else None
-    return metrics.retrieval(first, second, torch.from_numpy(owners), texts, names=pair, options=options)
+    first, second = (_rows(encoded.items[name].features_NF, places) for name, places in zip(pair, (p.left, p.right),
+                                                                                            strict=True))
+    texts = pair[1] == "text"
+    _, ids = np.unique(p.ids, return_inverse=True)
+    counted, _ = _first_of_each(p.owners * (ids.max() + 1) + ids if texts else ids)
+    order = np.concatenate([counted, np.setdiff1d(np.arange(len(ids)), counted)])
+    figures = metrics.retrieval(first, _rows(second, counted), torch.from_numpy(p.owners[order]),
+                                torch.from_numpy(ids[order]), names=pair, options=options)
+    if texts:
+        times = data.tables[encoded.split].caption_times[encoded.captions_C[p.right]]
+        each = np.repeat(np.arange(len(p.right)), times)  # equal captions of one clip are so many queries there
+        of_papers = metrics.retrieval(first, _rows(second, each), torch.from_numpy(p.owners[each]), names=pair,
+                                      options=options)
+        figures = {name + suffix: found[name] for name in figures
+                   for suffix, found in (("", figures), (PER_CAPTION, of_papers))}
+    return figures
 
 
 def _rows(features: Tensor, rows: np.ndarray) -> Tensor:
@@ -352,35 +386,22 @@ def _rows(features: Tensor, rows: np.ndarray) -> Tensor:
 
 
 def _concepts(encoded: Encoded, modality: str, members: np.ndarray, options: metrics.Options) -> dict[str, Figure]:
+    """What the classifier says of each file once; its concepts are those of all samples that have it."""
     answers = encoded.answers.get(modality)
     if answers is None:
         return {}
-    own = torch.from_numpy(members[answers.rows_N])
-    if int(own.sum()) < 2:
+    own = np.flatnonzero(members[answers.rows_N])
+    items = encoded.items[modality]
+    first, file_N = _first_of_each(items.ids_N[np.searchsorted(items.rows_N, answers.rows_N[own])])
+    if len(first) < 2:
         return {}
-    return metrics.concept_precision(answers.logits_NK[own], answers.concepts_NK[own],
+    labels_NK = answers.concepts_NK[torch.from_numpy(own)]
+    of_files = torch.zeros(len(first), labels_NK.shape[1]).index_add_(0, torch.from_numpy(file_N), labels_NK.float())
+    return metrics.concept_precision(answers.logits_NK[torch.from_numpy(own[first])], of_files > 0,
                                      name=f"{modality}_to_concepts_mAP", options=options)
 
 
 # ---- speakers ----------------------------------------------------------------------------------------------------
-
-
-def read_trials(path: Path) -> list[tuple[bool, str, str]]:
-    """Lines `1 id10270/x6uYqmx31kE/00001.wav id10270/8jEAjG6SegY/00008.wav` of a trial list; 1 = one speaker.
-
-    Raises:
-        UserError: a line that is none, with its number.
-    """
-    trials = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) != 3 or words[0] not in ("0", "1"):
-            raise UserError(f"{path}, line {number}: expected '1 FILE FILE' or '0 FILE FILE', got {line[:80]!r}; "
-                            "download the list again")
-        trials.append((words[0] == "1", words[1], words[2]))
-    return trials
 
 
 def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
@@ -394,53 +415,18 @@ def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
     if len(np.unique(names)) < 2:
         return {}
     source = table.sources[items.rows_N[places[0]]]
+    ids = items.ids_N[places]
     if source == "voxceleb" and encoded.split == "test":
-        pairs_T2, about = _listed_trials([table.keys[row] for row in items.rows_N[places]], names, config)
+        keys = [table.keys[row] for row in items.rows_N[places]]
+        pairs_T2, about = trials.listed_trials(keys, names, ids, Path(config.paths.data_root) / "voxceleb")
     else:
-        pairs_T2, about = _own_trials(names, "no trial list")
+        pairs_T2, about = trials.own_trials(names, ids, "no trial list")
     encoded.facts[source]["trials"] = about
     same_T = names[pairs_T2[:, 0]] == names[pairs_T2[:, 1]]
     features = _rows(items.features_NF, places).double().cpu()
     scores = torch.cat([(features[part[:, 0]] * features[part[:, 1]]).sum(1)
                         for part in torch.from_numpy(pairs_T2).split(10_000)])
     return metrics.verification(scores.numpy(), same_T, names[pairs_T2], options)
-
-
-def _listed_trials(keys: Sequence[str], names: np.ndarray, config: Config) -> tuple[np.ndarray, str]:
-    """Pairs of places in `keys` from the first list that has any of the utterances that are there, and what list it is;
-    pairs of our own (see `_own_trials`) where there is none."""
-    root = Path(config.paths.data_root) / "voxceleb"
-    place = {key: n for n, key in enumerate(keys)}
-    empty = []
-    for path in (root / folder / name for name in TRIAL_LISTS for folder in TRIAL_FOLDERS):
-        if not path.is_file():
-            continue
-        trials, name = read_trials(path), path.relative_to(root).as_posix()
-        both = ((place.get(_key_of_trial(one)), place.get(_key_of_trial(other))) for _, one, other in trials)
-        pairs = [pair for pair in both if None not in pair]
-        if pairs:
-            return np.array(pairs, np.int64), f"{name}: {len(pairs)} of its {len(trials)} trials have both files here"
-        empty.append(name)
-    return _own_trials(names, f"no trial of {', '.join(empty)} has both files here" if empty else "no trial list")
-
-
-def _key_of_trial(file: str) -> str:
-    """Key of the sample that a list calls SPEAKER/VIDEO/UTTERANCE.wav."""
-    return f"vox1/{os.path.splitext(file)[0]}"
-
-
-def _own_trials(names: np.ndarray, why: str) -> tuple[np.ndarray, str]:
-    """All pairs among at most SPEAKER_UTTERANCES utterances, UTTERANCES_EACH a speaker, drawn by a fixed seed."""
-    order = np.random.default_rng(SAMPLING_SEED).permutation(len(names))
-    by_speaker: dict[str, list[int]] = {}
-    for place in order.tolist():
-        own = by_speaker.setdefault(str(names[place]), [])
-        if len(own) < UTTERANCES_EACH:
-            own.append(place)
-    drawn = np.array([place for own in by_speaker.values() for place in own][:SPEAKER_UTTERANCES], np.int64)
-    first, second = np.triu_indices(len(drawn), k=1)
-    return np.stack([drawn[first], drawn[second]], axis=1), (
-        f"{why}: all {len(first)} pairs of {len(drawn)} utterances drawn by seed {SAMPLING_SEED}")
 
 
 # ---- examples ----------------------------------------------------------------------------------------------------
@@ -455,24 +441,25 @@ def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: i
     log-mel float16 (T, 80), "caption", "score", "right"}]}, best answer first.
     """
     table = data.tables[encoded.split]
-    left, right, owners = _paired(encoded, (modality, "text"), np.ones(len(table), bool))
-    if not len(left):
+    p = _paired(encoded, (modality, "text"), np.ones(len(table), bool))
+    if not len(p.left):
         return []
-    gallery = _rows(encoded.items[modality].features_NF, left)
-    rows_G, ids = encoded.items[modality].rows_N[left], encoded.caption_ids_C.numpy()[right]
-    relation = metrics.Relation(torch.from_numpy(owners), torch.from_numpy(ids), len(left))
-    firsts = np.unique(owners, return_index=True)[1]  # one caption a sample, and each wording once
-    firsts = firsts[np.unique(ids[firsts], return_index=True)[1]]
+    gallery = _rows(encoded.items[modality].features_NF, p.left)
+    rows_G = encoded.items[modality].rows_N[p.left]
+    relation = metrics.Relation(torch.from_numpy(p.owners), torch.from_numpy(p.ids), len(p.left))
+    firsts = np.unique(p.owners, return_index=True)[1]  # one caption a file, and each wording once
+    firsts = firsts[np.unique(p.ids[firsts], return_index=True)[1]]
     chosen = np.sort(np.random.default_rng(SAMPLING_SEED).permutation(firsts)[:queries])
     out = []
     for c in chosen.tolist():
-        query_F = _rows(encoded.items["text"].features_NF, right[c:c + 1])[0]
+        query_F = _rows(encoded.items["text"].features_NF, p.right[c:c + 1])[0]
         scores_G = (gallery @ query_F).nan_to_num(-2.0, -2.0, -2.0).cpu()
-        right_G = relation.tile(slice(0, len(left)), slice(c, c + 1))[:, 0]
+        right_G = relation.tile(slice(0, len(p.left)), slice(c, c + 1))[:, 0]
         rank = 1 + int((scores_G[~right_G] >= scores_G[right_G].max()).sum())
         best = scores_G.sort(descending=True, stable=True).indices[:found].tolist()
-        out.append({"query": table.captions[encoded.captions_C[right[c]]], "source": table.sources[rows_G[owners[c]]],
-                    "modality": modality, "rank": rank, "candidates": len(left),
+        source = table.sources[rows_G[p.owners[c]]]
+        out.append({"query": table.captions[encoded.captions_C[p.right[c]]], "source": source,
+                    "modality": modality, "rank": rank, "candidates": len(p.left),
                     "answers": [{"picture": _picture(data, encoded.split, modality, int(rows_G[g])),
                                  "caption": (table.captions_of(int(rows_G[g])) or ("",))[0],
                                  "score": float(scores_G[g]), "right": bool(right_G[g])} for g in best]})

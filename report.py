@@ -63,10 +63,13 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("results", "Results", "评测结果"),
     ("results_text",
      "Split `{split}`. Chance is the exact expectation under a random order; candidates are what each query chooses "
-     "from. Equal scores count against the model. Intervals: bootstrap over queries, 95 %. Of median_rank, EER and "
-     "minDCF less is better.",
-     "数据划分：`{split}`。“随机水平”是随机排序下的精确期望值，“候选数”是每个查询可选的数量。分数相同时按对模型不利的顺序计算。"
-     "区间为对查询做自助法得到的 95 % 置信区间。median_rank、EER 和 minDCF 越小越好。"),
+     "from, each file once. Equal scores count against the model. Intervals: bootstrap over queries, 95 %. Of "
+     "median_rank, EER and minDCF less is better. R@K counts equal captions of a file once, and every file that has "
+     "the words is right; `_per_caption` counts as papers do: each caption is a query, only its own file is right.",
+     "数据划分：`{split}`。“随机水平”是随机排序下的精确期望值，“候选数”是每个查询可选的数量，同一个文件只算一个。"
+     "分数相同时按对模型不利的顺序计算。区间为对查询做自助法得到的 95 % 置信区间。median_rank、EER 和 minDCF 越小越好。"
+     "R@K 把同一文件的相同描述只算一次，凡有这句话的文件都算正确；"
+     "`_per_caption` 是论文的算法：每句描述都是一个查询，只有它自己的文件算正确。"),
     ("nothing", "Nothing was evaluated: this split has no two samples with two modalities, labels or speakers. Add "
      "lines with this split to the list, or another set.",
      "没有可评测的内容：这一划分里没有两个含两种模态、标签或说话人的样本。请在清单里加上写有这一划分的行，或换用别的数据集。"),
@@ -246,6 +249,13 @@ def format_table(figures: Mapping[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) if n < 3 else cell.rjust(width)
                        for n, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def format_notes(facts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a reader of the table must know, a line a set: a part of it only, files left out, bad features, trials."""
+    say = {key: words["en"] for key, words in PHRASES.items()}
+    return "".join(f"\n{name}: {_note(own, say)}" for name, own in facts.items() if own["samples"] < own["of"]
+                   or own["subset_seed"] is not None or any(own.get(key) for key in ("broken", "nonfinite", "trials")))
 
 
 def _distinct(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -314,6 +314,15 @@ def retrieval_figures(run: Run) -> dict[str, float]:
             for name, figure in figures.items() if figure["value"] is not None}
 
 
+def first_recalls(figures: Mapping[str, float]) -> str:
+    """R@1 of each direction, and beside it that of papers, as an epoch's line tells them."""
+    shown = ""
+    for name in (name for name in figures if name.endswith("R@1")):
+        of_papers = figures.get(name + protocols.PER_CAPTION)
+        shown += f"  {name} {figures[name]:.3f}" + (f" ({of_papers:.3f} per caption)" if of_papers is not None else "")
+    return shown
+
+
 def show_examples(run: Run) -> None:
     """A grid of what a few validation captions find, as a picture in TensorBoard."""
     setting = encoding(run, concepts=False, limit=200)
@@ -350,7 +359,7 @@ def finish(run: Run) -> Path:
     setting = encoding(run)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
     if figures:
-        run.tracker.say(report.format_table(figures))
+        run.tracker.say(report.format_table(figures) + report.format_notes(encoded.facts))
     else:
         run.tracker.event(f"Evaluation: {NO_TEST}; {ADD_TEST}", run.progress.step)
     count = run.config.report.gallery_queries

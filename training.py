@@ -34,6 +34,7 @@ from runs import (
     TrainingError,
     claim_folder,
     finish,
+    first_recalls,
     last_checkpoint,
     open_run,
     remember_best,
@@ -476,7 +477,6 @@ def validate(run: Run, stage: Stage, log: StepLog) -> None:
     run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
                             "parts": parts, "metrics": figures, "seconds": time.perf_counter() - start_s})
     mean = progress.loss_sum / progress.losses if progress.losses else float("nan")
-    shown = "".join(f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("R@1"))
     run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}  "
-                    f"validation {loss:.4f}{' *' if best else ''}{shown}  {log.samples_per_s:.0f} samples/s  "
-                    f"waiting {log.clock.wait_pct:.0f} %")
+                    f"validation {loss:.4f}{' *' if best else ''}{first_recalls(figures)}  "
+                    f"{log.samples_per_s:.0f} samples/s  waiting {log.clock.wait_pct:.0f} %")

@@ -94,7 +94,8 @@ def test_every_kind_of_record_is_there_with_all_its_parts(finished: Finished) ->
         ("pretrain", 1), ("align", 2), ("align", 3), ("finetune", 4)]
     assert validations[0]["metrics"] == {} and validations[0]["parts"].keys() == {
         "masked_image", "masked_audio"}
-    assert {"image_to_text_R@1", "text_to_image_median_rank", "text_to_audio_R@10"} <= validations[1]["metrics"].keys()
+    assert {"image_to_text_R@1", "image_to_text_R@1_per_caption", "text_to_image_median_rank",
+            "text_to_audio_R@10"} <= validations[1]["metrics"].keys()
     assert validations[3]["parts"].keys() == {
         "contrastive_image_text", "matching", "matching_accuracy", "concepts"}
     stages = records(finished.folder, "stage")
@@ -139,7 +140,8 @@ def test_what_is_printed(finished: Finished) -> None:
         "[pretrain]", "[align]", "[align]", "[finetune]"]
     assert [line.split()[0] for line in lines if line.startswith("[") and " memory: " in line] == [
         "[pretrain]", "[align]", "[finetune]"]
-    assert any(line.startswith("[align] epoch 3/4 ") and "image_to_text_R@1" in line for line in lines)
+    assert any(line.startswith("[align] epoch 3/4 ") and "image_to_text_R@1" in line and " per caption)" in line
+               for line in lines)
     [markdown] = (finished.folder / "reports").glob("*.md")
     assert_names(lines[-1], markdown)
     assert markdown.read_text("utf-8").startswith("# ")
@@ -152,6 +154,7 @@ def test_tensorboard_shows_curves_and_found_pictures(finished: Finished) -> None
     board.Reload()
     tags = board.Tags()
     assert {"loss/pretrain", "loss/align", "loss/finetune", "validation/align/loss", "retrieval/image_to_text_R@1",
+            "retrieval/image_to_text_R@1_per_caption",
             "train/lr", "train/data_wait_pct", "temperature/image_text"} <= set(tags["scalars"])
     assert {"examples/image", "examples/audio"} <= set(tags["images"])
 

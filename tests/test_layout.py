@@ -44,7 +44,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # what a run writes
     "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
     # runs
-    "protocols": "config datasets metrics memory",
+    "trials": "config",
+    "protocols": "config datasets metrics memory trials",
     "planning": "config model datasets steps losses memory budget distributed footprint shapes optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
             "redaction",

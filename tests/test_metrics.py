@@ -59,6 +59,35 @@ def test_retrieval_equals_the_naive_reference_with_ties_and_duplicates(seed, til
             assert figures[f"{prefix}_{name}"]["value"] == pytest.approx(expected[name], abs=1e-12), (prefix, name)
 
 
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.repetition) for n in range(2, 6))])
+def test_caption_by_caption_equals_the_naive_reference_with_ties(seed):
+    """As papers count: equal words are of no interest, and a caption's own sample alone is right for it."""
+    left, right, owners, _ = _case(seed)
+    figures = metrics.retrieval(left, right, owners, options=QUIET)
+    own = owners == torch.arange(len(left))[:, None]
+    for prefix, scores, mask in (("image_to_text", left @ right.T, own), ("text_to_image", right @ left.T, own.T)):
+        for name, value in _naive_direction(scores, mask).items():
+            if name != "rank":
+                assert figures[f"{prefix}_{name}"]["value"] == pytest.approx(value, abs=1e-12), name
+    assert figures["text_to_image_R@1"]["chance"] == pytest.approx(1 / 23)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_captions_that_are_not_counted_tell_what_is_right(seed):
+    """One of each text is a query and a candidate; right for it are the samples of all that carry it."""
+    left, right, owners, texts = _case(seed)
+    counted = torch.tensor(sorted({int(t): i for i, t in reversed(list(enumerate(texts.tolist())))}.values()))
+    order = torch.cat([counted, torch.tensor([i for i in range(len(texts)) if i not in counted.tolist()])])
+    figures = metrics.retrieval(left, right[counted], owners[order], texts[order], options=QUIET)
+    relevant = _relevance(owners, texts, len(left))[:, counted]
+    for prefix, scores, mask in (("image_to_text", left @ right[counted].T, relevant),
+                                 ("text_to_image", right[counted] @ left.T, relevant.T)):
+        for name, value in _naive_direction(scores, mask).items():
+            if name != "rank":
+                assert figures[f"{prefix}_{name}"]["value"] == pytest.approx(value, abs=1e-12), name
+    assert figures["text_to_image_R@1"]["queries"] == len(counted) == figures["image_to_text_R@1"]["candidates"]
+
+
 def test_float32_unit_features_give_the_float64_answer_where_it_is_clear():
     """Rounding moves a score by less than 100 of its last places; where no wrong item is that near, ranks are equal."""
     g = torch.Generator().manual_seed(1)
@@ -244,6 +273,12 @@ def test_concept_precision_of_constant_and_nan_scores_is_at_most_chance():
         figure = metrics.concept_precision(scores, labels)["mAP"]
         assert figure["value"] <= figure["chance"]
     assert metrics.concept_precision(torch.zeros(60, 5), torch.zeros(60, 5)) == {}
+
+
+def test_a_score_of_infinity_wins_nothing():
+    labels = torch.eye(20, dtype=torch.bool)
+    scores = torch.zeros(20, 20).masked_fill(labels, math.inf)
+    assert metrics.concept_precision(scores, labels)["mAP"]["value"] == pytest.approx(1 / 20)
 
 
 def _naive_detection(scores, same, p):

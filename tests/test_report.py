@@ -171,6 +171,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_the_terminal_is_told_what_the_figures_leave_out():
+    facts = _run()["evaluation"]["facts"]
+    whole: dict = {"samples": 5, "of": 5, "broken": 0, "subset_seed": None, "nonfinite": {}}
+    text = report.format_notes({"whole": whole, **facts})
+    assert text.startswith("\nstamps: ") and len(text.splitlines()) == 2 and "whole" not in text
+    for note in (say("samples", samples=90, of=100), say("subset", subset_seed=0), say("broken", broken=2)):
+        assert note in text
+    assert "all pairs" in text
+    assert report.format_notes({"whole": whole}) == ""
+
+
 def test_the_terminal_table_is_aligned():
     figures = {"stamps": {"image-text": {"image_to_text_R@1": _figure(), "text_to_image_median_rank": _figure(7.0)}},
                "a_set_with_a_long_name": {"speakers": {"EER": {**_figure(math.nan), "low": None, "high": None}}}}

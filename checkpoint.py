@@ -22,7 +22,7 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from files import BESIDE, replacing
+from files import BESIDE, replacing, set_aside
 
 SCHEMA = 1  # raised when a reader of the older layout would misread the newer one
 ROOM = 1.02  # times the bytes of the tensors
@@ -35,6 +35,10 @@ _FOOTER_BYTES = len(_MARK) + 64
 _CALLS = re.compile(r"collections OrderedDict|torch \w+|torch\._utils _rebuild_tensor_v[23]|"
                     r"torch\.storage UntypedStorage")  # of tensors
 _EPOCH_FILE = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
+_OWN_NAMES = (r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt|model\.safetensors|"
+              r"config(_\d+)?\.(json|yaml)|bad_step_\d+\.pt|metrics\.jsonl|report_\d{8}_\d{6}\w*\.(json|md|png)|\.\w+\.json|"
+              r"events\.out\.tfevents\..+")
+_LEFTOVER = re.compile(rf"({_OWN_NAMES})\.\d+{re.escape(BESIDE)}")  # of `replacing`
 
 
 class CheckpointError(ValueError):
@@ -44,7 +48,8 @@ class CheckpointError(ValueError):
 def save(state: Mapping[str, Any], path: str | Path) -> None:
     """Write `state` at `path`, whole or not at all; an earlier file stays until the new one is safely on the disk.
 
-    Tensors are saved as CPU tensors. A "schema" key is added where `state` has none.
+    Tensors are saved as CPU tensors. A "schema" key is added where `state` has none. A file there that `save` did not
+    write is set aside first, and a line says so.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the temporary file is gone.
@@ -56,6 +61,8 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             write_with_digest(content, cast(BinaryIO, file))
+            if os.path.lexists(path) and not is_own(path):
+                set_aside(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)}); an earlier file there is unchanged. "
                               "Free space there") from None
@@ -134,6 +141,18 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     return state
 
 
+def is_own(path: str | Path) -> bool:
+    """Whether a file, and no link to one, ends as `save` ends its files; the rest of it is not looked at."""
+    path = Path(path)
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            return _read_at(file, file.seek(0, os.SEEK_END) - _FOOTER_BYTES, _FOOTER_BYTES).startswith(_MARK)
+    except OSError:
+        return False
+
+
 def verify(path: str | Path) -> None:
     """Read the whole file and compare its digest; touches no pickle.
 
@@ -167,10 +186,10 @@ def find_latest(folder: str | Path, say: Callable[[str], None] = print) -> Path 
 def rotate(folder: str | Path, keep_last: int, keep_every: int = 10) -> list[Path]:
     """Delete all `checkpoint_epoch_*.pt` but the newest `keep_last` and every `keep_every`-th epoch (0: none of these).
 
-    Other files (best_model.pt, final_model.pt) are never touched. Returns what was deleted.
+    Other files (best_model.pt, final_model.pt, what `save` did not write) are never touched. Returns what was deleted.
     """
     removed = []
-    for path in _by_age(folder)[keep_last:]:
+    for path in [path for path in _by_age(folder) if is_own(path)][keep_last:]:
         epoch, step = _position(path)
         whole_epoch = step == float("inf")
         if not (keep_every and whole_epoch and epoch % keep_every == 0):
@@ -179,17 +198,16 @@ def rotate(folder: str | Path, keep_last: int, keep_every: int = 10) -> list[Pat
     return removed
 
 
-def remove_later(path: str | Path) -> None:
-    """Delete each `checkpoint_epoch_*.pt` that lies further on than `path`: of a run that went on from before them."""
+def later_than(path: str | Path) -> list[Path]:
+    """Each `checkpoint_epoch_*.pt` of ours beside `path` that lies further on than it."""
     path = Path(path)
-    for other in _by_age(path.parent):
-        if _position(other) > _position(path):
-            other.unlink(missing_ok=True)
+    return [other for other in _by_age(path.parent) if _position(other) > _position(path) and is_own(other)]
 
 
 def remove_leftovers(folder: str | Path) -> list[Path]:
     """Delete the temporary files of a run that was killed while writing; call it before a run writes."""
-    found = sorted(Path(folder).glob(f"*.[0-9]*{BESIDE}"))  # NAME.PROCESS.tmp, and nothing of the user's
+    folder = Path(folder)
+    found = sorted(path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)) if folder.is_dir() else []
     for path in found:
         path.unlink(missing_ok=True)
     return found

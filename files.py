@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import itertools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,46 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         with contextlib.suppress(OSError):  # renamed already, or the disk is read-only
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def appearing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """As `replacing`, but never over what is there: raises FileExistsError instead."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{BESIDE}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a disk without links
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            os.rename(temporary, path)
+        try:
+            sync_folder(path.parent)
+        except OSError:
+            path.unlink()
+            raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def set_aside(path: Path, *, copy: bool = False) -> Path:
+    """Rename, or copy, what is not ours and in the way to NAME.old or the next free name, and say so; its new path."""
+    names = (f"{path.name}.old{number or ''}" for number in itertools.count())
+    place = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
+    if copy:
+        shutil.copy2(path, place)
+    else:
+        os.rename(path, place)
+    print(f"{path}: not as this project wrote it; what was there is kept as {place.name}", flush=True)
+    return place
 
 
 def check_writable(folder: Path) -> None:
@@ -97,7 +139,7 @@ def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[bool]
     """
     place = path.with_name(f"{path.name}.lock")
     while True:
-        with place.open("w") as file:
+        with place.open("a") as file:
             try:
                 held = take_lock(file)
             except BlockingIOError:
@@ -110,7 +152,8 @@ def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[bool]
             try:
                 yield held
             finally:
-                place.unlink(missing_ok=True)
+                if not os.fstat(file.fileno()).st_size:  # else it is another's, of the same name
+                    place.unlink(missing_ok=True)
             return
 
 

@@ -41,7 +41,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from files import replacing
+from files import appearing
 from plots import flat_values, loss_curves, progress_curves, retrieval_grid
 from redaction import redacted
 
@@ -122,25 +122,21 @@ def write_report(folder: Path, run: Mapping[str, Any], records: Sequence[Mapping
     """
     folder.mkdir(parents=True, exist_ok=True)
     now = now or datetime.datetime.now().astimezone()
-    while (folder / f"{_stem(now)}.json").exists():  # two reports within a second
-        now += datetime.timedelta(seconds=1)
-    stem = _stem(now)
     pictures = {"losses": loss_curves(records), "progress": progress_curves(records)}
     for modality in ("image", "audio"):
         rows = [row for row in gallery if row["modality"] == modality]
         pictures[f"gallery_{modality}"] = _png(retrieval_grid(rows)) if rows else None
-    files: dict[str, str | None] = {"markdown": f"{stem}.md"}
-    for name, content in pictures.items():
-        files[name] = f"{stem}_{name}.png" if content else None
-        if content:
-            write_whole(folder / f"{stem}_{name}.png", content)
-    report = compose(run, records, gallery, now) | {"files": files}
-    markdown = folder / f"{stem}.md"
-    write_whole(markdown, render(report, language).encode("utf-8", "backslashreplace"))
-    path = folder / f"{stem}.json"
-    write_whole(path, json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
-                .encode("utf-8", "backslashreplace"))
-    return path, markdown
+    while True:
+        stem = now.strftime("report_%Y%m%d_%H%M%S")
+        files: dict[str, str | None] = {"markdown": f"{stem}.md"}
+        files |= {name: f"{stem}_{name}.png" if content else None for name, content in pictures.items()}
+        report = compose(run, records, gallery, now) | {"files": files}
+        words = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
+        contents = {f"{stem}_{name}.png": content for name, content in pictures.items() if content}
+        contents |= {f"{stem}.md": _bytes(render(report, language)), f"{stem}.json": _bytes(words)}
+        if not any(path.name.startswith(stem) for path in folder.iterdir()) and write_new(folder, contents):
+            return folder / f"{stem}.json", folder / f"{stem}.md"
+        now += datetime.timedelta(seconds=1)  # two reports within a second, or files of the user
 
 
 def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], gallery: Sequence[Mapping[str, Any]],
@@ -175,13 +171,25 @@ def environment(run: Mapping[str, Any]) -> dict[str, Any]:
             "git_changed": None if changed is None else bool(changed), "packages": packages}
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
+def write_new(folder: Path, contents: Mapping[str, bytes]) -> bool:
+    """Write files by name, all or none of them, and none over one that is there: then False."""
+    written = list[Path]()
+    try:
+        for name, content in contents.items():
+            with appearing(folder / name) as file:
+                file.write(content)
+            written.append(folder / name)
+    except OSError as error:
+        for path in written:
+            path.unlink()
+        if isinstance(error, FileExistsError):
+            return False
+        raise
+    return True
 
 
-def _stem(now: datetime.datetime) -> str:
-    return now.strftime("report_%Y%m%d_%H%M%S")
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _git(*arguments: str) -> str | None:

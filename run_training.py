@@ -44,7 +44,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", metavar="RATE", help="peak learning rate (default 1e-4)")
     parser.add_argument("--resume", metavar="PATH", help="a checkpoint_epoch_N.pt to go on from, or 'auto': the newest "
                         "good one in the output folder, or a fresh start (default None)")
-    parser.add_argument("--overwrite", action="store_true", help="delete the earlier run in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete what the earlier run in the "
+                        "output folder wrote; other files stay")
     parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings (default config.yaml)")
     parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(DATASETS)}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import yaml
 
 import memory
 import model as model_module
+import outputs
 import protocols
 import report
 from checkpoint import (
@@ -23,15 +23,15 @@ from checkpoint import (
     describe_mismatch,
     export,
     find_latest,
+    is_own,
     plain,
-    remove_later,
     remove_leftovers,
 )
 from checkpoint import save as save_file
 from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
 from distributed import World
-from files import check_writable, replacing, take_lock
+from files import check_writable, take_lock
 from model import TriModalModel
 from redaction import command_line, redacted
 from tracking import SilentTracker, Tracker, read_records
@@ -126,18 +126,17 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     if not world.is_main:
         return run
     if options.overwrite:
-        _delete_run(folder)  # not before all that could fail has been tried
+        outputs.remove_run(folder)  # not before all that could fail has been tried
     for part in ("", *PARTS):
         remove_leftovers(folder / part)
-    with replacing(folder / "config.yaml", "w") as file:
-        yaml.safe_dump(redacted(config.to_dict()), file, sort_keys=False, allow_unicode=True)
-    if state:  # what lies further on goes as a whole: checkpoints, then records
-        remove_later(folder / "checkpoints" / checkpoint_name(progress))
+    back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step) if state else None
+    outputs.write_settings(folder, yaml.safe_dump(redacted(config.to_dict()), sort_keys=False, allow_unicode=True))
     run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
         within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""
-        run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step})", progress.step,
+        moved = f"; what came after it is in {back}" if back else ""
+        run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step}){moved}", progress.step,
                           resumed=True)
     if not protocols.can_score(data, "test"):
         run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
@@ -154,8 +153,9 @@ def read_data(config: Config, state: Mapping[str, Any] | None, *, fill_cache: bo
 
 def parts_in_use(folder: Path) -> list[str]:
     """What an earlier run has left in an output folder."""
-    parts = {"checkpoints": folder.glob("checkpoints/*"), "logs/metrics.jsonl": folder.glob("logs/metrics.jsonl")}
-    return [name for name, paths in parts.items() if any(path.stat().st_size for path in paths)]
+    models = [path for path in folder.glob("checkpoints/*") if outputs.is_model(path.name)]
+    parts = {"checkpoints": models, "logs/metrics.jsonl": [folder / outputs.LOG]}
+    return [name for name, paths in parts.items() if any(path.exists() and path.stat().st_size for path in paths)]
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,15 @@ def claim_folder(folder: Path, options: Options, world: World | None = None) -> 
 
 
 def _claim(folder: Path, options: Options) -> IO[str]:
-    used = parts_in_use(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / LOCK, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
     hold(lock, folder)
+    if place := outputs.finish_going_back(folder):
+        print(f"What a run that went back had left further on is now in {place}")
+    used = parts_in_use(folder)
     if used and not options.overwrite and not is_within(options.resume, folder):
         lock.close()
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
@@ -215,15 +217,6 @@ def hold(lock: IO[str], folder: Path) -> None:
                         "another --output-dir") from None
     if not held:
         print(f"{folder}: this file system has no locks: see to it that no second run uses it")
-
-
-def _delete_run(folder: Path) -> None:
-    """Checkpoints and logs of an earlier run; what this one has found out about its files stays."""
-    shutil.rmtree(folder / "checkpoints")
-    (folder / "checkpoints").mkdir()
-    shutil.rmtree(folder / "logs" / "tensorboard", ignore_errors=True)
-    for path in (folder / "logs" / "metrics.jsonl", *(folder / "logs").glob("bad_step_*.pt")):
-        path.unlink(missing_ok=True)
 
 
 def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> TriModalModel:
@@ -338,8 +331,9 @@ def _check_room_for_the_end(run: Run) -> None:
     """Before the evaluation, which takes long. A file that is there already is replaced, and gives its room."""
     folder, weights = run.folder / "checkpoints", run.model.state_dict()
     try:
-        check_room(folder, *(weights for name in ("final_model.pt", "model.safetensors")
-                             if not (folder / name).exists()))
+        check_room(folder, *(weights for name, is_ours in (
+            ("final_model.pt", is_own(folder / "final_model.pt")),
+            ("model.safetensors", outputs.is_listed(run.folder, folder / "model.safetensors"))) if not is_ours))
     except CheckpointError as error:
         raise UserError(f"{error}; {AT_THE_END}") from None
 
@@ -378,7 +372,8 @@ def finish(run: Run) -> Path:
         final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
                  "progress": vars(run.progress).copy()}
         save_file(final, run.folder / "checkpoints" / "final_model.pt")
-        export(final, run.folder / "checkpoints" / "model.safetensors")
+        with outputs.writing(run.folder, *(f"checkpoints/{name}" for name in outputs.EXPORTS)):
+            export(final, run.folder / "checkpoints" / outputs.EXPORTS[0])
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
                                           language=run.config.report.language, gallery=gallery)
     except (CheckpointError, OSError) as error:

@@ -9,15 +9,18 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from files import replacing
+from files import replacing, set_aside
 from redaction import redact, redacted
+
+EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
 
 
 class Tracker:
@@ -29,9 +32,10 @@ class Tracker:
         logs.mkdir(parents=True, exist_ok=True)
         self.path = logs / "metrics.jsonl"
         if self.path.exists():
-            _drop_after(self.path, last_step)
+            drop_after(self.path, last_step)
         self.file = open(self.path, "ab")
-        self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10)
+        self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10,
+                                   filename_suffix=EVENTS)
         self.bar: Any = None
         self.has_lost = False
 
@@ -161,10 +165,56 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _drop_after(path: Path, last_step: int) -> None:
+def is_own_log(path: Path) -> bool:
+    """Whether all lines of a metrics.jsonl are records of a run, whole or cut off."""
+    begin = _line({"kind": ""})[:10]
+    return path.is_file() and all(line.startswith(begin) or begin.startswith(line)
+                                  for line in path.read_bytes().split(b"\n"))
+
+
+def drop_after(path: Path, last_step: int) -> None:
+    """Leave the records up to a step in a metrics.jsonl, wherever it is linked to. One that holds lines of others is
+    kept beside as it was."""
+    path = Path(os.path.realpath(path))
     kept = [record for record in read_records(path) if record.get("step", 0) <= last_step]
+    if not is_own_log(path):
+        set_aside(path, copy=True)
     with replacing(path) as file:
         file.writelines(map(_line, kept))
+
+
+def event_files(folder: Path) -> list[Path]:
+    """The event files of ours, oldest first, as TensorBoard orders them: by name."""
+    return sorted(path for path in folder.glob(f"events.out.tfevents.*{EVENTS}") if not path.is_symlink())
+
+
+def keep_events(sources: Iterable[Path], target: Path, last_step: int) -> None:
+    """Write an event file that holds what TensorBoard's reader shows of `sources` up to a step. The server behind its
+    page knows no purge_step: it shows all that any file in the folder holds."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    head, kept = b"", dict[tuple[int, str], bytes]()
+    for path in sources:
+        for frame in _frames(path):
+            event = Event.FromString(frame[12:-4])
+            if event.HasField("file_version"):
+                head = head or frame
+            elif event.HasField("session_log"):  # what an attempt before it left from there on counts no more
+                kept = {key: one for key, one in kept.items() if key[0] < event.step}
+            elif event.step <= last_step:
+                kept[event.step, " ".join(value.tag for value in event.summary.value)] = frame
+    with replacing(target) as file:
+        file.writelines([head, *(kept[key] for key in sorted(kept))])
+
+
+def _frames(path: Path) -> Iterator[bytes]:
+    """The records of an event file with their lengths and checksums, up to one that was cut off."""
+    with open(path, "rb") as file:
+        while len(length := file.read(12)) == 12:
+            size = struct.unpack_from("<Q", length)[0] + 4
+            if len(rest := file.read(size)) < size:
+                return
+            yield length + rest
 
 
 def _finite(value: Any) -> Any:

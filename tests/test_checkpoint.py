@@ -178,7 +178,7 @@ def _save_on_and_on(path: Path, word: Connection) -> None:
 
 @pytest.mark.timed
 def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path, all_repetitions):
-    path, context = tmp_path / "a.pt", forked.context()
+    path, context = tmp_path / "best_model.pt", forked.context()
     for attempt in range(25 if all_repetitions else 3):
         ours, its = context.Pipe()
         process = context.Process(target=_save_on_and_on, args=(path, its))
@@ -191,7 +191,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path, all_repetitions):
         state = checkpoint.load(path)
         assert torch.equal(state["w"], torch.full((300_000,), state["i"]))
     checkpoint.remove_leftovers(tmp_path)
-    assert os.listdir(tmp_path) == ["a.pt"]
+    assert os.listdir(tmp_path) == ["best_model.pt"]
 
 
 def fill(folder: Path, *names: str) -> None:

@@ -43,12 +43,13 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "distributed": "config",
     # what a run writes
     "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
+    "outputs": "checkpoint files tracking",
     # runs
     "trials": "config",
     "protocols": "config datasets metrics memory trials",
     "planning": "config model datasets steps losses memory budget distributed footprint shapes optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
-            "redaction",
+            "redaction outputs",
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",

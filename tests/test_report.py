@@ -157,18 +157,40 @@ def test_two_reports_in_one_second_do_not_overwrite_each_other(tmp_path):
     assert markdown.read_text("utf-8").startswith(f"# {say('title_evaluation', 'zh')}\n"), "unless asked otherwise"
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
-    report.write_whole(path, b"old")
+@pytest.mark.parametrize("taken", [".md", ".json", "_losses.png", "_of_mine.txt"])
+def test_a_report_never_takes_the_name_of_a_file_that_is_there(tmp_path, taken):
+    (tmp_path / f"report_20260304_050607{taken}").write_text("of the user")
+    path, markdown = report.write_report(tmp_path, _run(), _records(), now=NOW)
+    assert path.stem == markdown.stem == "report_20260304_050608"
+    assert (tmp_path / f"report_20260304_050607{taken}").read_text() == "of the user"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_two_reports_at_one_moment_neither_overwrites_the_other(tmp_path, monkeypatch, has_links):
+    """The other one appears between our look into the folder and our last file."""
+    def link(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", link)
+    (tmp_path / "b").write_bytes(b"other")
+    assert not report.write_new(tmp_path, {"a": b"new", "b": b"new", "c": b"new"})
+    assert [path.name for path in tmp_path.iterdir()] == ["b"] and (tmp_path / "b").read_bytes() == b"other"
+    assert report.write_new(tmp_path, {"a": b"new"}) and (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
+    calls = []
 
     def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        calls.append(descriptor)
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as caught:
-        report.write_whole(path, b"new")
-    assert caught.value.errno == errno.ENOSPC
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+        report.write_report(tmp_path, _run(), _records(), now=NOW)
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
 
 
 def test_the_terminal_is_told_what_the_figures_leave_out():

@@ -90,11 +90,15 @@ def test_what_could_not_be_saved_is_not_said_to_be(small: SmallRuns, tmp_path: P
     assert_names(str(stop.value), "SIGTERM", 0, "--resume auto")
 
 
-def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(small: SmallRuns, tmp_path: Path) -> None:
+def test_old_checkpoints_that_cannot_be_deleted_cost_nothing(small: SmallRuns, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     saver = saver_of(small.open(tmp_path, "training.keep_checkpoints=1"))
-    (tmp_path / "checkpoints" / "checkpoint_epoch_1.pt").mkdir()
-    saver.run.progress.epoch = 2
+    saver.run.progress.epoch = 1
     saver.save("pretrain", dict)
+    saver.run.progress.epoch = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: no_space(0))
+        saver.save("pretrain", dict)
     assert saver.has_saved and (tmp_path / "checkpoints" / "checkpoint_epoch_2.pt").is_file()
     [event] = records(tmp_path, "event")
     assert_names(event["message"], tmp_path / "checkpoints")

@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+import media
+import videos
+from videos import Bounds, BrokenVideo
+
 # What may be decoded. All of it is checked before memory is taken for pixels.
 MAX_PIXELS = 89_000_000  # just below the size at which Pillow warns; 267 MB as RGB
 MAX_SIDES_RATIO = 100  # a strip of which a square would show next to nothing; panoramas stay below 20
 MAX_FILE_BYTES = 1_000_000_000  # some decoders read all of a file first; 89 million 16-bit RGBA pixels are 712 MB
 MAX_SKIPPED_FRAMES = 3_000  # of a video, from a key frame to its middle: two minutes at 25 a second
-# Others are not tried: Pillow hands EPS to another program, FFmpeg opens the files and addresses that a playlist names.
+# Others are not tried: Pillow hands EPS to another program.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # AVIF: from Pillow 11.3 on
-VIDEO_FORMATS = "mov,matroska,avi,mpegts"
 WHITE = 255
 MAX_ASPECT = 8  # the cache keeps the long side within this multiple of the short side it was asked for
 MAX_CROP_ASPECT = 4 / 3  # of the windows that `augment` cuts
@@ -35,21 +37,19 @@ def decode_image(path: str | Path) -> np.ndarray:
     grey and 16-bit pixels converted. Of an animation the first frame; of a video (by suffix) the middle one.
 
     Raises:
-        BrokenImage: no such file, not a picture of PICTURE_FORMATS or VIDEO_FORMATS, truncated, or beyond the bounds
+        BrokenImage: no such file, not a picture of PICTURE_FORMATS, no video, truncated, or beyond the bounds
             above.
     """
     if not os.path.isfile(path):
         raise BrokenImage(f"{path}: no such file")
-    read = _read_video if str(path).lower().endswith(VIDEO_SUFFIXES) else _read_picture
     try:
-        return read(str(path))
-    except BrokenImage as error:
+        return _read(str(path))
+    except (BrokenImage, BrokenVideo) as error:
         raise BrokenImage(f"{path}: {error}") from None
     except Exception as error:  # damaged files make the decoders raise nearly any type
         if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
             raise  # FFmpeg's own says that the file asks for absurd sizes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BrokenImage(f"{path}: cannot be decoded ({reason})") from None
+        raise BrokenImage(f"{path}: {media.problem_of(str(path), error, 'picture')}") from None
 
 
 def resize_for_cache(picture: np.ndarray, short_side: int) -> np.ndarray:
@@ -110,6 +110,22 @@ def _pad(picture: np.ndarray) -> np.ndarray:
     return square
 
 
+def _read(path: str) -> np.ndarray:
+    """By its name a video or a picture, and where it is not what its name says, the other one."""
+    first, second = (_read_video, _read_picture) if media.is_video(path) else (_read_picture, _read_video)
+    try:
+        return first(path)
+    except (BrokenImage, BrokenVideo):
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
+        try:
+            return second(path)
+        except Exception:
+            raise error from None
+
+
 def _read_picture(path: str) -> np.ndarray:
     """Of several frames only the first is ever decoded, so their number needs no bound."""
     if os.path.getsize(path) > MAX_FILE_BYTES:
@@ -135,32 +151,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _read_video(path: str) -> np.ndarray:
-    """The first frame at or after the middle, turned upright."""
-    import av
-
-    try:
-        opened = av.open(path, metadata_errors="ignore", options={"format_whitelist": VIDEO_FORMATS})
-    except av.ArgumentError:  # which a format that is not in the list gets
-        raise BrokenImage("cannot be decoded (of a format that is not read here)") from None
-    with opened as container:
-        if not container.streams.video:
-            raise BrokenImage("has no picture track")
-        stream = container.streams.video[0]
-        _check_size(stream.codec_context.width, stream.codec_context.height)
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # its frames may be larger than it says
-        middle = (container.start_time or 0) + (container.duration or 0) // 2
-        if container.duration:
-            container.seek(middle)  # to the key frame before it
-        frame = None
-        for skipped, frame in enumerate(container.decode(stream)):
-            if frame.time is None or frame.time * av.time_base >= middle:
-                break
-            if skipped == MAX_SKIPPED_FRAMES:
-                raise BrokenImage(f"has no key frame within {MAX_SKIPPED_FRAMES:,} frames before its middle")
-        if frame is None:
-            raise BrokenImage("holds no frame that can be decoded")
-        _check_size(frame.width, frame.height)
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+    bounds = Bounds(_check_size, MAX_PIXELS, MAX_SKIPPED_FRAMES)
+    return videos.middle_frame(path, bounds).upright(_resize)
 
 
 def _check_size(width: int, height: int) -> None:

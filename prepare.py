@@ -37,7 +37,7 @@ Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
 KINDS: tuple[Kind, ...] = ("image", "sound")
 
-FORMAT = 1  # counts up with every change of what an entry holds
+FORMAT = 2  # counts up with every change of what an entry holds
 PROBES = 16  # files decoded first, to foretell the size of an entry
 CHUNK = 8  # files that a process decodes before it hands them over
 FEW = 64  # files whose size need not be foretold

@@ -10,6 +10,7 @@ from typing import Any
 
 import archives
 import inventory
+import media
 import pipeline
 import readiness
 import transfer
@@ -18,7 +19,7 @@ from selection import fetch_bytes
 from sources import Item
 from transfer import Mismatch, Wanted
 
-PICTURES, SOUNDS, MEDIA = (".jpg", ".jpeg", ".png"), (".wav", ".flac", ".ogg", ".mp3"), (".m4a", ".mp4")
+FIRST_FRAME_TELLS = (*media.VIDEO_SUFFIXES, ".m4a")  # of what there may be a million
 Check = Callable[[], tuple[str, str]]  # (damage, why it cannot be opened), "" for neither
 
 
@@ -206,40 +207,34 @@ def problem_of(path: Path) -> str:
     """Why a picture, sound or video cannot be opened, "" where it can or is something else. Sounds are decoded to the
     end, of videos and AAC the first frame."""
     suffix = path.suffix.lower()
+    wanted = "picture" if suffix in media.PICTURE_SUFFIXES else "sound"
     try:
-        if suffix in PICTURES:
+        if wanted == "picture":
             _open_picture(path)
-        elif suffix in SOUNDS:
-            return "" if _samples(path) else "holds no sound"
-        elif suffix in MEDIA:
+        elif suffix in FIRST_FRAME_TELLS:
             return "" if _frames(path) else "holds neither sound nor picture"
+        elif suffix in media.SOUND_SUFFIXES:
+            return "" if _samples(path) else "holds no sound"
     except Exception as error:  # decoders raise whatever they like
-        return f"cannot be opened ({' '.join(str(error).split())[:120] or type(error).__name__})"
+        reason = media.reason_of(error, str(path))
+        return media.kind_of(str(path), wanted) or f"cannot be opened ({reason[:120]})"
     return ""
 
 
 def _open_picture(path: Path) -> None:
-    from PIL import Image
+    from images import decode_image
 
-    from images import PICTURE_FORMATS
-
-    with Image.open(path, formats=PICTURE_FORMATS) as image:
-        image.load()
+    decode_image(path)
 
 
 def _samples(path: Path) -> int:
-    import soundfile
+    from tracks import count_samples
 
-    with soundfile.SoundFile(path) as file:
-        return sum(len(block) for block in file.blocks(1 << 16, dtype="float32"))
+    return count_samples(str(path))
 
 
 def _frames(path: Path) -> int:
-    import av
-
-    from images import VIDEO_FORMATS
-
-    with av.open(str(path), options={"format_whitelist": VIDEO_FORMATS}) as container:
+    with media.open_container(str(path), media.VIDEO_FORMATS) as container:
         streams = [*container.streams.audio[:1], *container.streams.video[:1]]
         return sum(1 for stream in streams for _ in _first(container, stream))
 

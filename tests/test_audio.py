@@ -10,6 +10,7 @@ import soundfile
 import torch
 
 import audio
+import tracks
 from audio import BrokenSound, decode_audio, log_mel
 from tests import trees
 from tests.ranks import in_ranks
@@ -151,7 +152,7 @@ def write_raw(path: Path, samples: np.ndarray, rate_hz: int = 16_000, subtype: s
 @pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.flac"])
 def test_zero_length(tmp_path: Path, name: str) -> None:
     path = trees.sound(tmp_path / name, np.zeros(0, np.float32))
-    with refused(path, 0, error=BrokenSound):  # no samples from 0 s on, or, of FLAC, a rate of 0 Hz
+    with refused(path, 0, error=BrokenSound):  # no samples from 0 s on, or, of FLAC, a file of 0 bytes
         decode_audio(path)
 
 
@@ -191,7 +192,7 @@ def test_rate_bounds(tmp_path: Path, rate_hz: int, good: bool) -> None:
 @pytest.mark.parametrize("name", ["a.wav", "a.m4a"])
 def test_length_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path = trees.sound(tmp_path / name, trees.tone(3.0))
-    monkeypatch.setattr(audio, "MAX_SOUND_S", 2.5)
+    monkeypatch.setattr(tracks, "MAX_SOUND_S", 2.5)
     with refused(path, 2.5, error=BrokenSound):
         decode_audio(path)
     assert len(decode_audio(path, 1.0, 1.0)) == 16_000
@@ -212,7 +213,7 @@ def test_length_is_checked_before_anything_is_read(tmp_path: Path, name: str) ->
 
 
 def test_high_rates_may_be_less_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "MAX_SAMPLES", 96_000)
+    monkeypatch.setattr(tracks, "MAX_SAMPLES", 96_000)
     assert len(decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 48_000), 48_000))) == 32_000
     with refused(tmp_path / "a.wav", 1, error=BrokenSound):
         decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 96_000), 96_000))
@@ -231,7 +232,7 @@ def test_channel_bound(tmp_path: Path, channels: int, good: bool) -> None:
 def test_what_lies_before_a_start_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a container cannot be jumped into, all before the start is decoded, but never held at once."""
     path = trees.sound(tmp_path / "a.mkv", trees.tone(20.0))
-    monkeypatch.setattr(audio, "SETTLE_S", 100.0)  # so nothing is jumped over
+    monkeypatch.setattr(tracks, "SETTLE_S", 100.0)  # so nothing is jumped over
     decode_audio(path, 0.0, 0.1)  # loads what has to be loaded
     tracemalloc.start()
     assert len(decode_audio(path, 18.0, 0.5)) == 8_000

@@ -29,7 +29,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "readers": "annotations config inventory samples manifest synthetic",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     # pictures and sounds
-    "images": "config", "audio": "config", "workers": "config",
+    "media": "", "videos": "media", "tracks": "media",
+    "images": "config media videos", "audio": "config media tracks", "workers": "config",
     "bad_samples": "config samples",
     "prepare": "config samples images audio synthetic files workers bad_samples",
     "batches": "config samples images prepare vocabulary workers",
@@ -79,7 +80,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "clips": "annotations config files pipeline selection transfer",
     "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline readiness "
                    "redaction remote sampling selection sources transfer",
-    "verification": "acquisition archives images inventory pipeline readiness selection sources transfer",
+    "verification": "acquisition archives images inventory media pipeline readiness selection sources "
+                    "tracks transfer",
     "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "
                          "verification",
 }.items()}

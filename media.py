@@ -1,0 +1,153 @@
+"""What pictures, sounds and videos have in common: the names of their files, how FFmpeg's libraries open them, and what
+a file that cannot be read is in truth."""
+
+import os
+from typing import IO, Any
+
+# By these names videos are known wherever a file is a picture, a sound or a part of a data set; in any case of letters.
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts", ".flv",
+                  ".f4v", ".wmv", ".asf", ".mpg", ".mpeg", ".vob", ".ogv")
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".oga", ".aac", ".wma", ".aiff", ".aif", ".au",
+                  ".caf", ".w64", ".mka", ".weba", ".ac3", ".amr")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".heic",
+                    ".heif")
+# FFmpeg tries no other formats: some are playlists, and it opens the files and addresses that these name.
+VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,asf,flv,ogg"
+SOUND_FORMATS = f"{VIDEO_FORMATS},wav,w64,aiff,au,caf,flac,mp3,aac,ac3,amr,ape,wv,tta"
+
+_HEAD_BYTES = 4096  # that tell what a file is
+_SHOWN = 40  # letters of a text
+_AGAIN = "fetch it again"
+_ARCHIVES = {b"PK\3\4": "zip", b"\x1f\x8b": "gzip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar",
+             b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+_PICTURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_SOUNDS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3"}
+_OTHERS = {  # first bytes: what it is, and what to do
+    b"%PDF": "is a PDF document; save its pages as PNG", b"8BPS": "is a drawing of Photoshop; save it as PNG",
+    b"\xff\x0a": "is JPEG XL, which is not read here; convert it to JPEG or PNG",
+    b"\0\0\0\x0cJXL ": "is JPEG XL, which is not read here; convert it to JPEG or PNG",
+    b"\0\5\x16\7": "is a companion file of macOS (AppleDouble) and no medium; delete it",
+    b"\x93NUMPY": "is an array of NumPy; save it as PNG or WAV", b"PAR1": "is a Parquet table; unpack what it holds"}
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def open_container(source: str | IO[bytes], formats: str) -> Any:
+    """The container (av.container.InputContainer) of a file that is of one of FFmpeg's `formats`.
+
+    Raises:
+        ValueError: it is of another format; and what FFmpeg raises for damage.
+    """
+    import av
+
+    try:
+        return av.open(source, metadata_errors="ignore", options={"format_whitelist": formats})
+    except av.ArgumentError:  # which a format that is not in the list gets
+        raise ValueError("of a format that is not read here") from None
+
+
+def picture_track(container: Any) -> Any:
+    """The first video stream, cover pictures last; None where there is none."""
+    from av.stream import Disposition
+
+    streams = sorted(container.streams.video, key=lambda one: bool(one.disposition & Disposition.attached_pic))
+    return streams[0] if streams else None
+
+
+def second_0(container: Any, first_s: float | None) -> float:
+    """Time of the container's clock at which a player begins: the earliest start of any picture or sound track, where
+    the first sample of one that was decoded is at `first_s`."""
+    from av.stream import Disposition
+
+    streams = [one for one in (*container.streams.video, *container.streams.audio) if one.start_time is not None
+               and not one.disposition & Disposition.attached_pic]
+    starts = [float(one.start_time * one.time_base) for one in streams]
+    return min([*starts, *([] if first_s is None else [first_s])], default=0.0)
+
+
+def reason_of(error: Exception, path: str) -> str:
+    """What a decoder's error says, on one line and without the file's name."""
+    said = getattr(error, "strerror", None) or str(error)
+    for name in (repr(path), path):
+        said = said.replace(name, "it")
+    return " ".join(said.split()) or type(error).__name__
+
+
+def problem_of(path: str, error: Exception, wanted: str) -> str:
+    """Why a file is no "picture" or "sound", as `wanted`: what it is instead and what to do, else what the decoder
+    said."""
+    return kind_of(path, wanted) or f"cannot be decoded ({reason_of(error, path)})"
+
+
+def kind_of(path: str, wanted: str) -> str:
+    """What a file is by its first bytes, and what to do; "" where it looks like what is `wanted`, or like nothing."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if not head:
+        return f"is empty (0 bytes); {_AGAIN}"
+    if not head.strip(b"\0"):
+        return f"begins with nothing but zeros, as an unfinished download does; {_AGAIN}"
+    return _text(head) or _archive(head) or _other(head) or _picture(head, wanted) or _sound(head, wanted)
+
+
+def _text(head: bytes) -> str:
+    begin = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if begin.startswith((b"version https://git-lfs", b"version https://hawser")):
+        return "is a Git LFS pointer and not the file itself; run: git lfs pull"
+    if begin.startswith((b"/annex/objects", b"../.git/annex/objects", b".git/annex/objects")):
+        return "is a pointer of git-annex and not the file itself; run: git annex get"
+    if begin.startswith((b"<!doctype html", b"<html", b"<head")) or (begin.startswith(b"<") and b"<html" in begin):
+        return f"is a web page (HTML), as a failed download leaves; {_AGAIN}"
+    if begin.startswith(b"<") and b"<svg" in begin:
+        return "is a drawing in SVG, which is not read here; convert it to PNG"
+    try:
+        letters = head[: len(head) - 3 * (len(head) == _HEAD_BYTES)].decode()  # a letter may be cut
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:
+            return ""
+        letters = head[: error.start].decode()
+    if any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in letters):
+        return ""
+    return f"is text ({' '.join(letters.split())[:_SHOWN]!r}) and no medium; {_AGAIN}"
+
+
+def _archive(head: bytes) -> str:
+    kind = "tar" if head[257:262] == b"ustar" else _named(head, _ARCHIVES)
+    return f"is an archive ({kind}); unpack it" if kind else ""
+
+
+def _other(head: bytes) -> str:
+    return _named(head, _OTHERS)
+
+
+def _picture(head: bytes, wanted: str) -> str:
+    if head[4:8] == b"ftyp" and (head[8:12] in _HEIF_BRANDS or b"avif" in head[8:64]):
+        if b"avif" not in head[8:64]:
+            return "is HEIC, which is not read here; convert it to JPEG"
+        return "" if wanted == "picture" and _reads_avif() else (
+            "is AVIF, which the installed Pillow does not read; upgrade it, or convert the file to PNG"
+            if wanted == "picture" else "is a picture (AVIF)")
+    kind = "WebP" if head[8:12] == b"WEBP" else _named(head, _PICTURES)
+    return f"is a picture ({kind})" if kind and wanted != "picture" else ""
+
+
+def _sound(head: bytes, wanted: str) -> str:
+    kind = "WAV" if head[8:12] == b"WAVE" else _named(head, _SOUNDS)
+    return f"is a sound ({kind})" if kind and wanted != "sound" else ""
+
+
+def _reads_avif() -> bool:
+    from PIL import features
+
+    return bool("avif" in features.get_supported_modules())
+
+
+def _named(head: bytes, kinds: dict[bytes, str]) -> str:
+    return next((kind for magic, kind in kinds.items() if head.startswith(magic)), "")
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a video by its name."""
+    return os.fspath(path).lower().endswith(VIDEO_SUFFIXES)

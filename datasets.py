@@ -29,6 +29,7 @@ from config import Config, UserError
 from mirroring import may_mirror
 from readers import READERS, listed, read_split
 from samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
+from splits import carve_val
 from vocabulary import Tokenizer, load_tokenizer
 from workers import Workers, cpu_cores, in_line
 
@@ -36,7 +37,6 @@ __all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample"
            "loader", "pool"]
 
 MAX_WORKERS = 8
-VAL_PCT = 5  # of train, where a set has no validation split
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
               fill_cache: bool = True) -> Data:
     """Read `config.data.datasets`, tokenise captions, choose concepts, and open (or fill) the cache of files.
 
-    A set without validation samples gives up 5 % of its training samples, chosen by caption, so that no caption
-    stands on both sides. `tokenizer`, `concepts` and `speakers` come from a checkpoint when it is evaluated.
+    A set without validation samples gives up 5 % of its training samples, whole files, see splits. `tokenizer`,
+    `concepts` and `speakers` come from a checkpoint when it is evaluated.
 
     Raises:
         UserError: data is missing, too much of it is broken, or its labels are more than `model.num_classes`.
@@ -108,7 +108,7 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
     if concepts is None:
         concepts = concept_names(train, config.model.num_classes)
     if speakers is None:
-        speakers = sorted(set(train.speakers.names) - {""})
+        speakers = sorted(set(train.speakers.select(np.flatnonzero(train.has_audio)).names) - {""})  # that are heard
     stores = {name: prepare.open_store(table, config, fill=fill_cache) for name, table in tables.items()}
     ready = {name: _prepare_split(store, config, tokenizer, concepts, speakers) for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
@@ -128,23 +128,6 @@ def _read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable
         raise UserError(f"data.datasets: {', '.join(config.data.datasets)}: no training samples; add a set, or give "
                         "some lines of the manifest the split 'train'")
     return joined
-
-
-def carve_val(train: SampleTable) -> tuple[SampleTable, SampleTable]:
-    """Split off 5 % for validation by a hash of the first caption (else the speaker, else the key)."""
-    groups = [stable_hash(_group(train, row)) % 100 for row in range(len(train))]
-    chosen = np.array(groups, np.int64) < VAL_PCT
-    if not chosen.any() and len(train) > 1:
-        chosen = np.array([_group(train, row) == _group(train, 0) for row in range(len(train))])
-    if chosen.all():
-        chosen[:] = False
-    return train.select(np.flatnonzero(~chosen)), train.select(np.flatnonzero(chosen)).with_split("val")
-
-
-def _group(table: SampleTable, row: int) -> str:
-    if table.caption_count[row]:
-        return normalise_caption(table.captions[table.caption_offsets[row]])
-    return table.speakers[row] or table.keys[row]
 
 
 def _prepare_split(store: prepare.Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],

@@ -132,7 +132,9 @@ class Names:
         return *Strings.pack(used).hashed(), recoded[self.codes]
 
     def select(self, indices: np.ndarray) -> "Names":
-        return Names(self.codes[indices], self.names)
+        """Those at `indices`; names that none of them has are left out."""
+        used, codes = np.unique(self.codes[indices], return_inverse=True)
+        return Names(codes.astype(np.int32), tuple(self.names[code] for code in used.tolist()))
 
     @staticmethod
     def concat(parts: Sequence["Names"]) -> "Names":

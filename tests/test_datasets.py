@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from config import Config, load_config
-from datasets import VISIT, Batch, Data, Loader, carve_val, epoch_batches, load_data, loader, pool, worker_count
-from samples import Sample, SampleTable, normalise_caption
+from datasets import VISIT, Batch, Data, Loader, epoch_batches, load_data, loader, pool, worker_count
+from samples import Sample, SampleTable
 from tests import trees
 from tests.refusals import refused
 from tests.small_runs import RECIPE
@@ -259,20 +259,6 @@ def test_data_describes_itself_in_plain_json(mixed: tuple[Data, Config]) -> None
     assert described["concepts"] == len(data.concepts) > 20
 
 
-def test_a_set_without_validation_gives_up_whole_captions() -> None:
-    train = SampleTable.pack(Sample(key=str(i), source="s", split="train", captions=(f"Caption {i % 300}.", "x"))
-                             for i in range(900))
-    rest, val = carve_val(train)
-    again = carve_val(train)[1]
-    texts = [{normalise_caption(table[i].captions[0]) for i in range(len(table))} for table in (rest, val)]
-    assert not texts[0] & texts[1] and 15 <= len(val) <= 90 and len(rest) + len(val) == 900
-    assert val.digest() == again.digest() and {val[i].split for i in range(len(val))} == {"val"}
-    few = SampleTable.pack(Sample(key=str(i), source="s", split="train") for i in range(3))
-    rest, val = carve_val(few)
-    assert (len(rest), len(val)) == (2, 1)
-    assert [len(t) for t in carve_val(few.select([0]))] == [1, 0]
-
-
 def test_load_data_carves_only_where_validation_is_missing(tmp_path: Path) -> None:
     def write(*splits: str) -> Data:
         lines = [{"id": str(i), "text": f"text number {i}", "split": split} for i, split in enumerate(splits)]
@@ -304,6 +290,20 @@ def test_speakers_are_numbered_by_those_of_training(tmp_path: Path) -> None:
     jobs = [(0, np.arange(3))]
     batch = next(iter(loader(data, "train", jobs, configured(tmp_path), inputs=[("audio",)], train=True, epoch=1)))
     assert batch.speakers is not None and batch.speakers.tolist() == [1, 0, 1]
+
+
+def test_speakers_and_labels_without_training_samples_are_no_classes(tmp_path: Path) -> None:
+    """Neither those of samples that were held out, nor a speaker who is only seen: nothing would train their class."""
+    lines = [{"id": str(i), "audio": trees.sound(tmp_path / f"{i}.wav", trees.tone(100 + i)).name, "split": "train",
+              "speaker": f"s{i}", "labels": [f"l{i}"]} for i in range(20)]
+    lines.append({"id": "seen", "image": trees.picture(tmp_path / "p.png").name, "split": "train", "speaker": "seen"})
+    (tmp_path / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    data = load_data(configured(tmp_path))
+    held_out = {data.tables["val"].keys[row] for row in range(len(data.tables["val"]))}
+    assert len(held_out) >= 2
+    heard = {str(i) for i in range(20)} - held_out
+    assert set(data.speakers) == {f"s{i}" for i in heard} and set(data.concepts) == {f"l{i}" for i in heard}
+    assert data.splits["train"].speakers.max() == len(heard) - 1 and (data.splits["val"].speakers == -1).all()
 
 
 def test_more_labels_than_classes_are_an_error(tmp_path: Path) -> None:

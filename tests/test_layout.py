@@ -26,6 +26,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "samples": "",
     "synthetic": "config samples", "same_files": "samples synthetic",
     "written_lists": "", "manifest": "config samples written_lists",
+    "splits": "same_files samples",
     "readers": "annotations config inventory samples manifest synthetic",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     # pictures and sounds
@@ -34,7 +35,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "bad_samples": "config samples",
     "prepare": "config samples images audio synthetic files workers bad_samples",
     "batches": "config samples images prepare vocabulary workers",
-    "datasets": "config samples readers vocabulary concepts mirroring prepare batches workers bad_samples same_files",
+    "datasets": "config samples readers vocabulary concepts mirroring prepare batches workers bad_samples same_files "
+                "splits",
     # mathematics
     "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
     "optimization": "config steps",

@@ -104,7 +104,7 @@ def _todo(folder: Path, options: Options, ledger: Mapping[str, tuple[str, str, s
     for split in ("test", "val", "train"):
         if options.splits and split not in options.splits:
             continue
-        there = {path.stem for path in (folder / split).glob("*") if path.suffix in SUFFIXES}
+        there = {path.stem for path in (folder / split).glob("[!.]*") if path.suffix in SUFFIXES}
         open_clips = [clip for clip in annotations.clips(folder, split)
                       if clip not in there and ledger.get(clip, ("",))[0] not in closed]
         most = max(0, options.sample - len(there)) if options.sample else None

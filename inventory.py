@@ -105,17 +105,17 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def tree(folder: Path, suffix: str = "") -> Iterator[tuple[str, int]]:
-    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden folders are left out. A
-    link that leads nowhere has no bytes."""
-    for root, names in _walk(folder):
-        for name in sorted(names):
+    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden ones are left out. A link
+    that leads nowhere has no bytes."""
+    for root, names in walk(folder):
+        for name in names:
             if name.endswith(suffix):
                 path = Path(root, name)
                 yield path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else 0
 
 
 def count(folder: Path, suffix: str) -> int:
-    return sum(name.endswith(suffix) for _, names in _walk(folder) for name in names)
+    return sum(name.endswith(suffix) for _, names in walk(folder) for name in names)
 
 
 def entries(contents: Path) -> Iterator[tuple[str, int, int | None]]:
@@ -139,11 +139,25 @@ def missing(folder: Path, contents: Path, *, sizes: bool) -> Iterator[str]:
         yield contents.name
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its files) of `folder` and all below it, folders that the user linked in too."""
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files in order) of `folder` and all below it, folders that the user linked in too.
+
+    Names that begin with "." are left out: macOS puts a file ._NAME beside NAME on disks of other systems, and what a
+    stopped download left lies in hidden folders. A link to a folder that it lies in is not followed.
+    """
     for root, below, names in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        yield root, names
+        below[:] = sorted(name for name in below if not is_hidden(name) and not _leads_up(root, name))
+        yield root, sorted(name for name in names if not is_hidden(name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of a data set; see `walk`."""
+    return name.startswith(".")
+
+
+def _leads_up(root: str, name: str) -> bool:
+    path = os.path.join(root, name)
+    return os.path.islink(path) and Path(os.path.realpath(root)).is_relative_to(os.path.realpath(path))
 
 
 def _sizes(folder: Path, sizes: bool) -> dict[str, int | None]:

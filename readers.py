@@ -26,6 +26,7 @@ import numpy as np
 
 import inventory
 import synthetic
+import voxceleb
 from annotations import AUDIOCAPS_VERSIONS, VOX1_TEST_SPEAKERS
 from config import Config, UserError
 from manifest import MAX_CAPTION_CHARS, read_manifest, worded_captions
@@ -309,9 +310,11 @@ def _sounds_by_name(root: Path, split: str) -> dict[str, str]:
     """Path of each sound below `root` by its name without suffix."""
     others = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
     found: dict[str, str] = {}
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if others.get(name.lower(), split) == split)
-        for name in sorted(names):
+    for folder, names in inventory.walk(root):
+        steps = Path(folder).relative_to(root).parts
+        if any(others.get(step.lower(), split) != split for step in steps):
+            continue
+        for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() not in SOUND_SUFFIXES:
                 continue
@@ -334,15 +337,15 @@ def _read_voxceleb(root: Path, split: str, config: Config) -> Iterator[Sample]:
     """Speech by speaker, without captions. Test is every recording of the test speakers (verification: Vox1-O of
     VoxCeleb 1, the test set of VoxCeleb 2), whom train and val never hear. Val is the second part of iden_split.txt
     (VoxCeleb 1) or 5 % of the videos (VoxCeleb 2, or where that list is missing), of speakers known from train.
-    Video gives a picture as well as the sound; where both m4a and mp4 are there, the sound is taken from the m4a."""
+    Video gives a picture as well as the sound; of what is there the sound is taken from wav, else m4a, else mp4."""
     empty = True
     for sample in itertools.chain(_read_vox1(root / "voxceleb1", split, config),
                                   _read_vox2(root / "voxceleb2", split, config)):
         empty = False
         yield sample
     if empty and split == "train":
-        raise UserError(f"{root}: no voxceleb1/wav/ID/VIDEO/*.wav nor voxceleb2/dev/{{aac,mp4}}/ID/VIDEO/* of training "
-                        f"speakers; get them with: {download_command('voxceleb', config)}")
+        raise UserError(f"{root}: no voxceleb1/wav/ID/VIDEO/*.wav nor voxceleb2/dev/{{aac,wav,mp4}}/ID/VIDEO/* of "
+                        f"training speakers; get them with: {download_command('voxceleb', config)}")
 
 
 def _read_vox1(root: Path, split: str, config: Config) -> Iterator[Sample]:
@@ -355,7 +358,7 @@ def _read_vox1(root: Path, split: str, config: Config) -> Iterator[Sample]:
     else:
         _log.warning("voxceleb: %s is not there; 5 %% of the videos are val instead", root / "iden_split.txt")
     testers = VOX1_TEST_SPEAKERS | _test_speakers(root / "vox1_meta.csv", "\t", config)
-    for speaker, name in _utterances(root / "wav", ".wav"):
+    for speaker, name in voxceleb.utterances(root / "wav", (".wav",)):
         side = "test" if speaker in testers else listed.get(name, "") if listed else _side_of_video(name)
         if side == split:
             yield Sample(key=f"vox1/{os.path.splitext(name)[0]}", source="voxceleb", split=split, speaker=speaker,
@@ -364,30 +367,12 @@ def _read_vox1(root: Path, split: str, config: Config) -> Iterator[Sample]:
 
 def _read_vox2(root: Path, split: str, config: Config) -> Iterator[Sample]:
     testers = _test_speakers(root / "vox2_meta.csv", ",", config)
-    for folder in ("dev", "test" if (root / "test").is_dir() else ""):  # the test archives lack a folder test/
-        aac, mp4 = root / folder / "aac", root / folder / "mp4"
-        both = aac.is_dir() and mp4.is_dir()
-        for speaker, name in itertools.chain(_utterances(mp4, ".mp4"), _utterances(aac, ".m4a")):
-            side = "test" if folder != "dev" or speaker in testers else _side_of_video(name)
-            if side != split:
-                continue
-            stem, suffix = os.path.splitext(name)
-            image = os.path.join(mp4, name) if suffix == ".mp4" else ""
-            if both and suffix == ".m4a" and os.path.exists(os.path.join(mp4, stem + ".mp4")):
-                continue  # was given with its video
-            audio = os.path.join(aac, stem + ".m4a")
-            if image and not (both and os.path.exists(audio)):
-                audio = image
-            yield Sample(key=f"vox2/{stem}", source="voxceleb", split=split, image=image, audio=audio, speaker=speaker)
-
-
-def _utterances(folder: Path, suffix: str) -> Iterator[tuple[str, str]]:
-    """(speaker, "speaker/video/utterance.suffix") in order, one speaker's folder in memory at a time."""
-    for speaker in sorted(_names(folder)):
-        for video in sorted(_names(folder / speaker)):
-            for name in sorted(_names(folder / speaker / video)):
-                if name.endswith(suffix):
-                    yield speaker, f"{speaker}/{video}/{name}"
+    for part in ("dev", "test" if (root / "test").is_dir() else ""):  # the test archives lack a folder test/
+        for speaker, stem, image, audio in voxceleb.recordings(root / part):
+            side = "test" if part != "dev" or speaker in testers else _side_of_video(stem)
+            if side == split:
+                yield Sample(key=f"vox2/{stem}", source="voxceleb", split=split, image=image, audio=audio,
+                             speaker=speaker)
 
 
 def _side_of_video(name: str) -> str:
@@ -429,8 +414,7 @@ def _read_stamps(root: Path, split: str, config: Config) -> Iterator[Sample]:
 
 
 def _stamps(root: Path) -> Iterator[Sample]:
-    for folder, below, names in os.walk(root):
-        below.sort()
+    for folder, names in inventory.walk(root):
         there = set(names)
 
         def first_of(stem: str, *suffixes: str, folder: str = folder, there: set[str] = there) -> str:

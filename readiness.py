@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import annotations
+import inventory
+import voxceleb
 from redaction import command_line
 from selection import Selection
 
@@ -58,13 +60,12 @@ def _coco(folder: Path) -> Iterator[str]:
 def _voxceleb(folder: Path) -> Iterator[str]:
     first, second = folder / "voxceleb1", folder / "voxceleb2/dev"
     sides = first / "iden_split.txt"
-    names = _listed_training(sides) if sides.is_file() else (path.relative_to(first / "wav").as_posix()
-                                                             for path in (first / "wav").glob("id*/*/*.wav"))
+    names = _listed_training(sides) if sides.is_file() else (
+        name for _, name in voxceleb.utterances(first / "wav", (".wav",)))
     if (first / "wav").is_dir():
         yield from (name for name in names if name.split("/")[0] not in annotations.VOX1_TEST_SPEAKERS
                     and (first / "wav" / name).is_file())
-    for kind, suffix in (("aac", "m4a"), ("mp4", "mp4")):
-        yield from (path.name for path in (second / kind).glob(f"id*/*/*.{suffix}"))
+    yield from (stem for _, stem, _, _ in voxceleb.recordings(second))
 
 
 def _listed_training(path: Path) -> Iterator[str]:
@@ -74,7 +75,7 @@ def _listed_training(path: Path) -> Iterator[str]:
 
 def _stamps(folder: Path) -> Iterator[str]:
     """Stamps with a caption; nearly a third of them are kept for validation and test."""
-    stems = (os.path.join(root, name[:-4]) for root, _, names in os.walk(folder) for name in names
+    stems = (os.path.join(root, name[:-4]) for root, names in inventory.walk(folder) for name in names
              if name.endswith(".txt"))
     captioned = (stem for stem in stems if any(os.path.exists(stem + suffix) for suffix in _DRAWINGS))
     return itertools.islice(captioned, ENOUGH, None)

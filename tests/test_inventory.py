@@ -13,7 +13,7 @@ NAMES = (" a.wav", "sub/é.wav", "sub/b.txt", "sub/deeper/c.wav", "z")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in (*NAMES, ".hidden/x.wav"):
+    for name in (*NAMES, ".hidden/x.wav", "sub/._é.wav", "._z", ".DS_Store"):
         path = tmp_path / "set" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -144,3 +144,10 @@ def test_what_lies_beside_an_archive_goes_with_it(tmp_path: Path) -> None:
 def test_a_link_that_leads_nowhere_has_no_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.wav").symlink_to(tmp_path / "gone")
     assert list(inventory.tree(tmp_path)) == [("a.wav", 0)]
+
+
+def test_a_link_that_leads_up_is_not_followed(folder: Path) -> None:
+    (folder / "sub/again").symlink_to(folder, target_is_directory=True)
+    (folder / "sub/here").symlink_to(".", target_is_directory=True)
+    (folder / "other").symlink_to(folder / "sub/deeper", target_is_directory=True)
+    assert {name for name, _ in inventory.tree(folder)} == {*NAMES, "other/c.wav"}

@@ -27,7 +27,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "synthetic": "config samples", "same_files": "samples synthetic",
     "written_lists": "", "manifest": "config samples written_lists",
     "splits": "same_files samples",
-    "readers": "annotations config inventory samples manifest synthetic",
+    "voxceleb": "inventory",
+    "readers": "annotations config inventory samples manifest synthetic voxceleb",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     # pictures and sounds
     "media": "", "videos": "media", "tracks": "media",
@@ -78,7 +79,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "seven_zip": "config members progress remote",
     "archives": "config members progress remote seven_zip shards tar_stream zip_stream",
     "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
-    "readiness": "annotations redaction selection",
+    "readiness": "annotations inventory redaction selection voxceleb",
     "clips": "annotations config files pipeline selection transfer",
     "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline readiness "
                    "redaction remote sampling selection sources transfer",

@@ -68,6 +68,17 @@ def test_all_samples_are_whole(tmp_path: Path, write: Callable[[Path], Path]) ->
     assert read(root.name, tmp_path) == found
 
 
+@pytest.mark.parametrize("write", [trees.coco, trees.clotho, trees.audiocaps, trees.voxceleb, trees.stamps])
+def test_hidden_files_are_none_of_the_samples(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    root = write(tmp_path)
+    found = read(root.name, tmp_path)
+    assert trees.with_shadows(root) > 10
+    for place in ("voxceleb1/wav/.trash", "train/.trash", ".trash"):
+        shutil.copytree(root, tmp_path / "copy", dirs_exist_ok=True)
+        (tmp_path / "copy").rename(root / place) if (root / place).parent.is_dir() else None
+    assert read(root.name, tmp_path) == found
+
+
 @pytest.mark.parametrize("name", ["coco", "clotho", "audiocaps", "voxceleb", "stamps"])
 @pytest.mark.parametrize("empty_folder", [False, True])
 def test_missing_data_names_the_command(tmp_path: Path, name: str, empty_folder: bool) -> None:
@@ -348,6 +359,31 @@ def test_voxceleb_2_keeps_whole_videos_together(tmp_path: Path) -> None:
     videos = {split: {key.rpartition("/")[0] for key in keys(samples)} for split, samples in found.items()}
     assert not videos["train"] & videos["val"]
     assert 1 <= len(videos["val"]) <= 15 and len(found["val"]) == 2 * len(videos["val"])
+
+
+def test_voxceleb_2_as_wav(tmp_path: Path) -> None:
+    """Alone, beside the m4a in one folder, and in a folder of its own beside those of m4a and video."""
+    root = trees.voxceleb(tmp_path, vox1=False) / "voxceleb2"
+    (root / "aac").rename(root / "test")  # as `--local` places it
+    (root / "test/wav").mkdir(parents=True)
+    for path in list((root / "test").glob("id*")):
+        path.rename(root / "test/wav" / path.name)
+    before = read("voxceleb", tmp_path)
+    for path in list(root.rglob("*.m4a")):
+        trees.sound(path.with_suffix(".wav"), trees.tone(0.5))
+    both = read("voxceleb", tmp_path)
+    assert {split: keys(samples) for split, samples in both.items()} == {
+        split: keys(samples) for split, samples in before.items()}
+    (root / "dev/aac").rename(root / "dev/wav")
+    apart = read("voxceleb", tmp_path)
+    for path in [*root.rglob("*.m4a"), *root.rglob("*.mp4")]:
+        path.unlink()
+    alone = read("voxceleb", tmp_path)
+    for found in (apart, alone):
+        assert {split: keys(samples) for split, samples in found.items()} == {
+            split: keys(samples) for split, samples in before.items()}
+        assert {s.audio[-4:] for samples in found.values() for s in samples} == {".wav"}
+    assert {s.image[-4:] for s in [*apart["train"], *apart["val"]]} == {".mp4"}
 
 
 def test_voxceleb_2_sound_and_video(tmp_path: Path) -> None:

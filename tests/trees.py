@@ -286,6 +286,17 @@ def _vox2(root: Path, video_files: bool) -> None:
         ("id00017 ", "n000017 ", "m ", "test ")], encoding="utf-8-sig")
 
 
+def with_shadows(folder: Path) -> int:
+    """What macOS leaves on disks of other systems: ._NAME beside each file below `folder`, the returned number of them,
+    and .DS_Store in each folder."""
+    names = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in names:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7" + bytes(60))
+    for path in {path.parent for path in names}:
+        (path / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    return len(names)
+
+
 # --- stamps ----------------------------------------------------------------------------------------------------------
 
 STAMP_FOLDERS = ("animals/birds", "food", "household", "symbols/letters")

@@ -15,6 +15,7 @@ from typing import Any
 
 from arguments import Parser, environment_needed, folder_name
 from files import check_writable
+from openmp import bound_waiting
 from redaction import command_line, redact
 
 with environment_needed():
@@ -131,6 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     options.arguments = arguments
+    bound_waiting()
     try:
         evaluate(options)
     except UserError as error:

@@ -16,6 +16,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 import torch
 from torch import Tensor, nn
 

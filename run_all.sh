@@ -52,11 +52,13 @@ settings() {
     "$PYTHON_HERE" - "$@" <<'EOP'
 import contextlib, io, sys
 from config import UserError
+from openmp import bound_waiting
 from redaction import redact
 from run_training import configuration, parse
 try:
     options = parse(sys.argv[1:])
     config = configuration(options)
+    bound_waiting(lambda line: None)  # training says it
     from inspection import before_download  # loads torch
     from runs import Options
     with contextlib.redirect_stdout(io.StringIO()):  # training says it again

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from arguments import Parser, environment_needed
 from interruption import Stopped
+from openmp import bound_waiting
 from redaction import redact
 
 with environment_needed():
@@ -85,8 +86,13 @@ def _literal(value: str) -> str:
         return json.dumps(value)
 
 
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options, is_main = parse(sys.argv[1:] if arguments is None else arguments), os.environ.get("RANK", "0") == "0"
+    bound_waiting(_to_stderr if options.json else print)
     try:
         config = configuration(options)
         if options.doctor:

@@ -14,6 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 import torch
 
 import metrics

@@ -34,6 +34,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 import numpy as np
 from tqdm import tqdm
 

@@ -28,6 +28,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm

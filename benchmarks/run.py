@@ -51,7 +51,16 @@ def suite() -> dict[str, float]:
     return {"suite_s": found.seconds, "suite_tmp_gb": found.tmp_gb}
 
 
-FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite)}
+def busy_machine() -> dict[str, float]:
+    """What bounding the waiting of OpenMP's threads costs a step in %, and how much slower it is with busy cores."""
+    from benchmarks.busy_machine import measured
+
+    return measured()
+
+
+FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
+           "free_machine_cost": Figure(3.0, busy_machine, runs=5),
+           "busy_machine_slowdown": Figure(2.5, busy_machine, runs=5)}
 
 
 def measure(keys: Iterable[str], figures: dict[str, Figure], records: Path) -> list[str]:

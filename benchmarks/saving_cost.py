@@ -21,6 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 import torch
 
 from benchmarks.attention_memory import cpu_name

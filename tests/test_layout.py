@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {module: set(others.split()) for module, others in {
     # settings and samples
     "strict_yaml": "", "checks": "", "config": "checks strict_yaml", "redaction": "", "arguments": "redaction",
-    "samples": "",
+    "openmp": "", "samples": "",
     "synthetic": "config samples", "same_files": "samples synthetic",
     "written_lists": "", "manifest": "config samples written_lists",
     "splits": "same_files samples",
@@ -57,12 +57,14 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
-    "faults": "arguments redaction config datasets model steps losses checkpoint optimization runs stages alarms",
+    "faults": "alarms arguments openmp redaction config datasets model steps losses checkpoint optimization runs "
+              "stages",
     "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
                 "faults fits interruption resume saving",
     "fits": "budget config memory planning runs stages",
-    "run_training": "arguments config interruption training redaction doctor",
-    "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files",
+    "run_training": "arguments config interruption openmp training redaction doctor",
+    "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files "
+                "openmp",
     # what a run needs, tried before it starts
     "findings": "config memory", "environment": "config findings images audio vocabulary",
     "inspection": "config findings fits files workers datasets readers prepare protocols memory budget model "
@@ -88,8 +90,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "
                          "verification",
 }.items()}
-WITHOUT_TORCH = ("config", "arguments", "redaction", "report", "sources", "transfer", "archives", "download_datasets",
-                 "run_training", "evaluate", "doctor", "environment", "findings")
+WITHOUT_TORCH = ("config", "arguments", "openmp", "redaction", "report", "sources", "transfer", "archives",
+                 "download_datasets", "run_training", "evaluate", "doctor", "environment", "findings")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",
                      "requests"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py

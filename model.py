@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, UserError, config_from_dict
 from footprint import device_of
+from inputs import check_audio, check_images, check_text
 
 IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
@@ -357,14 +358,17 @@ class TriModalModel(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S), uint8 or floats in 0..1 -> (B, F)."""
+        check_images(images)
         return self.features("image", self.image(images))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, L) token ids and their mask -> (B, F)."""
+        check_text(input_ids, attention_mask, self.config.vocab_size)
         return self.features("text", self.text(input_ids, attention_mask))
 
     def audio_features(self, audio: Tensor, audio_lengths: Tensor | None = None) -> Tensor:
         """(B, T, 80) log-mels of any T, lengths in frames (None: T counts) -> (B, F)."""
+        check_audio(audio, audio_lengths)
         return self.features("audio", self.audio(audio, audio_lengths))
 
     @torch.no_grad()
@@ -395,15 +399,18 @@ class TriModalModel(nn.Module):
             L2-normalised) and `logits` (B, num_classes).
 
         Raises:
-            ValueError: nothing is given, or a shape does not fit.
+            ValueError: nothing is given, a shape does not fit, or numbers cannot be what is asked for (see inputs).
         """
         encoded: dict[str, Tokens] = {}
         if images is not None:
-            encoded["image"] = self.image(_checked("images", images, (None, 3, IMAGE_PATCH, IMAGE_PATCH)))
+            check_images(images)
+            encoded["image"] = self.image(images)
         if input_ids is not None:
-            encoded["text"] = self.text(_checked("input_ids", input_ids, (None, None)), attention_mask)
+            check_text(input_ids, attention_mask, self.config.vocab_size)
+            encoded["text"] = self.text(input_ids, attention_mask)
         if audio is not None:
-            encoded["audio"] = self.audio(_checked("audio", audio, (None, None, NUM_MELS)), audio_lengths)
+            check_audio(audio, audio_lengths)
+            encoded["audio"] = self.audio(audio, audio_lengths)
         if not encoded:
             raise ValueError("model: nothing given; pass at least one of images, input_ids, audio")
         sizes = {len(tokens.tokens_BND) for tokens in encoded.values()}
@@ -466,17 +473,6 @@ def count_parameters(size: str) -> dict[str, int]:
         model = create_model(size)
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     return {**parts, "all": sum(p.numel() for p in model.parameters())}
-
-
-def _checked(name: str, value: Tensor, shape: tuple[int | None, ...]) -> Tensor:
-    fits = value.ndim == len(shape) and value.numel() > 0
-    for given, wanted in zip(value.shape, shape, strict=False):
-        fits = fits and (wanted is None or given == wanted or (wanted == IMAGE_PATCH and given % wanted == 0))
-    if not fits:
-        allowed = {"images": "[B, 3, S, S] with S a multiple of 16", "input_ids": "[B, L]",
-                   "audio": f"[B, T, {NUM_MELS}]"}[name]
-        raise ValueError(f"model: {name} has shape {list(value.shape)}, expected {allowed}, nothing empty")
-    return value
 
 
 def _initialise(module: nn.Module) -> None:

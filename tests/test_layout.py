@@ -39,7 +39,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "datasets": "config samples readers vocabulary concepts mirroring prepare batches workers bad_samples same_files "
                 "splits",
     # mathematics
-    "model": "config footprint checkpoint", "steps": "distributed", "losses": "steps", "metrics": "",
+    "inputs": "config", "model": "config footprint checkpoint inputs",
+    "steps": "distributed", "losses": "steps", "metrics": "",
     "optimization": "config steps",
     # the machine
     "shapes": "", "footprint": "shapes", "memory": "config", "budget": "config files footprint memory",

@@ -404,14 +404,8 @@ def test_create_model_refuses_mistakes(arguments: dict) -> None:
         create_model(**arguments)
 
 
-@pytest.mark.parametrize(("given", "named"), [
-    ({}, ("images", "input_ids", "audio")),
-    ({"images": torch.zeros(2, 3, 40, 40)}, ("images", "[2, 3, 40, 40]", 16)),
-    ({"images": torch.zeros(2, 32, 32)}, ("images", "[2, 32, 32]")),
-    ({"input_ids": torch.zeros(5, dtype=torch.long)}, ("input_ids", "[5]")),
-    ({"audio": torch.zeros(2, 40, 64)}, ("audio", "[2, 40, 64]")),
-    ({"audio": torch.zeros(2, 0, 80)}, ("audio", "[2, 0, 80]")),
-    ({"images": torch.zeros(2, 3, 32, 32), "audio": torch.zeros(3, 40, 80)}, ("[2, 3]",))])
-def test_forward_refuses_mistakes(narrow: TriModalModel, given: dict, named: tuple) -> None:
-    with refused(*named, error=ValueError):
-        narrow(**given)
+def test_forward_refuses_nothing_and_batches_that_differ(narrow: TriModalModel) -> None:
+    with refused("images", "input_ids", "audio", error=ValueError):
+        narrow()
+    with refused("[2, 3]", error=ValueError):
+        narrow(images=torch.zeros(2, 3, 32, 32), audio=torch.zeros(3, 40, 80))

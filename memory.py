@@ -121,6 +121,17 @@ def peak_gib(device: torch.device) -> Peak:
     return Peak(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB, "resident memory of the process, ever")
 
 
+def held_gib(device: torch.device) -> float:
+    """What is in `peak_gib` and no plan counts, asked before a model is made: Python, libraries and the data read so
+    far. 0 on CUDA, whose allocator holds tensors alone; where the system tells its peak only, that so far."""
+    if device.type == "cuda":
+        return 0.0
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) * 1024 / GIB
+    return peak_gib(device).gib
+
+
 def reset_peak(device: torch.device) -> None:
     """Start a new peak. Where the system cannot (not Linux, not CUDA) the peak stays that of the whole run."""
     if device.type == "cuda":

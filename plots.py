@@ -105,13 +105,7 @@ def _by_stage(axes: Any, records: Sequence[Record], x: str, y: str, title: str) 
 
 
 def _retrieval(axes: Any, checks: Sequence[Record]) -> None:
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for record in checks:
-        for name, value in flat_values(record.get("metrics") or {}).items():
-            if name.endswith(("R@1", "R@5")):
-                x, y = series.setdefault(name, ([], []))
-                x.append(record["epoch"])
-                y.append(value)
+    series, chances = _over_epochs(checks, "metrics"), _over_epochs(checks, "chance")
     colours: dict[str, str] = {}
     for name, (x, y) in series.items():
         direction, _, metric = name.rpartition("_")
@@ -119,13 +113,27 @@ def _retrieval(axes: Any, checks: Sequence[Record]) -> None:
         colour = colours.setdefault(direction, f"C{len(colours)}")
         axes.plot(x, y, color=colour, linestyle="-" if metric == "R@1" else ":", linewidth=1.4, label=label,
                   marker="o" if len(x) == 1 else None, markersize=3)
-    axes.set_title("validation retrieval: R@1, and R@5 dotted", fontsize=10)
+        if metric == "R@1" and name in chances:
+            axes.plot(*chances[name], color=colour, linestyle="--", linewidth=0.7, alpha=0.7)
+    axes.set_title("validation retrieval: R@1 (its chance dashed), and R@5 dotted", fontsize=10)
     axes.set_xlabel("epoch")
     axes.set_ylim(0, 1)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.25)
     if series:  # beside the curves, which may be anywhere
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def _over_epochs(checks: Sequence[Record], kind: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Epochs and values of R@1 and R@5 of each direction."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for record in checks:
+        for name, value in flat_values(record.get(kind) or {}).items():
+            if name.endswith(("R@1", "R@5")):
+                x, y = series.setdefault(name, ([], []))
+                x.append(record["epoch"])
+                y.append(value)
+    return series
 
 
 def _xy(records: Sequence[Record], x: str, y: str) -> tuple[list[float], list[float]]:

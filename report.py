@@ -15,10 +15,12 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     config        the resolved configuration
     data          {"counts": {set: {split: {kind: samples}}}, "digests": {split: sha256}, "licences": {set: text},
                   "available": {set: {split: {"samples": n, "of": n, "sha256": of their list}}}, ...}
-    stages        [{"stage", "epochs", "steps", "samples", "seconds", "peak_gib", "predicted_gib", "data_wait_pct",
-                  "samples_per_s", "loss"}], in order; the last three are means of the stage's logged steps
-                  (loss: of its last tenth)
-    validations   [{"stage", "epoch", "step", "loss", "metrics": {name: value}}]
+    stages        [{"stage", "epochs", "steps", "samples", "seconds", "peak_gib", "held_gib", "measured_gib",
+                  "predicted_gib", "data_wait_pct", "samples_per_s", "loss"}], in order; the last three are means of the
+                  stage's logged steps (loss: of its last tenth). Compare predicted_gib, of tensors, with measured_gib:
+                  of all that was measured, peak_gib, what was held before the model was made, held_gib, is not in it
+    validations   [{"stage", "epoch", "step", "loss", "metrics": {name: value}, "chance": {name: value}, "candidates":
+                  {name: count}}]
     evaluation    {"split", "figures": {set: {pair: {metric: {"value", "chance", "candidates", "queries", "low",
                   "high"}}}}, "facts": {set: {"samples", "of", "broken", "subset_seed", "nonfinite", "trials"}}}
     gallery       [{"query", "source", "modality", "rank", "candidates", "answers": [{"caption", "score", "right"}]}]
@@ -94,8 +96,15 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("stages", "Stages", "训练阶段"), ("stage_stage", "Stage", "阶段"), ("stage_epochs", "Epochs", "轮数"),
     ("stage_steps", "Steps", "步数"), ("stage_samples", "Samples", "样本数"), ("stage_seconds", "Time", "用时"),
     ("stage_samples_per_s", "Samples/s", "样本/秒"), ("stage_data_wait_pct", "Waiting for data, %", "等待数据 %"),
-    ("stage_predicted_gib", "Predicted peak, GiB", "预测峰值 GiB"),
-    ("stage_peak_gib", "Measured peak, GiB", "实测峰值 GiB"), ("stage_loss", "Final loss", "最终损失"),
+    ("stage_predicted_gib", "Predicted peak of tensors, GiB", "张量预测峰值 GiB"),
+    ("stage_measured_gib", "Measured of them, GiB", "其实测 GiB"),
+    ("stage_peak_gib", "Measured in all, GiB", "全部实测峰值 GiB"),
+    ("stage_loss", "Training loss, last tenth", "训练损失（最后十分之一）"),
+    ("stages_text",
+     "Compare the predicted peak with what was measured of it: on a CPU that is the process less what it held before "
+     "the model was made (Python, libraries, data read), on CUDA all that the allocator took.",
+     "预测峰值应与“其实测”相比：在 CPU 上是进程的内存减去建立模型之前已占的（Python、库、读入的数据），"
+     "在 CUDA 上是分配器占用的全部。"),
     ("events", "Events", "事件"), ("data", "Data", "数据"), ("split", "Split", "划分"),
     ("counts", "Samples by kind", "各类样本数"), ("licence", "Licence", "许可"),
     ("digests", "Digest of the lists of samples:", "样本清单的摘要："),
@@ -148,7 +157,8 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
         "environment": environment(run),
         "stages": _stages(records, run.get("predicted_gib") or {}),
         "validations": [{**{name: record.get(name) for name in ("stage", "epoch", "step", "loss")},
-                         "metrics": flat_values(record.get("metrics") or {})}
+                         "metrics": flat_values(record.get("metrics") or {}),
+                         "chance": record.get("chance") or {}, "candidates": record.get("candidates") or {}}
                         for record in records if record.get("kind") == "validation"],
         "gallery": [{**row, "answers": [{name: answer[name] for name in ("caption", "score", "right")}
                                         for answer in row["answers"]]} for row in gallery],
@@ -220,6 +230,10 @@ def _stages(records: Sequence[Mapping[str, Any]], predicted_gib: Mapping[str, fl
         entry: dict[str, Any] = {"stage": stage, "predicted_gib": predicted_gib.get(stage)}
         for name in ("epochs", "steps", "samples", "seconds", "peak_gib"):
             entry[name] = max(record[name] for record in ends) if ends else None
+        known = [record for record in ends if record.get("held_gib") is not None]
+        most = max(known, key=lambda record: record["peak_gib"] - record["held_gib"], default=None)
+        entry["held_gib"] = most and most["held_gib"]
+        entry["measured_gib"] = most and max(most["peak_gib"] - most["held_gib"], 0.0)
         last = steps[-max(1, len(steps) // 10):]
         entry |= {"data_wait_pct": _mean(steps, "data_wait_pct"), "samples_per_s": _mean(steps, "samples_per_s"),
                   "loss": _mean(last, "loss")}
@@ -346,12 +360,12 @@ def _stage_table(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
     if not report["stages"]:
         return ""
     keys = ("stage", "epochs", "steps", "samples", "seconds", "samples_per_s", "data_wait_pct", "predicted_gib",
-            "peak_gib", "loss")
+            "measured_gib", "peak_gib", "loss")
     rows = [[say[f"stage_{key}"] for key in keys]]
     rows += [[_duration(stage[key]) if key == "seconds" else _number(stage[key]) for key in keys]
              for stage in report["stages"]]
     events = [f"- {_cell(event)}" for event in report["events"]]
-    return "\n\n".join([f"## {say['stages']}", _table(rows)]
+    return "\n\n".join([f"## {say['stages']}", _table(rows), say["stages_text"]]
                        + ([f"### {say['events']}", "\n".join(events)] if events else []))
 
 

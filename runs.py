@@ -37,6 +37,8 @@ from redaction import command_line, redacted
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
+Figure = Mapping[str, Any]  # of metrics.py
+
 PARTS = ("checkpoints", "logs", "reports")
 LOCK = ".lock"
 NO_TEST = ("no test samples to compare, so the report has no figures: they need two with two modalities, labels or "
@@ -86,6 +88,7 @@ class Run:
     world: World = field(default_factory=World)
     fits: dict[str, memory.Fit] = field(default_factory=dict)  # by stage, and of evaluation
     predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
+    held_gib: float = 0.0  # of memory, before the model was made: in what is measured, and in no plan
     planned_fits: dict[str, memory.Fit] = field(default_factory=dict)  # that this peak is of
     fits_asked: dict[str, str] = field(default_factory=dict)  # digests of the settings that `fits` obey
     progress: Progress = field(default_factory=Progress)
@@ -119,10 +122,11 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
     memory.use_deterministic(config.training.deterministic)
     data = data or world.together(lambda: read_data(config, state))
+    held_gib = memory.held_gib(device)
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress,
-              claim=claim)
+              claim=claim, held_gib=held_gib)
     if not world.is_main:
         return run
     if options.overwrite:
@@ -296,23 +300,32 @@ def encoding(run: Run, **settings: Any) -> protocols.Setting:
                              sizes=dict(fit.micro_batch) if fit else {}, **settings)
 
 
-def retrieval_figures(run: Run) -> dict[str, float]:
-    """Retrieval on a fixed part of the validation split, over all sets: values by name, and each one's chance."""
+def retrieval_figures(run: Run) -> dict[str, Figure]:
+    """Retrieval on a fixed part of the validation split, over all sets: by name its value, its chance, and among
+    how many candidates."""
     if not len(run.data.tables["val"]):
         return {}
     setting = encoding(run, concepts=False, limit=run.config.evaluation.max_validation)
     quick = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, resamples=0))
     pairs = protocols.evaluate_split(run.model, run.data, "val", quick, setting)[0].get(protocols.ALL, {})
-    return {name: float(figure["value"]) for kind, figures in pairs.items() if kind != "speakers"
+    return {name: figure for kind, figures in pairs.items() if kind != "speakers"
             for name, figure in figures.items() if figure["value"] is not None}
 
 
-def first_recalls(figures: Mapping[str, float]) -> str:
-    """R@1 of each direction, and beside it that of papers, as an epoch's line tells them."""
+def retrieval_record(figures: Mapping[str, Figure]) -> dict[str, dict[str, Any]]:
+    """What a record of validation holds of them: `metrics`, `chance` and `candidates`, each by name."""
+    parts = {"metrics": "value", "chance": "chance", "candidates": "candidates"}
+    return {key: {name: figure[part] for name, figure in figures.items()} for key, part in parts.items()}
+
+
+def first_recalls(figures: Mapping[str, Figure]) -> str:
+    """R@1 of each direction as an epoch's line tells it: with chance, the number of candidates, and that of papers."""
     shown = ""
-    for name in (name for name in figures if name.endswith("R@1")):
-        of_papers = figures.get(name + protocols.PER_CAPTION)
-        shown += f"  {name} {figures[name]:.3f}" + (f" ({of_papers:.3f} per caption)" if of_papers is not None else "")
+    for name, figure in figures.items():
+        if name.endswith("R@1"):
+            of_papers = figures.get(name + protocols.PER_CAPTION)
+            more = f"; {of_papers['value']:.3f} per caption" if of_papers else ""
+            shown += f"  {name} {figure['value']:.3f} (chance {figure['chance']:.3f} of {figure['candidates']:,}{more})"
     return shown
 
 

@@ -107,10 +107,13 @@ class Tracker:
             self._show("add_scalar", f"validation/{stage}/{name}", value, at)
         for name, value in record["metrics"].items():
             self._show("add_scalar", f"retrieval/{name}", value, at)
+            if name in record.get("chance", {}):
+                self._show("add_scalar", f"retrieval/{name}_chance", record["chance"][name], at)
 
-    def memory(self, stage: str, planned_gib: float, measured_gib: float, at: int) -> None:
-        self._show("add_scalar", f"memory/{stage}/planned_gib", planned_gib, at)
-        self._show("add_scalar", f"memory/{stage}/measured_gib", measured_gib, at)
+    def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None:
+        """`measured_gib` is of what is planned; `process_gib` is all that was measured."""
+        for name, value in (("planned", planned_gib), ("measured", measured_gib), ("process", process_gib)):
+            self._show("add_scalar", f"memory/{stage}/{name}_gib", value, at)
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         self._show("add_image", name, pixels_HWC, step, dataformats="HWC")
@@ -144,7 +147,7 @@ class SilentTracker(Tracker):
 
     def close_bar(self) -> None: ...
 
-    def memory(self, stage: str, planned_gib: float, measured_gib: float, at: int) -> None: ...
+    def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None: ...
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None: ...
 

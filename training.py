@@ -39,6 +39,7 @@ from runs import (
     open_run,
     remember_best,
     retrieval_figures,
+    retrieval_record,
     show_examples,
 )
 from saving import Saver
@@ -436,7 +437,7 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
                     run.tracker.record({
                         "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
                         "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
-                        "peak_gib": compare_memory(run, row.name), "samples": samples * len(epochs)})
+                        **compare_memory(run, row.name), "samples": samples * len(epochs)})
                 if contrasts(stage) and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
                     show_examples(run)
             saver.after_epoch(row.name, stage.state_dict, is_last=epoch == epochs[-1])
@@ -447,19 +448,22 @@ def samples_of(jobs: list[Any]) -> int:
     return sum(len(indices) for _, indices in jobs)
 
 
-def compare_memory(run: Run, name: str) -> float:
-    """The stage's measured peak in GiB, shown beside the planned one; on CUDA it calibrates this machine's plans."""
+def compare_memory(run: Run, name: str) -> dict[str, float]:
+    """What the stage's record holds of memory in GiB: its measured peak, and the part of it that was held before the
+    model was made. The rest is shown beside the planned peak; on CUDA it calibrates this machine's plans."""
     measured, planned = memory.peak_gib(run.device), run.predicted_gib[name]
-    run.tracker.say(f"[{name}] memory: planned {planned:.2f} GiB of tensors, measured {measured.gib:.2f} GiB "
-                    f"({measured.kind})")
-    run.tracker.memory(name, planned, measured.gib, run.progress.step)
+    comparable = max(measured.gib - run.held_gib, 0.0)
+    less = f", less {run.held_gib:.2f} GiB held before the model was made" if run.held_gib else ""
+    run.tracker.say(f"[{name}] memory: planned {planned:.2f} GiB of tensors, measured {comparable:.2f} GiB "
+                    f"({measured.gib:.2f} GiB {measured.kind}{less})")
+    run.tracker.memory(name, planned, comparable, measured.gib, run.progress.step)
     if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
         run.tracker.say(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
                         f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
     as_planned = run.fits.get(name) == run.planned_fits.get(name)  # not where it has been made smaller since
     if run.device.type == "cuda" and as_planned:
         budget.calibrate(memory.device_name(run.device), measured.gib, planned)
-    return measured.gib
+    return {"peak_gib": measured.gib, "held_gib": run.held_gib}
 
 
 def contrasts(stage: Stage) -> bool:
@@ -475,7 +479,7 @@ def validate(run: Run, stage: Stage, log: StepLog) -> None:
         best = remember_best(run, stage.row.name, loss)
     progress = run.progress
     run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
-                            "parts": parts, "metrics": figures, "seconds": time.perf_counter() - start_s})
+                            "parts": parts, **retrieval_record(figures), "seconds": time.perf_counter() - start_s})
     mean = progress.loss_sum / progress.losses if progress.losses else float("nan")
     run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}  "
                     f"validation {loss:.4f}{' *' if best else ''}{first_recalls(figures)}  "

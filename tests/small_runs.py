@@ -156,5 +156,5 @@ def records(folder: Path, *kinds: str) -> list[dict[str, Any]]:
 
 def without_times(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records without what two runs of the same mathematics may differ in."""
-    vary = {"samples_per_s", "data_wait_pct", "memory_gib", "seconds", "save_s", "peak_gib"}
+    vary = {"samples_per_s", "data_wait_pct", "memory_gib", "seconds", "save_s", "peak_gib", "held_gib"}
     return [{name: value for name, value in record.items() if name not in vary} for record in found]

@@ -173,7 +173,7 @@ def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp
     assert events and all("[evaluation]" in event["message"] for event in events)
     assert max(run.fits["evaluation"].micro_batch.values()) < 64
     assert found.keys() == expected.keys() and len(expected) > 3
-    assert all(abs(found[name] - value) <= 0.1 for name, value in expected.items()), "rounding alone"
+    assert all(abs(found[name]["value"] - one["value"]) <= 0.1 for name, one in expected.items()), "rounding alone"
 
 
 # ---- nothing is lost ---------------------------------------------------------------------------------------------

@@ -31,9 +31,11 @@ def _records() -> list[dict]:
                           "loss": 4.0 / at, "parts": {part: 4.0 / at}, "lr": 1e-4, "grad_norm": 1.0,
                           "samples_per_s": 50.0, "data_wait_pct": 2.0 if step < 21 else 4.0})
         found.append({"kind": "validation", "stage": stage, "epoch": 1, "step": at, "loss": 1.5,
-                      "metrics": {"image_to_text_R@1": 0.25} if stage == "align" else {}})
+                      **({"metrics": {"image_to_text_R@1": 0.25}, "chance": {"image_to_text_R@1": 0.125},
+                          "candidates": {"image_to_text_R@1": 8}} if stage == "align" else {"metrics": {}})})
         for epochs in (1, 2):  # it was through after one epoch and has gone on for another: its records add up already
             found.append({"kind": "stage", "stage": stage, "epochs": epochs, "steps": 20 * epochs, "peak_gib": 1.5,
+                          "held_gib": 1.25,
                           "seconds": 30.0 * epochs, "samples": 200 * epochs, "step": at})
     return [*found, {"kind": "event", "step": 3, "message": "step 3 skipped: a|b <b>bold</b>"}]
 
@@ -81,9 +83,11 @@ def test_the_json_holds_every_documented_key_and_what_was_given(written):
     assert found["best"] == {"stage": "align", "epoch": 2, "loss": None}  # NaN is no JSON
     align = found["stages"][1]
     assert align == {"stage": "align", "epochs": 2, "steps": 40, "samples": 400, "seconds": 60.0, "peak_gib": 1.5,
-                     "predicted_gib": 1.4, "data_wait_pct": 3.0, "samples_per_s": 50.0,
+                     "predicted_gib": 1.4, "held_gib": 1.25, "measured_gib": 0.25, "data_wait_pct": 3.0,
+                     "samples_per_s": 50.0,
                      "loss": pytest.approx(np.mean([4 / at for at in range(77, 81)]))}
-    assert found["validations"][1]["metrics"] == {"image_to_text_R@1": 0.25}
+    assert [found["validations"][1][name] for name in ("metrics", "chance", "candidates")] == [
+        {"image_to_text_R@1": 0.25}, {"image_to_text_R@1": 0.125}, {"image_to_text_R@1": 8}]
     assert found["gallery"][0]["answers"][1] == {"caption": "answer 1", "score": 0.8, "right": True}
     assert found["environment"]["packages"]["torch"].startswith("2.")
 
@@ -106,7 +110,7 @@ def test_the_markdown_says_what_was_measured(written):
         assert note in text
     assert "text 3" in text and "all pairs" in text
     assert "### stamps" in text and "### all" not in text  # one set alone is not told twice
-    assert "| align | 2 | 40 | 400 | 1 min 00 s | 50 | 3 | 1.4 | 1.5 |" in text
+    assert "| align | 2 | 40 | 400 | 1 min 00 s | 50 | 3 | 1.4 | 0.2500 | 1.5 |" in text and say("stages_text") in text
     assert "GPL-2" in text and "`ab12`" in text and "lr: 0.0001" in text
     assert "a\\|b &lt;b>bold&lt;/b>" in text  # neither a cell's end nor HTML
     assert "{" not in text.split("```")[0]  # no phrase with a place that was not filled

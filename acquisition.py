@@ -19,17 +19,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import archives
+import arrivals
 import clips
 import inventory
 import local_copies
 import pipeline
 import readiness
 import sampling
+import staging
 import transfer
 from config import UserError
 from debian import fetch_by_apt
-from files import BESIDE, locked, replacing
-from holdings import Holdings
+from files import locked, remove_left, replacing
+from holdings import LICENCE, Holdings
 from members import ArchiveError
 from redaction import redact
 from remote import NoRange, RemoteFile
@@ -38,7 +40,7 @@ from sources import File, Item, Source
 from transfer import Fetched, Mismatch, TransferError, Wanted
 
 PACKAGES = {"parquet": "pyarrow", "7z": "py7zr"}  # what the standard library cannot unpack
-ARCHIVES, STAGING, LOCK, LICENCE = "archives", ".unpacking", ".download", "LICENCE.txt"
+ARCHIVES, LOCK = "archives", ".download"
 MOST_PROBLEMS = 3  # files that no server gives, after which no further one is tried
 DONE, FAILED, MEND, IN_PART = 0, 1, 2, 3  # exit codes: of these the first of 1, 2, 3 that any set has
 
@@ -88,6 +90,10 @@ class Acquisition:
             self.policy.stop.set()  # threads that are still at work end
 
     def _get_missing(self) -> Outcome:
+        for item in filter(self.holdings.kept, self.selection.items):
+            why = "" if self.options.skip_existing else ", in a folder behind a link of yours"
+            self.say(f"{item.into}: is another file than the published one{why}, and is left as it is; rename it, and "
+                     "the published one is fetched")
         if self.options.skip_existing and self._complete():
             return self._outcome("skipped")
         if self._needs_key():
@@ -118,7 +124,8 @@ class Acquisition:
         before = self.holdings.marker
         self.holdings.marker = {
             "set": self.source.name, "title": self.source.title, "licence": self.source.licence, "complete": False,
-            "items": before.get("items", {}),
+            "items": before.get("items", {}), "licence_sha256": before.get("licence_sha256", ""),
+            "linked_from": before.get("linked_from", []),
             "linked": {place: number for place, number in before.get("linked", {}).items()
                        if (self.folder / place).is_dir() or not number}}
         if self.local:
@@ -139,17 +146,15 @@ class Acquisition:
         marker |= {"complete": not self.unavailable and not self.may_come,
                    "limited": self.selection.limited and self._more_without_limits(),
                    "counts": {place: found for place, found, _ in self.holdings.counts(self.holdings.coverage())}}
+        if not self.holdings.write_licence():
+            self.say(f"{self.folder / LICENCE}: is a file of yours, and is left as it is")
         inventory.write_marker(self.folder, marker)
-        (self.folder / LICENCE).write_text(f"{self.source.title}\n{self.source.page}\n\n{self.source.licence}\n"
-                                           f"{self.source.note}\n", encoding="utf-8")
-        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        staging.clear(self.folder, self.source)
         lists = [item.into for item in self.selection.items if item.kind == "plain"]
-        for name in (inventory.MARKER, clips.LEDGER, *lists):
-            for left in self.folder.glob(f"{name}.*{BESIDE}"):  # of a run that was killed while it wrote
-                left.unlink()
-        if not self.options.keep_archives:
-            for item in self.selection.items:
-                self._remove_archives(item)
+        for name in (inventory.MARKER, clips.LEDGER, LICENCE, *lists):
+            remove_left(self.folder / name)
+        for item in self.selection.items:
+            self._part_with_archives(item)
         with contextlib.suppress(OSError):
             (self.folder / ARCHIVES).rmdir()  # only when empty
 
@@ -158,9 +163,15 @@ class Acquisition:
         return (bool(Holdings(everything, self.holdings.marker).todo(sizes=False))
                 or (self._asks_youtube() and clips.any_left(self.folder, everything.options)))
 
-    def _remove_archives(self, item: Item) -> None:
-        for file in item.files:
-            inventory.remove_archive(self.folder / ARCHIVES / file.name)
+    def _part_with_archives(self, item: Item, fetched: Sequence[Fetched] = ()) -> None:
+        """Remove the archives of an item that came by this command, or with --keep-archives give them to the user."""
+        digests = {file.path: file.sha256 for file in fetched}
+        for file in item.files if item.kind != "plain" else ():
+            path = self.folder / ARCHIVES / file.name
+            if self.options.keep_archives:
+                arrivals.keep(path)
+            elif arrivals.remove(path, digests.get(path, "")) and path in digests:
+                self.say(f"{path}: is yours, and is left there")
 
     def _outcome(self, state: str) -> Outcome:
         covered = self.holdings.coverage()
@@ -171,13 +182,16 @@ class Acquisition:
             more = ["..."] if row.found + len(row.absent) < row.listed else []
             lines += [f"not there: {', '.join([*row.absent, *more])}"] if row.absent else []
         lines += [f"{what}: {', '.join(names)}" for what, names in (
+            ("left as they are, not as published", [i.into for i in self.selection.items if self.holdings.kept(i)]),
             ("not to be had", [i.name for i in self.selection.items if i.name in self.unavailable]),
             ("left out by --max-gb", [i.name for i in self.selection.left_out]))
                   if names]
         short = bool(self.unavailable) or any(found < number for _, found, number in counts)
         code = DONE
         if short and not (self.options.sample or self.selection.left_out):
-            code = IN_PART if self.source.partly or self.holdings.marker.get("linked") else FAILED
+            ours = not (self.source.partly or self.holdings.marker.get("linked")
+                        or any(map(self.holdings.kept, self.selection.items)))
+            code = FAILED if ours else IN_PART
         again = code == FAILED or self.may_come
         return Outcome(name=self.source.name, detail=", ".join(lines) or "all files are there", code=code,
                        state="partial" if state != "skipped" and (short or self.selection.left_out) else state,
@@ -190,11 +204,11 @@ class Acquisition:
         assert self.local
         linked: dict[str, int] = {}
         if self.local.is_dir() and self.source.name == "voxceleb":
-            linked = local_copies.link_voxceleb(self.local, self.folder)
+            linked = local_copies.link_voxceleb(self.local, self.folder, self._earlier_copies())
         if self.local.is_dir() and self.source.name == "audiocaps":
             self._obtain([item for item in self.selection.items
                           if item.kind == "plain" and not self.holdings.present(item, True)])
-            linked = local_copies.link_audiocaps(self.local, self.folder, self.folder)
+            linked = local_copies.link_audiocaps(self.local, self.folder, self.folder, self._earlier_copies())
             linked = linked if any(linked.values()) else {}
         self.holdings.marker["linked"] = linked
         if linked:
@@ -204,6 +218,14 @@ class Acquisition:
                      for item in self.selection.items for file in item.files):
             raise UserError(f"--local {self.local}: holds neither files nor archives of {self.source.title} under the "
                             "names that they have there")
+
+    def _earlier_copies(self) -> list[Path]:
+        """Folders that --local named before: links into them are ours. This one is noted before its first link."""
+        marker, named = self.holdings.marker, str(Path(str(self.local)).resolve())
+        earlier = [*marker["linked_from"]]
+        marker["linked_from"] = [*dict.fromkeys([*earlier, named])]
+        inventory.write_marker(self.folder, marker)
+        return [Path(folder) for folder in earlier]
 
     def _adopted(self, item: Item) -> bool:
         number = self.holdings.adopt(item)
@@ -226,7 +248,9 @@ class Acquisition:
         if path.parent.name == ARCHIVES:
             return fetched
         path.parent.mkdir(parents=True, exist_ok=True)
-        with wanted.path.open("rb") as source, replacing(path) as copy:
+        to = replace(wanted, path=path)
+        with wanted.path.open("rb") as source, replacing(
+                path, rename=lambda copy, _: transfer.put(copy, to, self.policy.progress)) as copy:
             shutil.copyfileobj(source, copy)
         return replace(fetched, path=path)
 
@@ -327,7 +351,7 @@ class Acquisition:
         whole = self._in_local(item.name) if item.whole_md5 else None  # parts that the user put together already
         if whole:
             return [partial(self._check_local, Wanted(path=whole, urls=(), md5=item.whole_md5))]
-        return [partial(self._get, file, self.arrived(item, file)[0]) for file in item.files]
+        return [partial(self._get, item, file) for file in item.files]
 
     def _complete_item(self, item: Item, fetched: Sequence[Fetched | RemoteFile]) -> None:
         """All files of the item are there, or can be read where they are: unpack it, and write it into the marker."""
@@ -342,8 +366,7 @@ class Acquisition:
             self._look_at_rows(item, here[0])
         self.holdings.items[item.name] = record
         inventory.write_marker(self.folder, self.holdings.marker)
-        if item.kind != "plain" and not self.options.keep_archives:
-            self._remove_archives(item)
+        self._part_with_archives(item, here)
         checked = "digest right" if all(record["checked"]) else "no digest is published"
         checked = "a sample, read in pieces" if len(here) < len(fetched) else checked
         self.say(f"{item.name}: {checked}, {record['files']:,} files, {record['bytes'] / 1e6:,.1f} MB")
@@ -356,18 +379,22 @@ class Acquisition:
             if item.kind == "parquet":
                 number -= inventory.count(self.folder / item.into, "")
             choose = sampling.chooser(self.source.name, item, self.folder, number)
-        else:
-            there = archives.bytes_below(self.folder / STAGING / f"{item.name}-{archive}")
-            self._check_free(archives.declared_size(parts, item.kind) - there, item.name)
+        beside = staging.place(self.folder, item, archive)
+        if choose is None:
+            self._check_free(archives.declared_size(parts, item.kind) - archives.bytes_below(beside), item.name)
         published = sum(count.number for count in item.counts)
         expected = archives.Expected(rules=item.rules, files=2 * published + 10_000 if published else 2_000_000,
                                      size=3 * item.unpacked + 1_000_000_000, choose=choose)
-        staging = self.folder / STAGING / f"{item.name}-{archive}"  # of this very archive
-        staging.parent.mkdir(exist_ok=True)
+        kept: list[Path] = []
         with inventory.Listing(inventory.contents_path(self.folder, item.name), record) as listing:
-            watcher = archives.Watcher(file=listing.add, staged=lambda folder: listing.finish(),
+            watcher = archives.Watcher(file=listing.add, staged=lambda folder: listing.finish(), kept=kept.append,
                                        progress=self.policy.progress)
-            archives.unpack(parts, item.kind, self.folder / item.into, staging, expected, watcher)
+            try:
+                archives.unpack(parts, item.kind, self.folder.resolve() / item.into, beside, expected, watcher)
+            finally:
+                if kept:
+                    self.say(f"{item.name}: {len(kept):,} files that were there differ from its own and are kept, the "
+                             f"first as {kept[0]}")
         return listing.record
 
     def _look_at_rows(self, item: Item, fetched: Fetched) -> None:
@@ -383,33 +410,33 @@ class Acquisition:
         if rows != wanted:
             self.say(f"note: {item.name} has {rows:,} rows, {wanted:,} are published")
 
-    def _get(self, file: File, path: Path) -> Fetched:
+    def _get(self, item: Item, file: File) -> Fetched:
         """The file from the user's copy, the system's package tool or a server, checked."""
+        path, _ = self.arrived(item, file)
+        came = (self.holdings.items.get(item.name) or {}).get("sha256") if item.kind == "plain" else None
         local = self._in_local(file.name)
         if local and path.exists() and local.samefile(path):  # the set's own folder was named
             with contextlib.suppress(Mismatch):
                 return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)
         elif local:
-            return self._from_local(self._wanted(file, local, ()), path)
+            return self._from_local(replace(self._wanted(file, local, ()), ours=(came or [""])[0]), path)
         urls = self.selection.addresses(file)
         if not urls and self.local:
             raise _NotAvailable
-        wanted = self._wanted(file, path, tuple(url for url in urls if not url.startswith("apt:")))
+        wanted = replace(self._wanted(file, path, tuple(url for url in urls if not url.startswith("apt:"))),
+                         ours=(came or [""])[0], noted=item.kind != "plain")
         if urls and urls[0].startswith("apt:"):
             return fetch_by_apt(urls[0].removeprefix("apt:"), wanted)
         return transfer.fetch(wanted, self.policy) if wanted.pinned else self._get_unpinned(wanted)
 
     def _get_unpinned(self, wanted: Wanted) -> Fetched:
         """A file without a published digest: what is there counts only by the one that was noted when it came."""
-        noted = inventory.sealed(wanted.path)
+        noted = arrivals.digest(wanted.path)
         with contextlib.suppress(FileNotFoundError, Mismatch):
             if noted:
                 fetched = transfer.check_file(replace(wanted, sha256=noted), self.policy.progress)
                 return replace(fetched, checked="")
-        fetched = transfer.fetch(wanted, self.policy)
-        if wanted.path.parent.name == ARCHIVES:
-            inventory.seal(wanted.path, fetched.sha256)
-        return fetched
+        return transfer.fetch(wanted, self.policy)
 
     def _wanted(self, file: File, path: Path, urls: tuple[str, ...]) -> Wanted:
         keyed = tuple(urlsplit(url).hostname or "" for _, url in file.urls if "{key}" in url)
@@ -428,12 +455,12 @@ class Acquisition:
         """Disk that getting these items takes at most, beside what has arrived or was unpacked by an earlier run."""
         paths = [path for item in items for file in item.files for path in self.arrived(item, file)]
         there = sum(path.stat().st_size for path in paths if path.is_file())
-        return max(0, self.selection.peak_bytes(items) - there - archives.bytes_below(self.folder / STAGING))
+        return max(0, self.selection.peak_bytes(items) - there - staging.arrived_bytes(self.folder, self.source))
 
     def arrived(self, item: Item, file: File) -> tuple[Path, Path]:
         """Where a file of an item lies, and the part of it that has come."""
         path = self.folder / item.into if item.kind == "plain" else self.folder / ARCHIVES / file.name
-        return path, path.with_name(path.name + ".part")
+        return path, arrivals.part_of(path)
 
     def _check_free(self, needed: int, what: str) -> None:
         free = shutil.disk_usage(self.folder).free

@@ -27,6 +27,7 @@ import shards
 import tar_stream
 import zip_stream
 from config import UserError
+from files import settle
 from members import ArchiveError, ByteSource, Member, Rules, destination, safe_name
 from progress import Progress
 from remote import RemoteFile
@@ -61,24 +62,26 @@ class Unpacked:
 
 @dataclass(frozen=True, kw_only=True)
 class Watcher:
-    """Who wants to know: of each file that is whole in the staging folder (name, bytes, CRC-32), and when all are,
-    before any is renamed; and the display."""
+    """Who wants to know: of each file that is whole in the staging folder (name, bytes, CRC-32); when all are, before
+    any is renamed; and of each file that was in the way, under the name that it has then; and the display."""
 
     file: Callable[[str, int, int], Any] = lambda name, size, crc32: None
     staged: Callable[[Path], Any] = lambda folder: None
+    kept: Callable[[Path], Any] = lambda path: None
     progress: Progress = field(default_factory=Progress)
 
 
 def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expected: Expected,
            watcher: Watcher | None = None) -> Unpacked:
-    """Unpack the archive (all `parts` of it) into `staging`, then rename all into `target`.
+    """Unpack the archive (all `parts` of it) into `staging`, then rename all into `target`. A file that is there and
+    differs is kept under another name, one of the same bytes stays.
 
     `staging` must be on the file system of `target`, and of this very archive: what is in it is of an interrupted call.
     Done twice, or after an interruption at any moment, the end is the same.
 
     Raises:
         ArchiveError: the archive is broken or unsafe; `target` is untouched.
-        UserError: the disk is full, a package is missing, or `target` holds something that would be overwritten.
+        UserError: the disk is full, a package is missing, or a folder and a file have the same name.
     """
     watcher = watcher or Watcher()
     with _errors(parts[0].name, target):
@@ -90,7 +93,7 @@ def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expect
                 raise ArchiveError(f"gave {found.files:,} files and {found.size:,} bytes instead of {done.files:,} and "
                                    f"{done.size:,}: it is damaged, or holds a name twice")
             watcher.staged(staging)
-            _merge(staging, target)
+            _merge(staging, target, watcher.kept)
         except Exception as error:
             if _is_damage(error):
                 _remove(staging)
@@ -186,7 +189,7 @@ def _write(member: Member, staging: Path, place: str, allowed: int) -> tuple[int
     return size, crc32
 
 
-def _merge(staging: Path, target: Path) -> None:
+def _merge(staging: Path, target: Path, tell: Callable[[Path], Any]) -> None:
     """Move everything into `target` by renaming, whole folders where the name is free."""
     if target.is_symlink():
         raise UserError(f"{target}: is a link to a folder of yours, which is left alone; remove the link first")
@@ -194,14 +197,16 @@ def _merge(staging: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging, target)
         return
+    if not target.is_dir():
+        raise UserError(f"{target}: is a file where a folder of the data set belongs; move it away")
     for source in sorted(staging.iterdir()):
         place = target / source.name
         if source.is_dir():
-            _merge(source, place)
+            _merge(source, place, tell)
         elif place.is_dir():
             raise UserError(f"{place}: is a folder where a file of the data set belongs; move it away")
         else:
-            os.replace(source, place)
+            settle(source, place, tell=tell)
 
 
 # --- Formats ---------------------------------------------------------------------------------------------------------

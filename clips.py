@@ -4,6 +4,7 @@ The ledger, youtube.csv in the set's folder, has a row a try: clip, status, deta
 Videos that were removed or are private are never tried again; those bound to an age or a country only with cookies.
 """
 
+import contextlib
 import csv
 import importlib.util
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 import annotations
 import pipeline
 from config import UserError
-from files import replacing
+from files import keep_beside, replacing, settle
 from selection import Options
 from transfer import Policy, TransferError
 
@@ -53,16 +54,40 @@ def fetch_clips(folder: Path, options: Options, policy: Policy) -> int:
     """
     tool = find_tool()
     ledger = read_ledger(folder / LEDGER)
+    if not _is_ledger(folder / LEDGER):
+        kept = keep_beside(folder / LEDGER)
+        policy.progress.say(f"audiocaps: {folder / LEDGER} held other rows than those of this command; all of it is "
+                            f"kept as {kept}")
     with replacing(folder / LEDGER, "w") as file:  # one row a clip again
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows((clip, *row) for clip, row in ledger.items())
     todo = list(_todo(folder, options, ledger))
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    _clear_staging(folder)
     try:
         return _fetch_all(tool, folder, todo, options, policy)
     finally:
-        shutil.rmtree(folder / STAGING, ignore_errors=True)
+        _clear_staging(folder)
+
+
+def _is_ledger(path: Path) -> bool:
+    """Whether writing what `read_ledger` gives loses nothing: no file, or its head and then rows, the last one maybe
+    cut."""
+    if not os.path.lexists(path):
+        return True
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        head, *rows = [*csv.reader(file)] or [[]]
+    return not path.is_symlink() and head in ([], list(COLUMNS)) and all(len(row) == len(COLUMNS) for row in rows[:-1])
+
+
+def _clear_staging(folder: Path) -> None:
+    """Remove what this and killed processes put there, and nothing else."""
+    staging = folder / STAGING
+    for left in [] if staging.is_symlink() or not staging.is_dir() else staging.iterdir():
+        if re.fullmatch(r"process-\d+", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        staging.rmdir()  # only when empty
 
 
 def find_tool() -> list[str]:
@@ -150,7 +175,7 @@ def _give_up(status: str, in_a_row: int, policy: Policy) -> None:
 def _fetch(tool: list[str], folder: Path, split: str, clip: str, options: Options) -> tuple[str, str]:
     """(status, detail) of one clip, which is in its place where the status is ok."""
     video, _, start = clip.rpartition("_")
-    staging = folder / STAGING / str(os.getpid())  # a tool that outlives a killed process is not in the way
+    staging = folder / STAGING / f"process-{os.getpid()}"  # a tool that outlives a killed process is not in the way
     staging.mkdir(parents=True, exist_ok=True)
     cookies = ["--cookies", str(options.cookies)] if options.cookies else []
     template = str(staging / clip).replace("%", "%%") + ".%(ext)s"
@@ -170,7 +195,7 @@ def _fetch(tool: list[str], folder: Path, split: str, clip: str, options: Option
     if not _has_sound(path):
         return "failed", "holds no sound"
     (folder / split).mkdir(exist_ok=True)
-    path.replace(folder / split / path.name)
+    settle(path, folder / split / path.name)
     return "ok", ""
 
 

@@ -5,16 +5,20 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import arrivals
 import transfer
+from files import settle
 from transfer import Fetched, Mismatch, TransferError, Wanted
 
 APT_TIMEOUT_S = 3600
 
 
 def fetch_by_apt(package: str, wanted: Wanted) -> Fetched:
-    """Let apt-get fetch PACKAGE=VERSION (that needs no root), and check what came."""
+    """Let apt-get fetch PACKAGE=VERSION (that needs no root), and check what came, which then gets its name. Another
+    file of this name is kept under a new one."""
     with contextlib.suppress(FileNotFoundError, Mismatch):
         return transfer.check_file(wanted)
     if not shutil.which("apt-get"):
@@ -31,10 +35,15 @@ def fetch_by_apt(package: str, wanted: Wanted) -> Fetched:
         if result.returncode or len(found) != 1:
             said = "; ".join(line for line in result.stderr.splitlines() if line.startswith("E:"))
             raise TransferError(f"{wanted.path.name}: apt-get does not give {package} ({said or 'no file came'})")
-        os.replace(found[0], wanted.path)
+        return _checked(found[0], wanted)
+
+
+def _checked(found: Path, wanted: Wanted) -> Fetched:
     try:
-        return transfer.check_file(wanted)
+        fetched = transfer.check_file(replace(wanted, path=found))
     except Mismatch as error:
-        wanted.path.unlink()
         raise TransferError(f"{wanted.path.name}: apt-get gives another release than the one verified here: it {error}"
                             ) from None
+    arrivals.write_note(wanted.path, "apt:", {"whole": fetched.sha256})
+    settle(found, wanted.path)
+    return replace(fetched, path=wanted.path)

@@ -1,21 +1,27 @@
-"""Files that appear whole or not at all, and where they would."""
+"""Files that appear whole or not at all, where they would, and what becomes of others that have their name."""
 
 import contextlib
 import errno
 import itertools
 import os
+import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 BESIDE = ".tmp"  # ends the name of what is not whole yet
+SET_ASIDE = re.compile(r"\.before_\d{8}_\d{6}(_\d+)?$")  # ends the name of what had to make way
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file to write, beside `path`: synced and renamed to it at the end, or gone if the block fails.
+def replacing(path: str | Path, mode: str = "wb",
+              rename: Callable[[Path, Path], Any] | None = None) -> Iterator[IO[Any]]:
+    """A file to write, beside `path`: synced and renamed to it at the end (by `rename`, else over what is there), or
+    gone if the block fails.
 
     with replacing("config.yaml", "w") as file:
         file.write(text)
@@ -27,7 +33,7 @@ def replacing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        (rename or os.replace)(temporary, path)
         sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):  # renamed already, or the disk is read-only
@@ -72,6 +78,82 @@ def set_aside(path: Path, *, copy: bool = False) -> Path:
         os.rename(path, place)
     print(f"{path}: not as this project wrote it; what was there is kept as {place.name}", flush=True)
     return place
+
+
+def remove_left(path: Path) -> None:
+    """Remove what `replacing` of killed processes left beside `path`: NAME.PROCESS.tmp, and nothing else."""
+    ours = re.compile(re.escape(path.name) + rf"\.\d+{re.escape(BESIDE)}")
+    for left in path.parent.iterdir() if path.parent.is_dir() else ():
+        if ours.fullmatch(left.name) and not left.is_dir():
+            left.unlink(missing_ok=True)
+
+
+def settle(new: Path, place: Path, *, ours: Callable[[], bool] = lambda: False,
+           tell: Callable[[Path], None] = lambda kept: None) -> Path | None:
+    """Give the file `new` the name `place`, and keep what is there: it gets another name beside it, which is told
+    before `place` changes and returned. What is empty, or `ours` by what the caller knows, is replaced; what has the
+    same bytes stays, and `new` goes. A link is never followed: it is what is kept.
+
+    Raises:
+        OSError: `place` is a folder, among others.
+    """
+    kept = None
+    if os.path.lexists(place):
+        if same_bytes(new, place):
+            new.unlink()
+            return None
+        if not ours() and (place.is_symlink() or place.stat().st_size):
+            kept = keep_beside(place, tell)
+    os.replace(new, place)
+    return kept
+
+
+def keep_beside(path: Path, tell: Callable[[Path], None] = lambda kept: None) -> Path:
+    """Give a file a second name in its folder, NAME.before_DATE_TIME, that nothing has yet; its first one is free to be
+    taken by `os.replace`. Where the file system knows no second names, the file is moved."""
+    there = path.lstat()
+    if stat.S_ISDIR(there.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    for other in path.parent.iterdir() if there.st_nlink > 1 else ():
+        if is_set_aside(other.name, path.name) and os.path.samestat(other.lstat(), there):
+            return other  # of a process that was killed before it took the first name
+    for kept in _names_beside(path):
+        if os.path.lexists(kept):
+            continue
+        tell(kept)
+        try:
+            os.link(path, kept, follow_symlinks=False)
+        except FileExistsError:
+            continue
+        except (OSError, NotImplementedError):
+            kept.open("x").close()
+            os.replace(path, kept)
+        return kept
+    raise AssertionError("numbers do not end")
+
+
+def _names_beside(path: Path) -> Iterator[Path]:
+    now = time.strftime("%Y%m%d_%H%M%S")
+    yield path.with_name(f"{path.name}.before_{now}")
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}.before_{now}_{number}")
+
+
+def is_set_aside(name: str, of: str = "") -> bool:
+    """Whether a file of this name had to make way, for one of the name `of` where it is given."""
+    match = SET_ASIDE.search(name) if ".before_" in name else None
+    return match is not None and of in ("", name[: match.start()])
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether both are files of the same bytes; links are followed."""
+    if not (one.is_file() and other.is_file()) or one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as first, other.open("rb") as second:
+        while chunk := first.read(1 << 18):
+            if second.read(len(chunk)) != chunk:
+                return False
+    return True
 
 
 def check_writable(folder: Path) -> None:
@@ -132,7 +214,8 @@ def take_lock(file: IO[Any], *, of_process: bool = False, wait: bool = False) ->
 
 @contextlib.contextmanager
 def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Hold `path`.lock; gives what `take_lock` gave. While another holds it, `wait` is called.
+    """Hold `path`.lock; gives what `take_lock` gave. While another holds it, `wait` is called. A file of the user's
+    that has this name serves as well, and stays as it is.
 
     Raises:
         BlockingIOError: another one holds it, and no `wait` is given.
@@ -152,7 +235,7 @@ def locked(path: Path, wait: Callable[[], None] | None = None) -> Iterator[bool]
             try:
                 yield held
             finally:
-                if not os.fstat(file.fileno()).st_size:  # else it is another's, of the same name
+                if not place.is_symlink() and not os.fstat(file.fileno()).st_size:  # else another's
                     place.unlink(missing_ok=True)
             return
 

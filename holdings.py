@@ -1,6 +1,7 @@
 """What is there of one data set: which items are whole, what was linked or taken over, how many files of how many."""
 
 import contextlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import annotations
 import inventory
 import transfer
+from files import replacing
 from selection import Selection
 from sources import Item
 from transfer import Mismatch, Wanted
 
+LICENCE = "LICENCE.txt"
 
 @dataclass
 class Holdings:
@@ -40,7 +43,7 @@ class Holdings:
         return [] if self.selection.source.one_of and len(absent) < len(wanted) else absent
 
     def present(self, item: Item, sizes: bool) -> bool:
-        if self.linked(item):
+        if self.linked(item) or self.kept(item):
             return True
         record = self.items.get(item.name)
         if record and record.get("damaged"):  # found by --verify
@@ -56,6 +59,27 @@ class Holdings:
         if not record:  # stopped between the last rename and the marker
             record = self.items[item.name] = inventory.read_record(contents)
         return record.get("sample", 0) in (0, sample)  # a part is no whole
+
+    def kept(self, item: Item) -> bool:
+        """Whether a list is the user's and left as it is: there, another than the one that this command fetches, and
+        in a folder behind a link of the user's, or --skip-existing is given."""
+        path = self.folder / item.into
+        if item.kind != "plain" or not self.differs(item):
+            return False
+        return self.selection.options.skip_existing or _is_behind_link(path.parent, self.folder)
+
+    def differs(self, item: Item) -> bool:
+        """Whether there is a file with bytes in it where a list belongs, which neither came by this command nor is the
+        published one."""
+        path, file, record = self.folder / item.into, item.files[0], self.items.get(item.name) or {}
+        if not path.is_file() or not path.stat().st_size or _plain_is_right(path, record, True):
+            return False
+        if not (file.sha256 or file.md5):
+            return True
+        with contextlib.suppress(Mismatch):
+            return not transfer.check_file(Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5,
+                                                  also_good=file.also_good))
+        return True
 
     def linked(self, item: Item) -> bool:
         linked = self.marker.get("linked", {})
@@ -84,6 +108,20 @@ class Holdings:
                 listing.add(name, size, None)
             self.items[item.name] = listing.finish()
         return len(files)
+
+    def write_licence(self) -> bool:
+        """Write LICENCE.txt, and its digest into the marker; false where one is there that is not ours, which stays."""
+        path, source = self.folder / LICENCE, self.selection.source
+        text = f"{source.title}\n{source.page}\n\n{source.licence}\n{source.note}\n"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        there = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+        if path.is_symlink() or there not in ("", digest, self.marker.get("licence_sha256")):
+            return False
+        if there != digest:
+            with replacing(path, "w") as file:
+                file.write(text)
+        self.marker["licence_sha256"] = digest
+        return True
 
     def coverage(self) -> list[annotations.Coverage]:
         """Files that the lists name; only those asked for, and not of samples, which fall short on purpose."""
@@ -118,3 +156,8 @@ def _plain_is_right(path: Path, record: Mapping[str, Any], thorough: bool) -> bo
     with contextlib.suppress(Mismatch, KeyError, IndexError):
         return not thorough or bool(transfer.check_file(Wanted(path=path, urls=(), sha256=record["sha256"][0])))
     return False
+
+
+def _is_behind_link(place: Path, folder: Path) -> bool:
+    """Whether `place`, or a folder between it and `folder`, is a link."""
+    return place != folder and (place.is_symlink() or _is_behind_link(place.parent, folder))

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from files import BESIDE, replacing, sync_file, sync_folder
+from files import is_set_aside, keep_beside, replacing, settle, sync_file, sync_folder
 
 MARKER = ".downloaded.json"
 CONTENTS = ".contents"
@@ -30,6 +30,9 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def write_marker(folder: Path, marker: dict[str, Any]) -> None:
+    """Write the marker, whole or not at all; a file of its name that is none is kept under another one."""
+    if os.path.lexists(folder / MARKER) and not read_marker(folder):
+        keep_beside(folder / MARKER)
     with replacing(folder / MARKER, "w") as file:
         file.write(json.dumps(marker, indent=1, ensure_ascii=False) + "\n")
 
@@ -60,7 +63,7 @@ class Listing:
         self._out.write(json.dumps(self.record) + "\n")
         self._out.close()
         sync_file(self._beside)
-        os.replace(self._beside, self._path)
+        settle(self._beside, self._path, ours=lambda: bool(read_record(self._path)))
         sync_folder(self._path.parent)
         return self.record
 
@@ -72,32 +75,6 @@ class Listing:
         self._beside.unlink(missing_ok=True)
 
 
-def seal(archive: Path, sha256: str) -> None:
-    """Note the digest of an archive that came whole and of which none is published, so that it need not come again."""
-    with replacing(_seal_path(archive), "w") as file:
-        file.write(sha256 + "\n")
-
-
-def sealed(archive: Path) -> str:
-    """The digest that was noted when it came, "" where none was."""
-    try:
-        return _seal_path(archive).read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return ""
-
-
-def remove_archive(archive: Path) -> None:
-    """With all that lies beside it: its seal, and what is left of transfers that were killed."""
-    for suffix in ("", ".part", ".part.json", ".lock", ".sha256"):
-        archive.with_name(archive.name + suffix).unlink(missing_ok=True)
-    for left in archive.parent.glob(f"{archive.name}.sha256.*{BESIDE}"):
-        left.unlink(missing_ok=True)
-
-
-def _seal_path(archive: Path) -> Path:
-    return archive.with_name(archive.name + ".sha256")
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """The record at the end of a list of contents; {} where there is none."""
     *_, last = ({}, *(line for line in _lines(path) if isinstance(line, dict)))
@@ -105,8 +82,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def tree(folder: Path, suffix: str = "") -> Iterator[tuple[str, int]]:
-    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden ones are left out. A link
-    that leads nowhere has no bytes."""
+    """(path below `folder` with "/", bytes) of every file whose name ends in `suffix`; hidden ones and what had to make
+    way are left out. A link that leads nowhere has no bytes."""
     for root, names in walk(folder):
         for name in names:
             if name.endswith(suffix):
@@ -151,8 +128,8 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is none of a data set; see `walk`."""
-    return name.startswith(".")
+    """Whether a file or folder of this name is none of a data set: see `walk`, and `files.settle`."""
+    return name.startswith(".") or is_set_aside(name)
 
 
 def _leads_up(root: str, name: str) -> bool:
@@ -161,12 +138,20 @@ def _leads_up(root: str, name: str) -> bool:
 
 
 def _sizes(folder: Path, sizes: bool) -> dict[str, int | None]:
-    """Name -> bytes of the files in one folder, None for bytes where `sizes` are not asked for."""
+    """Name -> bytes of the files in one folder, None for bytes where `sizes` are not asked for; -1 of a link that leads
+    nowhere."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name: entry.stat().st_size if sizes else None for entry in entries}
+            return {entry.name: _size(entry) if sizes else None for entry in entries}
     except OSError:
         return {}
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def _lines(path: Path) -> Iterator[Any]:

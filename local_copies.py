@@ -6,7 +6,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import annotations
@@ -18,8 +18,9 @@ _TEST = re.compile(r"(^|[_-])test([_-]|$)")
 _DEEPEST = 4  # folders between the given one and those of the speakers
 
 
-def link_voxceleb(local: Path, folder: Path) -> dict[str, int]:
-    """Link each speaker's folder below `local` into `folder`/voxceleb1/wav or voxceleb2/{dev,test}/{aac,mp4}.
+def link_voxceleb(local: Path, folder: Path, earlier: Collection[Path] = ()) -> dict[str, int]:
+    """Link each speaker's folder below `local` into `folder`/voxceleb1/wav or voxceleb2/{dev,test}/{aac,mp4}. Links
+    into the `earlier` folders are replaced.
 
     Returns the number of speakers by place. Generation and part follow from the number and what the folders are called.
     """
@@ -28,7 +29,7 @@ def link_voxceleb(local: Path, folder: Path) -> dict[str, int]:
         for speaker in sorted(speakers.iterdir()):
             place = _voxceleb_place(speaker, local) if _SPEAKER.fullmatch(speaker.name) else None
             if place:
-                _link(speaker, folder / place / speaker.name)
+                _link(speaker, folder / place / speaker.name, earlier)
                 places[place] = places.get(place, 0) + 1
     return places
 
@@ -59,9 +60,9 @@ def _voxceleb_place(speaker: Path, local: Path) -> str | None:
     return f"voxceleb2/{part}/{kind}" if kind else None
 
 
-def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
+def link_audiocaps(local: Path, folder: Path, lists: Path, earlier: Collection[Path] = ()) -> dict[str, int]:
     """Link the sounds below `local` to `folder`/SPLIT/YOUTUBEID_START.SUFFIX, by the lists of all versions that the
-    folder `lists` holds.
+    folder `lists` holds. Links into the `earlier` folders are replaced.
 
     Returns the number of clips by split. Known names: YOUTUBEID, YYOUTUBEID, either with _START (seconds or
     milliseconds) and _END, or the clip's id in the lists.
@@ -75,7 +76,7 @@ def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
             for split, clip in known.get(stem, ()) if suffix.lower() in SOUND_SUFFIXES else ():
                 if clip not in found[split]:
                     found[split].add(clip)
-                    _link(Path(root, name), folder / split / f"{clip}{suffix.lower()}")
+                    _link(Path(root, name), folder / split / f"{clip}{suffix.lower()}", earlier)
     return {split: len(clips) for split, clips in found.items()}
 
 
@@ -105,7 +106,7 @@ def _named_clips(path: Path) -> Iterator[tuple[str, str]]:
                 for name in _names_of_clip(video, start_s, row["audiocap_id"]):
                     yield name, f"{video}_{start_s}"
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: damaged ({error!r}); delete it and run this again") from None
+        raise UserError(f"{path}: damaged ({error!r}); rename it, so that the published list is fetched") from None
 
 
 def _names_of_clip(video: str, start_s: int, number: str) -> list[str]:
@@ -113,11 +114,13 @@ def _names_of_clip(video: str, start_s: int, number: str) -> list[str]:
     return [*(name + span for name in (video, f"Y{video}") for span in spans), number]
 
 
-def _link(source: Path, place: Path) -> None:
-    """Make `place` a link to `source`. An older link is replaced; anything else that is there is left and kept."""
+def _link(source: Path, place: Path, earlier: Collection[Path]) -> None:
+    """Make `place` a link to `source`. A link into an `earlier` folder, which such a call made, is replaced; anything
+    else that is there is the user's and stays."""
     source = source.resolve()
     if place.is_symlink():
-        if place.resolve() == source:
+        target = Path(os.path.normpath(place.parent / place.readlink()))
+        if place.resolve() == source or not any(target.is_relative_to(folder) for folder in earlier):
             return
         place.unlink()
     elif place.exists():

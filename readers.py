@@ -128,7 +128,7 @@ def _table(path: Path, columns: tuple[str, ...], config: Config, *, encoding: st
                 elif cells:
                     raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns")
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}, line {reader.line_num}: damaged ({error}); delete it and download it again"
+            raise UserError(f"{path}, line {reader.line_num}: damaged ({error}); rename it and download the set again"
                             ) from None
 
 
@@ -230,7 +230,7 @@ def _json(path: Path, slim: Callable[[dict[str, Any]], Any]) -> Any:
         with path.open(encoding="utf-8") as file:
             return json.load(file, object_hook=slim)
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers too long; nested too deeply
-        raise UserError(f"{path}: damaged ({error}); delete it and download it again") from None
+        raise UserError(f"{path}: damaged ({error}); rename it and download the set again") from None
 
 
 # --- Clotho ----------------------------------------------------------------------------------------------------------

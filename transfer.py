@@ -1,25 +1,26 @@
 """Fetch one file over HTTP: resumed where it stopped, checked while it arrives, there whole or not at all.
 
-While a file arrives it is NAME.part, with a note NAME.part.json of the server's validators beside it. It gets its name
-only when its size and digest are right. Killed at any moment, the next call goes on from the bytes that are there. Of
-several processes that want the same file one fetches it, and the others wait and then find it there.
+While a file arrives it is NAME.part, with a note of the server's validators beside it (arrivals.py). It gets its name
+only when its size and digest are right, and a file that has the name till then gets another one (files.settle). Killed
+at any moment, the next call goes on from the bytes that are there. Of several processes that want the same file one
+fetches it, and the others wait and then find it there.
 """
 
 import errno
 import hashlib
-import json
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import answers
+import arrivals
 from answers import Again, NextServer, host_of
 from config import UserError
-from files import locked, sync_file, sync_folder
+from files import locked, same_bytes, settle, sync_file, sync_folder
 from progress import Bar, Progress
 from redaction import redact
 
@@ -53,6 +54,8 @@ class Wanted:
     also_good: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     unverified_hosts: tuple[str, ...] = ()  # whose TLS certificate the user agreed not to check
+    ours: str = ""  # SHA-256 of what may be replaced: what an earlier call put there
+    noted: bool = False  # whether the note stays beside the file, as the proof that it came by this command
 
     @property
     def pinned(self) -> str:
@@ -104,7 +107,7 @@ class Fetched:
 
 def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
     """Have `wanted.path`, from the disk if it is there and its digest right, else from the first server that gives it.
-    What is there and has no digest to check stays until the new one is there.
+    Another file that is there stays as it is until the new one is whole, and is then kept under another name.
 
     Raises:
         TransferError: no server gave it; says what each answered.
@@ -126,14 +129,10 @@ def _there(wanted: Wanted, progress: Progress) -> Fetched | None:
     try:
         fetched = check_file(wanted, progress)
     except (FileNotFoundError, Mismatch):
-        wanted.path.unlink(missing_ok=True)
         return None
-    _notes_path(wanted.path).unlink(missing_ok=True)  # of a run that was killed just before it did so
+    if not (wanted.noted and arrivals.digest(wanted.path)):
+        arrivals.forget(wanted.path)  # of a run that was killed just before it did so
     return fetched
-
-
-def _notes_path(path: Path) -> Path:
-    return path.with_name(path.name + ".part.json")
 
 
 class _Waiting:
@@ -175,6 +174,8 @@ def _from_any_server(wanted: Wanted, policy: Policy, bar: Bar) -> Fetched:
                 problems.append(f"{host} {error}")
                 dead |= {host} if error.unreachable else set()
     what_they_said = "; ".join(problems) or "no address is known"
+    if wanted.path.is_file():
+        what_they_said += f"; what is there now is another file and is left as it is ({wanted.path})"
     raise TransferError(redact(f"{wanted.path.name}: {what_they_said}", wanted.secrets))
 
 
@@ -185,7 +186,7 @@ def _from_server(session: "Session", part: "_Part", policy: Policy) -> Fetched:
     while True:
         try:
             _receive(session, part, policy)
-            return part.finish()
+            return part.finish(policy.progress)
         except Mismatch as error:
             part.restart()
             mismatches += 1
@@ -277,9 +278,8 @@ class _Part:
         self.address = address
         self.url = redact(address, wanted.secrets)  # the one to write down
         self.bar = bar
-        self.path = wanted.path.with_name(wanted.path.name + ".part")
-        self.notes_path = _notes_path(wanted.path)
-        self.notes = self._read_notes()
+        self.path = arrivals.part_of(wanted.path)
+        self.notes = arrivals.read_note(wanted.path)
         self.size = 0
         self.hashes = _new_hashes()
         self.total = wanted.size or int(self.notes.get("total") or 0)
@@ -287,13 +287,6 @@ class _Part:
             self._load()
         else:
             self.restart()
-
-    def _read_notes(self) -> dict[str, Any]:
-        try:
-            notes = json.loads(self.notes_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return notes if isinstance(notes, dict) and isinstance(notes.get("total", 0), int) else {}
 
     def _can_resume(self) -> bool:
         """Bytes of unknown origin count only where a pinned digest will judge the whole."""
@@ -335,8 +328,8 @@ class _Part:
         notes = {"url": self.url, "total": self.total, "etag": response.headers.get("ETag", ""),
                  "last_modified": response.headers.get("Last-Modified", ""),
                  "sha256": answers.announced_sha256(response)}
-        if notes != self.notes:  # else a kill while it is written would cost what has arrived
-            self.notes_path.write_text(json.dumps(notes), encoding="utf-8")
+        if notes != self.notes:
+            arrivals.write_note(self.wanted.path, self.url, notes)
         self.notes = notes
 
     def add(self, chunk: bytes) -> None:
@@ -345,7 +338,7 @@ class _Part:
         for hasher in self.hashes.values():
             hasher.update(chunk)
 
-    def finish(self) -> Fetched:
+    def finish(self, progress: Progress) -> Fetched:
         """Check, make durable, give the file its name."""
         wanted = self.wanted
         if not wanted.pinned and self.notes.get("sha256"):
@@ -354,10 +347,32 @@ class _Part:
             raise Mismatch(f"sent more than the {self.total:,} bytes of the file")
         fetched = _verdict(wanted, self.size, self.hashes)
         sync_file(self.path)
-        os.replace(self.path, self.wanted.path)
-        self.notes_path.unlink(missing_ok=True)
-        sync_folder(self.wanted.path.parent)
+        noted = wanted.noted and not same_bytes(self.path, wanted.path)  # else it was there before, and is the user's
+        if noted:
+            arrivals.write_note(wanted.path, self.url, {**self.notes, "whole": fetched.sha256})
+        put(self.path, wanted, progress)
+        if not noted:
+            arrivals.forget(wanted.path)
+        sync_folder(wanted.path.parent)
         return fetched
+
+
+def put(new: Path, wanted: Wanted, progress: Progress) -> None:
+    """Give the file `new`, which is whole, its name. What is there is replaced if it is what an earlier call put there,
+    else kept under another name, which is told."""
+    def tell(kept: Path) -> None:
+        hint = "" if wanted.noted else "; to use yours, give it back its name and add --skip-existing"
+        progress.say(f"{wanted.path.name}: what was there is another file than the published one, and is kept as "
+                     f"{kept}{hint}")
+
+    settle(new, wanted.path, ours=partial(_has_digest, wanted.path, wanted.ours), tell=tell)
+
+
+def _has_digest(path: Path, sha256: str) -> bool:
+    try:
+        return bool(sha256) and bool(check_file(Wanted(path=path, urls=(), sha256=sha256)))
+    except (FileNotFoundError, Mismatch):
+        return False
 
 
 def _verdict(wanted: Wanted, size: int, hashes: Mapping[str, Any]) -> Fetched:

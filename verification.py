@@ -16,7 +16,7 @@ import readiness
 import transfer
 from acquisition import ARCHIVES, DONE, FAILED, IN_PART, Acquisition, Outcome
 from selection import fetch_bytes
-from sources import Item
+from sources import File, Item
 from transfer import Mismatch, Wanted
 
 FIRST_FRAME_TELLS = (*media.VIDEO_SUFFIXES, ".m4a")  # of what there may be a million
@@ -28,7 +28,7 @@ class Part:
     """A row of --status: an item, or all shards of one folder."""
 
     name: str
-    state: str  # there, missing, arriving, in part, or broken
+    state: str  # there, missing, arriving, in part, broken, or differs: a list that is another than the published one
     files: int
     size: int  # bytes that are on the disk
     left: int  # bytes to fetch
@@ -46,7 +46,8 @@ def parts(work: Acquisition) -> list[Part]:
 def _part(name: str, items: list[Item], work: Acquisition) -> Part:
     states = [_state(item, work) for item in items]
     there = sum(state == "there" for state, _, _ in states)
-    worst = next((state for wanted in ("broken", "arriving") for state, _, _ in states if state.startswith(wanted)), "")
+    worst = next((state for wanted in ("broken", "differs", "arriving") for state, _, _ in states
+                  if state.startswith(wanted)), "")
     state = worst or ("there" if there == len(items) else "missing" if not there else f"{there} of {len(items)}")
     absent = [item for item, (held, _, _) in zip(items, states, strict=True) if held != "there"]
     return Part(name=name, state=state, files=sum(files for _, files, _ in states),
@@ -58,11 +59,13 @@ def _state(item: Item, work: Acquisition) -> tuple[str, int, int]:
     """(state, files, bytes on the disk)."""
     holdings = work.holdings
     record = holdings.items.get(item.name) or {}
+    if item.kind == "plain" and holdings.differs(item):
+        return "differs", 1, (work.folder / item.into).stat().st_size
     if holdings.present(item, True):
         record = holdings.items.get(item.name) or {}
         return "there", record.get("files", 0), record.get("bytes", 0)
     if record.get("damaged"):
-        return f"broken: {len(record['damaged'])} damaged", record["files"], record["bytes"]
+        return f"broken: {len(record['damaged'])} damaged", record.get("files", 0), record.get("bytes", 0)
     if record.get("sample"):
         return f"sample of {record['files']:,}", record["files"], record["bytes"]
     if record:
@@ -146,8 +149,8 @@ def _checks(work: Acquisition) -> Iterator[tuple[tuple[str, str], Check]]:
     listed: set[str] = set()
     for item in work.selection.items:
         record = work.holdings.items.get(item.name)
-        if item.kind == "plain" and record:
-            yield (item.name, item.into), partial(_check_plain, work.folder / item.into, record)
+        if item.kind == "plain" and (record or work.holdings.differs(item)):
+            yield (item.name, item.into), partial(_check_plain, work.folder / item.into, record or {}, item.files[0])
         for file in item.files if item.kind != "plain" else ():
             path, _ = work.arrived(item, file)
             if path.is_file():
@@ -165,15 +168,17 @@ def _checks(work: Acquisition) -> Iterator[tuple[tuple[str, str], Check]]:
                 yield ("", f"{place}/{name}"), partial(_check_own, work.folder / place / name)
 
 
-def _check_plain(path: Path, record: dict[str, Any]) -> tuple[str, str]:
+def _check_plain(path: Path, record: dict[str, Any], file: File) -> tuple[str, str]:
+    came = {"size": record["bytes"], "sha256": record["sha256"][0]} if record.get("sha256") else {
+        "size": file.size, "sha256": file.sha256, "md5": file.md5, "also_good": file.also_good}
     try:
-        transfer.check_file(Wanted(path=path, urls=(), size=record["bytes"], sha256=record["sha256"][0]))
+        transfer.check_file(Wanted(path=path, urls=(), **came))
     except (Mismatch, OSError) as error:
         return _why(error), ""
     return "", ""
 
 
-def _check_archive(path: Path, file: Any) -> tuple[str, str]:
+def _check_archive(path: Path, file: File) -> tuple[str, str]:
     with contextlib.suppress(FileNotFoundError):
         try:
             transfer.check_file(Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5,

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import download_datasets
 import inventory
-from acquisition import ARCHIVES, STAGING
+from acquisition import ARCHIVES
 from sources import ALL, SOURCES, Source
+from staging import STAGING
 from tests import forked, miniature
 from tests.loopback import Loopback
 from transfer import Policy

@@ -165,7 +165,7 @@ def test_each_process_has_a_place_of_its_own_for_what_is_not_whole(youtube: YouT
                                                                    tmp_path: Path) -> None:
     """A tool that outlives a killed process writes where nobody looks."""
     assert run(tmp_path, server, "--splits", "val") == 0
-    assert {place for *_, place in youtube.calls()} == {str(tmp_path / "data/audiocaps/.clips" / str(os.getpid()))}
+    assert {place for *_, place in youtube.calls()} == {str(tmp_path / f"data/audiocaps/.clips/process-{os.getpid()}")}
 
 
 def test_a_bot_check_ends_the_run_early_and_says_what_to_do(

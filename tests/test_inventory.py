@@ -130,17 +130,6 @@ def test_a_list_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     assert order == ["sync file", "rename", "sync folder"]
 
 
-def test_what_lies_beside_an_archive_goes_with_it(tmp_path: Path) -> None:
-    archive = tmp_path / "a.zip"
-    for suffix in ("", ".part", ".part.json", ".lock", ".sha256.77.tmp"):
-        (tmp_path / f"a.zip{suffix}").touch()
-    (tmp_path / "a.zip.own").touch()
-    inventory.seal(archive, "ab")
-    assert inventory.sealed(archive) == "ab" and inventory.sealed(tmp_path / "b.zip") == ""
-    inventory.remove_archive(archive)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.zip.own"]
-
-
 def test_a_link_that_leads_nowhere_has_no_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.wav").symlink_to(tmp_path / "gone")
     assert list(inventory.tree(tmp_path)) == [("a.wav", 0)]
@@ -151,3 +140,12 @@ def test_a_link_that_leads_up_is_not_followed(folder: Path) -> None:
     (folder / "sub/here").symlink_to(".", target_is_directory=True)
     (folder / "other").symlink_to(folder / "sub/deeper", target_is_directory=True)
     assert {name for name, _ in inventory.tree(folder)} == {*NAMES, "other/c.wav"}
+
+
+def test_a_link_that_leads_nowhere_hides_no_neighbours(folder: Path) -> None:
+    path = contents(folder)
+    (folder / "sub/of the user").symlink_to(folder / "gone")
+    assert list(inventory.missing(folder, path, sizes=True)) == []
+    (folder / "sub/b.txt").unlink()
+    (folder / "sub/b.txt").symlink_to(folder / "gone")
+    assert list(inventory.missing(folder, path, sizes=True)) == ["sub/b.txt"]

@@ -75,17 +75,19 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",
     # getting data
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
-    "answers": "", "transfer": "answers config files progress redaction", "debian": "transfer",
+    "answers": "", "arrivals": "files", "transfer": "answers arrivals config files progress redaction",
+    "debian": "arrivals files transfer",
     "inventory": "files", "local_copies": "annotations config", "remote": "answers members transfer",
     "sampling": "annotations sources",
     "zip_stream": "members", "tar_stream": "members", "shards": "config members",
     "seven_zip": "config members progress remote",
-    "archives": "config members progress remote seven_zip shards tar_stream zip_stream",
-    "selection": "redaction sources transfer", "holdings": "annotations inventory selection sources transfer",
+    "archives": "config files members progress remote seven_zip shards tar_stream zip_stream",
+    "staging": "archives config sources",
+    "selection": "redaction sources transfer", "holdings": "annotations files inventory selection sources transfer",
     "readiness": "annotations inventory redaction selection voxceleb",
     "clips": "annotations config files pipeline selection transfer",
-    "acquisition": "archives clips config debian files holdings inventory local_copies members pipeline readiness "
-                   "redaction remote sampling selection sources transfer",
+    "acquisition": "archives arrivals clips config debian files holdings inventory local_copies members pipeline "
+                   "readiness redaction remote sampling selection sources staging transfer",
     "verification": "acquisition archives images inventory media pipeline readiness selection sources "
                     "tracks transfer",
     "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "

@@ -1,6 +1,7 @@
 """A copy that the user has is linked into the readers' layout, and left as it is."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,11 +40,26 @@ def test_what_is_no_speaker_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_linking_again_changes_nothing_and_a_new_place_wins(tmp_path: Path) -> None:
+    link = tmp_path / "data/voxceleb1/wav/id10001"
     for own in ("first", "second"):
         put(tmp_path / own / "wav/id10001/v/1.wav")
     for own in ("first", "first", "second"):
-        local_copies.link_voxceleb(tmp_path / own, tmp_path / "data")
-        assert (tmp_path / "data/voxceleb1/wav/id10001").resolve() == tmp_path / own / "wav/id10001"
+        local_copies.link_voxceleb(tmp_path / own, tmp_path / "data", [tmp_path / "first"])
+        assert link.resolve() == tmp_path / own / "wav/id10001"
+    shutil.rmtree(tmp_path / "second")
+    local_copies.link_voxceleb(tmp_path / "first", tmp_path / "data", [tmp_path / "first", tmp_path / "second"])
+    assert link.resolve() == tmp_path / "first/wav/id10001", "what led nowhere"
+
+
+@pytest.mark.parametrize("target", ["elsewhere/id10001", "gone"])
+def test_a_link_of_the_user_stays(tmp_path: Path, target: str) -> None:
+    for own in ("first", "elsewhere"):
+        put(tmp_path / own / "id10001/v/1.wav")
+    link = tmp_path / "data/voxceleb1/wav/id10001"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / target)
+    local_copies.link_voxceleb(tmp_path / "first", tmp_path / "data", [tmp_path / "first"])
+    assert link.readlink() == tmp_path / target
 
 
 def test_a_real_folder_in_the_way_is_kept(tmp_path: Path) -> None:

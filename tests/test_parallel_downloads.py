@@ -134,7 +134,11 @@ def test_parts_without_a_published_digest_are_not_fetched_twice(server: Loopback
     assert sorted(name for name, _ in server.requests) == [f"/voxceleb/{names[1]}", f"/voxceleb/{names[3]}"]
     record = inventory.read_marker(tmp_path / "data/voxceleb")["items"][source.items[0].name]
     assert record["checked"] == [""] * 4, "ours is no published digest"
-    assert archives_folder.exists() == keep_archives, "the notes go with the archives"
+    left = [path.name for path in archives_folder.iterdir()]
+    assert sorted(name for name in left if name in names) == (sorted(names) if keep_archives else [])
+    (aside,) = (name for name in left if ".before_" in name)
+    assert (archives_folder / aside).read_bytes() == b"damaged meanwhile", "what did not come by us stays"
+    assert keep_archives or left == [aside], "the notes go with the archives"
 
 
 def test_what_has_arrived_or_was_unpacked_needs_no_room_again(server: Loopback, tmp_path: Path,

@@ -19,6 +19,7 @@ import pytest
 
 import answers
 import transfer
+from files import is_set_aside
 from progress import Progress
 from tests.loopback import Loopback, http_date
 from tests.refusals import assert_names, refused
@@ -60,6 +61,13 @@ def only_file(folder: Path) -> bytes:
     return path.read_bytes()
 
 
+def with_one_aside(folder: Path) -> tuple[bytes, bytes]:
+    """The contents of the file there, and of the one that had to make way."""
+    (kept,) = (path for path in folder.iterdir() if path.name != "a.bin")
+    assert is_set_aside(kept.name, "a.bin")
+    return (folder / "a.bin").read_bytes(), kept.read_bytes()
+
+
 def test_file_arrives_with_its_digest(server: Loopback, tmp_path: Path) -> None:
     fetched = get(wanted(tmp_path, server.url("/a.bin")))
     assert only_file(tmp_path) == DATA
@@ -82,7 +90,7 @@ def test_right_file_is_not_fetched_again_and_a_wrong_one_is(server: Loopback, tm
     assert server.requests == []
     (tmp_path / "a.bin").write_bytes(DATA[:-1] + b"x")
     get(wanted(tmp_path, server.url("/a.bin")))
-    assert only_file(tmp_path) == DATA and len(server.requests) == 1
+    assert with_one_aside(tmp_path) == (DATA, DATA[:-1] + b"x") and len(server.requests) == 1
 
 
 def test_a_file_that_nothing_can_check_stays_until_there_is_another(server: Loopback, tmp_path: Path) -> None:
@@ -93,7 +101,7 @@ def test_a_file_that_nothing_can_check_stays_until_there_is_another(server: Loop
         get(unknown)
     assert only_file(tmp_path) == b"of the user"
     get(unknown)
-    assert only_file(tmp_path) == DATA
+    assert with_one_aside(tmp_path) == (DATA, b"of the user")
 
 
 # --- Resuming --------------------------------------------------------------------------------------------------------
@@ -169,7 +177,6 @@ def test_a_part_whose_notes_are_lost_counts_where_a_digest_judges(server: Loopba
 
 
 def test_notes_are_written_only_where_they_change(server: Loopback, tmp_path: Path) -> None:
-    """A kill while they are written costs what has arrived of a file without a digest."""
     unknown = wanted(tmp_path, server.url("/a.bin"), sha256="", size=0)
     notes = tmp_path / "a.bin.part.json"
     for size in (1, 2):
@@ -183,7 +190,7 @@ def test_notes_are_written_only_where_they_change(server: Loopback, tmp_path: Pa
 
 def test_notes_that_a_kill_left_beside_the_whole_file_go(server: Loopback, tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(DATA)
-    (tmp_path / "a.bin.part.json").write_text("{}")
+    (tmp_path / "a.bin.part.json").write_text('{"url": "x"}')
     get(wanted(tmp_path, server.url("/a.bin")))
     assert only_file(tmp_path) == DATA and server.requests == []
 
@@ -386,7 +393,8 @@ def test_a_proxy_of_the_environment_is_used(server: Loopback, tmp_path: Path, mo
 
 def test_a_full_disk_is_the_users_to_mend(server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if os.fstat(handle).st_size == len(DATA):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with refused(tmp_path):

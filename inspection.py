@@ -24,7 +24,7 @@ import runs
 import saving
 from budget import Plan
 from config import Config, StageConfig, TaskConfig, UserError
-from datasets import SPLITS, Data
+from datasets import SPLITS, Data, pool
 from files import nearest_existing
 from findings import Finding, guarded, of_error
 from fits import place_of, saved_fits, settings_of
@@ -159,9 +159,9 @@ def data(case: Case) -> Iterator[Finding]:
         found = [f"{split}: {_counted(counts)}" for split, counts in splits.items()]
         yield Finding(f"data: {name}", "warn" if missing else "ok", "\n".join(found + told),
                       _again(name, case.config) if missing else "")
-    if not len(case.data.tables["val"]):
-        yield Finding("data: val", "warn", "no set has samples for val",
-                      "another set (--datasets), or lines of the manifest with the split 'val'")
+    val = case.data.tables["val"]
+    if alone := [row.name for row in case.config.stages if all(len(pool(val, task.inputs)) < 2 for task in row.tasks)]:
+        yield Finding("data: val", "warn", f"{', '.join(alone)}: {runs.NO_VAL}", runs.ADD_VAL)
     if not protocols.can_score(case.data, "test"):
         yield Finding("data: test", "warn", runs.NO_TEST, runs.ADD_TEST)
     for row in case.config.stages:

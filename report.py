@@ -9,7 +9,8 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     kind          "training" or "evaluation"
     command       what was called, one string
     checkpoint    path of the weights that were evaluated
-    best          {"stage", "epoch", "loss"}: where these weights come from, chosen on validation data
+    best          {"stage", "epoch", "loss"}: where these weights come from, chosen on validation data (loss None: there
+                  was none, they are the newest)
     model         {"size", "parameters"}
     environment   {"python", "platform", "cpus", "device", "precision", "git_commit", "git_changed", "packages"}
     config        the resolved configuration
@@ -61,6 +62,8 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("best", "Chosen on validation data", "按验证集选出"),
     ("best_text", "stage {stage}, epoch {epoch}, validation loss {loss}",
      "阶段 {stage}，第 {epoch} 轮，验证损失 {loss}"),
+    ("best_none", "no validation: the newest weights, stage {stage}, epoch {epoch}",
+     "没有验证：最新的权重，阶段 {stage}，第 {epoch} 轮"),
     ("device", "Device, precision", "设备，精度"), ("duration", "Training time", "训练用时"),
     ("results", "Results", "评测结果"),
     ("results_text",
@@ -300,11 +303,19 @@ def _summary(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
     rows = [[say["created"], report["created"]], [say["command"], _code(report["command"])],
             [say["model"], f"{model.get('size')}, {_number(model.get('parameters'))}"],
             [say["checkpoint"], _code(report["checkpoint"])],
-            [say["best"], say["best_text"].format(**{k: _number(v) if k == "loss" else v for k, v in best.items()})
-             if best else None],
+            [say["best"], _origin(best, say)],
             [say["device"], ", ".join(filter(None, [env["device"], env["precision"]]))],
             [say["duration"], _duration(sum(stage["seconds"] or 0 for stage in report["stages"]))]]
     return _table([[say["what"], say["fact"]]] + [row for row in rows if row[1]])
+
+
+def _origin(best: Mapping[str, Any], say: Mapping[str, str]) -> str | None:
+    """Where weights come from; of a checkpoint of training, which chose nothing, None."""
+    if best.get("epoch") is None:
+        return None
+    if best.get("loss") is None:
+        return say["best_none"].format(**best)
+    return say["best_text"].format(**{**best, "loss": _number(best["loss"])})
 
 
 def _figures(report: Mapping[str, Any], say: Mapping[str, str]) -> str:

@@ -44,6 +44,10 @@ LOCK = ".lock"
 NO_TEST = ("no test samples to compare, so the report has no figures: they need two with two modalities, labels or "
            "speakers")
 ADD_TEST = "add lines with split: test to the manifest, or a set that has some (--datasets)"
+NO_VAL = ("no validation, since the val split has nothing that could be compared: no epoch counts as the best one, "
+          "and best_model.pt holds the newest weights")
+ADD_VAL = ("give two samples or more of each kind the split val, or add data: of ten samples or more of a kind a part "
+           "is held out")
 AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
 
 
@@ -92,7 +96,8 @@ class Run:
     planned_fits: dict[str, memory.Fit] = field(default_factory=dict)  # that this peak is of
     fits_asked: dict[str, str] = field(default_factory=dict)  # digests of the settings that `fits` obey
     progress: Progress = field(default_factory=Progress)
-    best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss, model_state_dict on the host
+    best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss (None: no validation), model_state_dict
+    has_told_of_validation: bool = False  # that there is none
     claim: "Claim | None" = None  # on the folder
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -250,14 +255,23 @@ def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> 
 # ---- saving ------------------------------------------------------------------------------------------------------
 
 
-def remember_best(run: Run, stage: str, loss: float) -> bool:
-    """Keep these weights on the host if their validation loss is the lowest of the stage; later stages start anew."""
-    before = run.best["loss"] if run.best and run.best["stage"] == stage else math.nan
-    if loss >= before or (math.isnan(loss) and not math.isnan(before)):
-        return False  # without validation samples all losses are NaN: then the newest weights are taken
+def remember_best(run: Run, stage: str, loss: float | None) -> bool:
+    """Keep these weights on the host if their validation loss is the lowest of the stage: true. Later stages start
+    anew. Without one (None: nothing to validate on; or not finite) the newest are kept, until there is one."""
+    before = run.best["loss"] if run.best and run.best["stage"] == stage else None
+    is_best = loss is not None and math.isfinite(loss)
+    if before is not None and math.isfinite(before) and not (is_best and loss < before):
+        return False
     run.best = {"stage": stage, "epoch": run.progress.epoch, "loss": loss,
                 "model_state_dict": plain(run.model.state_dict(), copy=True)}
-    return True
+    return is_best
+
+
+def tell_of_no_validation(run: Run, stage: str) -> None:
+    """Once, though every epoch of every stage finds it anew."""
+    if not run.has_told_of_validation:
+        run.has_told_of_validation = True
+        run.tracker.event(f"[{stage}] {NO_VAL}; {ADD_VAL}", run.progress.step)
 
 
 def description(run: Run) -> dict[str, Any]:
@@ -300,14 +314,21 @@ def encoding(run: Run, **settings: Any) -> protocols.Setting:
                              sizes=dict(fit.micro_batch) if fit else {}, **settings)
 
 
-def retrieval_figures(run: Run) -> dict[str, Figure]:
-    """Retrieval on a fixed part of the validation split, over all sets: by name its value, its chance, and among
-    how many candidates."""
+def encode_validation(run: Run) -> protocols.Encoded | None:
+    """A fixed part of the validation split, over all sets; None where it has no samples."""
     if not len(run.data.tables["val"]):
-        return {}
+        return None
     setting = encoding(run, concepts=False, limit=run.config.evaluation.max_validation)
+    return protocols.encode_split(run.model, run.data, "val", run.config, setting)
+
+
+def retrieval_figures(run: Run, encoded: protocols.Encoded | None) -> dict[str, Figure]:
+    """Retrieval on what has been encoded of the validation split: by name its value, its chance, and among how many
+    candidates."""
+    if encoded is None:
+        return {}
     quick = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, resamples=0))
-    pairs = protocols.evaluate_split(run.model, run.data, "val", quick, setting)[0].get(protocols.ALL, {})
+    pairs = protocols.score(encoded, run.data, quick).get(protocols.ALL, {})
     return {name: figure for kind, figures in pairs.items() if kind != "speakers"
             for name, figure in figures.items() if figure["value"] is not None}
 
@@ -329,10 +350,10 @@ def first_recalls(figures: Mapping[str, Figure]) -> str:
     return shown
 
 
-def show_examples(run: Run) -> None:
+def show_examples(run: Run, encoded: protocols.Encoded | None) -> None:
     """A grid of what a few validation captions find, as a picture in TensorBoard."""
-    setting = encoding(run, concepts=False, limit=200)
-    encoded = protocols.encode_split(run.model, run.data, "val", run.config, setting)
+    if encoded is None:
+        return
     for modality in ("image", "audio"):
         if modality in encoded.items and "text" in encoded.items:
             rows = protocols.examples(encoded, run.data, modality, queries=4)

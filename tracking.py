@@ -102,7 +102,8 @@ class Tracker:
     def validation(self, record: Mapping[str, Any]) -> None:
         self.record({"kind": "validation", **record})
         stage, at = record["stage"], record["step"]
-        self._show("add_scalar", f"validation/{stage}/loss", record["loss"], at)
+        if record["loss"] is not None:  # else there is nothing to validate on
+            self._show("add_scalar", f"validation/{stage}/loss", record["loss"], at)
         for name, value in record["parts"].items():
             self._show("add_scalar", f"validation/{stage}/{name}", value, at)
         for name, value in record["metrics"].items():

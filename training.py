@@ -27,12 +27,14 @@ from interruption import Interruption
 from losses import start_sigmoid
 from optimization import freeze, lr_at
 from planning import apply_recompute, print_plan
+from protocols import Encoded
 from resume import find_state, finished_report, stage_epochs
 from runs import (
     Options,
     Run,
     TrainingError,
     claim_folder,
+    encode_validation,
     finish,
     first_recalls,
     last_checkpoint,
@@ -41,6 +43,7 @@ from runs import (
     retrieval_figures,
     retrieval_record,
     show_examples,
+    tell_of_no_validation,
 )
 from saving import Saver
 from stages import (
@@ -305,11 +308,11 @@ def crop_sounds(batch: Batch, max_s: float) -> Batch:
 
 
 @torch.no_grad()
-def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
+def validation_loss(run: Run, stage: Stage) -> tuple[float | None, dict[str, float]]:
     """Mean over validation samples of their task's loss, and of each part; no augmentation, all captions.
 
     A sample weighs the same whatever its task, so that a handful of sounds does not outvote thousands of pictures.
-    Batches with nothing to compare or predict are left out; NaN if that is all of them.
+    Batches with nothing to compare or predict are left out; None if that is all of them.
     """
     jobs = validation_jobs(run, stage)
     batches = loader(run.data, "val", jobs, run.config, inputs=[task.inputs for task in stage.tasks],
@@ -323,7 +326,7 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float, dict[str, float]]:
             entry[0] += float(value) * samples
             entry[1] += samples
     means = {name: total / weight for name, (total, weight) in sums.items()}
-    return means.pop(TOTAL, float("nan")), means
+    return means.pop(TOTAL, None), means
 
 
 def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> dict[str, Tensor]:
@@ -431,7 +434,7 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
         with saver.interruption.can_wait():
             log = train_epoch(run, stage, epoch, saver)
             if run.world.is_main:  # the others wait where they meet it next
-                validate(run, stage, log)
+                encoded = validate(run, stage, log)
                 run.progress.stage_s = time.perf_counter() - start_s
                 if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
                     run.tracker.record({
@@ -439,7 +442,7 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
                         "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
                         **compare_memory(run, row.name), "samples": samples * len(epochs)})
                 if contrasts(stage) and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
-                    show_examples(run)
+                    show_examples(run, encoded)
             saver.after_epoch(row.name, stage.state_dict, is_last=epoch == epochs[-1])
     run.tracker.close_bar()
 
@@ -470,17 +473,23 @@ def contrasts(stage: Stage) -> bool:
     return any("contrastive" in task.objectives for task in stage.tasks)
 
 
-def validate(run: Run, stage: Stage, log: StepLog) -> None:
-    """Validation loss, and retrieval where the stage contrasts; remembers the best weights; prints the epoch's line."""
+def validate(run: Run, stage: Stage, log: StepLog) -> Encoded | None:
+    """Validation loss, and retrieval where the stage contrasts; remembers the best weights; prints the epoch's line.
+    Gives what it has encoded of the validation split."""
     start_s = time.perf_counter()
     with averaged(run, stage):
         loss, parts = validation_loss(run, stage)
-        figures = retrieval_figures(run) if contrasts(stage) else {}
+        encoded = encode_validation(run) if contrasts(stage) else None
+        figures = retrieval_figures(run, encoded)
         best = remember_best(run, stage.row.name, loss)
     progress = run.progress
     run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
                             "parts": parts, **retrieval_record(figures), "seconds": time.perf_counter() - start_s})
     mean = progress.loss_sum / progress.losses if progress.losses else float("nan")
-    run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}  "
-                    f"validation {loss:.4f}{' *' if best else ''}{first_recalls(figures)}  "
-                    f"{log.samples_per_s:.0f} samples/s  waiting {log.clock.wait_pct:.0f} %")
+    if loss is None:
+        tell_of_no_validation(run, stage.row.name)
+    validated = "" if loss is None else f"  validation {loss:.4f}{' *' if best else ''}"
+    run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}"
+                    f"{validated}{first_recalls(figures)}  {log.samples_per_s:.0f} samples/s  "
+                    f"waiting {log.clock.wait_pct:.0f} %")
+    return encoded

@@ -163,12 +163,12 @@ def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp
     memory.free_cached(run.device)
     memory.reset_peak(run.device)
     held = torch.cuda.memory_allocated()
-    expected = runs.retrieval_figures(run)
+    expected = runs.retrieval_figures(run, runs.encode_validation(run))
     needed = torch.cuda.max_memory_allocated() - held
     memory.free_cached(run.device)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * needed) / total)
-    found = runs.retrieval_figures(run)
+    found = runs.retrieval_figures(run, runs.encode_validation(run))
     events = records(tmp_path / "run", "event")
     assert events and all("[evaluation]" in event["message"] for event in events)
     assert max(run.fits["evaluation"].micro_batch.values()) < 64

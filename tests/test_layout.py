@@ -60,7 +60,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
     "faults": "alarms arguments openmp redaction config datasets model steps losses checkpoint optimization runs "
               "stages",
-    "training": "config datasets steps losses memory budget distributed optimization planning runs stages "
+    "training": "config datasets steps losses memory budget distributed optimization planning protocols runs stages "
                 "faults fits interruption resume saving",
     "fits": "budget config memory planning runs stages",
     "run_training": "arguments config interruption openmp training redaction doctor",

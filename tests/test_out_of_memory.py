@@ -153,9 +153,9 @@ def test_out_of_memory_in_validation_halves_and_goes_on(
 def test_out_of_memory_in_evaluation_halves_its_parts_from_there_on(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small.open(tmp_path)
-    expected = runs.retrieval_figures(run)
+    expected = runs.retrieval_figures(run, runs.encode_validation(run))
     fail_once(monkeypatch, run, "encoding", ON_HOST)
-    found = runs.retrieval_figures(run)
+    found = runs.retrieval_figures(run, runs.encode_validation(run))
     assert found.keys() == expected.keys()
     assert all(found[name] == pytest.approx(dict(figure)) for name, figure in expected.items())
     [event] = records(tmp_path, "event")

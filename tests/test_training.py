@@ -271,36 +271,41 @@ def test_validation_averages_over_samples_and_leaves_out_what_it_cannot_tell(
     run.model.eval()
     pictures = np.flatnonzero(run.data.tables["val"].has_image)
 
-    def loss_of(*groups: np.ndarray) -> float:
+    def loss_of(*groups: np.ndarray) -> float | None:
         monkeypatch.setattr(training, "validation_jobs", lambda *_: [(0, rows) for rows in groups])
         return training.validation_loss(run, stage)[0]
 
     large, small_one = loss_of(pictures[:24]), loss_of(pictures[24:])
+    assert large is not None and small_one is not None
     assert loss_of(pictures[:24], pictures[24:]) == pytest.approx((24 * large + 8 * small_one) / 32)
     assert loss_of(pictures[:24], pictures[24:25]) == pytest.approx(large), "one picture has nothing to be told from"
-    assert math.isnan(loss_of(pictures[:1])) and math.isnan(loss_of())
+    assert loss_of(pictures[:1]) is None and loss_of() is None
 
 
 def test_best_weights_are_those_of_the_lowest_loss_of_the_last_stage(small: SmallRuns, tmp_path: Path) -> None:
     run = small.open(tmp_path)
 
-    def remember(stage: str, *losses: float) -> list[int]:
-        """Epochs, counted from 1, whose weights were remembered."""
-        run.best, taken = {} if stage == "a" else run.best, []
+    def remember(stage: str, *losses: float | None) -> tuple[list[int], list[int]]:
+        """Epochs, counted from 1, whose weights were remembered, and those that counted as the best."""
+        run.best, taken, best = {} if stage == "a" else run.best, [], []
         for epoch, loss in enumerate(losses, start=1):
             run.progress.epoch = epoch
             with torch.no_grad():
                 run.model.text.norm.bias.fill_(epoch)
+            before = run.best
             if runs.remember_best(run, stage, loss):
+                best.append(epoch)
+            if run.best is not before:
                 taken.append(epoch)
         assert run.best["epoch"] == taken[-1] and run.best["stage"] == stage
         assert float(run.best["model_state_dict"]["text.norm.bias"][0]) == taken[-1], "a copy, not the live weights"
-        return taken
+        return taken, best
 
     nan = math.nan
-    assert remember("a", 3.0, 2.0, 2.0, 2.5, 1.0, nan, 4.0) == [1, 2, 5]
-    assert remember("b", 9.0, 9.5, 8.0) == [1, 3], "another stage has another loss"
-    assert remember("a", nan, nan, 5.0, nan, 6.0) == [1, 2, 3], "without any validation the newest"
+    assert remember("a", 3.0, 2.0, 2.0, 2.5, 1.0, nan, None, 4.0) == ([1, 2, 5], [1, 2, 5])
+    assert remember("b", 9.0, 9.5, 8.0) == ([1, 3], [1, 3]), "another stage has another loss"
+    assert remember("c", None, None, None) == ([1, 2, 3], []), "without any validation the newest, none the best"
+    assert remember("a", nan, nan, 5.0, nan, 6.0) == ([1, 2, 3], [3])
 
 
 def test_the_average_is_what_is_validated_and_remembered(small: SmallRuns, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ class _Search:
 
     def better(self, q: slice, best_qD: Tensor, counts_q: Tensor) -> Tensor:
         """How many irrelevant items score at least as high as each of the best relevant ones; int64 (q, D)."""
-        tolerance = 8 * torch.finfo(best_qD.dtype).eps  # rounding of a scalar product of unit vectors
+        tolerance = rounding(best_qD.dtype)
         found_qD = torch.zeros_like(best_qD, dtype=torch.int64)
         for g in _tiles(len(self.gallery.features), self.tile):
             wrong_qg = self._scores(q, g).masked_fill_(self.relevant(q, g), torch.nan)  # nan >= x is False
@@ -173,6 +173,11 @@ class _Search:
     def _scores(self, rows: slice | Tensor, g: slice) -> Tensor:
         ok_qg = self.queries.ok_N[rows][:, None] & self.gallery.ok_N[g]
         return (self.queries.features[rows] @ self.gallery.features[g].T).masked_fill_(~ok_qg, -torch.inf)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """By how much two scores may differ that count as equal: the rounding of a scalar product of unit vectors."""
+    return 8 * torch.finfo(dtype).eps
 
 
 def count_nonfinite(features: Tensor) -> int:

@@ -455,7 +455,8 @@ def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: i
         query_F = _rows(encoded.items["text"].features_NF, p.right[c:c + 1])[0]
         scores_G = (gallery @ query_F).nan_to_num(-2.0, -2.0, -2.0).cpu()
         right_G = relation.tile(slice(0, len(p.left)), slice(c, c + 1))[:, 0]
-        rank = 1 + int((scores_G[~right_G] >= scores_G[right_G].max()).sum())
+        reached = scores_G[right_G].max() - metrics.rounding(scores_G.dtype)
+        rank = 1 + int((scores_G[~right_G] >= reached).sum())
         best = scores_G.sort(descending=True, stable=True).indices[:found].tolist()
         source = table.sources[rows_G[p.owners[c]]]
         out.append({"query": table.captions[encoded.captions_C[p.right[c]]], "source": source,

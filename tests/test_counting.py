@@ -225,3 +225,33 @@ def test_two_lines_of_one_file_alone_are_nothing_to_compare(tmp_path: Path) -> N
     assert not protocols.can_score(data, "test")
     vectors = {f"number {n}": torch.eye(32)[n] for n in range(2)}
     assert protocols.evaluate_split(Clips(data, vectors), data, "test", config, PLAIN)[0] == {}
+
+
+class Labels(Clips):
+    """Says of picture n what row n of `logits` says."""
+
+    def __init__(self, data: Data, logits: Tensor):
+        super().__init__(data, {"number 0": torch.zeros(32)})
+        self.logits = logits
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.image_features(images)
+        return {"image_features": features, "logits": self.logits[features.argmax(1)]}
+
+
+def test_a_picture_under_two_names_has_the_labels_of_both(tmp_path: Path) -> None:
+    """And is one candidate: "cat" is no error of its first name."""
+    for number in range(3):
+        picture(tmp_path, number)
+    (tmp_path / "link.png").symlink_to("0.png")
+    named = {"0.png": ["dog"], "1.png": ["dog"], "link.png": ["cat"], "2.png": ["cat"]}
+    config = manifest(tmp_path, [{"image": image, "labels": labels} for image, labels in named.items()])
+    data = load_data(config, ["test"], concepts=["cat", "dog"])
+    logits = torch.zeros(3, config.model.num_classes)
+    logits[:, 0], logits[:, 1] = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1.0, 3.0, 2.0])
+    setting = protocols.Setting(device=torch.device("cpu"))
+    found = protocols.evaluate_split(Labels(data, logits), data, "test", config, setting)[0]["all"]["image-concepts"]
+    figure = found["image_to_concepts_mAP"]
+    # cat, right for 0 and 2, finds 0, 1, 2; dog, right for 0 and 1, finds 1, 2, 0
+    assert figure["value"] == pytest.approx(((1 / 1 + 2 / 3) / 2 + (1 / 1 + 2 / 3) / 2) / 2)
+    assert (figure["queries"], figure["candidates"]) == (2, 3)

@@ -226,15 +226,23 @@ def test_samples_that_give_no_figure_are_no_random_part(tmp_path):
     assert encoded.facts["manifest"] == {"samples": 4, "of": 5, "broken": 0, "subset_seed": None, "nonfinite": {}}
 
 
-def test_a_broken_file_is_left_out_and_counted(tmp_path):
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+def test_a_broken_file_is_left_out_and_counted(tmp_path, size):
+    """However it is batched, even alone: none of its neighbours stands in for it."""
     lines = [{"image": _picture(tmp_path, n), "text": f"number {n}"} for n in range(6)]
     (tmp_path / "3.png").write_bytes(b"no picture")
-    config = _config(tmp_path, lines, data={"max_bad_pct": 50.0})
+    config = _config(tmp_path, lines, data={"max_bad_pct": 50.0}, evaluation={"batch_size": size})
     data = load_data(config, ["test"])
     figures, encoded = protocols.evaluate_split(_model(config, data), data, "test", config, CPU)
     assert encoded.facts["manifest"]["broken"] == 1 and encoded.facts["manifest"]["samples"] == 6
     assert figures["manifest"]["image-text"]["text_to_image_R@1"]["candidates"] == 5
-    assert 3 not in encoded.items["image"].rows_N and encoded.captions_C.tolist() == [0, 1, 2, 4, 5]
+    assert encoded.items["image"].rows_N.tolist() == encoded.captions_C.tolist() == [0, 1, 2, 4, 5]
+    without = load_data(_config(tmp_path, [*lines[:3], *lines[4:]]), ["test"])
+    model = _model(config, data)
+    expected, _ = protocols.evaluate_split(model, without, "test", config, CPU)
+    again, _ = protocols.evaluate_split(model, data, "test", config, CPU)
+    for name, figure in expected["all"]["image-text"].items():
+        assert again["all"]["image-text"][name] == pytest.approx(figure), name
 
 
 def test_stamps_stand_with_and_without_symbols(tmp_path):

@@ -5,14 +5,16 @@
     square = fit_eval(picture, 224)                          # uint8 [224, 224, 3], for evaluation
 """
 
+import io
 import math
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 import media
+import metadata
 import videos
 from videos import Bounds, BrokenVideo
 
@@ -26,6 +28,12 @@ PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM
 WHITE = 255
 MAX_ASPECT = 8  # the cache keeps the long side within this multiple of the short side it was asked for
 MAX_CROP_ASPECT = 4 / 3  # of the windows that `augment` cuts
+
+
+_TRANSPOSITIONS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                                  Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                                  Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+                                 start=2))  # by the tag of EXIF that undoes
 
 
 class BrokenImage(ValueError):
@@ -130,10 +138,67 @@ def _read_picture(path: str) -> np.ndarray:
     """Of several frames only the first is ever decoded, so their number needs no bound."""
     if os.path.getsize(path) > MAX_FILE_BYTES:
         raise BrokenImage(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
-    with Image.open(path, formats=PICTURE_FORMATS) as image:
+    if metadata.is_unfinished(path):
+        found = _pixels_alone(path, is_whole=False)
+        if found is None:
+            raise BrokenImage("has zeros in place of its last rows, as an unfinished download; fetch it again")
+        return found
+    try:
+        return _decode(path)
+    except (BrokenImage, MemoryError):
+        raise
+    except Exception:
+        found = _pixels_alone(path)
+        if found is None:
+            raise
+        return found
+
+
+def _decode(source: str | io.BytesIO, orientation: int | None = None) -> np.ndarray:
+    with Image.open(source, formats=PICTURE_FORMATS) as image:
         _check_size(*image.size)
-        ImageOps.exif_transpose(image, in_place=True)
-        return np.array(_to_rgb(image))
+        image.load()
+        orientation = _orientation(image) if orientation is None else orientation
+        upright = image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
+        return np.array(_to_rgb(upright))
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF, else XMP tells; whatever else is wrong with them costs nothing."""
+    block = image.info.get("exif")
+    if isinstance(block, bytes) and (found := metadata.orientation_of(block)) != metadata.UPRIGHT:
+        return found  # Pillow gives up at the first tag that lies
+    try:
+        told = image.getexif().get(metadata.ORIENTATION)
+    except Exception:  # Pillow raises nearly any type
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        return metadata.orientation_in_xmp(xmp.encode() if isinstance(xmp, str) else xmp)
+    return told if isinstance(told, int) else metadata.UPRIGHT
+
+
+def _pixels_alone(path: str, *, is_whole: bool = True) -> np.ndarray | None:
+    """The picture by what its pixels are made of alone, without metadata; None where these do not do, or are not all
+    there."""
+    with open(path, "rb") as file:
+        if not file.read(len(metadata.PNG)).startswith((metadata.JPEG, metadata.PNG, *metadata.TIFF)):
+            return None
+        file.seek(0)
+        bare, orientation = metadata.without(file.read()) or (b"", metadata.UPRIGHT)
+    if is_whole and (found := _attempt(bare, orientation)) is not None:
+        return found
+    if not bare.startswith(metadata.JPEG) or not metadata.has_all_scans(bare):
+        return None
+    first, second = (_attempt(one, orientation) for one in metadata.endings(bare))
+    return first if first is not None and second is not None and np.array_equal(first, second) else None
+
+
+def _attempt(content: bytes, orientation: int) -> np.ndarray | None:
+    try:
+        return _decode(io.BytesIO(content), orientation)
+    except BrokenImage:
+        raise
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -31,8 +31,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "readers": "annotations config inventory samples manifest synthetic voxceleb",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     # pictures and sounds
-    "media": "", "videos": "media", "tracks": "media",
-    "images": "config media videos", "audio": "config media tracks", "workers": "config",
+    "media": "", "videos": "media", "tracks": "media", "metadata": "",
+    "images": "config media metadata videos", "audio": "config media tracks", "workers": "config",
     "bad_samples": "config samples",
     "prepare": "config samples images audio synthetic files workers bad_samples",
     "batches": "config samples images prepare vocabulary workers",

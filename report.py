@@ -46,7 +46,7 @@ from typing import Any
 
 from files import appearing
 from plots import flat_values, loss_curves, progress_curves, retrieval_grid
-from redaction import redacted
+from redaction import address, hide, redact, settings
 
 __all__ = ["format_table", "retrieval_grid", "write_report"]
 
@@ -165,9 +165,12 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
                         for record in records if record.get("kind") == "validation"],
         "gallery": [{**row, "answers": [{name: answer[name] for name in ("caption", "score", "right")}
                                         for answer in row["answers"]]} for row in gallery],
-        "events": [record["message"] for record in records if record.get("kind") == "event"],
+        "events": [redact(record["message"]) for record in records if record.get("kind") == "event"],
     }
-    return redacted(_plain(report))
+    report |= {"config": settings(run.get("config") or {}) or None, "command": hide(run.get("command") or "") or None,
+               "checkpoint": address(run.get("checkpoint"))}
+    plain: dict[str, Any] = _plain(report)
+    return plain
 
 
 def environment(run: Mapping[str, Any]) -> dict[str, Any]:

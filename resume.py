@@ -1,13 +1,14 @@
 """Going on with a run: the checkpoint it goes on from, and what a changed configuration makes of it."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from checkpoint import CheckpointError, find_latest, load
 from config import Config, UserError
-from redaction import redacted
+from redaction import HIDDEN, settings
 from runs import Options
 from tracking import read_records
 
@@ -41,7 +42,7 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
         raise UserError(f"--resume: {path}: holds weights only, training cannot go on from it; "
                         "give a checkpoint_epoch_*.pt")
     stage_epochs(config, state)  # whether the stages still fit
-    changed = changes(state["config"], redacted(config.to_dict()))
+    changed = changes(state["config"], settings(config.to_dict()))
     for line in changed:
         print(f"Changed since this checkpoint: {line}")
     if changed and (done := state["progress"]["epoch_step"]):
@@ -132,7 +133,15 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     which follows from the data, are left out."""
     old, new = dict(_flat(before)), dict(_flat(now))
     names = [name for name in {**old, **new} if not name.startswith("paths.") and name != "model.vocab_size"]
-    return [f"{name}: {_shown(old, name)} -> {_shown(new, name)}" for name in names if old.get(name) != new.get(name)]
+    return [f"{name}: {_shown(old, name)} -> {_shown(new, name)}" for name in names
+            if not _same(old.get(name), new.get(name))]
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Where a part of what was saved is hidden, anything may stand there now."""
+    if isinstance(old, str) and isinstance(new, str) and HIDDEN in old:
+        return re.fullmatch(".*".join(map(re.escape, old.split(HIDDEN))), new, re.DOTALL) is not None
+    return bool(old == new)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -33,7 +33,7 @@ from datasets import Data, load_data
 from distributed import World
 from files import check_writable, take_lock
 from model import TriModalModel
-from redaction import command_line, redacted
+from redaction import command_line, settings
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
@@ -139,7 +139,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     for part in ("", *PARTS):
         remove_leftovers(folder / part)
     back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step) if state else None
-    outputs.write_settings(folder, yaml.safe_dump(redacted(config.to_dict()), sort_keys=False, allow_unicode=True))
+    outputs.write_settings(folder, yaml.safe_dump(settings(config.to_dict()), sort_keys=False, allow_unicode=True))
     run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
@@ -236,8 +236,8 @@ def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> 
     """
     torch.manual_seed(config.training.seed)
     size = data.tokenizer.vocab_size
-    settings = {**config.to_dict()["model"], "vocab_size": max(size, config.model.vocab_size)}
-    model = model_module.create_model(**settings)
+    shape = {**config.to_dict()["model"], "vocab_size": max(size, config.model.vocab_size)}
+    model = model_module.create_model(**shape)
     if state is not None:
         mismatch = describe_mismatch(state["model_state_dict"], model.state_dict())
         if mismatch:
@@ -276,9 +276,9 @@ def tell_of_no_validation(run: Run, stage: str) -> None:
 
 def description(run: Run) -> dict[str, Any]:
     """What a checkpoint needs to be used later, beside the weights, as plain data."""
-    settings = run.config.to_dict()
+    given = run.config.to_dict()
     return {
-        "config": redacted(settings | {"model": settings["model"] | {"vocab_size": run.model.config.vocab_size}}),
+        "config": settings(given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}}),
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),

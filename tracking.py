@@ -64,7 +64,7 @@ class Tracker:
     def record(self, record: Mapping[str, Any]) -> None:
         """One line. A full disk costs records, not the run; it is said once."""
         try:
-            self.file.write(_line(redacted(_finite(record))))
+            self.file.write(_line(redacted(_finite(record)) | _message(record)))
             self.file.flush()
         except OSError as error:
             self._lost(error)
@@ -162,6 +162,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "kind" in record]
+
+
+def _message(record: Mapping[str, Any]) -> dict[str, str]:
+    """Without values of the environment, as it is printed."""
+    return {"message": redact(record["message"])} if isinstance(record.get("message"), str) else {}
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -1,7 +1,9 @@
 """Secrets reach no line that is printed, no log, no report and no checkpoint."""
 
+import dataclasses
 import json
 import shlex
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import evaluate
 import redaction
 import report
 import run_training
-from config import Config
-from redaction import command_line, names_secret, redact, redacted
+from config import Config, load_config
+from redaction import command_line, names_secret, redact, redacted, settings
 from tests.small_runs import SmallRuns
 from tracking import Tracker
 
@@ -74,6 +76,40 @@ def test_nested_values() -> None:
     assert redacted(Config().to_dict()) == Config().to_dict(), "no setting of ours has a secret's name"
 
 
+PATHS = ["/data/sets/coco2017", "/data/a:b@c/token=abcd", "a/b?token=abcdefgh&x=1", "C:/a@b", "file:/me@home/x", None,
+         "hub:anna/a@b", "./data"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_settings_that_are_no_addresses_are_saved_as_they_are(path: str | None,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", path or "/data/sets/coco2017")
+    given = {section: dict.fromkeys(names, path) for section, names in (
+        ("paths", ("data_root", "output_dir")), ("data", ("manifest", "manifest_root", "cache_dir")),
+        ("model", ("word_embeddings",)))} | {"stages": [{"name": path}]}
+    assert settings(given) == given
+    if "token=" not in str(path):
+        assert command_line([f"--data-root={path}", str(path)]) == shlex.join([f"--data-root={path}", str(path)])
+
+
+def test_addresses_among_the_settings_lose_what_is_secret_whatever_the_environment_holds(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "host/list.csv")
+    given = {"data": {"manifest": "https://anna:pw@host/list.csv?a=1&token=abc", "cache_dir": "s3:/key:pw@bucket/x"}}
+    assert settings(given) == {"data": {"manifest": "https://***@host/list.csv?a=1&token=***",
+                                        "cache_dir": "s3:/***@bucket/x"}}
+    assert settings(settings(given)) == settings(given)
+
+
+def test_each_text_among_the_settings_is_known_to_be_an_address_or_none() -> None:
+    """A new one has to be looked at: may it be an address, its password must not be saved."""
+    free = {f"{section.name}.{one.name}" for section in dataclasses.fields(Config)
+            if dataclasses.is_dataclass(kind := typing.get_type_hints(Config)[section.name])
+            for one in dataclasses.fields(kind) if str in typing.get_args(hint := typing.get_type_hints(kind)[one.name])
+            or hint is str}
+    assert free == {*redaction.ADDRESSES, "model.word_embeddings", "data.datasets"}
+
+
 # ---- where they could come out -----------------------------------------------------------------------------------
 
 
@@ -123,15 +159,32 @@ def test_reports(tmp_path: Path) -> None:
         assert "***" in path.read_text("utf-8") and "s3cr3t" not in path.read_text("utf-8")
 
 
+def test_a_path_that_a_variable_of_the_environment_holds_as_well_is_saved_as_it_is(
+        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = str(tmp_path / "sets" / "coco2017")
+    monkeypatch.setenv("MY_API_KEY", sets)
+    monkeypatch.setenv("HF_TOKEN", "evaluation")  # a word of ours
+    monkeypatch.setattr("sys.argv", ["run_training.py", "--data-root", sets])
+    given = [f"data.manifest={sets}", "training.epochs=2"]
+    markdown = small.train(tmp_path / "run", *given)
+    report = json.loads(markdown.with_suffix(".json").read_text("utf-8"))
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "best_model.pt")["config"]
+    copy = load_config(tmp_path / "run" / "config.yaml").to_dict()
+    assert [one["data"]["manifest"] for one in (report["config"], saved, copy)] == [sets] * 3
+    assert sets in report["command"] and report["evaluation"]["split"] == "test"
+    capsys.readouterr()
+    small.train(tmp_path / "run", *given[:1], "training.epochs=3", resume="auto")
+    assert [line for line in capsys.readouterr().out.splitlines() if "data.manifest" in line] == []
+
+
 def test_a_whole_run_writes_none(small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A password in a setting, a token among the arguments, and a key of the environment in a setting."""
-    monkeypatch.setenv("OWN_KEY", "k3y-of-mine")
+    """A password in a setting, and a token among the arguments."""
     monkeypatch.setattr("sys.argv", ["run_training.py", "--own-token", "s3cr3t"])
-    small.train(tmp_path / "run", "data.manifest=https://anna:s3cr3t@host/k3y-of-mine")
+    small.train(tmp_path / "run", "data.manifest=https://anna:s3cr3t@host/a?token=s3cr3t")
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {".pt", ".json", ".md", ".jsonl", ".yaml"} <= {path.suffix for path in files}
-    assert [path for path in files if b"s3cr3t" in path.read_bytes() or b"k3y-of-mine" in path.read_bytes()] == []
+    assert [path for path in files if b"s3cr3t" in path.read_bytes()] == []
     saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "best_model.pt")
-    assert saved["config"]["data"]["manifest"] == f"https://{redaction.HIDDEN}@host/{redaction.HIDDEN}"
+    assert saved["config"]["data"]["manifest"] == f"https://{redaction.HIDDEN}@host/a?token={redaction.HIDDEN}"
     (written,) = (tmp_path / "run" / "reports").glob("*.json")
     assert json.loads(written.read_text("utf-8"))["command"] == "python run_training.py --own-token '***'"

@@ -149,7 +149,7 @@ def checkpoint(case: Case) -> Iterator[Finding]:
 
 def data(case: Case) -> Iterator[Finding]:
     """What each set has, which are missing, and what the stages find in them."""
-    with _heard("readers") as said:
+    with _heard("readers", "manifest") as said:
         yield from guarded("data", _load, case)
     if case.data is None:
         return
@@ -197,17 +197,21 @@ def _fault(name: str, config: Config) -> UserError | None:
 
 
 @contextmanager
-def _heard(name: str) -> Iterator[list[str]]:
-    """What a module logs, instead of on the screen."""
-    log, handler, said = logging.getLogger(name), BufferingHandler(1000), list[str]()
-    propagates, log.propagate = log.propagate, False
-    log.addHandler(handler)
+def _heard(*names: str) -> Iterator[list[str]]:
+    """What some modules log, instead of on the screen."""
+    handler, said = BufferingHandler(1000), list[str]()
+    logs = [logging.getLogger(name) for name in names]
+    propagate = [log.propagate for log in logs]
+    for log in logs:
+        log.propagate = False
+        log.addHandler(handler)
     try:
         yield said
     finally:
         said += [record.getMessage() for record in handler.buffer]
-        log.removeHandler(handler)
-        log.propagate = propagates
+        for log, before in zip(logs, propagate, strict=True):
+            log.removeHandler(handler)
+            log.propagate = before
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -3,30 +3,33 @@
     {"image": "photos/1.jpg", "text": ["a dog on grass", "a dog"], "labels": ["dog"], "split": "train"}
     {"audio": "talk.flac", "start": 12.5, "duration": 10, "text": "a door slams", "speaker": "anna", "split": "train"}
 
-Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id; all optional, but
-a line needs an image, an audio file or a text. A text is one caption, or several as a list, in a cell as JSON, Python
-or numpy write it: ["a dog", "a dog on grass"]; labels likewise, in a CSV also parted by ";". Relative paths start at
-the manifest's folder. No path, ".." or link leads out of that folder, or out of `data.manifest_root` where that is
-given: a manifest made by somebody else cannot name other files of yours.
+Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id, or what other
+programs call them (see columns.py); all optional, but a line needs an image, an audio file or a text. A text is one
+caption, or several as a list, in a cell as JSON, Python or numpy write it: ["a dog", "a dog on grass"]; labels
+likewise, in a CSV also parted by ";". Lines that name the same file, and the same stretch of it, are one sample with
+all their captions. Relative paths start at the manifest's folder. No path, ".." or link leads out of that folder, or
+out of `data.manifest_root` where that is given: a manifest made by somebody else cannot name other files of yours.
 """
 
 import csv
-import difflib
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+import columns
 import written_lists
+from columns import Columns
 from config import UserError
+from listed_files import File, Files
 from samples import SPLITS, Sample, normalise_caption, stable_hash
 
-COLUMNS = ("image", "audio", "start", "duration", "text", "labels", "speaker", "split", "id")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
 # What a file may hold; beyond it, it is not a list of samples, and reading it would fill the memory.
@@ -36,30 +39,38 @@ MAX_LINE_CHARS = 1_000_000  # of a row; thousands of captions for one picture
 MAX_CAPTION_CHARS = 10_000  # the text encoder reads 64 words; of longer ones this would be all but lost
 MAX_SECONDS = 1e7  # four months: beyond any recording
 HELD_OUT = {"test": 0.1, "val": 0.1}  # shares where no line names a split; the rest is train
+NO_FILE = File("", -1)
+
+_log = logging.getLogger(__name__)
+_logged: set[tuple[Path, int, str]] = set()  # each split reads the list anew; its lines are logged once
 
 
-def read_manifest(path: Path, split: str, root: str | None = None) -> Iterator[Sample]:
+def read_manifest(path: Path, split: str, root: str | None = None, max_missing_pct: float = 0.0) -> Iterator[Sample]:
     """The samples of one split. The whole file is checked first, whichever split is asked for. Its pictures and sounds
-    lie in the folder `root` (None: that of the manifest), links followed.
+    lie in the folder `root` (None: that of the manifest), links followed. What was understood otherwise than it is
+    written, or is missing, is logged, a line each.
 
     Without a `split` column, 10 % of the samples are test and 10 % val, told by their ids alone, so that lines may be
     reordered, and few samples change sides when lines are added; lines that share a picture or a recording stay on one
     side, whichever parts of it they name. Without an `id`, a sample's id is its file name as written, with its start.
 
     Raises:
-        UserError: file and line number, what is wrong there, what is allowed.
+        UserError: file and line number, what is wrong there, what is allowed; or more than `max_missing_pct` of the
+            files are not there. Those of fewer are samples that cannot be read.
     """
-    folders = _Folders(path.parent, os.path.join(os.path.realpath(root or path.parent), ""))
-    between = "" if path.suffix.lower() == ".jsonl" else ";"
-    rows = [_Row.parse(where, raw, folders, between) for where, raw in _lines(path)]
+    reading = _Reading(path, Files(path.parent, os.path.join(os.path.realpath(root or path.parent), "")))
+    rows = [_Row.parse(where, given, reading) for where, given in _lines(reading)]
     if not rows:
         raise UserError(f"{path}: holds no samples; write one JSON object (or one CSV row below the header) a line")
-    _name(rows)
+    _check_missing(reading, max_missing_pct)
     if any(row.split for row in rows):
         _check_splits(rows)
-    else:
-        _draw_splits(rows)
-    return (row.sample() for row in rows if row.split == split)
+    samples = _united(rows)
+    _tell(reading, rows, samples)
+    _name(samples, {row.key for row in rows})
+    if not samples[0].split:
+        _draw_splits(samples)
+    return (row.sample() for row in samples if row.split == split)
 
 
 def worded_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
@@ -77,10 +88,15 @@ def worded_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, slots=True)
-class _Folders:
-    base: Path  # where relative paths start
-    root: str  # what no path leads out of: without links, with "/" at its end
+@dataclass
+class _Reading:
+    """One list, and what is found out about it on the way."""
+
+    path: Path
+    files: Files
+    between: str = ""  # what parts the labels of a cell
+    columns: list[Columns] = field(default_factory=list)
+    delimiter: str = ""  # another one than the file's name tells
 
 
 @dataclass(slots=True)
@@ -90,8 +106,8 @@ class _Row:
     where: str  # "file, line N", for errors
     key: str
     split: str
-    image: str
-    audio: str
+    image: File
+    audio: File
     start_s: float
     duration_s: float
     captions: tuple[str, ...]
@@ -100,14 +116,7 @@ class _Row:
     name: str  # the default id
 
     @staticmethod
-    def parse(where: str, raw: dict[str, Any], folders: _Folders, between: str) -> "_Row":
-        for column in raw:
-            if column not in COLUMNS:
-                close = difflib.get_close_matches(str(column)[:20], COLUMNS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(COLUMNS)}"
-                raise UserError(f"{where}: unknown column {column!r:.60}; {hint}")
-        given = {column: value for column, value in raw.items() if value is not None and value != ""}
-
+    def parse(where: str, given: dict[str, Any], reading: _Reading) -> "_Row":
         def take(column: str, convert: Callable[[Any], Any], empty: Any) -> Any:
             if column not in given:
                 return empty
@@ -116,43 +125,70 @@ class _Row:
             except ValueError as error:
                 raise UserError(f"{where}: {column}: {error}, got {given[column]!r:.200}") from None
 
+        def file(column: str) -> File:
+            return take(column, lambda name: _file(name, f"{_line(where)}: {column}", reading.files), NO_FILE)
+
         row = _Row(
             where=where, key=take("id", _word, ""), split=take("split", _split, ""),
-            image=take("image", lambda value: _file(value, folders), ""),
-            audio=take("audio", lambda value: _file(value, folders), ""),
+            image=file("image"), audio=file("audio"),
             start_s=take("start", _seconds, 0.0), duration_s=take("duration", _seconds, 0.0),
             captions=worded_captions(take("text", _texts, ()), where),
-            labels=tuple(dict.fromkeys(take("labels", lambda value: _texts(value, between), ()))),
+            labels=tuple(dict.fromkeys(take("labels", partial(_texts, between=reading.between), ()))),
             speaker=take("speaker", _word, ""), name="")
         row._check(given)
         return row
 
     def _check(self, given: dict[str, Any]) -> None:
-        if not (self.image or self.audio or self.captions):
+        if not (self.image.path or self.audio.path or self.captions):
             raise UserError(f"{self.where}: nothing to learn from; give an image, an audio file or a text")
-        if not self.audio and ("start" in given or "duration" in given):
+        if not self.audio.path and ("start" in given or "duration" in given):
             raise UserError(f"{self.where}: start and duration need an audio file")
         self.name = str(given.get("image") or given.get("audio") or self.captions[0])
         if "start" in given:
             self.name += f"@{self.start_s:g}"
 
-    def media(self) -> dict[str, str]:
+    def media(self) -> dict[File, str]:
         """Files that must not stand on two sides, and their column. A whole file, since stretches of one may overlap,
         and a video may be a picture here and a sound there."""
-        return {path: column for path, column in ((self.image, "image"), (self.audio, "audio")) if path}
+        return {file: column for file, column in ((self.image, "image"), (self.audio, "audio")) if file.path}
+
+    def unit(self) -> tuple[int, int, float, float] | None:
+        """Equal for lines that name the same picture and the same stretch of sound; None for a text alone."""
+        files = self.image.number, self.audio.number
+        return (*files, self.start_s, self.duration_s) if max(files) >= 0 else None
+
+    def add(self, other: "_Row") -> None:
+        """What another line says about the same files."""
+        if self.speaker and other.speaker and self.speaker != other.speaker:
+            _clash(other, f"speaker {other.speaker!r}, but {self.speaker!r} on {_line(self.where)}, which names the "
+                          "same file and stretch")
+        self.key, self.speaker = self.key or other.key, self.speaker or other.speaker
+        self.captions += other.captions
+        self.labels = tuple(dict.fromkeys((*self.labels, *other.labels)))
 
     def sample(self) -> Sample:
-        return Sample(key=self.key, source="manifest", split=self.split, image=self.image, audio=self.audio,
+        return Sample(key=self.key, source="manifest", split=self.split, image=self.image.path, audio=self.audio.path,
                       start_s=self.start_s, duration_s=self.duration_s, captions=self.captions, labels=self.labels,
                       speaker=self.speaker)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _line(where: str) -> str:
+    return where.rpartition(", ")[2]
+
+
+# ---- lines -------------------------------------------------------------------------------------------------------
+
+
+def _lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line stands, and its values by meaning."""
+    path = reading.path
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"data.manifest: {path}: unknown kind of file; allowed: {', '.join(SUFFIXES)}")
-    read = _json_lines if path.suffix.lower() == ".jsonl" else _csv_lines
     try:
-        yield from read(path)
+        if path.suffix.lower() == ".jsonl":
+            yield from _json_lines(reading)
+        else:
+            yield from _csv_lines(reading)
     except FileNotFoundError:
         raise UserError(f"data.manifest: {path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -161,16 +197,28 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"data.manifest: {path}: cannot be read ({error.strerror})") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(_bounded(file, path), 1):
-            where = f"{path}, line {number}"
+def _given(where: str, raw: dict[str, Any], meant: Columns) -> dict[str, Any]:
+    try:
+        return meant.given(raw)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _json_lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    meant: dict[tuple[str, ...], Columns] = {}
+    with reading.path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(_bounded(file, reading.path), 1):
+            where = f"{reading.path}, line {number}"
             if not line.strip():
                 continue
             raw = _json(where, line.rstrip(), partial(_no_twins, where))
             if not isinstance(raw, dict):
                 raise UserError(f'{where}: expected an object such as {{"image": "1.jpg"}}, got {line.strip()[:40]}')
-            yield where, raw
+            names = tuple(raw)
+            if names not in meant:
+                meant[names] = columns.understand(names, where)
+                reading.columns.append(meant[names])
+            yield where, _given(where, raw, meant[names])
 
 
 def _bounded(file: TextIO, path: Path) -> Iterator[str]:
@@ -208,50 +256,61 @@ def _no_twins(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    row_chars = 0
+def _csv_lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
+    path, row_chars, number = reading.path, 0, 0
 
-    def lines(file: TextIO) -> Iterator[str]:
-        nonlocal row_chars
-        for line in _bounded(file, path):
+    def lines(first: list[str], file: Iterator[str]) -> Iterator[str]:
+        nonlocal row_chars, number
+        for line in itertools.chain(first, file):
             row_chars += len(line)
             if row_chars > MAX_LINE_CHARS:
-                raise UserError(f"{path}, line {reader.line_num}: over {MAX_LINE_CHARS:,} characters in a row; is a "
-                                "quote never closed?")
+                raise UserError(f"{path}, line {number}: over {MAX_LINE_CHARS:,} characters in a row; is a quote never "
+                                "closed?")
+            number += 1
             yield line
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(lines(file), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+        every = _bounded(file, path)
+        first = next(every, "")
+        usual = DELIMITERS[path.suffix.lower()]
+        delimiter = columns.delimiter_of(first, usual)
+        reading.between, reading.delimiter = ";", delimiter if delimiter != usual else ""
+        reader = csv.reader(lines([first], every), delimiter=delimiter, strict=True)
         try:
-            header = [column.strip() for column in next(reader, [])]
-            _no_twins(f"{path}, line 1", [(column, None) for column in header])
-            before = reader.line_num
+            meant = _header(reading, next(reader, []))
+            before = number
             for cells in reader:
-                where, before, row_chars = f"{path}, line {before + 1}", reader.line_num, 0
-                if len(cells) != len(header) and cells:
-                    raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)} columns"
+                where, before, row_chars = f"{path}, line {before + 1}", number, 0
+                if len(cells) != len(meant.names) and cells:
+                    raise UserError(f"{where}: {len(cells)} cells, but the header has {len(meant.names)} columns"
                                     " (a text that holds the delimiter needs quotes)")
                 if cells:
-                    yield where, {key: _cell(key, cell) for key, cell in zip(header, cells, strict=True)}
+                    yield where, _given(where, {name: _cell(meaning, cell) for name, meaning, cell in zip(
+                        meant.names, meant.meanings, cells, strict=True)}, meant)
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+            raise UserError(f"{path}, line {number}: not valid CSV: {error}") from None
 
 
-def _cell(column: str, cell: str) -> Any:
+def _header(reading: _Reading, names: list[str]) -> Columns:
+    where = f"{reading.path}, line 1"
+    stripped = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(names)]
+    _no_twins(where, [(name, None) for name in stripped])
+    reading.columns.append(columns.understand(stripped, where))
+    return reading.columns[0]
+
+
+def _cell(meaning: str, cell: str) -> str:
     """The value of a cell. File names may begin or end with blanks."""
-    return cell if column in ("image", "audio", "text") else cell.strip()
+    return cell if meaning in ("image", "audio", "file", "text") else cell.strip()
 
 
-def _file(value: Any, folders: _Folders) -> str:
-    if not isinstance(value, str):
+# ---- values ------------------------------------------------------------------------------------------------------
+
+
+def _file(name: Any, where: str, files: Files) -> File:
+    if not isinstance(name, str):
         raise ValueError("expected a path")
-    path = os.path.abspath(os.path.join(folders.base, value))
-    if not os.path.isfile(path):
-        raise ValueError(f"no such file ({path:.200})")
-    if not os.path.realpath(path).startswith(folders.root):
-        raise ValueError(f"lies outside {folders.root} (links followed); put it there, or name a folder that holds all "
-                         "files: data.manifest_root=FOLDER")
-    return path
+    return files.find(name, where)
 
 
 def _seconds(value: Any) -> float:
@@ -296,34 +355,84 @@ def _split(value: Any) -> str:
     return value
 
 
-def _name(rows: list[_Row]) -> None:
-    """Give each row an id of its own; raise where two lines give the same one."""
-    seen: dict[str, str] = {}
+# ---- from lines to samples ---------------------------------------------------------------------------------------
+
+
+def _check_missing(reading: _Reading, limit_pct: float) -> None:
+    """Raise where more of the files are missing than `limit_pct` allows; log fewer."""
+    files = reading.files
+    missing, total = len(files.missing), len(files.numbers)
+    if not missing:
+        return
+    told = f"{missing:,} of {total:,} files are not there"
+    more = f", and {missing - len(files.shown):,} more" if missing > len(files.shown) else ""
+    if 100 * missing > limit_pct * total:
+        raise UserError(f"{reading.path}: {told}, more than data.max_bad_pct={limit_pct:g} allows: "
+                        f"{'; '.join(files.shown)}{more}; get the files, mend the list, or raise data.max_bad_pct")
+    _say(reading.path, f"{told} and count as broken: {'; '.join(files.shown)}{more}")
+
+
+def _tell(reading: _Reading, rows: list[_Row], samples: list[_Row]) -> None:
+    """Log what was understood otherwise than it is written."""
+    if reading.delimiter:
+        _say(reading.path, f"cells are parted by {reading.delimiter!r}, as the first line shows")
+    for line in (*columns.describe(reading.columns), *reading.files.describe()):
+        _say(reading.path, line)
+    sizes: dict[tuple[int, int, float, float] | None, int] = {}
+    for row in rows if len(samples) < len(rows) else []:
+        sizes[row.unit()] = sizes.get(row.unit(), 0) + 1
+    shared = [size for unit, size in sizes.items() if unit and size > 1]
+    if shared:
+        _say(reading.path, f"{sum(shared):,} lines -> {len(shared):,} samples: lines that name the same file and "
+                           "stretch are one sample with all their captions")
+
+
+def _say(path: Path, line: str) -> None:
+    key = path, path.stat().st_mtime_ns, line
+    if key not in _logged:
+        _logged.add(key)
+        _log.warning("manifest: %s", line)
+
+
+def _united(rows: list[_Row]) -> list[_Row]:
+    """One row for all those of one unit, the first; raise where two others give the same id."""
+    first: dict[tuple[int, int, float, float], _Row] = {}
+    ids: dict[str, tuple[_Row, str]] = {}
+    united = []
     for row in rows:
-        if row.key in seen:
-            _clash(row, f"id {row.key!r} is already used on {seen[row.key]}; ids are unique")
-        if row.key:
-            seen[row.key] = row.where.rpartition(", ")[2]
+        unit = row.unit()
+        one = first.setdefault(unit, row) if unit else row
+        if row.key and (other := ids.setdefault(row.key, (one, row.where)))[0] is not one:
+            _clash(row, f"id {row.key!r} is already used on {_line(other[1])}; ids are unique")
+        if one is row:
+            united.append(row)
+        else:
+            one.add(row)
+    return united
+
+
+def _name(rows: list[_Row], taken: set[str]) -> None:
+    """Give each row without an id its default one, or one that is not `taken`."""
     times: dict[str, int] = {}
     for row in rows:
         while not row.key:
             times[row.name] = times.get(row.name, 0) + 1
             key = row.name if times[row.name] == 1 else f"{row.name}#{times[row.name]}"
-            if key not in seen:
+            if key not in taken:
                 row.key = key
-                seen[key] = row.where
+                taken.add(key)
 
 
 def _check_splits(rows: list[_Row]) -> None:
-    side: dict[str, _Row] = {}
+    side: dict[int, _Row] = {}
     for row in rows:
         if not row.split:
             _clash(row, f"no split, though other lines have one; give {', '.join(SPLITS)}, on all lines or on none")
-        for path, column in row.media().items():
-            first = side.setdefault(path, row)
+        for file, column in row.media().items():
+            first = side.setdefault(file.number, row)
             if first.split != row.split:
-                _clash(row, f"{column} {path} is in {row.split!r} here and in {first.split!r} on "
-                            f"{first.where.rpartition(', ')[2]}; no file, nor parts of one, may be on two sides")
+                _clash(row, f"{column} {file.path} is in {row.split!r} here and in {first.split!r} on "
+                            f"{_line(first.where)}; no file, nor parts of one, may be on two sides")
 
 
 def _clash(row: _Row, message: str) -> NoReturn:
@@ -352,8 +461,8 @@ def _roots(rows: list[_Row]) -> list[int]:
             parent[i] = i = parent[parent[i]]
         return i
 
-    first: dict[str, int] = {}
+    first: dict[int, int] = {}
     for i, row in enumerate(rows):
-        for path in row.media():
-            parent[find(i)] = find(first.setdefault(path, i))
+        for file in row.media():
+            parent[find(i)] = find(first.setdefault(file.number, i))
     return [find(i) for i in range(len(rows))]

@@ -453,7 +453,8 @@ def _read_synthetic(root: Path, split: str, config: Config) -> Iterable[Sample]:
 def _read_manifest(root: Path, split: str, config: Config) -> Iterable[Sample]:
     if not config.data.manifest:
         raise UserError("data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here")
-    return read_manifest(Path(config.data.manifest).absolute(), split, config.data.manifest_root)
+    return read_manifest(Path(config.data.manifest).absolute(), split, config.data.manifest_root,
+                         config.data.max_bad_pct)
 
 
 READERS: dict[str, Reader] = {

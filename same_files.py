@@ -12,16 +12,22 @@ import synthetic
 from samples import SampleTable, Strings
 
 
-def file_key(path: str) -> Hashable:
-    """Equal for a file, the links to it and its hard links; of a file that is not there the path.
+def key_of(found: os.stat_result, path: str) -> str:
+    """Equal for a file, the links to it and its hard links, which `path` led to.
 
-    Size and date of change are part of it, since some file systems give several files one number.
+    Size and date of change are part of it, since some file systems give several files one number, or none.
     """
+    if not found.st_ino:
+        return os.path.realpath(path)
+    return f"{found.st_dev:x} {found.st_ino:x} {found.st_size:x} {found.st_mtime_ns:x}"
+
+
+def file_key(path: str) -> str:
+    """`key_of`, and of a file that is not there its path."""
     try:
-        found = os.stat(path)
+        return key_of(os.stat(path), path)
     except (OSError, ValueError):
         return path
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found.st_ino else os.path.realpath(path)
 
 
 def image_ids(table: SampleTable) -> np.ndarray:
@@ -37,7 +43,7 @@ def audio_ids(table: SampleTable) -> np.ndarray:
 
 def _first_rows(paths: Strings, stretches: np.ndarray | None) -> np.ndarray:
     ids = -1 - np.arange(len(paths))
-    keys: dict[str, Hashable] = {}
+    keys: dict[str, str] = {}
     first: dict[Hashable, int] = {}
     for row in np.flatnonzero(paths.lengths).tolist():
         path = paths[row]

@@ -281,7 +281,7 @@ def test_one_split_may_be_loaded_with_the_names_of_a_checkpoint(mixed: tuple[Dat
 
 def test_speakers_are_numbered_by_those_of_training(tmp_path: Path) -> None:
     paths = {split: str(trees.sound(tmp_path / f"{split}.wav", trees.tone())) for split in ("train", "val")}
-    lines = [{"id": f"{split}{i}", "audio": paths[split], "split": split, "speaker": speaker}
+    lines = [{"id": f"{split}{i}", "audio": paths[split], "start": i / 10, "split": split, "speaker": speaker}
              for split, names in (("train", "bab"), ("val", "cb")) for i, speaker in enumerate(names)]
     (tmp_path / "manifest.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     data = load_data(configured(tmp_path))

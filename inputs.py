@@ -1,7 +1,7 @@
 """What the model may be given, checked before it computes anything: shapes, number types, and numbers that cannot be
 what was meant, such as pictures from 0 to 255 as floats.
 
-    check_images(images), check_text(input_ids, attention_mask, vocab_size), check_audio(audio, audio_lengths)
+    checked_images(images), checked_ids(input_ids, attention_mask, vocab_size), checked_audio(audio, audio_lengths)
 
 Training does not come by here: its steps encode by the towers themselves. Numbers are looked at only where there are
 any (not in fake tensors, nor while a program is traced), and on a GPU that waits for them.
@@ -19,8 +19,8 @@ LOWEST, HIGHEST = -0.5, 1.5  # of floats: bicubic and Lanczos overshoot 0 and 1 
 QUIETEST, LOUDEST = -40.0, 45.0
 
 
-def check_images(images: Tensor) -> None:
-    """Pictures as model.forward takes them.
+def checked_images(images: Tensor) -> Tensor:
+    """The same pictures, if model.forward takes such.
 
     Raises:
         ValueError: another shape, integers other than uint8, or floats far beyond 0 to 1.
@@ -28,7 +28,7 @@ def check_images(images: Tensor) -> None:
     fits = images.ndim == 4 and images.shape[1] == 3 and not any(side % SIDE for side in images.shape[2:])
     _check_shape("images", images, fits, "[B, 3, S, S] with S a multiple of 16")
     if images.dtype == torch.uint8:
-        return
+        return images
     allowed = "expected uint8 from 0 to 255, or floats from 0 to 1 that are not standardised: the model does that"
     if not images.is_floating_point():
         raise ValueError(f"model: images are {images.dtype}; {allowed}")
@@ -36,10 +36,11 @@ def check_images(images: Tensor) -> None:
         low, high = _numbers(*images.detach().aminmax())
         if not (low >= LOWEST and high <= HIGHEST):  # neither is true of nan
             raise ValueError(f"model: images are floats from {low:.4g} to {high:.4g}; {allowed}")
+    return images
 
 
-def check_text(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
-    """Token ids and their mask as model.forward takes them.
+def checked_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
+    """The same token ids, if model.forward takes such with such a mask.
 
     Raises:
         ValueError: another shape or number type, or an id that the vocabulary does not have.
@@ -55,10 +56,11 @@ def check_text(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
         if low < 0 or high >= vocab_size:
             raise ValueError(f"model: input_ids go from {low} to {high}, expected 0 to {vocab_size - 1}; take the "
                              "tokenizer that the checkpoint holds")
+    return input_ids
 
 
-def check_audio(audio: Tensor, audio_lengths: Tensor | None) -> None:
-    """Log-mels and their lengths as model.forward takes them; what stands behind the lengths is not looked at.
+def checked_audio(audio: Tensor, audio_lengths: Tensor | None) -> Tensor:
+    """The same log-mels, if model.forward takes such with such lengths; what stands behind these is not looked at.
 
     Raises:
         ValueError: another shape or number type, lengths that are no numbers of frames, or numbers that no log-mel has.
@@ -70,7 +72,7 @@ def check_audio(audio: Tensor, audio_lengths: Tensor | None) -> None:
     if audio_lengths is not None and audio_lengths.shape != (B,):
         raise ValueError(f"model: audio_lengths has shape {list(audio_lengths.shape)}, expected [{B}]: frames of each")
     if not has_numbers(audio):
-        return
+        return audio
     lengths_B = torch.full((B,), T, device=audio.device) if audio_lengths is None else audio_lengths
     real_BT = torch.arange(T, device=audio.device) < lengths_B[:, None]
     low, high = audio.detach().where(real_BT[:, :, None], 0.0).aminmax()
@@ -81,6 +83,7 @@ def check_audio(audio: Tensor, audio_lengths: Tensor | None) -> None:
     if not (quietest >= QUIETEST and loudest <= LOUDEST):
         raise ValueError(f"model: audio holds numbers from {quietest:.4g} to {loudest:.4g}; expected natural-log mels "
                          "as audio.log_mel makes them (-13.8 and above, not in decibels)")
+    return audio
 
 
 def has_numbers(value: Tensor) -> bool:

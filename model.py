@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, UserError, config_from_dict
 from footprint import device_of
-from inputs import check_audio, check_images, check_text
+from inputs import checked_audio, checked_ids, checked_images
 
 IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
@@ -215,7 +215,8 @@ class ImageEncoder(nn.Module):
     def positions(self, images: Tensor) -> Tensor:
         """(N, D). Coordinates are scaled to a 14 x 14 grid, so that a place keeps its code at every image size."""
         rows, columns = (torch.arange(s // IMAGE_PATCH, device=images.device) for s in images.shape[2:])
-        return grid_codes((rows + 0.5) * 14 / len(rows), (columns + 0.5) * 14 / len(columns), self.dim)
+        codes_ND = grid_codes((rows + 0.5) * 14 / len(rows), (columns + 0.5) * 14 / len(columns), self.dim)
+        return codes_ND.to(self.embed.weight.dtype)
 
     def forward(self, images: Tensor, keep_BK: Tensor | None = None, path_BZ: Tensor | None = None) -> Tokens:
         """Encode all patches, or only those in `keep_BK` (masked pretraining, token dropping arXiv:2212.00794)."""
@@ -259,8 +260,8 @@ class AudioEncoder(nn.Module):
     def positions(self, audio_BTM: Tensor) -> Tensor:
         """(N, D) codes of (time, band) within a window, for up to one window of frames."""
         steps = math.ceil(min(audio_BTM.shape[1], AUDIO_WINDOW_FRAMES) / AUDIO_PATCH_FRAMES)
-        device = audio_BTM.device
-        return grid_codes(torch.arange(steps, device=device), torch.arange(self.bands, device=device), self.dim)
+        time, band = (torch.arange(length, device=audio_BTM.device) for length in (steps, self.bands))
+        return grid_codes(time, band, self.dim).to(self.embed.weight.dtype)
 
     def forward(self, audio_BTM: Tensor, lengths_B: Tensor | None = None, keep_BK: Tensor | None = None,
                 kept_valid_BK: Tensor | None = None, path_BZ: Tensor | None = None) -> Tokens:
@@ -302,7 +303,7 @@ class TextEncoder(nn.Module):
         positions_LD = position_codes(torch.arange(ids_BL.shape[1], device=ids_BL.device), self.dim)
         valid_BL = None if mask_BL is None else mask_BL.bool()
         words_BLD = self.norm(self.embed(self.words(ids_BL)))
-        return Tokens(self.blocks(words_BLD + positions_LD, valid_BL, path_BZ), valid_BL)
+        return Tokens(self.blocks(words_BLD + positions_LD.to(self.norm.weight.dtype), valid_BL, path_BZ), valid_BL)
 
 
 class Fusion(nn.Module):
@@ -354,22 +355,20 @@ class TriModalModel(nn.Module):
         """Pooled, projected and L2-normalised in float32; (B, F)."""
         pooled_BD = masked_mean(*encoded)
         with torch.autocast(pooled_BD.device.type, enabled=False):
-            return F.normalize(self.projections[modality](pooled_BD), dim=-1)
+            return F.normalize(_apply(self.projections[modality], pooled_BD), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S), uint8 or floats in 0..1 -> (B, F)."""
-        check_images(images)
-        return self.features("image", self.image(images))
+        return self.features("image", self.image(checked_images(images)))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, L) token ids and their mask -> (B, F)."""
-        check_text(input_ids, attention_mask, self.config.vocab_size)
-        return self.features("text", self.text(input_ids, attention_mask))
+        ids_BL = checked_ids(input_ids, attention_mask, self.config.vocab_size)
+        return self.features("text", self.text(ids_BL, attention_mask))
 
     def audio_features(self, audio: Tensor, audio_lengths: Tensor | None = None) -> Tensor:
         """(B, T, 80) log-mels of any T, lengths in frames (None: T counts) -> (B, F)."""
-        check_audio(audio, audio_lengths)
-        return self.features("audio", self.audio(audio, audio_lengths))
+        return self.features("audio", self.audio(checked_audio(audio, audio_lengths), audio_lengths))
 
     @torch.no_grad()
     def bound_temperatures(self) -> None:
@@ -381,8 +380,8 @@ class TriModalModel(nn.Module):
         """Fused state (B, D), L2-normalised fused features (B, F) and class logits (B, C), in float32."""
         fused_BD = self.fusion(given)
         with torch.autocast(fused_BD.device.type, enabled=False):
-            projected_BF = self.fused_projection(fused_BD)
-            return fused_BD, F.normalize(projected_BF, dim=-1), self.classifier(projected_BF)
+            projected_BF = _apply(self.fused_projection, fused_BD)
+            return fused_BD, F.normalize(projected_BF, dim=-1), _apply(self.classifier, projected_BF)
 
     def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, audio: Tensor | None = None,
@@ -403,14 +402,12 @@ class TriModalModel(nn.Module):
         """
         encoded: dict[str, Tokens] = {}
         if images is not None:
-            check_images(images)
-            encoded["image"] = self.image(images)
+            encoded["image"] = self.image(checked_images(images))
         if input_ids is not None:
-            check_text(input_ids, attention_mask, self.config.vocab_size)
-            encoded["text"] = self.text(input_ids, attention_mask)
+            ids_BL = checked_ids(input_ids, attention_mask, self.config.vocab_size)
+            encoded["text"] = self.text(ids_BL, attention_mask)
         if audio is not None:
-            check_audio(audio, audio_lengths)
-            encoded["audio"] = self.audio(audio, audio_lengths)
+            encoded["audio"] = self.audio(checked_audio(audio, audio_lengths), audio_lengths)
         if not encoded:
             raise ValueError("model: nothing given; pass at least one of images, input_ids, audio")
         sizes = {len(tokens.tokens_BND) for tokens in encoded.values()}
@@ -473,6 +470,11 @@ def count_parameters(size: str) -> dict[str, int]:
         model = create_model(size)
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     return {**parts, "all": sum(p.numel() for p in model.parameters())}
+
+
+def _apply(layer: nn.Module, x: Tensor) -> Tensor:
+    """In the number type of the layer, which is half in a model that was made so; at least float32 comes back."""
+    return at_least_float32(layer(x.to(next(layer.parameters()).dtype)))
 
 
 def _initialise(module: nn.Module) -> None:

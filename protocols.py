@@ -396,7 +396,8 @@ def _concepts(encoded: Encoded, modality: str, members: np.ndarray, options: met
     if len(first) < 2:
         return {}
     labels_NK = answers.concepts_NK[torch.from_numpy(own)]
-    of_files = torch.zeros(len(first), labels_NK.shape[1]).index_add_(0, torch.from_numpy(file_N), labels_NK.float())
+    of_files = torch.zeros(len(first), labels_NK.shape[1], dtype=torch.int32)
+    of_files.index_add_(0, torch.from_numpy(file_N), labels_NK.int())
     return metrics.concept_precision(answers.logits_NK[torch.from_numpy(own[first])], of_files > 0,
                                      name=f"{modality}_to_concepts_mAP", options=options)
 

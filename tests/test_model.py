@@ -326,6 +326,18 @@ def test_bfloat16_stays_close() -> None:
         assert not torch.equal(value, exact[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("subset", [set(MODALITIES), {"image"}, {"text"}, {"audio"}], ids=lambda names: "+".join(names))
+def test_a_model_made_half_stays_close(dtype: torch.dtype, subset: set[str]) -> None:
+    model, given = narrow_model().float().eval(), small_inputs(subset)
+    exact = outputs_of(model, **given)
+    half = outputs_of(model.to(dtype), **given)
+    for name, value in half.items():
+        assert value.dtype == torch.float32 and F.cosine_similarity(value, exact[name]).min() > 0.99, name
+        if name.endswith("features"):
+            assert torch.allclose(value.norm(dim=1), torch.ones(2), atol=1e-6), name
+
+
 # ---- the interface -----------------------------------------------------------------------------------------------
 
 

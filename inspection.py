@@ -39,6 +39,8 @@ from workers import cpu_cores
 
 SAMPLE_FILES = 64  # pictures, and sounds, of each split of a set that are decoded
 NAMED = 3  # broken files that are named
+LOUD = 2.0  # full scale is 1; what passes twice that is no overshoot of a coder or a mix
+SCALE = "scale sounds of floating-point numbers to -1 to 1 (those of 16 bits by 1/32,768): they are taken as they are"
 
 
 @dataclass
@@ -227,6 +229,7 @@ class Tried:
     number: int
     of: int
     broken: list[str]  # reasons
+    loud: list[str]  # sounds of floating-point numbers beyond LOUD, with the largest
 
     def is_too_bad(self, limit_pct: float) -> bool:
         return 100 * len(self.broken) > limit_pct * self.number
@@ -248,8 +251,11 @@ def _files_of(case: Case, name: str) -> Iterator[Finding]:
     groups = [group for split in case.data.splits for kind in prepare.KINDS
               if (group := _tried(case, case.data.splits[split].store, name, split, kind)).number]
     lines, broken = list(map(str, groups)), [reason for group in groups for reason in group.broken]
+    loud = [told for group in groups for told in group.loud]
+    lines += [f"{len(loud):,} of them are far louder than full scale, the first is {loud[0]}"] if loud else []
     if not broken:
-        yield Finding(f"files: {name}", "ok", "\n".join(lines) or "none: all is drawn or text")
+        yield Finding(f"files: {name}", "warn" if loud else "ok", "\n".join(lines) or "none: all is drawn or text",
+                      SCALE if loud else "")
         return
     limit, again = case.config.data.max_bad_pct, _again(name, case.config)
     fails = any(group.is_too_bad(limit) for group in groups)
@@ -265,17 +271,24 @@ def _tried(case: Case, store: prepare.Store, name: str, split: str, kind: prepar
     codes = [code for code, known in enumerate(table.sources.names) if known == name]
     has = table.has_image if kind == "image" else table.has_audio
     rows = np.flatnonzero(has & np.isin(table.sources.codes, codes))
-    if kind in store.places and len(rows) and (store.places[kind][rows, 0] >= 0).all():
-        places = store.places[kind][rows].tolist()
-        reasons = [reason for entry, number in places if (reason := store.entries[entry].reasons.get(number))]
-        return Tried(title, len(rows), len(rows), reasons)
     chosen = np.random.default_rng(0).permutation(rows)[:SAMPLE_FILES].tolist()
     paths = table.images if kind == "image" else table.audio
     items = [(paths[row], float(table.start_s[row]), float(table.duration_s[row]))
              for row in chosen if not store.is_drawn(row)]
+    if kind in store.places and len(rows) and (store.places[kind][rows, 0] >= 0).all():
+        places = store.places[kind][rows].tolist()
+        reasons = [reason for entry, number in places if (reason := store.entries[entry].reasons.get(number))]
+        return Tried(title, len(rows), len(rows), reasons, _loud(case, kind, items))
     case.say(f"files: {name}, {len(items)} {title}")
     found = prepare.decode_all(kind, items, case.tried)
-    return Tried(title, len(items), len(rows), [reason for reason in found if isinstance(reason, str)])
+    broken = [reason for reason in found if isinstance(reason, str)]
+    return Tried(title, len(items), len(rows), broken, _loud(case, kind, items))
+
+
+def _loud(case: Case, kind: prepare.Kind, items: list[prepare.Item]) -> list[str]:
+    """Sounds whose numbers are far beyond -1 to 1, as of 16 bits that were stored as they are, with their peaks."""
+    peaks = prepare.float_peaks(items, case.tried) if kind == "sound" else []
+    return [f"{path} (peak {peak:,.6g})" for (path, _, _), peak in zip(items, peaks, strict=False) if peak > LOUD]
 
 
 def _again(name: str, config: Config) -> str:

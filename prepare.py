@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,13 +85,26 @@ def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
         raise BrokenSample(str(error)) from None
 
 
+def _decoded(kind: Kind, side: int, item: Item) -> np.ndarray:
+    return decode(kind, item, side)
+
+
+def _float_peak(item: Item) -> np.ndarray:
+    """The largest value of a stretch of a sound that is stored as floating-point numbers, 0 of others."""
+    from tracks import float_peak
+
+    try:
+        return np.array(float_peak(*item))
+    except Exception as error:  # decoders raise whatever they like
+        raise BrokenSample(str(error)) from None
+
+
 @dataclass(frozen=True)
 class _Decoder:
     """Files in chunks, each a job of `workers`."""
 
-    kind: Kind
+    read: Callable[[Item], np.ndarray]
     items: Sequence[Item]
-    side: int
 
     def __len__(self) -> int:
         return math.ceil(len(self.items) / CHUNK)
@@ -103,7 +117,7 @@ class _Decoder:
             try:
                 if number in given_up:
                     raise BrokenSample(given_up[number])
-                found.append(decode(self.kind, self.items[number], self.side))
+                found.append(self.read(self.items[number]))
             except BrokenSample as error:
                 found.append(str(error))
         return found
@@ -118,7 +132,18 @@ def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[n
     Raises:
         UserError: processes die again and again at one file, or the folder of the files is gone.
     """
-    decoder = _Decoder(kind, items, cache_side(config.model.image_size))
+    return _read_all(partial(_decoded, kind, cache_side(config.model.image_size)), items, config)
+
+
+def float_peaks(items: Sequence[Item], config: Config) -> list[float]:
+    """The largest value of each of the sounds that are stored as floating-point numbers; 0 of others, and of broken
+    ones. Raises as `decode_all`."""
+    return [0.0 if isinstance(found, str) else float(found) for found in _read_all(_float_peak, items, config)]
+
+
+def _read_all(read: Callable[[Item], np.ndarray], items: Sequence[Item],
+              config: Config) -> Generator[np.ndarray | str, None, None]:
+    decoder = _Decoder(read, items)
     jobs, count = range(len(decoder)), min(_processes(config), len(decoder))
     chunks = iter(Workers(decoder.work, jobs, count, timeout_s=config.data.timeout_s, name=decoder.name, say=print)
                   ) if count else in_line(decoder.work, jobs, {})

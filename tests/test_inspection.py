@@ -1,6 +1,7 @@
 """Checks of the doctor that look at data, files, disk, memory and what a run goes on from."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 
 import bad_samples
@@ -112,6 +114,25 @@ def test_what_a_filled_cache_knows_to_be_broken_is_told_without_reading_it_again
         (found,) = inspection.files(case)
     assert found.state == "fail" and f"{tmp_path}/0.png" in found.found
     assert_names(next(line for line in found.found.splitlines() if " val " in line), 2, 1)
+
+
+@pytest.mark.parametrize(("peaks", "loud"), [((0.5, 1.9), 0), ((0.5, 16_400, 3), 2)])
+def test_sounds_far_louder_than_full_scale_are_told(
+        tmp_path: Path, peaks: tuple[float, ...], loud: int) -> None:
+    for number, peak in enumerate(peaks):
+        soundfile.write(tmp_path / f"{number}.wav", 4 * peak * trees.tone(), 16_000, subtype="FLOAT")
+    trees.sound(tmp_path / "integers.wav", trees.tone())
+    (tmp_path / "list.jsonl").write_text("".join(
+        json.dumps({"audio": path.name, "text": "a tone", "split": "train"}) + "\n" for path in tmp_path.glob("*.wav")))
+    case = case_of(tmp_path, "data.datasets=[manifest]", f"data.manifest={tmp_path}/list.jsonl")
+    list(inspection.data(case))
+    (found,) = inspection.files(case)
+    assert found.state == ("warn" if loud else "ok") and bool(found.advice) == bool(loud)
+    told = [line for line in found.found.splitlines() if "peak" in line]
+    assert len(told) == bool(loud)
+    if loud:
+        assert_names(told[0], loud)
+        assert f"{tmp_path}/1.wav (peak 16,400)" in told[0] or f"{tmp_path}/2.wav (peak 3)" in told[0]
 
 
 @pytest.mark.timed

@@ -35,7 +35,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "media": "", "videos": "media", "tracks": "media", "metadata": "",
     "images": "config media metadata videos", "audio": "config media tracks", "workers": "config",
     "bad_samples": "config samples",
-    "prepare": "config samples images audio synthetic files workers bad_samples",
+    "prepare": "config samples images audio tracks synthetic files workers bad_samples",
     "batches": "config samples images prepare vocabulary workers",
     "datasets": "config samples readers vocabulary concepts mirroring prepare batches workers bad_samples same_files "
                 "splits",

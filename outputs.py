@@ -147,9 +147,10 @@ def shown(folder: Path, paths: list[Path]) -> str:
 
 def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.datetime | None = None) -> Path | None:
     """Where checkpoints of ours lie further on than the one called `name`: move them, and what else came after its
-    epoch and step, into a new folder abandoned_TIME; its path. After a kill `finish_going_back` does the rest of it."""
+    epoch and step, into a new folder abandoned_TIME; its path. Before the first step (`step` 0) so does a run whose
+    checkpoints are gone. After a kill `finish_going_back` does the rest of it."""
     later = checkpoint.later_than(folder / "checkpoints" / name)
-    if not later:
+    if not later and (step or not _has_results(folder)):
         return None
     paths = [*_later_models(folder, epoch, step), *_later_reports(folder, step), *event_files(folder / BOARD)]
     paths += [path for path in _files(folder / "logs") if (found := SNAPSHOT.fullmatch(path.name))
@@ -161,6 +162,12 @@ def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.dateti
     with replacing(folder / GOING_BACK, "w") as file:
         json.dump({"place": place.name, "step": step, "files": files}, file)
     return finish_going_back(folder)
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a run was at the end of a stage or has saved its best weights there."""
+    return any(checkpoint.is_own(folder / "checkpoints" / name) for name in ("best_model.pt", "final_model.pt")) or any(
+        record["kind"] in ("stage", "report") for record in read_records(folder / LOG))
 
 
 def finish_going_back(folder: Path) -> Path | None:

@@ -393,7 +393,7 @@ def _digest(kind: Kind, items: Sequence[Item], side: int, config: Config) -> str
 @contextmanager
 def _lock(cache: Path) -> Iterator[None]:
     """One process at a time fills a cache; the system frees the lock when its holder dies."""
-    with (cache / LOCK).open("w") as file:
+    with (cache / LOCK).open("a") as file:
         try:
             take_lock(file, of_process=True)
         except BlockingIOError:

@@ -138,9 +138,11 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         outputs.remove_run(folder)  # not before all that could fail has been tried
     for part in ("", *PARTS):
         remove_leftovers(folder / part)
-    back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step) if state else None
+    back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)
     outputs.write_settings(folder, yaml.safe_dump(settings(config.to_dict()), sort_keys=False, allow_unicode=True))
     run.tracker = Tracker(folder / "logs", progress.step)
+    if back and not state:
+        run.tracker.say(f"Started anew, for there is no checkpoint; what an earlier run has left is in {back}")
     if state:
         run.best = state["best"]
         within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""

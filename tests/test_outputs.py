@@ -231,6 +231,24 @@ def test_a_run_that_went_back_ends_with_the_same_bits(small: SmallRuns, whole: P
     assert_same_run(folder, whole, range(3, 5))
 
 
+def test_a_fresh_start_where_the_checkpoints_are_gone_keeps_what_the_run_has_come_to(
+        small: SmallRuns, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A user makes room and keeps best_model.pt alone; then --resume auto, as run_all.sh has it."""
+    folder = copy_of(whole, tmp_path / "run")
+    for path in (folder / "checkpoints").glob("checkpoint_epoch_*.pt"):
+        path.unlink()
+    before = digests(folder)
+    config = small.config(folder, *QUICK)
+    options = Options("cpu", "auto")
+    runs.open_run(config, options, resume.find_state(config, options)).tracker.close()
+    [place] = folder.glob("abandoned_*")
+    kept = digests(place)
+    assert {name: kept.get(name) for name in before if name.startswith(("checkpoints/", "reports/", "logs/"))} == {
+        name: digest for name, digest in before.items() if name.startswith(("checkpoints/", "reports/", "logs/"))}
+    assert records(folder) == [] and scalars(folder / "logs") == {}
+    assert str(place) in capsys.readouterr().out
+
+
 class Killed(BaseException):
     """As kill -9: nothing after it is done."""
 

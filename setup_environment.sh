@@ -199,10 +199,17 @@ print(f"setup: Python {platform.python_version()}, torch {torch.__version__}, to
 EOP
 }
 
+# One that this script finished has its stamp in it, and is emptied. Any other may be the user's, and is kept.
 make_environment() {
+    local aside
     if [ -d "$VENV" ] && [ -n "$(ls -A "$VENV")" ]; then
         [ -f "$VENV/pyvenv.cfg" ] || die "$VENV holds other things, no environment; name another folder in VENV_DIR"
         say "$VENV_DIR does not run here, or was made for another folder: making it anew"
+        if [ ! -f "$STAMP" ]; then
+            aside=$VENV.before_$(date +%Y%m%d_%H%M%S)
+            if [ -e "$aside" ] || ! mv "$VENV" "$aside"; then die "$VENV cannot be renamed; name another in VENV_DIR"; fi
+            say "this script did not finish it, so it is kept as $aside"
+        fi
     fi
     "$BASE_PYTHON" -m venv --clear "$VENV"
 }

@@ -96,7 +96,7 @@ def path_without_gpu(folder: Path) -> str:
     """A PATH of links to the few commands that the script needs."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
-    for name in ("bash", "dirname", "df", "awk", "sed", "grep", "cat", "timeout", "mv"):
+    for name in ("bash", "dirname", "df", "awk", "sed", "grep", "cat", "timeout", "mv", "ls", "date"):
         if not (tools / name).exists():
             (tools / name).symlink_to(str(shutil.which(name)))
     if not (tools / "python3").exists():
@@ -206,6 +206,24 @@ def test_a_folder_with_other_things_is_not_emptied(tmp_path: Path) -> None:
     run = bash("setup_environment.sh", env={"VENV_DIR": str(precious), "TORCH_INDEX_URL": ""})
     assert_refused(run, precious, "VENV_DIR")
     assert os.listdir(precious) == ["letter"]
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_an_environment_that_this_script_did_not_finish_is_kept(tmp_path: Path, ours: bool) -> None:
+    """It does not run here: only one with our stamp is made anew in its place."""
+    venv = tmp_path / "venv"
+    venv.mkdir()
+    for name in ("pyvenv.cfg", "own.txt", *(["setup_environment.stamp"] if ours else [])):
+        (venv / name).write_text("of the user")
+    made = executable(tmp_path / "maker", f'case "$2" in venv) echo "$@" >"{tmp_path}/asked"; exit 1 ;; esac\n'
+                                          f'exec "{sys.executable}" "$@"')
+    run = plan(tmp_path, VENV_DIR=str(venv), PYTHON=str(made), TORCH_INDEX_URL="")
+    assert run.returncode == 0 and (venv / "own.txt").exists(), "only asked what it would do"
+    run = bash("setup_environment.sh", env={"VENV_DIR": str(venv), "PYTHON": str(made), "TORCH_INDEX_URL": "",
+                                            "PATH": path_without_gpu(tmp_path)})
+    assert run.returncode != 0 and "-m venv --clear" in (tmp_path / "asked").read_text()
+    kept = [path for path in tmp_path.glob("venv.before_*") if (path / "own.txt").read_text() == "of the user"]
+    assert len(kept) == (0 if ours else 1) and all(names(run.stdout, path) for path in kept), run.stdout + run.stderr
 
 
 # ---- setup_environment.sh: what it does --------------------------------------------------------------------------
@@ -422,7 +440,7 @@ def test_settings_of_the_full_job_and_of_the_demo(tmp_path: Path, monkeypatch: p
     (["--output-dir", "file/out"], ["file/out", "Not a directory"]), (["--output-dir", ""], ["paths.output_dir"]),
     (["--output-dir", "used", "--resume", "elsewhere.pt"], ["used", "checkpoints"]),
     (["--datasets", "manifest", "data.manifest=none.jsonl"], ["none.jsonl"]),
-    (["--datasets", "manifest", "data.manifest=wrong.csv"], ["wrong.csv", "line 2", "imgae"])])
+    (["--datasets", "manifest", "data.manifest=wrong.csv"], ["wrong.csv", "line 1", "imgae"])])
 def test_settings_refuse_what_training_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
                                              capsys: pytest.CaptureFixture[str], named: list[str]) -> None:
     (tmp_path / "file").write_text("in the way")

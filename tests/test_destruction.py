@@ -1,0 +1,163 @@
+"""Every call that can remove, replace or empty something, with the reason why it harms nothing of the user's.
+
+A new one in any module of the project is an error here until it stands in the table, and so is one that has gone.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Methods of paths and files, and functions of os and shutil; named or called, by whatever object.
+METHODS = {"unlink", "rmdir", "rename", "write_text", "write_bytes", "truncate", "symlink_to", "hardlink_to", "touch"}
+FUNCTIONS = {"os": {"remove", "unlink", "rmdir", "removedirs", "rename", "renames", "replace", "truncate", "ftruncate",
+                    "link", "symlink", "open"},
+             "shutil": {"rmtree", "move", "copy", "copy2", "copyfile", "copyfileobj", "copytree"}}
+WRITERS = {"replacing", "SummaryWriter", "savefig", "mkdtemp", "TemporaryDirectory"}  # called by name
+MODE = re.compile(r"[rwaxbt+]{1,4}")
+
+# Module and function -> (its calls in their order, why they harm nothing of the user's).
+SAFE = {
+    "acquisition.Acquisition._finish_set": ("rmdir", "the folder of archives, only when empty"),
+    "acquisition.Acquisition._from_local":
+        ("replacing shutil.copyfileobj", "copies beside, then transfer.put, which keeps what differs"),
+    "archives._remove": ("shutil.rmtree unlink", "the staging folder of this very archive, from staging.place"),
+    "archives._write": ("open(wb) os.replace", "within that staging folder"),
+    "archives._merge": ("os.replace", "to a name that nothing has; single files go by settle"),
+    "archives._move_away": ("os.replace shutil.rmtree", "that staging folder"),
+    "arrivals.write_note": ("replacing", "a name that is free or holds a note of ours"),
+    "arrivals.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
+    "arrivals.remove":
+        ("unlink unlink", "an archive with our note and the digest of it, not to be kept; a lock that is empty"),
+    "bad_samples.record": ("open(ab)", "adds lines"),
+    "budget._write_json":
+        ("replacing", "plan_KEY.json and the calibration: a name made of a digest, made again when it is gone"),
+    "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
+    "checkpoint.export": ("replacing replacing", "exports, behind outputs.writing"),
+    "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),
+    "checkpoint.remove_leftovers": ("unlink", "NAME.PROCESS.tmp of our checkpoints"),
+    "clips.fetch_clips": ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),
+    "clips._clear_staging": ("shutil.rmtree rmdir", "process-NUMBER in our staging folder, and that folder when empty"),
+    "clips._fetch_all": ("open(a)", "adds rows to the ledger"),
+    "debian.fetch_by_apt": ("TemporaryDirectory", "a new folder"),
+    "distributed.World.quiet": ("open(w)", "os.devnull"),
+    "doctor._temporary_folder": ("mkdtemp shutil.rmtree", "a new folder"),
+    "doctor.examine": ("shutil.copytree", "into that folder"),
+    "environment._write_video": ("open(w)", "in the doctor's temporary folder"),
+    "files.replacing": ("open(?) os.replace unlink", "NAME.PROCESS.tmp, over NAME: each caller stands in this table"),
+    "files.appearing":
+        ("open(?) os.link os.rename unlink unlink", "never over what is there; removes what it has just written"),
+    "files.set_aside": ("shutil.copy2 os.rename", "to a name that nothing has"),
+    "files.remove_left": ("unlink", "NAME.PROCESS.tmp of replacing"),
+    "files.settle":
+        ("unlink os.replace",
+         "what differs and is not ours has a second name by then; the new file goes where both are equal"),
+    "files.keep_beside": ("os.link open(x) os.replace", "to a name that nothing has, taken first"),
+    "files.sync_file": ("open(rb+)", "writes nothing"),
+    "files.sync_folder": ("os.open", "reads only"),
+    "files.locked": ("open(a) unlink", "NAME.lock, only when empty and no link"),
+    "holdings.Holdings.write_licence": ("replacing", "only over a text whose digest the marker knows"),
+    "inspection._output_folder": ("open(a)", "the lock of a run, nothing is written"),
+    "inventory.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
+    "inventory.Listing.__init__":
+        ("open(wt)", "in the hidden folder of lists, ARCHIVE.jsonl.gz.new; it goes to its name by settle"),
+    "inventory.Listing.__exit__": ("unlink", "the same file"),
+    "local_copies._link": ("unlink symlink_to", "a link into a folder that --local named before"),
+    "memory.reset_peak": ("write_text", "a file of /proc"),
+    "outputs._list": ("replacing", "the ledger of an output folder"),
+    "outputs.write_settings": ("replacing", "only over what the ledger lists"),
+    "outputs.remove_run": ("unlink", "files that hold our digest, have our name or stand in the ledger"),
+    "outputs.go_back": ("replacing", "its own note of the work"),
+    "outputs.finish_going_back": ("unlink", "the note of that work"),
+    "outputs._move": ("os.rename unlink", "to a name that nothing has; what was copied there whole goes"),
+    "outputs._copy": ("replacing shutil.copyfileobj", "into a new folder abandoned_TIME"),
+    "prepare._lock": ("open(a)", "a lock of ours, nothing is written"),
+    "prepare._fill":
+        ("shutil.rmtree os.rename shutil.rmtree", "entries of the cache, KIND-...-DIGEST.tmp, under its lock"),
+    "prepare._write": ("replacing replacing replacing", "in a new folder"),
+    "report.write_new": ("unlink", "what it has just written"),
+    "runs._claim": ("open(a)", "the lock of a run, nothing is written"),
+    "staging.clear": ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
+    "tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
+    "tracking.drop_after": ("replacing", "our records; a file with lines of others is copied beside before"),
+    "tracking.keep_events": ("replacing", "an event file with a name of ours"),
+    "transfer._store": ("open(ab)", "the part, at a name from arrivals.part_of"),
+    "transfer._Part.restart": ("unlink", "the same part"),
+    "workers._packed": ("os.truncate", "a file in memory"),
+}
+
+
+def destructive(source: str) -> dict[str, str]:
+    """Function (with its class, or "" at the top of the module) -> its calls of that kind, in order, in words."""
+    found: dict[str, list[str]] = {}
+    _look(ast.parse(source), "", found)
+    return {where: " ".join(calls) for where, calls in found.items()}
+
+
+def _look(node: ast.AST, where: str, found: dict[str, list[str]]) -> None:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            _look(child, f"{where}.{child.name}".lstrip("."), found)
+            continue
+        if word := _word(child):
+            found.setdefault(where, []).append(word)
+        _look(child, where, found)
+
+
+def _word(node: ast.AST) -> str:
+    """What this very node does, "" for nothing of the kind."""
+    if isinstance(node, ast.ImportFrom) and node.module in FUNCTIONS:
+        return " ".join(sorted({name.name for name in node.names} & FUNCTIONS[node.module]))
+    if isinstance(node, ast.Attribute):
+        if isinstance(node.value, ast.Name) and node.value.id in FUNCTIONS:
+            return f"{node.value.id}.{node.attr}" if node.attr in FUNCTIONS[node.value.id] else ""
+        return node.attr if node.attr in METHODS else ""
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name == "replace" and isinstance(node.func, ast.Attribute) and len(node.args) == 1 and not node.keywords:
+            return "replace"  # of a path: that of text takes two, that of dataclasses keywords
+        if name in WRITERS:
+            return name
+        return f"open({_mode(node)})" if name == "open" and _mode(node) else ""
+    return ""
+
+
+def _mode(call: ast.Call) -> str:
+    """The mode of a call of open that may write, "?" where it is not written there, "" where it only reads."""
+    if isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") == "os":
+        return ""  # counted by its name
+    given = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] + call.args[:2]
+    texts = [node.value for node in given if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    modes = [text for text in texts if MODE.fullmatch(text)]
+    if not modes and len(call.args) > 1 and isinstance(call.func, ast.Name) and len(texts) < len(call.args[1:2]):
+        return "?"
+    return next((mode for mode in modes if set(mode) & set("wax+")), "")
+
+
+def test_every_call_that_can_destroy_stands_in_the_table() -> None:
+    found = {f"{path.stem}.{where}": calls for path in sorted(ROOT.glob("*.py"))
+             for where, calls in destructive(path.read_text("utf-8")).items()}
+    table = {where: calls for where, (calls, _) in SAFE.items()}
+    changed = {where: (found.get(where), table.get(where)) for where in found.keys() | table.keys()
+               if found.get(where) != table.get(where)}
+    assert changed == {}, "(what the code does now, what the table says): amend SAFE, with the reason"
+
+
+def test_every_row_has_a_reason() -> None:
+    assert [where for where, (_, reason) in SAFE.items() if len(reason) < 10] == []
+
+
+@pytest.mark.parametrize(("code", "calls"), [
+    ("path.unlink()", "unlink"), ("os.remove(x)", "os.remove"), ("gone = os.replace", "os.replace"),
+    ("shutil.rmtree(x)", "shutil.rmtree"), ("from shutil import rmtree", "rmtree"), ("a.replace(b)", "replace"),
+    ("map(Path.unlink, paths)", "unlink"), ("open(x, 'w')", "open(w)"), ("x.open(mode='r+')", "open(r+)"),
+    ("gzip.open(x, 'wt')", "open(wt)"), ("open(x, mode)", "open(?)"), ("x.write_text(y)", "write_text"),
+    ("file.truncate(0)", "truncate"), ("with replacing(x): pass", "replacing"), ("shutil.move(x, y)", "shutil.move"),
+    *((code, "") for code in ("text.replace(a, b)", "dataclasses.replace(x, y=1)", "replace(x)", "open(x)",
+                              "x.open('rb')", "items.remove(x)", "items.copy()", "zip.open(name)", "open(x, 'rb')")),
+])
+def test_the_gate_sees_what_it_is_for(code: str, calls: str) -> None:
+    assert destructive(f"class C:\n def f(self):\n  {code}") == ({"C.f": calls} if calls else {})

@@ -93,7 +93,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     if not figures:
         raise UserError(f"--split {options.split}: {', '.join(config.data.datasets)} has no two samples there with two "
                         "modalities, labels or speakers; choose another --split or other --datasets")
-    print(report.format_table(figures) + report.format_notes(encoded.facts))
+    print(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     run = {
         "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},

@@ -114,7 +114,10 @@ def encode_split(model: Any, data: Data, split: str, config: Config, setting: Se
                 gathered.add(batch, table.caption_offsets)
     finally:
         model.train(was_training)
-    return gathered.result(data.splits[split], split, _facts(data, split, setting.limit, gathered))
+    facts = _facts(data, split, setting.limit, gathered)
+    nothing: dict[str, Any] = {"samples": 0, "of": 0, "broken": 0, "subset_seed": None, "nonfinite": {}}
+    facts |= {name: nothing for name in config.data.datasets if name not in facts}
+    return gathered.result(data.splits[split], split, facts)
 
 
 def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ...], np.ndarray]:

@@ -82,6 +82,8 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("interval", "95 % interval", "95 % 区间"), ("chance", "Chance", "随机水平"), ("times", "x chance", "随机的倍数"),
     ("candidates", "Candidates", "候选数"), ("queries", "Queries", "查询数"),
     ("samples", "{samples} of {of} samples", "使用 {of} 个样本中的 {samples} 个"),
+    ("no_figures", "no figures, for which two samples are needed that can be compared",
+     "没有指标，至少要有两个可以比较的样本"),
     ("subset", "a random part, drawn by seed {subset_seed}", "为随机抽取的一部分（种子 {subset_seed}）"),
     ("broken", "broken files left out: {broken}", "跳过的损坏文件：{broken}"),
     ("nonfinite", "features that are not finite, counted as errors: {}", "含非有限值、按错误计的特征：{}"),
@@ -279,11 +281,13 @@ def format_table(figures: Mapping[str, Any]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def format_notes(facts: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a reader of the table must know, a line a set: a part of it only, files left out, bad features, trials."""
+def format_notes(figures: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a reader of the table must know, a line a set: a part of it only, files left out, bad features, trials, or
+    that there are no figures of it."""
     say = {key: words["en"] for key, words in PHRASES.items()}
-    return "".join(f"\n{name}: {_note(own, say)}" for name, own in facts.items() if own["samples"] < own["of"]
-                   or own["subset_seed"] is not None or any(own.get(key) for key in ("broken", "nonfinite", "trials")))
+    return "".join(f"\n{name}: {_note(own, say, name in figures)}" for name, own in facts.items()
+                   if name not in figures or own["samples"] < own["of"] or own["subset_seed"] is not None
+                   or any(own.get(key) for key in ("broken", "nonfinite", "trials")))
 
 
 def _distinct(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,14 +336,16 @@ def _figures(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
                  for pair, metrics in pairs.items() for metric, f in metrics.items()]
         note = say["without_symbols"] if name.endswith("_without_symbols") else ""
         parts += [f"### {name}", note or _note((evaluation.get("facts") or {}).get(name), say), _table(rows)]
+    parts += [f"### {name}\n\n{_note(own, say, False)}" for name, own in (evaluation.get("facts") or {}).items()
+              if len(parts) > 2 and name not in (evaluation.get("figures") or {})]
     return "\n\n".join(part for part in parts if part) if len(parts) > 2 else f"{parts[0]}\n\n{say['nothing']}"
 
 
-def _note(facts: Mapping[str, Any] | None, say: Mapping[str, str]) -> str:
+def _note(facts: Mapping[str, Any] | None, say: Mapping[str, str], some: bool = True) -> str:
     """What a reader of the figures must know: a part of the set only, files left out, bad features, which trials."""
     if not facts:
         return ""
-    words = [say["samples"].format(**facts)]
+    words = [say["samples"].format(**facts)] + ([] if some else [say["no_figures"]])
     if facts.get("subset_seed") is not None:
         words.append(say["subset"].format(**facts))
     if facts.get("broken"):

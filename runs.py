@@ -389,7 +389,7 @@ def finish(run: Run) -> Path:
     setting = encoding(run)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
     if figures:
-        run.tracker.say(report.format_table(figures) + report.format_notes(encoded.facts))
+        run.tracker.say(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     else:
         run.tracker.event(f"Evaluation: {NO_TEST}; {ADD_TEST}", run.progress.step)
     count = run.config.report.gallery_queries

@@ -218,6 +218,16 @@ def test_image_and_audio_of_one_sample_pair_up(tmp_path):
     assert pairs["audio-text"]["text_to_audio_R@1"]["candidates"] == 6
 
 
+def test_a_set_without_samples_in_the_split_is_told(tmp_path):
+    lines: list[dict] = [{"image": _picture(tmp_path, n), "text": f"number {n}", "split": "train"} for n in range(4)]
+    config = _config(tmp_path, lines, data={"datasets": ["manifest", "synthetic"], "synthetic_images": 128,
+                                            "synthetic_sounds": 128})
+    data = load_data(config, ["test"])
+    encoded = protocols.encode_split(_model(config, data), data, "test", config, PLAIN)
+    assert encoded.facts["synthetic"]["samples"] == 64
+    assert encoded.facts["manifest"] == {"samples": 0, "of": 0, "broken": 0, "subset_seed": None, "nonfinite": {}}
+
+
 def test_samples_that_give_no_figure_are_no_random_part(tmp_path):
     lines: list[dict] = [{"image": _picture(tmp_path, n), "text": f"number {n}"} for n in range(4)]
     config = _config(tmp_path, [*lines, {"text": "number 7"}])

@@ -200,12 +200,22 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
 def test_the_terminal_is_told_what_the_figures_leave_out():
     facts = _run()["evaluation"]["facts"]
     whole: dict = {"samples": 5, "of": 5, "broken": 0, "subset_seed": None, "nonfinite": {}}
-    text = report.format_notes({"whole": whole, **facts})
+    figures: dict = {"whole": {}, "stamps": {}}
+    text = report.format_notes(figures, {"whole": whole, **facts})
     assert text.startswith("\nstamps: ") and len(text.splitlines()) == 2 and "whole" not in text
     for note in (say("samples", samples=90, of=100), say("subset", subset_seed=0), say("broken", broken=2)):
         assert note in text
     assert "all pairs" in text
-    assert report.format_notes({"whole": whole}) == ""
+    assert report.format_notes(figures, {"whole": whole}) == ""
+    assert report.format_notes({}, {"whole": whole}).endswith(say("no_figures"))
+
+
+def test_a_set_without_figures_is_named(tmp_path):
+    run = _run()
+    run["evaluation"]["facts"]["manifest"] = {
+        "samples": 0, "of": 0, "broken": 0, "subset_seed": None, "nonfinite": {}}
+    _, markdown = report.write_report(tmp_path, run, [], language="en", now=NOW)
+    assert f"### manifest\n\n{say('samples', samples=0, of=0)}; {say('no_figures')}\n" in markdown.read_text("utf-8")
 
 
 def test_the_terminal_table_is_aligned():

@@ -8,6 +8,7 @@ of another one, and a copied file keeps its own. To torch it is an ordinary file
     state = load("outputs/checkpoints/best_model.pt")
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -83,9 +84,22 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
         with replacing(path) as file:
             file.write(safetensors.torch.save(weights, {"format": "pt"}))
         with replacing(path.with_name("config.json"), "w") as file:
-            json.dump(others, file, ensure_ascii=False, indent=1)
+            json.dump(others, file, ensure_ascii=False, indent=1, default=_written_tensor)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)})") from None
+
+
+def _written_tensor(value: Any) -> dict[str, str]:
+    """A tensor of whole numbers as JSON: what a state holds beside its weights."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.ndim != 1:
+        raise TypeError(f"config.json holds no {type(value).__name__}, and of tensors only int64 [n]")
+    return {"int64": base64.b64encode(value.numpy().astype("<i8").tobytes()).decode("ascii")}
+
+
+def _read_tensor(value: dict[str, Any]) -> Any:
+    if value.keys() == {"int64"} and isinstance(value["int64"], str):
+        return torch.from_numpy(np.frombuffer(base64.b64decode(value["int64"], validate=True), "<i8").astype(np.int64))
+    return value
 
 
 def check_room(folder: Path, *contents: Any) -> None:
@@ -111,7 +125,7 @@ def load_export(path: str | Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        others = json.loads(Path(path).with_name("config.json").read_text("utf-8"))
+        others = json.loads(Path(path).with_name("config.json").read_text("utf-8"), object_hook=_read_tensor)
         return {**others, "model_state_dict": load_file(path)}
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read, with the config.json beside it ({_reason(error)})") from None

@@ -68,6 +68,8 @@ def evaluate(options: argparse.Namespace) -> Path:
     Raises:
         UserError: the checkpoint, the data, the device or the output folder cannot be used.
     """
+    import torch
+
     import memory
     import planning
     import protocols
@@ -93,6 +95,9 @@ def evaluate(options: argparse.Namespace) -> Path:
     if not figures:
         raise UserError(f"--split {options.split}: {', '.join(config.data.datasets)} has no two samples there with two "
                         "modalities, labels or speakers; choose another --split or other --datasets")
+    known = state.get("trained_on")
+    if isinstance(known, torch.Tensor) and options.split != "train":
+        protocols.mark_trained_on(encoded, data, config, known.cpu().numpy())
     print(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     run = {
         "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),

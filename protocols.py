@@ -36,6 +36,7 @@ import trials
 from config import AUDIO_WINDOW_FRAMES, MODALITIES, Config, UserError
 from datasets import Batch, Data, Split, loader
 from metrics import Figure
+from splits import has_known_file
 
 ALL = "all"
 WITHOUT_SYMBOLS = "stamps_without_symbols"
@@ -309,6 +310,16 @@ def evaluate_split(model: Any, data: Data, split: str, config: Config, setting: 
     """`encode_split`, then `score`."""
     encoded = encode_split(model, data, split, config, setting)
     return score(encoded, data, config), encoded
+
+
+def mark_trained_on(encoded: Encoded, data: Data, config: Config, known: np.ndarray) -> None:
+    """Add to the facts of each set how many of its encoded samples have a file that is among `known`."""
+    table = data.tables[encoded.split]
+    is_known = has_known_file(table, config.paths.data_root, known)
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *(items.rows_N for items in encoded.items.values())]))
+    for source, facts in encoded.facts.items():
+        own = rows[table.sources.codes[rows] == table.sources.names.index(source)]
+        facts["trained_on"] = int(is_known[own].sum())
 
 
 def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -23,7 +23,8 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     validations   [{"stage", "epoch", "step", "loss", "metrics": {name: value}, "chance": {name: value}, "candidates":
                   {name: count}}]
     evaluation    {"split", "figures": {set: {pair: {metric: {"value", "chance", "candidates", "queries", "low",
-                  "high"}}}}, "facts": {set: {"samples", "of", "broken", "subset_seed", "nonfinite", "trials"}}}
+                  "high"}}}}, "facts": {set: {"samples", "of", "broken", "trained_on", "subset_seed", "nonfinite",
+                  "trials"}}}
     gallery       [{"query", "source", "modality", "rank", "candidates", "answers": [{"caption", "score", "right"}]}]
     events        messages of the run: skipped steps, smaller micro-batches, resumption
     files         {"markdown", "losses", "progress", "gallery_image", "gallery_audio"}: names of files beside this one
@@ -86,6 +87,8 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
      "没有指标，至少要有两个可以比较的样本"),
     ("subset", "a random part, drawn by seed {subset_seed}", "为随机抽取的一部分（种子 {subset_seed}）"),
     ("broken", "broken files left out: {broken}", "跳过的损坏文件：{broken}"),
+    ("trained_on", "{trained_on} of them were trained on: these figures do not tell how it does on new samples",
+     "其中 {trained_on} 个参加过训练：这些数字不能说明对新样本的效果"),
     ("nonfinite", "features that are not finite, counted as errors: {}", "含非有限值、按错误计的特征：{}"),
     ("without_symbols", "Without letters, digits and signs, which their shapes alone tell apart.",
      "不含字母、数字和符号（它们仅凭形状即可区分）。"),
@@ -287,7 +290,7 @@ def format_notes(figures: Mapping[str, Any], facts: Mapping[str, Mapping[str, An
     say = {key: words["en"] for key, words in PHRASES.items()}
     return "".join(f"\n{name}: {_note(own, say, name in figures)}" for name, own in facts.items()
                    if name not in figures or own["samples"] < own["of"] or own["subset_seed"] is not None
-                   or any(own.get(key) for key in ("broken", "nonfinite", "trials")))
+                   or any(own.get(key) for key in ("broken", "nonfinite", "trials", "trained_on")))
 
 
 def _distinct(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,6 +353,8 @@ def _note(facts: Mapping[str, Any] | None, say: Mapping[str, str], some: bool = 
         words.append(say["subset"].format(**facts))
     if facts.get("broken"):
         words.append(say["broken"].format(**facts))
+    if facts.get("trained_on"):
+        words.append(say["trained_on"].format(**facts))
     if facts.get("nonfinite"):
         words.append(say["nonfinite"].format(", ".join(f"{k} {n}" for k, n in facts["nonfinite"].items())))
     if facts.get("trials"):

@@ -34,6 +34,7 @@ from distributed import World
 from files import check_writable, take_lock
 from model import TriModalModel
 from redaction import command_line, settings
+from splits import file_hashes, has_known_file
 from tracking import SilentTracker, Tracker, read_records
 from vocabulary import Tokenizer, load_word_table
 
@@ -99,6 +100,8 @@ class Run:
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss (None: no validation), model_state_dict
     has_told_of_validation: bool = False  # that there is none
     claim: "Claim | None" = None  # on the folder
+    splits: dict[str, Any] = field(default_factory=dict)  # samples and digest of each, on the main process
+    trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision.dtype is None:
@@ -149,6 +152,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         moved = f"; what came after it is in {back}" if back else ""
         run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step}){moved}", progress.step,
                           resumed=True)
+    remember_splits(run, state)
     if not protocols.can_score(data, "test"):
         run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
     return run
@@ -160,6 +164,30 @@ def read_data(config: Config, state: Mapping[str, Any] | None, *, fill_cache: bo
         return load_data(config, fill_cache=fill_cache)
     return load_data(config, tokenizer=Tokenizer.from_json(state["tokenizer"]), concepts=state["concepts"],
                      speakers=state["speakers"], fill_cache=fill_cache)
+
+
+def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:
+    """Work out what checkpoints are to remember of the samples, and say what has changed since the one gone on from.
+    One of an earlier release remembers none of it, and nothing is said."""
+    root, tables = run.config.paths.data_root, run.data.tables
+    run.splits = {name: {"samples": len(table), "digest": table.digest()} for name, table in tables.items()}
+    run.trained_on = torch.from_numpy(file_hashes(tables["train"], root))
+    if state is None or not isinstance(state.get("trained_on"), torch.Tensor):
+        return
+    before = state["trained_on"].cpu()
+    run.trained_on = torch.cat([before, run.trained_on]).unique()
+    told = []
+    for name, now in run.splits.items():
+        known = state["splits"].get(name, {"samples": 0, "digest": ""})
+        if now["digest"] != known["digest"]:
+            count = 0 if name == "train" else int(has_known_file(tables[name], root, before.numpy()).sum())
+            told.append(f"{name} {known['samples']} -> {now['samples']}"
+                        + (f" ({count} of them were trained on)" if count else ""))
+    if told:
+        done = run.progress.epoch_step
+        run.tracker.event(f"Changed since this checkpoint: samples of {', '.join(told)}"
+                          + (f"; the {done} steps of its unfinished epoch count as done" if done else ""),
+                          run.progress.step)
 
 
 def parts_in_use(folder: Path) -> list[str]:
@@ -284,6 +312,8 @@ def description(run: Run) -> dict[str, Any]:
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),
+        "splits": run.splits,
+        "trained_on": run.trained_on,
         "normalisation": {"image_mean": list(model_module.IMAGE_MEAN), "image_std": list(model_module.IMAGE_STD),
                           "log_mel_mean": model_module.LOG_MEL_MEAN, "log_mel_std": model_module.LOG_MEL_STD},
     }
@@ -388,6 +418,7 @@ def finish(run: Run) -> Path:
     _check_room_for_the_end(run)
     setting = encoding(run)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
+    protocols.mark_trained_on(encoded, run.data, run.config, run.trained_on.numpy())
     if figures:
         run.tracker.say(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     else:

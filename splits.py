@@ -1,12 +1,16 @@
-"""Which samples must stand on one side of a split, and the part of a training split that is held out for validation.
+"""Which samples must stand on one side of a split, what is held out for validation, and what has been trained on.
 
     train, val = carve_val(train)
+    known = file_hashes(train, data_root)              # goes into the checkpoint
+    has_known_file(test, data_root, known).sum()       # test samples whose picture or sound was trained on
 """
 
-from collections.abc import Hashable, Iterable
+import os
+from collections.abc import Hashable, Iterable, Iterator
 
 import numpy as np
 
+import synthetic
 from same_files import file_key
 from samples import SampleTable, normalise_caption, stable_hash
 
@@ -93,3 +97,45 @@ class _Groups:
     def size_of(self, rows: Iterable[int]) -> int:
         """Samples of the group that `join` would make."""
         return sum(self.sizes[root] for root in {self.root(row) for row in rows})
+
+
+# ---- what has been trained on --------------------------------------------------------------------------------------
+
+
+def file_hashes(table: SampleTable, data_root: str) -> np.ndarray:
+    """Different hashes of the names of all files, sorted int64: what a checkpoint remembers of its training split."""
+    return np.unique(np.array([stable_hash(name) for _, name in _file_names(table, data_root)], np.int64))
+
+
+def has_known_file(table: SampleTable, data_root: str, known: np.ndarray) -> np.ndarray:
+    """bool [n]: the sample's picture or sound is among `known`, whatever its id, its captions and the stretch."""
+    found = np.zeros(len(table), bool)
+    names = list(_file_names(table, data_root))
+    hashes = np.array([stable_hash(name) for _, name in names], np.int64)
+    found[np.array([row for row, _ in names], np.int64)[np.isin(hashes, known)]] = True
+    return found
+
+
+def _file_names(table: SampleTable, data_root: str) -> Iterator[tuple[int, str]]:
+    """(row, name) for the names of each file: its path, links followed, and in a downloaded set its place below
+    `data_root` as well, which is the same on every machine."""
+    root = os.path.join(os.path.abspath(data_root), "")
+    folders: dict[str, str] = {}
+    for row in range(len(table)):
+        is_own = table.sources[row] == "manifest"
+        for kind, path in (("image", table.images[row]), ("sound", table.audio[row])):
+            if synthetic.is_drawn(path):
+                yield row, f"{kind} {path}"
+            elif path:
+                absolute = os.path.abspath(path)
+                yield row, _without_links(absolute, folders)
+                if not is_own and absolute.startswith(root):
+                    yield row, absolute.removeprefix(root)
+
+
+def _without_links(path: str, folders: dict[str, str]) -> str:
+    """`os.path.realpath` of a file, whose folder is followed once for all files in it."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)

@@ -27,7 +27,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "synthetic": "config samples", "same_files": "samples synthetic",
     "columns": "config", "written_lists": "", "listed_files": "same_files",
     "manifest": "columns config listed_files samples written_lists",
-    "splits": "same_files samples",
+    "splits": "same_files samples synthetic",
     "voxceleb": "inventory",
     "readers": "annotations config inventory samples manifest synthetic voxceleb",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
@@ -52,10 +52,10 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "outputs": "checkpoint files tracking",
     # runs
     "trials": "config",
-    "protocols": "config datasets metrics memory trials",
+    "protocols": "config datasets metrics memory splits trials",
     "planning": "config model datasets steps losses memory budget distributed footprint shapes optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
-            "redaction outputs",
+            "redaction outputs splits",
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
     "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",

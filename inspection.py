@@ -22,6 +22,7 @@ import protocols
 import resume
 import runs
 import saving
+import wording
 from budget import Plan
 from config import Config, StageConfig, TaskConfig, UserError
 from datasets import SPLITS, Data, pool
@@ -158,9 +159,11 @@ def data(case: Case) -> Iterator[Finding]:
     for name, splits in case.data.counts().items():
         told = [line for line in dict.fromkeys(said) if line.startswith(name)]
         missing = any("not there" in line for line in told)
-        found = [f"{split}: {_counted(counts)}" for split, counts in splits.items()]
-        yield Finding(f"data: {name}", "warn" if missing else "ok", "\n".join(found + told),
-                      _again(name, case.config) if missing else "")
+        fault = _fault(name, case.config) if missing else None  # with the limit that a run keeps to
+        found = [f"{split}: {_counted(counts)}" for split, counts in splits.items()] + told
+        yield Finding(f"data: {name}", "fail" if fault else "warn" if missing else "ok", "\n".join(found),
+                      _again(name, case.config) + (", or raise data.max_bad_pct" if fault else "") if missing else "")
+    yield from guarded("data: captions", _captions, case.data, case.config)
     val = case.data.tables["val"]
     if alone := [row.name for row in case.config.stages if all(len(pool(val, task.inputs)) < 2 for task in row.tasks)]:
         yield Finding("data: val", "warn", f"{', '.join(alone)}: {runs.NO_VAL}", runs.ADD_VAL)
@@ -171,6 +174,18 @@ def data(case: Case) -> Iterator[Finding]:
             case.tasks[row.name] = active_tasks(row, case.data)
         except UserError as error:
             yield of_error(f"stage: {row.name}", error)
+
+
+def _captions(data: Data, config: Config) -> Iterator[Finding]:
+    """What strikes about them, and samples that are told apart by nothing but theirs."""
+    found = wording.look(data.splits.values(), data.tokenizer, config.model.context_length)
+    if lines := found.lines():
+        yield Finding("data: captions", "warn" if found.advice() else "ok", "\n".join(lines), found.advice())
+    shared = [f"{split}: {count:,} samples share their {kind} with others"
+              for split, of in data.splits.items() for kind, ids in (("picture", of.image_ids), ("sound", of.audio_ids))
+              if (count := len(ids) - int((np.unique(ids, return_counts=True)[1] == 1).sum()))]
+    if shared:
+        yield Finding("data: shared files", "ok", "\n".join([*shared, "these are never each other's wrong answers"]))
 
 
 def _load(case: Case) -> Iterator[Finding]:

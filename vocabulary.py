@@ -41,6 +41,8 @@ class Tokenizer:
         self._backend.no_padding()
         self.pad_id = self._special("[PAD]", "<pad>")
         self.mask_id = self._special("[MASK]", "<mask>")
+        unknown = (self._backend.token_to_id(name) for name in ("[UNK]", "<unk>"))
+        self.unknown_id = next((found for found in unknown if found is not None), -1)  # of words that it lacks
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
@@ -57,6 +59,18 @@ class Tokenizer:
     def special_ids(self) -> tuple[int, ...]:
         """Ids that stand for no word ([CLS], [SEP], ...): never masked, never predicted."""
         return tuple(sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special))
+
+    @property
+    def begins_word(self) -> np.ndarray:
+        """bool [vocab_size]: the first or only token of a word, and the one for unknown words."""
+        special = set(self.special_ids) - {self.unknown_id}
+        return np.array([i not in special and not (self._backend.id_to_token(i) or "##").startswith("##")
+                         for i in range(self.vocab_size)])
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Tokens of each text, [CLS] and [SEP] with them, however many; int64 [C]."""
+        chunks = (list(texts[start:start + _CHUNK]) for start in range(0, len(texts), _CHUNK))
+        return np.array([len(row.ids) for chunk in chunks for row in self._backend.encode_batch_fast(chunk)], np.int64)
 
     def encode(self, texts: Sequence[str], max_length: int) -> "tuple[Tensor, Tensor]":
         """Ids int64 [C, L] and mask bool [C, L], padded to the longest of `texts`, cut to `max_length` tokens."""

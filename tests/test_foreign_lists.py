@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import bad_samples
+from datasets import load_data, loader
 from manifest import read_manifest
 from samples import SPLITS, SampleTable
 from tests.refusals import assert_names, refused
+from tests.test_batches import configured
 from tests.test_manifest import assert_refused, everything, jsonl, many, media, sides, table
 
 
@@ -250,3 +254,18 @@ def test_many_missing_files_are_counted_and_the_first_named(folder: Path) -> Non
     with refused(path, "12 of 51", "data.max_bad_pct=5", "line 1", "line 4", "line 7", "9 more",
                  str(folder / "many" / "0.png")):
         read_manifest(path, "train", max_missing_pct=5)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_missing_file_costs_one_sample_and_is_recorded_as_a_broken_one(folder: Path, cache: bool) -> None:
+    lines = [{**line, "split": "train", "text": f"number {i}"} for i, line in enumerate(many(folder, range(40)))]
+    (folder / "many" / "7.png").unlink()
+    jsonl(folder, *lines, {"id": "val", "text": "a text alone", "split": "val"}).rename(folder / "manifest.jsonl")
+    config = configured(folder, f"data.cache={str(cache).lower()}")
+    data = load_data(config)
+    assert len(data.tables["train"]) == 40
+    batches = list(loader(data, "train", [(0, np.arange(4, 12))], config, inputs=[("image", "text")], train=True,
+                          epoch=1))
+    assert len(batches[0].keys) == 8 and "manifest/sample 7" not in batches[0].keys, "another one stands in"
+    (record,) = [json.loads(line) for line in bad_samples.path_of(config).read_text("utf-8").splitlines()]
+    assert record["key"] == "manifest/sample 7" and str(folder / "many" / "7.png") in record["reason"]

@@ -73,6 +73,45 @@ def test_files_that_a_list_names_and_that_are_gone_are_told_here_and_not_on_the_
     assert "--datasets audiocaps" in found.advice and capfd.readouterr().err == ""
 
 
+def own_list(folder: Path, lines: list[dict[str, str]]) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "own.jsonl").write_text("\n".join(json.dumps({"split": "train", **line}) for line in lines), "utf-8")
+    return f"data.manifest={json.dumps(str(folder / 'own.jsonl'))}"
+
+
+@pytest.mark.parametrize(("gone", "state"), [(0, "ok"), (1, "warn"), (3, "fail")])
+def test_files_of_an_own_list_that_are_gone_are_told_as_a_run_takes_them(
+        tmp_path: Path, capfd: pytest.CaptureFixture[str], gone: int, state: str) -> None:
+    listed = own_pictures(tmp_path / "own", 40, 0)
+    for i in range(gone):
+        (tmp_path / "own" / f"{7 * i}.png").unlink()
+    found = row(list(inspection.data(case_of(tmp_path, "data.datasets=[manifest]", listed))), "data: manifest")
+    assert found.state == state and capfd.readouterr().err == ""
+    if gone:
+        assert_names(found.found.splitlines()[-1], f"{gone} of 40", "line 1", str(tmp_path / "own" / "0.png"))
+    assert ("data.max_bad_pct" in found.advice) == (state == "fail")
+
+
+def test_what_was_understood_of_an_own_list_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Lines of one file, names of columns and of files, captions that are cut, unknown or none."""
+    trees.picture(tmp_path / "own" / "a.png")
+    trees.picture(tmp_path / "own" / "b.png")
+    (tmp_path / "own" / "c.png").symlink_to("a.png")
+    captions = ["nan", "狗" * 20, "a b"]
+    lines = [{"file_name": f"{name}.png", "caption": text} for name in "ab" for text in captions]
+    lines += [{"file_name": ".\\c.png", "caption": "x"}, {"file_name": "b.png", "wav": "s.wav", "caption": "y"}]
+    trees.sound(tmp_path / "own" / "s.wav", trees.tone(0.1))
+    found = list(inspection.data(case_of(tmp_path, "data.datasets=[manifest]", own_list(tmp_path / "own", lines))))
+    told = [line for line in row(found, "data: manifest").found.splitlines() if line.startswith("manifest")]
+    for line, named in zip(told, [("'file_name' as image", "'caption' as text"), ("1 file", "backslashes"),
+                                  ("7 lines", "2 samples")], strict=True):
+        assert_names(line, "manifest", *named)
+    captions_row = row(found, "data: captions")
+    assert captions_row.state == "warn" and len(captions_row.found.splitlines()) == 3
+    assert_names(row(found, "data: shared files").found.splitlines()[0], "train", 2, "picture")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(("bad", "state"), [(0, "ok"), (1, "warn"), (5, "fail")])
 def test_broken_pictures_are_named(tmp_path: Path, bad: int, state: str) -> None:
     case = case_of(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 30, bad, val=1))

@@ -31,6 +31,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "voxceleb": "inventory",
     "readers": "annotations config inventory samples manifest synthetic voxceleb",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
+    "wording": "batches samples vocabulary",
     # pictures and sounds
     "media": "", "videos": "media", "tracks": "media", "metadata": "",
     "images": "config media metadata videos", "audio": "config media tracks", "workers": "config",
@@ -70,7 +71,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # what a run needs, tried before it starts
     "findings": "config memory", "environment": "config findings images audio vocabulary",
     "inspection": "config findings fits files workers datasets readers prepare protocols memory budget model "
-                  "optimization planning resume runs saving stages",
+                  "optimization planning resume runs saving stages wording",
     "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning "
                  "resume runs stages tracking training",
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",

@@ -264,8 +264,8 @@ def test_a_missing_file_costs_one_sample_and_is_recorded_as_a_broken_one(folder:
     config = configured(folder, f"data.cache={str(cache).lower()}")
     data = load_data(config)
     assert len(data.tables["train"]) == 40
-    batches = list(loader(data, "train", [(0, np.arange(4, 12))], config, inputs=[("image", "text")], train=True,
-                          epoch=1))
-    assert len(batches[0].keys) == 8 and "manifest/sample 7" not in batches[0].keys, "another one stands in"
+    jobs = [(0, rows) for rows in np.arange(40).reshape(2, 20)]
+    batches = list(loader(data, "train", jobs, config, inputs=[("image", "text")], train=True, epoch=1))
+    assert len(batches[0].keys) == 20 and "manifest/sample 7" not in batches[0].keys, "another one stands in"
     (record,) = [json.loads(line) for line in bad_samples.path_of(config).read_text("utf-8").splitlines()]
     assert record["key"] == "manifest/sample 7" and str(folder / "many" / "7.png") in record["reason"]

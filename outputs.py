@@ -177,9 +177,10 @@ def finish_going_back(folder: Path) -> Path | None:
     except FileNotFoundError:
         return None
     place, log = folder / work["place"], folder / LOG
-    for name in ("config.yaml", LOG):
-        if (folder / name).is_file() and not (place / name).exists():
-            _copy(folder / name, place / name)
+    for path in (log, *(path for path in folder.glob("config*.yaml") if is_listed(folder, path))):
+        target = place / path.relative_to(folder)
+        if path.is_file() and not target.exists():
+            _copy(path, target)
     for name in work["files"]:
         _move(folder / name, place / name)
     if log.exists():

@@ -186,7 +186,8 @@ def retrieval_grid(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     image = Image.new("RGB", (max(width, 420), 2 * MARGIN + 30 + sum(heights)), "white")
     draw = ImageDraw.Draw(image)
     kind = {"image": "pictures", "audio": "sounds"}.get(rows[0]["modality"] if rows else "", "")
-    title = f"Best answers among {rows[0]['candidates']} {kind}; a green frame marks a right one" if rows else ""
+    title = (f"Best answers among {rows[0]['candidates']} {kind}, cosine below each; a green frame marks a right one"
+             if rows else "")
     draw.text((MARGIN, MARGIN), title or "Nothing to show", FAINT, font(SMALL))
     top = MARGIN + 30
     for row, height in zip(rows, heights, strict=True):

@@ -65,6 +65,7 @@ def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
         print(f"The best weights so far are lost, the next validation begins anew: {error}")
         return {}
     if state["epoch"] > epoch:
+        print(f"The best weights are chosen anew from here on: those in best_model.pt are of epoch {state['epoch']}")
         return {}
     return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")}
 

@@ -142,7 +142,8 @@ def test_a_kill_between_the_two_files_of_an_epoch_loses_no_best_weights(
     assert differing(mathematics(folder, "best_model.pt"), mathematics(whole, "best_model.pt")) == []
 
 
-def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(small: SmallRuns, whole: Path) -> None:
+def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(
+        small: SmallRuns, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def best(epoch: int) -> dict[str, Any]:
         path = whole / "checkpoints" / f"checkpoint_epoch_{epoch}.pt"
         state = resume.find_state(small.config(whole, *QUICK), Options("cpu", str(path)))
@@ -150,6 +151,7 @@ def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(small: Smal
         return state["best"]
 
     assert best(3) == {}, "best_model.pt is of epoch 4"
+    assert_names(capsys.readouterr().out.rstrip("\n"), "best_model.pt", 4)
     assert best(4).keys() == {"stage", "epoch", "loss", "model_state_dict"} and best(4)["epoch"] == 4
 
 

@@ -339,6 +339,20 @@ def test_stamps_from_the_tarball_where_the_package_tool_fails(server: Loopback, 
     assert_names(told, named)
 
 
+@pytest.mark.parametrize("fits", [False, True], ids=["another release", "the release"])
+def test_a_package_of_the_user_is_kept(tmp_path: Path, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, served = stamps(tmp_path)
+    deb = source.items[0].files[0].name
+    own = tmp_path / "data/stamps/archives" / deb
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"of the user")
+    (tmp_path / "made.deb").write_bytes(served[deb] if fits else b"!<arch>")
+    fake_apt(tmp_path, f"shutil.copy({str(tmp_path / 'made.deb')!r}, 'package.deb')", monkeypatch)
+    assert run(source, options(tmp_path, base_urls={})).code == (0 if fits else 1)
+    (kept,) = own.parent.iterdir()
+    assert kept.read_bytes() == b"of the user" and (kept == own) is not fits
+
+
 def test_stamps_from_nowhere_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = stamps(tmp_path)
     monkeypatch.setenv("PATH", "")

@@ -238,6 +238,22 @@ def test_clips_of_the_second_version_are_tried_as_well(youtube: YouTube, server:
     assert (tmp_path / "data/audiocaps/train/newclip0001_30.flac").exists()
 
 
+def test_what_the_user_has_under_our_names_stays(youtube: YouTube, server: Loopback, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data/audiocaps"
+    own = {"youtube.csv": b"url;note\nhttps://x;mine\nhttps://y;mine\n", ".clips/mine/a.txt": b"a", ".clips/17/a": b"a"}
+    for name, data in own.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    assert run(tmp_path, server, "--splits", "val") == 0
+    (aside,) = folder.glob("youtube.csv.before_*")
+    assert aside.read_bytes() == own.pop("youtube.csv") and str(aside) in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in own} == own
+    tried = ledger(tmp_path)
+    assert run(tmp_path, server, "--splits", "val") == 0 and ledger(tmp_path) == tried
+    assert len([*folder.glob("youtube.csv*")]) == 2, "ours is written again"
+
+
 @pytest.mark.parametrize(("said", "status"), [
     ("private", "private"), ("members", "private"), ("removed", "removed"), ("terminated", "removed"), ("geo", "geo"),
     ("age", "age"), ("bot", "bot"), ("rate", "rate"), ("session", "rate"), ("network", "failed")])

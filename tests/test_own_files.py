@@ -3,16 +3,23 @@
 Every byte that he put there is somewhere in the folder afterwards, whatever the command, and whatever the servers do.
 """
 
+import functools
+import itertools
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
+import inventory
 from files import is_set_aside
 from sources import SOURCES, Source
-from tests import miniature
+from tests import forked, miniature
 from tests.loopback import Loopback
 from tests.test_download import QUICK, rows
 from tests.test_download import run as download
@@ -37,10 +44,16 @@ class Place:
         self.source, self.served = MAKERS[name](folder / "true")
         server.files |= {f"/{name}/{file}": data for file, data in self.served.items()}
 
-    def run(self, *words: str, up: bool = True) -> int:
+    def words(self, up: bool = True) -> list[str]:
         base = self.server.url(f"/{self.name}") if up else "http://127.0.0.1:9"
-        given = ["--datasets", self.name, "--data-root", str(self.root), "--base-url", f"{self.name}={base}", *words]
-        return download(*given, table={**SOURCES, self.name: self.source})
+        return ["--datasets", self.name, "--data-root", str(self.root), "--base-url", f"{self.name}={base}"]
+
+    @property
+    def table(self) -> dict[str, Source]:
+        return {**SOURCES, self.name: self.source}
+
+    def run(self, *words: str, up: bool = True) -> int:
+        return download(*self.words(up), *words, table=self.table)
 
     @property
     def done(self) -> int:
@@ -125,8 +138,8 @@ def test_an_unpacked_set_behind_a_link_keeps_its_changed_lists(server: Loopback,
     place.root.mkdir()
     place.folder.symlink_to(place.true)
     before = miniature.files_of(place.true)
-    place.run("--skip-existing", up=False)
-    place.run(up=False)
+    assert place.run("--skip-existing", up=False) == 3, "what is there can be used: run_all.sh goes on"
+    assert place.run(up=False) == 1
     assert {name: data for name, data in miniature.files_of(place.true).items() if name in before} == before
     assert place.folder.is_symlink()
 
@@ -200,7 +213,7 @@ def lost(before: dict[str, tuple[str, bytes]], after: dict[str, tuple[str, bytes
 def test_every_command_leaves_all_that_is_the_users(name: str, state: str, server: Loopback, tmp_path: Path) -> None:
     place = Place(name, tmp_path, server)
     furnish(place)
-    before = belongings(place)
+    before, marker = belongings(place), str(place.folder / inventory.MARKER)
     for words in COMMANDS:
         if words == ("--sounds", "youtube") and name != "audiocaps":
             continue
@@ -215,9 +228,47 @@ def test_every_command_leaves_all_that_is_the_users(name: str, state: str, serve
         assert lost(before, after) == [], words
         if words[:1] in (("--status",), ("--dry-run",)):
             assert after == here, words
-        if words[:1] in (("--skip-existing",), ("--verify",)):
-            assert {path: after.get(path) for path in before if path.endswith((".csv", "_meta.csv", "split.txt"))} == {
-                path: here[path] for path in before if path.endswith((".csv", "_meta.csv", "split.txt"))}, words
+        if words == ("--verify",):
+            assert {**after, marker: None} == {**here, marker: None}, "all but our notes"
+        if words == ("--skip-existing",):
+            lists = [str(place.folder / each) for each in LISTS[name]]
+            assert {path: after[path] for path in lists if path in before}.items() <= here.items()
+
+
+@pytest.mark.timed
+@pytest.mark.parametrize("name", ["clotho", "audiocaps"])
+def test_killed_before_any_change_of_a_name_nothing_is_lost(name: str, server: Loopback, tmp_path: Path,
+                                                                     all_repetitions: bool) -> None:
+    """SIGKILL before the first, the second, ... call that gives, takes or removes a name, all on the same folder."""
+    place = Place(name, tmp_path, server)
+    furnish(place)
+    before = belongings(place)
+    for deadly in range(1, 200, 1 if all_repetitions else 5):
+        process = forked.context().Process(target=dies_at, args=(place.table, place.words(), deadly))
+        process.start()
+        process.join()
+        assert lost(before, belongings(place)) == [], deadly
+        if process.exitcode != -signal.SIGKILL:
+            break
+    assert process.exitcode == place.done and deadly > 10
+    left = [path.name for path in place.folder.rglob("*") if path.name.startswith("process-")]
+    assert left == [] and place.run() == place.done
+
+
+def dies_at(table: dict[str, Source], words: list[str], deadly: int) -> None:
+    tqdm.set_lock(threading.RLock())  # else it takes a semaphore of the system, which a killed process would leave
+    calls = itertools.count(1)
+
+    def counted(call: Callable[..., object], *given: Any, **more: Any) -> object:
+        if next(calls) == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*given, **more)
+
+    for name in ("replace", "link", "unlink"):
+        setattr(os, name, functools.partial(counted, getattr(os, name)))
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    os._exit(download(*words, table=table))
 
 
 def test_a_folder_behind_a_link_is_used_as_a_folder(server: Loopback, tmp_path: Path) -> None:

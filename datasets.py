@@ -144,7 +144,8 @@ def _prepare_split(store: prepare.Store, config: Config, tokenizer: Tokenizer, c
         table=table, store=store, pad_id=tokenizer.pad_id, set_hash=set_hash, place=place,
         token_ids=token_ids, token_offsets=token_offsets,
         caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
-        concept_ids=concept_ids, concept_offsets=concept_offsets, may_flip=may_mirror(table),
+        concept_ids=concept_ids, concept_offsets=concept_offsets,
+        may_flip=may_mirror(table) if config.data.flip else np.zeros(len(table), bool),
         speakers=by_code[table.speakers.codes],
         image_ids=same_files.image_ids(table), audio_ids=same_files.audio_ids(table),
     )

@@ -74,6 +74,7 @@ guitar large bed stop pole sand wind rock pair lot six front station office jet 
 laptop baseball tennis basketball football soccer snowboard skateboard frisbee tv face lies taken meter fire bag tall
 sea trains tables oranges bananas fruits sandwiches parking glass end lake
 """.split())
+_KNOWN = _ENGLISH | _SHARED
 # Words that make a caption one of another language.
 _FOREIGN = frozenset("""
 un une le la les des du et est dans sur avec au aux pour deux chien chat der das den dem ein eine einer einem einen
@@ -116,7 +117,9 @@ def is_english(text: str) -> bool:
     """Whether half of the words are known to be English, one of them in no other language, and none is another's."""
     text = text.lower().replace("\u2019", "'")
     words = _WORD.findall(text)
-    if _OTHER_CHARACTERS.search(text) or not _FOREIGN.isdisjoint(words) or _ENGLISH.isdisjoint(words):
+    if not text.isascii() and _OTHER_CHARACTERS.search(text):
         return False
-    known = sum(word in _ENGLISH or word in _SHARED or (len(word) > 5 and word.endswith("ing")) for word in words)
-    return 2 * known >= len(words)
+    if not _FOREIGN.isdisjoint(words) or _ENGLISH.isdisjoint(words):
+        return False
+    known = [word for word in words if word in _KNOWN or (len(word) > 5 and word.endswith("ing"))]
+    return 2 * len(known) >= len(words)

@@ -318,8 +318,7 @@ def mark_trained_on(encoded: Encoded, data: Data, config: Config, known: np.ndar
     is_known = has_known_file(table, config.paths.data_root, known)
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *(items.rows_N for items in encoded.items.values())]))
     for source, facts in encoded.facts.items():
-        own = rows[table.sources.codes[rows] == table.sources.names.index(source)]
-        facts["trained_on"] = int(is_known[own].sum())
+        facts["trained_on"] = sum(bool(is_known[row]) for row in rows.tolist() if table.sources[row] == source)
 
 
 def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:

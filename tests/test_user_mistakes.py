@@ -153,7 +153,7 @@ def test_all_samples_broken(mistake: Main, tmp_path: Path, monkeypatch: pytest.M
         lines.append(json.dumps({"image": f"{i}.png", "text": f"picture {i}", "split": "train"}))
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join(lines), "utf-8")
-    for cache, named in (("true", ["data.max_bad_pct=5", "bad_samples.jsonl"]), ("false", ["6", "image"])):
+    for cache, named in (("true", ["data.max_bad_pct=5", "bad_samples.jsonl"]), ("false", ["8", "image"])):
         error = mistake("--datasets", "manifest", f"data.manifest={path}", f"data.cache={cache}")
         assert_names(error, *named)
         assert re.search(rf"{tmp_path}/\d\.png\b", error), "one of them by name"

@@ -5,7 +5,6 @@ the next run finds what is whole by the marker, the lists of contents and the .p
 """
 
 import contextlib
-import csv
 import importlib.util
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import annotations
 import archives
 import arrivals
 import clips
@@ -32,6 +32,7 @@ from config import UserError
 from debian import fetch_by_apt
 from files import locked, remove_left, replacing
 from holdings import LICENCE, Holdings
+from local_files import LocalFiles
 from members import ArchiveError
 from redaction import redact
 from remote import NoRange, RemoteFile
@@ -62,6 +63,7 @@ class Acquisition:
         self.selection = Selection(source, options)
         self.folder, self.local = self.selection.folder, self.selection.local
         self.holdings = Holdings(self.selection)
+        self.own = LocalFiles(source, source.items, self.local)
         self.policy = replace(options.policy, stop=threading.Event())
         self.unavailable: list[str] = []  # what neither the local copy nor a server has
         self.may_come = 0  # clips that did not come this time
@@ -99,6 +101,8 @@ class Acquisition:
         if self._needs_key():
             return Outcome(name=self.source.name, state="needs key", detail=self.source.key_help, code=MEND,
                            next_command=f"{self.source.needs_key}=YOUR_KEY {self.selection.command()}")
+        if not self.local:
+            self.holdings.check_links()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.locked():
             self._fill()
@@ -127,10 +131,10 @@ class Acquisition:
             "items": before.get("items", {}), "licence_sha256": before.get("licence_sha256", ""),
             "linked_from": before.get("linked_from", []),
             "linked": {place: number for place, number in before.get("linked", {}).items()
-                       if (self.folder / place).is_dir() or not number}}
+                       if (self.folder / place).exists() or not number}}
         if self.local:
             self._link()
-        todo = [item for item in self.holdings.todo() if not self._adopted(item)]
+        todo = [item for item in self.holdings.todo() if item.name not in self.unavailable and not self._adopted(item)]
         alternatives = bool(self.source.one_of and todo)
         self._check_free(self.bytes_needed(todo[:1] if alternatives else todo), "archives and contents")
         if alternatives:
@@ -199,48 +203,59 @@ class Acquisition:
 
     # --- What the user has -----------------------------------------------------------------------------------------
 
-    def _link(self) -> None:
-        """Link the user's copy, where the set has a layout of single files to link."""
-        assert self.local
-        linked: dict[str, int] = {}
-        if self.local.is_dir() and self.source.name == "voxceleb":
-            linked = local_copies.link_voxceleb(self.local, self.folder, self._earlier_copies())
-        if self.local.is_dir() and self.source.name == "audiocaps":
-            self._obtain([item for item in self.selection.items
-                          if item.kind == "plain" and not self.holdings.present(item, True)])
-            linked = local_copies.link_audiocaps(self.local, self.folder, self.folder, self._earlier_copies())
-            linked = linked if any(linked.values()) else {}
-        self.holdings.marker["linked"] = linked
-        if linked:
-            numbers = ", ".join(f"{place} {number:,}" for place, number in linked.items())
-            self.say(f"linked from {self.local}: {numbers}")
-        elif not any(self._in_local(file.name) or self._in_local(item.name)
-                     for item in self.selection.items for file in item.files):
-            raise UserError(f"--local {self.local}: holds neither files nor archives of {self.source.title} under the "
-                            "names that they have there")
+    def look(self) -> list[str]:
+        """Count as there what a run would link or take over; nothing is changed. Returns what is left out, and why."""
+        copies = self._copies()
+        self.holdings.look(copies.numbers)
+        return list(copies.left_out)
 
-    def _earlier_copies(self) -> list[Path]:
-        """Folders that --local named before: links into them are ours. This one is noted before its first link."""
-        marker, named = self.holdings.marker, str(Path(str(self.local)).resolve())
-        earlier = [*marker["linked_from"]]
-        marker["linked_from"] = [*dict.fromkeys([*earlier, named])]
-        inventory.write_marker(self.folder, marker)
-        return [Path(folder) for folder in earlier]
+    def offers(self, item: Item) -> bool:
+        """Whether --local has the item, as archive or list, or, after `look`, as a folder to link."""
+        return self.holdings.linked(item, self.holdings.offered) or (bool(self.local) and self.own.has(item))
+
+    def _copies(self) -> local_copies.Copies:
+        if not self.local or not self.local.is_dir():
+            return local_copies.Copies(numbers={})
+        lists = self.own.lists(self.folder) if self.source.name == "audiocaps" else []
+        return local_copies.find(self.source, self.selection.items, self.local, lists)
+
+    def _link(self) -> None:
+        """Link the user's copy, where the set has a layout of files or folders to link."""
+        assert self.local
+        if self.source.name == "audiocaps" and self.local.is_dir():
+            self._obtain_lists()
+        copies = self._copies()
+        kept = local_copies.link(copies, self.folder, self.holdings.earlier_copies(self.local))
+        numbers = {place: number for place, number in copies.numbers.items() if place not in kept}
+        self.holdings.marker["linked"] |= numbers
+        stay = [f"{self.folder / kept[0]} and what else is there already ({len(kept):,})"] if kept else []
+        for sentence in (*copies.left_out, *stay):
+            self.say(f"not linked: {sentence}")
+        if numbers:
+            self.say(f"linked from {self.local}: " + ", ".join(f"{place} {n:,}" for place, n in numbers.items()))
+        elif not any(map(self.own.has, self.selection.items)) and not kept:
+            left_out = f" ({copies.left_out[0]})" if copies.left_out else ""
+            raise UserError(f"--local {self.local}: holds neither files nor archives of {self.source.title} under the "
+                            f"names that they have there{left_out}")
+        if any(place.startswith("voxceleb2/") for place in numbers):
+            self._obtain([item for item in self.source.items if item.name == "vox2_meta.csv"
+                          and not self.holdings.present(item, True)])
+
+    def _obtain_lists(self) -> None:
+        """The lists of AudioCaps, without which no sound has a caption: the user's, or from the server."""
+        wanted = [item for item in self.selection.items if item.kind == "plain"]
+        self._obtain([item for item in wanted if not self.holdings.present(item, True)])
+        by_version = [[item.into for item in wanted if item.subset == subset] for subset in ("v1", "v2")]
+        absent = [[place for place in places if not (self.folder / place).is_file()] for places in by_version]
+        if all(absent):
+            raise UserError(f"--local {self.local}: no server gives the lists of captions, and neither are they there, "
+                            f"as published: put {', '.join(absent[0])} into {self.folder}")
 
     def _adopted(self, item: Item) -> bool:
         number = self.holdings.adopt(item)
         if number:
             self.say(f"{item.name}: {number:,} files are here, as many as published; taken over, contents not checked")
         return bool(number)
-
-    def _in_local(self, name: str) -> Path | None:
-        """`name` in the user's copy: there or one folder below."""
-        if not self.local:
-            return None
-        if self.local.is_file():
-            return self.local if self.source.one_of or self.local.name == name else None
-        places = (self.local / name, *sorted(self.local.glob(f"*/{name}")))
-        return next((path for path in places if path.is_file()), None)
 
     def _from_local(self, wanted: Wanted, path: Path) -> Fetched:
         """A file of the user's copy, checked: an archive is read where it is, a list is copied to `path`."""
@@ -328,7 +343,7 @@ class Acquisition:
     def _obtain_one(self, items: list[Item]) -> None:
         """The first of the alternatives that can be had, or the one that the user has."""
         if self.local and self.local.is_file():
-            items = [self._local_alternative(items)]
+            items = [self.own.alternative()]
         problems = []
         for item in items:
             try:
@@ -338,17 +353,9 @@ class Acquisition:
         names = " or ".join(item.name for item in items)
         raise TransferError(f"{'; '.join(problems)}; get {names} yourself and name it: --local FILE")
 
-    def _local_alternative(self, items: list[Item]) -> Item:
-        for item in items:
-            with contextlib.suppress(Mismatch):
-                transfer.check_file(self._wanted(item.files[0], Path(str(self.local)), ()))
-                return item
-        known = ", ".join(f"{item.name} (sha256 {item.files[0].sha256})" for item in items)
-        raise UserError(f"{self.local}: is another release than those that were verified, or damaged; known: {known}")
-
     def _calls(self, item: Item) -> list[Callable[[], Fetched]]:
         """What has to be done to have the files of an item."""
-        whole = self._in_local(item.name) if item.whole_md5 else None  # parts that the user put together already
+        whole = self.own.whole(item)
         if whole:
             return [partial(self._check_local, Wanted(path=whole, urls=(), md5=item.whole_md5))]
         return [partial(self._get, item, file) for file in item.files]
@@ -402,11 +409,7 @@ class Acquisition:
         wanted = item.files[0].lines
         if fetched.checked or not wanted:
             return
-        with fetched.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            try:
-                rows = sum(1 for _ in csv.reader(file)) - 1 if item.name.endswith(".csv") else sum(1 for _ in file)
-            except csv.Error:
-                rows = 0
+        rows = annotations.number_of_rows(fetched.path)
         if rows != wanted:
             self.say(f"note: {item.name} has {rows:,} rows, {wanted:,} are published")
 
@@ -414,7 +417,9 @@ class Acquisition:
         """The file from the user's copy, the system's package tool or a server, checked."""
         path, _ = self.arrived(item, file)
         came = (self.holdings.items.get(item.name) or {}).get("sha256") if item.kind == "plain" else None
-        local = self._in_local(file.name)
+        local = self.own.file(item, file)
+        if file.name in self.own.differing:
+            self.say(f"{self.own.differing[file.name]}: is another than the published list, which is taken instead")
         if local and path.exists() and local.samefile(path):  # the set's own folder was named
             with contextlib.suppress(Mismatch):
                 return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)

@@ -79,6 +79,15 @@ def names_in(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
+def number_of_rows(path: Path) -> int:
+    """Lines of a list, rows below the header of a table; 0 where it cannot be read."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        try:
+            return sum(1 for _ in csv.reader(file)) - 1 if path.suffix == ".csv" else sum(1 for _ in file)
+        except csv.Error:
+            return 0
+
+
 def _of_json(path: Path) -> Iterator[str]:
     """Every "file_name" of annotations."""
     return (match[1].decode("utf-8", "replace") for match in _matches(_FILE_NAME, path))
@@ -124,6 +133,17 @@ def clip_lists(folder: Path, split: str) -> list[Path]:
 def clips(folder: Path, split: str) -> Iterator[str]:
     """YOUTUBEID_START of each clip that any version names, once; no suffix."""
     yield from dict.fromkeys(clip for path in clip_lists(folder, split) for clip in _of_clips(path))
+
+
+def names_of_clip(video: str, start: str) -> list[str]:
+    """Names without suffix that the clip from second `start` of a video has in people's folders: YOUTUBEID_START first,
+    YYOUTUBEID, YOUTUBEID; either with START and END in seconds, also with thousandths or of six digits, or in
+    milliseconds."""
+    begin_s = int(start) if start.isdigit() else 0
+    end_s = begin_s + 10
+    spans = (f"_{start}", f"_{begin_s}_{end_s}", f"_{begin_s * 1000}_{end_s * 1000}", f"_{begin_s}.000_{end_s}.000",
+             f"_{begin_s:06d}", f"_{begin_s:06d}_{end_s:06d}")
+    return [f"{video}_{start}", f"Y{video}", video, *(f"{one}{span}" for one in (video, f"Y{video}") for span in spans)]
 
 
 def _of_clips(path: Path) -> Iterator[str]:

@@ -5,25 +5,27 @@
 
 import argparse
 import difflib
+import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from annotations import SPLITS
 from arguments import Parser, environment_needed, folder_name
-from files import check_writable, nearest_existing
+from files import check_writable
 from redaction import redact
-from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Item, Source
+from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Source
 
 with environment_needed("requests", "tqdm"):
+    import overview
     import verification
     from acquisition import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
     from config import UserError
-    from selection import Options, fetch_bytes
+    from selection import Options
     from transfer import Policy
 
 EXAMPLES = """examples:
@@ -35,6 +37,7 @@ EXAMPLES = """examples:
   python download_datasets.py --datasets audiocaps --sounds youtube --splits test
   python download_datasets.py --datasets coco clotho --sample 200
   python download_datasets.py --datasets all --status
+  python download_datasets.py --datasets coco --local /data/coco2017 --dry-run --json
 exit code: 0 all that was asked for is there, 1 a transfer failed or files are missing or damaged, 2 something for you
 to mend, 3 what is there can be used, and the rest is not to be had (clips of AudioCaps that are gone), 130 stopped"""
 
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOU
         arguments = parse(argv)
         names, options = asked_for(arguments, table, policy or Policy())
         if arguments.dry_run or arguments.status:
-            (_print_plan if arguments.dry_run else _print_status)(names, table, options)
+            _show(arguments, names, table, options)
             return DONE
         outcomes = [_get(name, table, options, arguments.verify) for name in names]
     except UserError as error:
@@ -95,6 +98,8 @@ def asked_for(arguments: argparse.Namespace, table: Mapping[str, Source],
         also=_subsets(arguments.also, table),
         keys={source.needs_key: os.environ.get(source.needs_key, "").strip() for source in table.values()
               if source.needs_key})
+    if arguments.json and not (arguments.dry_run or arguments.status):
+        raise UserError("--json: goes with --status or --dry-run, whose answer it prints as JSON")
     if not (arguments.dry_run or arguments.status):
         _check_writable(arguments.data_root)
     return names, options
@@ -124,6 +129,8 @@ def _add_looks(parser: argparse.ArgumentParser) -> None:
         help="print a table of what is there, missing or broken, and how big it is; fetch nothing")
     add("--verify", action="store_true", help="read every file again, compare it with what came, open it, and name "
         "those that are broken; fetch nothing")
+    parser.add_argument("--json", action="store_true", help="print the answer of --status or --dry-run as one JSON "
+                        'object on stdout, {"sets": [...]}, with sizes in bytes')
 
 
 def _add_parts(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +150,8 @@ def _add_origins(parser: argparse.ArgumentParser) -> None:
     add("--mirror", default="auto", metavar="WHICH", help=f"{', '.join(MIRRORS)} (default: auto, the official server "
         "first; hf obeys HF_ENDPOINT)")
     add("--base-url", action="append", default=[], metavar="NAME=URL", help="fetch the files of a set from URL/FILE")
-    add("--local", action="append", default=[], metavar="[NAME=]PATH", help="what you have already: a folder of "
-        "VoxCeleb or AudioCaps (linked, not copied), a folder of archives, or one archive")
+    add("--local", action="append", default=[], metavar="[NAME=]PATH", help="what you have already: an unpacked "
+        "set, also as other tools leave it (linked, not copied), a folder of archives, or one archive")
     add("--sounds", default="mirror", metavar="WHERE", help="where AudioCaps' sounds come from: mirror (a pinned copy) "
         "or youtube (by the optional yt-dlp, with a ledger of every clip)")
     add("--cookies", default="", metavar="FILE", help="cookies of a browser, for --sounds youtube")
@@ -255,65 +262,16 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
         print(f"{'':<{width}}  {outcome.detail}")
 
 
-def _print_status(names: list[str], table: Mapping[str, Source], options: Options) -> None:
-    rows = [("data set", "part", "state", "files", "on disk", "to fetch")]
-    for name in names:
-        found = verification.parts(Acquisition(table[name], options)) if name in table else []
-        for part in found:
-            rows.append((name, part.name, part.state, f"{part.files:,}" if part.files else "", _gb(part.size, "0"),
-                         part.about + _gb(part.left, "0")))
-        rows.append((name, "all of it", f"{sum(part.state == 'there' for part in found)} of {len(found)} there",
-                     f"{sum(part.files for part in found):,}", _gb(sum(part.size for part in found), "0"),
-                     max((part.about for part in found), default="") + _gb(sum(part.left for part in found), "0")))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) if column < 3 else cell.rjust(width)
-                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip())
-
-
-def _print_plan(names: list[str], table: Mapping[str, Source], options: Options) -> None:
-    for name in names:
-        if name in NEEDS_NOTHING:
-            print(f"{name}: {NEEDS_NOTHING[name]}")
-            continue
-        source = table[name]
-        work = Acquisition(source, options)
-        print(f"{name}: {source.title}, {source.page}\n  licence: {source.licence}")
-        for line in filter(None, [source.note]):
-            print(f"  note: {line}")
-        items = work.selection.items
-        for item in items if len(items) < 40 else _few(items):
-            _print_item(item, work)
-        if work.selection.left_out:
-            print(f"  left out by --max-gb: {', '.join(item.name for item in _few(work.selection.left_out))}")
-        todo = work.holdings.todo()
-        if source.one_of:
-            todo = todo[:1]
-            print("  one of these files is enough; they are tried in this order")
-        part = f", a sample of {options.sample} files of each" if options.sample else ""
-        free = shutil.disk_usage(nearest_existing(options.data_root)).free
-        print(f"  to fetch: {len(todo)} files or archives{part}, {_gb(fetch_bytes(todo))}; space needed: "
-              f"{_gb(work.bytes_needed(todo), '0')}, free: {_gb(free)}")
-
-
-def _few(items: Sequence[Item]) -> list[Item]:
-    """Of many shards the first one of each folder stands for the rest."""
-    firsts = {(item.kind, item.into): item for item in reversed(items) if item.kind == "parquet"}
-    return [item for item in items if item.kind != "parquet" or firsts[item.kind, item.into] is item]
-
-
-def _print_item(item: Item, work: Acquisition) -> None:
-    shards = sum(other.kind == "parquet" and other.into == item.into for other in work.selection.items)
-    more = f" and {shards - 1} more like it" if item.kind == "parquet" and shards > 1 else ""
-    state = "there already" if work.holdings.present(item, True) else "to fetch"
-    print(f"  {item.name}{more}: {_gb(item.size)}, {state}, to {work.folder / item.into}")
-    for file in item.files:
-        for url in work.selection.addresses(file, hide_key=True) or ("(needs a key)",):
-            print(f"    {redact(url)}")
-
-
-def _gb(size: int, none: str = "size not published") -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB" if size else none
+def _show(arguments: argparse.Namespace, names: list[str], table: Mapping[str, Source], options: Options) -> None:
+    """Print what --status or --dry-run asks for, as a table, as lines, or as one JSON object."""
+    look = overview.status if arguments.status else overview.plan
+    found = [look(name, table, options) for name in names]
+    if arguments.json:
+        print(json.dumps({"sets": found}, ensure_ascii=False))
+        return
+    for line in overview.status_lines(found) if arguments.status else chain.from_iterable(
+            map(overview.plan_lines, found)):
+        print(line)
 
 
 if __name__ == "__main__":

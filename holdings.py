@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import itertools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import annotations
 import inventory
 import transfer
+from config import UserError
 from files import replacing
 from selection import Selection
 from sources import Item
@@ -23,6 +26,8 @@ class Holdings:
 
     selection: Selection
     marker: dict[str, Any] = field(default_factory=dict)
+    offered: Mapping[str, int] = field(default_factory=dict)  # places that could be linked, of --local; see `look`
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # item that could be taken over -> (files, bytes)
 
     def __post_init__(self) -> None:
         self.folder = self.selection.folder
@@ -43,7 +48,7 @@ class Holdings:
         return [] if self.selection.source.one_of and len(absent) < len(wanted) else absent
 
     def present(self, item: Item, sizes: bool) -> bool:
-        if self.linked(item) or self.kept(item):
+        if self.linked(item) or self.kept(item) or item.name in self.seen:
             return True
         record = self.items.get(item.name)
         if record and record.get("damaged"):  # found by --verify
@@ -81,33 +86,95 @@ class Holdings:
                                                   also_good=file.also_good))
         return True
 
-    def linked(self, item: Item) -> bool:
-        linked = self.marker.get("linked", {})
-        return (item.kind == "parquet" and item.into in linked) or any(count.folder in linked for count in item.counts)
+    def linked(self, item: Item, places: Mapping[str, int] | None = None) -> bool:
+        """Whether the marker, or `places`, has links to what the user has of the item."""
+        linked = self.marker.get("linked", {}) if places is None else places
+        if item.kind == "parquet":
+            return item.into in linked
+        return (any(place in linked for count in item.counts for place, _ in count.places)
+                or (bool(item.needed) and all(place in linked for place in item.needed)))
+
+    def extent(self, item: Item) -> tuple[int, int]:
+        """(files, bytes) of an item that is there. Of shards whose sounds are linked the first one stands for all."""
+        if item.name in self.seen:
+            return self.seen[item.name]
+        if not self.linked(item):
+            record = self.items.get(item.name) or {}
+            return record.get("files", 0), record.get("bytes", 0)
+        if item.kind == "parquet":
+            is_first = next(other for other in self.selection.items if other.into == item.into) is item
+            files = [*inventory.tree(self.folder / item.into)] if is_first else []
+        else:
+            files = [file for count in item.counts for place in count.places for file in self._files_of(item, *place)]
+            listed = {place for place, _ in files}
+            files += [(place, _bytes_of(self.folder / place)) for place in item.needed if place not in listed]
+        return len(files), sum(size for _, size in files)
+
+    def earlier_copies(self, local: Path) -> list[Path]:
+        """Folders that --local named before: links into them are ours. `local` is noted before its first link."""
+        earlier = [*self.marker["linked_from"]]
+        names = [*earlier, os.path.realpath(local), os.path.abspath(local)]
+        self.marker["linked_from"] = [*dict.fromkeys(names)]
+        inventory.write_marker(self.folder, self.marker)
+        return [Path(folder) for folder in earlier]
+
+    def check_links(self) -> None:
+        """Raise UserError where links to what the user has lead nowhere now: else that would be fetched."""
+        places = [self.folder / place for place in self.marker.get("linked", {})]
+        inside = (path for place in places if place.is_dir() and not place.is_symlink() for path in place.iterdir())
+        lost = [path for path in itertools.chain(places, inside) if path.is_symlink() and not path.exists()]
+        if lost:
+            more = f", and so are {len(lost) - 1:,} more" if lost[1:] else ""
+            raise UserError(f"{lost[0]}: is a link to {lost[0].readlink()}, which is not there{more}; mount that disk, "
+                            "or name the folder where it is now: --local FOLDER, or remove the links to fetch the set")
+
+    def look(self, offered: Mapping[str, int]) -> None:
+        """Count as there what a download would link (`offered`) or take over, without doing so."""
+        self.offered = offered
+        for item in self.selection.items:
+            if not self.present(item, True) and (files := self._complete_files(item)):
+                self.seen[item.name] = len(files), sum(size for _, size in files)
 
     def adopt(self, item: Item) -> int:
         """Take over what somebody else unpacked: as many files as published, none empty, of a likely size in all.
         Returns the number of files, 0 where it does not look like that."""
-        source = self.selection.source
-        if source.one_of or not item.counts or not all(count.number for count in item.counts):
-            return 0
-        if self.items.get(item.name, {}).get("damaged"):
-            return 0
-        files: list[tuple[str, int]] = []
-        for count in item.counts:
-            found = list(inventory.tree(self.folder / count.folder, count.suffix))
-            if len(found) != count.number or not all(size for _, size in found):
-                return 0
-            below = Path(count.folder).relative_to(item.into)
-            files += [((below / name).as_posix(), size) for name, size in found]
-        if 2 * sum(size for _, size in files) < item.unpacked:
+        files = self._complete_files(item)
+        if not files:
             return 0
         record = {"sha256": [], "checked": [], "adopted": True}
         with inventory.Listing(inventory.contents_path(self.folder, item.name), record) as listing:
-            for name, size in files:
-                listing.add(name, size, None)
+            for place, size in files:
+                listing.add(Path(place).relative_to(item.into).as_posix(), size, None)
             self.items[item.name] = listing.finish()
         return len(files)
+
+    def _complete_files(self, item: Item) -> list[tuple[str, int]]:
+        """(place, bytes) of the files of an archive that somebody else unpacked; none unless they look complete."""
+        known = bool(item.needed) or (bool(item.counts) and all(count.number for count in item.counts))
+        record = self.items.get(item.name, {})
+        if self.selection.source.one_of or not known or record.get("damaged"):
+            return []
+        if inventory.contents_path(self.folder, item.name).is_file() and not record.get("adopted"):
+            return []  # it came by this command, and is unpacked in part
+        files: list[tuple[str, int]] = []
+        for count in item.counts:
+            found = max((self._files_of(item, *place) for place in count.places), key=len)
+            if not item.needed and len(found) < count.number:
+                return []
+            files += found
+        listed = {place for place, _ in files}
+        files += [(place, _bytes_of(self.folder / place)) for place in item.needed if place not in listed]
+        right = all(size for _, size in files) and 2 * sum(size for _, size in files) >= item.unpacked
+        return files if right else []
+
+    def _files_of(self, item: Item, folder: str, suffix: str) -> list[tuple[str, int]]:
+        """(place, bytes) of the item's files in one folder. Two archives of VoxCeleb 1 share one, told by speaker."""
+        files = [(f"{folder}/{name}", size) for name, size in inventory.tree(self.folder / folder, suffix)]
+        if folder != "voxceleb1/wav":
+            return files
+        is_test = "test" in item.splits
+        return [(place, size) for place, size in files
+                if (Path(place).parts[2] in annotations.VOX1_TEST_SPEAKERS) == is_test]
 
     def write_licence(self) -> bool:
         """Write LICENCE.txt, and its digest into the marker; false where one is there that is not ours, which stays."""
@@ -133,12 +200,11 @@ class Holdings:
 
     def counts(self, covered: list[annotations.Coverage]) -> list[tuple[str, int, int]]:
         """(place, files found, files published or listed) of the items that are there, and of what may fall short."""
-        expected: dict[tuple[str, str], int] = {}
+        expected: dict[tuple[tuple[str, str], ...], int] = {}
         held = [item for item in self.selection.items if item.name in self.items or self.linked(item)]
-        for count in (count for item in held for count in item.counts if count.number):
-            expected[count.folder, count.suffix] = expected.get((count.folder, count.suffix), 0) + count.number
-        rows = [(f"{folder.rstrip('.')} {suffix}".strip(), inventory.count(self.folder / folder, suffix), number)
-                for (folder, suffix), number in expected.items()]
+        for count in (count for item in held if not self._by_needed(item) for count in item.counts if count.number):
+            expected[count.places] = expected.get(count.places, 0) + count.number
+        rows = [self._counted(places, number) for places, number in expected.items()]
         splits = self.selection.options.splits or annotations.SPLITS
         partly = {count.folder: count.number for count in self.selection.source.partly if count.folder in splits}
         first = {row.place: row for row in reversed(covered) if row.place in partly}  # later versions name further ones
@@ -148,6 +214,21 @@ class Holdings:
         unknown = partly.keys() - {row.place for row in covered}
         return rows + [(place, inventory.count(self.folder / place, ""), number)
                        for place, number in partly.items() if place in unknown]
+
+    def _by_needed(self, item: Item) -> bool:
+        """Whether what is there of the item is the user's, who may have no more of it than training needs."""
+        record = self.items.get(item.name, {})
+        return bool(item.needed) and (bool(record.get("adopted")) or self.linked(item))
+
+    def _counted(self, places: tuple[tuple[str, str], ...], number: int) -> tuple[str, int, int]:
+        """A row of `counts`, of the files in all their forms; named by the first one that is there."""
+        numbers = [inventory.count(self.folder / folder, suffix) for folder, suffix in places]
+        folder, suffix = next((place for place, found in zip(places, numbers, strict=True) if found), places[0])
+        return f"{folder.rstrip('.')} {suffix}".strip(), sum(numbers), number
+
+
+def _bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _plain_is_right(path: Path, record: Mapping[str, Any], thorough: bool) -> bool:

@@ -27,7 +27,7 @@ import numpy as np
 import inventory
 import synthetic
 import voxceleb
-from annotations import AUDIOCAPS_VERSIONS, VOX1_TEST_SPEAKERS
+from annotations import AUDIOCAPS_VERSIONS, VOX1_TEST_SPEAKERS, names_of_clip
 from config import Config, UserError
 from manifest import MAX_CAPTION_CHARS, read_manifest, worded_captions
 from samples import SPLITS, Sample, normalise_caption, stable_hash
@@ -277,8 +277,9 @@ def _recordings(root: Path, folder: str, config: Config) -> dict[str, str]:
 
 
 def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
-    """One sample a clip, with all its captions; no video of a later split. A clip is `YOUTUBEID_START`, `YYOUTUBEID`,
-    `YOUTUBEID` or `AUDIOCAPID`, with any of SOUND_SUFFIXES, anywhere below `root` but in another split's folder."""
+    """One sample a clip, with all its captions; no video of a later split. A clip is named as
+    `names_of_clip` says, or AUDIOCAPID, with any of SOUND_SUFFIXES, anywhere below `root` but in another split's
+    folder."""
     folder = root / AUDIOCAPS_VERSIONS[config.data.audiocaps_version - 1]
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
     later = {row["youtube_id"] for other in SPLITS[SPLITS.index(split) + 1:]
@@ -290,7 +291,7 @@ def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
     sounds = _sounds_by_name(root, split)
     found = 0
     for (video, start), rows in clips.items():
-        names = [f"{video}_{start}", f"Y{video}", video, *(row["audiocap_id"] for row in rows)]
+        names = (*names_of_clip(video, start), *(row["audiocap_id"] for row in rows))
         path = next((sounds[name] for name in names if name in sounds), None)
         if path:
             found += 1

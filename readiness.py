@@ -36,7 +36,10 @@ def next_command(selection: Selection) -> str:
 
 
 def trainable(name: str, folder: Path) -> bool:
-    """Whether every list is there that training opens, and enough of the training samples."""
+    """Whether every list is there that training opens, and enough of the training samples; of a set whose files are not
+    known here training itself will tell."""
+    if name not in _SAMPLES:
+        return True
     if not all((folder / path).is_file() for path in _LISTS.get(name, ())):
         return False
     return sum(1 for _ in itertools.islice(training_samples(name, folder), ENOUGH)) == ENOUGH

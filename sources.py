@@ -6,7 +6,7 @@ address is a pair (mirror, URL); URLs of the mirror "hf" follow HF_ENDPOINT, "{k
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIRRORS = ("auto", "official", "hf", "hf-mirror", "modelscope")
 HF_HOST = "https://huggingface.co"
@@ -34,11 +34,18 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
-    """After unpacking, `folder` (and what is below it) holds `number` files that end in `suffix` (0: not published)."""
+    """After unpacking, `folder` (and what is below it) holds `number` files that end in `suffix` (0: not published).
+    `instead`: (folder, suffix) of the same files in another form, which other tools make of them."""
 
     folder: str
     suffix: str
     number: int = 0
+    instead: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """(folder, suffix) of each form."""
+        return ((self.folder, self.suffix), *self.instead)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +66,7 @@ class Item:
     rules: tuple[tuple[str, str], ...] = ()
     counts: tuple[Count, ...] = ()
     unpacked: int = 0  # bytes, estimated where no figure is known
+    needed: tuple[str, ...] = ()  # files below the set's folder that are enough, where somebody else unpacked it
     whole_md5: str = ""  # of the parts put together, as some people keep them
 
     @property
@@ -118,6 +126,7 @@ def _coco(path: str, subset: str, size: int, sha256: str, md5: str, *counts: tup
 
 _KARPATHY = Item(
     name="caption_datasets.zip", kind="zip", into="annotations", subset="karpathy", unpacked=150_000_000,
+    needed=("annotations/dataset_coco.json",),
     rules=(("dataset_coco.json", "dataset_coco.json"), ("*/dataset_coco.json", "dataset_coco.json")),
     files=(File(
         name="caption_datasets.zip", size=36_745_453,
@@ -131,9 +140,12 @@ COCO = Source(
     defaults=("2017", "karpathy"),
     note="the 2017 zips hold every picture of 2014 as well, so the Karpathy split needs no other",
     items=(
-        _coco("annotations/annotations_trainval2017.zip", "2017", 252_907_541,
-              "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268", "f4bbac642086de4f52a3fdda2de5fa2c",
-              ("annotations", "_train2017.json", 3), ("annotations", "_val2017.json", 3), unpacked=850_000_000),
+        replace(_coco(
+            "annotations/annotations_trainval2017.zip", "2017", 252_907_541,
+            "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268", "f4bbac642086de4f52a3fdda2de5fa2c",
+            ("annotations", "_train2017.json", 3), ("annotations", "_val2017.json", 3), unpacked=850_000_000),
+            needed=tuple(f"annotations/{kind}_{part}.json" for kind in ("captions", "instances")
+                         for part in ("train2017", "val2017"))),
         _KARPATHY,
         _coco("zips/val2017.zip", "2017", 815_585_330,
               "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05", "442b8da7639aecaf257c1dceb8ba8c80",
@@ -347,11 +359,13 @@ VOXCELEB = Source(
         Item(name="vox2_test_aac.zip", kind="zip", into="voxceleb2/test", subset="vox2-aac", unpacked=2_600_000_000,
              splits=("test",), files=(_vox(2, "vox2_test_aac.zip", 2_594_018_146, "0d2b3ea430a821c33263b5ea37ede312",
                          "e4d9200107a7bc60f0b620d5dc04c3aab66681b649f9c218380ac43c6c722079"),),
-             counts=(Count(folder="voxceleb2/test/aac", suffix=".m4a", number=36_237),)),
+             counts=(Count(folder="voxceleb2/test/aac", suffix=".m4a", number=36_237,
+                           instead=(("voxceleb2/test/wav", ".wav"),)),)),
         Item(name="vox2_dev_aac.zip", kind="zip", into="voxceleb2", subset="vox2-aac", unpacked=80 * GB,
              splits=("train", "val"), whole_md5="bbc063c46078a602ca71605645c2a402",
              files=tuple(_vox(2, f"vox2_dev_aac_part{part}", size, md5) for part, size, md5 in _VOX2_PARTS),
-             counts=(Count(folder="voxceleb2/dev/aac", suffix=".m4a", number=1_092_009),)),
+             counts=(Count(folder="voxceleb2/dev/aac", suffix=".m4a", number=1_092_009,
+                           instead=(("voxceleb2/dev/wav", ".wav"),)),)),
         # No digest of the video parts is published: the CRC of every member of the zip is what can be checked.
         Item(name="vox2_test_mp4.zip", kind="zip", into="voxceleb2/test", subset="vox2-mp4", unpacked=9 * GB,
              splits=("test",), files=(_vox(2, "vox2_test_mp4.zip"),),

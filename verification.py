@@ -20,6 +20,7 @@ from sources import File, Item
 from transfer import Mismatch, Wanted
 
 FIRST_FRAME_TELLS = (*media.VIDEO_SUFFIXES, ".m4a")  # of what there may be a million
+HAD = ("there", "in --local")  # states of what need not be fetched
 Check = Callable[[], tuple[str, str]]  # (damage, why it cannot be opened), "" for neither
 
 
@@ -28,7 +29,7 @@ class Part:
     """A row of --status: an item, or all shards of one folder."""
 
     name: str
-    state: str  # there, missing, arriving, in part, broken, or differs: a list that is another than the published one
+    state: str  # there, in --local, missing, arriving, in part, broken, differs: not as published
     files: int
     size: int  # bytes that are on the disk
     left: int  # bytes to fetch
@@ -45,11 +46,12 @@ def parts(work: Acquisition) -> list[Part]:
 
 def _part(name: str, items: list[Item], work: Acquisition) -> Part:
     states = [_state(item, work) for item in items]
-    there = sum(state == "there" for state, _, _ in states)
+    had = [state for state, _, _ in states if state in HAD]
     worst = next((state for wanted in ("broken", "differs", "arriving") for state, _, _ in states
                   if state.startswith(wanted)), "")
-    state = worst or ("there" if there == len(items) else "missing" if not there else f"{there} of {len(items)}")
-    absent = [item for item, (held, _, _) in zip(items, states, strict=True) if held != "there"]
+    state = worst or (had[0] if len(set(had)) == 1 and len(had) == len(items) else "missing" if not had
+                      else f"{len(had)} of {len(items)}")
+    absent = [item for item, (held, _, _) in zip(items, states, strict=True) if held not in HAD]
     return Part(name=name, state=state, files=sum(files for _, files, _ in states),
                 size=sum(size for _, _, size in states), left=fetch_bytes(absent),
                 about="" if all(file.size for item in absent for file in item.files) else "about ")
@@ -58,14 +60,15 @@ def _part(name: str, items: list[Item], work: Acquisition) -> Part:
 def _state(item: Item, work: Acquisition) -> tuple[str, int, int]:
     """(state, files, bytes on the disk)."""
     holdings = work.holdings
-    record = holdings.items.get(item.name) or {}
     if item.kind == "plain" and holdings.differs(item):
         return "differs", 1, (work.folder / item.into).stat().st_size
     if holdings.present(item, True):
-        record = holdings.items.get(item.name) or {}
-        return "there", record.get("files", 0), record.get("bytes", 0)
+        return "there", *holdings.extent(item)
+    record = holdings.items.get(item.name) or {}
     if record.get("damaged"):
         return f"broken: {len(record['damaged'])} damaged", record.get("files", 0), record.get("bytes", 0)
+    if work.offers(item):
+        return "in --local", 0, 0
     if record.get("sample"):
         return f"sample of {record['files']:,}", record["files"], record["bytes"]
     if record:

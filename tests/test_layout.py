@@ -79,21 +79,25 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
     "answers": "", "arrivals": "files", "transfer": "answers arrivals config files progress redaction",
     "debian": "arrivals files transfer",
-    "inventory": "files", "local_copies": "annotations config", "remote": "answers members transfer",
+    "inventory": "files", "local_copies": "annotations config inventory sources", "remote": "answers members transfer",
     "sampling": "annotations sources",
     "zip_stream": "members", "tar_stream": "members", "shards": "config members",
     "seven_zip": "config members progress remote",
     "archives": "config files members progress remote seven_zip shards tar_stream zip_stream",
     "staging": "archives config sources",
-    "selection": "redaction sources transfer", "holdings": "annotations files inventory selection sources transfer",
+    "selection": "redaction sources transfer",
+    "holdings": "annotations config files inventory selection sources transfer",
+    "local_files": "config local_copies sources transfer",
     "readiness": "annotations inventory redaction selection voxceleb",
     "clips": "annotations config files pipeline selection transfer",
-    "acquisition": "archives arrivals clips config debian files holdings inventory local_copies members pipeline "
-                   "readiness redaction remote sampling selection sources staging transfer",
+    "acquisition": "annotations archives arrivals clips config debian files holdings inventory local_copies "
+                   "local_files members pipeline readiness redaction remote sampling selection sources staging "
+                   "transfer",
     "verification": "acquisition archives images inventory media pipeline readiness selection sources "
                     "tracks transfer",
-    "download_datasets": "acquisition annotations arguments config files redaction selection sources transfer "
-                         "verification",
+    "overview": "acquisition files redaction selection sources verification",
+    "download_datasets": "acquisition annotations arguments config files overview redaction selection sources "
+                         "transfer verification",
 }.items()}
 WITHOUT_TORCH = ("config", "arguments", "openmp", "redaction", "report", "sources", "transfer", "archives",
                  "download_datasets", "run_training", "evaluate", "doctor", "environment", "findings")

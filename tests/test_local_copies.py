@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,20 @@ import pytest
 import local_copies
 from tests import trees
 from tests.refusals import refused
+
+
+def link_voxceleb(local: Path, folder: Path, earlier: Sequence[Path] = ()) -> dict[str, int]:
+    copies = local_copies.find_voxceleb(local)
+    local_copies.link(copies, folder, earlier)
+    return dict(copies.numbers)
+
+
+def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
+    paths = [(split, path) for version in ("dataset", "dataset2.0") for split in ("train", "val", "test")
+             if (path := lists / version / f"{split}.csv").is_file()]
+    copies = local_copies.find_audiocaps(local, paths)
+    local_copies.link(copies, folder)
+    return dict(copies.numbers)
 
 
 def put(path: Path) -> Path:
@@ -21,11 +36,12 @@ def put(path: Path) -> Path:
     ("wav/id10001/v/00001.wav", "voxceleb1/wav"), ("id11251/v/00001.wav", "voxceleb1/wav"),
     ("voxceleb1/dev/wav/id10001/v/00001.wav", "voxceleb1/wav"), ("vox1_test_wav/wav/id10270/v/1.wav", "voxceleb1/wav"),
     ("dev/aac/id00012/v/00001.m4a", "voxceleb2/dev/aac"), ("vox2_test_aac/aac/id00017/v/1.m4a", "voxceleb2/test/aac"),
+    ("wav/id00012/v/00001.wav", "voxceleb2/dev/wav"), ("vox2_test_wav/id00017/v/00001.wav", "voxceleb2/test/wav"),
     ("vox2/dev/mp4/id09272/v/1.mp4", "voxceleb2/dev/mp4"), ("vox2/test/mp4/id00017/v/1.mp4", "voxceleb2/test/mp4"),
 ])
 def test_speakers_are_linked_where_the_readers_look(tmp_path: Path, given: str, place: str) -> None:
     sound = put(tmp_path / "latest" / given)  # "latest" holds the letters of "test"
-    linked = local_copies.link_voxceleb(tmp_path / "latest", tmp_path / "data")
+    linked = link_voxceleb(tmp_path / "latest", tmp_path / "data")
     assert linked == {place: 1}
     speaker = sound.parent.parent
     link = tmp_path / "data" / place / speaker.name
@@ -33,9 +49,9 @@ def test_speakers_are_linked_where_the_readers_look(tmp_path: Path, given: str, 
 
 
 def test_what_is_no_speaker_is_left_alone(tmp_path: Path) -> None:
-    for name in ("wav/id1/v/1.wav", "wav/other/v/1.wav", "wav/id00012/v/1.wav", "wav/id10002/v/1.txt", "iden.txt"):
+    for name in ("wav/id1/v/1.wav", "wav/other/v/1.wav", "wav/id00012/v/1.aac", "wav/id10002/v/1.txt", "iden.txt"):
         put(tmp_path / "own" / name)
-    assert local_copies.link_voxceleb(tmp_path / "own", tmp_path / "data") == {}
+    assert link_voxceleb(tmp_path / "own", tmp_path / "data") == {}
     assert not (tmp_path / "data").exists()
 
 
@@ -44,10 +60,10 @@ def test_linking_again_changes_nothing_and_a_new_place_wins(tmp_path: Path) -> N
     for own in ("first", "second"):
         put(tmp_path / own / "wav/id10001/v/1.wav")
     for own in ("first", "first", "second"):
-        local_copies.link_voxceleb(tmp_path / own, tmp_path / "data", [tmp_path / "first"])
+        link_voxceleb(tmp_path / own, tmp_path / "data", [tmp_path / "first"])
         assert link.resolve() == tmp_path / own / "wav/id10001"
     shutil.rmtree(tmp_path / "second")
-    local_copies.link_voxceleb(tmp_path / "first", tmp_path / "data", [tmp_path / "first", tmp_path / "second"])
+    link_voxceleb(tmp_path / "first", tmp_path / "data", [tmp_path / "first", tmp_path / "second"])
     assert link.resolve() == tmp_path / "first/wav/id10001", "what led nowhere"
 
 
@@ -58,20 +74,20 @@ def test_a_link_of_the_user_stays(tmp_path: Path, target: str) -> None:
     link = tmp_path / "data/voxceleb1/wav/id10001"
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / target)
-    local_copies.link_voxceleb(tmp_path / "first", tmp_path / "data", [tmp_path / "first"])
+    link_voxceleb(tmp_path / "first", tmp_path / "data", [tmp_path / "first"])
     assert link.readlink() == tmp_path / target
 
 
 def test_a_real_folder_in_the_way_is_kept(tmp_path: Path) -> None:
     put(tmp_path / "own/wav/id10001/v/1.wav")
     put(tmp_path / "data/voxceleb1/wav/id10001/v/2.wav")
-    local_copies.link_voxceleb(tmp_path / "own", tmp_path / "data")
+    link_voxceleb(tmp_path / "own", tmp_path / "data")
     assert (tmp_path / "data/voxceleb1/wav/id10001/v/2.wav").exists()
 
 
 def test_an_unreadable_folder_is_named(tmp_path: Path) -> None:
     with refused(tmp_path / "absent"):
-        local_copies.link_voxceleb(tmp_path / "absent", tmp_path / "data")
+        link_voxceleb(tmp_path / "absent", tmp_path / "data")
 
 
 @pytest.fixture
@@ -84,6 +100,10 @@ def lists(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("given", "place"), [
+    ("-abcdefghi1_30.000_40.000.wav", "train/-abcdefghi1_30.wav"),
+    ("Y-abcdefghi1_000030.wav", "train/-abcdefghi1_30.wav"),
+    ("YYcdefghi12_000005_000015.wav", "train/YYcdefghi12_5.wav"),
+    ("Yvwxyzvwxyz1_0.000_10.000.mp3", "val/vwxyzvwxyz1_0.mp3"),
     ("-abcdefghi1.wav", "train/-abcdefghi1_30.wav"), ("x/Y-abcdefghi1.FLAC", "train/-abcdefghi1_30.flac"),
     ("-abcdefghi1_30.ogg", "train/-abcdefghi1_30.ogg"), ("-abcdefghi1_30_40.wav", "train/-abcdefghi1_30.wav"),
     ("Y-abcdefghi1_30000_40000.wav", "train/-abcdefghi1_30.wav"), ("1.wav", "train/-abcdefghi1_30.wav"),
@@ -92,7 +112,7 @@ def lists(tmp_path: Path) -> Path:
 ])
 def test_sounds_are_known_by_their_usual_names(tmp_path: Path, lists: Path, given: str, place: str) -> None:
     sound = put(tmp_path / "own" / given)
-    linked = local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists)
+    linked = link_audiocaps(tmp_path / "own", tmp_path / "data", lists)
     assert linked == {split: int(place.startswith(split)) for split in ("train", "val", "test")}
     assert (tmp_path / "data" / place).resolve() == sound
     assert sum(len(names) for _, _, names in os.walk(tmp_path / "data")) == 1
@@ -101,15 +121,15 @@ def test_sounds_are_known_by_their_usual_names(tmp_path: Path, lists: Path, give
 def test_other_sounds_are_not_linked_and_none_twice(tmp_path: Path, lists: Path) -> None:
     for name in ("-abcdefghi1_31.wav", "elsewhere1.wav", "vwxyzvwxyz1.txt", "vwxyzvwxyz1.flac", "vwxyzvwxyz1.wav"):
         put(tmp_path / "own" / name)
-    assert local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists) == {"train": 0, "val": 1, "test": 0}
+    assert link_audiocaps(tmp_path / "own", tmp_path / "data", lists) == {"train": 0, "val": 1, "test": 0}
     assert [path.name for path in (tmp_path / "data").rglob("*.*")] == ["vwxyzvwxyz1_0.flac"]
 
 
 def test_what_a_stopped_download_left_in_hidden_folders_is_not_linked(tmp_path: Path, lists: Path) -> None:
     put(tmp_path / ".unpacking/x/vwxyzvwxyz1_0.flac")
     put(tmp_path / ".unpacking/vox1_dev_wav.zip-0/wav/id10001/v/1.wav")
-    assert not any(local_copies.link_audiocaps(tmp_path, tmp_path / "data", lists).values())
-    assert local_copies.link_voxceleb(tmp_path, tmp_path / "data") == {}
+    assert link_audiocaps(tmp_path, tmp_path / "data", lists) == {}
+    assert link_voxceleb(tmp_path, tmp_path / "data") == {}
 
 
 def test_clips_of_both_versions_are_known_and_unclear_numbers_are_not(tmp_path: Path, lists: Path) -> None:
@@ -120,7 +140,7 @@ def test_clips_of_both_versions_are_known_and_unclear_numbers_are_not(tmp_path: 
     trees.rows(tmp_path / "dataset2.0/val.csv", [head, (8, "YcdefghiX12", 70, "a")])
     for name in ("newclip0001_30.wav", "YcdefghiX12.wav", "1.wav", "2.wav", "-abcdefghi1.wav"):
         put(tmp_path / "own" / name)
-    linked = local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists)
+    linked = link_audiocaps(tmp_path / "own", tmp_path / "data", lists)
     assert linked == {"train": 3, "val": 1, "test": 1}
     assert sorted(path.relative_to(tmp_path / "data").as_posix() for path in (tmp_path / "data").rglob("*.wav")) == [
         "test/YcdefghiX12_70.wav", "train/-abcdefghi1_30.wav", "train/YYcdefghi12_5.wav", "train/newclip0001_30.wav",
@@ -130,4 +150,4 @@ def test_clips_of_both_versions_are_known_and_unclear_numbers_are_not(tmp_path: 
 def test_one_version_is_enough(tmp_path: Path, lists: Path) -> None:
     (lists / "dataset").rename(lists / "dataset2.0")
     put(tmp_path / "own/vwxyzvwxyz1.flac")
-    assert local_copies.link_audiocaps(tmp_path / "own", tmp_path / "data", lists)["val"] == 1
+    assert link_audiocaps(tmp_path / "own", tmp_path / "data", lists)["val"] == 1

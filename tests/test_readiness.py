@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,15 @@ def test_speakers_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
 def test_every_set_is_known() -> None:
     assert readiness.SETS == SOURCES.keys()
     assert all((ROOT / recipe).is_file() for recipe in readiness.RECIPES.values())
+
+
+def test_a_new_set_ends_with_the_command_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that has a row in the table of sources, and none here yet."""
+    source, served = miniature.shrink("coco", {"val2017.zip": {"val2017/1.txt": b"a file"}}, tmp_path)
+    with Loopback() as server:
+        server.files |= {f"/{name}": data for name, data in served.items()}
+        words = ["--datasets", "new", "--data-root", str(tmp_path / "data"), "--base-url", f"new={server.url()}"]
+        for more in [], ["--skip-existing"], ["--verify"]:
+            assert download_datasets.main([*words, *more], table={"new": replace(source, name="new")},
+                                          policy=QUICK) == 0
+            assert next_words(capsys.readouterr().out)[:4] == ["python", "run_training.py", "--datasets", "new"]

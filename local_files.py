@@ -1,0 +1,81 @@
+"""Archives and lists that the user has, named by --local: found by their names, lists by their bytes."""
+
+import contextlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import local_copies
+import transfer
+from config import UserError
+from sources import File, Item, Source
+from transfer import Mismatch, Wanted
+
+
+class LocalFiles:
+    """Of the set `source` and its `items`; `local` is a folder, a single file, or None for nothing."""
+
+    def __init__(self, source: Source, items: Sequence[Item], local: Path | None) -> None:
+        self.source, self.items, self.local = source, items, local
+        self.differing: dict[str, Path] = {}  # list -> a file of its name that is another one
+
+    def file(self, item: Item, file: File) -> Path | None:
+        """The user's copy of one file of the item. A list that has a published digest must have it."""
+        if not self.local:
+            return None
+        if self.local.is_file():
+            return self.local if self.source.one_of or self.local.name == PurePosixPath(file.name).name else None
+        places = self._named.get(PurePosixPath(file.name).name.lower(), [])
+        folder = PurePosixPath(file.name).parent.name  # of lists that are named alike: those of AudioCaps
+        likely = [path for path in places if not folder or local_copies.holds_lists_of(path, folder)]
+        if item.kind != "plain":
+            return next((path for path in places if path.stat().st_size == file.size), places[0] if places else None)
+        if not (file.sha256 or file.md5):
+            return likely[0] if likely else None
+        right = next((path for path in places if _is(path, file)), None)
+        if likely and not right:
+            self.differing[file.name] = likely[0]
+        return right
+
+    def whole(self, item: Item) -> Path | None:
+        """The user's copy of an archive that is published in parts, put together."""
+        if not self.local or not item.whole_md5:
+            return None
+        if self.local.is_file():
+            return self.local if self.local.name == item.name else None
+        return next(iter(self._named.get(item.name.lower(), [])), None)
+
+    def has(self, item: Item) -> bool:
+        return bool(self.whole(item)) or all(self.file(item, file) for file in item.files)
+
+    def alternative(self) -> Item:
+        """Which of the alternatives the single file is.
+
+        Raises:
+            UserError: it is none of them.
+        """
+        found = next((item for item in self.items if self.local and _is(self.local, item.files[0])), None)
+        if found:
+            return found
+        known = ", ".join(f"{item.name} (sha256 {item.files[0].sha256})" for item in self.items)
+        raise UserError(f"{self.local}: is another release than those that were verified, or damaged; known: {known}")
+
+    def lists(self, folder: Path) -> list[tuple[str, Path]]:
+        """(split, path) of AudioCaps' lists: those in the set's `folder`, else the user's; earlier versions first."""
+        plain = [item for item in self.items if item.kind == "plain"]
+        paths = [(item, folder / item.into if (folder / item.into).is_file() else self.file(item, item.files[0]))
+                 for item in plain]
+        return [(PurePosixPath(item.into).stem, path) for item, path in paths if path]
+
+    @cached_property
+    def _named(self) -> dict[str, list[Path]]:
+        assert self.local
+        names = {PurePosixPath(file.name).name for item in self.items for file in item.files}
+        return local_copies.files_named(self.local, names | {item.name for item in self.items if item.whole_md5})
+
+
+def _is(path: Path, file: File) -> bool:
+    with contextlib.suppress(Mismatch, OSError):
+        return bool(transfer.check_file(Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5,
+                                               also_good=file.also_good)))
+    return False

@@ -232,9 +232,10 @@ def test_crops_reach_both_ends_and_leave_short_sounds_alone() -> None:
 def test_pictures_are_mirrored_unless_a_caption_tells_sides_or_is_not_english(tmp_path: Path) -> None:
     half = np.zeros((64, 64, 3), np.uint8)
     half[:, :32] = 255
-    Image.fromarray(half).save(tmp_path / "half.png")
     texts = ["a dog", "a dog on the left", "upright things", "un chien"]
-    lines = [f'{{"id": "{i}", "image": "half.png", "text": ["a thing", "{text}"], "split": "train"}}'
+    for i in range(len(texts)):
+        Image.fromarray(half).save(tmp_path / f"{i}.png")
+    lines = [f'{{"id": "{i}", "image": "{i}.png", "text": ["a thing", "{text}"], "split": "train"}}'
              for i, text in enumerate(texts)]
     (tmp_path / "manifest.jsonl").write_text("\n".join([*lines, VALIDATION]))
     config = configured(tmp_path)

@@ -37,6 +37,7 @@ CANCELLED = 0.01  # of the loudest channel's energy: a mean below it holds no so
 
 _BLOCK_VALUES = 1 << 20  # read at once, over all channels
 _SEEK_IS_WRONG = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # in libsndfile 1.2: read from the start
+_HANDED_OVER = 1 << 15  # samples of each channel, by FFmpeg's libraries at once
 _PADDING_BYTES = 4096  # behind the samples of a WAV file
 _OPUS_ROUNDED_HZ = (8_000, 12_000)  # what libsndfile takes for a rate that an Opus file does not state, too
 
@@ -72,13 +73,13 @@ class Piece:
 
 
 class Mono:
-    """Takes in blocks [N, C] and holds the mean of their channels, or one channel, with the energy of each."""
+    """Takes in blocks [N, C] and holds the mean of their channels, or one channel, with the energies that tell whether
+    the channels cancel each other."""
 
     def __init__(self, channel: int | None = None) -> None:
         self.rate_hz, self.count, self.channel = 0, 0, channel
         self.blocks: list[np.ndarray] = []
-        self.energies = np.zeros(0)
-        self.energy = 0.0  # of the mean
+        self.energy = self.energy_of_all = 0.0  # of the mean, and of all channels
 
     def expect(self, count: int, rate_hz: int) -> None:
         """Raise BrokenSound where `count` samples are too many."""
@@ -96,13 +97,26 @@ class Mono:
         mean_N = block_NC.mean(axis=1) if channels > 1 else block_NC[:, 0].copy()
         self.blocks.append(mean_N)
         if channels > 1:
-            energies = np.einsum("nc,nc->c", block_NC, block_NC).astype(np.float64)
-            self.energies = _sum(self.energies, energies)
             self.energy += float(mean_N @ mean_N)
+            self.energy_of_all += float(np.vdot(block_NC, block_NC))
 
     def piece(self) -> Piece:
         samples = np.concatenate(self.blocks) if self.blocks else np.empty(0, np.float32)
         return Piece(samples.astype(np.float32, copy=False), self.rate_hz)
+
+
+class Energies:
+    """Takes in blocks and holds the energy of each channel."""
+
+    def __init__(self) -> None:
+        self.count, self.rate_hz = 0, 0
+        self.of_channels = np.zeros(MAX_CHANNELS)
+
+    def expect(self, count: int, rate_hz: int) -> None: ...
+
+    def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
+        self.rate_hz, self.count = rate_hz, self.count + len(block_NC)
+        self.of_channels[: block_NC.shape[1]] += (block_NC.astype(np.float64) ** 2).sum(axis=0)
 
 
 class Count:
@@ -117,7 +131,7 @@ class Count:
         self.rate_hz, self.count = rate_hz, self.count + len(block_NC)
 
 
-Sink = Mono | Count
+Sink = Mono | Count | Energies
 
 
 def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece]:
@@ -130,9 +144,12 @@ def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece
         Exception: what decoders raise for damage.
     """
     found = _read(path, start_s, duration_s, Mono)
-    loudest = _cancelled(found)
-    if loudest is not None:
-        found = _read(path, start_s, duration_s, lambda: Mono(loudest))
+    of_mean = sum(one.energy for one in found)
+    if of_mean < CANCELLED * sum(one.energy_of_all for one in found):  # perhaps: all channels may have the energy of 64
+        parts = _read(path, start_s, duration_s, Energies)
+        energies = np.sum([one.of_channels for one in parts], axis=0)
+        if of_mean < CANCELLED * energies.max():
+            found = _read(path, start_s, duration_s, lambda: Mono(int(energies.argmax())))
     return [one.piece() for one in found if one.count]
 
 
@@ -155,22 +172,6 @@ def float_peak(path: str, start_s: float, duration_s: float) -> float:
     except soundfile.LibsndfileError:
         return 0.0
     return peak(read(path, start_s, duration_s)) if stores_floats else 0.0
-
-
-def _sum(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Of two vectors of which one may be longer."""
-    longer, shorter = (first, second) if len(first) >= len(second) else (second, first)
-    return longer + np.pad(shorter, (0, len(longer) - len(shorter)))
-
-
-def _cancelled(found: Sequence[Mono]) -> int | None:
-    """The loudest channel where the channels cancel each other."""
-    energies = np.zeros(0)
-    for one in found:
-        energies = _sum(energies, one.energies)
-    if not len(energies) or not sum(one.energy for one in found) < CANCELLED * energies.max():
-        return None
-    return int(energies.argmax())
 
 
 # ---- choice of the decoder -----------------------------------------------------------------------------------------
@@ -408,6 +409,8 @@ class _Track:
         self.position: int | None = None  # of the next sample; None: not known, after a jump
         self.first, self.end = 0, math.inf  # of the stretch
         self.heard_s = 0.0  # decoded of the stretch
+        self.kept: list[np.ndarray] = []  # [C, N], not handed over yet
+        self.num_kept = 0
         self.changes_clock = container.format.name in ("mpegts", "mpeg")
         self.resampler: tuple[Any, Any] = (None, None)  # and what it takes
 
@@ -435,6 +438,7 @@ class _Track:
                     raise _Lost
             if not self._add(frame):
                 break
+        self.hand_over(rate_hz)
 
     def _at(self, frame: Any, otherwise: int) -> int:
         """Number of a frame's first sample, by the clock."""
@@ -451,27 +455,42 @@ class _Track:
                 self._be_silent(late, frame)
         elif late < -GAP_S * rate_hz:
             self.zero_s += late / rate_hz  # another part follows, whose clock begins anew
-        for block_NC in self._blocks(frame):
-            own_NC = block_NC[slice(*self._overlap(len(block_NC)))]
-            if len(own_NC):
-                self.sink.add(own_NC, rate_hz)
-                self.heard_s += len(own_NC) / rate_hz
-            self.position += len(block_NC)
+        for block_CN in self._blocks(frame):
+            first, last = self._overlap(block_CN.shape[1])
+            if last > first:
+                self._keep(block_CN[:, first:last], rate_hz)
+            self.position += block_CN.shape[1]
         return self.position < self.end
 
+    def _keep(self, block_CN: np.ndarray, rate_hz: int) -> None:
+        """Hand over what the sink needs, many frames at once: each call costs more than a frame's numbers."""
+        if self.kept and len(self.kept[0]) != len(block_CN):
+            self.hand_over(rate_hz)
+        self.kept.append(block_CN)
+        self.num_kept += block_CN.shape[1]
+        if self.num_kept >= _HANDED_OVER:
+            self.hand_over(rate_hz)
+
+    def hand_over(self, rate_hz: int) -> None:
+        if self.kept:
+            self.heard_s += self.num_kept / rate_hz
+            self.sink.add(np.concatenate(self.kept, axis=1).T, rate_hz)
+            self.kept, self.num_kept = [], 0
+
     def _blocks(self, frame: Any) -> list[np.ndarray]:
-        """Float32 [N, C]; a track may change its layout within."""
+        """Float32 [C, N]; a track may change its layout within."""
         import av
 
         form = (frame.format.name, frame.layout.name)
         if self.resampler[1] != form:
             self.resampler = av.AudioResampler(format="fltp"), form
-        return [part.to_ndarray().T for part in self.resampler[0].resample(frame)]
+        return [part.to_ndarray() for part in self.resampler[0].resample(frame)]
 
     def _be_silent(self, count: int, frame: Any) -> None:
         assert self.position is not None
         first, last = self._overlap(count)
         if last > first:
+            self.hand_over(frame.sample_rate)
             self.sink.expect(self.sink.count + last - first, frame.sample_rate)
             channels = frame.layout.nb_channels
             for at in range(first, last, _BLOCK_VALUES // channels):

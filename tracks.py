@@ -12,15 +12,15 @@ import contextlib
 import io
 import itertools
 import math
-import mmap
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 import media
+import sound_files
+from sound_files import Source
 
 if TYPE_CHECKING:
     import soundfile
@@ -38,10 +38,7 @@ CANCELLED = 0.01  # of the loudest channel's energy: a mean below it holds no so
 _BLOCK_VALUES = 1 << 20  # read at once, over all channels
 _SEEK_IS_WRONG = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # in libsndfile 1.2: read from the start
 _HANDED_OVER = 1 << 15  # samples of each channel, by FFmpeg's libraries at once
-_PADDING_BYTES = 4096  # behind the samples of a WAV file
 _OPUS_ROUNDED_HZ = (8_000, 12_000)  # what libsndfile takes for a rate that an Opus file does not state, too
-
-Source = str | IO[bytes]
 
 
 class BrokenSound(ValueError):
@@ -179,7 +176,7 @@ def float_peak(path: str, start_s: float, duration_s: float) -> float:
 
 def _read(path: str, start_s: float, duration_s: float, new: Callable[[], Any]) -> list[Any]:
     """A sink made by `new` for each part of the file that the stretch touches, filled."""
-    links = _links(path)
+    links = sound_files.links(path)
     if not links:
         return [_read_link(path, start_s, duration_s, new)]
     found, at_s, end_s = [], 0.0, start_s + duration_s if duration_s else math.inf
@@ -196,32 +193,6 @@ def _read(path: str, start_s: float, duration_s: float, new: Callable[[], Any]) 
         if at_s >= end_s:
             break
     return found
-
-
-def _links(path: str) -> list[tuple[int, int]]:
-    """First and last byte of each part of a chained Ogg file; none where it is of one piece, or no Ogg file. A page
-    that begins a stream, after one that does not, begins a part."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"OggS":
-            return []
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            begins = list(_begins(content))
-    ends = [*begins[1:], os.path.getsize(path)]
-    return list(zip(begins, ends, strict=True)) if len(begins) > 1 else []
-
-
-def _begins(content: mmap.mmap) -> Iterator[int]:
-    at, in_head = 0, False
-    while 0 <= at <= len(content) - 27:
-        if content[at: at + 5] != b"OggS\0":
-            at = content.find(b"OggS\0", at + 1)
-            continue
-        segments = content[at + 27: at + 27 + content[at + 26]]
-        begins_stream = bool(content[at + 5] & 2)
-        if begins_stream and not in_head:
-            yield at
-        in_head = begins_stream
-        at += 27 + len(segments) + sum(segments)
 
 
 def _length_s(link: IO[bytes]) -> float:
@@ -290,7 +261,7 @@ def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Sin
     """Fill `sink`; False where the file states more samples than came, or none at all."""
     import soundfile
 
-    with soundfile.SoundFile(_mended(_rewound(source))) as file:
+    with soundfile.SoundFile(sound_files.mended(_rewound(source))) as file:
         if not file.frames:
             return False
         if file.subtype == "OPUS" and file.samplerate in _OPUS_ROUNDED_HZ:
@@ -307,47 +278,6 @@ def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Sin
             except soundfile.LibsndfileError:
                 return _from_its_start(source, first, last, sink)
         return _take(file, first, last, sink)
-
-
-def _mended(source: Source) -> Source:
-    """A WAV file with a header that says to read on to the end, where it states too little: that of a writer that was
-    killed states nothing, or what had come some time before."""
-    if not isinstance(source, str):
-        return source
-    with open(source, "rb") as file:
-        head, size = file.read(12), os.path.getsize(source)
-        found = _samples_chunk(file, size) if head[:4] == b"RIFF" and head[8:] == b"WAVE" else None
-        if found is None or not _goes_on(file, *found, size):
-            return source
-        file.seek(0)
-        content = bytearray(file.read())
-    at = found[0]
-    content[4:8] = content[at - 4: at] = b"\xff\xff\xff\xff"
-    return io.BytesIO(content)
-
-
-def _samples_chunk(file: IO[bytes], size: int) -> tuple[int, int] | None:
-    """Where the samples of a WAV file begin, and how many bytes of them it states."""
-    at = 12
-    while at + 8 <= size:
-        file.seek(at)
-        name, length = file.read(4), int.from_bytes(file.read(4), "little")
-        at += 8
-        if name == b"data":
-            return at, length
-        at += length + length % 2
-    return None
-
-
-def _goes_on(file: IO[bytes], first: int, stated: int, size: int) -> bool:
-    """Whether samples follow those that are stated: neither another chunk nor a tag, nor a little padding."""
-    end = first + stated + stated % 2
-    file.seek(min(end, size))
-    begin = file.read(_PADDING_BYTES)
-    is_chunk = begin[:4].isascii() and begin[:4].decode().isprintable() and int.from_bytes(begin[4:8], "little") <= size
-    if not begin or is_chunk or begin.startswith((b"ID3", b"TAG", b"APETAGEX")):
-        return False
-    return not stated or (len(begin) == _PADDING_BYTES and size - end > stated / 10 and any(begin))
 
 
 def _from_its_start(source: Source, first: int, last: int, sink: Sink) -> bool:

@@ -33,7 +33,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     "wording": "batches samples vocabulary",
     # pictures and sounds
-    "media": "", "videos": "media", "tracks": "media", "metadata": "",
+    "media": "", "videos": "media", "tracks": "media sound_files", "sound_files": "", "metadata": "",
     "images": "config media metadata videos", "audio": "config media tracks", "workers": "config",
     "bad_samples": "config samples",
     "prepare": "config samples images audio tracks synthetic files workers bad_samples",

@@ -102,19 +102,29 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
     Raises:
         UserError: data is missing, too much of it is broken, or its labels are more than `model.num_classes`.
     """
-    tables = _read_tables(config, splits)
+    tables = read_tables(config, splits)
     tokenizer = tokenizer or load_tokenizer(config.model)
     train = tables.get("train") or SampleTable.pack([])
     if concepts is None:
         concepts = concept_names(train, config.model.num_classes)
     if speakers is None:
-        speakers = sorted(set(train.speakers.select(np.flatnonzero(train.has_audio)).names) - {""})  # that are heard
+        speakers = heard_speakers(train)
     stores = {name: prepare.open_store(table, config, fill=fill_cache) for name, table in tables.items()}
     ready = {name: _prepare_split(store, config, tokenizer, concepts, speakers) for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
 
 
-def _read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]:
+def heard_speakers(train: SampleTable) -> list[str]:
+    """Names of the speakers of whom there is a sound to train with."""
+    return sorted(set(train.speakers.select(np.flatnonzero(train.has_audio)).names) - {""})
+
+
+def read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]:
+    """The samples of each split of all sets, from their lists alone.
+
+    Raises:
+        UserError: data are missing, or there is nothing to train with.
+    """
     parts: dict[str, list[SampleTable]] = {name: [] for name in splits}
     for source in config.data.datasets:
         wanted = set(splits) | ({"train", "val"} if {"train", "val"} & set(splits) else set())

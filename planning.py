@@ -12,7 +12,6 @@ of each process: its share of the batch, the features of all.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +28,11 @@ from torch import Tensor, nn
 
 import budget
 import footprint
-import memory
 import shapes
 import steps
 from budget import Limits, Plan
 from config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
 from datasets import Batch
-from distributed import place_in_world
 from footprint import OverLimit, Usage
 from losses import OBJECTIVES, Objective, build_objective
 from memory import EVALUATION, GIB, Fit
@@ -44,7 +41,6 @@ from optimization import MovingAverage, Optimizer, freeze, trained
 from steps import Positives, Share, Step, accumulate
 
 PARTS = 2
-VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound, before their lists are read
 TOWERS = ("image", "audio", "text", "fusion")
 
 Tracing = Callable[[str, int | None], AbstractContextManager[footprint.PeakMemory]]
@@ -450,34 +446,6 @@ def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig]
         return [*(other.result() for other in others), last], evaluation.result()
     finally:
         pool.shutdown(cancel_futures=True)  # where one stage does not fit, the others need not be waited for
-
-
-def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> None:
-    """`--plan`: every task of every stage, for a CUDA device with bf16 unless another device is named or found. Under
-    torchrun that of each process, planned and printed by the first."""
-    rank, processes = place_in_world()
-    if rank:
-        return
-    found = memory.choose_device(device_name)
-    device = "cuda" if device_name == "auto" else found.type
-    amp = memory.choose_precision(found, config.training.use_amp).dtype
-    if device == "cuda" and found.type != "cuda":
-        amp = torch.bfloat16 if config.training.use_amp else None
-    speakers = VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0
-    tasks = {row.name: [without_speaker(task) if not speakers else task for task in row.tasks] for row in config.stages}
-    place = Place(device, amp, speakers, processes, budget.calibration(memory.device_name(found)))
-    plans = plan_stages(config, {name: [t for t in found if t.objectives] for name, found in tasks.items()}, place)
-    precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
-    batches = {row.name: config.effective_batch(row) for row in config.stages}
-    if as_json:
-        print(json.dumps({"size": config.model.size, "device": device, "precision": precision, "processes": processes,
-                          "effective_batch": batches, "plans": {name: plan.to_dict() for name, plan in plans.items()}},
-                         indent=1))
-        return
-    shared = f", of each of {processes} processes" if processes > 1 else ""
-    print(f"Plan for {device}, {precision}, effective batch {', '.join(f'{n} {size}' for n, size in batches.items())}"
-          f"{shared}")
-    print(budget.format_plan(plans))
 
 
 def without_speaker(task: TaskConfig) -> TaskConfig:

@@ -99,12 +99,14 @@ def main(arguments: list[str] | None = None) -> int:
             import doctor
 
             return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
+        if options.plan:
+            import forecast
+
+            forecast.print_plan(config, options.device, as_json=options.json)
+            return 0
         import training
 
-        if options.plan:
-            training.print_plan(config, options.device, as_json=options.json)
-        else:
-            training.train(config, training.Options(options.device, options.resume, options.overwrite))
+        training.train(config, training.Options(options.device, options.resume, options.overwrite))
         return 0
     except UserError as error:
         if type(error).__name__ != "ToldByMain":  # of the other processes of torchrun

@@ -3,9 +3,9 @@
 A stage is a row of the configuration; nothing here knows one by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from alarms import Alarms
 from checkpoint import describe_mismatch
 from config import Config, StageConfig, TaskConfig, UserError
-from datasets import Batch, Data, epoch_batches, pool
+from datasets import Batch, epoch_batches, pool
 from distributed import World
 from losses import OBJECTIVES, build_objective, loss_parameters
 from optimization import MovingAverage, Optimizer, freeze, trained
 from planning import apply_recompute, without_speaker
 from runs import Run
+from samples import SampleTable
 from steps import Share, Step, shared_batch
 
 TOTAL = ""  # name of the whole loss among its parts
@@ -63,7 +64,19 @@ class Stage:
             yield name, weights[name], self.objectives[f"{task}_{name}"]
 
 
-def active_tasks(row: StageConfig, data: Data) -> tuple[list[TaskConfig], list[str]]:
+class Samples(Protocol):
+    """The part of `Data` that says which tasks there are samples for."""
+
+    @property
+    def tables(self) -> Mapping[str, SampleTable]: ...
+
+    @property
+    def speakers(self) -> Sequence[str]: ...
+
+    def names(self) -> list[str]: ...
+
+
+def active_tasks(row: StageConfig, data: Samples) -> tuple[list[TaskConfig], list[str]]:
     """Tasks that have samples in an epoch, and a line about each that has none.
 
     Raises:

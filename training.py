@@ -26,7 +26,7 @@ from fits import fit_stages
 from interruption import Interruption
 from losses import start_sigmoid
 from optimization import freeze, lr_at
-from planning import apply_recompute, print_plan
+from planning import apply_recompute
 from protocols import Encoded
 from resume import find_state, finished_report, stage_epochs
 from runs import (
@@ -61,7 +61,7 @@ from stages import (
 )
 from steps import Share, accumulate
 
-__all__ = ["Options", "TrainingError", "print_plan", "train"]
+__all__ = ["Options", "TrainingError", "train"]
 
 VALIDATION_BATCH = 512  # contrast on validation data is over at most this many samples, whatever the training batch
 

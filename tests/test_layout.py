@@ -54,18 +54,19 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # runs
     "trials": "config",
     "protocols": "config datasets metrics memory splits trials",
-    "planning": "config model datasets steps losses memory budget distributed footprint shapes optimization",
+    "planning": "config model datasets steps losses memory budget footprint shapes optimization",
     "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
             "redaction outputs splits",
     "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
     "alarms": "",
-    "stages": "config datasets steps losses checkpoint distributed optimization planning runs alarms",
+    "stages": "config datasets steps losses checkpoint distributed optimization planning runs samples alarms",
+    "forecast": "budget config datasets distributed memory planning samples stages vocabulary",
     "faults": "alarms arguments openmp redaction config datasets model steps losses checkpoint optimization runs "
               "stages",
     "training": "config datasets steps losses memory budget distributed optimization planning protocols runs stages "
                 "faults fits interruption resume saving",
     "fits": "budget config memory planning runs stages",
-    "run_training": "arguments config interruption openmp training redaction doctor",
+    "run_training": "arguments config forecast interruption openmp training redaction doctor",
     "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files "
                 "openmp",
     # what a run needs, tried before it starts

@@ -19,10 +19,10 @@ import torch
 import checkpoint
 import doctor
 import evaluate
+import forecast
 import outputs
 import resume
 import runs
-import training
 from runs import Options
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, records
@@ -94,7 +94,7 @@ def test_no_command_touches_what_the_user_keeps_in_the_folder_of_a_run(small: Sm
 
     commands: dict[str, Callable[[], Any]] = {
         "a fresh start, refused": lambda: refused_start(small, folder),
-        "--plan": lambda: training.print_plan(config, "cpu"),
+        "--plan": lambda: forecast.print_plan(config, "cpu"),
         "--doctor": lambda: doctor.main(config, "cpu", "auto"),
         "evaluate.py": evaluated,
         "--resume auto": lambda: small.train(folder, *QUICK, resume="auto"),

@@ -68,10 +68,10 @@ class Holdings:
     def kept(self, item: Item) -> bool:
         """Whether a list is the user's and left as it is: there, another than the one that this command fetches, and
         in a folder behind a link of the user's, or --skip-existing is given."""
-        path = self.folder / item.into
-        if item.kind != "plain" or not self.differs(item):
+        place = (self.folder / item.into).parent
+        if item.kind != "plain" or not (self.selection.options.skip_existing or _is_behind_link(place, self.folder)):
             return False
-        return self.selection.options.skip_existing or _is_behind_link(path.parent, self.folder)
+        return self.differs(item)
 
     def differs(self, item: Item) -> bool:
         """Whether there is a file with bytes in it where a list belongs, which neither came by this command nor is the

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, and survive a power cut once they are there."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 import checkpoint
-from files import BESIDE, replacing
+from files import BESIDE, is_set_aside, keep_beside, locked, remove_left, replacing, settle
 
 
 @pytest.fixture
@@ -53,3 +54,71 @@ def test_a_block_that_fails_leaves_the_file_of_before_and_nothing_else(tmp_path:
         file.write("half of")
         raise KeyError
     assert path.read_text("utf-8") == "all of it" and list(tmp_path.iterdir()) == [path]
+
+
+def put(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Name -> text; what had to make way stands under the name that it had, with a star for each."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name.partition(".before_")[0] if is_set_aside(path.name) else path.name
+        while name in found or (is_set_aside(path.name) and not name.endswith("*")):
+            name += "*"
+        found[name] = path.read_text("utf-8")
+    return found
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without links"])
+def test_what_differs_gets_a_second_name_each_time_another(tmp_path: Path, links: bool,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*names: object, **more: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    told: list[Path] = []
+    place = put(tmp_path / "list.csv", "one")
+    for text in ("two", "three", "three"):  # within one second; the last one is there already
+        settle(put(tmp_path / "new", text), place, tell=told.append)
+    assert contents(tmp_path) == {"list.csv": "three", "list.csv*": "one", "list.csv**": "two"}
+    assert [path.read_text("utf-8") for path in told] == ["one", "two"]
+
+
+@pytest.mark.parametrize(("there", "ours", "left"), [("", False, {"a": "new"}), ("old", True, {"a": "new"}),
+                                                     ("old", False, {"a": "new", "a*": "old"})])
+def test_what_is_empty_or_ours_is_replaced(tmp_path: Path, there: str, ours: bool, left: dict[str, str]) -> None:
+    settle(put(tmp_path / "b", "new"), put(tmp_path / "a", there), ours=lambda: ours)
+    assert contents(tmp_path) == left
+
+
+def test_a_second_name_that_a_killed_process_gave_is_enough(tmp_path: Path) -> None:
+    first = keep_beside(put(tmp_path / "a", "of the user"))
+    assert keep_beside(tmp_path / "a") == first
+    settle(put(tmp_path / "b", "new"), tmp_path / "a")
+    assert contents(tmp_path) == {"a": "new", "a*": "of the user"}
+
+
+def test_a_folder_is_no_file_to_make_way(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError):
+        settle(put(tmp_path / "b", "new"), tmp_path / "a")
+    assert (tmp_path / "a").is_dir() and (tmp_path / "b").exists()
+
+
+def test_only_what_replacing_left_is_removed(tmp_path: Path) -> None:
+    own = ["a.csv", "a.csv.old.tmp", "a.csv.tmp", "xa.csv.7.tmp", "a.csv.7.tmp.txt"]
+    for name in [*own, f"a.csv.7{BESIDE}"]:
+        put(tmp_path / name, "x")
+    remove_left(tmp_path / "a.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(own)
+
+
+def test_a_file_of_the_name_of_a_lock_stays(tmp_path: Path) -> None:
+    put(tmp_path / "a.lock", "of the user")
+    with locked(tmp_path / "a"), locked(tmp_path / "b"):
+        pass
+    assert contents(tmp_path) == {"a.lock": "of the user"}

@@ -188,6 +188,9 @@ def finish_going_back(folder: Path) -> Path | None:
     if moved := event_files(place / BOARD):
         second = moved[0].name.split(".")[3]
         keep_events(moved, folder / BOARD / f"events.out.tfevents.{second}.{place.name}{EVENTS}", work["step"])
+    others = [path for path in _files(folder / BOARD) if not path.name.endswith(EVENTS)]
+    if others:
+        print(f"{folder}: TensorBoard still shows what is not known as this run's: {shown(folder, others)}")
     (folder / GOING_BACK).unlink()
     return place
 

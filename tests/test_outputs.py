@@ -351,6 +351,19 @@ def test_the_event_files_of_a_run_that_went_back_hold_what_is_kept_alone(small: 
     assert all(path.name.endswith(EVENTS) for path in (folder / outputs.BOARD).iterdir())
 
 
+def test_event_files_of_others_stay_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker(tmp_path / "logs")
+    tracker.step(step_record(2))
+    tracker.close()
+    for epoch in (1, 2):
+        checkpoint.save({"epoch": epoch}, tmp_path / "checkpoints" / f"checkpoint_epoch_{epoch}.pt")
+    other = tmp_path / outputs.BOARD / "events.out.tfevents.1.host.1.0"
+    other.write_bytes(b"of another program")
+    outputs.go_back(tmp_path, "checkpoint_epoch_1.pt", 1, 1)
+    assert other.read_bytes() == b"of another program"
+    assert_names(capsys.readouterr().out.rstrip("\n"), tmp_path, "logs/tensorboard/events.out.tfevents.1.host.1.0")
+
+
 @pytest.mark.timed
 def test_the_page_of_tensorboard_shows_no_points_of_what_was_abandoned(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "logs")
@@ -359,7 +372,7 @@ def test_the_page_of_tensorboard_shows_no_points_of_what_was_abandoned(tmp_path:
         checkpoint.save({"epoch": step}, tmp_path / "checkpoints" / f"checkpoint_epoch_{step}.pt")
     tracker.close()
     assert shown_steps(tmp_path) == {1, 2, 3, 4}
-    outputs.go_back(tmp_path, "checkpoint_epoch_2.pt", 2, 2)
+    assert outputs.go_back(tmp_path, "checkpoint_epoch_2.pt", 2, 2)
     again = Tracker(tmp_path / "logs", 2)
     again.validation(validation_record(3))  # of other tags than those that were abandoned
     again.close()

@@ -22,6 +22,7 @@ import annotations
 import pipeline
 from config import UserError
 from files import keep_beside, replacing, settle
+from media import WITH_SOUND
 from selection import Options
 from transfer import Policy, TransferError
 
@@ -31,7 +32,6 @@ CLIP_S = 10
 TIMEOUT_S = 300
 MOST_IN_A_ROW = {"bot": 20, "rate": 5}  # after so many of a kind the rest would fare no better
 RATE_PAUSE_S = 60.0
-SUFFIXES = (".flac", ".wav", ".ogg", ".mp3", ".m4a")
 GONE, BOUND = ("removed", "private"), ("age", "geo")
 
 # The first that is found in what yt-dlp says decides: "Video unavailable" stands before many a reason.
@@ -129,7 +129,7 @@ def _todo(folder: Path, options: Options, ledger: Mapping[str, tuple[str, str, s
     for split in ("test", "val", "train"):
         if options.splits and split not in options.splits:
             continue
-        there = {path.stem for path in (folder / split).glob("[!.]*") if path.suffix in SUFFIXES}
+        there = {path.stem for path in (folder / split).glob("[!.]*") if path.suffix in WITH_SOUND}
         open_clips = [clip for clip in annotations.clips(folder, split)
                       if clip not in there and ledger.get(clip, ("",))[0] not in closed]
         most = max(0, options.sample - len(there)) if options.sample else None

@@ -14,9 +14,9 @@ from pathlib import Path
 import annotations
 import inventory
 from config import UserError
+from media import WITH_SOUND
 from sources import Count, Item, Source
 
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")
 LIKELY_PCT = 95  # of a folder's published files: with fewer, training would refuse it by default
 _SPEAKER = re.compile(r"id(\d{5})")
 _TEST = re.compile(r"(^|[_-])test([_-]|$)")
@@ -139,7 +139,7 @@ def find_audiocaps(local: Path, lists: Sequence[tuple[str, Path]]) -> Copies:
     for root, names in inventory.walk(local):
         for name in names:
             stem, suffix = os.path.splitext(name)
-            for split, clip in known.get(stem, ()) if suffix.lower() in SOUND_SUFFIXES else ():
+            for split, clip in known.get(stem, ()) if suffix.lower() in WITH_SOUND else ():
                 if clip not in found[split]:
                     found[split].add(clip)
                     links.append((Path(root, name), f"{split}/{clip}{suffix.lower()}"))

@@ -9,6 +9,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".webm", ".mkv", ".avi
                   ".f4v", ".wmv", ".asf", ".mpg", ".mpeg", ".vob", ".ogv")
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".oga", ".aac", ".wma", ".aiff", ".aif", ".au",
                   ".caf", ".w64", ".mka", ".weba", ".ac3", ".amr")
+WITH_SOUND = (*SOUND_SUFFIXES, *VIDEO_SUFFIXES)  # of two files with one name the earlier suffix is taken
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".heic",
                     ".heif")
 # FFmpeg tries no other formats: some are playlists, and it opens the files and addresses that these name.

@@ -30,10 +30,10 @@ import voxceleb
 from annotations import AUDIOCAPS_VERSIONS, VOX1_TEST_SPEAKERS, names_of_clip
 from config import Config, UserError
 from manifest import MAX_CAPTION_CHARS, read_manifest, worded_captions
+from media import WITH_SOUND
 from samples import SPLITS, Sample, normalise_caption, stable_hash
 
 SPLIT_SEED = 2017  # of the splits that we draw ourselves; never the training seed, so that everybody has the same
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a")  # of two files with one name the earlier suffix is taken
 
 _log = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ def _recordings(root: Path, folder: str, config: Config) -> dict[str, str]:
 
 def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
     """One sample a clip, with all its captions; no video of a later split. A clip is named as
-    `names_of_clip` says, or AUDIOCAPID, with any of SOUND_SUFFIXES, anywhere below `root` but in another split's
+    `names_of_clip` says, or AUDIOCAPID, with any suffix of WITH_SOUND, anywhere below `root` but in another split's
     folder."""
     folder = root / AUDIOCAPS_VERSIONS[config.data.audiocaps_version - 1]
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
@@ -317,7 +317,7 @@ def _sounds_by_name(root: Path, split: str) -> dict[str, str]:
             continue
         for name in names:
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in SOUND_SUFFIXES:
+            if suffix.lower() not in WITH_SOUND:
                 continue
             path = os.path.join(folder, name)
             if stem not in found or _preference(path) < _preference(found[stem]):
@@ -326,7 +326,7 @@ def _sounds_by_name(root: Path, split: str) -> dict[str, str]:
 
 
 def _preference(path: str) -> int:
-    return SOUND_SUFFIXES.index(os.path.splitext(path)[1].lower())
+    return WITH_SOUND.index(os.path.splitext(path)[1].lower())
 
 
 # --- VoxCeleb --------------------------------------------------------------------------------------------------------

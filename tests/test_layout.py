@@ -29,7 +29,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "manifest": "columns config listed_files samples written_lists",
     "splits": "same_files samples synthetic",
     "voxceleb": "inventory",
-    "readers": "annotations config inventory samples manifest synthetic voxceleb",
+    "readers": "annotations config inventory media samples manifest synthetic voxceleb",
     "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
     "wording": "batches samples vocabulary",
     # pictures and sounds
@@ -80,7 +80,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "",
     "answers": "", "arrivals": "files", "transfer": "answers arrivals config files progress redaction",
     "debian": "arrivals files transfer",
-    "inventory": "files", "local_copies": "annotations config inventory sources", "remote": "answers members transfer",
+    "inventory": "files", "local_copies": "annotations config inventory media sources",
+    "remote": "answers members transfer",
     "sampling": "annotations sources",
     "zip_stream": "members", "tar_stream": "members", "shards": "config members",
     "seven_zip": "config members progress remote",
@@ -90,7 +91,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "holdings": "annotations config files inventory selection sources transfer",
     "local_files": "config local_copies sources transfer",
     "readiness": "annotations inventory redaction selection voxceleb",
-    "clips": "annotations config files pipeline selection transfer",
+    "clips": "annotations config files media pipeline selection transfer",
     "acquisition": "annotations archives arrivals clips config debian files holdings inventory local_copies "
                    "local_files members pipeline readiness redaction remote sampling selection sources staging "
                    "transfer",

@@ -295,6 +295,15 @@ def test_audiocaps_version_2(tmp_path: Path) -> None:
     assert f"{tmp_path}/audiocaps/dataset/" in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".webm", ".opus", ".MP4", ".mkv"])
+def test_audiocaps_may_have_clips_of_any_kind_that_holds_sound(tmp_path: Path, suffix: str) -> None:
+    root = trees.audiocaps(tmp_path)
+    before = keys(read("audiocaps", tmp_path)["train"])
+    clip = root / "train" / "-0a1B2c3D4e_30.flac"
+    clip.rename(clip.with_suffix(suffix))
+    assert keys(read("audiocaps", tmp_path)["train"]) == before
+
+
 def test_audiocaps_never_takes_a_file_of_another_split(tmp_path: Path) -> None:
     root = trees.audiocaps(tmp_path)
     shutil.move(root / "train" / "-0a1B2c3D4e_30.flac", root / "test" / "-0a1B2c3D4e_30.flac")

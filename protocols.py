@@ -117,7 +117,7 @@ def encode_split(model: Any, data: Data, split: str, config: Config, setting: Se
         model.train(was_training)
     facts = _facts(data, split, setting.limit, gathered)
     nothing: dict[str, Any] = {"samples": 0, "of": 0, "broken": 0, "subset_seed": None, "nonfinite": {}}
-    facts |= {name: nothing for name in config.data.datasets if name not in facts}
+    facts |= {name: dict(nothing) for name in config.data.datasets if name not in facts}
     return gathered.result(data.splits[split], split, facts)
 
 

@@ -2,7 +2,9 @@
 moves."""
 
 import dataclasses
+import errno
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,11 +318,17 @@ def test_the_first_three_bad_steps_of_a_run_are_kept_and_kept_again_by_one_that_
     assert kept(tmp_path) == []
 
 
-def test_a_snapshot_that_cannot_be_written_costs_the_snapshot_only(small: SmallRuns, tmp_path: Path) -> None:
+def test_a_snapshot_that_cannot_be_written_costs_the_snapshot_only(small: SmallRuns, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     run, stage, (first, *_) = opened(small, tmp_path)
-    (tmp_path / "logs/bad_step_1.pt/full").mkdir(parents=True)
     overflow(run)
-    take(run, stage, [first])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        take(run, stage, [first])
+    assert not list((tmp_path / "logs").glob("bad_step_1.pt*"))
     [event] = records(tmp_path, "event")
     assert_names(event["message"], tmp_path / "logs/bad_step_1.pt")
     assert event["step"] == 1 and stage.bad_in_a_row == 1

@@ -16,7 +16,8 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -100,12 +101,15 @@ def _limit_pct(root: Path, config: Config) -> float:
     return float("inf") if inventory.read_marker(root).get("limited") else config.data.max_bad_pct
 
 
-def _report(name: str, split: str, found: int, missing: int, config: Config, *, limit_pct: float) -> None:
-    """Log how many of the files that a list names are not there; raise above `limit_pct`, or where none is."""
+def _report(name: str, split: str, found: int, missing: Sequence[str], config: Config, *, limit_pct: float) -> None:
+    """Log how many of the files that a list names are not there, and the first; raise above `limit_pct`, or where none
+    is."""
     if not missing:
         return
-    count = f"{name} {split}: {missing} of the {found + missing} files in its list are not there"
-    if (not found and limit_pct <= 100) or 100 * missing > limit_pct * (found + missing):
+    total = found + len(missing)
+    count = (f"{name} {split}: {len(missing)} of the {total} files in its list are not there (the first: "
+             f"{', '.join(missing[:3])})")
+    if (not found and limit_pct <= 100) or 100 * len(missing) > limit_pct * total:
         raise UserError(f"{count}; get them with: {download_command(name, config)}"
                         + (f" (or raise data.max_bad_pct, {limit_pct:g})" if found else ""))
     _log.warning("%s and are left out", count)
@@ -159,14 +163,15 @@ def _read_coco(root: Path, split: str, config: Config) -> Iterator[Sample]:
             raise _missing(root / part, config)
         labels |= _coco_labels(root, part, config)
         files |= dict.fromkeys(_names(root / part), os.path.join(root, part, ""))
-    found = 0
+    missing = []
     for image_id, texts in captions.items():
         name = f"{image_id:012d}.jpg"
         if name in files:
-            found += 1
             yield Sample(key=str(image_id), source="coco", split=split, image=files[name] + name,
                          captions=worded_captions(texts, f"coco {image_id}"), labels=labels.get(image_id, ()))
-    _report("coco", split, found, len(captions) - found, config, limit_pct=limit_pct)
+        else:
+            missing.append(name)
+    _report("coco", split, len(captions) - len(missing), missing, config, limit_pct=limit_pct)
 
 
 def _karpathy_captions(path: Path, split: str) -> dict[int, list[str]]:
@@ -248,19 +253,19 @@ def _read_clotho(root: Path, split: str, config: Config) -> Iterator[Sample]:
     for other in SPLITS[SPLITS.index(split) + 1:]:
         later.update(*_recordings(root, _CLOTHO_FOLDERS[other], config).items())
     recordings = _recordings(root, folder.name, config)
-    names = _names(folder)
-    found = missing = 0
-    shared = []
+    names = {unicodedata.normalize("NFC", name): name for name in sorted(_names(folder))}  # a Mac unpacks them as NFD
+    found = 0
+    shared, missing = [], []
     for row in rows:
         name = row["file_name"]  # blanks at its beginning are real
         if name in later or recordings.get(name) in later:
             shared.append(name)
-        elif name in names:
+        elif path := names.get(unicodedata.normalize("NFC", name)):
             found += 1
-            yield Sample(key=name, source="clotho", split=split, audio=os.path.join(folder, name),
+            yield Sample(key=name, source="clotho", split=split, audio=os.path.join(folder, path),
                          captions=worded_captions((row[column] for column in columns[1:]), f"clotho {name}"))
         else:
-            missing += 1
+            missing.append(name)
     if shared:
         _log.warning("clotho %s: left out, since a later split has the same recording: %s", split, ", ".join(shared))
     _report("clotho", split, found, missing, config, limit_pct=_limit_pct(root, config))
@@ -289,15 +294,16 @@ def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
         if row["youtube_id"] not in later:
             clips.setdefault((row["youtube_id"], row["start_time"]), []).append(row)
     sounds = _sounds_by_name(root, split)
-    found = 0
+    missing = []
     for (video, start), rows in clips.items():
         names = (*names_of_clip(video, start), *(row["audiocap_id"] for row in rows))
         path = next((sounds[name] for name in names if name in sounds), None)
         if path:
-            found += 1
             yield Sample(key=f"{video}_{start}", source="audiocaps", split=split, audio=path,
                          captions=worded_captions((row["caption"] for row in rows), f"audiocaps {video}"))
-    _report("audiocaps", split, found, len(clips) - found, config,
+        else:
+            missing.append(f"{video}_{start}")
+    _report("audiocaps", split, len(clips) - len(missing), missing, config,
             limit_pct=max(100.0, _limit_pct(root, config)))  # many are gone for ever
 
 

@@ -18,8 +18,8 @@ _EMPTY = re.compile(r"\s*(?:\[\s*\]|\(\s*\)|\{\s*\}|set\(\))\s*")
 _OF_NO_TEXTS = re.compile(r"\s*\[[\s\d.,+\-\[\]naNonulTruefalsFi]+\]\s*")  # of numbers and of the words below
 _NO_TEXTS = {"nan", "none", "null", "true", "false", "inf", "-inf"}
 
-_ESCAPE = r"""\\(?:[\\'"abfnrtv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3]?[0-7]{1,2})"""
-_TEXT = re.compile(rf"""'(?:[^'\\]|{_ESCAPE})*'|"(?:[^"\\]|{_ESCAPE})*\"""")
+_ESCAPE = r"""\\(?:[\\'"abfnrtv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4})"""
+_TEXT = re.compile(rf"""'(?:[^'\\\0]|{_ESCAPE})*'|"(?:[^"\\\0]|{_ESCAPE})*\"""")
 _OPEN = re.compile(r"\s*([\[({])\s*")
 _CLOSE = {"[": "]", "(": ")", "{": "}"}
 _STR = re.compile(r"(?:np\.|numpy\.)?str_\(\s*")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_coco_2017_sides_do_not_depend_on_what_is_on_disk(tmp_path: Path, caplog
     os.remove(gone.image)
     after = read("coco", tmp_path)
     assert after["val"] == before["val"] and after["train"] == [s for s in before["train"] if s != gone]
-    assert_names(only_record(caplog), "coco", "train", 1, 38)
+    assert_names(only_record(caplog), "coco", "train", 1, 38, Path(gone.image).name)
     for name in os.listdir(root / "train2017")[:5]:
         os.remove(root / "train2017" / name)
     gone_now = 38 - sum(os.path.exists(sample.image) for sample in before["train"])
@@ -230,6 +231,18 @@ def test_clotho(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         "Something is heard once at 0 in evaluation", "Something is heard twice, then stops at 0 in evaluation",
         "Something is heard far off at 0 in evaluation")
     assert table.caption_times[:3].tolist() == [2, 1, 1], "one stands there in capitals, too"
+
+
+def test_clotho_unpacked_on_a_mac_and_in_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Names with accents in another Unicode form; the first files that are not there are named."""
+    root = trees.clotho(tmp_path)
+    before = read("clotho", tmp_path)
+    (root / "development" / "ópera.wav").rename(root / "development" / unicodedata.normalize("NFD", "ópera.wav"))
+    assert keys(read("clotho", tmp_path)["train"]) == keys(before["train"])
+    caplog.clear()
+    os.remove(before["train"][0].audio)
+    with refused("clotho", "train", 1, before["train"][0].key, "data.max_bad_pct"):
+        list(read_split("clotho", "train", setting(tmp_path)))
 
 
 def test_clotho_metadata_are_iso_8859_1(tmp_path: Path) -> None:

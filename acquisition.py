@@ -284,6 +284,7 @@ class Acquisition:
         """
         for item in items:
             self._check_package(item)
+            self.holdings.check_places(item)
         problems: list[str] = []
         arrived: dict[str, dict[int, Fetched]] = {}
         with self.policy.progress.overall(self.source.name, fetch_bytes(items)):

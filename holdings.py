@@ -73,6 +73,13 @@ class Holdings:
             return False
         return self.differs(item)
 
+    def check_places(self, item: Item) -> None:
+        """Raise UserError where an archive would be unpacked into a folder that is a link of the user's."""
+        for folder in [] if item.kind == "plain" else [item.into, *(count.folder for count in item.counts)]:
+            if _is_behind_link(self.folder / folder, self.folder):
+                raise UserError(f"{self.folder / folder}: is a link to a folder of yours, which lacks files of "
+                                f"{item.name}, and nothing is unpacked into it; rename the link, or add the files")
+
     def differs(self, item: Item) -> bool:
         """Whether there is a file with bytes in it where a list belongs, which neither came by this command nor is the
         published one."""

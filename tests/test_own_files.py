@@ -297,6 +297,19 @@ def test_a_changed_list_in_a_linked_folder_of_the_set_is_left(server: Loopback, 
     assert "dataset/train.csv" in rows_told(capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(("name", "link"), [("coco", "val2017"), ("clotho", "evaluation"), ("audiocaps", "test"),
+                                            ("voxceleb", "voxceleb1"), ("voxceleb", "voxceleb1/wav")])
+def test_a_linked_folder_that_lacks_files_is_told_before_anything_is_fetched(
+        name: str, link: str, server: Loopback, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Place(name, tmp_path, server)
+    put(place.elsewhere / "own.txt", b"of the user")
+    (place.folder / link).parent.mkdir(parents=True)
+    (place.folder / link).symlink_to(place.elsewhere)
+    assert place.run("--max-gb", "1") == 2
+    assert str(place.folder / link) in capsys.readouterr().err
+    assert not server.requests and [path.name for path in place.elsewhere.iterdir()] == ["own.txt"]
+
+
 def rows_told(output: str) -> str:
     """The details below the table at the end."""
     assert rows(output)

@@ -223,6 +223,7 @@ def test_a_run_that_goes_back_keeps_what_lay_further_on(small: SmallRuns, whole:
     [event] = [line["message"] for line in records(folder, "event") if line.get("resumed")]
     assert_names(event, place)
     assert not (folder / outputs.GOING_BACK).exists()
+    assert small.train(place, *QUICK, resume="auto").parent == place / "reports", "it can be gone on with in there"
 
 
 def test_a_run_that_went_back_ends_with_the_same_bits(small: SmallRuns, whole: Path, tmp_path: Path) -> None:

@@ -96,13 +96,13 @@ class Acquisition:
             why = "" if self.options.skip_existing else ", in a folder behind a link of yours"
             self.say(f"{item.into}: is another file than the published one{why}, and is left as it is; rename it, and "
                      "the published one is fetched")
+        if not self.local:
+            self.holdings.check_links()
         if self.options.skip_existing and self._complete():
             return self._outcome("skipped")
         if self._needs_key():
             return Outcome(name=self.source.name, state="needs key", detail=self.source.key_help, code=MEND,
                            next_command=f"{self.source.needs_key}=YOUR_KEY {self.selection.command()}")
-        if not self.local:
-            self.holdings.check_links()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.locked():
             self._fill()

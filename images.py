@@ -216,6 +216,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _read_video(path: str) -> np.ndarray:
+    if media.is_still(path):
+        raise ValueError("a still picture")
     bounds = Bounds(_check_size, MAX_PIXELS, MAX_SKIPPED_FRAMES)
     return videos.middle_frame(path, bounds).upright(_resize)
 

@@ -123,8 +123,18 @@ def _other(head: bytes) -> str:
     return _named(head, _OTHERS)
 
 
+def is_still(path: str) -> bool:
+    """Whether a file of MP4's kind holds a still picture (HEIC, AVIF), of which FFmpeg would show one tile."""
+    with open(path, "rb") as file:
+        return _is_still(file.read(64))
+
+
+def _is_still(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and (head[8:12] in _HEIF_BRANDS or b"avif" in head[8:64])
+
+
 def _picture(head: bytes, wanted: str) -> str:
-    if head[4:8] == b"ftyp" and (head[8:12] in _HEIF_BRANDS or b"avif" in head[8:64]):
+    if _is_still(head):
         if b"avif" not in head[8:64]:
             return "is HEIC, which is not read here; convert it to JPEG"
         return "" if wanted == "picture" and _reads_avif() else (

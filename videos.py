@@ -3,6 +3,7 @@
 Legend: H, W pixels.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -61,14 +62,17 @@ def middle_frame(path: str, bounds: Bounds) -> Picture:
         BrokenVideo: no picture track, no frame, or none that can be jumped to within `bounds`.
         Exception: what decoders raise for damage, and `bounds.check_size`.
     """
+    import av
+
     with _opened(path, bounds) as (container, stream):
         times = _stated_times(container, stream)
         if times is not None:
             middle_s = sum(times) / 2
-            container.seek(int(middle_s * _US))  # to the key frame before it
-            frame = _jumped_to(_timed(container.decode(stream), stream), middle_s, bounds)
-            if frame is not None:
-                return _picture(frame, stream, bounds)
+            with contextlib.suppress(av.FFmpegError):  # some formats can be jumped in only amid a picture
+                container.seek(int(middle_s * _US))  # to the key frame before it
+                frame = _jumped_to(_timed(container.decode(stream), stream), middle_s, bounds)
+                if frame is not None:
+                    return _picture(frame, stream, bounds)
     return _found_by_packets(path, bounds)
 
 

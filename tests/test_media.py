@@ -97,6 +97,15 @@ def test_avif_is_named_where_it_cannot_be_read(tmp_path: Path, monkeypatch: pyte
     assert "AVIF" in media.kind_of(str(tmp_path / "a.avif"), "picture")
 
 
+@pytest.mark.parametrize("name", ["a.heic", "a.jpg", "a.mp4"])
+def test_a_still_picture_is_not_taken_for_a_video_of_its_tiles(tmp_path: Path, name: str) -> None:
+    """FFmpeg opens HEIC and shows its first tile."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(file, "AVIF")
+    (tmp_path / name).write_bytes(file.getvalue().replace(b"avif", b"heic"))
+    assert "HEIC" in reasons(tmp_path / name)[0]
+
+
 def test_a_file_of_text_is_shown_in_short_and_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("é\n" * 5_000, encoding="utf-8")
     told = media.kind_of(str(tmp_path / "a.jpg"), "picture")

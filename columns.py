@@ -170,6 +170,8 @@ def _hint(name: str) -> str:
     parted = next((other for other in DELIMITERS if other in name and any(map(meaning_of, _cells(name, other)))), None)
     if parted:
         return f"are the columns parted by {parted!r}? save the list with commas, or as .tsv with tabs"
+    if os.path.splitext(_key(name))[1] in _PICTURES | _SOUNDS:
+        return "the first line has to name the columns, such as image,text"
     if _key(name) in ("end", "end_time", "end_s", "stop", "offset"):
         return "a stretch is told by start and duration, in seconds"
     close = difflib.get_close_matches(_key(name)[:20], [*COLUMNS, *itertools.chain(_MEANINGS, _FILES)], n=1)

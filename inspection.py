@@ -159,7 +159,8 @@ def data(case: Case) -> Iterator[Finding]:
     for name, splits in case.data.counts().items():
         told = [line for line in dict.fromkeys(said) if line.startswith(name)]
         missing = any("not there" in line for line in told)
-        fault = _fault(name, case.config) if missing else None  # with the limit that a run keeps to
+        with _heard("readers", "manifest"):  # it was told before
+            fault = _fault(name, case.config) if missing else None  # with the limit that a run keeps to
         found = [f"{split}: {_counted(counts)}" for split, counts in splits.items()] + told
         yield Finding(f"data: {name}", "fail" if fault else "warn" if missing else "ok", "\n".join(found),
                       _again(name, case.config) + (", or raise data.max_bad_pct" if fault else "") if missing else "")

@@ -211,6 +211,7 @@ def test_another_delimiter_is_seen_in_the_first_line(folder: Path, text: str, na
     ("image,caption,title", ["'caption'", "'title'", "text"]), ("image,text,caption", ["'text'", "'caption'", "text"]),
     ("image,img", ["'image'", "'img'", "image"]), ("image,label,category", ["'label'", "'category'", "labels"]),
     ("image,caption,caption_1", ["'caption'", "'caption_1'"]), ("image,xyz", ["'xyz'", "image", "id"]),
+    ("pictures/a.png,a dog", ["'pictures/a.png'", "image", "text"]),
     ("image;xyz", ["';'"]), ("audio,start,end", ["'end'", "duration"]), ("image,cpation", ["'cpation'", "'caption'"])])
 def test_a_header_that_cannot_be_understood_is_refused_at_line_1(folder: Path, header: str, named: list[str]) -> None:
     assert_refused(table(folder, f"{header}\n"), 1, *named)

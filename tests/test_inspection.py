@@ -64,13 +64,13 @@ def test_a_stage_without_samples_is_told(tmp_path: Path) -> None:
 
 
 def test_files_that_a_list_names_and_that_are_gone_are_told_here_and_not_on_the_screen(
-        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     trees.audiocaps(tmp_path / "data")
     found = row(list(inspection.data(case_of(tmp_path, "data.datasets=[audiocaps]"))), "data: audiocaps")
     (told,) = [line for line in found.found.splitlines() if line.startswith("audiocaps train")]
     assert_names(told, 1, 8)
     assert found.state == "warn"
-    assert "--datasets audiocaps" in found.advice and capfd.readouterr().err == ""
+    assert "--datasets audiocaps" in found.advice and capfd.readouterr().err == "" and not caplog.records
 
 
 def own_list(folder: Path, lines: list[dict[str, str]]) -> str:

@@ -71,7 +71,8 @@ def test_a_caption_with_brackets_is_a_caption(text: str) -> None:
 
 @pytest.mark.parametrize("text", [
     "['a', 'b", "['a\0', 'b']", "['\\410']", "['\\Uffffffff']",
-"['a', b]", "['it's', 'b']", "['a'; 'b']", "['a''b']", "['a', 'b' 'c']", "['a', None]", "['a', nan]",
+    "['a', b]", "['it's', 'b']", "['a'; 'b']", "['a''b']", "['a', 'b' 'c']", "['a', None]",
+    "['a', nan]",
     '["a", 1]', '["one", ""two]', '["a" "b"] c', "['a'] and more", '["Hello"] a man says', "['\\d']", "[\"a'", "[nan]",
     "[None]", "[1, 2]", "[1.5 2]", "array(['a', 'b'], dtype=object)", "{'en': 'a dog'}", '{"en": "a dog"}',
     "[['a', 'b'], ['c']]", '[["a"]]', "[('a', 1)]", "[ ['a'] ]"])

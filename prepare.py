@@ -2,7 +2,8 @@
 
 The cache has one entry for each set, split and kind: a flat file (uint8 pictures with a short side of up to 8/7 of the
 model's, or float16 log-mels) and an index. An entry's name holds a digest of file names, sizes, dates and settings, so
-that after any change the old entry is not found. It appears whole, by a rename, or not at all.
+that after any change the old entry is not found. It appears whole, by a rename, or not at all; where a run is killed
+before that, the next one goes on (partial_fills.py).
 
     store = open_store(table, config)
     picture_HW3, mel_TM = store.image(0), store.mel(1)
@@ -18,7 +19,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 import bad_samples
+import partial_fills
 import synthetic
 from config import NUM_MELS, Config, UserError
 from files import nearest_existing, replacing, sync_folder, take_lock
@@ -156,6 +158,11 @@ def _read_all(read: Callable[[Item], np.ndarray], items: Sequence[Item],
             yield from chunk
 
 
+def _bytes_of(kind: Kind, shape: Any) -> Any:
+    """Of a decoded file of some shape, or of several, whose first and second sizes are `shape`."""
+    return shape[0] * (shape[1] * 3 if kind == "image" else NUM_MELS * np.dtype(np.float16).itemsize)
+
+
 def common_folder(paths: Iterable[str]) -> str:
     """The deepest folder that all of `paths` are below; "" where there is none."""
     folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
@@ -210,8 +217,7 @@ class Entry:
             return False
         if (shapes.dtype, shapes.shape) != (np.int32, (number, 2)):
             return False
-        lengths, (first, second) = np.diff(offsets), shapes.T.astype(np.int64)
-        sizes = first * second * 3 if self.is_image else first * NUM_MELS * np.dtype(np.float16).itemsize
+        lengths, sizes = np.diff(offsets), _bytes_of("image" if self.is_image else "sound", shapes.T.astype(np.int64))
         return bool(offsets[0] == 0 and (shapes >= 0).all() and np.array_equal(lengths, sizes)
                     and offsets[-1] == (self.folder / "data.bin").stat().st_size)
 
@@ -403,39 +409,47 @@ def _lock(cache: Path) -> Iterator[None]:
 
 
 def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
-    """Decode `items` into `folder`, which appears when all is on the disk."""
-    for left in folder.parent.glob(f"*-*-*-{'[0-9a-f]' * 16}.tmp"):  # by runs that were killed: we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
-    room = room_for_entries(config)
-    _check_room(_predicted_bytes(kind, items, config), room, folder.parent, config)
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir()
+    """Decode `items` into `folder`, which appears when all is on the disk; what a killed run had done of it stays.
+
+    Where there is no room, all that is there of it goes, so that it holds nothing up.
+    """
+    temporary = folder.with_name(folder.name + partial_fills.SUFFIX)
     try:
-        _write(temporary, kind, items, room, config)
+        partial_fills.remove_others(temporary, superseded=True)
+        needed = _predicted_bytes(kind, items, config) - partial_fills.bytes_below(temporary)
+        if needed > room_for_entries(config):
+            partial_fills.remove_others(temporary)
+        _check_room(needed, room_for_entries(config), folder.parent, config)
+        _write(temporary, kind, items, config)
         os.rename(temporary, folder)
         sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except (_NoRoom, OSError):
+        partial_fills.remove(temporary)
+        raise
+    with suppress(OSError):
+        (folder / partial_fills.JOURNAL).unlink()
 
 
-def _write(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
-    lengths, shapes, reasons = [], [], {}
-    found = closing(decode_all(kind, items, config))
-    title = f"Decoding {folder.name.rsplit('-', 1)[0]}s"
-    with replacing(folder / "data.bin") as file, found as each:
-        for number, decoded in enumerate(tqdm(each, title, len(items), unit="file", disable=None)):
+def _write(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
+    room = room_for_entries(config)  # beside what is there
+    fill = partial_fills.PartialFill(folder, len(items), partial(_bytes_of, kind))
+    name, there = folder.name.rsplit("-", 1)[0], fill.size
+    if fill.kept:
+        print(f"Cache: {name}: going on from {fill.kept} of {len(items)} files", flush=True)
+    with closing(fill), closing(decode_all(kind, items[fill.kept:], config)) as each:
+        for decoded in tqdm(each, f"Decoding {name}s", len(items), initial=fill.kept, unit="file", disable=None):
             if isinstance(decoded, str):
-                reasons[number] = decoded
-                decoded = np.empty((0, 0), np.uint8)
-            file.write(decoded.tobytes())
-            lengths.append(decoded.nbytes)
-            shapes.append(decoded.shape[:2])
-            if file.tell() > room:
-                raise _NoRoom(_no_room(file.tell(), room, folder.parent, config))
-    with replacing(folder / "index.npz") as file:
-        np.savez(file, offsets=offsets_of(lengths), shapes=np.array(shapes, np.int32), is_image=kind == "image")
-    with replacing(folder / "broken.json", "w") as file:
-        json.dump(reasons, file)
+                fill.add((0, 0), b"", decoded)
+            else:
+                fill.add((decoded.shape[0], decoded.shape[1]), decoded.tobytes())
+            if fill.size - there > room:
+                raise _NoRoom(_no_room(fill.size - there, room, folder.parent, config))
+        fill.write_down()
+        with replacing(folder / "index.npz") as file:
+            shapes = np.array(fill.shapes, np.int32).reshape(-1, 2)
+            np.savez(file, offsets=offsets_of(fill.lengths), shapes=shapes, is_image=kind == "image")
+        with replacing(folder / "broken.json", "w") as file:
+            json.dump(fill.reasons, file)
 
 
 def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float:
@@ -450,7 +464,7 @@ def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float
 def room_for_entries(config: Config) -> float:
     """Bytes that new entries may take: what `data.cache_max_gb` leaves, and what the disk does."""
     cache = cache_folder(config).absolute()
-    used = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    used = partial_fills.bytes_below(cache)
     free = shutil.disk_usage(nearest_existing(cache)).free
     return min(config.data.cache_max_gb * GB - used, free - RESERVE_GB * GB)
 

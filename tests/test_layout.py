@@ -35,8 +35,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     # pictures and sounds
     "media": "", "videos": "media", "tracks": "media sound_files", "sound_files": "", "metadata": "",
     "images": "config media metadata videos", "audio": "config media tracks", "workers": "config",
-    "bad_samples": "config samples",
-    "prepare": "config samples images audio tracks synthetic files workers bad_samples",
+    "bad_samples": "config samples", "partial_fills": "",
+    "prepare": "config samples images audio tracks synthetic files workers bad_samples partial_fills",
     "batches": "config samples images prepare vocabulary workers",
     "datasets": "config samples readers vocabulary concepts mirroring prepare batches workers bad_samples same_files "
                 "splits",

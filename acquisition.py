@@ -187,7 +187,7 @@ class Acquisition:
             lines += [f"not there: {', '.join([*row.absent, *more])}"] if row.absent else []
         lines += [f"{what}: {', '.join(names)}" for what, names in (
             ("left as they are, not as published", [i.into for i in self.selection.items if self.holdings.kept(i)]),
-            ("not to be had", [i.name for i in self.selection.items if i.name in self.unavailable]),
+            ("not to be had", [*dict.fromkeys(self.unavailable)]),
             ("left out by --max-gb", [i.name for i in self.selection.left_out]))
                   if names]
         short = bool(self.unavailable) or any(found < number for _, found, number in counts)

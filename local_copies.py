@@ -76,7 +76,8 @@ def find_voxceleb(local: Path) -> Copies:
     links: dict[str, Path] = {}
     without: Counter[str] = Counter()
     examples: dict[str, Path] = {}
-    for speakers in _speaker_folders(local, _DEEPEST):
+    unread: list[str] = []
+    for speakers in _speaker_folders(local, _DEEPEST, unread):
         for speaker in sorted(speakers.iterdir()):
             if _SPEAKER.fullmatch(speaker.name):
                 place, why = _voxceleb_place(speaker, local)
@@ -87,24 +88,30 @@ def find_voxceleb(local: Path) -> Copies:
                     examples.setdefault(why, speaker)
     numbers = sorted(Counter(place.rpartition("/")[0] for place in links).items())
     return Copies(links=tuple((source, place) for place, source in links.items()), numbers=dict(numbers),
-                  left_out=tuple(f"{number:,} speakers, as {examples[why]}: {why}" for why, number in without.items()))
+                  left_out=(*(f"{number:,} speakers, as {examples[why]}: {why}" for why, number in without.items()),
+                            *unread))
 
 
-def _speaker_folders(folder: Path, depth: int) -> Iterator[Path]:
-    below = _folders_in(folder)
+def _speaker_folders(folder: Path, depth: int, unread: list[str]) -> Iterator[Path]:
+    below = _folders_in(folder, None if depth == _DEEPEST else unread)
     if any(_SPEAKER.fullmatch(entry.name) for entry in below):
         yield folder
     elif depth:
         for entry in below:
-            yield from _speaker_folders(entry, depth - 1)
+            yield from _speaker_folders(entry, depth - 1, unread)
 
 
-def _folders_in(folder: Path) -> list[Path]:
+def _folders_in(folder: Path, unread: list[str] | None = None) -> list[Path]:
+    """The folders in a folder; where it cannot be read, none, and a sentence in `unread`, or an error without that."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if not inventory.is_hidden(entry.name) and entry.is_dir())
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+        sentence = f"{folder}: cannot be read ({error.strerror})"
+        if unread is None:
+            raise UserError(sentence) from None
+        unread.append(sentence)
+        return []
     return [folder / name for name in names]
 
 
@@ -180,10 +187,10 @@ def _named_clips(path: Path) -> Iterator[tuple[str, str]]:
 def find_folders(items: Iterable[Item], local: Path) -> Copies:
     """The unpacked folders of these archives below `local`, whatever case their names are in; of folders that hold
     lists the single files, so that more lists may come beside them. The number of files by place."""
-    below = [*_below(local, _DEEPEST)]
+    left_out: list[str] = []
+    below = [*_below(local, _DEEPEST, left_out)]
     links: list[tuple[Path, str]] = []
     numbers: dict[str, int] = {}
-    left_out: list[str] = []
     for item in items:
         if item.needed:
             files = _lists(item, below)
@@ -199,11 +206,15 @@ def find_folders(items: Iterable[Item], local: Path) -> Copies:
     return Copies(links=tuple(links), numbers=numbers, left_out=tuple(left_out))
 
 
-def _below(folder: Path, depth: int) -> Iterator[Path]:
-    yield folder
-    for entry in _folders_in(folder) if depth else ():
+def _below(folder: Path, depth: int, unread: list[str]) -> Iterator[Path]:
+    """The folder and those below it that can be read, folders of speakers left out."""
+    problems = len(unread)
+    entries = _folders_in(folder, None if depth == _DEEPEST else unread)
+    if len(unread) == problems:
+        yield folder
+    for entry in entries if depth else ():
         if not _SPEAKER.fullmatch(entry.name):
-            yield from _below(entry, depth - 1)
+            yield from _below(entry, depth - 1, unread)
 
 
 def _lists(item: Item, below: Iterable[Path]) -> list[tuple[Path, str]]:
@@ -251,7 +262,7 @@ def files_named(local: Path, names: Collection[str]) -> dict[str, list[Path]]:
     """Name in lower case -> the files below `local` that have it, whatever the case; the least deep first."""
     wanted = {name.lower() for name in names}
     found: dict[str, list[Path]] = {}
-    for folder in sorted(_below(local, _DEEPEST), key=lambda folder: len(folder.parts)):
+    for folder in sorted(_below(local, _DEEPEST, []), key=lambda folder: len(folder.parts)):
         for name in sorted(os.listdir(folder)):
             if name.lower() in wanted and (folder / name).is_file():
                 found.setdefault(name.lower(), []).append(folder / name)

@@ -26,7 +26,7 @@ Check = Callable[[], tuple[str, str]]  # (damage, why it cannot be opened), "" f
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A row of --status: an item, or all shards of one folder."""
+    """A row of --status: an item, all shards of one folder, or a folder of links."""
 
     name: str
     state: str  # there, in --local, missing, arriving, in part, broken, differs: not as published
@@ -37,11 +37,13 @@ class Part:
 
 
 def parts(work: Acquisition) -> list[Part]:
-    """The items asked for; sizes and names are looked at, contents are not."""
+    """The items asked for, and what else is linked; sizes and names are looked at, contents are not."""
     groups: dict[str, list[Item]] = {}
     for item in work.selection.items:
         groups.setdefault(f"shards of {item.into}" if item.kind == "parquet" else item.name, []).append(item)
-    return [_part(name, items, work) for name, items in groups.items()]
+    return [*(_part(name, items, work) for name, items in groups.items()),
+            *(Part(name=place, state="there", files=files, size=size, left=0, about="")
+              for place, (files, size) in work.holdings.further_links().items())]
 
 
 def _part(name: str, items: list[Item], work: Acquisition) -> Part:

@@ -1,6 +1,8 @@
 """Copies that lack something, have moved, or stand where a set belongs: what is done is said, and nothing is lost."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -195,6 +197,55 @@ def test_speakers_that_are_left_out_are_counted_and_told(tmp_path: Path, server:
     assert run("--local", str(own)) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if "not linked" in line]
     assert len(told) == 2 and second in told[0] and first in told[1]
+
+
+def test_shadows_of_macos_are_neither_counted_nor_verified(tmp_path: Path, server: Loopback,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    run, own = made(tmp_path, server, "voxceleb"), tmp_path / "own"
+    (own / "voxceleb1/veri_test2.txt").write_bytes(run.made.served["veri_test2.txt"])
+    recordings = len(list(speechbrain(own).rglob("*.wav")))
+    trees.with_shadows(own)
+    assert run("--local", str(own)) == 0
+    assert run("--verify") == 0
+    assert "cannot be opened" not in capsys.readouterr().out
+    parts = {part["name"]: part["files"] for part in looked_at(run, capsys)["parts"]}
+    assert sum(parts[name] for name in ("vox1_dev_wav.zip", "vox1_test_wav.zip", "voxceleb2/dev/wav")) == recordings
+
+
+def test_voxceleb_2_beside_1_is_counted_though_not_asked_for(tmp_path: Path, server: Loopback,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is its list to be had, which tells its test speakers: that is said."""
+    run, own = made(tmp_path, server, "voxceleb"), tmp_path / "own"
+    (own / "voxceleb1/veri_test2.txt").write_bytes(run.made.served["veri_test2.txt"])
+    items = tuple(item for item in run.made.source.items if not item.name.startswith("vox2") or item.kind == "plain")
+    run.made = replace(run.made, source=replace(run.made.source, items=items, defaults=("vox1",)))
+    speechbrain(own)
+    (own / "meta/vox2_meta.csv").unlink()
+    assert run("--local", str(own)) == 3
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert_names(told, "voxceleb2/dev/wav", len(trees.VOX2_DEV) + len(trees.VOX2_TEST), "vox2_meta.csv")
+    parts = {part["name"]: part["files"] for part in looked_at(run, capsys)["parts"]}
+    assert parts["voxceleb2/dev/wav"] == len(trees.VOX2_DEV) + len(trees.VOX2_TEST)
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_passed_over(tmp_path: Path, server: Loopback,
+                                                              monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """As lost+found on top of a disk."""
+    run = made(tmp_path, server, "coco")
+    (tmp_path / "own/lost+found").mkdir()
+    scandir, listdir = os.scandir, os.listdir
+
+    def open_only(path: Any) -> Any:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return path
+
+    monkeypatch.setattr(os, "scandir", lambda path=".": scandir(open_only(path)))
+    monkeypatch.setattr(os, "listdir", lambda path=".": listdir(open_only(path)))
+    found = looked_at(run, capsys, "--local", str(tmp_path / "own"))
+    assert_names(found["left_out"][0], tmp_path / "own/lost+found")
+    assert found["bytes_to_fetch"] == 0
 
 
 def test_test_speakers_of_voxceleb_2_are_known_by_the_users_list(tmp_path: Path, server: Loopback) -> None:

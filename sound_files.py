@@ -1,14 +1,16 @@
-"""What libsndfile passes over in sound files: all parts of a chained Ogg file but the first, and the samples of a WAV
-file whose writer was killed before it wrote how many they are.
+"""What libsndfile passes over in sound files: all parts of a chained Ogg file but the first, and the samples of a
+file of WAV, AIFF or AU whose writer was killed before it wrote how many they are.
 """
 
 import io
 import mmap
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from typing import IO
 
 Source = str | IO[bytes]
+_TO_THE_END = b"\xff\xff\xff\xff"  # as a size
 _PADDING_BYTES = 4096  # behind the samples of a WAV file
 
 
@@ -39,20 +41,63 @@ def _begins(content: mmap.mmap) -> Iterator[int]:
 
 
 def mended(source: Source) -> Source:
-    """A WAV file with a header that says to read on to the end, where it states too little: that of a writer that was
-    killed states nothing, or what had come some time before."""
+    """A WAV, AIFF or AU file with a header that says to read on to the end, where it states too little: that of a
+    writer that was killed states nothing, or what had come some time before."""
     if not isinstance(source, str):
         return source
     with open(source, "rb") as file:
         head, size = file.read(12), os.path.getsize(source)
-        found = _samples_chunk(file, size) if head[:4] == b"RIFF" and head[8:] == b"WAVE" else None
-        if found is None or not _goes_on(file, *found, size):
+        mend = _HEADERS.get((head[:4], head[8:]), _HEADERS.get((head[:4], b"")))
+        if mend is None or not (changes := mend(file, size)):
             return source
         file.seek(0)
         content = bytearray(file.read())
-    at = found[0]
-    content[4:8] = content[at - 4: at] = b"\xff\xff\xff\xff"
+    for at, new in changes.items():
+        content[at: at + len(new)] = new
     return io.BytesIO(content)
+
+
+def _wav(file: IO[bytes], size: int) -> dict[int, bytes]:
+    """New bytes of the header by their place; none where it needs none."""
+    found = _samples_chunk(file, size)
+    if found is None or not _goes_on(file, *found, size):
+        return {}
+    return {4: _TO_THE_END, found[0] - 4: _TO_THE_END}
+
+
+def _wav_of_64_bits(file: IO[bytes], size: int) -> dict[int, bytes]:
+    """A chunk before all others states the sizes; without it the file is a usual one."""
+    file.seek(12)
+    name, stated = file.read(4), file.read(20)[12:]
+    found = _samples_chunk(file, size)
+    if name != b"ds64" or any(stated) or found is None or not _goes_on(file, found[0], 0, size):
+        return {}
+    return {0: b"RIFF" + _TO_THE_END, 12: b"JUNK", found[0] - 4: _TO_THE_END}
+
+
+def _au(file: IO[bytes], size: int) -> dict[int, bytes]:
+    file.seek(4)
+    first, stated = struct.unpack(">II", file.read(8))
+    return {8: _TO_THE_END} if not stated and size > first else {}
+
+
+def _aiff(file: IO[bytes], size: int) -> dict[int, bytes]:
+    file.seek(0)
+    head = file.read(_PADDING_BYTES)
+    common, samples = head.find(b"COMM"), head.find(b"SSND")
+    if min(common, samples) < 0 or len(head) < max(common + 16, samples + 16):
+        return {}
+    channels, frames, bits = struct.unpack_from(">HIH", head, common + 8)
+    if frames or not channels * bits or size <= samples + 16:
+        return {}
+    number = (size - samples - 16) // (channels * -(-bits // 8))
+    return {4: struct.pack(">I", size - 8), samples + 4: struct.pack(">I", size - samples - 8),
+            common + 10: struct.pack(">I", number)}
+
+
+_HEADERS: dict[tuple[bytes, bytes], Callable[[IO[bytes], int], dict[int, bytes]]] = {
+    (b"RIFF", b"WAVE"): _wav, (b"RF64", b"WAVE"): _wav_of_64_bits, (b".snd", b""): _au, (b"FORM", b"AIFF"): _aiff,
+    (b"FORM", b"AIFC"): _aiff}
 
 
 def _samples_chunk(file: IO[bytes], size: int) -> tuple[int, int] | None:

@@ -143,6 +143,23 @@ def test_a_wav_whose_writer_was_killed_is_read_to_its_end(tmp_path: Path, stated
     assert seconds_of(decode_audio(path, 2.0, 2.0)) == pytest.approx([2, 2, 3, 3], abs=0.15)
 
 
+@pytest.mark.parametrize(("form", "mark", "places"), [
+    ("RF64", b"ds64", range(8, 32)), ("AU", b".snd", range(8, 12)), ("AIFF", b"COMM", range(10, 14)),
+    ("W64", b"data", range(16, 24))])
+def test_other_files_whose_writer_was_killed_are_read_to_their_end(
+        tmp_path: Path, form: str, mark: bytes, places: range) -> None:
+    soundfile.write(tmp_path / "a.sound", tones(4, 16_000), 16_000, format=form, subtype="PCM_16")
+    content = bytearray((tmp_path / "a.sound").read_bytes())
+    for place in places:
+        content[content.index(mark) + place] = 0
+    if form == "AIFF":
+        at = content.index(b"SSND") + 4
+        content[at: at + 4] = bytes(4)
+    (tmp_path / "a.sound").write_bytes(content)
+    assert len(decode_audio(tmp_path / "a.sound")) == pytest.approx(64_000, abs=9)
+    assert seconds_of(decode_audio(tmp_path / "a.sound", 2.0, 2.0)) == pytest.approx([2, 2, 3, 3], abs=0.15)
+
+
 @pytest.mark.parametrize("tail", [b"LIST" + (8_000).to_bytes(4, "little") + bytes(8_000), b"ID3\3" + b"x" * 9_000,
                                   bytes(9_000), b"\1\2\3\4" * 99])
 def test_what_follows_the_samples_of_a_wav_is_no_sound(tmp_path: Path, tail: bytes) -> None:

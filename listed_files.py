@@ -115,7 +115,7 @@ class Files:
     def _hint(self, name: str, path: str) -> str:
         """What may be wrong with the name of a missing file."""
         if "\\" in name and os.sep == "/":
-            return ", where folders are parted by '/', not by a backslash"
+            return ", nor one with '/' for its backslashes"
         if "://" in name:
             return ", which is an address: download it, and name the file"
         if not os.path.isabs(name) and os.path.isfile(name):

@@ -233,8 +233,12 @@ class Optimizer:
                 "scaler": self.scaler.state_dict() if self.scaler else {}}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on from the moments of `state`; the weight decay stays that of the settings given."""
         for name, part in self.parts.items():
+            decays = [group["weight_decay"] for group in part.param_groups]
             part.load_state_dict(state[name])
+            for group, decay in zip(part.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

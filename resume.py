@@ -12,6 +12,7 @@ from redaction import HIDDEN, settings
 from runs import Options
 from tracking import read_records
 
+WORDS = "model.word_embeddings:"  # a run goes on with the tokenizer and the word table that it has
 NEEDED = {"progress", "stage", "stage_state", "stage_epochs", "fits"}  # beside the weights
 
 
@@ -44,7 +45,8 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
     stage_epochs(config, state)  # whether the stages still fit
     changed = changes(state["config"], settings(config.to_dict()))
     for line in changed:
-        print(f"Changed since this checkpoint: {line}")
+        kept = " (not used: the words are those of the checkpoint)" if line.startswith(WORDS) else ""
+        print(f"Changed since this checkpoint: {line}{kept}")
     if changed and (done := state["progress"]["epoch_step"]):
         print(f"The {done} steps of its unfinished epoch count as done, whatever they would hold now")
     return state | {"best": _best_beside(path, state["progress"]["epoch"])}

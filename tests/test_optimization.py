@@ -366,6 +366,16 @@ def test_state_round_trip_continues_bit_by_bit(scaler: str | None) -> None:
         assert its.scaler.state_dict() == optimizer.scaler.state_dict() != torch.amp.GradScaler("cpu").state_dict()
 
 
+def test_settings_given_now_win_over_those_of_a_saved_state() -> None:
+    toy, before = make()
+    train(toy, before, 0)
+    now = Optimizer(toy, TrainingConfig(weight_decay=0.3, grad_clip_norm=0.5))
+    now.load_state_dict(before.state_dict())
+    decays = {name: {group["weight_decay"] for group in part.param_groups} for name, part in now.parts.items()}
+    assert decays == {"adamw": {0.3, 0.0}, "muon": {0.3}} and now.clip == 0.5
+    assert now.state_dict()["adamw"]["state"][0]["step"] == 1, "but the moments are the saved ones"
+
+
 # ---- moving average ----------------------------------------------------------------------------------------------
 
 DONE = torch.tensor(True)

@@ -356,6 +356,10 @@ def test_what_has_changed_since_a_checkpoint_is_said(small: SmallRuns, whole: Pa
     assert_names(first, "training.learning_rate", "0.001", "0.5")
     assert_names(second, "stages.align.drop_path", "0.1", "0.3")
     assert first.index("0.001") < first.index("0.5") and second.index("0.1") < second.index("0.3"), "what it was first"
+    assert "not used" not in first + second
+    resume.find_state(small.config(tmp_path, *QUICK, "model.word_embeddings=minilm"), Options("cpu", str(path)))
+    [line] = capsys.readouterr().out.splitlines()
+    assert_names(line, "model.word_embeddings", "minilm", "not used")
 
 
 def test_what_is_hidden_in_a_checkpoint_is_no_change() -> None:

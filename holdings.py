@@ -117,14 +117,12 @@ class Holdings:
             files += [(place, _bytes_of(self.folder / place)) for place in item.needed if place not in listed]
         return len(files), sum(size for _, size in files)
 
-    def further_links(self) -> dict[str, tuple[int, int]]:
-        """Folder that is linked, or holds links, of what was not asked for -> (files, bytes): VoxCeleb 2 beside 1."""
+    def further_links(self) -> list[str]:
+        """Folders that are linked, or hold links, of what was not asked for: VoxCeleb 2 beside 1."""
         known = {place for item in self.selection.items for count in item.counts for place, _ in count.places}
         known |= {place for item in self.selection.items for place in (item.into, *item.needed)}
-        folders = [place for place in self.marker.get("linked", {}) if place not in known
-                   and (self.folder / place).is_dir()]
-        sizes = {place: [size for _, size in inventory.tree(self.folder / place)] for place in folders}
-        return {place: (len(found), sum(found)) for place, found in sizes.items()}
+        return [place for place in self.marker.get("linked", {}) if place not in known
+                and (self.folder / place).is_dir()]
 
     def earlier_copies(self, local: Path) -> list[Path]:
         """Folders that --local named before: links into them are ours. `local` is noted before its first link."""
@@ -221,7 +219,8 @@ class Holdings:
         for count in (count for item in held if not self._by_needed(item) for count in item.counts if count.number):
             expected[count.places] = expected.get(count.places, 0) + count.number
         rows = [self._counted(places, number) for places, number in expected.items()]
-        rows += [(place, found, found) for place, (found, _) in self.further_links().items()]
+        further = [(place, inventory.count(self.folder / place, "")) for place in self.further_links()]
+        rows += [(place, found, found) for place, found in further]
         splits = self.selection.options.splits or annotations.SPLITS
         partly = {count.folder: count.number for count in self.selection.source.partly if count.folder in splits}
         first = {row.place: row for row in reversed(covered) if row.place in partly}  # later versions name further ones

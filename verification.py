@@ -41,9 +41,11 @@ def parts(work: Acquisition) -> list[Part]:
     groups: dict[str, list[Item]] = {}
     for item in work.selection.items:
         groups.setdefault(f"shards of {item.into}" if item.kind == "parquet" else item.name, []).append(item)
+    sizes = {place: [size for _, size in inventory.tree(work.folder / place)]
+             for place in work.holdings.further_links()}
     return [*(_part(name, items, work) for name, items in groups.items()),
-            *(Part(name=place, state="there", files=files, size=size, left=0, about="")
-              for place, (files, size) in work.holdings.further_links().items())]
+            *(Part(name=place, state="there", files=len(found), size=sum(found), left=0, about="")
+              for place, found in sizes.items())]
 
 
 def _part(name: str, items: list[Item], work: Acquisition) -> Part:

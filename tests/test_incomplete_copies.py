@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,18 @@ from sources import Source
 from tests import miniature, trees
 from tests.loopback import Loopback
 from tests.refusals import assert_names
-from tests.test_known_trees import Made, Run, aac_audiocaps, samples, speechbrain, state_of
+from tests.test_known_trees import (
+    Made,
+    Run,
+    aac_audiocaps,
+    aac_clotho,
+    nested,
+    samples,
+    speechbrain,
+    state_of,
+    trainer,
+    unpacked,
+)
 
 
 @pytest.fixture
@@ -120,14 +131,22 @@ def test_a_copy_that_has_moved_is_named_and_linked_anew(tmp_path: Path, server: 
     assert samples(run.root, "coco") == samples(tmp_path / "true", "coco") and run.asked_for() == []
 
 
-def test_the_folder_of_the_set_itself_may_be_named(tmp_path: Path, server: Loopback) -> None:
-    run = made(tmp_path, server, "coco")
-    shutil.copytree(tmp_path / "own", run.root / "coco")
-    before = state_of(run.root / "coco")
-    for _ in range(2):
-        assert run("--local", str(run.root / "coco")) == 0
-    after = state_of(run.root / "coco")
-    assert {name: after[name] for name in before} == before and run.asked_for() == []
+@pytest.mark.parametrize(("name", "tree", "code"), [
+    ("coco", unpacked, 0), ("coco", nested, 0), ("clotho", aac_clotho, 0), ("audiocaps", aac_audiocaps, 3),
+    ("voxceleb", speechbrain, 0), ("voxceleb", trainer, 0)])
+def test_the_folder_of_the_set_itself_may_be_named(tmp_path: Path, server: Loopback, name: str,
+                                                   tree: Callable[[Path], Path], code: int) -> None:
+    run = made(tmp_path, server, name)
+    if name == "voxceleb":
+        (tmp_path / "own/voxceleb1/veri_test2.txt").write_bytes(run.made.served["veri_test2.txt"])
+    run.root.mkdir()
+    folder = tree(tmp_path / "own").rename(run.root / name)
+    before = state_of(folder)
+    for words in ["--local", str(folder)], ["--local", str(folder)], ["--skip-existing"], []:
+        assert run(*words) == code
+        after = state_of(folder)
+        assert {place: after[place] for place in before} == before and run.asked_for() == []
+        assert samples(run.root, name) == samples(tmp_path / "true", name)
 
 
 def test_recordings_put_there_by_hand_are_taken_over(tmp_path: Path, server: Loopback,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import download_datasets
+import inventory
 import readers
 from config import config_from_dict
 from sources import SOURCES, Source
@@ -220,6 +221,9 @@ def test_a_known_tree_is_linked_and_read(makes: dict[str, Made], server: Loopbac
     assert run.asked_for() == sorted(fetched)
     assert samples(run.root, name) == samples(made.true.parent, name)
     assert state_of(own) == before
+    marker = inventory.read_marker(run.root / name)
+    assert marker["linked"] and str(own) in marker["linked_from"]
+    assert all((run.root / name / place).exists() for place in marker["linked"])
 
     for again in ([], local, ["--skip-existing"]):
         was = state_of(run.root)

@@ -28,7 +28,7 @@ from losses import OBJECTIVES, start_sigmoid
 from memory import Fit
 from model import TriModalModel
 from planning import TOWERS
-from resume import stage_epochs
+from resume import begins_with_sigmoid, stage_epochs
 from runs import Run, build_model, open_run
 from stages import TOTAL, Stage, build_stage, first_contrast, make_step
 from steps import Step
@@ -60,7 +60,7 @@ def model(case: Case) -> Iterator[Finding]:
                               data=case.data)
     run.tracker.close()
     run.tracker = SilentTracker(run.folder)
-    if case.state is None and config.training.contrastive_loss == "sigmoid":
+    if begins_with_sigmoid(config, case.state):
         start_sigmoid(run.model, first_contrast(config))
     count = sum(p.numel() for p in run.model.parameters())
     yield Finding("model", "ok", f"{config.model.size}, {count / 1e6:.1f} M parameters; {len(run.data.concepts)} "

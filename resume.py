@@ -82,6 +82,12 @@ def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None
     return next((path for path in reversed(made) if path.is_file()), None)
 
 
+def begins_with_sigmoid(config: Config, state: Mapping[str, Any] | None) -> bool:
+    """Whether the sigmoid loss is new to the weights: in a fresh run, or after a checkpoint of another loss."""
+    before = state["config"].get("training", {}).get("contrastive_loss") if state is not None else None
+    return config.training.contrastive_loss == "sigmoid" != before
+
+
 # ---- epochs ------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from losses import start_sigmoid
 from optimization import freeze, lr_at
 from planning import apply_recompute
 from protocols import Encoded
-from resume import find_state, finished_report, stage_epochs
+from resume import begins_with_sigmoid, find_state, finished_report, stage_epochs
 from runs import (
     Options,
     Run,
@@ -394,7 +394,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
-        if state is None and config.training.contrastive_loss == "sigmoid":
+        if begins_with_sigmoid(config, state):
             start_sigmoid(run.model, first_contrast(config))
         fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs, first = stage_epochs(config, state), 1

@@ -1,6 +1,7 @@
-"""Micro-batches of a resumed run: the checkpoint's while it is asked for the same, else planned anew; shown as used."""
+"""What a resumed run is asked for now wins: micro-batches are the checkpoint's only while it is asked for the same."""
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 import fits
 import inspection
 import memory
+import resume
 import runs
 from checkpoint import load
 from memory import EVALUATION
 from runs import Options, Run
 from stages import active_tasks
 from tests.refusals import assert_names
-from tests.small_runs import SmallRuns
+from tests.small_runs import SmallRuns, records
 
 NAMES = ["pretrain", "align", "finetune", EVALUATION]
 
@@ -133,3 +135,17 @@ def test_the_doctor_shows_the_micro_batches_that_the_run_would_go_on_with(small:
     found = {one.check: one for one in inspection.plan(case)}
     assert {name: plan.fit.micro_batch["image"] for name, plan in case.plans.items()} == HALVED
     assert all("image 16 (32)" in found[f"memory: {name}"].found for name in NAMES[:3])
+
+
+def test_a_run_that_goes_on_with_the_sigmoid_loss_begins_it_as_a_fresh_one_does(small: SmallRuns,
+                                                                                tmp_path: Path) -> None:
+    quick = ("evaluation.max_validation=8", "report.gallery_queries=0", "training.save_every_minutes=0")
+    small.train(tmp_path, *quick, "training.epochs=1")
+    small.train(tmp_path, *quick, "training.epochs=2", "training.contrastive_loss=sigmoid", resume="auto")
+    first = next(record for record in records(tmp_path, "step") if "bias" in record)
+    assert first["bias"]["image_text"] == pytest.approx(-math.log(31), abs=0.01)
+    assert first["temperature"]["image_text"] == pytest.approx(10, rel=0.01)
+    state = load(tmp_path / "checkpoints" / "checkpoint_epoch_2.pt")
+    sigmoid, infonce = (small.config(tmp_path, f"training.contrastive_loss={name}") for name in ("sigmoid", "infonce"))
+    assert not resume.begins_with_sigmoid(sigmoid, state), "it has begun"
+    assert not resume.begins_with_sigmoid(infonce, None) and resume.begins_with_sigmoid(sigmoid, None)

@@ -116,6 +116,20 @@ def test_what_stands_where_a_link_belongs_stays(tmp_path: Path, server: Loopback
     assert samples(run.root, "coco") == samples(tmp_path / "true", "coco") and run.asked_for() == []
 
 
+def test_an_incomplete_folder_behind_a_link_is_named_before_anything_is_fetched(
+        tmp_path: Path, server: Loopback, capsys: pytest.CaptureFixture[str]) -> None:
+    run, own = made(tmp_path, server, "coco"), tmp_path / "own"
+    for path in sorted((own / "train2017").iterdir())[1:]:
+        path.unlink()
+    run.serve(*run.made.served)
+    (run.root / "coco").mkdir(parents=True)
+    (run.root / "coco/train2017").symlink_to(own / "train2017", target_is_directory=True)
+    before = state_of(own)
+    assert run() == 2
+    assert_names(capsys.readouterr().err.splitlines()[-1], run.root / "coco/train2017", "train2017.zip")
+    assert run.asked_for() == [] and state_of(own) == before
+
+
 def test_a_copy_that_has_moved_is_named_and_linked_anew(tmp_path: Path, server: Loopback,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     run, own = made(tmp_path, server, "coco"), tmp_path / "own"

@@ -1,43 +1,69 @@
-"""What libsndfile passes over in sound files: all parts of a chained Ogg file but the first, and the samples of a
-file of WAV, AIFF or AU whose writer was killed before it wrote how many they are.
+"""What libsndfile passes over in sound files: all parts of a chained Ogg file but the first, pages that are lost amid
+one, and the samples of WAV, AIFF and AU files whose writer was killed before it wrote how many they are.
 """
 
 import io
+import itertools
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import IO
 
 Source = str | IO[bytes]
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _TO_THE_END = b"\xff\xff\xff\xff"  # as a size
 _PADDING_BYTES = 4096  # behind the samples of a WAV file
 
 
-def links(path: str) -> list[tuple[int, int]]:
-    """First and last byte of each part of a chained Ogg file; none where it is of one piece, or no Ogg file. A page
-    that begins a stream, after one that does not, begins a part."""
+@dataclass(frozen=True)
+class Ogg:
+    """Where the parts of a chained file begin, and whether pages are lost or damaged amid one."""
+
+    begins: tuple[int, ...] = ()
+    has_holes: bool = False
+
+    def links(self, size: int) -> list[tuple[int, int]]:
+        """First and last byte of each part; none of a file of one piece."""
+        return list(itertools.pairwise([*self.begins, size])) if len(self.begins) > 1 else []
+
+
+def ogg(path: str) -> Ogg:
+    """What the pages of an Ogg file tell, of which decoders show nothing; no parts of other files. A page that begins a
+    stream, after one that does not, begins a part."""
     with open(path, "rb") as file:
         if file.read(4) != b"OggS":
-            return []
+            return Ogg()
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            begins = list(_begins(content))
-    ends = [*begins[1:], os.path.getsize(path)]
-    return list(zip(begins, ends, strict=True)) if len(begins) > 1 else []
+            return _told_by_pages(content)
 
 
-def _begins(content: mmap.mmap) -> Iterator[int]:
-    at, in_head = 0, False
+def _told_by_pages(content: mmap.mmap) -> Ogg:
+    begins, next_page = list[int](), dict[bytes, int]()
+    at, in_head, is_lost, has_holes = 0, False, False, False
     while 0 <= at <= len(content) - 27:
-        if content[at: at + 5] != b"OggS\0":
-            at = content.find(b"OggS\0", at + 1)
+        page = content[at: at + 27 + content[at + 26]]
+        page += content[at + len(page): at + len(page) + sum(page[27:])]
+        if page[:5] != b"OggS\0" or not _is_whole(page):
+            at, is_lost = content.find(b"OggS\0", at + 1), True
             continue
-        segments = content[at + 27: at + 27 + content[at + 26]]
-        begins_stream = bool(content[at + 5] & 2)
+        begins_stream, stream, number = bool(page[5] & 2), page[14:18], int.from_bytes(page[18:22], "little")
         if begins_stream and not in_head:
-            yield at
-        in_head = begins_stream
-        at += 27 + len(segments) + sum(segments)
+            begins.append(at)
+        elif not begins_stream:
+            has_holes |= is_lost or next_page.get(stream, number) != number
+        in_head, is_lost, next_page[stream] = begins_stream, False, (number + 1) % (1 << 32)
+        at += len(page)
+    return Ogg(tuple(begins), has_holes)
+
+
+def _is_whole(page: bytes) -> bool:
+    """Whether a page has the sum that it states: a CRC-32 as zlib's, but from the other end of each byte."""
+    blank = page[:22] + bytes(4) + page[26:]
+    found = zlib.crc32(blank.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return page[22:26].translate(_MIRRORED) == found.to_bytes(4, "big")
 
 
 def mended(source: Source) -> Source:

@@ -12,6 +12,7 @@ import contextlib
 import io
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
@@ -176,9 +177,10 @@ def float_peak(path: str, start_s: float, duration_s: float) -> float:
 
 def _read(path: str, start_s: float, duration_s: float, new: Callable[[], Any]) -> list[Any]:
     """A sink made by `new` for each part of the file that the stretch touches, filled."""
-    links = sound_files.links(path)
+    ogg = sound_files.ogg(path)
+    links = ogg.links(os.path.getsize(path))
     if not links:
-        return [_read_link(path, start_s, duration_s, new)]
+        return [_read_link(path, start_s, duration_s, new, has_holes=ogg.has_holes)]
     found, at_s, end_s = [], 0.0, start_s + duration_s if duration_s else math.inf
     for first, last in links:
         with open(path, "rb") as file:
@@ -188,7 +190,8 @@ def _read(path: str, start_s: float, duration_s: float, new: Callable[[], Any]) 
         if at_s + length_s > start_s:
             own_start_s = max(0.0, start_s - at_s)
             own_end_s = min(end_s - at_s, length_s)
-            found.append(_read_link(link, own_start_s, 0.0 if own_end_s == length_s else own_end_s - own_start_s, new))
+            own_duration_s = 0.0 if own_end_s == length_s else own_end_s - own_start_s
+            found.append(_read_link(link, own_start_s, own_duration_s, new, has_holes=ogg.has_holes))
         at_s += length_s
         if at_s >= end_s:
             break
@@ -206,13 +209,14 @@ def _length_s(link: IO[bytes]) -> float:
         return _seconds(count)
 
 
-def _read_link(source: Source, start_s: float, duration_s: float, new: Callable[[], Any]) -> Any:
-    """By libsndfile, or by FFmpeg's libraries where it cannot, or gives less than they do."""
+def _read_link(source: Source, start_s: float, duration_s: float, new: Callable[[], Any], *,
+               has_holes: bool = False) -> Any:
+    """By libsndfile, or by FFmpeg's libraries where it cannot, gives less than they do, or would close `has_holes`."""
     import soundfile
 
     first, damage = new(), None
     try:
-        if _with_soundfile(source, start_s, duration_s, first):
+        if _with_soundfile(source, start_s, duration_s, first) and not has_holes:
             return first
     except _Damaged as error:
         damage = error
@@ -228,7 +232,7 @@ def _read_link(source: Source, start_s: float, duration_s: float, new: Callable[
         return first
     if damage and heard_s < damage.stretch_s - GAP_S:
         raise damage.error
-    return first if first and not damage and _seconds(first) >= _seconds(second) else second
+    return first if first and not damage and not has_holes and _seconds(first) >= _seconds(second) else second
 
 
 def _seconds(sink: Sink) -> float:

@@ -220,6 +220,7 @@ def test_a_hole_in_an_ogg_does_not_move_what_follows(tmp_path: Path) -> None:
     (tmp_path / "a.ogg").write_bytes(content)
     wave = decode_audio(tmp_path / "a.ogg")
     assert len(wave) == 8 * 16_000 and seconds_of(wave)[-4:] == pytest.approx([6, 6, 7, 7], abs=0.15)
+    assert seconds_of(decode_audio(tmp_path / "a.ogg", 6.0, 1.5)) == pytest.approx([6, 6, 7], abs=0.15)
 
 
 def test_flac_behind_a_large_tag_can_be_begun_anywhere(tmp_path: Path) -> None:

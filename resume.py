@@ -1,6 +1,7 @@
 """Going on with a run: the checkpoint it goes on from, and what a changed configuration makes of it."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,7 +50,22 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
         print(f"Changed since this checkpoint: {line}{kept}")
     if changed and (done := state["progress"]["epoch_step"]):
         print(f"The {done} steps of its unfinished epoch count as done, whatever they would hold now")
-    return state | {"best": _best_beside(path, state["progress"]["epoch"])}
+    best = _best_beside(path, state["progress"]["epoch"])
+    if best and (by := _judged_otherwise(config, state, changed, best["stage"])):
+        print(f"{', '.join(by)}: losses do not compare with those before, so the next validation's weights are taken "
+              "for the best")
+        best["loss"] = math.nan
+    return state | {"best": best}
+
+
+def _judged_otherwise(config: Config, state: Mapping[str, Any], changed: Sequence[str], stage: str) -> list[str]:
+    """The changed settings by which the validation loss of a stage is another."""
+    before, now = state["config"].get("training", {}), config.training
+    judging = {"training.contrastive_loss", "evaluation.max_validation", "data.audio_max_s", "data.datasets"}
+    judging |= {f"stages.{stage}.{name}" for name in ("tasks", "effective_batch", "image_keep", "audio_keep")}
+    if before.get("batch_size", 0) * before.get("gradient_accumulation_steps", 0) != now.effective_batch:
+        judging |= {"training.batch_size", "training.gradient_accumulation_steps"}
+    return [name for line in changed if (name := line.partition(":")[0]) in judging]
 
 
 def _refuse_to_start_anew(folder: Path) -> None:

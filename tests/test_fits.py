@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,10 +118,38 @@ def test_other_numbers_or_another_number_of_processes_are_planned_anew(small: Sm
         assert fits.saved_fits(other, config, tasks, state) == {}
 
 
-def test_a_run_that_goes_on_with_other_micro_batches_saves_them(small: SmallRuns, tmp_path: Path) -> None:
-    quick = ("training.save_every_minutes=0", "report.gallery_queries=0", "evaluation.max_validation=8")
-    small.train(tmp_path, *quick, "training.epochs=1")
-    small.train(tmp_path, *quick, "training.epochs=2", "memory.micro_batch=4", resume="auto")
+QUICK = ("training.save_every_minutes=0", "report.gallery_queries=0", "evaluation.max_validation=8")
+
+
+@pytest.fixture(scope="module")
+def once(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run after one epoch; to be copied, or read."""
+    folder = tmp_path_factory.mktemp("once")
+    small.train(folder, *QUICK, "training.epochs=1")
+    return folder
+
+
+def goes_on(small: SmallRuns, once: Path, folder: Path, *overrides: str) -> None:
+    shutil.copytree(once, folder, symlinks=True, dirs_exist_ok=True)
+    small.train(folder, *QUICK, "training.epochs=2", *overrides, resume="auto")
+
+
+@pytest.mark.parametrize(("override", "compare"), [
+    ("training.learning_rate=0.5", True), ("training.gradient_accumulation_steps=2", False),
+    ("training.contrastive_loss=sigmoid", False), ("stages.finetune.tasks.0.objectives.matching=0.7", False),
+    ("stages.align.effective_batch=16", True)])
+def test_best_weights_are_not_chosen_by_losses_that_do_not_compare(
+        small: SmallRuns, once: Path, capsys: pytest.CaptureFixture[str], override: str, compare: bool) -> None:
+    """A contrast over twice as many has another loss. The weights of before stay until there are new ones."""
+    found = resume.find_state(small.config(once, *QUICK, "training.epochs=1", override), Options("cpu", "auto"))
+    assert found is not None and found["best"]["stage"] == "finetune" and found["best"]["model_state_dict"]
+    assert math.isnan(found["best"]["loss"]) != compare
+    said = [line for line in capsys.readouterr().out.splitlines() if "do not compare" in line]
+    assert len(said) == (not compare) and all(override.partition("=")[0] in line or "tasks" in line for line in said)
+
+
+def test_a_run_that_goes_on_with_other_micro_batches_saves_them(small: SmallRuns, once: Path, tmp_path: Path) -> None:
+    goes_on(small, once, tmp_path, "memory.micro_batch=4")
     first, second = (load(tmp_path / "checkpoints" / f"checkpoint_epoch_{epoch}.pt") for epoch in (1, 2))
     assert [one["fits"]["align"]["micro_batch"]["image"] for one in (first, second)] == [32, 4]
     assert first["fits_asked"]["align"] != second["fits_asked"]["align"]
@@ -137,11 +166,9 @@ def test_the_doctor_shows_the_micro_batches_that_the_run_would_go_on_with(small:
     assert all("image 16 (32)" in found[f"memory: {name}"].found for name in NAMES[:3])
 
 
-def test_a_run_that_goes_on_with_the_sigmoid_loss_begins_it_as_a_fresh_one_does(small: SmallRuns,
+def test_a_run_that_goes_on_with_the_sigmoid_loss_begins_it_as_a_fresh_one_does(small: SmallRuns, once: Path,
                                                                                 tmp_path: Path) -> None:
-    quick = ("evaluation.max_validation=8", "report.gallery_queries=0", "training.save_every_minutes=0")
-    small.train(tmp_path, *quick, "training.epochs=1")
-    small.train(tmp_path, *quick, "training.epochs=2", "training.contrastive_loss=sigmoid", resume="auto")
+    goes_on(small, once, tmp_path, "training.contrastive_loss=sigmoid")
     first = next(record for record in records(tmp_path, "step") if "bias" in record)
     assert first["bias"]["image_text"] == pytest.approx(-math.log(31), abs=0.01)
     assert first["temperature"]["image_text"] == pytest.approx(10, rel=0.01)

@@ -81,6 +81,14 @@ class Columns:
                 self.taken[name, column] += 1
         return found
 
+    def has_swallowed(self, cells: Sequence[str], delimiter: str) -> bool:
+        """Whether a cell holds a whole line with the name of a file: the quote before it was never closed."""
+        files = [place for place, meaning in enumerate(self.meanings) if meaning in ("image", "audio", "file")]
+        broken = [cell for cell in cells if "\n" in cell or "\r" in cell]
+        lines = (line.split(delimiter) for cell in broken for line in cell.splitlines()[1:])
+        return any(len(line) == len(self.names) and any(_suffix(line[place]) in _PICTURES | _SOUNDS for place in files)
+                   for line in lines)
+
     def _check_index(self, name: str, value: Any) -> None:
         if not _NUMBERS.fullmatch(str(value).strip()):
             raise ValueError(f"a column without a name holds {value!r:.60}; give it a name, or where it is pandas' "
@@ -125,6 +133,12 @@ def delimiter_of(header: str, usual: str) -> str:
     return usual
 
 
+def has_blanks(header: str, delimiter: str) -> bool:
+    """Whether a blank stands behind each delimiter, as people write lists by hand: it belongs to no cell then."""
+    cells = header.split(delimiter)[1:]
+    return bool(cells) and all(cell.startswith(" ") and cell.strip() for cell in cells)
+
+
 def describe(columns: Sequence[Columns]) -> list[str]:
     """Lines that say what was taken for what, and what was left out."""
     taken: Counter[tuple[str, str]] = sum((one.taken for one in columns), Counter())
@@ -148,8 +162,12 @@ def _stem(name: str) -> str:
 
 
 def _kind_of(name: str, value: Any) -> str:
-    suffix = os.path.splitext(str(value).strip())[1].lower()
+    suffix = _suffix(str(value))
     return "image" if suffix in _PICTURES else "audio" if suffix in _SOUNDS else _FILES[_key(name)]
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name.strip())[1].lower()
 
 
 def _check_labels(name: str, value: Any) -> None:

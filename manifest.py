@@ -17,6 +17,8 @@ import json
 import logging
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +30,8 @@ import written_lists
 from columns import Columns
 from config import UserError
 from listed_files import File, Files
-from samples import SPLITS, Sample, normalise_caption, stable_hash
+from samples import EMPTY_CELLS, SPLITS, Sample, normalise_caption, stable_hash
+from splits import LEAST_VAL, two_of_each_kind
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
@@ -152,6 +155,12 @@ class _Row:
         and a video may be a picture here and a sound there."""
         return {file: column for file, column in ((self.image, "image"), (self.audio, "audio")) if file.path}
 
+    def kinds(self) -> list[tuple[str, ...]]:
+        """The pairs of modalities that it has; else its one."""
+        values = {"image": self.image.path, "audio": self.audio.path, "text": self.captions}
+        there = [name for name, value in values.items() if value]
+        return list(itertools.combinations(there, 2)) or [tuple(there)]
+
     def unit(self) -> tuple[int, int, float, float] | None:
         """Equal for lines that name the same picture and the same stretch of sound; None for a text alone."""
         files = self.image.number, self.audio.number
@@ -262,6 +271,9 @@ def _csv_lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
     def lines(first: list[str], file: Iterator[str]) -> Iterator[str]:
         nonlocal row_chars, number
         for line in itertools.chain(first, file):
+            if loose and (found := loose.search(line)):
+                raise UserError(f"{path}, line {number + 1}: blanks before a quote, near {found[0]!r:.40}: it would be "
+                                "part of the text; leave the blanks out, or write them in the first line as well")
             row_chars += len(line)
             if row_chars > MAX_LINE_CHARS:
                 raise UserError(f"{path}, line {number}: over {MAX_LINE_CHARS:,} characters in a row; is a quote never "
@@ -275,7 +287,10 @@ def _csv_lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
         usual = DELIMITERS[path.suffix.lower()]
         delimiter = columns.delimiter_of(first, usual)
         reading.between, reading.delimiter = ";", delimiter if delimiter != usual else ""
-        reader = csv.reader(lines([first], every), delimiter=delimiter, strict=True)
+        blanks = columns.has_blanks(first, delimiter)
+        sign = re.escape(delimiter)
+        loose = None if blanks else re.compile(rf'{sign} +"(?!["{sign}\r\n]|$).*')
+        reader = csv.reader(lines([first], every), delimiter=delimiter, strict=True, skipinitialspace=blanks)
         try:
             meant = _header(reading, next(reader, []))
             before = number
@@ -284,6 +299,9 @@ def _csv_lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
                 if len(cells) != len(meant.names) and cells:
                     raise UserError(f"{where}: {len(cells)} cells, but the header has {len(meant.names)} columns"
                                     " (a text that holds the delimiter needs quotes)")
+                if meant.has_swallowed(cells, delimiter):
+                    raise UserError(f"{where}: a cell goes on over the lines behind it, which look like samples; is a "
+                                    "quote never closed?")
                 if cells:
                     yield where, _given(where, {name: _cell(meaning, cell) for name, meaning, cell in zip(
                         meant.names, meant.meanings, cells, strict=True)}, meant)
@@ -378,6 +396,12 @@ def _tell(reading: _Reading, rows: list[_Row], samples: list[_Row]) -> None:
         _say(reading.path, f"cells are parted by {reading.delimiter!r}, as the first line shows")
     for line in (*columns.describe(reading.columns), *reading.files.describe()):
         _say(reading.path, line)
+    if joined := [label for row in rows for label in row.labels if any(sign in label for sign in ",;|")]:
+        _say(reading.path, f"{len(joined):,} labels hold a comma, a semicolon or a bar, such as {joined[0]!r:.60}: "
+                           "each is one label; several are a list, or in a CSV have ';' between them")
+    if empty := [name for row in rows for name in (*row.labels, row.speaker) if name.lower() in EMPTY_CELLS]:
+        _say(reading.path, f"{len(empty):,} labels and speakers look like empty cells that were saved as text, such as "
+                           f"{empty[0]!r}: leave these cells empty")
     sizes: dict[tuple[int, int, float, float] | None, int] = {}
     for row in rows if len(samples) < len(rows) else []:
         sizes[row.unit()] = sizes.get(row.unit(), 0) + 1
@@ -440,14 +464,19 @@ def _clash(row: _Row, message: str) -> NoReturn:
 
 
 def _draw_splits(rows: list[_Row]) -> None:
-    """Order the groups of rows that belong together by a hash of their first id, and cut the shares off its head."""
+    """Order the groups of rows that belong together by a hash of their first id, and cut the shares off its head; of
+    few rows as many as can be compared, or none."""
     groups: dict[int, list[_Row]] = {}
     for row, root in zip(rows, _roots(rows), strict=True):
         groups.setdefault(root, []).append(row)
     ordered = sorted(groups.values(), key=lambda group: stable_hash(min(row.key for row in group)))
     ends = [("test", HELD_OUT["test"]), ("val", sum(HELD_OUT.values())), ("train", 1.0)]
-    for position, group in enumerate(ordered):
-        split = next(name for name, end in ends if position < round(end * len(ordered)))
+    sides = [next(name for name, end in ends if place < round(end * len(ordered))) for place in range(len(ordered))]
+    counts = Counter((side, kind) for side, group in zip(sides, ordered, strict=True) for row in group
+                     for kind in row.kinds())
+    if any(counts[side, kind] < LEAST_VAL for side in HELD_OUT for _, kind in list(counts)):
+        sides = two_of_each_kind(sides, [Counter(kind for row in group for kind in row.kinds()) for group in ordered])
+    for group, split in zip(ordered, sides, strict=True):
         for row in group:
             row.split = split
 

@@ -14,6 +14,7 @@ from samples import SampleTable
 
 ENGLISH_SETS = frozenset({"coco", "clotho", "audiocaps", "stamps", "synthetic"})  # others may be in any language
 
+_WITHIN_NAME = re.compile(r"(?<=[a-z])(?=[A-Z])")  # "armLeft"
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 _OTHER_CHARACTERS = re.compile(r"[^\x00-\x7f\u2018\u2019\u201c\u201d\u2010-\u2014\u2026]")  # no English writing
 
@@ -109,7 +110,7 @@ def stays_true(caption: str, *, known_english: bool = False) -> bool:
 
 
 def names_no_side(label: str) -> bool:
-    text = label.lower()
+    text = _WITHIN_NAME.sub(" ", label).lower()
     return not (_FALSE_IN_A_MIRROR.search(text) or _SIDE_ELSEWHERE.search(text))
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+# An empty cell of a table that was made text before it was saved; in small letters.
+EMPTY_CELLS = {"nan", "none", "null", "nil", "n/a", "na", "#n/a", "<na>", "nat", "undefined"}
 _PART = 65536  # samples packed at once
 _BLANKS = re.compile(r"\s+")
 

@@ -6,7 +6,8 @@
 """
 
 import os
-from collections.abc import Hashable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -46,6 +47,28 @@ def carve_val(train: SampleTable) -> tuple[SampleTable, SampleTable]:
         chosen[taken] = held >= LEAST_VAL
     is_val = chosen[group] if len(train) else np.zeros(0, bool)
     return train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)).with_split("val")
+
+
+def two_of_each_kind(sides: Sequence[str], kinds: Sequence[Counter[Hashable]]) -> list[str]:
+    """The sides of groups of samples, of which each has so many of each kind (see `carve_val`): where test or val has
+    fewer than two of a kind, further groups of train, in their order, as far as that is at most a fifth of the kind;
+    else what is there of it, and cannot be compared with anything, is train's.
+    """
+    drawn, total = list(sides), sum(kinds, Counter[Hashable]())
+    for side in ("test", "val"):
+        held = sum((kinds[n] for n, one in enumerate(drawn) if one == side), Counter[Hashable]())
+        for kind in (kind for kind, number in total.items() if held[kind] < LEAST_VAL <= number // MOST_VAL_PART):
+            more = []
+            for n in (n for n, one in enumerate(drawn) if one == "train" and kinds[n][kind]):
+                if held[kind] < LEAST_VAL and held[kind] + kinds[n][kind] <= total[kind] // MOST_VAL_PART:
+                    more.append(n)
+                    held += kinds[n]
+            for n in more:
+                drawn[n] = side
+        for n in (n for n, one in enumerate(drawn) if one == side):
+            if all(held[kind] < LEAST_VAL for kind in kinds[n]):
+                drawn[n] = "train"
+    return drawn
 
 
 def group_numbers(table: SampleTable) -> np.ndarray:

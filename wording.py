@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from batches import Split
-from samples import normalise_caption
+from samples import EMPTY_CELLS, normalise_caption
 from vocabulary import Tokenizer
 
 MANY = 0.05  # a share that is worth a warning
-# An empty cell of a table that was made text before it was saved.
-NO_CAPTIONS = {"nan", "none", "null", "nil", "n/a", "na", "#n/a", "<na>", "nat", "undefined"}
 
 _CHINESE = re.compile("[\u3400-\u9fff]")
 
@@ -29,7 +27,7 @@ class Wording:
     words: int
     unknown: int  # words that the vocabulary lacks
     chinese: int  # captions with Chinese characters
-    empty: Counter[str]  # captions of NO_CAPTIONS, as they are written
+    empty: Counter[str]  # captions that are EMPTY_CELLS, as they are written
 
     def lines(self) -> list[str]:
         """One for each thing that is there, numbers first."""
@@ -73,7 +71,7 @@ def look(splits: Iterable[Split], tokenizer: Tokenizer, context_length: int) -> 
         unknown += int((split.token_ids == tokenizer.unknown_id).sum())
         for text in (texts[i] for i in range(len(texts))):
             chinese += bool(_CHINESE.search(text))
-            if len(text) < 12 and normalise_caption(text) in NO_CAPTIONS:
+            if len(text) < 12 and normalise_caption(text) in EMPTY_CELLS:
                 empty[text] += 1
     return Wording(context_length, captions, cut, words, unknown, chinese, empty)
 

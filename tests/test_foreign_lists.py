@@ -146,6 +146,57 @@ def test_repeated_lines_change_no_side_and_no_id(folder: Path) -> None:
         "many/9.png", "many/13.png", "many/19.png", "many/42.png", "many/46.png"], "as ever"
 
 
+# ---- cells and their quotes ----------------------------------------------------------------------------------------
+
+ROWS = [("pictures/a.png", "a dog"), ("pictures/c d.png", 'a cat, a "hat" and, "a mat", ')]
+
+
+@pytest.mark.parametrize("header", ["image, text, split", "image,text,split", " image,\ttext, split"])
+@pytest.mark.parametrize("gap", ["", " ", "  "])
+@pytest.mark.parametrize("quoted", ["all", "needed"])
+def test_blanks_behind_commas_never_make_quotes_a_part_of_a_caption(folder: Path, header: str, gap: str,
+                                                                    quoted: str) -> None:
+    """Of lists written by hand: where the first line has them they belong to no cell, else an error names the line."""
+    def cell(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"' if quoted == "all" or "," in text else text
+
+    lines = [f",{gap}".join(map(cell, (*row, "train"))) for row in ROWS]
+    path = folder / "mine.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    if gap and header != "image, text, split":
+        assert_refused(path, 2 if quoted == "all" else 3)
+    else:
+        assert [(Path(one.image).name, one.captions) for one in everything(path)] == [
+            ("a.png", ("a dog",)), ("c d.png", ('a cat, a "hat" and, "a mat",',))]
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.tsv"])
+@pytest.mark.parametrize("column", ["image", "filename"])
+def test_a_quote_that_is_never_closed_swallows_no_lines(folder: Path, name: str, column: str) -> None:
+    sign = "," if name == "mine.csv" else "\t"
+    path = folder / name
+    rows = [f"{column},text", "pictures/a.png,a dog", 'pictures/a.png,"big screen', "pictures/c d.png,a cat",
+            'pictures/a.png,a dog of 24"', "pictures/c d.png,two cats"]
+    path.write_text("\n".join(rows).replace(",", sign) + "\n")
+    assert_refused(path, 3)
+    whole = '"a dog,\non grass, a.png is its name,\nor so"'.replace(",", sign)
+    path.write_text(f"{column},text\npictures/a.png,".replace(",", sign) + whole + "\n")
+    assert len(everything(path)) == 1, "line breaks alone are part of a caption"
+
+
+@pytest.mark.parametrize(("row", "named"), [
+    ({"labels": "dog,cat"}, ["2 labels", "'dog,cat'"]), ({"labels": "dog|cat"}, ["2 labels", "'dog|cat'"]),
+    ({"labels": "nan"}, ["2 labels", "'nan'"]), ({"speaker": "None"}, ["2 labels", "'None'"]),
+    ({"labels": "dog;cat"}, []), ({"labels": '["dog", "cat"]', "speaker": "anna"}, [])])
+def test_labels_and_speakers_that_can_hardly_be_meant_are_told(folder: Path, row: dict[str, Any], named: list[str],
+                                                               caplog: pytest.LogCaptureFixture) -> None:
+    everything(written(folder / "mine.csv", [{"audio": f"sounds/{one}.wav", **row, "split": "train"} for one in "ab"]))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == bool(named)
+    for line in told:
+        assert_names(line, "manifest", *named)
+
+
 # ---- names of columns --------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "openmp": "", "samples": "",
     "synthetic": "config samples", "same_files": "samples synthetic",
     "columns": "config", "written_lists": "", "listed_files": "same_files",
-    "manifest": "columns config listed_files samples written_lists",
+    "manifest": "columns config listed_files samples splits written_lists",
     "splits": "same_files samples synthetic",
     "voxceleb": "inventory",
     "readers": "annotations config inventory media samples manifest synthetic voxceleb",

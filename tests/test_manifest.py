@@ -155,6 +155,21 @@ def test_without_a_split_10_pct_are_test_and_10_pct_val(folder: Path) -> None:
     assert sides(jsonl(folder, *reversed(lines))) == drawn
 
 
+def test_drawn_are_two_of_each_kind_or_none_to_test_and_to_validate_on(folder: Path) -> None:
+    for number in (1, 4, 5, 9, 10, 11, 14, 15, 19, 24, 25, 30, 99):
+        lines = many(folder, range(number))
+        sounds = [{"id": f"sound {i}", "audio": f"sounds/{'ab'[i % 2]}.wav", "text": f"sound {i}"} for i in range(2)]
+        texts = [{"id": f"text {i}", "text": f"words {i}"} for i in range(number)]
+        for more in ([], texts, [*texts, *sounds]):
+            drawn = everything(jsonl(folder, *lines, *more))
+            for split in ("test", "val"):
+                held = [sample for sample in drawn if sample.split == split]
+                pictures, said = sum(bool(one.image) for one in held), sum(bool(one.captions) for one in held)
+                assert pictures in (0, 2) if number < 10 else max(2, number // 10 - 2) <= pictures <= number // 5 + 3
+                assert said != 1 and (said or not more or number < 10)
+                assert not any(one.audio for one in held), "two sounds are too few to hold any out"
+
+
 def test_more_lines_move_few_samples(folder: Path) -> None:
     before = sides(jsonl(folder, *many(folder, range(50))))
     after = sides(jsonl(folder, *many(folder, range(55))))

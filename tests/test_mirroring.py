@@ -98,7 +98,7 @@ def test_what_a_mirror_makes_false_is_known_and_what_only_looks_like_it_too(know
 def test_labels_that_name_a_side_are_known_in_many_languages() -> None:
     sided = ("left_arm", "arm-left", "arm_L", "Right lung", "rightleg", "左", "右手", "gauche", "main droite", "links",
              "rechts", "izquierda", "destra", "справа", "vänster", "venstre", "kiri", "sağ", "يمين", "왼쪽", "digits",
-             "letter_b", "8:30")
+             "letter_b", "8:30", "armLeft", "turnRight", "posL")
     plain = ("dog", "chien", "Hund", "狗", "apple pie", "bright", "copyright", "solid", "normal", "ball",
              "youth", "n02085620", "class_1", "lion", "r2d2")
     assert [label for label in sided if names_no_side(label)] == []

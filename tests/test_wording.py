@@ -7,10 +7,11 @@ import pytest
 
 import wording
 from datasets import load_data
+from samples import EMPTY_CELLS
 from tests.refusals import assert_names
 from tests.test_batches import configured
 from vocabulary import load_tokenizer
-from wording import NO_CAPTIONS, Wording
+from wording import Wording
 
 
 def look(folder: Path, *captions: str) -> Wording:
@@ -61,7 +62,7 @@ def test_empty_cells_saved_as_text_are_counted(tmp_path: Path) -> None:
     (line,) = [line for line in found.lines() if "nan" in line]
     assert_names(line, 5, "2 times 'nan'", "1 times 'None'")
     assert found.advice()
-    assert {str(value).lower() for value in (float("nan"), None)} <= NO_CAPTIONS
+    assert {str(value).lower() for value in (float("nan"), None)} <= EMPTY_CELLS
 
 
 def test_tokens_that_begin_words(tmp_path: Path) -> None:

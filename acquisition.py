@@ -129,18 +129,16 @@ class Acquisition:
         self.holdings.marker = {
             "set": self.source.name, "title": self.source.title, "licence": self.source.licence, "complete": False,
             "items": before.get("items", {}), "licence_sha256": before.get("licence_sha256", ""),
-            "linked_from": before.get("linked_from", []),
+            "linked_from": before.get("linked_from") or self.holdings.origins_of_lost_links(),
             "linked": {place: number for place, number in before.get("linked", {}).items()
                        if (self.folder / place).exists() or not number}}
+        self._look_in_own_folder(fetch_lists=True)
         if self.local:
             self._link()
         todo = [item for item in self.holdings.todo() if item.name not in self.unavailable and not self._adopted(item)]
         alternatives = bool(self.source.one_of and todo)
         self._check_free(self.bytes_needed(todo[:1] if alternatives else todo), "archives and contents")
-        if alternatives:
-            self._obtain_one(todo)
-        else:
-            self._obtain_all(todo)
+        (self._obtain_one if alternatives else self._obtain_all)(todo)
         if self._asks_youtube():
             self.may_come = clips.fetch_clips(self.folder, self.options, self.policy)
         self._finish_set()
@@ -205,7 +203,8 @@ class Acquisition:
 
     def look(self) -> list[str]:
         """Count as there what a run would link or take over; nothing is changed. Returns what is left out, and why."""
-        copies = self._copies()
+        self._look_in_own_folder()
+        copies = self.own.copies(self.selection.items, self.folder)
         self.holdings.look(copies.numbers)
         return list(copies.left_out)
 
@@ -213,18 +212,23 @@ class Acquisition:
         """Whether --local has the item, as archive or list, or, after `look`, as a folder to link."""
         return self.holdings.linked(item, self.holdings.offered) or (bool(self.local) and self.own.has(item))
 
-    def _copies(self) -> local_copies.Copies:
-        if not self.local or not self.local.is_dir():
-            return local_copies.Copies(numbers={})
-        lists = self.own.lists(self.folder) if self.source.name == "audiocaps" else []
-        return local_copies.find(self.source, self.selection.items, self.local, lists)
+    def _look_in_own_folder(self, fetch_lists: bool = False) -> None:
+        """Sounds of AudioCaps that somebody put into the set's folder count as if --local named it; see LocalFiles."""
+        if self.local or self._asks_youtube() or not self.holdings.has_sounds_by_hand(clips.LEDGER):
+            return
+        if not self.own.use_folder(self.folder) and fetch_lists:
+            self._obtain([item for item in self.holdings.todo() if item.kind == "plain"])
+            self.own.use_folder(self.folder)
+        self.local = self.own.local
+        for sentence in self.own.passed_over if fetch_lists else ():
+            self.say(f"not linked: {sentence}")
 
     def _link(self) -> None:
         """Link the user's copy, where the set has a layout of files or folders to link."""
         assert self.local
         if self.source.name == "audiocaps" and self.local.is_dir():
             self._obtain_lists()
-        copies = self._copies()
+        copies = self.own.copies(self.selection.items, self.folder)
         kept = local_copies.link(copies, self.folder, self.holdings.earlier_copies(self.local))
         numbers = {place: number for place, number in copies.numbers.items() if place not in kept}
         self.holdings.marker["linked"] |= numbers

@@ -14,6 +14,7 @@ import inventory
 import transfer
 from config import UserError
 from files import replacing
+from media import WITH_SOUND
 from selection import Selection
 from sources import Item
 from transfer import Mismatch, Wanted
@@ -134,13 +135,29 @@ class Holdings:
 
     def check_links(self) -> None:
         """Raise UserError where links to what the user has lead nowhere now: else that would be fetched."""
-        places = [self.folder / place for place in self.marker.get("linked", {})]
-        inside = (path for place in places if place.is_dir() and not place.is_symlink() for path in place.iterdir())
-        lost = [path for path in itertools.chain(places, inside) if path.is_symlink() and not path.exists()]
+        lost = self._lost_links()
         if lost:
             more = f", and so are {len(lost) - 1:,} more" if lost[1:] else ""
             raise UserError(f"{lost[0]}: is a link to {lost[0].readlink()}, which is not there{more}; mount that disk, "
                             "or name the folder where it is now: --local FOLDER, or remove the links to fetch the set")
+
+    def origins_of_lost_links(self) -> list[str]:
+        """The folders that they lead to; releases that did not note them in the marker made such links too."""
+        return sorted({str(path.readlink().parent) for path in self._lost_links()})
+
+    def _lost_links(self) -> list[Path]:
+        places = [self.folder / place for place in self.marker.get("linked", {})]
+        inside = (path for place in places if place.is_dir() and not place.is_symlink() for path in place.iterdir())
+        return [path for path in itertools.chain(places, inside) if path.is_symlink() and not path.exists()]
+
+    def has_sounds_by_hand(self, ledger: str) -> bool:
+        """Whether sounds lie in the folder of AudioCaps that did not come by this command: no shard ever did, no
+        `ledger` of clips is there, and nothing is linked."""
+        shards = [item.name for item in self.selection.source.items if item.kind == "parquet"]
+        if not shards or self.marker.get("linked") or (self.folder / ledger).exists() or any(
+                name in self.items or inventory.contents_path(self.folder, name).exists() for name in shards):
+            return False
+        return any(name.lower().endswith(WITH_SOUND) for _, names in inventory.walk(self.folder) for name in names)
 
     def look(self, offered: Mapping[str, int]) -> None:
         """Count as there what a download would link (`offered`) or take over, without doing so."""

@@ -17,6 +17,7 @@ from config import UserError
 from media import WITH_SOUND
 from sources import Count, Item, Source
 
+MOSTLY_PCT = 75  # of a split's published clips, where nobody said that they are all: those of the mirror are 91 to 94
 LIKELY_PCT = 95  # of a folder's published files: with fewer, training would refuse it by default
 _SPEAKER = re.compile(r"id(\d{5})")
 _TEST = re.compile(r"(^|[_-])test([_-]|$)")
@@ -151,6 +152,19 @@ def find_audiocaps(local: Path, lists: Sequence[tuple[str, Path]]) -> Copies:
                     found[split].add(clip)
                     links.append((Path(root, name), f"{split}/{clip}{suffix.lower()}"))
     return Copies(links=tuple(links), numbers={split: len(clips) for split, clips in found.items()} if links else {})
+
+
+def mostly(copies: Copies, published: Iterable[Count], local: Path | None) -> Copies:
+    """Of clips that nobody named: the splits of which MOSTLY_PCT are there. Of others it tells how to take them."""
+    numbers = {count.folder: copies.numbers.get(count.folder, 0) for count in published}
+    wanted = {count.folder: count.number for count in published}
+    few = [split for split, number in numbers.items() if 100 * number < MOSTLY_PCT * wanted[split]]
+    left_out = [f"{numbers[split]:,} of the {wanted[split]:,} clips of {split}: fewer than {MOSTLY_PCT} %, so the "
+                f"published sounds are fetched; to do with these alone: --local {local}"
+                for split in few if numbers[split]]
+    return Copies(links=tuple(link for link in copies.links if link[1].partition("/")[0] not in few),
+                  numbers={split: number for split, number in numbers.items() if split not in few},
+                  left_out=(*copies.left_out, *left_out))
 
 
 def _audiocaps_names(lists: Sequence[tuple[str, Path]]) -> dict[str, list[tuple[str, str]]]:

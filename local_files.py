@@ -17,6 +17,7 @@ class LocalFiles:
 
     def __init__(self, source: Source, items: Sequence[Item], local: Path | None) -> None:
         self.source, self.items, self.local = source, items, local
+        self.by_hand, self.passed_over = False, list[str]()  # see `use_folder`
         self.differing: dict[str, Path] = {}  # list -> a file of its name that is another one
 
     def file(self, item: Item, file: File) -> Path | None:
@@ -59,6 +60,27 @@ class LocalFiles:
             return found
         known = ", ".join(f"{item.name} (sha256 {item.files[0].sha256})" for item in self.items)
         raise UserError(f"{self.local}: is another release than those that were verified, or damaged; known: {known}")
+
+    def use_folder(self, folder: Path) -> bool:
+        """Take the `folder` of the set for what --local names, where most clips of a split lie in it, however named and
+        arranged. `passed_over` tells of a split that has fewer."""
+        own = LocalFiles(self.source, self.items, folder.resolve())
+        copies = own._mostly(own.copies(self.items, folder))
+        if copies.numbers:
+            self.local, self.by_hand = own.local, True
+        self.passed_over = [] if copies.numbers else [*copies.left_out]  # else `copies` tells of them
+        return self.by_hand
+
+    def copies(self, items: Sequence[Item], folder: Path) -> local_copies.Copies:
+        """What of the `items` can be linked into the set's `folder`."""
+        if not self.local or not self.local.is_dir():
+            return local_copies.Copies(numbers={}, left_out=tuple(self.passed_over))
+        lists = self.lists(folder) if self.source.name == "audiocaps" else []
+        copies = local_copies.find(self.source, items, self.local, lists)
+        return self._mostly(copies) if self.by_hand else copies
+
+    def _mostly(self, copies: local_copies.Copies) -> local_copies.Copies:
+        return local_copies.mostly(copies, self.source.partly, self.local)
 
     def lists(self, folder: Path) -> list[tuple[str, Path]]:
         """(split, path) of AudioCaps' lists: those in the set's `folder`, else the user's; earlier versions first."""

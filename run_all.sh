@@ -105,7 +105,7 @@ main() {
     if given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
     if ! given --resume "$@" && ! given --overwrite "$@"; then set -- "$@" --resume auto; fi
     answers=$(settings "$@")
-    { read -r data_root && read -r output_dir && read -r names; } <<<"$answers"
+    { IFS= read -r data_root && IFS= read -r output_dir && read -r names; } <<<"$answers"
 
     say "[2/5] data: $names in $data_root"
     # shellcheck disable=SC2086 # one word for each set

@@ -102,10 +102,11 @@ choose_place() {
     fi
 }
 
-# An environment that runs and was made for this very path (scripts inside name it, so a moved one is broken).
+# An environment that runs and was made for this very path, or the one that a link leads to (scripts inside name it, so
+# a moved one is broken).
 usable() {
     "$VENV_PYTHON" -c 'import pip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null &&
-        grep -qF "$VENV" "$VENV/bin/activate"
+        grep -qF -e "$VENV" -e "$(cd -P "$VENV" && pwd)" "$VENV/bin/activate"
 }
 
 # What the stamp records: digests of the requirement files, versions of Python and of the three torch packages.
@@ -199,16 +200,17 @@ print(f"setup: Python {platform.python_version()}, torch {torch.__version__}, to
 EOP
 }
 
-# One that this script finished has its stamp in it, and is emptied. Any other may be the user's, and is kept.
+# One that this script finished has its stamp in it, and is emptied. Any other may be the user's, and is kept, and of a
+# link, which may lead to one that is in use elsewhere, the link alone makes way.
 make_environment() {
     local aside
     if [ -d "$VENV" ] && [ -n "$(ls -A "$VENV")" ]; then
         [ -f "$VENV/pyvenv.cfg" ] || die "$VENV holds other things, no environment; name another folder in VENV_DIR"
         say "$VENV_DIR does not run here, or was made for another folder: making it anew"
-        if [ ! -f "$STAMP" ]; then
+        if [ ! -f "$STAMP" ] || [ -L "$VENV" ]; then
             aside=$VENV.before_$(date +%Y%m%d_%H%M%S)
             if [ -e "$aside" ] || ! mv "$VENV" "$aside"; then die "$VENV cannot be renamed; name another in VENV_DIR"; fi
-            say "this script did not finish it, so it is kept as $aside"
+            say "this script did not finish it, or it is a link, so it is kept as $aside"
         fi
     fi
     "$BASE_PYTHON" -m venv --clear "$VENV"
@@ -233,6 +235,7 @@ install() {
 main() {
     parse "$@"
     case $VENV_DIR in /*) VENV=$VENV_DIR ;; *) VENV=$PWD/$VENV_DIR ;; esac
+    VENV=${VENV%/}
     PLACE=kept VENV_PYTHON=$VENV/bin/python STAMP=$VENV/setup_environment.stamp
     if complete && [ "$DRY_RUN" = no ]; then
         say "nothing to do: $VENV_DIR has all of it ($(grep ^torch= "$STAMP"))"

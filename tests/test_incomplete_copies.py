@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import inventory
 from sources import Source
 from tests import miniature, trees
 from tests.loopback import Loopback
@@ -143,6 +144,23 @@ def test_a_copy_that_has_moved_is_named_and_linked_anew(tmp_path: Path, server: 
     assert run.asked_for() == []
     assert run("--local", str(moved)) == 0
     assert samples(run.root, "coco") == samples(tmp_path / "true", "coco") and run.asked_for() == []
+
+
+@pytest.mark.parametrize(("name", "tree", "code"), [("audiocaps", aac_audiocaps, 3), ("voxceleb", speechbrain, 0)])
+def test_links_of_an_earlier_release_are_renewed_where_they_lead_nowhere(
+        tmp_path: Path, server: Loopback, name: str, tree: Callable[[Path], Path], code: int) -> None:
+    """It did not note where they lead."""
+    run = made(tmp_path, server, name)
+    if name == "voxceleb":
+        (tmp_path / "own/voxceleb1/veri_test2.txt").write_bytes(run.made.served["veri_test2.txt"])
+    own = tree(tmp_path / "own")
+    assert run("--local", str(own)) == code
+    marker = inventory.read_marker(run.root / name)
+    del marker["linked_from"], marker["licence_sha256"]
+    inventory.write_marker(run.root / name, marker)
+    assert run("--skip-existing") == code
+    assert run("--local", str(own.rename(tmp_path / "moved"))) == code
+    assert samples(run.root, name) == samples(tmp_path / "true", name)
 
 
 @pytest.mark.parametrize(("name", "tree", "code"), [

@@ -226,6 +226,21 @@ def test_an_environment_that_this_script_did_not_finish_is_kept(tmp_path: Path, 
     assert len(kept) == (0 if ours else 1) and all(names(run.stdout, path) for path in kept), run.stdout + run.stderr
 
 
+@pytest.mark.parametrize("end", ["", "/"])
+def test_an_environment_behind_a_link_is_never_emptied(tmp_path: Path, end: str) -> None:
+    """It is that of another copy of the project, finished, and does not run any more."""
+    (tmp_path / "other").mkdir()
+    for name in ("pyvenv.cfg", "own.txt", "setup_environment.stamp"):
+        (tmp_path / "other" / name).write_text("of the user")
+    (tmp_path / "venv").symlink_to("other", target_is_directory=True)
+    made = executable(tmp_path / "maker", f'case "$2" in venv) echo "$@" >"{tmp_path}/asked"; exit 1 ;; esac\n'
+                                          f'exec "{sys.executable}" "$@"')
+    bash("setup_environment.sh", env={"VENV_DIR": f"{tmp_path}/venv{end}", "PYTHON": str(made), "TORCH_INDEX_URL": "",
+                                      "PATH": path_without_gpu(tmp_path)})
+    assert (tmp_path / "asked").exists() and not (tmp_path / "venv").exists()
+    assert sorted(os.listdir(tmp_path / "other")) == ["own.txt", "pyvenv.cfg", "setup_environment.stamp"]
+
+
 # ---- setup_environment.sh: what it does --------------------------------------------------------------------------
 
 REQUIRED = ("requirements.txt", "requirements-embeddings.txt", "requirements-dev.txt")
@@ -275,6 +290,17 @@ def test_a_second_run_has_nothing_to_do_until_something_changes(tmp_path: Path) 
         file.write("# changed\n")
     assert set_up(folder).returncode == 0 and not pip.exists(), "not asked for"
     assert set_up(folder, "--dev").returncode == 0 and "-r requirements-dev.txt" in pip.read_text()
+
+
+def test_an_environment_behind_a_link_is_used(tmp_path: Path) -> None:
+    folder = installed(tmp_path)
+    (folder / "venv").rename(folder / "one")
+    (folder / "one/bin/activate").write_text(f"VIRTUAL_ENV={folder}/one\n")
+    (folder / "venv").symlink_to("one", target_is_directory=True)
+    for _ in range(2):
+        run = set_up(folder)
+        assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 1 and (folder / "venv").is_symlink()
 
 
 # ---- run_all.sh --------------------------------------------------------------------------------------------------

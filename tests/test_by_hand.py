@@ -1,0 +1,132 @@
+"""Sounds of AudioCaps that somebody put into the set's folder, in whatever form, are not fetched a second time."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inventory
+from tests import miniature
+from tests.loopback import Loopback
+from tests.refusals import assert_names
+from tests.test_known_trees import (
+    Made,
+    Run,
+    aac_audiocaps,
+    by_number,
+    samples,
+    state_of,
+    unpacked,
+    with_six_digits,
+    with_thousandths,
+)
+
+TREES = [aac_audiocaps, by_number, unpacked, with_six_digits, with_thousandths]
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        yield loopback
+
+
+def placed(tmp_path: Path, server: Loopback, tree: Callable[[Path], Path], linked: bool = False,
+           most: bool = True) -> tuple[Run, Path]:
+    """A copy in the form of `tree` at data/audiocaps, and the command; `most` of each split, or few of test."""
+    source, served = miniature.audiocaps(tmp_path / "true", shards=True)
+    if most:  # 2 of the 3 clips of test are there
+        source = replace(source, partly=tuple(replace(count, number=min(count.number, 7) if count.folder == "train"
+                                                      else 2) for count in source.partly))
+    shutil.copytree(tmp_path / "true/audiocaps", tmp_path / "own")
+    run = Run(Made("audiocaps", tmp_path / "true/audiocaps", source, served), server, tmp_path)
+    folder = run.root / "audiocaps"
+    run.root.mkdir()
+    own = tree(tmp_path / "own")
+    if linked:
+        folder.symlink_to(own, target_is_directory=True)
+    else:
+        own.rename(folder)
+    return run, folder
+
+
+def looked_at(run: Run, capsys: pytest.CaptureFixture[str], look: str, *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run(*words, look, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["sets"]
+    return dict(found)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("tree", TREES)
+def test_they_are_used_where_they_are(tmp_path: Path, server: Loopback, tree: Callable[[Path], Path], linked: bool,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = placed(tmp_path, server, tree, linked)
+    before = state_of(folder)
+    for look in ("--status", "--dry-run"):
+        assert looked_at(run, capsys, look)["bytes_to_fetch"] == 0
+    assert state_of(folder) == before
+    assert run("--skip-existing") in (0, 3)
+    assert run.asked_for() == [] and samples(run.root, "audiocaps") == samples(tmp_path / "true", "audiocaps")
+    after = state_of(folder)
+    assert {place: after[place] for place in before} == before
+    for words in [], ["--skip-existing"]:
+        assert run(*words) in (0, 3)
+        assert state_of(folder) == after and run.asked_for() == []
+    assert looked_at(run, capsys, "--status")["bytes_to_fetch"] == 0
+
+
+def test_of_a_split_with_few_clips_the_published_ones_are_fetched_and_it_is_told(
+        tmp_path: Path, server: Loopback, capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = placed(tmp_path, server, aac_audiocaps, most=False)
+    shard = "test-00000-of-00041.parquet"
+    run.serve(shard)
+    found = looked_at(run, capsys, "--dry-run")
+    assert found["bytes_to_fetch"] == len(run.made.served[shard])
+    (sentence,) = found["left_out"]
+    assert_names(sentence, "test", 2, 3, f"--local {folder}")
+    assert run() == 3
+    assert sentence in capsys.readouterr().out and run.asked_for() == [shard]
+    assert samples(run.root, "audiocaps") == samples(tmp_path / "true", "audiocaps")
+
+
+def test_a_few_sounds_alone_are_told_and_all_is_fetched(tmp_path: Path, server: Loopback,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = placed(tmp_path, server, aac_audiocaps, most=False)
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix != ".csv" and path.stem != "gH7i8J9k0l1_8":
+            path.unlink()
+    run.serve(*run.made.served)
+    assert_names(looked_at(run, capsys, "--status")["left_out"][0], "train", 1, 8, f"--local {folder}")
+    assert run() == 3
+    told = [line for line in capsys.readouterr().out.splitlines() if "not linked" in line]
+    assert len(told) == 1 and f"--local {folder}" in told[0]
+    assert len([name for name in run.asked_for() if name.endswith(".parquet")]) == 3
+
+
+def test_lists_that_are_not_there_are_fetched_first(tmp_path: Path, server: Loopback) -> None:
+    run, folder = placed(tmp_path, server, with_thousandths)
+    for name in ("dataset", "dataset2.0"):
+        shutil.rmtree(folder / name)
+    run.serve(*run.made.served)
+    assert run("--skip-existing") in (0, 3)
+    assert {name.rpartition(".")[2] for name in run.asked_for()} == {"csv"}
+    assert samples(run.root, "audiocaps") == samples(tmp_path / "true", "audiocaps")
+
+
+def test_what_came_by_shards_is_not_taken_for_them(tmp_path: Path, server: Loopback) -> None:
+    """Also where a run was killed between the last rename and the marker."""
+    run, folder = placed(tmp_path, server, unpacked)
+    shutil.rmtree(folder)
+    run.serve(*run.made.served)
+    assert run("--splits", "train") == 3
+    for marker in (True, False):
+        if not marker:
+            (folder / inventory.MARKER).unlink()
+        server.requests.clear()
+        assert run("--splits", "train", "val") == 3
+        assert ("validation-00000-of-00020.parquet" in run.asked_for()) == marker
+        assert not inventory.read_marker(folder)["linked"]

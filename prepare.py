@@ -414,6 +414,7 @@ def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> No
     Where there is no room, all that is there of it goes, so that it holds nothing up.
     """
     temporary = folder.with_name(folder.name + partial_fills.SUFFIX)
+    check_folder(common_folder(path for path, _, _ in items))  # else all were others now, and what was done superseded
     try:
         partial_fills.remove_others(temporary, superseded=True)
         needed = _predicted_bytes(kind, items, config) - partial_fills.bytes_below(temporary)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
+import partial_fills
 import prepare
 import run_training
 from config import Config
@@ -272,6 +273,35 @@ def test_a_folder_that_is_gone_leaves_no_cache_of_broken_files(tmp_path: Path) -
         prepare.open_store(data.tables["train"], cached)
     assert f"{disk}/" not in str(caught.value), "no picture"
     assert list((tmp_path / "data/cache").glob("manifest*")) == [] and broken(tmp_path) == {}
+
+
+def test_a_folder_that_goes_while_the_cache_is_filled_costs_nothing_of_what_is_done(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = pictures(tmp_path)
+    data, config = opened(tmp_path, LIVE, "data.workers=0")
+    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=True))
+    monkeypatch.setattr(partial_fills, "STRETCH_S", 0.0)  # each file is written down
+    decode, decoded = prepare.decode, list[str]()
+
+    def detach(kind: Any, item: prepare.Item, side: int) -> np.ndarray:
+        decoded.append(item[0])
+        if len(decoded) == 20:
+            disk.rename(tmp_path / "elsewhere")
+        return decode(kind, item, side)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "decode", detach)
+        for _ in range(2):  # the second finds no file at all: then names, sizes and dates are not those of the first
+            with refused("data", disk, "--resume auto"):
+                prepare.open_store(data.tables["train"], cached)
+    [left] = (tmp_path / "data/cache").glob("manifest*")
+    assert left.name.endswith(partial_fills.SUFFIX) and '"reasons": {"' not in (left / "journal.jsonl").read_text()
+    (tmp_path / "elsewhere").rename(disk)
+    capsys.readouterr()
+    store = prepare.open_store(data.tables["train"], cached)
+    assert_names(capsys.readouterr().out.splitlines()[0], "going on from 16 of 30")
+    live = prepare.open_store(data.tables["train"], config)
+    assert all(np.array_equal(store.image(row), live.image(row)) for row in range(30)) and broken(tmp_path) == {}
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ SAFE = {
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
     "checkpoint.export": ("replacing replacing", "exports, behind outputs.writing"),
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),
-    "checkpoint.remove_leftovers": ("unlink", "NAME.PROCESS.tmp of our checkpoints"),
+    "checkpoint.remove_leftovers": ("unlink", "NAME.PROCESS.tmp of our checkpoints, records and event files"),
     "clips.fetch_clips": ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),
     "clips._clear_staging": ("shutil.rmtree rmdir", "process-NUMBER in our staging folder, and that folder when empty"),
     "clips._fetch_all": ("open(a)", "adds rows to the ledger"),
@@ -69,7 +69,8 @@ SAFE = {
     "memory.reset_peak": ("write_text", "a file of /proc"),
     "outputs._list": ("replacing", "the ledger of an output folder"),
     "outputs.write_settings": ("replacing", "only over what the ledger lists"),
-    "outputs.remove_run": ("unlink", "files that hold our digest, have our name or stand in the ledger"),
+    "outputs.remove_run":
+        ("unlink", "files that hold our digest, have our name, hold our curves alone or stand in the ledger"),
     "outputs.go_back": ("replacing", "its own note of the work"),
     "outputs.finish_going_back": ("unlink", "the note of that work"),
     "outputs._move": ("os.rename unlink", "to a name that nothing has; what was copied there whole goes"),

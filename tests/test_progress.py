@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import arrivals
 import transfer
 from progress import Progress
 from tests.loopback import Loopback
@@ -86,7 +87,8 @@ def test_a_file_that_is_there_already_counts_in_the_line_of_all(tmp_path: Path) 
 def test_what_a_part_holds_is_shown_while_it_is_read_and_is_no_speed(tmp_path: Path) -> None:
     progress = Progress(Terminal())
     with Loopback({"/a": bytes(10)}) as server, progress.overall("all", 10) as everything:
-        (tmp_path / "a.part").write_bytes(bytes(4))
+        arrivals.write_note(tmp_path / "a", server.url("/a"), {})
+        arrivals.part_of(tmp_path / "a").write_bytes(bytes(4))
         transfer.fetch(Wanted(path=tmp_path / "a", urls=(server.url("/a"),), size=10,
                               sha256=hashlib.sha256(bytes(10)).hexdigest()), Policy(progress=progress))
         assert everything.shown == (10, 4)

@@ -30,13 +30,13 @@ import staging
 import transfer
 from config import UserError
 from debian import fetch_by_apt
-from files import locked, remove_left, replacing
+from files import bytes_below, locked, remove_left, replacing
 from holdings import LICENCE, Holdings
 from local_files import LocalFiles
 from members import ArchiveError
 from redaction import redact
 from remote import NoRange, RemoteFile
-from selection import Options, Selection, fetch_bytes
+from selection import Options, Selection, as_published, fetch_bytes
 from sources import File, Item, Source
 from transfer import Fetched, Mismatch, TransferError, Wanted
 
@@ -94,8 +94,8 @@ class Acquisition:
     def _get_missing(self) -> Outcome:
         for item in filter(self.holdings.kept, self.selection.items):
             why = "" if self.options.skip_existing else ", in a folder behind a link of yours"
-            self.say(f"{item.into}: is another file than the published one{why}, and is left as it is; rename it, and "
-                     "the published one is fetched")
+            self.say(f"{item.into}: differs from the published file{why}, and is left as it is; rename it to have the "
+                     "published one fetched")
         if not self.local:
             self.holdings.check_links()
         if self.options.skip_existing and self._complete():
@@ -232,7 +232,8 @@ class Acquisition:
         kept = local_copies.link(copies, self.folder, self.holdings.earlier_copies(self.local))
         numbers = {place: number for place, number in copies.numbers.items() if place not in kept}
         self.holdings.marker["linked"] |= numbers
-        stay = [f"{self.folder / kept[0]} and what else is there already ({len(kept):,})"] if kept else []
+        more = f", and so are {len(kept) - 1:,} more" if kept[1:] else ""
+        stay = [f"{self.folder / kept[0]}: is there already{more}"] if kept else []
         for sentence in (*copies.left_out, *stay):
             self.say(f"not linked: {sentence}")
         if numbers:
@@ -252,8 +253,8 @@ class Acquisition:
         by_version = [[item.into for item in wanted if item.subset == subset] for subset in ("v1", "v2")]
         absent = [[place for place in places if not (self.folder / place).is_file()] for places in by_version]
         if all(absent):
-            raise UserError(f"--local {self.local}: no server gives the lists of captions, and neither are they there, "
-                            f"as published: put {', '.join(absent[0])} into {self.folder}")
+            raise UserError(f"--local {self.local}: the published lists of captions are neither there nor to be had "
+                            f"from a server; put {', '.join(absent[0])} into {self.folder}")
 
     def _adopted(self, item: Item) -> bool:
         number = self.holdings.adopt(item)
@@ -393,7 +394,7 @@ class Acquisition:
             choose = sampling.chooser(self.source.name, item, self.folder, number)
         beside = staging.place(self.folder, item, archive)
         if choose is None:
-            self._check_free(archives.declared_size(parts, item.kind) - archives.bytes_below(beside), item.name)
+            self._check_free(archives.declared_size(parts, item.kind) - bytes_below(beside), item.name)
         published = sum(count.number for count in item.counts)
         expected = archives.Expected(rules=item.rules, files=2 * published + 10_000 if published else 2_000_000,
                                      size=3 * item.unpacked + 1_000_000_000, choose=choose)
@@ -424,7 +425,7 @@ class Acquisition:
         came = (self.holdings.items.get(item.name) or {}).get("sha256") if item.kind == "plain" else None
         local = self.own.file(item, file)
         if file.name in self.own.differing:
-            self.say(f"{self.own.differing[file.name]}: is another than the published list, which is taken instead")
+            self.say(f"{self.own.differing[file.name]}: differs from the published list, which is taken instead")
         if local and path.exists() and local.samefile(path):  # the set's own folder was named
             with contextlib.suppress(Mismatch):
                 return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)
@@ -450,8 +451,8 @@ class Acquisition:
 
     def _wanted(self, file: File, path: Path, urls: tuple[str, ...]) -> Wanted:
         keyed = tuple(urlsplit(url).hostname or "" for _, url in file.urls if "{key}" in url)
-        return Wanted(path=path, urls=urls, size=file.size, sha256=file.sha256, md5=file.md5, also_good=file.also_good,
-                      secrets=self.selection.secrets, unverified_hosts=keyed if self.options.insecure_tls else ())
+        return replace(as_published(file, path), urls=urls, secrets=self.selection.secrets,
+                       unverified_hosts=keyed if self.options.insecure_tls else ())
 
     # --- Checks beforehand -----------------------------------------------------------------------------------------
 

@@ -3,10 +3,13 @@
 import csv
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from media import WITH_SOUND
 
 SPLITS = ("train", "val", "test")
 AUDIOCAPS_VERSIONS = ("dataset", "dataset2.0")  # folders of the lists of version 1 and 2
@@ -58,17 +61,19 @@ def _compare(folder: Path, place: str, source: str, names: Iterable[str]) -> Cov
 
 
 def _looker(folder: Path) -> Callable[[str], bool]:
-    look = lru_cache(maxsize=64)(lambda parent: names_in(folder / parent))
+    look = lru_cache(maxsize=64)(lambda parent: frozenset(map(_composed, names_in(folder / parent))))
 
     def is_there(name: str) -> bool:
-        parent, _, last = name.rpartition("/")
+        parent, _, last = _composed(name).rpartition("/")
         there = look(parent)
-        return last in there or (not os.path.splitext(last)[1] and any(last + end in there for end in _SOUNDS))
+        return last in there or (not os.path.splitext(last)[1] and any(last + end in there for end in WITH_SOUND))
 
     return is_there
 
 
-_SOUNDS = (".flac", ".wav", ".ogg", ".mp3", ".m4a")  # of a clip whose suffix the list does not tell
+def _composed(name: str) -> str:
+    """In the Unicode form that lists are in: a Mac may have unpacked the files under the other one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def names_in(folder: Path) -> frozenset[str]:

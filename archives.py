@@ -112,11 +112,6 @@ def _beside(staging: Path) -> Path:
     return staging.with_name(staging.name + ".writing")
 
 
-def bytes_below(folder: Path) -> int:
-    """What is in a folder already, 0 where there is none."""
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
-
-
 def declared_size(parts: Sequence[Part], kind: str) -> int:
     """Bytes that the archive says it unpacks to; 0 where only unpacking would tell."""
     with _errors(parts[0].name, Path(parts[0].name)), ExitStack() as stack:

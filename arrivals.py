@@ -5,7 +5,6 @@ stays beside it and then holds its digest too: an archive without such a note is
 Where the user has a file of such a name, NAME.2.part and NAME.2.part.json stand in, and so on.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from files import remove_left, replacing
+from files import remove_left, replacing, sha256_of
 
 _BEGINS = '{"url": "'  # every note does
 
@@ -30,12 +29,10 @@ def note_of(path: Path) -> Path:
 
 def _places(path: Path) -> tuple[Path, Path]:
     """(part, note): the first names that are free or hold what earlier calls left there."""
-    for number in itertools.count(1):
-        stem = path.name if number == 1 else f"{path.name}.{number}"
-        part, note = path.with_name(f"{stem}.part"), path.with_name(f"{stem}.part.json")
-        if _is_ours(note) or not (os.path.lexists(part) or os.path.lexists(note)):
-            return part, note
-    raise AssertionError("numbers do not end")
+    stems = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(2)))
+    pairs = ((path.with_name(f"{stem}.part"), path.with_name(f"{stem}.part.json")) for stem in stems)
+    return next((part, note) for part, note in pairs
+                if _is_ours(note) or not (os.path.lexists(part) or os.path.lexists(note)))
 
 
 def _is_ours(note: Path) -> bool:
@@ -94,7 +91,7 @@ def remove(path: Path, sha256: str = "") -> bool:
     if os.path.lexists(path):
         note = read_note(path)
         ours = note.get("whole") and not note.get("kept") and not path.is_symlink()
-        if not ours or note["whole"] != (sha256 or _sha256(path)):
+        if not ours or note["whole"] != (sha256 or sha256_of(path)):
             return True
         path.unlink()
     forget(path)
@@ -102,11 +99,3 @@ def remove(path: Path, sha256: str = "") -> bool:
     if lock.is_file() and not lock.is_symlink() and not lock.stat().st_size:
         lock.unlink(missing_ok=True)
     return False
-
-
-def _sha256(path: Path) -> str:
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            hasher.update(chunk)
-    return hasher.hexdigest()

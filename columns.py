@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from config import UserError
+from media import PICTURE_SUFFIXES, SOUND_SUFFIXES
 
 COLUMNS = ("image", "audio", "start", "duration", "text", "labels", "speaker", "split", "id")
 DELIMITERS = (",", ";", "\t", "|")
@@ -38,8 +39,7 @@ _MEANINGS = {column: column for column in COLUMNS} | {
 # What the file is tells its name's ending; where that does not (a video), this.
 _FILES = {**dict.fromkeys(("file_name", "filename", "filepath", "file_path", "file", "files"), "image"),
           **dict.fromkeys(("path", "paths"), "audio")}
-_PICTURES = set(".jpg .jpeg .jfif .png .gif .bmp .webp .tif .tiff .ppm .pgm .heic .heif .avif".split())
-_SOUNDS = set(".wav .flac .ogg .oga .opus .mp3 .m4a .aac .aif .aiff .au .caf .wma .w64 .amr".split())
+_MEDIA = (*PICTURE_SUFFIXES, *SOUND_SUFFIXES)
 _NUMBERED = re.compile(r"(.*?)_?\d+")  # caption_1 to caption_5
 _UNNAMED = re.compile(r"(unnamed:_?\d+(\.\d+)?)?")  # an empty name, and what pandas calls it
 _NUMBERS = re.compile(r"[-+]?\d+(\.0)?")
@@ -86,7 +86,7 @@ class Columns:
         files = [place for place, meaning in enumerate(self.meanings) if meaning in ("image", "audio", "file")]
         broken = [cell for cell in cells if "\n" in cell or "\r" in cell]
         lines = (line.split(delimiter) for cell in broken for line in cell.splitlines()[1:])
-        return any(len(line) == len(self.names) and any(_suffix(line[place]) in _PICTURES | _SOUNDS for place in files)
+        return any(len(line) == len(self.names) and any(_suffix(line[place]) in _MEDIA for place in files)
                    for line in lines)
 
     def _check_index(self, name: str, value: Any) -> None:
@@ -163,7 +163,7 @@ def _stem(name: str) -> str:
 
 def _kind_of(name: str, value: Any) -> str:
     suffix = _suffix(str(value))
-    return "image" if suffix in _PICTURES else "audio" if suffix in _SOUNDS else _FILES[_key(name)]
+    return "image" if suffix in PICTURE_SUFFIXES else "audio" if suffix in SOUND_SUFFIXES else _FILES[_key(name)]
 
 
 def _suffix(name: str) -> str:
@@ -188,9 +188,9 @@ def _hint(name: str) -> str:
     parted = next((other for other in DELIMITERS if other in name and any(map(meaning_of, _cells(name, other)))), None)
     if parted:
         return f"are the columns parted by {parted!r}? save the list with commas, or as .tsv with tabs"
-    if os.path.splitext(_key(name))[1] in _PICTURES | _SOUNDS:
+    if os.path.splitext(_key(name))[1] in _MEDIA:
         return "the first line has to name the columns, such as image,text"
     if _key(name) in ("end", "end_time", "end_s", "stop", "offset"):
         return "a stretch is told by start and duration, in seconds"
     close = difflib.get_close_matches(_key(name)[:20], [*COLUMNS, *itertools.chain(_MEANINGS, _FILES)], n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(COLUMNS)}; leave out what is none"
+    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(COLUMNS)}; leave out the others"

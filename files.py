@@ -1,11 +1,11 @@
-"""Files that appear whole or not at all, where they would, and what becomes of others that have their name."""
+"""Files that appear whole or not at all, what becomes of others that have their name, and locks."""
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import re
-import shutil
 import stat
 import tempfile
 import time
@@ -40,44 +40,38 @@ def replacing(path: str | Path, mode: str = "wb",
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def appearing(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def appearing(path: str | Path, mode: str = "wb") -> contextlib.AbstractContextManager[IO[Any]]:
     """As `replacing`, but never over what is there: raises FileExistsError instead."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{BESIDE}")
+    return replacing(path, mode, _rename_to_free)
+
+
+def _rename_to_free(temporary: Path, path: Path) -> None:
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:  # a disk without links
-            if os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-            os.rename(temporary, path)
-        try:
-            sync_folder(path.parent)
-        except OSError:
-            path.unlink()
-            raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(temporary, path)
+    try:
+        sync_folder(path.parent)
+    except OSError:
+        path.unlink()
+        raise
 
 
-def set_aside(path: Path, *, copy: bool = False) -> Path:
-    """Rename, or copy, what is not ours and in the way to NAME.old or the next free name, and say so; its new path."""
-    names = (f"{path.name}.old{number or ''}" for number in itertools.count())
-    place = next(place for name in names if not os.path.lexists(place := path.with_name(name)))
-    if copy:
-        shutil.copy2(path, place)
-    else:
-        os.rename(path, place)
-    print(f"{path}: not as this project wrote it; what was there is kept as {place.name}", flush=True)
+def set_aside(path: Path) -> Path:
+    """Rename a file, link or folder that is not ours and in the way as `keep_beside` does, and say so; its new path."""
+    place = next(place for place in _names_beside(path) if not os.path.lexists(place))
+    os.rename(path, place)
+    say_kept(path, place)
     return place
+
+
+def say_kept(path: Path, kept: Path) -> None:
+    """Print that what was at `path` is now `kept`."""
+    print(f"{path}: not as this project wrote it; what was there is kept as {kept.name}", flush=True)
 
 
 def remove_left(path: Path) -> None:
@@ -117,9 +111,9 @@ def keep_beside(path: Path, tell: Callable[[Path], None] = lambda kept: None) ->
     for other in path.parent.iterdir() if there.st_nlink > 1 else ():
         if is_set_aside(other.name, path.name) and os.path.samestat(other.lstat(), there):
             return other  # of a process that was killed before it took the first name
-    for kept in _names_beside(path):
-        if os.path.lexists(kept):
-            continue
+    names = _names_beside(path)
+    while True:
+        kept = next(name for name in names if not os.path.lexists(name))
         tell(kept)
         try:
             os.link(path, kept, follow_symlinks=False)
@@ -129,7 +123,6 @@ def keep_beside(path: Path, tell: Callable[[Path], None] = lambda kept: None) ->
             kept.open("x").close()
             os.replace(path, kept)
         return kept
-    raise AssertionError("numbers do not end")
 
 
 def _names_beside(path: Path) -> Iterator[Path]:
@@ -154,6 +147,20 @@ def same_bytes(one: Path, other: Path) -> bool:
             if second.read(len(chunk)) != chunk:
                 return False
     return True
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files in a folder and below it, 0 where there is none; links count as themselves."""
+    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(folder) for name in names)
 
 
 def check_writable(folder: Path) -> None:

@@ -43,7 +43,7 @@ def fit_stages(run: Run, tasks: Tasks, state: Mapping[str, Any] | None) -> None:
     plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(config, tasks, place, kept))
     print(budget.format_plan(plans), flush=True)
     if state is not None and (anew := [name for name in plans if name in state["fits"] and name not in kept]):
-        print(f"Planned anew, since settings that it depends on have changed since the checkpoint: {', '.join(anew)}")
+        print(f"Planned anew, for settings other than the checkpoint's: {', '.join(anew)}")
     run.fits = {name: found.fit for name, found in plans.items()}
     run.fits_asked = asked_of(config, tasks, place)
     run.predicted_gib = {name: found.peak_bytes / memory.GIB for name, found in plans.items()}

@@ -13,13 +13,14 @@ import annotations
 import inventory
 import transfer
 from config import UserError
-from files import replacing
+from files import replacing, sha256_of
 from media import WITH_SOUND
-from selection import Selection
+from selection import Selection, as_published
 from sources import Item
 from transfer import Mismatch, Wanted
 
 LICENCE = "LICENCE.txt"
+
 
 @dataclass
 class Holdings:
@@ -90,8 +91,7 @@ class Holdings:
         if not (file.sha256 or file.md5):
             return True
         with contextlib.suppress(Mismatch):
-            return not transfer.check_file(Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5,
-                                                  also_good=file.also_good))
+            return not transfer.check_file(as_published(file, path))
         return True
 
     def linked(self, item: Item, places: Mapping[str, int] | None = None) -> bool:
@@ -115,7 +115,7 @@ class Holdings:
         else:
             files = [file for count in item.counts for place in count.places for file in self._files_of(item, *place)]
             listed = {place for place, _ in files}
-            files += [(place, _bytes_of(self.folder / place)) for place in item.needed if place not in listed]
+            files += [(place, inventory.size_of(self.folder / place)) for place in item.needed if place not in listed]
         return len(files), sum(size for _, size in files)
 
     def further_links(self) -> list[str]:
@@ -139,7 +139,7 @@ class Holdings:
         if lost:
             more = f", and so are {len(lost) - 1:,} more" if lost[1:] else ""
             raise UserError(f"{lost[0]}: is a link to {lost[0].readlink()}, which is not there{more}; mount that disk, "
-                            "or name the folder where it is now: --local FOLDER, or remove the links to fetch the set")
+                            "name its place now (--local FOLDER), or remove the links to fetch the set")
 
     def origins_of_lost_links(self) -> list[str]:
         """The folders that they lead to; releases that did not note them in the marker made such links too."""
@@ -194,7 +194,7 @@ class Holdings:
                 return []
             files += found
         listed = {place for place, _ in files}
-        files += [(place, _bytes_of(self.folder / place)) for place in item.needed if place not in listed]
+        files += [(place, inventory.size_of(self.folder / place)) for place in item.needed if place not in listed]
         right = all(size for _, size in files) and 2 * sum(size for _, size in files) >= item.unpacked
         return files if right else []
 
@@ -212,7 +212,7 @@ class Holdings:
         path, source = self.folder / LICENCE, self.selection.source
         text = f"{source.title}\n{source.page}\n\n{source.licence}\n{source.note}\n"
         digest = hashlib.sha256(text.encode()).hexdigest()
-        there = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+        there = sha256_of(path) if path.exists() else ""
         if path.is_symlink() or there not in ("", digest, self.marker.get("licence_sha256")):
             return False
         if there != digest:
@@ -258,10 +258,6 @@ class Holdings:
         numbers = [inventory.count(self.folder / folder, suffix) for folder, suffix in places]
         folder, suffix = next((place for place, found in zip(places, numbers, strict=True) if found), places[0])
         return f"{folder.rstrip('.')} {suffix}".strip(), sum(numbers), number
-
-
-def _bytes_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _plain_is_right(path: Path, record: Mapping[str, Any], thorough: bool) -> bool:

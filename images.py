@@ -28,8 +28,6 @@ PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM
 WHITE = 255
 MAX_ASPECT = 8  # the cache keeps the long side within this multiple of the short side it was asked for
 MAX_CROP_ASPECT = 4 / 3  # of the windows that `augment` cuts
-
-
 _TRANSPOSITIONS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
                                   Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
                                   Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),

@@ -91,6 +91,14 @@ def tree(folder: Path, suffix: str = "") -> Iterator[tuple[str, int]]:
                 yield path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else 0
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
+
+
 def count(folder: Path, suffix: str) -> int:
     return sum(name.endswith(suffix) for _, names in walk(folder) for name in names)
 

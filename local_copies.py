@@ -234,11 +234,11 @@ def _below(folder: Path, depth: int, unread: list[str]) -> Iterator[Path]:
 def _lists(item: Item, below: Iterable[Path]) -> list[tuple[Path, str]]:
     """All that the first folder has of the item which has what is needed of it."""
     for folder in below:
-        if all(_bytes_of(folder / Path(place).name) for place in item.needed):
+        if all(inventory.size_of(folder / Path(place).name) for place in item.needed):
             names = {Path(place).name for place in item.needed} | {
                 name for name in os.listdir(folder) if not inventory.is_hidden(name)
                 for count in item.counts if name.endswith(count.suffix)}
-            if 2 * sum(_bytes_of(folder / name) for name in names) >= item.unpacked:
+            if 2 * sum(inventory.size_of(folder / name) for name in names) >= item.unpacked:
                 parent = Path(item.needed[0]).parent
                 return [(folder / name, (parent / name).as_posix()) for name in sorted(names)]
     return []
@@ -251,7 +251,7 @@ def _fullest(count: Count, item: Item, below: Iterable[Path]) -> tuple[Path | No
     for folder in below:
         if folder.name.lower() == named:
             sizes = [size for name in os.listdir(folder) if name.endswith(count.suffix) and not
-                     inventory.is_hidden(name) and (size := _bytes_of(folder / name))]
+                     inventory.is_hidden(name) and (size := inventory.size_of(folder / name))]
             best = max(best, (len(sizes), sum(sizes), folder), key=lambda found: found[0])
     number, size, path = best
     if 100 * number < LIKELY_PCT * count.number:
@@ -260,13 +260,6 @@ def _fullest(count: Count, item: Item, below: Iterable[Path]) -> tuple[Path | No
         return path, number, (f"its {count.suffix} files have {size / 1e9:,.2f} GB in all, not about "
                               f"{item.unpacked / 1e9:,.2f} GB: another edition, not linked")
     return path, number, ""
-
-
-def _bytes_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 # --- Lists and archives ----------------------------------------------------------------------------------------------

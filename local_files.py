@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 import local_copies
 import transfer
 from config import UserError
+from selection import as_published
 from sources import File, Item, Source
-from transfer import Mismatch, Wanted
+from transfer import Mismatch
 
 
 class LocalFiles:
@@ -98,6 +99,5 @@ class LocalFiles:
 
 def _is(path: Path, file: File) -> bool:
     with contextlib.suppress(Mismatch, OSError):
-        return bool(transfer.check_file(Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5,
-                                               also_good=file.also_good)))
+        return bool(transfer.check_file(as_published(file, path)))
     return False

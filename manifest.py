@@ -31,7 +31,7 @@ from columns import Columns
 from config import UserError
 from listed_files import File, Files
 from samples import EMPTY_CELLS, SPLITS, Sample, normalise_caption, stable_hash
-from splits import LEAST_VAL, two_of_each_kind
+from splits import LEAST_VAL, Groups, two_of_each_kind
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
@@ -482,16 +482,9 @@ def _draw_splits(rows: list[_Row]) -> None:
 
 
 def _roots(rows: list[_Row]) -> list[int]:
-    """For each row the number of a row that stands for all rows connected to it by shared media (union-find)."""
-    parent = list(range(len(rows)))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first: dict[int, int] = {}
+    """For each row the number of a row that stands for all rows connected to it by shared media."""
+    groups, first = Groups(len(rows)), dict[int, int]()
     for i, row in enumerate(rows):
         for file in row.media():
-            parent[find(i)] = find(first.setdefault(file.number, i))
-    return [find(i) for i in range(len(rows))]
+            groups.join((first.setdefault(file.number, i), i))
+    return [groups.root(i) for i in range(len(rows))]

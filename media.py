@@ -11,7 +11,7 @@ SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".oga", ".aa
                   ".caf", ".w64", ".mka", ".weba", ".ac3", ".amr")
 WITH_SOUND = (*SOUND_SUFFIXES, *VIDEO_SUFFIXES)  # of two files with one name the earlier suffix is taken
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".heic",
-                    ".heif")
+                    ".heif", ".jfif", ".ppm", ".pgm")
 # FFmpeg tries no other formats: some are playlists, and it opens the files and addresses that these name.
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,asf,flv,ogg"
 SOUND_FORMATS = f"{VIDEO_FORMATS},wav,w64,aiff,au,caf,flac,mp3,aac,ac3,amr,ape,wv,tta"
@@ -27,7 +27,7 @@ _OTHERS = {  # first bytes: what it is, and what to do
     b"%PDF": "is a PDF document; save its pages as PNG", b"8BPS": "is a drawing of Photoshop; save it as PNG",
     b"\xff\x0a": "is JPEG XL, which is not read here; convert it to JPEG or PNG",
     b"\0\0\0\x0cJXL ": "is JPEG XL, which is not read here; convert it to JPEG or PNG",
-    b"\0\5\x16\7": "is a companion file of macOS (AppleDouble) and no medium; delete it",
+    b"\0\5\x16\7": "is a companion file of macOS (AppleDouble), which holds neither picture nor sound; delete it",
     b"\x93NUMPY": "is an array of NumPy; save it as PNG or WAV", b"PAR1": "is a Parquet table; unpack what it holds"}
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -111,7 +111,7 @@ def _text(head: bytes) -> str:
         letters = head[: error.start].decode()
     if any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in letters):
         return ""
-    return f"is text ({' '.join(letters.split())[:_SHOWN]!r}) and no medium; {_AGAIN}"
+    return f"is text ({' '.join(letters.split())[:_SHOWN]!r}); {_AGAIN}"
 
 
 def _archive(head: bytes) -> str:

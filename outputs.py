@@ -3,7 +3,8 @@ on goes when a run goes back to an earlier checkpoint.
 
 A file is the run's where nobody else can have made it: checkpoints hold our digest, event files have a name of ours,
 metrics.jsonl has our records alone, others are in a ledger by what was written. All else is the user's: no command
-deletes it, changes it or writes over it. What is in the way of a file of ours is kept beside it as NAME.old.
+deletes it, changes it or writes over it. What is in the way of a file of ours is kept beside it as
+NAME.before_DATE_TIME.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-from files import replacing, set_aside
+from files import replacing, set_aside, sha256_of
 from tracking import EVENTS, drop_after, event_files, is_own_log, keep_events, read_records
 
 LEDGER = ".written.json"  # digests of files that do not hold their own, by name
@@ -44,7 +45,7 @@ def writing(folder: Path, *names: str) -> Iterator[None]:
             set_aside(path)
     yield
     for name in names:
-        _list(folder, name, _sha256(folder / name))
+        _list(folder, name, sha256_of(folder / name))
 
 
 def _list(folder: Path, name: str, digest: str) -> None:
@@ -57,7 +58,7 @@ def _list(folder: Path, name: str, digest: str) -> None:
 def is_listed(folder: Path, path: Path) -> bool:
     """Whether a file holds what a run has written there, and is no link."""
     known = _ledger(folder).get(path.relative_to(folder).as_posix(), [])
-    return bool(known) and path.is_file() and not path.is_symlink() and _sha256(path) in known
+    return bool(known) and path.is_file() and not path.is_symlink() and sha256_of(path) in known
 
 
 def write_settings(folder: Path, text: str) -> Path:
@@ -88,14 +89,6 @@ def _ledger(folder: Path) -> dict[str, list[str]]:
         if isinstance(found, dict):
             return {name: digests for name, digests in found.items() if isinstance(digests, list)}
     return {}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def is_model(name: str) -> bool:
@@ -190,7 +183,7 @@ def finish_going_back(folder: Path) -> Path | None:
         keep_events(moved, folder / BOARD / f"events.out.tfevents.{second}.{place.name}{EVENTS}", work["step"])
     others = [path for path in _files(folder / BOARD) if not path.name.endswith(EVENTS)]
     if others:
-        print(f"{folder}: TensorBoard still shows what is not known as this run's: {shown(folder, others)}")
+        print(f"{folder}: TensorBoard still shows event files that this project did not write: {shown(folder, others)}")
     (folder / GOING_BACK).unlink()
     return place
 

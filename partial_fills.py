@@ -160,8 +160,3 @@ def remove(folder: Path) -> None:
             if _FILES.fullmatch(path.name) and not path.is_dir():
                 path.unlink()
         folder.rmdir()
-
-
-def bytes_below(folder: Path) -> int:
-    """Bytes of all files in `folder` and below."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -32,7 +32,7 @@ import bad_samples
 import partial_fills
 import synthetic
 from config import NUM_MELS, Config, UserError
-from files import nearest_existing, replacing, sync_folder, take_lock
+from files import bytes_below, nearest_existing, replacing, sync_folder, take_lock
 from samples import SampleTable, offsets_of
 from workers import NOWHERE, Workers, cpu_cores, in_line
 
@@ -417,7 +417,7 @@ def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> No
     check_folder(common_folder(path for path, _, _ in items))  # else all were others now, and what was done superseded
     try:
         partial_fills.remove_others(temporary, superseded=True)
-        needed = _predicted_bytes(kind, items, config) - partial_fills.bytes_below(temporary)
+        needed = _predicted_bytes(kind, items, config) - bytes_below(temporary)
         if needed > room_for_entries(config):
             partial_fills.remove_others(temporary)
         _check_room(needed, room_for_entries(config), folder.parent, config)
@@ -465,7 +465,7 @@ def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float
 def room_for_entries(config: Config) -> float:
     """Bytes that new entries may take: what `data.cache_max_gb` leaves, and what the disk does."""
     cache = cache_folder(config).absolute()
-    used = partial_fills.bytes_below(cache)
+    used = bytes_below(cache)
     free = shutil.disk_usage(nearest_existing(cache)).free
     return min(config.data.cache_max_gb * GB - used, free - RESERVE_GB * GB)
 

@@ -14,8 +14,7 @@ Retrieval is over all captions of each sample, and counts each file once, howeve
 other figures of captions stand twice: `R@K` counts equal captions of a file once, and every file that has the words is
 right; `R@K_per_caption` counts as papers do: each caption of each file is a query, equal ones too, and its own file
 alone is right (an equal caption that the list repeats has the features of the first). Equal scores count against the
-model in both. Speakers are verified on the official trial list where it is there
-(cosines of audio_features), else on all pairs of at most `SPEAKER_UTTERANCES` utterances.
+model in both. Speakers are verified (cosines of audio_features) on the trials of `trials`.
 
 Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
 """

@@ -282,9 +282,8 @@ def _recordings(root: Path, folder: str, config: Config) -> dict[str, str]:
 
 
 def _read_audiocaps(root: Path, split: str, config: Config) -> Iterator[Sample]:
-    """One sample a clip, with all its captions; no video of a later split. A clip is named as
-    `names_of_clip` says, or AUDIOCAPID, with any suffix of WITH_SOUND, anywhere below `root` but in another split's
-    folder."""
+    """One sample a clip, with all its captions; no video of a later split. A clip is named as `names_of_clip` says, or
+    AUDIOCAPID, with any suffix of WITH_SOUND, anywhere below `root` but in another split's folder."""
     folder = root / AUDIOCAPS_VERSIONS[config.data.audiocaps_version - 1]
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
     later = {row["youtube_id"] for other in SPLITS[SPLITS.index(split) + 1:]

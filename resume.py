@@ -52,8 +52,8 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
         print(f"The {done} steps of its unfinished epoch count as done, whatever they would hold now")
     best = _best_beside(path, state["progress"]["epoch"])
     if best and (by := _judged_otherwise(config, state, changed, best["stage"])):
-        print(f"{', '.join(by)}: losses do not compare with those before, so the next validation's weights are taken "
-              "for the best")
+        print(f"{', '.join(by)}: losses before and after do not compare, so the best weights are chosen anew from here "
+              "on")
         best["loss"] = math.nan
     return state | {"best": best}
 

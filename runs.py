@@ -45,10 +45,8 @@ LOCK = ".lock"
 NO_TEST = ("no test samples to compare, so the report has no figures: they need two with two modalities, labels or "
            "speakers")
 ADD_TEST = "add lines with split: test to the manifest, or a set that has some (--datasets)"
-NO_VAL = ("no validation, since the val split has nothing that could be compared: no epoch counts as the best one, "
-          "and best_model.pt holds the newest weights")
-ADD_VAL = ("give two samples or more of each kind the split val, or add data: of ten samples or more of a kind a part "
-           "is held out")
+NO_VAL = "no validation, since the val split has nothing to compare, so best_model.pt holds the newest weights"
+ADD_VAL = "give two samples of each kind the split val, or add data: of ten of a kind some are held out"
 AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
 
 
@@ -224,7 +222,7 @@ def _claim(folder: Path, options: Options) -> IO[str]:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
     hold(lock, folder)
     if place := outputs.finish_going_back(folder):
-        print(f"What a run that went back had left further on is now in {place}")
+        print(f"{folder}: went back to an earlier checkpoint and was killed; what came after it is now in {place}")
     used = parts_in_use(folder)
     if used and not options.overwrite and not is_within(options.resume, folder):
         lock.close()

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from redaction import command_line
 from sources import GB, HF_HOST, File, Item, Source
-from transfer import Policy
+from transfer import Policy, Wanted
 
 HF_MIRROR = "https://hf-mirror.com"
 
@@ -31,6 +31,11 @@ class Options:
     skip_existing: bool = False
     insecure_tls: bool = False
     policy: Policy = field(default_factory=Policy)
+
+
+def as_published(file: File, path: Path) -> Wanted:
+    """`path`, to be compared with the published size and digests of `file`."""
+    return Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5, also_good=file.also_good)
 
 
 def fetch_bytes(items: Iterable[Item]) -> int:

@@ -79,7 +79,7 @@ def group_numbers(table: SampleTable) -> np.ndarray:
     as long as no group comes to hold more than 1 % of the samples or ten (of fewer than a hundred a tenth): a caption
     that many share, such as "a dog", would tie all of them together.
     """
-    groups = _Groups(len(table))
+    groups = Groups(len(table))
     files: dict[Hashable, list[int]] = {}
     found: dict[str, Hashable] = {}
     for row in range(len(table)):
@@ -100,7 +100,7 @@ def group_numbers(table: SampleTable) -> np.ndarray:
     return np.unique([groups.root(row) for row in range(len(table))], return_inverse=True)[1].astype(np.int64)
 
 
-class _Groups:
+class Groups:
     """Rows joined into groups (union-find)."""
 
     def __init__(self, number: int):

@@ -5,8 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
-from archives import bytes_below
 from config import UserError
+from files import bytes_below
 from sources import Item, Source
 
 STAGING = ".unpacking"

@@ -11,13 +11,14 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from files import replacing, set_aside
+from files import keep_beside, replacing, say_kept
 from redaction import redact, redacted
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
@@ -187,7 +188,7 @@ def drop_after(path: Path, last_step: int) -> None:
     path = Path(os.path.realpath(path))
     kept = [record for record in read_records(path) if record.get("step", 0) <= last_step]
     if not is_own_log(path):
-        set_aside(path, copy=True)
+        keep_beside(path, partial(say_kept, path))
     with replacing(path) as file:
         file.writelines(map(_line, kept))
 

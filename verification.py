@@ -15,7 +15,7 @@ import pipeline
 import readiness
 import transfer
 from acquisition import ARCHIVES, DONE, FAILED, IN_PART, Acquisition, Outcome
-from selection import fetch_bytes
+from selection import as_published, fetch_bytes
 from sources import File, Item
 from transfer import Mismatch, Wanted
 
@@ -188,8 +188,7 @@ def _check_plain(path: Path, record: dict[str, Any], file: File) -> tuple[str, s
 def _check_archive(path: Path, file: File) -> tuple[str, str]:
     with contextlib.suppress(FileNotFoundError):
         try:
-            transfer.check_file(Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5,
-                                       also_good=file.also_good))
+            transfer.check_file(as_published(file, path))
         except Mismatch as error:
             return str(error), ""
     return "", ""

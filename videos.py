@@ -139,8 +139,8 @@ def _tagged_s(stream: Any) -> float:
 
 
 def _jumped_to(frames: Iterator[tuple[Any, float]], middle_s: float, bounds: Bounds) -> Any:
-    """The first frame at or after `middle_s`; None where the jump led behind it or far
-    before it, or the track ends before it."""
+    """The first frame at or after `middle_s`; None where the jump led behind it or far before it, or the track ends
+    before it."""
     for skipped, (frame, at_s) in enumerate(frames):
         if at_s >= middle_s:
             return frame if skipped or at_s <= middle_s + _ROUNDING_S else None

@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,21 @@ def test_a_file_of_another_name_is_told_though_the_number_is_right(tmp_path: Pat
     assert (row.found, row.listed, row.absent) == (13, 14, (" Ambience Birds.wav",))
 
 
-def test_clips_are_counted_once_whatever_their_suffix(tmp_path: Path) -> None:
+def test_a_name_in_the_other_unicode_form_is_there(tmp_path: Path) -> None:
+    root = trees.clotho(tmp_path)
+    row = (root / "clotho_captions_validation.csv").read_text("utf-8").splitlines()[1]
+    named = row.split(",")[0]
+    other = f"é {named}"
+    (root / "clotho_captions_validation.csv").write_text(f"file_name,caption_1\n{other},a\n", "utf-8")
+    (root / "validation" / named).rename(root / "validation" / unicodedata.normalize("NFD", other))
+    assert rows("clotho", root)["validation"] == (1, 1)
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".opus", ".mp4"])
+def test_clips_are_counted_once_whatever_their_suffix(tmp_path: Path, suffix: str) -> None:
     root = trees.audiocaps(tmp_path)
     assert rows("audiocaps", root)["val"] == (1, 2), "the other one has a name of its own"
-    (root / "val/jK0l1M2n3o4_41.m4a").write_bytes(b"")
+    (root / f"val/jK0l1M2n3o4_41{suffix}").write_bytes(b"")
     assert rows("audiocaps", root, "val") == {"val": (2, 2)}
 
 

@@ -48,9 +48,9 @@ SAFE = {
     "doctor.examine": ("shutil.copytree", "into that folder"),
     "environment._write_video": ("open(w)", "in the doctor's temporary folder"),
     "files.replacing": ("open(?) os.replace unlink", "NAME.PROCESS.tmp, over NAME: each caller stands in this table"),
-    "files.appearing":
-        ("open(?) os.link os.rename unlink unlink", "never over what is there; removes what it has just written"),
-    "files.set_aside": ("shutil.copy2 os.rename", "to a name that nothing has"),
+    "files.appearing": ("replacing", "with the next one as its way to rename"),
+    "files._rename_to_free": ("os.link os.rename unlink", "never over what is there; removes what it has just written"),
+    "files.set_aside": ("os.rename", "to a name that nothing has"),
     "files.remove_left": ("unlink", "NAME.PROCESS.tmp of replacing"),
     "files.settle":
         ("unlink os.replace",
@@ -86,7 +86,7 @@ SAFE = {
     "runs._claim": ("open(a)", "the lock of a run, nothing is written"),
     "staging.clear": ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
     "tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
-    "tracking.drop_after": ("replacing", "our records; a file with lines of others is copied beside before"),
+    "tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),
     "tracking.keep_events": ("replacing", "an event file with a name of ours"),
     "transfer._store": ("open(ab)", "the part, at a name from arrivals.part_of"),
     "transfer._Part.restart": ("unlink", "the same part"),

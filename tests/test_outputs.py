@@ -145,7 +145,7 @@ def test_what_lies_under_the_name_of_a_checkpoint_is_kept_beside(tmp_path: Path,
     for _ in range(2):  # the second time it is ours
         checkpoint.save({"a": 1}, path)
     assert checkpoint.load(path)["a"] == 1 and path.is_file() and not path.is_symlink()
-    [kept] = tmp_path.glob("best_model.pt.old*")
+    [kept] = tmp_path.glob("best_model.pt.before_*")
     assert (kept / "weights.bin" if kind == "folder" else kept).read_text() == "of the user"
     assert_names(capsys.readouterr().out.rstrip("\n"), path, kept.name)
 
@@ -189,10 +189,12 @@ def test_a_log_with_lines_of_others_is_kept_as_it_was(tmp_path: Path) -> None:
     log.write_text("my words\n" + log.read_text("utf-8"), "utf-8")
     before = log.read_bytes()
     Tracker(tmp_path / "logs", last_step=0).close()
-    assert (log.parent / "metrics.jsonl.old").read_bytes() == before and records(tmp_path) == []
+    [first] = log.parent.glob("metrics.jsonl.before_*")
+    assert first.read_bytes() == before and records(tmp_path) == []
     log.write_text("my words\n")
     outputs.remove_run(tmp_path)
-    assert (log.parent / "metrics.jsonl.old1").read_text() == "my words\n" and not log.exists()
+    [second] = {*log.parent.glob("metrics.jsonl.before_*")} - {first}
+    assert second.read_text() == "my words\n" and not log.exists()
 
 
 # ---- going back --------------------------------------------------------------------------------------------------

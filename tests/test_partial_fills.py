@@ -17,6 +17,7 @@ import pytest
 import partial_fills
 import prepare
 from config import Config, load_config
+from files import bytes_below
 from prepare import open_store
 from samples import Sample, SampleTable
 from tests import trees
@@ -186,11 +187,11 @@ def test_the_filling_of_another_set_is_kept_while_there_is_room(tmp_path: Path,
     killed(pictures, configured(tmp_path), at_file(prepare.CHUNK))
     monkeypatch.setattr(prepare, "FEW", NUMBER - 1)  # so that the size is foretold
     old = entry(tmp_path)
-    size = partial_fills.bytes_below(old)
+    size = bytes_below(old)
     open_store(sounds, configured(tmp_path))
-    assert partial_fills.bytes_below(old) == size
+    assert bytes_below(old) == size
     [made] = [path for path in (tmp_path / "cache").glob("set-*") if path != old]
-    needed = 1.2 * partial_fills.bytes_below(made)
+    needed = 1.2 * bytes_below(made)
     shutil.rmtree(made)
     assert size > 0.2 * needed
     assert open_store(sounds, configured(tmp_path, "cache", f"data.cache_max_gb={needed / 1e9}")).entries

@@ -226,7 +226,7 @@ def test_another_runs_checkpoint_is_not_gone_on_with_in_a_used_folder(small: Sma
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
 
 
-def test_going_back_deletes_what_lies_further_on_before_anything_else_can_happen(small: SmallRuns, whole: Path,
+def test_going_back_moves_what_lies_further_on_before_anything_else_can_happen(small: SmallRuns, whole: Path,
                                                                                 tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)

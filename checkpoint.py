@@ -75,18 +75,25 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier files are unchanged.
     """
-    import safetensors.torch
-
     path = Path(path)
-    others = plain({name: value for name, value in state.items() if name != "model_state_dict"})
-    weights = {name: value.contiguous() for name, value in plain(state["model_state_dict"]).items()}
+    weights, others = exported(state)
     try:
         with replacing(path) as file:
-            file.write(safetensors.torch.save(weights, {"format": "pt"}))
-        with replacing(path.with_name("config.json"), "w") as file:
-            json.dump(others, file, ensure_ascii=False, indent=1, default=_written_tensor)
+            file.write(weights)
+        with replacing(path.with_name("config.json")) as file:
+            file.write(others)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be saved ({_reason(error)})") from None
+
+
+def exported(state: Mapping[str, Any]) -> tuple[bytes, bytes]:
+    """What `export` writes: the weights, and all else."""
+    import safetensors.torch
+
+    others = plain({name: value for name, value in state.items() if name != "model_state_dict"})
+    weights = {name: value.contiguous() for name, value in plain(state["model_state_dict"]).items()}
+    text = json.dumps(others, ensure_ascii=False, indent=1, default=_written_tensor)
+    return safetensors.torch.save(weights, {"format": "pt"}), text.encode()
 
 
 def _written_tensor(value: Any) -> dict[str, str]:

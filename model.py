@@ -451,13 +451,14 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
         state = checkpoint.load_export(path) if str(path).endswith(".safetensors") else checkpoint.load(path, device)
         config = config_from_dict({"model": state["config"]["model"]}).model
         weights = state.pop("model_state_dict")
-        model = TriModalModel(config)
-        mismatch = checkpoint.describe_mismatch(weights, model.state_dict())
+        if not all(isinstance(value, Tensor) for value in weights.values()):
+            raise TypeError("weights that are no tensors")
     except checkpoint.CheckpointError as error:
         raise UserError(str(error)) from None
     except (LookupError, TypeError, AttributeError, UserError) as error:  # repr: some errors have no message
         raise UserError(f"{path}: not a checkpoint of this project ({repr(error)[:150]})") from None
-    if mismatch:
+    model = TriModalModel(config)  # a mistake in here is none of the file's
+    if mismatch := checkpoint.describe_mismatch(weights, model.state_dict()):
         raise UserError(f"{path}: its weights are not those of the model it describes ({mismatch})")
     model.load_state_dict(weights)
     return model.to(device).eval(), state

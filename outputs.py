@@ -1,10 +1,10 @@
 """The output folder of a run: which of its files are the run's, what --overwrite removes, and where what lies further
 on goes when a run goes back to an earlier checkpoint.
 
-A file is the run's where nobody else can have made it: checkpoints hold our digest, event files have a name of ours,
-metrics.jsonl has our records alone, others are in a ledger by what was written. All else is the user's: no command
-deletes it, changes it or writes over it. What is in the way of a file of ours is kept beside it as
-NAME.before_DATE_TIME.
+A file is the run's where nobody else can have made it: checkpoints hold our digest, event files have a name of ours or
+(of earlier releases) our curves alone, metrics.jsonl has our records alone, others are in a ledger by what was written.
+All else is the user's: no command deletes it, changes it or writes over it. What is in the way of a file of ours is
+kept beside it as NAME.before_DATE_TIME.
 """
 
 import contextlib
@@ -19,9 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import checkpoint
 from files import replacing, set_aside, sha256_of
-from tracking import EVENTS, drop_after, event_files, is_own_log, keep_events, read_records
+from tracking import EVENTS, drop_after, event_files, is_own_log, keep_events, read_records, shows_points
 
 LEDGER = ".written.json"  # digests of files that do not hold their own, by name
 GOING_BACK = ".going_back.json"  # what is being moved away, until it is
@@ -76,6 +78,37 @@ def write_settings(folder: Path, text: str) -> Path:
     return path
 
 
+def adopt(folder: Path, config: Mapping[str, Any]) -> None:
+    """Enter in the ledger what an earlier release, which kept none, wrote there: config.yaml where it says just what a
+    checkpoint's `config` does, and exports that are just those of final_model.pt."""
+    path = folder / "config.yaml"
+    if not is_listed(folder, path) and not path.is_symlink() and (text := _text(path)) and _says(text, config):
+        _list(folder, path.name, sha256_of(path))
+    paths = [folder / "checkpoints" / name for name in EXPORTS]
+    final = folder / "checkpoints" / "final_model.pt"
+    if checkpoint.is_own(final) and all(path.is_file() and not is_listed(folder, path) for path in paths):
+        state = {name: value for name, value in _facts(final).items() if name != "schema"}
+        exported = checkpoint.exported(state) if "model_state_dict" in state else ()
+        for path, content in zip(paths, exported, strict=False):
+            if not path.is_symlink() and path.stat().st_size == len(content) and path.read_bytes() == content:
+                _list(folder, path.relative_to(folder).as_posix(), sha256_of(path))
+
+
+def settings_text(config: Mapping[str, Any]) -> str:
+    """Settings as config.yaml holds them."""
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def _says(text: str, config: Mapping[str, Any]) -> bool:
+    """Whether it is these settings as they are written down; a checkpoint holds as many words as the model has."""
+    try:
+        found = yaml.safe_load(text)
+        model = {**config["model"], "vocab_size": found["model"]["vocab_size"]}
+    except (yaml.YAMLError, LookupError, TypeError, RecursionError):
+        return False
+    return text == settings_text({**config, "model": model})
+
+
 def _text(path: Path) -> str | None:
     try:
         return path.read_text("utf-8")
@@ -117,6 +150,8 @@ def _files(folder: Path) -> list[Path]:
 
 def remove_run(folder: Path) -> None:
     """Delete the checkpoints and logs that runs have written there. What lies among them stays, and is named."""
+    newest = checkpoint.find_latest(folder / "checkpoints", say=lambda line: None)
+    adopt(folder, _facts(newest).get("config", {}) if newest else {})
     for path in own_files(folder):
         path.unlink(missing_ok=True)
     log = folder / LOG
@@ -181,7 +216,8 @@ def finish_going_back(folder: Path) -> Path | None:
     if moved := event_files(place / BOARD):
         second = moved[0].name.split(".")[3]
         keep_events(moved, folder / BOARD / f"events.out.tfevents.{second}.{place.name}{EVENTS}", work["step"])
-    others = [path for path in _files(folder / BOARD) if not path.name.endswith(EVENTS)]
+    ours = event_files(folder / BOARD)
+    others = [path for path in _files(folder / BOARD) if path not in ours and shows_points(path)]
     if others:
         print(f"{folder}: TensorBoard still shows event files that this project did not write: {shown(folder, others)}")
     (folder / GOING_BACK).unlink()

@@ -86,13 +86,9 @@ def _literal(value: str) -> str:
         return json.dumps(value)
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def main(arguments: list[str] | None = None) -> int:
     options, is_main = parse(sys.argv[1:] if arguments is None else arguments), os.environ.get("RANK", "0") == "0"
-    bound_waiting(_to_stderr if options.json else print)
+    bound_waiting((lambda line: None) if options.plan else print)  # a plan computes nothing that would wait
     try:
         config = configuration(options)
         if options.doctor:

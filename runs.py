@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import yaml
 
 import memory
 import model as model_module
@@ -137,10 +136,12 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         return run
     if options.overwrite:
         outputs.remove_run(folder)  # not before all that could fail has been tried
-    for part in ("", *PARTS):
+    for part in ("", *PARTS, outputs.BOARD):
         remove_leftovers(folder / part)
+    if state:
+        outputs.adopt(folder, state["config"])
     back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)
-    outputs.write_settings(folder, yaml.safe_dump(settings(config.to_dict()), sort_keys=False, allow_unicode=True))
+    outputs.write_settings(folder, outputs.settings_text(settings(config.to_dict())))
     run.tracker = Tracker(folder / "logs", progress.step)
     if back and not state:
         run.tracker.say(f"Started anew, for there is no checkpoint; what an earlier run has left is in {back}")
@@ -226,9 +227,17 @@ def _claim(folder: Path, options: Options) -> IO[str]:
     used = parts_in_use(folder)
     if used and not options.overwrite and not is_within(options.resume, folder):
         lock.close()
-        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). Continue it with --resume auto, delete "
-                        "it with --overwrite, or choose another --output-dir")
+        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). {_ways_on(options.resume)}")
     return lock
+
+
+def _ways_on(resume: str | None) -> str:
+    """What can be done where a folder holds an earlier run, and not the one of the checkpoint `resume`."""
+    if not resume:
+        return "Continue it with --resume auto, delete it with --overwrite, or choose another --output-dir"
+    path = Path(resume)
+    there = f"with --output-dir {path.parent.parent}" if path.parent.name == "checkpoints" else "in its own folder"
+    return f"{path} is of another: go on {there}, or choose a new --output-dir"
 
 
 def _make_parts(folder: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -22,6 +23,10 @@ from files import keep_beside, replacing, say_kept
 from redaction import redact, redacted
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
+EARLIER_EVENTS = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of releases that gave them no such end
+OWN_TAGS = re.compile(r"(loss|parts|temperature|bias|validation|retrieval|memory|examples)/.+|"
+                      r"train/(lr|grad_norm|samples_per_s|data_wait_pct|memory_gib)")
+MARKS = {"train/data_wait_pct", "train/samples_per_s"}  # tags of each step, which no other program has
 
 
 class Tracker:
@@ -32,6 +37,8 @@ class Tracker:
 
         logs.mkdir(parents=True, exist_ok=True)
         self.path = logs / "metrics.jsonl"
+        if last_step or self.path.exists():
+            drop_events_after(logs / "tensorboard", last_step)
         if self.path.exists():
             drop_after(self.path, last_step)
         self.file = open(self.path, "ab")
@@ -195,36 +202,84 @@ def drop_after(path: Path, last_step: int) -> None:
 
 def event_files(folder: Path) -> list[Path]:
     """The event files of ours, oldest first, as TensorBoard orders them: by name."""
-    return sorted(path for path in folder.glob(f"events.out.tfevents.*{EVENTS}") if not path.is_symlink())
+    return sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file() and not path.is_symlink()
+                  and (path.name.endswith(EVENTS) or _is_of_earlier_release(path)))
+
+
+def _is_of_earlier_release(path: Path) -> bool:
+    """Whether an event file without a name of ours holds what training writes at each step, and no other curves."""
+    if not EARLIER_EVENTS.fullmatch(path.name):
+        return False
+    tags = _tags(path)
+    return tags >= MARKS and all(OWN_TAGS.fullmatch(tag) for tag in tags)
+
+
+def _tags(path: Path) -> set[str]:
+    return {value.tag for _, event in _events(path) for value in event.summary.value}
+
+
+def shows_points(path: Path) -> bool:
+    """Whether TensorBoard shows anything of a file in its folder."""
+    return "tfevents" in path.name and path.is_file() and bool(_tags(path))
 
 
 def keep_events(sources: Iterable[Path], target: Path, last_step: int) -> None:
     """Write an event file that holds what TensorBoard's reader shows of `sources` up to a step. The server behind its
     page knows no purge_step: it shows all that any file in the folder holds."""
-    from tensorboard.compat.proto.event_pb2 import Event
+    head, kept, _ = _shown(sources, last_step)
+    with replacing(target) as file:
+        file.writelines([head, *kept])
 
-    head, kept = b"", dict[tuple[int, str], bytes]()
+
+def drop_events_after(folder: Path, last_step: int) -> None:
+    """Leave the points up to a step in our event files of a folder, in one of them, where they hold any others."""
+    files = event_files(folder)
+    head, kept, is_all = _shown(files, last_step)
+    if is_all:
+        return
+    target = files[0] if files[0].name.endswith(EVENTS) else files[0].with_name(files[0].name + EVENTS)
+    with replacing(target) as file:
+        file.writelines([head, *kept])
+    for path in files:
+        if path != target:
+            path.unlink()
+
+
+def _shown(sources: Iterable[Path], last_step: int) -> tuple[bytes, list[bytes], bool]:
+    """The head of an event file, what TensorBoard's reader shows of `sources` up to a step, and whether that is all."""
+    head, kept, count = b"", dict[tuple[int, str], bytes](), 0
     for path in sources:
-        for frame in _frames(path):
-            event = Event.FromString(frame[12:-4])
+        for frame, event in _events(path):
             if event.HasField("file_version"):
                 head = head or frame
             elif event.HasField("session_log"):  # what an attempt before it left from there on counts no more
                 kept = {key: one for key, one in kept.items() if key[0] < event.step}
-            elif event.step <= last_step:
-                kept[event.step, " ".join(value.tag for value in event.summary.value)] = frame
-    with replacing(target) as file:
-        file.writelines([head, *(kept[key] for key in sorted(kept))])
+            else:
+                count += 1
+                if event.step <= last_step:
+                    kept[event.step, " ".join(value.tag for value in event.summary.value)] = frame
+    return head, [kept[key] for key in sorted(kept)], len(kept) == count
 
 
-def _frames(path: Path) -> Iterator[bytes]:
-    """The records of an event file with their lengths and checksums, up to one that was cut off."""
+def _events(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """The records of an event file, with their lengths and checksums, and what each says; up to one that was cut off or
+    damaged, where TensorBoard stops as well."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import masked_crc32c
+
     with open(path, "rb") as file:
-        while len(length := file.read(12)) == 12:
+        left = os.fstat(file.fileno()).st_size
+        while len(length := file.read(12)) == 12 and struct.unpack("<I", length[8:])[0] == masked_crc32c(length[:8]):
             size = struct.unpack_from("<Q", length)[0] + 4
-            if len(rest := file.read(size)) < size:
+            left -= 12 + size
+            if left < 0 or len(rest := file.read(size)) < size:
                 return
-            yield length + rest
+            try:
+                event = Event.FromString(rest[:-4])
+            except DecodeError:
+                return
+            yield length + rest, event
 
 
 def _finite(value: Any) -> Any:

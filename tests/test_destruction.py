@@ -88,6 +88,8 @@ SAFE = {
     "tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
     "tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),
     "tracking.keep_events": ("replacing", "an event file with a name of ours"),
+    "tracking.drop_events_after":
+        ("replacing unlink", "our event files, by name or by what they hold, once one of them holds all that is kept"),
     "transfer._store": ("open(ab)", "the part, at a name from arrivals.part_of"),
     "transfer._Part.restart": ("unlink", "the same part"),
     "workers._packed": ("os.truncate", "a file in memory"),

@@ -375,6 +375,18 @@ def test_load_model_opens_any_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.state_dict().items())
 
 
+def test_a_mistake_in_the_model_is_not_said_to_be_one_of_the_file(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save({"config": {"model": {"size": "nano"}}, "model_state_dict": {}}, tmp_path / "best_model.pt")
+
+    def broken(config: object) -> None:
+        raise AttributeError("a mistake of a programmer")
+
+    monkeypatch.setattr("model.TriModalModel", broken)
+    with pytest.raises(AttributeError, match="programmer"):
+        load_model(tmp_path / "best_model.pt")
+
+
 @pytest.mark.parametrize("other", [{"size": "tiny"}, {"embed_dim": 64}, {"num_classes": 7}, {"vocab_size": 1000}],
                          ids=str)
 def test_weights_of_another_model_name_load_model(nano: TriModalModel, other: dict) -> None:

@@ -320,6 +320,15 @@ def test_auto_after_a_kill_while_going_back_goes_on_from_the_earlier_one(
     assert_same_run(folder, whole, range(3, 5))
 
 
+def test_what_a_kill_leaves_of_an_event_file_is_not_shown(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    folder = copy_of(whole, tmp_path / "run")
+    [shown] = (folder / outputs.BOARD).iterdir()
+    left = shown.with_name(f"{shown.name}.77.tmp")
+    shutil.copy(shown, left)  # TensorBoard takes it for one more file of the run
+    small.train(folder, *QUICK, "training.epochs=5", resume="auto")
+    assert not left.exists() and shown.exists()
+
+
 def test_checkpoints_move_to_another_disk_whole(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, rename = copy_of(whole, tmp_path / "run"), os.rename
 
@@ -354,7 +363,8 @@ def test_the_event_files_of_a_run_that_went_back_hold_what_is_kept_alone(small: 
     assert all(path.name.endswith(EVENTS) for path in (folder / outputs.BOARD).iterdir())
 
 
-def test_event_files_of_others_stay_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_among_event_files_that_show_nothing_stay_and_are_not_named(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = Tracker(tmp_path / "logs")
     tracker.step(step_record(2))
     tracker.close()
@@ -364,7 +374,77 @@ def test_event_files_of_others_stay_and_are_named(tmp_path: Path, capsys: pytest
     other.write_bytes(b"of another program")
     outputs.go_back(tmp_path, "checkpoint_epoch_1.pt", 1, 1)
     assert other.read_bytes() == b"of another program"
-    assert_names(capsys.readouterr().out.rstrip("\n"), tmp_path, "logs/tensorboard/events.out.tfevents.1.host.1.0")
+    assert capsys.readouterr().out == ""
+
+
+def test_event_files_of_earlier_releases_are_known_by_what_they_hold(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    tracker = Tracker(tmp_path / "logs")
+    for step in (1, 2, 3):
+        tracker.step(step_record(step))
+    tracker.validation(validation_record(3))
+    tracker.close()
+    [path] = (tmp_path / outputs.BOARD).iterdir()
+    earlier = path.rename(path.with_name(path.name.removesuffix(EVENTS)))  # as they were called
+    own = SummaryWriter(str(tmp_path / outputs.BOARD), filename_suffix=".1.1")
+    for tag in ("loss/train", "train/lr", "train/samples_per_s", "train/data_wait_pct", "my/curve"):
+        own.add_scalar(tag, 1.0, 3)
+    own.close()
+    SummaryWriter(str(tmp_path / outputs.BOARD), filename_suffix=".2.2").close()  # shows nothing
+    others = {other: other.read_bytes() for other in (tmp_path / outputs.BOARD).iterdir() if other != earlier}
+    for epoch in (1, 2):
+        checkpoint.save({"epoch": epoch}, tmp_path / "checkpoints" / f"checkpoint_epoch_{epoch}.pt")
+    place = outputs.go_back(tmp_path, "checkpoint_epoch_1.pt", 1, 2)
+    assert place and (place / outputs.BOARD / earlier.name).is_file() and not earlier.exists()
+    assert {other: other.read_bytes() for other in others} == others
+    told = capsys.readouterr().out
+    assert_names(told.rstrip("\n"), tmp_path, next(other.name for other in others if other.name.endswith(".1.1")))
+    assert ".2.2" not in told
+    assert {point[0] for point in scalars(tmp_path / "logs")["loss/align"]} == {1, 2}
+
+
+def test_what_an_earlier_release_wrote_into_a_folder_is_the_runs(small: SmallRuns, whole: Path, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Such a folder has no ledger, and its event files have no name of ours."""
+    folder = copy_of(whole, tmp_path / "run")
+    (folder / outputs.LEDGER).unlink()
+    for path in (folder / outputs.BOARD).iterdir():
+        path.rename(path.with_name(path.name.removesuffix(EVENTS)))
+    before = digests(folder)
+    small.train(folder, *QUICK, "training.learning_rate=0.002", resume=str(
+        folder / "checkpoints" / "checkpoint_epoch_2.pt"))
+    assert ".before_" not in capsys.readouterr().out
+    [place] = folder.glob("abandoned_*")
+    moved = digests(place)
+    assert {name: before[name] for name in ("config.yaml", "checkpoints/model.safetensors", "checkpoints/config.json",
+                                            "checkpoints/final_model.pt")}.items() <= moved.items()
+    assert [path.name for path in folder.rglob("*.before_*")] == [] and not (folder / "config_2.yaml").exists()
+    assert "learning_rate: 0.002" in (folder / "config.yaml").read_text("utf-8")
+
+
+def test_a_run_of_an_earlier_release_is_thrown_away_whole(small: SmallRuns, whole: Path, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy_of(whole, tmp_path / "run")
+    (folder / outputs.LEDGER).unlink()
+    for path in (folder / outputs.BOARD).iterdir():
+        path.rename(path.with_name(path.name.removesuffix(EVENTS)))
+    config = small.config(folder, *QUICK)
+    runs.open_run(config, Options("cpu", overwrite=True), None).tracker.close()
+    assert not list((folder / "checkpoints").iterdir()) and not (folder / "config_2.yaml").exists()
+    assert "did not write" not in capsys.readouterr().out and len(list((folder / outputs.BOARD).iterdir())) == 1
+
+
+def test_settings_and_exports_that_were_changed_by_hand_are_nobodys_but_the_users(whole: Path, tmp_path: Path) -> None:
+    folder = copy_of(whole, tmp_path / "run")
+    (folder / outputs.LEDGER).unlink()
+    config, export = folder / "config.yaml", folder / "checkpoints" / "config.json"
+    config.write_text("# mine\n" + config.read_text("utf-8"), "utf-8")
+    export.write_text(export.read_text("utf-8").replace("\n", "\n ", 1), "utf-8")
+    outputs.adopt(folder, checkpoint.load(folder / "checkpoints" / "checkpoint_epoch_4.pt")["config"])
+    assert not outputs.is_listed(folder, config) and not outputs.is_listed(folder, export)
+    assert outputs.is_listed(folder, folder / "checkpoints" / "model.safetensors")
 
 
 @pytest.mark.timed

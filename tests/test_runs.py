@@ -221,8 +221,9 @@ def test_another_runs_checkpoint_is_not_gone_on_with_in_a_used_folder(small: Sma
                                                                       tmp_path: Path) -> None:
     folder = interrupted(whole, tmp_path / "run", 2)
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    with refused(folder, "checkpoints", "--resume", "--overwrite"):
-        small.train(folder, *QUICK, resume=str(whole / "checkpoints" / "checkpoint_epoch_3.pt"))
+    path = whole / "checkpoints" / "checkpoint_epoch_3.pt"
+    with refused(folder, "checkpoints", path, f"--output-dir {whole}", "new --output-dir"):
+        small.train(folder, *QUICK, resume=str(path))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
 
 

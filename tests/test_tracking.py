@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tracking
 from tracking import Tracker, read_records
 
 
@@ -109,6 +110,42 @@ def test_a_fresh_start_drops_all_of_an_attempt_before_it(tmp_path: Path) -> None
     second = Tracker(tmp_path)
     second.close()
     assert read_records(tmp_path / "metrics.jsonl") == [] and scalars(tmp_path) == {}
+
+
+def points(folder: Path) -> dict[str, list[int]]:
+    """Steps of all points in all event files, one by one: the server behind TensorBoard's page shows them all."""
+    return {path.name: [event.step for _, event in tracking._events(path) for _ in event.summary.value]
+            for path in (folder / "tensorboard").iterdir()}
+
+
+def test_no_event_file_keeps_points_of_an_attempt_that_a_resume_dropped(tmp_path: Path) -> None:
+    """They would stay on the page under tags that are never written again, as of a stage that is there no more."""
+    first = Tracker(tmp_path)
+    for step in (10, 20, 30, 40):
+        first.step(step_record(step))
+    first.validation(validation_record(40))
+    first.close()
+    [path] = (tmp_path / "tensorboard").iterdir()
+    whole = path.read_bytes()
+    Tracker(tmp_path, last_step=40).close()
+    assert path.read_bytes() == whole, "there is nothing to drop"
+    Tracker(tmp_path, last_step=20).close()
+    assert {step for steps in points(tmp_path).values() for step in steps} == {10, 20}
+    curves = scalars(tmp_path)
+    assert [step for step, _ in curves["loss/align"]] == [10, 20] and "validation/align/loss" not in curves
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(4096), b"\xff" * 64, b"\x10" + bytes(40)])
+def test_an_event_file_counts_up_to_where_it_is_damaged(tmp_path: Path, damage: bytes) -> None:
+    """As TensorBoard reads it: a power cut may leave anything at its end."""
+    first = Tracker(tmp_path)
+    for step in (10, 20, 30):
+        first.step(step_record(step))
+    first.close()
+    [path] = (tmp_path / "tensorboard").iterdir()
+    path.write_bytes(path.read_bytes()[:-5] + damage)
+    Tracker(tmp_path, last_step=20).close()
+    assert [step for step, _ in scalars(tmp_path)["loss/align"]] == [10, 20]
 
 
 def test_a_line_that_is_no_record_is_left_out(tmp_path: Path) -> None:

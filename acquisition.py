@@ -30,7 +30,7 @@ import staging
 import transfer
 from config import UserError
 from debian import fetch_by_apt
-from files import bytes_below, locked, remove_left, replacing
+from files import bytes_below, check_writable, locked, remove_left, replacing
 from holdings import LICENCE, Holdings
 from local_files import LocalFiles
 from members import ArchiveError
@@ -103,7 +103,12 @@ class Acquisition:
         if self._needs_key():
             return Outcome(name=self.source.name, state="needs key", detail=self.source.key_help, code=MEND,
                            next_command=f"{self.source.needs_key}=YOUR_KEY {self.selection.command()}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            check_writable(self.folder)
+        except OSError as error:
+            self.look()
+            self.holdings.check_nothing_lacks(error)
+            return self._outcome("skipped")
         with self.locked():
             self._fill()
         return self._outcome("done")
@@ -375,8 +380,8 @@ class Acquisition:
         if item.kind != "plain":
             parts = [file.path if isinstance(file, Fetched) else file for file in fetched]
             record = self._unpack(item, parts, record)
-        else:
-            self._look_at_rows(item, here[0])
+        elif note := annotations.other_rows(here[0].path, 0 if here[0].checked else item.files[0].lines):
+            self.say(f"note: {item.name} {note}")
         self.holdings.items[item.name] = record
         inventory.write_marker(self.folder, self.holdings.marker)
         self._part_with_archives(item, here)
@@ -410,19 +415,13 @@ class Acquisition:
                              f"first as {kept[0]}")
         return listing.record
 
-    def _look_at_rows(self, item: Item, fetched: Fetched) -> None:
-        """Where no digest is published, a list of another length is worth a word."""
-        wanted = item.files[0].lines
-        if fetched.checked or not wanted:
-            return
-        rows = annotations.number_of_rows(fetched.path)
-        if rows != wanted:
-            self.say(f"note: {item.name} has {rows:,} rows, {wanted:,} are published")
-
     def _get(self, item: Item, file: File) -> Fetched:
         """The file from the user's copy, the system's package tool or a server, checked."""
         path, _ = self.arrived(item, file)
         came = (self.holdings.items.get(item.name) or {}).get("sha256") if item.kind == "plain" else None
+        if item.kind == "plain" and self.holdings.is_published(item):
+            arrivals.forget(path)  # of a run that was killed just before it did so
+            return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)
         local = self.own.file(item, file)
         if file.name in self.own.differing:
             self.say(f"{self.own.differing[file.name]}: differs from the published list, which is taken instead")

@@ -93,6 +93,12 @@ def number_of_rows(path: Path) -> int:
             return 0
 
 
+def other_rows(path: Path, published: int) -> str:
+    """A note where a list has another number of rows than is published (0: not known), else ""."""
+    rows = number_of_rows(path) if published else 0
+    return f"has {rows:,} rows, {published:,} are published" if rows != published else ""
+
+
 def _of_json(path: Path) -> Iterator[str]:
     """Every "file_name" of annotations."""
     return (match[1].decode("utf-8", "replace") for match in _matches(_FILE_NAME, path))

@@ -88,11 +88,23 @@ class Holdings:
         path, file, record = self.folder / item.into, item.files[0], self.items.get(item.name) or {}
         if not path.is_file() or not path.stat().st_size or _plain_is_right(path, record, True):
             return False
-        if not (file.sha256 or file.md5):
-            return True
-        with contextlib.suppress(Mismatch):
-            return not transfer.check_file(as_published(file, path))
-        return True
+        return not (file.sha256 or file.md5) or not self.is_published(item)
+
+    def is_published(self, item: Item) -> bool:
+        """Whether a list is there and has the digest that is published of it."""
+        path, file = self.folder / item.into, item.files[0]
+        with contextlib.suppress(Mismatch, FileNotFoundError, IsADirectoryError):
+            return bool((file.sha256 or file.md5) and transfer.check_file(as_published(file, path)))
+        return False
+
+    def check_nothing_lacks(self, why: OSError) -> None:
+        """Raise UserError where something is not there, by `look` and the lists, of a folder that cannot be written."""
+        absent = [item.name for item in self.todo() if not (self.is_published(item) if item.kind == "plain" else
+                                                            self.linked(item, self.offered))]
+        if absent:
+            names = ", ".join(absent[:3]) + (" and more" if absent[3:] else "")
+            raise UserError(f"{self.folder}: cannot be written ({why.strerror or why}), and {names} must come; to use "
+                            f"what is there rename it, or the link, and give --local {self.folder.resolve()}")
 
     def linked(self, item: Item, places: Mapping[str, int] | None = None) -> bool:
         """Whether the marker, or `places`, has links to what the user has of the item."""

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -66,7 +67,7 @@ class LocalFiles:
         """Take the `folder` of the set for what --local names, where most clips of a split lie in it, however named and
         arranged. `passed_over` tells of a split that has fewer."""
         own = LocalFiles(self.source, self.items, folder.resolve())
-        copies = own._mostly(own.copies(self.items, folder))
+        copies = own._mostly(own.copies(self.items, folder), folder)
         if copies.numbers:
             self.local, self.by_hand = own.local, True
         self.passed_over = [] if copies.numbers else [*copies.left_out]  # else `copies` tells of them
@@ -78,10 +79,12 @@ class LocalFiles:
             return local_copies.Copies(numbers={}, left_out=tuple(self.passed_over))
         lists = self.lists(folder) if self.source.name == "audiocaps" else []
         copies = local_copies.find(self.source, items, self.local, lists)
-        return self._mostly(copies) if self.by_hand else copies
+        return self._mostly(copies, folder) if self.by_hand else copies
 
-    def _mostly(self, copies: local_copies.Copies) -> local_copies.Copies:
-        return local_copies.mostly(copies, self.source.partly, self.local)
+    def _mostly(self, copies: local_copies.Copies, folder: Path) -> local_copies.Copies:
+        """No link is made in a folder behind a link of the user's: training finds the sounds in it as they are."""
+        found = local_copies.mostly(copies, self.source.partly, self.local)
+        return replace(found, links=tuple(link for link in found.links if not (folder / link[1]).parent.is_symlink()))
 
     def lists(self, folder: Path) -> list[tuple[str, Path]]:
         """(split, path) of AudioCaps' lists: those in the set's `folder`, else the user's; earlier versions first."""

@@ -112,7 +112,8 @@ def plan_lines(found: Mapping[str, Any]) -> Iterator[str]:
     if found["one_of"]:
         yield "  one of these files is enough; they are tried in this order"
     part = f", a sample of {found['sample']} files of each" if found["sample"] else ""
-    yield (f"  to fetch: {found['files_to_fetch']} files or archives{part}, {gb(found['bytes_to_fetch'])}; space "
+    size = gb(found["bytes_to_fetch"]) if found["files_to_fetch"] else "0"
+    yield (f"  to fetch: {found['files_to_fetch']} files or archives{part}, {size}; space "
            f"needed: {gb(found['bytes_needed'], '0')}, free: {gb(found['bytes_free'])}")
 
 

@@ -1,5 +1,7 @@
-"""Sounds of AudioCaps that somebody put into the set's folder, in whatever form, are not fetched a second time."""
+"""What somebody put into the folder of a set: sounds of AudioCaps in whatever form are not fetched a second time, and
+nothing need be written where a copy is complete."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import acquisition
 import inventory
 from tests import miniature
 from tests.loopback import Loopback
@@ -130,3 +133,60 @@ def test_what_came_by_shards_is_not_taken_for_them(tmp_path: Path, server: Loopb
         assert run("--splits", "train", "val") == 3
         assert ("validation-00000-of-00020.parquet" in run.asked_for()) == marker
         assert not inventory.read_marker(folder)["linked"]
+
+
+def test_no_link_is_made_behind_a_link_of_the_user(tmp_path: Path, server: Loopback) -> None:
+    run, folder = placed(tmp_path, server, with_thousandths)
+    (folder / "train").rename(tmp_path / "mine")
+    (folder / "train").symlink_to(tmp_path / "mine", target_is_directory=True)
+    before = state_of(tmp_path / "mine")
+    assert run("--skip-existing") == 3 and run("--skip-existing") == 3
+    assert state_of(tmp_path / "mine") == before and run.asked_for() == []
+    assert samples(run.root, "audiocaps") == samples(tmp_path / "true", "audiocaps")
+
+
+# --- Folders that cannot be written ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--skip-existing"]])
+@pytest.mark.parametrize("name", ["coco", "clotho", "audiocaps", "voxceleb"])
+def test_a_complete_copy_that_cannot_be_written_is_used(tmp_path: Path, server: Loopback, name: str, words: list[str],
+                                                        monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """A shared disk, linked as data/NAME."""
+    run, _ = read_only(tmp_path, server, name, monkeypatch)
+    before = state_of(tmp_path / "true")
+    lists = name == "voxceleb" and not words  # of which no digest is published
+    assert run(*words) == (2 if lists else 3 if name == "audiocaps" else 0), capsys.readouterr()
+    assert state_of(tmp_path / "true") == before and run.asked_for() == []
+    if not lists:
+        assert samples(run.root, name) and "skipped" in capsys.readouterr().out
+
+
+def test_a_copy_that_cannot_be_written_and_lacks_something_says_what_to_do(
+        tmp_path: Path, server: Loopback, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = read_only(tmp_path, server, "coco", monkeypatch)
+    next((tmp_path / "true/coco/val2017").iterdir()).unlink()
+    assert run("--skip-existing") == 2
+    assert_names(capsys.readouterr().err.splitlines()[-1], folder, "val2017.zip",
+                 f"--local {tmp_path / 'true/coco'}")
+    assert run.asked_for() == []
+
+
+def read_only(tmp_path: Path, server: Loopback, name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Path]:
+    source, served = {"coco": miniature.coco, "clotho": miniature.clotho, "voxceleb": miniature.voxceleb,
+                      "audiocaps": lambda folder: miniature.audiocaps(folder, shards=True)}[name](tmp_path / "true")
+    source = replace(source, partly=tuple(replace(count, number=2) for count in source.partly))
+    if name == "voxceleb":
+        (tmp_path / "true/voxceleb/voxceleb1/veri_test2.txt").write_bytes(served["veri_test2.txt"])
+        source = replace(source, items=tuple(replace(item, files=(replace(item.files[0], sha256=""),))
+                                             if item.name == "iden_split.txt" else item for item in source.items))
+    run = Run(Made(name, tmp_path / "true" / name, source, served), server, tmp_path)
+    run.root.mkdir()
+    (run.root / name).symlink_to(tmp_path / "true" / name, target_is_directory=True)
+
+    def no(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(acquisition, "check_writable", no)
+    return run, run.root / name

@@ -1,6 +1,7 @@
 """What pictures, sounds and videos have in common: the names of their files, how FFmpeg's libraries open them, and what
 a file that cannot be read is in truth."""
 
+import io
 import os
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ _OTHERS = {  # first bytes: what it is, and what to do
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def open_container(source: str | IO[bytes], formats: str) -> Any:
+def open_container(source: str | IO[bytes] | io.RawIOBase, formats: str) -> Any:
     """The container (av.container.InputContainer) of a file that is of one of FFmpeg's `formats`.
 
     Raises:

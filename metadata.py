@@ -156,12 +156,11 @@ def _jpeg(content: bytes) -> tuple[bytes, int] | None:
 
 
 def _tiff(content: bytes) -> tuple[bytes, int]:
-    """With a new first directory at its end, in which only the tags of pixels stand, and no other directories."""
+    """With only the tags of pixels in its first directory, and no other directories; its pixels stay in their place."""
     order = "<" if content.startswith(TIFF[0]) else ">"
     (first,) = struct.unpack_from(order + "I", content, 4)
     (count,) = struct.unpack_from(order + "H", content, first)
     entries = [content[first + 2 + 12 * number: first + 14 + 12 * number] for number in range(count)]
     kept = [one for one in entries if len(one) == 12 and struct.unpack_from(order + "H", one)[0] in _TIFF_PIXELS]
-    padded = content + bytes(len(content) % 2)
     directory = struct.pack(order + "H", len(kept)) + b"".join(kept) + bytes(4)
-    return padded[:4] + struct.pack(order + "I", len(padded)) + padded[8:] + directory, orientation_of(content)
+    return content[:first] + directory + content[first + len(directory):], orientation_of(content)

@@ -8,14 +8,52 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
-Source = str | IO[bytes]
+Source = str | IO[bytes] | io.RawIOBase
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _TO_THE_END = b"\xff\xff\xff\xff"  # as a size
 _PADDING_BYTES = 4096  # behind the samples of a WAV file
+_MAX_CHUNKS = 1000  # before the samples
+
+
+class Stretch(io.RawIOBase):
+    """The bytes `first` to `last` of a file, some of them others, as a file of its own, of which only what is asked for
+    is ever in memory. `changes`: new bytes by their place in the file."""
+
+    def __init__(self, path: str, first: int, last: int, changes: Mapping[int, bytes] | None = None) -> None:
+        self.file, self.first, self.size, self.changes = open(path, "rb"), first, last - first, changes or {}
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence])
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.first + self.at)
+        content = bytearray(self.file.read(max(0, min(len(buffer), self.size - self.at))))
+        for place, new in self.changes.items():
+            first, last = max(place, self.at), min(place + len(new), self.at + len(content))
+            if first < last:
+                content[first - self.at: last - self.at] = new[first - place: last - place]
+        buffer[: len(content)] = content
+        self.at += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -74,13 +112,8 @@ def mended(source: Source) -> Source:
     with open(source, "rb") as file:
         head, size = file.read(12), os.path.getsize(source)
         mend = _HEADERS.get((head[:4], head[8:]), _HEADERS.get((head[:4], b"")))
-        if mend is None or not (changes := mend(file, size)):
-            return source
-        file.seek(0)
-        content = bytearray(file.read())
-    for at, new in changes.items():
-        content[at: at + len(new)] = new
-    return io.BytesIO(content)
+        changes = mend(file, size) if mend else {}
+    return Stretch(source, 0, size, changes) if changes else source
 
 
 def _wav(file: IO[bytes], size: int) -> dict[int, bytes]:
@@ -129,7 +162,7 @@ _HEADERS: dict[tuple[bytes, bytes], Callable[[IO[bytes], int], dict[int, bytes]]
 def _samples_chunk(file: IO[bytes], size: int) -> tuple[int, int] | None:
     """Where the samples of a WAV file begin, and how many bytes of them it states."""
     at = 12
-    while at + 8 <= size:
+    for _ in range(_MAX_CHUNKS):
         file.seek(at)
         name, length = file.read(4), int.from_bytes(file.read(4), "little")
         at += 8
@@ -141,10 +174,15 @@ def _samples_chunk(file: IO[bytes], size: int) -> tuple[int, int] | None:
 
 def _goes_on(file: IO[bytes], first: int, stated: int, size: int) -> bool:
     """Whether samples follow those that are stated: neither another chunk nor a tag, nor a little padding."""
-    end = first + stated + stated % 2
+    end = first + stated
     file.seek(min(end, size))
     begin = file.read(_PADDING_BYTES)
-    is_chunk = begin[:4].isascii() and begin[:4].decode().isprintable() and int.from_bytes(begin[4:8], "little") <= size
-    if not begin or is_chunk or begin.startswith((b"ID3", b"TAG", b"APETAGEX")):
+    # Some writers leave out the byte that makes a length even.
+    if not begin or any(_is_other(begin[skipped:], size) for skipped in range(1 + stated % 2)):
         return False
     return not stated or (len(begin) == _PADDING_BYTES and size - end > stated / 10 and any(begin))
+
+
+def _is_other(begin: bytes, size: int) -> bool:
+    is_chunk = begin[:4].isascii() and begin[:4].decode().isprintable() and int.from_bytes(begin[4:8], "little") <= size
+    return is_chunk or begin.startswith((b"ID3", b"TAG", b"APETAGEX"))

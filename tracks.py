@@ -9,13 +9,12 @@ Legend: N samples, C channels.
 """
 
 import contextlib
-import io
 import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,23 +69,52 @@ class Piece:
     rate_hz: int
 
 
-class Mono:
-    """Takes in blocks [N, C] and holds the mean of their channels, or one channel, with the energies that tell whether
-    the channels cancel each other."""
+class Count:
+    """Takes in blocks [N, C] and counts their samples."""
+
+    def __init__(self) -> None:
+        self.count, self.rate_hz = 0, 0
+
+    def expect(self, count: int, rate_hz: int) -> None:
+        """Raise BrokenSound where `count` samples are too many."""
+
+    def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
+        self.count, self.rate_hz = self.count + len(block_NC), rate_hz
+
+    def be_silent(self, count: int, rate_hz: int) -> None:
+        """As `add` of zeros."""
+        self.count, self.rate_hz = self.count + count, rate_hz
+
+
+class Energies(Count):
+    """Takes in blocks and holds the energy of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_channels = np.zeros(MAX_CHANNELS)
+
+    def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
+        super().add(block_NC, rate_hz)
+        self.of_channels[: block_NC.shape[1]] += (block_NC.astype(np.float64) ** 2).sum(axis=0)
+
+
+class Mono(Count):
+    """Takes in blocks and holds the mean of their channels, or one channel, with the energies that tell whether the
+    channels cancel each other."""
 
     def __init__(self, channel: int | None = None) -> None:
-        self.rate_hz, self.count, self.channel = 0, 0, channel
+        super().__init__()
+        self.channel = channel
         self.blocks: list[np.ndarray] = []
         self.energy = self.energy_of_all = 0.0  # of the mean, and of all channels
 
     def expect(self, count: int, rate_hz: int) -> None:
-        """Raise BrokenSound where `count` samples are too many."""
         most_s = min(MAX_SOUND_S, MAX_SAMPLES / rate_hz)
         if count > most_s * rate_hz:
             raise BrokenSound(f"is over {most_s:g} s long: give a start and a duration")
 
     def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        self.rate_hz, self.count = rate_hz, self.count + len(block_NC)
+        super().add(block_NC, rate_hz)
         self.expect(self.count, rate_hz)
         channels = block_NC.shape[1]
         if self.channel is not None:
@@ -98,38 +126,14 @@ class Mono:
             self.energy += float(mean_N @ mean_N)
             self.energy_of_all += float(np.vdot(block_NC, block_NC))
 
+    def be_silent(self, count: int, rate_hz: int) -> None:
+        super().be_silent(count, rate_hz)
+        self.expect(self.count, rate_hz)
+        self.blocks.append(np.zeros(count, np.float32))
+
     def piece(self) -> Piece:
         samples = np.concatenate(self.blocks) if self.blocks else np.empty(0, np.float32)
         return Piece(samples.astype(np.float32, copy=False), self.rate_hz)
-
-
-class Energies:
-    """Takes in blocks and holds the energy of each channel."""
-
-    def __init__(self) -> None:
-        self.count, self.rate_hz = 0, 0
-        self.of_channels = np.zeros(MAX_CHANNELS)
-
-    def expect(self, count: int, rate_hz: int) -> None: ...
-
-    def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        self.rate_hz, self.count = rate_hz, self.count + len(block_NC)
-        self.of_channels[: block_NC.shape[1]] += (block_NC.astype(np.float64) ** 2).sum(axis=0)
-
-
-class Count:
-    """Takes in blocks and counts their samples."""
-
-    def __init__(self) -> None:
-        self.count, self.rate_hz = 0, 0
-
-    def expect(self, count: int, rate_hz: int) -> None: ...
-
-    def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        self.rate_hz, self.count = rate_hz, self.count + len(block_NC)
-
-
-Sink = Mono | Count | Energies
 
 
 def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece]:
@@ -183,22 +187,22 @@ def _read(path: str, start_s: float, duration_s: float, new: Callable[[], Any]) 
         return [_read_link(path, start_s, duration_s, new, has_holes=ogg.has_holes)]
     found, at_s, end_s = [], 0.0, start_s + duration_s if duration_s else math.inf
     for first, last in links:
-        with open(path, "rb") as file:
-            file.seek(first)
-            link = io.BytesIO(file.read(last - first))
+        link = sound_files.Stretch(path, first, last)
         length_s = _length_s(link)
         if at_s + length_s > start_s:
             own_start_s = max(0.0, start_s - at_s)
             own_end_s = min(end_s - at_s, length_s)
             own_duration_s = 0.0 if own_end_s == length_s else own_end_s - own_start_s
             found.append(_read_link(link, own_start_s, own_duration_s, new, has_holes=ogg.has_holes))
+            rate_hz = max(1, found[-1].rate_hz)
+            found[-1].expect(round(sum(map(_seconds, found)) * rate_hz), rate_hz)
         at_s += length_s
         if at_s >= end_s:
             break
     return found
 
 
-def _length_s(link: IO[bytes]) -> float:
+def _length_s(link: Source) -> float:
     import soundfile
 
     try:
@@ -235,7 +239,7 @@ def _read_link(source: Source, start_s: float, duration_s: float, new: Callable[
     return first if first and not damage and not has_holes and _seconds(first) >= _seconds(second) else second
 
 
-def _seconds(sink: Sink) -> float:
+def _seconds(sink: Count) -> float:
     return sink.count / max(1, sink.rate_hz)
 
 
@@ -261,7 +265,7 @@ def _bounds(start_s: float, duration_s: float, rate_hz: int) -> tuple[int, float
 # ---- libsndfile ----------------------------------------------------------------------------------------------------
 
 
-def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Sink) -> bool:
+def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Count) -> bool:
     """Fill `sink`; False where the file states more samples than came, or none at all."""
     import soundfile
 
@@ -284,14 +288,14 @@ def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Sin
         return _take(file, first, last, sink)
 
 
-def _from_its_start(source: Source, first: int, last: int, sink: Sink) -> bool:
+def _from_its_start(source: Source, first: int, last: int, sink: Count) -> bool:
     import soundfile
 
     with soundfile.SoundFile(_rewound(source)) as file:
         return _take(file, first, last, sink)
 
 
-def _take(file: "soundfile.SoundFile", first: int, last: int, sink: Sink) -> bool:
+def _take(file: "soundfile.SoundFile", first: int, last: int, sink: Count) -> bool:
     import soundfile
 
     position = file.tell()
@@ -337,7 +341,7 @@ def _decoded(source: Source, start_s: float, duration_s: float, sink: Any, *, ju
 class _Track:
     """A sound track, decoded along the clock of its container."""
 
-    def __init__(self, container: Any, stream: Any, sink: Sink) -> None:
+    def __init__(self, container: Any, stream: Any, sink: Count) -> None:
         self.container, self.stream, self.sink = container, stream, sink
         self.zero_s = 0.0  # the clock at second 0
         self.position: int | None = None  # of the next sample; None: not known, after a jump
@@ -425,11 +429,7 @@ class _Track:
         first, last = self._overlap(count)
         if last > first:
             self.hand_over(frame.sample_rate)
-            self.sink.expect(self.sink.count + last - first, frame.sample_rate)
-            channels = frame.layout.nb_channels
-            for at in range(first, last, _BLOCK_VALUES // channels):
-                silent_NC = np.zeros((min(last - at, _BLOCK_VALUES // channels), channels), np.float32)
-                self.sink.add(silent_NC, frame.sample_rate)
+            self.sink.be_silent(last - first, frame.sample_rate)
         self.position += count
 
     def _overlap(self, count: int) -> tuple[int, int]:

@@ -220,7 +220,7 @@ def problem_of(path: Path) -> str:
     suffix = path.suffix.lower()
     wanted = "picture" if suffix in media.PICTURE_SUFFIXES else "sound"
     try:
-        if wanted == "picture":
+        if wanted == "picture" or (suffix in FIRST_FRAME_TELLS and _is_picture(path)):
             _open_picture(path)
         elif suffix in FIRST_FRAME_TELLS:
             return "" if _frames(path) else "holds neither sound nor picture"
@@ -230,6 +230,11 @@ def problem_of(path: Path) -> str:
         reason = media.reason_of(error, str(path))
         return media.kind_of(str(path), wanted) or f"cannot be opened ({reason[:120]})"
     return ""
+
+
+def _is_picture(path: Path) -> bool:
+    """By its first bytes, whatever its name says, as in training."""
+    return not media.kind_of(str(path), "picture") and bool(media.kind_of(str(path), "sound"))
 
 
 def _open_picture(path: Path) -> None:
@@ -245,7 +250,7 @@ def _samples(path: Path) -> int:
 
 
 def _frames(path: Path) -> int:
-    with media.open_container(str(path), media.VIDEO_FORMATS) as container:
+    with media.open_container(str(path), media.SOUND_FORMATS) as container:
         streams = [*container.streams.audio[:1], *container.streams.video[:1]]
         return sum(1 for stream in streams for _ in _first(container, stream))
 

@@ -106,6 +106,16 @@ def test_a_still_picture_is_not_taken_for_a_video_of_its_tiles(tmp_path: Path, n
     assert "HEIC" in reasons(tmp_path / name)[0]
 
 
+def test_verifying_opens_what_training_reads_whatever_its_name_says(tmp_path: Path) -> None:
+    for made, name in (("a.wav", "b.webm"), ("a.mp3", "b.mp4"), ("a.flac", "b.m4a"), ("a.m4a", "b.wav")):
+        path = trees.sound(tmp_path / made, trees.tone()).rename(tmp_path / name)
+        assert len(decode_audio(path)) >= 16_000 and problem_of(path) == ""
+    path = trees.picture(tmp_path / "a.png").rename(tmp_path / "c.mp4")
+    assert decode_image(path).ndim == 3 and problem_of(path) == ""
+    trees.truncate(path)
+    assert problem_of(path)
+
+
 def test_a_file_of_text_is_shown_in_short_and_on_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("é\n" * 5_000, encoding="utf-8")
     told = media.kind_of(str(tmp_path / "a.jpg"), "picture")

@@ -212,6 +212,19 @@ def test_a_png_that_was_cut_is_read_where_all_pixels_are_there(tmp_path: Path) -
             decode_image(tmp_path / "a.png")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_that_was_cut_has_no_other_pixels(tmp_path: Path, compression: str | None) -> None:
+    """Neither zeros nor a directory in place of what was cut off."""
+    content = encoded("TIFF", compression=compression)
+    for lost in (1, 2, 4, 20, 100, 200):
+        try:
+            found = read(tmp_path / "a.tif", content[:-lost])
+        except BrokenImage:
+            continue
+        assert np.array_equal(found, noise())
+
+
 def test_damaged_pixels_are_not_mended(tmp_path: Path) -> None:
     """Neither by leaving out what has a wrong sum, nor by a new one."""
     content = bytearray(encoded("PNG"))

@@ -2,6 +2,7 @@
 
 import fractions
 import io
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import soundfile
 
 import tracks
-from audio import decode_audio
+from audio import BrokenSound, decode_audio
 from tests import trees
+from tests.refusals import refused
 
 RATE_HZ = 48_000
 SECONDS = 8
@@ -167,6 +169,29 @@ def test_what_follows_the_samples_of_a_wav_is_no_sound(tmp_path: Path, tail: byt
     assert len(decode_audio(path)) == 16_000
 
 
+@pytest.mark.parametrize("padding", [b"", b"\0"])
+def test_a_chunk_behind_an_odd_number_of_bytes_is_no_sound(tmp_path: Path, padding: bytes) -> None:
+    """Some writers leave out the byte that makes the length even."""
+    path = wav_stating(tmp_path / "a.wav", tones(1, 16_000)[:15_999], 15_999, subtype="PCM_U8")
+    content = path.read_bytes()
+    noise = np.random.default_rng(0).bytes(9_000)
+    whole = content[: content.index(b"data") + 8 + 15_999]
+    path.write_bytes(whole + padding + b"iXML" + (9_000).to_bytes(4, "little") + noise)
+    assert len(decode_audio(path)) == 15_999
+
+
+def test_a_very_long_wav_whose_writer_was_killed_takes_no_memory(tmp_path: Path) -> None:
+    path = wav_stating(tmp_path / "a.wav", tones(8, 16_000), 0)
+    with path.open("r+b") as file:
+        file.truncate(500_000_000)
+    tracemalloc.start()
+    try:
+        assert seconds_of(decode_audio(path, 2.0, 1.0)) == pytest.approx([2, 2], abs=0.15)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("rate_hz", [8_000, 12_000])
 def test_opus_of_an_unspecified_rate_keeps_its_high_tones(tmp_path: Path, rate_hz: int) -> None:
     path = tmp_path / "a.opus"
@@ -211,6 +236,22 @@ def test_all_parts_of_a_chained_ogg_are_read(tmp_path: Path) -> None:
         assert seconds_of(np.pad(excerpt, (0, 1))) == pytest.approx(told, abs=0.15)
     path.write_bytes(parts[1])
     assert len(decode_audio(path)) == 32_000
+
+
+def test_all_parts_of_a_chained_ogg_together_may_be_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.ogg").write_bytes(ogg(tones(3, 16_000), 16_000) * 3)
+    monkeypatch.setattr(tracks, "MAX_SOUND_S", 5.0)
+    with refused(tmp_path / "a.ogg", "over 5 s", error=BrokenSound):
+        decode_audio(tmp_path / "a.ogg")
+    assert len(decode_audio(tmp_path / "a.ogg", 2.0, 5.0)) == 80_000
+    assert tracks.count_samples(str(tmp_path / "a.ogg")) == 144_000
+
+
+def test_a_clock_that_leaps_by_years_costs_neither_time_nor_memory(tmp_path: Path) -> None:
+    path = container(tmp_path / "a.mkv", "pcm_s16le", picture="mpeg4", late_s=3e8)
+    assert tracks.count_samples(str(path)) == (3e8 + SECONDS) * RATE_HZ
+    with refused(path, "over 3600 s", error=BrokenSound):
+        decode_audio(path)
 
 
 def test_a_hole_in_an_ogg_does_not_move_what_follows(tmp_path: Path) -> None:

@@ -49,8 +49,22 @@ def halved_state(small: SmallRuns, folder: Path, *overrides: str) -> dict[str, A
 
 
 @pytest.fixture(scope="module")
-def state(small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return halved_state(small, tmp_path_factory.mktemp("before"))
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("before")
+
+
+@pytest.fixture(scope="module")
+def state(small: SmallRuns, before: Path) -> dict[str, Any]:
+    found = halved_state(small, before)
+    fitted(small, before, found)
+    return found
+
+
+@pytest.fixture
+def folder(before: Path, state: dict[str, Any], tmp_path: Path) -> Path:
+    """With the plans that were made already, for the settings of `state`."""
+    shutil.copytree(before / "plans", tmp_path / "plans")
+    return tmp_path
 
 
 HALVED = dict(zip(NAMES, (16, 16, 16, 32), strict=True))
@@ -64,9 +78,9 @@ HALVED = dict(zip(NAMES, (16, 16, 16, 32), strict=True))
     ("training.ema_decay=0.9", dict.fromkeys(NAMES[:3], 32)), ("evaluation.batch_size=128", {EVALUATION: 128}),
     ("memory.budget_gb=1.9", dict(zip(NAMES, (32, 32, 32, 64), strict=True)))])
 def test_what_is_asked_for_now_wins_and_all_else_stays_as_it_was(
-        small: SmallRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str], state: dict[str, Any], override: str,
+        small: SmallRuns, folder: Path, capsys: pytest.CaptureFixture[str], state: dict[str, Any], override: str,
         expected: dict[str, int]) -> None:
-    run = fitted(small, tmp_path, state, override)
+    run = fitted(small, folder, state, override)
     assert micro_batches(run) == HALVED | expected
     assert run.planned_fits == run.fits and run.fits_asked.keys() == run.fits.keys()
     said = capsys.readouterr().out.splitlines()
@@ -83,10 +97,10 @@ def test_what_is_asked_for_now_wins_and_all_else_stays_as_it_was(
     ("training.learning_rate=0.5", {}), ("memory.micro_batch=4", {"pretrain": 4, "align": 4, "finetune": 4}),
     ("evaluation.batch_size=128", {EVALUATION: 128})])
 def test_a_checkpoint_that_does_not_say_what_it_was_asked_for_says_its_settings(
-        small: SmallRuns, tmp_path: Path, state: dict[str, Any], override: str, expected: dict[str, int]) -> None:
+        small: SmallRuns, folder: Path, state: dict[str, Any], override: str, expected: dict[str, int]) -> None:
     """As those of earlier releases."""
     older = {name: value for name, value in state.items() if name != "fits_asked"}
-    assert micro_batches(fitted(small, tmp_path, older, override)) == HALVED | expected
+    assert micro_batches(fitted(small, folder, older, override)) == HALVED | expected
 
 
 def test_a_smaller_budget_makes_smaller_micro_batches(small: SmallRuns, tmp_path: Path) -> None:
@@ -107,9 +121,9 @@ def test_the_memory_foretold_is_that_of_the_micro_batches_used(small: SmallRuns,
     assert all(halved.predicted_gib[name] < whole.predicted_gib[name] for name in ("align", EVALUATION))
 
 
-def test_other_numbers_or_another_number_of_processes_are_planned_anew(small: SmallRuns, tmp_path: Path,
+def test_other_numbers_or_another_number_of_processes_are_planned_anew(small: SmallRuns, folder: Path,
                                                                        state: dict[str, Any]) -> None:
-    run = fitted(small, tmp_path, state)
+    run = fitted(small, folder, state)
     config, tasks = fits.settings_of(run, run.config), tasks_of(run)
     assert list(fits.saved_fits(run, config, tasks, state)) == NAMES
     for changed in ({"precision": memory.Precision(torch.bfloat16, False, "as on a GPU")},

@@ -102,8 +102,7 @@ def test_no_command_touches_what_the_user_keeps_in_the_folder_of_a_run(small: Sm
                                            resume="auto"),
         "--resume EARLIER": lambda: small.train(folder, *QUICK, "training.epochs=5", resume=str(
             max((folder / "checkpoints").glob("checkpoint_epoch_4.pt"), default=last))),
-        "--overwrite": lambda: small.train(folder, *QUICK, "training.epochs=3", overwrite=True),
-        "--overwrite again": lambda: small.train(folder, *QUICK, "training.epochs=3", overwrite=True)}
+        "--overwrite": lambda: small.train(folder, *QUICK, "training.epochs=3", overwrite=True)}
     for name, command in commands.items():
         command()
         assert {str(path): path.exists() and path.read_bytes() == bytes_ for path, bytes_ in made.items()} == {

@@ -160,7 +160,7 @@ def mostly(copies: Copies, published: Iterable[Count], local: Path | None) -> Co
     wanted = {count.folder: count.number for count in published}
     few = [split for split, number in numbers.items() if 100 * number < MOSTLY_PCT * wanted[split]]
     left_out = [f"{numbers[split]:,} of the {wanted[split]:,} clips of {split}: fewer than {MOSTLY_PCT} %, so the "
-                f"published sounds are fetched; to do with these alone: --local {local}"
+                f"published sounds are fetched; to use these alone: --local {local}"
                 for split in few if numbers[split]]
     return Copies(links=tuple(link for link in copies.links if link[1].partition("/")[0] not in few),
                   numbers={split: number for split, number in numbers.items() if split not in few},

@@ -11,10 +11,10 @@ from typing import Any
 
 import annotations
 import inventory
+import local_copies
 import transfer
 from config import UserError
 from files import replacing, sha256_of
-from media import WITH_SOUND
 from selection import Selection, as_published
 from sources import Item
 from transfer import Mismatch, Wanted
@@ -169,7 +169,7 @@ class Holdings:
         if not shards or self.marker.get("linked") or (self.folder / ledger).exists() or any(
                 name in self.items or inventory.contents_path(self.folder, name).exists() for name in shards):
             return False
-        return any(name.lower().endswith(WITH_SOUND) for _, names in inventory.walk(self.folder) for name in names)
+        return local_copies.has_sounds(self.folder)
 
     def look(self, offered: Mapping[str, int]) -> None:
         """Count as there what a download would link (`offered`) or take over, without doing so."""

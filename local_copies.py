@@ -154,6 +154,11 @@ def find_audiocaps(local: Path, lists: Sequence[tuple[str, Path]]) -> Copies:
     return Copies(links=tuple(links), numbers={split: len(clips) for split, clips in found.items()} if links else {})
 
 
+def has_sounds(folder: Path) -> bool:
+    """Whether a sound or video lies in the folder, or in one below it."""
+    return any(name.lower().endswith(WITH_SOUND) for _, names in inventory.walk(folder) for name in names)
+
+
 def mostly(copies: Copies, published: Iterable[Count], local: Path | None) -> Copies:
     """Of clips that nobody named: the splits of which MOSTLY_PCT are there. Of others it tells how to take them."""
     numbers = {count.folder: copies.numbers.get(count.folder, 0) for count in published}

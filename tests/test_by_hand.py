@@ -110,12 +110,18 @@ def test_a_few_sounds_alone_are_told_and_all_is_fetched(tmp_path: Path, server: 
     assert len([name for name in run.asked_for() if name.endswith(".parquet")]) == 3
 
 
-def test_lists_that_are_not_there_are_fetched_first(tmp_path: Path, server: Loopback) -> None:
+def test_lists_that_are_not_there_are_fetched_first(tmp_path: Path, server: Loopback,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """Before that no look can tell what the sounds are, and says so."""
     run, folder = placed(tmp_path, server, with_thousandths)
     for name in ("dataset", "dataset2.0"):
         shutil.rmtree(folder / name)
     run.serve(*run.made.served)
+    for words in [], ["--local", str(folder)]:
+        for look in ("--status", "--dry-run"):
+            assert_names(looked_at(run, capsys, look, *words)["left_out"][0], folder)
     assert run("--skip-existing") in (0, 3)
+    assert "not linked" not in capsys.readouterr().out
     assert {name.rpartition(".")[2] for name in run.asked_for()} == {"csv"}
     assert samples(run.root, "audiocaps") == samples(tmp_path / "true", "audiocaps")
 

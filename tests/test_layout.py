@@ -88,7 +88,7 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
     "archives": "config files members progress remote seven_zip shards tar_stream zip_stream",
     "staging": "config files sources",
     "selection": "redaction sources transfer",
-    "holdings": "annotations config files inventory media selection sources transfer",
+    "holdings": "annotations config files inventory local_copies selection sources transfer",
     "local_files": "config local_copies selection sources transfer",
     "readiness": "annotations inventory redaction selection voxceleb",
     "clips": "annotations config files media pipeline selection transfer",

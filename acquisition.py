@@ -159,7 +159,7 @@ class Acquisition:
         staging.clear(self.folder, self.source)
         lists = [item.into for item in self.selection.items if item.kind == "plain"]
         for name in (inventory.MARKER, clips.LEDGER, LICENCE, *lists):
-            remove_left(self.folder / name)
+            remove_left((self.folder / name).parent, re.escape(Path(name).name))
         for item in self.selection.items:
             self._part_with_archives(item)
         with contextlib.suppress(OSError):

@@ -8,6 +8,7 @@ Where the user has a file of such a name, NAME.2.part and NAME.2.part.json stand
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def forget(path: Path) -> None:
     if _is_ours(note):
         part.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
-    remove_left(note)
+    remove_left(note.parent, re.escape(note.name))
 
 
 def digest(path: Path) -> str:

@@ -23,7 +23,7 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from files import BESIDE, replacing, set_aside
+from files import replacing, set_aside
 
 SCHEMA = 1  # raised when a reader of the older layout would misread the newer one
 ROOM = 1.02  # times the bytes of the tensors
@@ -36,10 +36,6 @@ _FOOTER_BYTES = len(_MARK) + 64
 _CALLS = re.compile(r"collections OrderedDict|torch \w+|torch\._utils _rebuild_tensor_v[23]|"
                     r"torch\.storage UntypedStorage")  # of tensors
 _EPOCH_FILE = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
-_OWN_NAMES = (r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt|model\.safetensors|"
-              r"config(_\d+)?\.(json|yaml)|bad_step_\d+\.pt|metrics\.jsonl|report_\d{8}_\d{6}\w*\.(json|md|png)|\.\w+\.json|"
-              r"events\.out\.tfevents\..+")
-_LEFTOVER = re.compile(rf"({_OWN_NAMES})\.\d+{re.escape(BESIDE)}")  # of `replacing`
 
 
 class CheckpointError(ValueError):
@@ -223,15 +219,6 @@ def later_than(path: str | Path) -> list[Path]:
     """Each `checkpoint_epoch_*.pt` of ours beside `path` that lies further on than it."""
     path = Path(path)
     return [other for other in _by_age(path.parent) if _position(other) > _position(path) and is_own(other)]
-
-
-def remove_leftovers(folder: str | Path) -> list[Path]:
-    """Delete the temporary files of a run that was killed while writing; call it before a run writes."""
-    folder = Path(folder)
-    found = sorted(path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)) if folder.is_dir() else []
-    for path in found:
-        path.unlink(missing_ok=True)
-    return found
 
 
 def plain(value: Any, copy: bool = False, where: str = "state") -> Any:

@@ -74,11 +74,12 @@ def say_kept(path: Path, kept: Path) -> None:
     print(f"{path}: not as this project wrote it; what was there is kept as {kept.name}", flush=True)
 
 
-def remove_left(path: Path) -> None:
-    """Remove what `replacing` of killed processes left beside `path`: NAME.PROCESS.tmp, and nothing else."""
-    ours = re.compile(re.escape(path.name) + rf"\.\d+{re.escape(BESIDE)}")
-    for left in path.parent.iterdir() if path.parent.is_dir() else ():
-        if ours.fullmatch(left.name) and not left.is_dir():
+def remove_left(folder: Path, names: str) -> None:
+    """Remove what `replacing` of killed processes left in a folder, NAME.PROCESS.tmp, of each NAME that the regular
+    expression `names` matches, and nothing else."""
+    ours = re.compile(rf"({names})\.\d+{re.escape(BESIDE)}")
+    for left in folder.iterdir() if folder.is_dir() else ():
+        if ours.fullmatch(left.name) and (left.is_symlink() or not left.is_dir()):
             left.unlink(missing_ok=True)
 
 

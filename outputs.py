@@ -32,6 +32,9 @@ LOG = Path("logs", "metrics.jsonl")
 MODELS = re.compile(r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt")
 SNAPSHOT = re.compile(r"bad_step_(\d+)\.pt")
 EXPORTS = ("model.safetensors", "config.json")
+WRITTEN = "|".join((MODELS.pattern, SNAPSHOT.pattern, r"model\.safetensors", r"config(_\d+)?\.(json|yaml)",
+                    r"metrics\.jsonl", r"report_\d{8}_\d{6}\w*\.(json|md|png)", r"\.\w+\.json",
+                    r"events\.out\.tfevents\..+"))  # names of all that `replacing` writes there
 OF_THE_DATA = "bad_samples.jsonl"  # what was found out about the user's files outlives a run
 SHOWN = 5  # names in one line
 

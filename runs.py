@@ -24,13 +24,12 @@ from checkpoint import (
     find_latest,
     is_own,
     plain,
-    remove_leftovers,
 )
 from checkpoint import save as save_file
 from config import MODALITIES, Config, UserError
 from datasets import Data, load_data
 from distributed import World
-from files import check_writable, take_lock
+from files import check_writable, remove_left, take_lock
 from model import TriModalModel
 from redaction import command_line, settings
 from splits import file_hashes, has_known_file
@@ -137,7 +136,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     if options.overwrite:
         outputs.remove_run(folder)  # not before all that could fail has been tried
     for part in ("", *PARTS, outputs.BOARD):
-        remove_leftovers(folder / part)
+        remove_left(folder / part, outputs.WRITTEN)
     if state:
         outputs.adopt(folder, state["config"])
     back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import checkpoint
+import outputs
 from checkpoint import CheckpointError
+from files import remove_left
 from tests import forked
 from tests.refusals import assert_names, refused
 
@@ -190,7 +192,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path, all_repetitions):
         process.join()
         state = checkpoint.load(path)
         assert torch.equal(state["w"], torch.full((300_000,), state["i"]))
-    checkpoint.remove_leftovers(tmp_path)
+    remove_left(tmp_path, outputs.WRITTEN)
     assert os.listdir(tmp_path) == ["best_model.pt"]
 
 

@@ -38,7 +38,6 @@ SAFE = {
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
     "checkpoint.export": ("replacing replacing", "exports, behind outputs.writing"),
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),
-    "checkpoint.remove_leftovers": ("unlink", "NAME.PROCESS.tmp of our checkpoints, records and event files"),
     "clips.fetch_clips": ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),
     "clips._clear_staging": ("shutil.rmtree rmdir", "process-NUMBER in our staging folder, and that folder when empty"),
     "clips._fetch_all": ("open(a)", "adds rows to the ledger"),
@@ -51,7 +50,7 @@ SAFE = {
     "files.appearing": ("replacing", "with the next one as its way to rename"),
     "files._rename_to_free": ("os.link os.rename unlink", "never over what is there; removes what it has just written"),
     "files.set_aside": ("os.rename", "to a name that nothing has"),
-    "files.remove_left": ("unlink", "NAME.PROCESS.tmp of replacing"),
+    "files.remove_left": ("unlink", "NAME.PROCESS.tmp of replacing, where NAME is one of ours"),
     "files.settle":
         ("unlink os.replace",
          "what differs and is not ours has a second name by then; the new file goes where both are equal"),

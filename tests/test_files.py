@@ -113,7 +113,7 @@ def test_only_what_replacing_left_is_removed(tmp_path: Path) -> None:
     own = ["a.csv", "a.csv.old.tmp", "a.csv.tmp", "xa.csv.7.tmp", "a.csv.7.tmp.txt"]
     for name in [*own, f"a.csv.7{BESIDE}"]:
         put(tmp_path / name, "x")
-    remove_left(tmp_path / "a.csv")
+    remove_left(tmp_path, "a[.]csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(own)
 
 

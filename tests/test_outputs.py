@@ -23,6 +23,7 @@ import forecast
 import outputs
 import resume
 import runs
+from files import remove_left
 from runs import Options
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, records
@@ -298,9 +299,8 @@ def test_going_back_that_is_killed_at_any_moment_is_finished_by_the_next_start(
         again = number % 3 == 0 and killed_at(2, lambda where=folder: outputs.finish_going_back(where),  # type: ignore
                                               monkeypatch)
         outputs.finish_going_back(folder)
-        checkpoint.remove_leftovers(folder)
-        for part in runs.PARTS:
-            checkpoint.remove_leftovers(folder / part)
+        for part in ("", *runs.PARTS):
+            remove_left(folder / part, outputs.WRITTEN)
         found = {name: digest for name, digest in digests(folder).items() if not name.endswith(".tmp")}
         assert found in ([done] if number > 2 else [begun, done]), (number, again)
         shutil.rmtree(folder)

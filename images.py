@@ -5,13 +5,14 @@
     square = fit_eval(picture, 224)                          # uint8 [224, 224, 3], for evaluation
 """
 
+import contextlib
 import io
 import math
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import media
 import metadata
@@ -114,6 +115,21 @@ def _pad(picture: np.ndarray) -> np.ndarray:
     top, left = (side - height) // 2, (side - width) // 2
     square[top: top + height, left: left + width] = picture
     return square
+
+
+def has_flawed_metadata(path: str) -> bool:
+    """Whether `path` is a picture that `decode_image` reads, though what it says beside its pixels is damaged: Pillow
+    alone refuses it, or cannot turn it upright."""
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image)
+        return False
+    except Exception:  # Pillow raises nearly any type
+        with contextlib.suppress(BrokenImage):
+            _read_picture(path)
+            return True
+    return False
 
 
 def _read(path: str) -> np.ndarray:

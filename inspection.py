@@ -2,26 +2,30 @@
 
 import dataclasses
 import logging
+import re
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from logging.handlers import BufferingHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import budget
+import images
 import memory
 import prepare
 import protocols
 import resume
 import runs
 import saving
+import tracks
 import wording
 from budget import Plan
 from config import Config, StageConfig, TaskConfig, UserError
@@ -39,7 +43,8 @@ from stages import active_tasks
 from workers import cpu_cores
 
 SAMPLE_FILES = 64  # pictures, and sounds, of each split of a set that are decoded
-NAMED = 3  # broken files that are named
+NAMED = 3  # broken files that are named, of each reason
+REASONS = 8
 LOUD = 2.0  # full scale is 1; what passes twice that is no overshoot of a coder or a mix
 SCALE = "scale sounds of floating-point numbers to -1 to 1 (those of 16 bits by 1/32,768): they are taken as they are"
 
@@ -237,6 +242,29 @@ def _counted(counts: Mapping[str, int]) -> str:
     return f"{kinds}; {counts['captions']:,} captions" if counts["captions"] else kinds
 
 
+class Oddity(NamedTuple):
+    """What strikes about a file that can be read."""
+
+    peak: float = 0.0  # of a sound that is stored as floating-point numbers
+    cancels: bool = False  # a sound whose channels cancel each other: one of them is taken
+    flawed: bool = False  # a picture whose metadata are damaged: it is read without them
+
+
+def _oddity(kind: prepare.Kind, item: prepare.Item) -> np.ndarray:
+    """float64 [3], as `Oddity`."""
+    try:
+        odd = (0.0, False, images.has_flawed_metadata(item[0])) if kind == "image" else (*tracks.oddities(*item), False)
+        return np.array(odd, np.float64)
+    except Exception as error:  # decoders raise whatever they like
+        raise prepare.BrokenSample(str(error)) from None
+
+
+def _oddities(kind: prepare.Kind, items: Sequence[prepare.Item], config: Config) -> list[Oddity]:
+    """What strikes about each of the files; nothing about those that cannot be read."""
+    every = prepare.read_all(partial(_oddity, kind), items, config)
+    return [Oddity() if isinstance(odd, str) else Oddity(float(odd[0]), bool(odd[1]), bool(odd[2])) for odd in every]
+
+
 @dataclass(frozen=True)
 class Tried:
     """Pictures or sounds of one split of a set that were read; a run judges each such group by itself."""
@@ -244,8 +272,8 @@ class Tried:
     name: str
     number: int
     of: int
-    broken: list[str]  # reasons
-    loud: list[str]  # sounds of floating-point numbers beyond LOUD, with the largest
+    broken: list[tuple[str, str]]  # path and reason
+    odd: list[tuple[str, Oddity]]  # path and what strikes about the file; those of nothing are left out
 
     def is_too_bad(self, limit_pct: float) -> bool:
         return 100 * len(self.broken) > limit_pct * self.number
@@ -266,19 +294,48 @@ def _files_of(case: Case, name: str) -> Iterator[Finding]:
     assert case.data is not None
     groups = [group for split in case.data.splits for kind in prepare.KINDS
               if (group := _tried(case, case.data.splits[split].store, name, split, kind)).number]
-    lines, broken = list(map(str, groups)), [reason for group in groups for reason in group.broken]
-    loud = [told for group in groups for told in group.loud]
-    lines += [f"{len(loud):,} of them are far louder than full scale, the first is {loud[0]}"] if loud else []
+    lines, broken = list(map(str, groups)), [pair for group in groups for pair in group.broken]
+    odd = _odd([pair for group in groups for pair in group.odd])
     if not broken:
-        yield Finding(f"files: {name}", "warn" if loud else "ok", "\n".join(lines) or "none: all is drawn or text",
-                      SCALE if loud else "")
+        found = "\n".join([*lines, *odd]) or "none: all is drawn or text"
+        yield Finding(f"files: {name}", "warn" if odd else "ok", found, "; ".join(odd.values()))
         return
     limit, again = case.config.data.max_bad_pct, _again(name, case.config)
     fails = any(group.is_too_bad(limit) for group in groups)
-    more = [f"and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
-    told = [*lines, f"a run allows {limit:g} % of each; broken are:", *(why[:200] for why in broken[:NAMED]), *more]
-    yield Finding(f"files: {name}", "fail" if fails else "warn", "\n".join(told),
-                  f"{again}, or raise data.max_bad_pct" if fails else again)
+    told = [*lines, *odd, f"a run allows {limit:g} % of each to be broken; these are:", *_by_reason(broken)]
+    advice = "; ".join([f"{again}, or raise data.max_bad_pct" if fails else again, *odd.values()])
+    yield Finding(f"files: {name}", "fail" if fails else "warn", "\n".join(told), advice)
+
+
+def _by_reason(broken: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each reason, the commonest first: how many files, why, and the first of them."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for path, reason in broken:
+        groups.setdefault(re.sub(r"\d+", "0", reason), []).append((path, reason))
+    lines = []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
+        lines.append(f"{len(group)}: {group[0][1][:200]}: {', '.join(path for path, _ in group[:NAMED])}{more}")
+    return lines[:REASONS] + ([f"and {len(lines) - REASONS} further reasons"] if len(lines) > REASONS else [])
+
+
+def _odd(found: Sequence[tuple[str, Oddity]]) -> dict[str, str]:
+    """A line for each thing that strikes about files that can be read, and what to do about it."""
+    lines = {}
+    if loud := [(path, one.peak) for path, one in found if one.peak > LOUD]:
+        lines[f"{_files('sound', loud)} far louder than full scale, which is 1: {loud[0][0]} (peak {loud[0][1]:,.6g})"
+              ] = SCALE
+    if cancels := [path for path, one in found if one.cancels]:
+        lines[f"{_files('sound', cancels)} with channels that cancel each other, of which the loudest is taken: "
+              f"{cancels[0]}"] = "save these sounds with one channel"
+    if flawed := [path for path, one in found if one.flawed]:
+        lines[f"{_files('picture', flawed)} with damage beside the pixels (metadata, end of file), read without: "
+              f"{flawed[0]}"] = "save these pictures anew where they stand the wrong way up"
+    return lines
+
+
+def _files(kind: str, found: Sequence[object]) -> str:
+    return f"{len(found):,} {kind}{'s' if len(found) > 1 else ''}"
 
 
 def _tried(case: Case, store: prepare.Store, name: str, split: str, kind: prepare.Kind) -> Tried:
@@ -291,20 +348,21 @@ def _tried(case: Case, store: prepare.Store, name: str, split: str, kind: prepar
     paths = table.images if kind == "image" else table.audio
     items = [(paths[row], float(table.start_s[row]), float(table.duration_s[row]))
              for row in chosen if not store.is_drawn(row)]
+    odd = [(path, one) for (path, _, _), one in zip(items, _oddities(kind, items, case.tried), strict=True)
+           if any(one)]
     if kind in store.places and len(rows) and (store.places[kind][rows, 0] >= 0).all():
-        places = store.places[kind][rows].tolist()
-        reasons = [reason for entry, number in places if (reason := store.entries[entry].reasons.get(number))]
-        return Tried(title, len(rows), len(rows), reasons, _loud(case, kind, items))
+        known = zip(rows.tolist(), store.places[kind][rows].tolist(), strict=True)
+        broken = [_reason(paths[row], reason) for row, (entry, number) in known
+                  if (reason := store.entries[entry].reasons.get(number))]
+        return Tried(title, len(rows), len(rows), broken, odd)
     case.say(f"files: {name}, {len(items)} {title}")
     found = prepare.decode_all(kind, items, case.tried)
-    broken = [reason for reason in found if isinstance(reason, str)]
-    return Tried(title, len(items), len(rows), broken, _loud(case, kind, items))
+    broken = [_reason(path, why) for (path, _, _), why in zip(items, found, strict=True) if isinstance(why, str)]
+    return Tried(title, len(items), len(rows), broken, odd)
 
 
-def _loud(case: Case, kind: prepare.Kind, items: list[prepare.Item]) -> list[str]:
-    """Sounds whose numbers are far beyond -1 to 1, as of 16 bits that were stored as they are, with their peaks."""
-    peaks = prepare.float_peaks(items, case.tried) if kind == "sound" else []
-    return [f"{path} (peak {peak:,.6g})" for (path, _, _), peak in zip(items, peaks, strict=False) if peak > LOUD]
+def _reason(path: str, told: str) -> tuple[str, str]:
+    return path, told.removeprefix(f"{path}: ")
 
 
 def _again(name: str, config: Config) -> str:

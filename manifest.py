@@ -100,6 +100,7 @@ class _Reading:
     between: str = ""  # what parts the labels of a cell
     columns: list[Columns] = field(default_factory=list)
     delimiter: str = ""  # another one than the file's name tells
+    lists: int = 0  # cells that another program wrote a list into
 
 
 @dataclass(slots=True)
@@ -124,9 +125,11 @@ class _Row:
             if column not in given:
                 return empty
             try:
-                return convert(given[column])
+                value = convert(given[column])
             except ValueError as error:
                 raise UserError(f"{where}: {column}: {error}, got {given[column]!r:.200}") from None
+            reading.lists += column in ("text", "labels") and written_lists.is_list(given[column])
+            return value
 
         def file(column: str) -> File:
             return take(column, lambda name: _file(name, f"{_line(where)}: {column}", reading.files), NO_FILE)
@@ -135,8 +138,8 @@ class _Row:
             where=where, key=take("id", _word, ""), split=take("split", _split, ""),
             image=file("image"), audio=file("audio"),
             start_s=take("start", _seconds, 0.0), duration_s=take("duration", _seconds, 0.0),
-            captions=worded_captions(take("text", _texts, ()), where),
-            labels=tuple(dict.fromkeys(take("labels", partial(_texts, between=reading.between), ()))),
+            captions=worded_captions(take("text", written_lists.texts, ()), where),
+            labels=tuple(dict.fromkeys(take("labels", partial(written_lists.texts, between=reading.between), ()))),
             speaker=take("speaker", _word, ""), name="")
         row._check(given)
         return row
@@ -341,30 +344,10 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
-def _texts(value: Any, between: str = "") -> tuple[str, ...]:
-    """A text, a list of texts, or a list that another program wrote as one text; a text is parted at `between`."""
-    texts = written_lists.parse(value) if isinstance(value, str) else value
-    if texts is None:
-        texts = value.split(between) if between else [value]
-    elif not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("expected a text or a list of texts")
-    elif any(written_lists.parse(text) is not None for text in texts):
-        raise ValueError(f"a list within a list; {written_lists.WRITE}")
-    return tuple(_encodable(text.strip()) for text in texts if text.strip())
-
-
 def _word(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError("expected a text or a whole number")
-    return _encodable(str(value).strip())
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can write "\ud800"
-        raise ValueError("expected Unicode, not half of a surrogate pair") from None
-    return text
+    return written_lists.encodable(str(value).strip())
 
 
 def _split(value: Any) -> str:
@@ -407,8 +390,11 @@ def _tell(reading: _Reading, rows: list[_Row], samples: list[_Row]) -> None:
         sizes[row.unit()] = sizes.get(row.unit(), 0) + 1
     shared = [size for unit, size in sizes.items() if unit and size > 1]
     if shared:
-        _say(reading.path, f"{sum(shared):,} lines -> {len(shared):,} samples: lines that name the same file and "
-                           "stretch are one sample with all their captions")
+        _say(reading.path, f"{sum(shared):,} lines name {len(shared):,} file{'s' if len(shared) > 1 else ''} (or "
+                           "stretches): those of the same file and stretch are one sample with all their captions")
+    if reading.lists:
+        _say(reading.path, f"{reading.lists:,} cell{'s' if reading.lists > 1 else ''} with a list, as JSON, Python, "
+                           "pandas or numpy write it: each of its texts counts")
 
 
 def _say(path: Path, line: str) -> None:

@@ -91,16 +91,6 @@ def _decoded(kind: Kind, side: int, item: Item) -> np.ndarray:
     return decode(kind, item, side)
 
 
-def _float_peak(item: Item) -> np.ndarray:
-    """The largest value of a stretch of a sound that is stored as floating-point numbers, 0 of others."""
-    from tracks import float_peak
-
-    try:
-        return np.array(float_peak(*item))
-    except Exception as error:  # decoders raise whatever they like
-        raise BrokenSample(str(error)) from None
-
-
 @dataclass(frozen=True)
 class _Decoder:
     """Files in chunks, each a job of `workers`."""
@@ -134,17 +124,12 @@ def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[n
     Raises:
         UserError: processes die again and again at one file, or the folder of the files is gone.
     """
-    return _read_all(partial(_decoded, kind, cache_side(config.model.image_size)), items, config)
+    return read_all(partial(_decoded, kind, cache_side(config.model.image_size)), items, config)
 
 
-def float_peaks(items: Sequence[Item], config: Config) -> list[float]:
-    """The largest value of each of the sounds that are stored as floating-point numbers; 0 of others, and of broken
-    ones. Raises as `decode_all`."""
-    return [0.0 if isinstance(found, str) else float(found) for found in _read_all(_float_peak, items, config)]
-
-
-def _read_all(read: Callable[[Item], np.ndarray], items: Sequence[Item],
-              config: Config) -> Generator[np.ndarray | str, None, None]:
+def read_all(read: Callable[[Item], np.ndarray], items: Sequence[Item],
+             config: Config) -> Generator[np.ndarray | str, None, None]:
+    """What `read` gives for all of `items`, or why it raised BrokenSample; raises as `decode_all`."""
     decoder = _Decoder(read, items)
     jobs, count = range(len(decoder)), min(_processes(config), len(decoder))
     chunks = iter(Workers(decoder.work, jobs, count, timeout_s=config.data.timeout_s, name=decoder.name, say=print)

@@ -43,7 +43,7 @@ LOCK = ".lock"
 NO_TEST = ("no test samples to compare, so the report has no figures: they need two with two modalities, labels or "
            "speakers")
 ADD_TEST = "add lines with split: test to the manifest, or a set that has some (--datasets)"
-NO_VAL = "no validation, since the val split has nothing to compare, so best_model.pt holds the newest weights"
+NO_VAL = "no validation: the val split has fewer than two samples to compare; best_model.pt holds the newest weights"
 ADD_VAL = "give two samples of each kind the split val, or add data: of ten of a kind some are held out"
 AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
 
@@ -378,13 +378,16 @@ def retrieval_record(figures: Mapping[str, Figure]) -> dict[str, dict[str, Any]]
 
 
 def first_recalls(figures: Mapping[str, Figure]) -> str:
-    """R@1 of each direction as an epoch's line tells it: with chance, the number of candidates, and that of papers."""
+    """R@1 of each direction as an epoch's line tells it: with chance and the number of candidates, and as
+    papers count where that differs."""
     shown = ""
     for name, figure in figures.items():
         if name.endswith("R@1"):
             of_papers = figures.get(name + protocols.PER_CAPTION)
-            more = f"; {of_papers['value']:.3f} per caption" if of_papers else ""
-            shown += f"  {name} {figure['value']:.3f} (chance {figure['chance']:.3f} of {figure['candidates']:,}{more})"
+            value = f"{figure['value']:.3f}"
+            per_caption = f"{of_papers['value']:.3f}" if of_papers else value
+            more = f"; {per_caption} per caption" if per_caption != value else ""
+            shown += f"  {name} {value} (chance {figure['chance']:.3f} of {figure['candidates']:,}{more})"
     return shown
 
 

@@ -145,14 +145,19 @@ def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece
         BrokenSound: beyond the bounds above, without sound track; without the path in the message.
         Exception: what decoders raise for damage.
     """
-    found = _read(path, start_s, duration_s, Mono)
+    return [one.piece() for one in _mono(path, start_s, duration_s) if one.count]
+
+
+def _mono(path: str, start_s: float, duration_s: float) -> list[Mono]:
+    """One for each part of the file; `channel` is given where the channels cancel each other."""
+    found: list[Mono] = _read(path, start_s, duration_s, Mono)
     of_mean = sum(one.energy for one in found)
     if of_mean < CANCELLED * sum(one.energy_of_all for one in found):  # perhaps: all channels may have the energy of 64
         parts = _read(path, start_s, duration_s, Energies)
         energies = np.sum([one.of_channels for one in parts], axis=0)
         if of_mean < CANCELLED * energies.max():
-            found = _read(path, start_s, duration_s, lambda: Mono(int(energies.argmax())))
-    return [one.piece() for one in found if one.count]
+            return _read(path, start_s, duration_s, lambda: Mono(int(energies.argmax())))
+    return found
 
 
 def count_samples(path: str) -> int:
@@ -165,15 +170,18 @@ def peak(pieces: Sequence[Piece]) -> float:
     return float(np.max([0.0, *(np.maximum(one.samples.max(), -one.samples.min()) for one in pieces)]))
 
 
-def float_peak(path: str, start_s: float, duration_s: float) -> float:
-    """The largest value of a stretch of a file that stores floating-point numbers; 0 of all others."""
+def oddities(path: str, start_s: float, duration_s: float) -> tuple[float, bool]:
+    """What strikes about a stretch that can be read: its largest value where the file stores floating-point numbers, 0
+    of all others; whether its channels cancel each other, so that one of them is taken."""
     import soundfile
 
     try:
         stores_floats = soundfile.info(path).subtype in ("FLOAT", "DOUBLE")
     except soundfile.LibsndfileError:
-        return 0.0
-    return peak(read(path, start_s, duration_s)) if stores_floats else 0.0
+        stores_floats = False
+    found = _mono(path, start_s, duration_s)
+    cancel = any(one.channel is not None for one in found)
+    return peak([one.piece() for one in found if one.count]) if stores_floats else 0.0, cancel
 
 
 # ---- choice of the decoder -----------------------------------------------------------------------------------------

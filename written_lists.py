@@ -7,6 +7,7 @@
 import ast
 import json
 import re
+from typing import Any
 
 WRITE = 'write it as JSON: ["a dog", "a dog on grass"]'
 
@@ -47,6 +48,32 @@ def parse(text: str) -> list[str] | None:
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
         return found
     raise ValueError(f"a list within a list, or of other things than texts alone; {WRITE}")
+
+
+def texts(value: Any, between: str = "") -> tuple[str, ...]:
+    """A text, a list of texts, or a list that another program wrote as one text; a text is parted at `between`."""
+    found = parse(value) if isinstance(value, str) else value
+    if found is None:
+        found = value.split(between) if between else [value]
+    elif not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError("expected a text or a list of texts")
+    elif any(map(is_list, found)):
+        raise ValueError(f"a list within a list; {WRITE}")
+    return tuple(encodable(text.strip()) for text in found if text.strip())
+
+
+def is_list(value: object) -> bool:
+    """Whether `value` is one text that another program wrote a list into. Raises as `parse`."""
+    return isinstance(value, str) and parse(value) is not None
+
+
+def encodable(text: str) -> str:
+    """`text`; raises ValueError where it holds half of a surrogate pair, as JSON can write it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write "\ud800"
+        raise ValueError("expected Unicode, not half of a surrogate pair") from None
+    return text
 
 
 def _python(text: str) -> list[str]:

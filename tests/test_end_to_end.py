@@ -140,7 +140,7 @@ def test_what_is_printed(finished: Finished) -> None:
         "[pretrain]", "[align]", "[align]", "[finetune]"]
     assert [line.split()[0] for line in lines if line.startswith("[") and " memory: " in line] == [
         "[pretrain]", "[align]", "[finetune]"]
-    assert any(line.startswith("[align] epoch 3/4 ") and "image_to_text_R@1" in line and " per caption)" in line
+    assert any(line.startswith("[align] epoch 3/4 ") and "image_to_text_R@1" in line and " (chance " in line
                for line in lines)
     [markdown] = (finished.folder / "reports").glob("*.md")
     assert_names(lines[-1], markdown)

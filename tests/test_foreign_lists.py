@@ -86,7 +86,7 @@ def test_lines_that_name_the_same_file_are_one_sample(folder: Path, name: str,
     assert [sample.key for sample in found] == ["pictures/a.png", "pictures/c d.png"]
     assert not grouped or found == everything(grouped)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert_names(line, "manifest", "10 lines", "2 samples")
+    assert_names(line, "manifest", "10 lines", "2 files")
 
 
 @pytest.mark.parametrize("way", ["other path", "absolute", "link", "hard link"])

@@ -104,7 +104,7 @@ def test_what_was_understood_of_an_own_list_is_told(tmp_path: Path, capfd: pytes
     found = list(inspection.data(case_of(tmp_path, "data.datasets=[manifest]", own_list(tmp_path / "own", lines))))
     told = [line for line in row(found, "data: manifest").found.splitlines() if line.startswith("manifest")]
     for line, named in zip(told, [("'file_name' as image", "'caption' as text"), ("1 file", "backslashes"),
-                                  ("7 lines", "2 samples")], strict=True):
+                                  ("7 lines", "2 files")], strict=True):
         assert_names(line, "manifest", *named)
     captions_row = row(found, "data: captions")
     assert captions_row.state == "warn" and len(captions_row.found.splitlines()) == 3

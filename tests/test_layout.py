@@ -71,8 +71,8 @@ MAY_IMPORT = {module: set(others.split()) for module, others in {
                 "openmp",
     # what a run needs, tried before it starts
     "findings": "config memory", "environment": "config findings images audio vocabulary",
-    "inspection": "config findings fits files workers datasets readers prepare protocols memory budget model "
-                  "optimization planning resume runs saving stages wording",
+    "inspection": "config findings fits files images tracks workers datasets readers prepare protocols memory budget "
+                  "model optimization planning resume runs saving stages wording",
     "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning "
                  "resume runs stages tracking training",
     "doctor": "config findings environment inspection rehearsal runs interruption redaction",

@@ -319,5 +319,5 @@ def test_samples_are_counted_without_being_kept(tmp_path: Path) -> None:
 def test_peak_of_floating_point_sounds(
         tmp_path: Path, subtype: str, write: Callable[[np.ndarray], np.ndarray], expected: float) -> None:
     soundfile.write(tmp_path / "a.wav", write(trees.tone() * 4), 16_000, subtype=subtype)
-    assert tracks.float_peak(str(tmp_path / "a.wav"), 0.0, 0.0) == pytest.approx(expected, rel=0.01)
-    assert tracks.float_peak(str(trees.sound(tmp_path / "a.m4a", trees.tone())), 0.0, 0.0) == 0
+    assert tracks.oddities(str(tmp_path / "a.wav"), 0.0, 0.0)[0] == pytest.approx(expected, rel=0.01)
+    assert tracks.oddities(str(trees.sound(tmp_path / "a.m4a", trees.tone())), 0.0, 0.0) == (0, False)

@@ -177,11 +177,13 @@ def shown(folder: Path, paths: list[Path]) -> str:
 
 
 def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.datetime | None = None) -> Path | None:
-    """Where checkpoints of ours lie further on than the one called `name`: move them, and what else came after its
-    epoch and step, into a new folder abandoned_TIME; its path. Before the first step (`step` 0) so does a run whose
-    checkpoints are gone. After a kill `finish_going_back` does the rest of it."""
+    """Where a run has come further than the checkpoint called `name`, as other ones or its report tell: move these, and
+    what else came after its epoch and step, into a new folder abandoned_TIME; its path. Before the first step (`step`
+    0) so does a run whose checkpoints are gone. After a kill `finish_going_back` does the rest of it."""
     later = checkpoint.later_than(folder / "checkpoints" / name)
-    if not later and (step or not _has_results(folder)):
+    records = read_records(folder / LOG)
+    has_ended = any(record["kind"] == "report" and record["step"] > step for record in records)
+    if not later and not has_ended and (step or not _has_results(folder, records)):
         return None
     paths = [*_later_models(folder, epoch, step), *_later_reports(folder, step), *event_files(folder / BOARD)]
     paths += [path for path in _files(folder / "logs") if (found := SNAPSHOT.fullmatch(path.name))
@@ -195,10 +197,10 @@ def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.dateti
     return finish_going_back(folder)
 
 
-def _has_results(folder: Path) -> bool:
+def _has_results(folder: Path, records: list[dict[str, Any]]) -> bool:
     """Whether a run was at the end of a stage or has saved its best weights there."""
     return any(checkpoint.is_own(folder / "checkpoints" / name) for name in ("best_model.pt", "final_model.pt")) or any(
-        record["kind"] in ("stage", "report") for record in read_records(folder / LOG))
+        record["kind"] == "stage" for record in records)
 
 
 def finish_going_back(folder: Path) -> Path | None:

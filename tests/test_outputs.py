@@ -2,13 +2,8 @@
 
 import datetime
 import hashlib
-import json
 import os
 import shutil
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +23,7 @@ from runs import Options
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, records
 from tests.test_runs import QUICK, assert_same_run
-from tests.test_tracking import scalars, step_record, validation_record
+from tests.test_tracking import scalars
 from tracking import EVENTS, Tracker
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
@@ -252,6 +247,22 @@ def test_a_fresh_start_where_the_checkpoints_are_gone_keeps_what_the_run_has_com
     assert str(place) in capsys.readouterr().out
 
 
+def test_a_complete_run_whose_last_checkpoints_are_gone_keeps_what_it_has_come_to(small: SmallRuns, whole: Path,
+                                                                                  tmp_path: Path) -> None:
+    """A user makes room by deleting the newest checkpoints, then goes on with the newest that is left."""
+    folder = copy_of(whole, tmp_path / "run")
+    for epoch in (3, 4):
+        (folder / "checkpoints" / f"checkpoint_epoch_{epoch}.pt").unlink()
+    before = digests(folder)
+    small.train(folder, *QUICK, resume="auto")
+    [place] = folder.glob("abandoned_*")
+    moved = digests(place)
+    kept = {name for name in before if name.startswith(("reports/", "logs/"))} | {
+        f"checkpoints/{name}" for name in ("best_model.pt", "final_model.pt", "model.safetensors", "config.json")}
+    assert {name: moved.get(name) for name in kept} == {name: before[name] for name in kept}
+    assert_same_run(folder, whole, range(3, 5))
+
+
 class Killed(BaseException):
     """As kill -9: nothing after it is done."""
 
@@ -362,48 +373,6 @@ def test_the_event_files_of_a_run_that_went_back_hold_what_is_kept_alone(small: 
     assert all(path.name.endswith(EVENTS) for path in (folder / outputs.BOARD).iterdir())
 
 
-def test_files_among_event_files_that_show_nothing_stay_and_are_not_named(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = Tracker(tmp_path / "logs")
-    tracker.step(step_record(2))
-    tracker.close()
-    for epoch in (1, 2):
-        checkpoint.save({"epoch": epoch}, tmp_path / "checkpoints" / f"checkpoint_epoch_{epoch}.pt")
-    other = tmp_path / outputs.BOARD / "events.out.tfevents.1.host.1.0"
-    other.write_bytes(b"of another program")
-    outputs.go_back(tmp_path, "checkpoint_epoch_1.pt", 1, 1)
-    assert other.read_bytes() == b"of another program"
-    assert capsys.readouterr().out == ""
-
-
-def test_event_files_of_earlier_releases_are_known_by_what_they_hold(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    tracker = Tracker(tmp_path / "logs")
-    for step in (1, 2, 3):
-        tracker.step(step_record(step))
-    tracker.validation(validation_record(3))
-    tracker.close()
-    [path] = (tmp_path / outputs.BOARD).iterdir()
-    earlier = path.rename(path.with_name(path.name.removesuffix(EVENTS)))  # as they were called
-    own = SummaryWriter(str(tmp_path / outputs.BOARD), filename_suffix=".1.1")
-    for tag in ("loss/train", "train/lr", "train/samples_per_s", "train/data_wait_pct", "my/curve"):
-        own.add_scalar(tag, 1.0, 3)
-    own.close()
-    SummaryWriter(str(tmp_path / outputs.BOARD), filename_suffix=".2.2").close()  # shows nothing
-    others = {other: other.read_bytes() for other in (tmp_path / outputs.BOARD).iterdir() if other != earlier}
-    for epoch in (1, 2):
-        checkpoint.save({"epoch": epoch}, tmp_path / "checkpoints" / f"checkpoint_epoch_{epoch}.pt")
-    place = outputs.go_back(tmp_path, "checkpoint_epoch_1.pt", 1, 2)
-    assert place and (place / outputs.BOARD / earlier.name).is_file() and not earlier.exists()
-    assert {other: other.read_bytes() for other in others} == others
-    told = capsys.readouterr().out
-    assert_names(told.rstrip("\n"), tmp_path, next(other.name for other in others if other.name.endswith(".1.1")))
-    assert ".2.2" not in told
-    assert {point[0] for point in scalars(tmp_path / "logs")["loss/align"]} == {1, 2}
-
-
 def test_what_an_earlier_release_wrote_into_a_folder_is_the_runs(small: SmallRuns, whole: Path, tmp_path: Path,
                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     """Such a folder has no ledger, and its event files have no name of ours."""
@@ -444,47 +413,3 @@ def test_settings_and_exports_that_were_changed_by_hand_are_nobodys_but_the_user
     outputs.adopt(folder, checkpoint.load(folder / "checkpoints" / "checkpoint_epoch_4.pt")["config"])
     assert not outputs.is_listed(folder, config) and not outputs.is_listed(folder, export)
     assert outputs.is_listed(folder, folder / "checkpoints" / "model.safetensors")
-
-
-@pytest.mark.timed
-def test_the_page_of_tensorboard_shows_no_points_of_what_was_abandoned(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path / "logs")
-    for step in (1, 2, 3, 4):
-        tracker.step(step_record(step))
-        checkpoint.save({"epoch": step}, tmp_path / "checkpoints" / f"checkpoint_epoch_{step}.pt")
-    tracker.close()
-    assert shown_steps(tmp_path) == {1, 2, 3, 4}
-    assert outputs.go_back(tmp_path, "checkpoint_epoch_2.pt", 2, 2)
-    again = Tracker(tmp_path / "logs", 2)
-    again.validation(validation_record(3))  # of other tags than those that were abandoned
-    again.close()
-    assert shown_steps(tmp_path, "loss/") == {1, 2} and shown_steps(tmp_path, "validation/") == {3}
-
-
-def shown_steps(folder: Path, begin: str = "") -> set[int]:
-    """Of all points of curves on TensorBoard's page whose tags begin so."""
-    port_file = folder.parent / "port.txt"
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / outputs.BOARD),
-                               "--port", "0", "--host", "127.0.0.1"], stderr=port_file.open("w"),
-                              stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while "http://" not in port_file.read_text():
-            assert time.monotonic() < deadline and server.poll() is None, port_file.read_text()
-            time.sleep(0.05)
-        address = next(word for word in port_file.read_text().split() if word.startswith("http://"))
-        found: dict[str, Any] = {}
-        while not found.get("."):
-            assert time.monotonic() < deadline
-            found = answer(f"{address}data/plugin/scalars/tags")
-            time.sleep(0.05)
-        return {point[1] for tag in found["."] if tag.startswith(begin)
-                for point in answer(f"{address}data/plugin/scalars/scalars?run=.&tag={tag}")}
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def answer(address: str) -> Any:
-    with urllib.request.urlopen(address, timeout=30) as reply:
-        return json.loads(reply.read())

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from config import UserError
@@ -36,6 +37,8 @@ _OTHERS = {
 }
 _MEANINGS = {column: column for column in COLUMNS} | {
     other: column for column, others in _OTHERS.items() for other in others.split()}
+SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+         "testing": "test"}  # "dev" and "evaluation" are val in one set and something else in another
 # What the file is tells its name's ending; where that does not (a video), this.
 _FILES = {**dict.fromkeys(("file_name", "filename", "filepath", "file_path", "file", "files"), "image"),
           **dict.fromkeys(("path", "paths"), "audio")}
@@ -83,8 +86,10 @@ class Columns:
 
     def has_swallowed(self, cells: Sequence[str], delimiter: str) -> bool:
         """Whether a cell holds a whole line with the name of a file: the quote before it was never closed."""
-        files = [place for place, meaning in enumerate(self.meanings) if meaning in ("image", "audio", "file")]
         broken = [cell for cell in cells if "\n" in cell or "\r" in cell]
+        if not broken:
+            return False
+        files = [place for place, meaning in enumerate(self.meanings) if meaning in ("image", "audio", "file")]
         lines = (line.split(delimiter) for cell in broken for line in cell.splitlines()[1:])
         return any(len(line) == len(self.names) and any(_suffix(line[place]) in _MEDIA for place in files)
                    for line in lines)
@@ -151,6 +156,7 @@ def describe(columns: Sequence[Columns]) -> list[str]:
         ["a column without a name holds whole numbers: taken for pandas' index and left out"] if left_out else [])
 
 
+@lru_cache(1024)
 def _key(name: str) -> str:
     return re.sub(r"[\s\-]+", "_", name[:100].strip().lower())
 

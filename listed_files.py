@@ -16,6 +16,7 @@ import same_files
 
 SHOWN = 3  # missing files that are named
 MAX_FOLDERS = 64  # whose names are kept in memory
+MAX_KNOWN = 1_000_000  # names of files that are kept
 
 UNICODE, BACKSLASH, BLANKS = "another Unicode form", "backslashes", "blanks beside them"
 
@@ -37,8 +38,21 @@ class Files:
     written: dict[str, set[int]] = field(default_factory=dict)  # files that were found in spite of their writing, by it
     example: dict[str, str] = field(default_factory=dict)  # of each such writing
     folders: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # names by their NFC form
+    found: dict[str, File] = field(default_factory=dict)  # by name: lists of one caption a line name each file often
+    real: dict[str, str] = field(default_factory=dict)  # folders without links
 
     def find(self, name: str, where: str) -> File:
+        """As `_find`, which each name is looked for by once, unless it is missing."""
+        if name not in self.found:
+            file = self._find(name, where)
+            if file.number in self.missing:
+                return file
+            if len(self.found) >= MAX_KNOWN:
+                self.found.clear()
+            self.found[name] = file
+        return self.found[name]
+
+    def _find(self, name: str, where: str) -> File:
         """The file of this name; one that is not there counts as missing, and `where` is kept of the first of them.
 
         Raises:
@@ -50,7 +64,7 @@ class Files:
         found = _stat(path)
         if found is None:
             path, found = self._written_otherwise(name, path)
-        if not os.path.realpath(path).startswith(self.root):
+        if not self._without_links(path).startswith(self.root):
             raise ValueError(f"lies outside {self.root} (links followed); put it there, or name a folder that holds "
                              "all files: data.manifest_root=FOLDER")
         if found is None:
@@ -63,6 +77,17 @@ class Files:
         """A line for each way of writing in spite of which files were found."""
         return [f"{len(files):,} file names are written with {way}, such as {self.example[way]!r:.100}: the files are "
                 "there without that, and taken" for way, files in self.written.items()]
+
+    def _without_links(self, path: str) -> str:
+        """`os.path.realpath`, of each folder once."""
+        folder, name = os.path.split(path)
+        if os.path.islink(path):
+            return os.path.realpath(path)
+        if folder not in self.real:
+            if len(self.real) >= MAX_KNOWN:
+                self.real.clear()
+            self.real[folder] = os.path.realpath(folder)
+        return os.path.join(self.real[folder], name)
 
     def _number(self, key: str) -> int:
         return self.numbers.setdefault(key, len(self.numbers))

@@ -351,9 +351,10 @@ def _word(value: Any) -> str:
 
 
 def _split(value: Any) -> str:
-    if value not in SPLITS:
+    split = columns.SIDES.get(value.strip().lower()) if isinstance(value, str) else None
+    if not split:
         raise ValueError(f"expected one of {', '.join(SPLITS)}")
-    return value
+    return split
 
 
 # ---- from lines to samples ---------------------------------------------------------------------------------------

@@ -14,8 +14,13 @@ from batches import Split
 from samples import EMPTY_CELLS, normalise_caption
 from vocabulary import Tokenizer
 
+SHOWN = 60  # characters of a caption
 MANY = 0.05  # a share that is worth a warning
 
+# Nothing but numbers and signs; the name of a file; several captions in one; traces of a wrong encoding, of markup.
+_ODD = re.compile(r"[\W\d_]+$|\S+\.(?:txt|json|xml|jpe?g|png|wav|flac|mp3)$|'[^']*'$"
+                  r"|.*(?:\ufffd|\u00c3[\x80-\xbf]|\u00e2\u20ac|&(?:amp|quot|lt|gt|nbsp|#\d+);"
+                  r"|</?(?:br|p|sep)\b|\w ?\| ?\w)", re.I | re.S)
 _CHINESE = re.compile("[\u3400-\u9fff]")
 
 
@@ -28,6 +33,7 @@ class Wording:
     unknown: int  # words that the vocabulary lacks
     chinese: int  # captions with Chinese characters
     empty: Counter[str]  # captions that are EMPTY_CELLS, as they are written
+    odd: Counter[str]  # captions that can hardly be meant, their beginnings
 
     def lines(self) -> list[str]:
         """One for each thing that is there, numbers first."""
@@ -41,6 +47,10 @@ class Wording:
         if self.empty:
             told = ", ".join(f"{count:,} times {text!r}" for text, count in self.empty.most_common(3))
             found.append(f"{self.empty.total():,} captions look like empty cells that were saved as text: {told}")
+        if self.odd:
+            told = ", ".join(f"{count:,} times {text!r}" for text, count in self.odd.most_common(3))
+            found.append(f"{self.odd.total():,} captions look like numbers, names of files, several captions in one, "
+                         f"or text in a wrong encoding or with markup: {told}")
         return found
 
     def advice(self) -> str:
@@ -53,13 +63,15 @@ class Wording:
                          "model.word_embeddings=hub:NAME of a model for the language of the captions")
         if self.empty:
             found.append("leave these cells empty, or leave out the lines")
+        if self.odd.total() >= MANY * max(self.captions, 1):
+            found.append("see whether these are the captions that are meant")
         return "; ".join(found)
 
 
 def look(splits: Iterable[Split], tokenizer: Tokenizer, context_length: int) -> Wording:
     """Counts over all captions of some splits; of each caption the words that the model reads."""
     captions = cut = words = unknown = chinese = 0
-    empty = Counter[str]()
+    empty, odd = Counter[str](), Counter[str]()
     begins_word = tokenizer.begins_word
     for split in splits:
         texts = split.table.captions
@@ -73,8 +85,11 @@ def look(splits: Iterable[Split], tokenizer: Tokenizer, context_length: int) -> 
             chinese += bool(_CHINESE.search(text))
             if len(text) < 12 and normalise_caption(text) in EMPTY_CELLS:
                 empty[text] += 1
-    return Wording(context_length, captions, cut, words, unknown, chinese, empty)
+            elif _ODD.match(text):
+                odd[text[:SHOWN]] += 1
+    return Wording(context_length, captions, cut, words, unknown, chinese, empty, odd)
 
 
 def _pct(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.2g} %"
+    pct = 100 * part / whole
+    return f"{pct:.0f} %" if pct >= 10 else f"{pct:.2g} %"

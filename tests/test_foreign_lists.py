@@ -146,6 +146,17 @@ def test_repeated_lines_change_no_side_and_no_id(folder: Path) -> None:
         "many/9.png", "many/13.png", "many/19.png", "many/42.png", "many/46.png"], "as ever"
 
 
+@pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl"])
+def test_splits_may_be_called_what_they_are_called_elsewhere(folder: Path, name: str) -> None:
+    for written_as, meant in (("Train", "train"), ("training", "train"), ("validation", "val"), ("VALID", "val"),
+                              ("Testing", "test"), (" test ", "test")):
+        (sample,) = everything(written(folder / name, [{"image": "pictures/a.png", "split": written_as}]))
+        assert sample.split == meant
+    for unclear in ("dev", "eval", "restval", "train2017", "0"):
+        path = written(folder / name, [{"image": "pictures/a.png", "split": unclear}])
+        assert_refused(path, 1 + name.endswith("csv"), "split", repr(unclear), *SPLITS)
+
+
 # ---- cells and their quotes ----------------------------------------------------------------------------------------
 
 ROWS = [("pictures/a.png", "a dog"), ("pictures/c d.png", 'a cat, a "hat" and, "a mat", ')]
@@ -191,7 +202,7 @@ def test_a_quote_that_is_never_closed_swallows_no_lines(folder: Path, name: str,
 def test_labels_and_speakers_that_can_hardly_be_meant_are_told(folder: Path, row: dict[str, Any], named: list[str],
                                                                caplog: pytest.LogCaptureFixture) -> None:
     everything(written(folder / "mine.csv", [{"audio": f"sounds/{one}.wav", **row, "split": "train"} for one in "ab"]))
-    told = [record.getMessage() for record in caplog.records]
+    told = [line for record in caplog.records if " labels " in (line := record.getMessage())]
     assert len(told) == bool(named)
     for line in told:
         assert_names(line, "manifest", *named)

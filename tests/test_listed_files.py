@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import listed_files
 from listed_files import SHOWN, Files
 from tests.refusals import assert_names, refused
 
@@ -85,6 +86,25 @@ def test_missing_files_are_counted_once_and_the_first_are_shown(tmp_path: Path) 
     files.find("a.png", "line 9: image")
     assert len(files.missing) == 5 and len(files.numbers) == 6
     assert len(files.shown) == SHOWN and "line 0" in files.shown[0]
+
+
+def test_a_name_is_looked_for_once_however_many_lines_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of one caption a line; links among the files and folders lead where they lead."""
+    files_of(tmp_path, "elsewhere/a.png")
+    files = files_of(tmp_path / "mine", "p/a.png", "p/b.png")
+    (tmp_path / "mine/p/link.png").symlink_to("a.png")
+    (tmp_path / "mine/q").symlink_to("p")
+    (tmp_path / "mine/out").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine/p/out.png").symlink_to(tmp_path / "elsewhere/a.png")
+    names = ["p/a.png", "p/b.png", "p/link.png", "q/a.png", "q/link.png"]
+    first = [files.find(name, "line 1: image") for name in names]
+    assert [file.number for file in first] == [0, 1, 0, 0, 0]
+    with monkeypatch.context() as patched:
+        patched.delattr(listed_files, "_stat")
+        assert [files.find(name, "line 2: image") for name in names] == first
+    for name in ("out/a.png", "p/out.png") * 2:
+        with refused("data.manifest_root=FOLDER", error=ValueError):
+            files.find(name, "line 3: image")
 
 
 def test_no_other_writing_leads_out_of_the_folder(tmp_path: Path) -> None:

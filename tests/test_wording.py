@@ -1,6 +1,7 @@
 """The doctor's lines about captions: what is cut, what is unknown, what is no caption at all."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def test_a_few_unknown_words_are_told_without_advice(tmp_path: Path) -> None:
     assert found.advice() == ""
 
 
+@pytest.mark.parametrize(("cut", "of", "told"), [(42, 42, "100 %"), (2, 3, "67 %"), (1, 1000, "0.1 %")])
+def test_shares_are_written_without_exponents(cut: int, of: int, told: str) -> None:
+    (line,) = Wording(64, of, cut, of, 0, 0, Counter(), Counter()).lines()
+    assert_names(line, told, 64, f"{cut:,} of {of:,}")
+
+
 def test_empty_cells_saved_as_text_are_counted(tmp_path: Path) -> None:
     found = look(tmp_path, "nan", "nan", "None", "NULL.", "n/a", "a nan", "black")
     assert found.empty == {"nan": 2, "None": 1, "NULL.": 1, "n/a": 1} and found.empty.total() == 5
@@ -63,6 +70,20 @@ def test_empty_cells_saved_as_text_are_counted(tmp_path: Path) -> None:
     assert_names(line, 5, "2 times 'nan'", "1 times 'None'")
     assert found.advice()
     assert {str(value).lower() for value in (float("nan"), None)} <= EMPTY_CELLS
+
+
+ODD = ["0", "17", "3.5", "-", "p/1.txt", "IMG_1.JPG", "'a dog'", "a dog|a cat", "a dog | a cat", "caf\u00c3\u00a9",
+       "it\u00e2\u20ac\u2122s", "caf\ufffd", "a dog &amp; a cat", "a dog<br>a cat", "one<sep>two"]
+USUAL = ["a dog", "2 dogs", "'tis a dog's life", "a dog. a cat", "black", "café", "一只狗", "собака", "it’s 5 o'clock",
+         "a dog & a cat", "i <3 dogs", "a b c.", "a dog\na cat", "[laughter] a man speaks"]
+
+
+def test_captions_that_can_hardly_be_meant_are_told(tmp_path: Path) -> None:
+    found = look(tmp_path, *ODD, *USUAL)
+    assert sorted(found.odd) == sorted(ODD)
+    (line,) = [line for line in found.lines() if "'0'" in line]
+    assert_names(line, len(ODD))
+    assert found.advice() and not look(tmp_path, *USUAL).odd
 
 
 def test_tokens_that_begin_words(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""What libsndfile passes over in sound files: all parts of a chained Ogg file but the first, pages that are lost amid
-one, and the samples of WAV, AIFF and AU files whose writer was killed before it wrote how many they are.
+"""What libsndfile passes over in sound files: all parts but the first of a chained Ogg or a joined MP3 file, pages that
+are lost amid an Ogg file, and the samples of WAV, AIFF and AU files whose writer was killed before it wrote how many
+they are.
 """
 
 import io
@@ -15,7 +16,8 @@ from typing import IO, Any
 Source = str | IO[bytes] | io.RawIOBase
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _TO_THE_END = b"\xff\xff\xff\xff"  # as a size
-_PADDING_BYTES = 4096  # behind the samples of a WAV file
+_PADDING_BYTES = 4096  # behind the samples of a WAV or MP3 file
+_FRAME_BYTES = 256  # of MP3, which hold its own header
 _MAX_CHUNKS = 1000  # before the samples
 
 
@@ -102,6 +104,40 @@ def _is_whole(page: bytes) -> bool:
     blank = page[:22] + bytes(4) + page[26:]
     found = zlib.crc32(blank.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return page[22:26].translate(_MIRRORED) == found.to_bytes(4, "big")
+
+
+def joined_mp3(path: str) -> list[tuple[int, int]]:
+    """First and last byte of each part of MP3 files that were joined, as in podcasts; none of other files. libsndfile
+    reads as much as the header of the first states."""
+    begins = [0]
+    with open(path, "rb") as file:
+        while end := _end_of_mp3(file, begins[-1]):
+            begins.append(end)
+    return list(itertools.pairwise([*begins, os.path.getsize(path)])) if len(begins) > 1 else []
+
+
+def _end_of_mp3(file: IO[bytes], first: int) -> int:
+    """Where the MP3 file that begins at `first` ends and another one begins; 0 where none does."""
+    file.seek(first)
+    tag = file.read(10)
+    if tag.startswith(b"ID3"):
+        first += 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=False))
+    file.seek(first)
+    frame = file.read(_FRAME_BYTES)
+    at = max(frame.find(b"Xing"), frame.find(b"Info"))
+    flags = int.from_bytes(frame[at + 4: at + 8], "big")  # 1: it states how many frames, 2: how many bytes
+    if at < 0 or not _is_frame(frame) or not flags & 2:
+        return 0
+    place = at + 8 + 4 * (flags & 1)
+    length = int.from_bytes(frame[place: place + 4], "big")
+    file.seek(first + length)
+    begin = file.read(_PADDING_BYTES)
+    follows = length >= _FRAME_BYTES and len(begin) == _PADDING_BYTES and (begin.startswith(b"ID3") or _is_frame(begin))
+    return first + length if follows else 0
+
+
+def _is_frame(begin: bytes) -> bool:
+    return begin[:1] == b"\xff" and begin[1:2] >= b"\xe0"
 
 
 def mended(source: Source) -> Source:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import sound_files
 import tracks
 from audio import BrokenSound, decode_audio
 from tests import trees
@@ -236,6 +237,22 @@ def test_all_parts_of_a_chained_ogg_are_read(tmp_path: Path) -> None:
         assert seconds_of(np.pad(excerpt, (0, 1))) == pytest.approx(told, abs=0.15)
     path.write_bytes(parts[1])
     assert len(decode_audio(path)) == 32_000
+
+
+@pytest.mark.parametrize("kind", ["VARIABLE", "CONSTANT"])
+@pytest.mark.parametrize("tag", [b"", b"ID3\3\0\0\0\0\0\x0a" + bytes(10)])
+def test_all_of_joined_mp3_files_is_read(tmp_path: Path, kind: str, tag: bytes) -> None:
+    """As of podcasts: the header of the first states its own length."""
+    path, parts = tmp_path / "a.mp3", list[bytes]()
+    for first in (0, 3):
+        soundfile.write(path, tones()[first * RATE_HZ: (first + 3) * RATE_HZ], RATE_HZ, bitrate_mode=kind)
+        parts.append(tag + path.read_bytes())
+        path.write_bytes(parts[-1] + b"TAG" + bytes(125))
+        assert sound_files.joined_mp3(str(path)) == []
+    path.write_bytes(b"".join(parts) + b"TAG" + bytes(125))
+    assert seconds_of(decode_audio(path)) == pytest.approx(sorted([*range(6)] * 2), abs=0.15)
+    for start_s, told in ((1.5, [1, 2, 2]), (2.5, [2, 3, 3]), (4.0, [4, 4, 5])):
+        assert seconds_of(decode_audio(path, start_s, 1.5)) == pytest.approx(told, abs=0.15)
 
 
 def test_all_parts_of_a_chained_ogg_together_may_be_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -487,7 +487,8 @@ def test_synthetic_needs_no_files(tmp_path: Path) -> None:
 def test_manifest(tmp_path: Path) -> None:
     path = trees.manifest(tmp_path / "mine")
     found = read("manifest", tmp_path / "none", manifest=str(path))
-    assert {split: len(samples) for split, samples in found.items()} == {"train": 16, "val": 2, "test": 2}
+    assert {split: len(samples) for split, samples in found.items()} == {"train": 15, "val": 2, "test": 3}
+    assert all(sum(bool(getattr(one, kind)) for one in found["val"]) == 2 for kind in ("image", "audio"))
     with refused("data.manifest"):
         read_split("manifest", "train", setting(tmp_path))
 

@@ -154,7 +154,7 @@ def mended(source: Source) -> Source:
 
 def _wav(file: IO[bytes], size: int) -> dict[int, bytes]:
     """New bytes of the header by their place; none where it needs none."""
-    found = _samples_chunk(file, size)
+    found = _samples_chunk(file)
     if found is None or not _goes_on(file, *found, size):
         return {}
     return {4: _TO_THE_END, found[0] - 4: _TO_THE_END}
@@ -164,7 +164,7 @@ def _wav_of_64_bits(file: IO[bytes], size: int) -> dict[int, bytes]:
     """A chunk before all others states the sizes; without it the file is a usual one."""
     file.seek(12)
     name, stated = file.read(4), file.read(20)[12:]
-    found = _samples_chunk(file, size)
+    found = _samples_chunk(file)
     if name != b"ds64" or any(stated) or found is None or not _goes_on(file, found[0], 0, size):
         return {}
     return {0: b"RIFF" + _TO_THE_END, 12: b"JUNK", found[0] - 4: _TO_THE_END}
@@ -195,7 +195,7 @@ _HEADERS: dict[tuple[bytes, bytes], Callable[[IO[bytes], int], dict[int, bytes]]
     (b"FORM", b"AIFC"): _aiff}
 
 
-def _samples_chunk(file: IO[bytes], size: int) -> tuple[int, int] | None:
+def _samples_chunk(file: IO[bytes]) -> tuple[int, int] | None:
     """Where the samples of a WAV file begin, and how many bytes of them it states."""
     at = 12
     for _ in range(_MAX_CHUNKS):

@@ -13,6 +13,7 @@ of them in the middle of whatever the main process does, half an update of the w
 
 import concurrent.futures
 import errno
+import gc
 import heapq
 import io
 import math
@@ -320,6 +321,7 @@ def _serve(work: Work, link: socket.socket, pulse: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    gc.freeze()  # what the main process has left to be collected is not of this one: FFmpeg's decoders would crash
 
     def begin(place: int) -> None:
         pulse[1] = place

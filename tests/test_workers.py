@@ -1,6 +1,7 @@
 """Processes that work ahead: results in order, and what becomes of those that die, hang or fail."""
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -391,3 +392,27 @@ def test_processes_end_with_the_main_one_that_leaves_them() -> None:
     found = subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, check=True)
     children = [int(pid) for pid in found.stdout.split()]
     assert len(children) == 2 and not any(is_alive(child) for child in children)
+
+
+class Left:
+    """Garbage of the main process, in a cycle, that ends any other which collects it."""
+
+    def __init__(self) -> None:
+        self.itself, self.process = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os._exit(11)
+
+
+def test_garbage_of_the_main_process_is_not_collected_by_others() -> None:
+    def work(job: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> int:
+        gc.collect()
+        return len(given_up)
+
+    gc.disable()
+    try:
+        Left()
+        assert list(Workers(work, range(2), 1, timeout_s=30, name=lambda job, place: "", say=print)) == [0, 0]
+    finally:
+        gc.enable()

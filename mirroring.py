@@ -13,6 +13,8 @@ import numpy as np
 from samples import SampleTable
 
 ENGLISH_SETS = frozenset({"coco", "clotho", "audiocaps", "stamps", "synthetic"})  # others may be in any language
+LOOKED_AT, FOREIGN_SHARE = 200, 0.2  # captions of such a set, for there are translations under the same names; and how
+# many of them may hold a word of another language
 
 _WITHIN_NAME = re.compile(r"(?<=[a-z])(?=[A-Z])")  # "armLeft"
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
@@ -92,14 +94,25 @@ def may_mirror(table: SampleTable) -> np.ndarray:
     A sample without captions is judged by its labels alone: true where none of them names a side.
     """
     allowed = table.has_image
-    for row in np.flatnonzero(allowed & table.has_text).tolist():
-        known = table.sources[row] in ENGLISH_SETS
+    rows = np.flatnonzero(allowed & table.has_text)
+    english = {name for code, name in enumerate(table.sources.names)
+               if name in ENGLISH_SETS and not _is_translated(table, rows[table.sources.codes[rows] == code])}
+    for row in rows.tolist():
+        known = table.sources[row] in english
         allowed[row] = all(stays_true(text, known_english=known) for text in table.captions_of(row))
     sided = np.array([not names_no_side(name) for name in table.labels.names], bool)
     if sided.any():
         owners = np.repeat(np.arange(len(table)), np.diff(table.label_offsets))
         allowed[owners[sided[table.labels.codes]]] = False
     return allowed
+
+
+def _is_translated(table: SampleTable, rows: np.ndarray) -> bool:
+    """Whether many of some captions hold a word of another language; of English captions it is one in a hundred."""
+    some = rows[:: max(1, len(rows) // LOOKED_AT)]
+    texts = [table.captions[table.caption_offsets[row]].lower() for row in some.tolist()]
+    foreign = sum(not _FOREIGN.isdisjoint(_WORD.findall(text)) for text in texts)
+    return foreign > FOREIGN_SHARE * len(texts)
 
 
 def stays_true(caption: str, *, known_english: bool = False) -> bool:

@@ -122,3 +122,14 @@ def test_most_of_the_drawn_pictures_name_a_side() -> None:
     named = [any(side in text for text in table.captions_of(row) for side in ("left", "right"))
              for row in range(len(table))]
     assert np.array_equal(may_mirror(table), table.has_image & ~np.array(named))
+
+
+def test_a_set_whose_captions_somebody_translated_is_not_mirrored() -> None:
+    def captioned(source: str, *captions: str) -> SampleTable:
+        return SampleTable.pack(Sample(key=str(i), source=source, split="train", image=f"{i}.jpg", captions=(text,))
+                                for i, text in enumerate(captions))
+
+    german = ("links steht ein Hund", "zwei Katzen auf dem Sofa", "Pferde", "eine Frau mit Hut", "der Mann ist gross")
+    english = ("A horse.", "a horse on sand", "Aardvarks", "one un sign in six", "an aardvark", "two dogs", "cats run")
+    assert not may_mirror(captioned("coco", *german)).any()
+    assert may_mirror(captioned("coco", *english)).sum() >= 6

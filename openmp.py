@@ -11,7 +11,7 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 BOUNDED = {
-    "GOMP_SPINCOUNT": "1000",  # libgomp, in torch for Linux: turns, before a thread sleeps; a few microseconds
+    "GOMP_SPINCOUNT": "2000",  # libgomp, in torch for Linux: turns, before a thread sleeps; a few microseconds
     "KMP_BLOCKTIME": "1",  # libiomp and libomp, in torch for macOS and builds with MKL: milliseconds
 }
 OWN = (*BOUNDED, "OMP_WAIT_POLICY")  # of which any one says that the user has chosen

@@ -1,7 +1,7 @@
 """What does another process beside it cost a training step on the CPU, and what does it cost to be ready for one?
 
     python benchmarks/busy_machine.py                                # 5 turns of about a minute, on 2 idle cores
-    python benchmarks/busy_machine.py --spins 100 1000 10000 PASSIVE # which bound is best
+    python benchmarks/busy_machine.py --spins 1000 4000 PASSIVE    # which bound is best
     python benchmarks/run.py free_machine_cost busy_machine_slowdown
 
 Steps of the stage align (tiny, 8 pictures of 224 pixels and their captions, float32, two threads) in processes that

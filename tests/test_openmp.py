@@ -59,13 +59,13 @@ def test_a_command_has_bounded_the_waiting_when_it_loads_torch(tmp_path: Path, s
     if set_now is None:
         assert script.startswith(("benchmarks/", "download_datasets")), "it computes, so it has to load torch"
         return
-    assert set_now == "GOMP_SPINCOUNT=1000 KMP_BLOCKTIME=1\n"
+    assert set_now == "GOMP_SPINCOUNT=2000 KMP_BLOCKTIME=1\n"
     if "--plan" in arguments:
         assert out + err == "", "a plan and nothing else"
         return
     said = [line for line in out.splitlines() if line.startswith("OpenMP: ")]
     assert len(said) == 1
-    assert_names(said[0], "GOMP_SPINCOUNT=1000", "KMP_BLOCKTIME=1", *openmp.OWN)
+    assert_names(said[0], "GOMP_SPINCOUNT=2000", "KMP_BLOCKTIME=1", *openmp.OWN)
 
 
 def test_the_gate_sees_a_command_that_loads_torch_first(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_what_the_user_has_chosen_stays(tmp_path: Path, name: str, value: str) -
 def test_of_several_processes_all_bound_it_and_the_first_says_so(tmp_path: Path) -> None:
     for rank, says in (("0", 1), ("1", 0)):
         set_now, out, _ = as_torch_loads(tmp_path, "evaluate.py", "--checkpoint", "none.pt", RANK=rank)
-        assert set_now is not None and "GOMP_SPINCOUNT=1000" in set_now and out.count("OpenMP: ") == says
+        assert set_now is not None and "GOMP_SPINCOUNT=2000" in set_now and out.count("OpenMP: ") == says
 
 
 def test_nothing_is_claimed_once_torch_is_loaded() -> None:

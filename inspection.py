@@ -348,17 +348,26 @@ def _tried(case: Case, store: prepare.Store, name: str, split: str, kind: prepar
     paths = table.images if kind == "image" else table.audio
     items = [(paths[row], float(table.start_s[row]), float(table.duration_s[row]))
              for row in chosen if not store.is_drawn(row)]
-    odd = [(path, one) for (path, _, _), one in zip(items, _oddities(kind, items, case.tried), strict=True)
-           if any(one)]
     if kind in store.places and len(rows) and (store.places[kind][rows, 0] >= 0).all():
         known = zip(rows.tolist(), store.places[kind][rows].tolist(), strict=True)
         broken = [_reason(paths[row], reason) for row, (entry, number) in known
                   if (reason := store.entries[entry].reasons.get(number))]
-        return Tried(title, len(rows), len(rows), broken, odd)
+        reread = items if kind == "sound" else []  # what strikes about pictures harms nothing: not worth their time
+        return Tried(title, len(rows), len(rows), broken, _odd_ones(case, kind, reread))
     case.say(f"files: {name}, {len(items)} {title}")
-    found = prepare.decode_all(kind, items, case.tried)
-    broken = [_reason(path, why) for (path, _, _), why in zip(items, found, strict=True) if isinstance(why, str)]
-    return Tried(title, len(items), len(rows), broken, odd)
+    broken, good = [], []
+    for item, found in zip(items, prepare.decode_all(kind, items, case.tried), strict=True):
+        if isinstance(found, str):
+            broken.append(_reason(item[0], found))
+        else:
+            good.append(item)
+    return Tried(title, len(items), len(rows), broken, _odd_ones(case, kind, good))
+
+
+def _odd_ones(case: Case, kind: prepare.Kind, items: Sequence[prepare.Item]) -> list[tuple[str, Oddity]]:
+    """Path and what strikes about it, of files about which something does."""
+    found = _oddities(kind, items, case.tried)
+    return [(path, one) for (path, _, _), one in zip(items, found, strict=True) if any(one)]
 
 
 def _reason(path: str, told: str) -> tuple[str, str]:

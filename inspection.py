@@ -247,7 +247,7 @@ class Oddity(NamedTuple):
 
     peak: float = 0.0  # of a sound that is stored as floating-point numbers
     cancels: bool = False  # a sound whose channels cancel each other: one of them is taken
-    flawed: bool = False  # a picture whose metadata are damaged: it is read without them
+    flawed: bool = False  # a picture with damage beside its pixels: it is read without what is damaged
 
 
 def _oddity(kind: prepare.Kind, item: prepare.Item) -> np.ndarray:

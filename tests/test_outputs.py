@@ -42,6 +42,15 @@ def copy_of(whole: Path, folder: Path) -> Path:
     return folder
 
 
+def as_of_an_earlier_release(whole: Path, folder: Path) -> Path:
+    """Such a folder has no ledger, and its event files have no name of ours."""
+    copy_of(whole, folder)
+    (folder / outputs.LEDGER).unlink()
+    for path in (folder / outputs.BOARD).iterdir():
+        path.rename(path.with_name(path.name.removesuffix(EVENTS)))
+    return folder
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Of all files below a folder, by their names."""
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -375,11 +384,7 @@ def test_the_event_files_of_a_run_that_went_back_hold_what_is_kept_alone(small: 
 
 def test_what_an_earlier_release_wrote_into_a_folder_is_the_runs(small: SmallRuns, whole: Path, tmp_path: Path,
                                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    """Such a folder has no ledger, and its event files have no name of ours."""
-    folder = copy_of(whole, tmp_path / "run")
-    (folder / outputs.LEDGER).unlink()
-    for path in (folder / outputs.BOARD).iterdir():
-        path.rename(path.with_name(path.name.removesuffix(EVENTS)))
+    folder = as_of_an_earlier_release(whole, tmp_path / "run")
     before = digests(folder)
     small.train(folder, *QUICK, "training.learning_rate=0.002", resume=str(
         folder / "checkpoints" / "checkpoint_epoch_2.pt"))
@@ -394,10 +399,7 @@ def test_what_an_earlier_release_wrote_into_a_folder_is_the_runs(small: SmallRun
 
 def test_a_run_of_an_earlier_release_is_thrown_away_whole(small: SmallRuns, whole: Path, tmp_path: Path,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
-    folder = copy_of(whole, tmp_path / "run")
-    (folder / outputs.LEDGER).unlink()
-    for path in (folder / outputs.BOARD).iterdir():
-        path.rename(path.with_name(path.name.removesuffix(EVENTS)))
+    folder = as_of_an_earlier_release(whole, tmp_path / "run")
     config = small.config(folder, *QUICK)
     runs.open_run(config, Options("cpu", overwrite=True), None).tracker.close()
     assert not list((folder / "checkpoints").iterdir()) and not (folder / "config_2.yaml").exists()

@@ -20,18 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-import bad_samples
-import prepare
-import same_files
-from batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
-from concepts import concept_names, concepts_of
-from config import Config, UserError
-from mirroring import may_mirror
-from readers import READERS, listed, read_split
-from samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
-from splits import carve_val
-from vocabulary import Tokenizer, load_tokenizer
-from workers import Workers, cpu_cores, in_line
+from trimodal.config import Config, UserError
+from trimodal.data import bad_samples, cache, same_files
+from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
+from trimodal.data.concepts import concept_names, concepts_of
+from trimodal.data.mirroring import may_mirror
+from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
+from trimodal.data.splits import carve_val
+from trimodal.data.tokenizer import Tokenizer, load_tokenizer
+from trimodal.data.workers import Workers, cpu_cores, in_line
+from trimodal.sets.readers import READERS, listed, read_split
 
 __all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample", "Split", "epoch_batches", "load_data",
            "loader", "pool"]
@@ -109,7 +107,7 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
         concepts = concept_names(train, config.model.num_classes)
     if speakers is None:
         speakers = heard_speakers(train)
-    stores = {name: prepare.open_store(table, config, fill=fill_cache) for name, table in tables.items()}
+    stores = {name: cache.open_store(table, config, fill=fill_cache) for name, table in tables.items()}
     ready = {name: _prepare_split(store, config, tokenizer, concepts, speakers) for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
 
@@ -140,7 +138,7 @@ def read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]
     return joined
 
 
-def _prepare_split(store: prepare.Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
+def _prepare_split(store: cache.Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
                    speakers: Sequence[str]) -> Split:
     table = store.table
     captions = [table.captions[i] for i in range(len(table.captions))]

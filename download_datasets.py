@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from annotations import SPLITS
-from arguments import Parser, environment_needed, folder_name
-from files import check_writable
-from redaction import redact
-from sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Source
+from trimodal.arguments import Parser, environment_needed, folder_name
+from trimodal.files import check_writable
+from trimodal.redaction import redact
+from trimodal.sets.annotations import SPLITS
+from trimodal.sets.sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Source
 
 with environment_needed("requests", "tqdm"):
-    import overview
-    import verification
-    from acquisition import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
-    from config import UserError
-    from selection import Options
-    from transfer import Policy
+    from trimodal.config import UserError
+    from trimodal.download import overview
+    from trimodal.download import verify as verify_module
+    from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
+    from trimodal.download.selection import Options
+    from trimodal.download.transfer import Policy
 
 EXAMPLES = """examples:
   python download_datasets.py --datasets stamps
@@ -248,7 +248,7 @@ def _get(name: str, table: Mapping[str, Source], options: Options, verify: bool)
         print(f"{name}: {NEEDS_NOTHING[name]}")
         return Outcome(name=name, state="done", detail=NEEDS_NOTHING[name])
     work = Acquisition(table[name], options)
-    outcome = verification.verify(work) if verify else work.run()
+    outcome = verify_module.verify(work) if verify else work.run()
     if outcome.code in (FAILED, MEND):
         print(f"error: {name}: {outcome.detail}", file=sys.stderr)
     return outcome

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, environment_needed, folder_name
-from files import check_writable
-from openmp import bound_waiting
-from redaction import command_line, redact
+from trimodal.arguments import Parser, environment_needed, folder_name
+from trimodal.files import check_writable
+from trimodal.openmp import bound_waiting
+from trimodal.redaction import command_line, redact
 
 with environment_needed():
-    from config import DATASETS, Config, UserError, config_from_dict
+    from trimodal.config import DATASETS, Config, UserError, config_from_dict
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -70,25 +70,24 @@ def evaluate(options: argparse.Namespace) -> Path:
     """
     import torch
 
-    import memory
-    import planning
-    import protocols
-    import report
     from datasets import load_data
     from model import load_model
-    from vocabulary import Tokenizer
+    from trimodal.data.tokenizer import Tokenizer
+    from trimodal.evaluation import protocols, report
+    from trimodal.memory import devices
+    from trimodal.training import planner
 
-    memory.keep_few_kernels()
-    device = memory.choose_device(options.device)
+    devices.keep_few_kernels()
+    device = devices.choose_device(options.device)
     model, state = load_model(options.checkpoint)
     config = configuration(options, state["config"])
-    precision = memory.choose_precision(device, config.training.use_amp)
+    precision = devices.choose_precision(device, config.training.use_amp)
     print(f"Device: {device}; {precision.reason}")
     folder = _reports_folder(config)
     data = load_data(config, [options.split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
                      concepts=state["concepts"], speakers=state["speakers"])
-    plan = planning.plan_evaluation(config, planning.Place(device.type, precision.dtype))
-    memory.cap_allocator(device, int(config.budget_gb * memory.GIB))
+    plan = planner.plan_evaluation(config, planner.Place(device.type, precision.dtype))
+    devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, sizes=plan.micro_batch,
                                 less=lambda size, cause: print(f"Out of memory ({cause}): {size} samples at a time"))
     figures, encoded = protocols.evaluate_split(model.to(device), data, options.split, config, setting)
@@ -112,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> Path:
 
 
 def _write(folder: Path, run: dict[str, Any], config: Config, gallery: list[dict[str, Any]]) -> Path:
-    import report
+    from trimodal.evaluation import report
 
     try:
         _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=gallery)

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
-from config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, UserError, config_from_dict
-from footprint import device_of
-from inputs import checked_audio, checked_ids, checked_images
+from trimodal import checkpoint
+from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, UserError, config_from_dict
+from trimodal.inputs import checked_audio, checked_ids, checked_images
+from trimodal.memory.tracker import device_of
 
 IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1

@@ -51,16 +51,16 @@ given() { # is the flag $1 among the other arguments?
 settings() {
     "$PYTHON_HERE" - "$@" <<'EOP'
 import contextlib, io, sys
-from config import UserError
-from openmp import bound_waiting
-from redaction import redact
+from trimodal.config import UserError
+from trimodal.openmp import bound_waiting
+from trimodal.redaction import redact
 from run_training import configuration, parse
 try:
     options = parse(sys.argv[1:])
     config = configuration(options)
     bound_waiting(lambda line: None)  # training says it
-    from inspection import before_download  # loads torch
-    from runs import Options
+    from trimodal.doctor.inspection import before_download  # loads torch
+    from trimodal.training.run import Options
     with contextlib.redirect_stdout(io.StringIO()):  # training says it again
         before_download(config, Options(options.device, options.resume, options.overwrite))
 except UserError as error:

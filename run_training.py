@@ -17,13 +17,13 @@ import os
 import sys
 from pathlib import Path
 
-from arguments import Parser, environment_needed
-from interruption import Stopped
-from openmp import bound_waiting
-from redaction import redact
+from trimodal.arguments import Parser, environment_needed
+from trimodal.openmp import bound_waiting
+from trimodal.redaction import redact
+from trimodal.training.signals import Stopped
 
 with environment_needed():
-    from config import DATASETS, SIZES, Config, UserError, load_config
+    from trimodal.config import DATASETS, SIZES, Config, UserError, load_config
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 TEXTS = {"data_root": "paths.data_root", "output_dir": "paths.output_dir", "model_size": "model.size"}
@@ -92,17 +92,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration(options)
         if options.doctor:
-            import doctor
+            from trimodal.doctor import doctor
 
             return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
         if options.plan:
-            import forecast
+            from trimodal.training import forecast
 
             forecast.print_plan(config, options.device, as_json=options.json)
             return 0
-        import training
+        from trimodal.training import loop
 
-        training.train(config, training.Options(options.device, options.resume, options.overwrite))
+        loop.train(config, loop.Options(options.device, options.resume, options.overwrite))
         return 0
     except UserError as error:
         if type(error).__name__ != "ToldByMain":  # of the other processes of torchrun

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from footprint import PeakMemory
 from model import attend
+from trimodal.memory.tracker import PeakMemory
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 

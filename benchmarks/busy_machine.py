@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import openmp
+from trimodal import openmp
 
 THREADS = 2
 DEFAULT, BOUNDED = "default", "bounded"
@@ -89,7 +89,7 @@ def train(kind: str) -> None:
     import torch
 
     import benchmarks.plan_choice as steps
-    from config import load_config
+    from trimodal.config import load_config
 
     torch.set_num_threads(THREADS)
     config = load_config(None, SETTINGS)

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-import checkpoint
-import synthetic
-from config import SAMPLE_RATE_HZ
+from trimodal import checkpoint
+from trimodal.config import SAMPLE_RATE_HZ
+from trimodal.sets import synthetic
 
 SIDE = 64  # pixels of the drawn pictures
 

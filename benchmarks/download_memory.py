@@ -62,8 +62,7 @@ def transfer_of(files: int, size: int) -> Callable[[Path], Callable[[], None]]:
         def work() -> None:
             from functools import partial
 
-            import pipeline
-            import transfer
+            from trimodal.download import pipeline, transfer
 
             tasks = ((i, partial(transfer.fetch, transfer.Wanted(
                 path=folder / f"{i}", urls=(f"http://127.0.0.1:{port}/{i}/{size}",), size=size))) for i in range(files))
@@ -82,12 +81,12 @@ def unpacking_of(kind: str, make: Callable[[Path], None]) -> Callable[[Path], Ca
         process.join()
 
         def work() -> None:
-            import archives
-            import inventory
+            from trimodal.download import unpack
+            from trimodal.sets import inventory
 
-            expected = archives.Expected(files=10**7, size=10**12)
+            expected = unpack.Expected(files=10**7, size=10**12)
             with inventory.Listing(folder / "lists/x", {}) as listing:
-                archives.unpack([path], kind, folder / "out", folder / "beside", expected, archives.Watcher(
+                unpack.unpack([path], kind, folder / "out", folder / "beside", expected, unpack.Watcher(
                     file=listing.add, staged=lambda _: listing.finish()))
         return work
     return prepare

@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
 
 import torch
 
-import metrics
+from trimodal.evaluation import metrics
 
 
 def peak_gib() -> float:

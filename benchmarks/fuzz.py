@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
@@ -42,14 +42,14 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
-import prepare
 from benchmarks.damage import SIDE, damaged, whole
-from config import UserError, load_config
-from images import MAX_PIXELS
-from manifest import MAX_CAPTION_CHARS, MAX_SECONDS, read_manifest
-from samples import SPLITS, SampleTable
 from tests import forked
+from trimodal import checkpoint
+from trimodal.config import UserError, load_config
+from trimodal.data import cache
+from trimodal.data.images import MAX_PIXELS
+from trimodal.data.samples import SPLITS, SampleTable
+from trimodal.sets.manifest import MAX_CAPTION_CHARS, MAX_SECONDS, read_manifest
 
 COLUMNS = ("inputs", "accepted", "refused", "hangs", "crashes", "bad values")
 FAILURES = COLUMNS[3:]
@@ -70,7 +70,7 @@ def must(holds: bool, what: str) -> None:
 
 
 def read_picture(path: Path) -> None:
-    pixels = prepare.decode("image", (str(path), 0.0, 0.0), SIDE)
+    pixels = cache.decode("image", (str(path), 0.0, 0.0), SIDE)
     must(pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size > 0,
          f"{pixels.dtype} {pixels.shape}")
     must(min(pixels.shape[:2]) <= SIDE and pixels.size <= 3 * MAX_PIXELS, f"{pixels.shape}")
@@ -78,7 +78,7 @@ def read_picture(path: Path) -> None:
 
 def read_sound(path: Path) -> None:
     for start_s, duration_s in ((0.0, 0.0), (0.2, 0.25)):
-        mel = prepare.decode("sound", (str(path), start_s, duration_s), SIDE)
+        mel = cache.decode("sound", (str(path), start_s, duration_s), SIDE)
         must(mel.dtype == np.float16 and mel.ndim == 2 and mel.shape[1] == 80, f"{mel.dtype} {mel.shape}")
         must(0 < len(mel) <= (26 if duration_s else LARGEST_SOUND_FRAMES), f"{len(mel)} frames")
         must(bool(np.isfinite(mel).all()), "log-mels that are not finite")
@@ -131,10 +131,10 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    **{name: Kind(f".{name}", read_picture, prepare.BrokenSample) for name in ("jpeg", "png", "webp", "gif", "bmp")},
-    **{name: Kind(f".{name}", read_sound, prepare.BrokenSample) for name in ("wav", "flac", "ogg", "mp3", "m4a")},
-    "mp4": Kind(".mp4", read_picture, prepare.BrokenSample),
-    "mp4 sound": Kind(".mp4", read_sound, prepare.BrokenSample),
+    **{name: Kind(f".{name}", read_picture, cache.BrokenSample) for name in ("jpeg", "png", "webp", "gif", "bmp")},
+    **{name: Kind(f".{name}", read_sound, cache.BrokenSample) for name in ("wav", "flac", "ogg", "mp3", "m4a")},
+    "mp4": Kind(".mp4", read_picture, cache.BrokenSample),
+    "mp4 sound": Kind(".mp4", read_sound, cache.BrokenSample),
     "jsonl": Kind(".jsonl", read_list, UserError), "csv": Kind(".csv", read_list, UserError),
     "checkpoint": Kind(".pt", read_checkpoint, checkpoint.CheckpointError),
     "resealed": Kind(".pt", read_resealed, checkpoint.CheckpointError),

@@ -31,24 +31,24 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
 
 import torch
 
-import memory
 from benchmarks.plan_choice import Case, random_batch
 from benchmarks.plans import BATCHES, LARGEST
-from budget import Plan
-from config import SIZES, Config, StageConfig, load_config
-from memory import GIB
-from planning import TOWERS, Place, plan_stages, without_speaker
-from runs import Options, Run, open_run
-from stages import build_stage
-from tracking import read_records
-from training import train_step
+from trimodal.config import SIZES, Config, StageConfig, load_config
+from trimodal.memory import devices
+from trimodal.memory.devices import GIB
+from trimodal.training.budget import Plan
+from trimodal.training.loop import train_step
+from trimodal.training.planner import TOWERS, Place, plan_stages, without_speaker
+from trimodal.training.run import Options, Run, open_run
+from trimodal.training.stage import build_stage
+from trimodal.training.tracking import read_records
 
 LONG = 1024  # effective batch whose steps are so long that none is spent on warming up
 
@@ -98,8 +98,8 @@ def measured(run: Run, row: StageConfig, plan: Plan, steps: int) -> Row:
     run.fits[row.name] = plan.fit
     stage = build_stage(run, row, tasks, 1)
     batches = [random_batch(Case(run.config, row, task), "cuda").pin_memory() for task in tasks]  # as data arrive
-    memory.free_cached(run.device)
-    memory.reset_peak(run.device)
+    devices.free_cached(run.device)
+    devices.reset_peak(run.device)
     run.tracker.open_bar(1, 0, row.name)
     began = 0.0
     first = 0 if run.config.effective_batch(row) >= LONG else 1
@@ -116,7 +116,7 @@ def measured(run: Run, row: StageConfig, plan: Plan, steps: int) -> Row:
     messages = [record.get("message", "") for record in read_records(run.tracker.path)]
     smaller = sum(message.startswith(f"[{row.name}] out of memory") for message in messages)
     free, total = torch.cuda.mem_get_info(run.device)
-    return Row(run.config, row, plan, torch.cuda.max_memory_allocated() / GIB, memory.peak_gib(run.device).gib,
+    return Row(run.config, row, plan, torch.cuda.max_memory_allocated() / GIB, devices.peak_gib(run.device).gib,
                (total - free - torch.cuda.memory_reserved()) / GIB,
                run.config.effective_batch(row) * len(tasks) * steps / seconds, smaller)
 
@@ -129,9 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args(argv)
-    device = memory.choose_device("cuda")
-    place = Place("cuda", memory.choose_precision(device, True).dtype)
-    print(f"{date.today()}, torch {torch.__version__}, {memory.device_name(device)}, {str(place.amp)[6:]}\n{HEADER}",
+    device = devices.choose_device("cuda")
+    place = Place("cuda", devices.choose_precision(device, True).dtype)
+    print(f"{date.today()}, torch {torch.__version__}, {devices.device_name(device)}, {str(place.amp)[6:]}\n{HEADER}",
           flush=True)
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         configs = [configured(size, batch, Path(name)) for size in args.sizes
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(measured(run, row, found.result()[row.name], args.steps), flush=True)
             run.tracker.close()
             del run
-            memory.free_cached(device)
+            devices.free_cached(device)
     return 0
 
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
@@ -38,16 +38,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import training
 from benchmarks.attention_memory import cpu_name
 from benchmarks.memory_prediction import MALLOC
-from config import load_config
 from datasets import Batch, loader, pool
-from footprint import TAGS, PeakMemory, Usage
-from memory import Fit, peak_gib, reset_peak
-from planning import TOWERS
-from runs import Options, Run, open_run
-from stages import Stage, active_tasks, build_stage, epoch_jobs
+from trimodal.config import load_config
+from trimodal.memory.devices import Fit, peak_gib, reset_peak
+from trimodal.memory.tracker import TAGS, PeakMemory, Usage
+from trimodal.training import loop
+from trimodal.training.planner import TOWERS
+from trimodal.training.run import Options, Run, open_run
+from trimodal.training.stage import Stage, active_tasks, build_stage, epoch_jobs
 
 STAGE = "align"
 FEW, MANY = 4, 64
@@ -112,7 +112,7 @@ def followed(run: Run, stage: Stage, batch: Batch) -> Usage:
         tracker.watch(run.model.parameters())
         tracker.mark("optimizer", [list(state.values()) for state in stage.optimizer.state.values()])
         tracker.mark("data", [value for value in vars(batch).values() if isinstance(value, Tensor)], batch.noise)
-        training.train_step(run, stage, 0, batch)
+        loop.train_step(run, stage, 0, batch)
     return tracker.usage()
 
 
@@ -120,7 +120,7 @@ def peak_of(run: Run, stage: Stage, micro_batches: int, micro_batch: int) -> Pea
     batch = batch_of(run, stage, micro_batches * micro_batch)
     usage = followed(run, stage, batch)
     resident_mib()
-    training.train_step(run, stage, 0, batch)
+    loop.train_step(run, stage, 0, batch)
     return Peak(micro_batches, usage, peak_mib())
 
 
@@ -144,11 +144,11 @@ def compare_peaks(run: Run, stage: Stage, micro_batch: int) -> bool:
 def endless_steps(run: Run, stage: Stage) -> Iterator[int]:
     """Trains; yields the number of steps done so far."""
     for epoch in itertools.count(1):
-        log = training.StepLog(run, stage, epoch)
+        log = loop.StepLog(run, stage, epoch)
         jobs = epoch_jobs(run, stage, epoch)
         batches = loader(run.data, "train", jobs, run.config, inputs=[stage.tasks[0].inputs], train=True, epoch=epoch)
         for (task, indices), batch in zip(jobs, batches, strict=True):
-            result = training.train_step(run, stage, task, batch)
+            result = loop.train_step(run, stage, task, batch)
             run.progress.step += 1
             run.progress.stage_step += 1
             log.add(result, batch, len(indices))

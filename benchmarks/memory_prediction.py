@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
@@ -39,10 +39,10 @@ from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
 from benchmarks.plan_choice import PLACE, Case, Key, Trainer
-from config import SIZES, Config, load_config
-from footprint import PeakMemory
-from memory import GIB, peak_gib, reset_peak
-from planning import TOWERS, StepPlan, without_speaker
+from trimodal.config import SIZES, Config, load_config
+from trimodal.memory.devices import GIB, peak_gib, reset_peak
+from trimodal.memory.tracker import PeakMemory
+from trimodal.training.planner import TOWERS, StepPlan, without_speaker
 
 TENSORS_LIMIT_PCT, RESIDENT_LIMIT_PCT = 2.0, 10.0
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # read when a process starts

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
@@ -38,16 +38,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
-from budget import Limits, plan_fit
-from config import Config, StageConfig, TaskConfig, load_config
 from datasets import Batch
-from footprint import Usage
-from losses import OBJECTIVES, build_objective
-from memory import CONTEXT_GIB, GIB, Fit
 from model import TriModalModel
-from optimization import Optimizer
-from planning import Place, StageMeasure, apply_recompute, largest_batch, stage_upper
-from steps import Step, accumulate
+from trimodal.config import Config, StageConfig, TaskConfig, load_config
+from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
+from trimodal.memory.tracker import Usage
+from trimodal.objectives.losses import OBJECTIVES, build_objective
+from trimodal.objectives.step import Step, accumulate
+from trimodal.training.budget import Limits, plan_fit
+from trimodal.training.optimizer import Optimizer
+from trimodal.training.planner import Place, StageMeasure, apply_recompute, largest_batch, stage_upper
 
 LIMIT = 1.10
 SLOW = 1.3  # times the fastest: not run again after the first round

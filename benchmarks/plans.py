@@ -19,17 +19,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
 
 import torch
 
-from budget import OverBudget, Plan
-from config import SIZES, Config, load_config
-from memory import GIB
-from planning import TOWERS, Place, plan_stages, without_speaker
+from trimodal.config import SIZES, Config, load_config
+from trimodal.memory.devices import GIB
+from trimodal.training.budget import OverBudget, Plan
+from trimodal.training.planner import TOWERS, Place, plan_stages, without_speaker
 
 BATCHES, LARGEST = (32, 1024, 4096), 8192
 PLACE = Place("cuda", torch.bfloat16)

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files import replacing
+from trimodal.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = Path(__file__).with_name("records.json")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from openmp import bound_waiting
+from trimodal.openmp import bound_waiting
 
 if __name__ == "__main__":
     bound_waiting()
@@ -29,11 +29,11 @@ if __name__ == "__main__":
 import torch
 
 from benchmarks.attention_memory import cpu_name
-from checkpoint import tensor_bytes
-from config import SIZES, load_config
-from interruption import Interruption
-from saving import Saver
 from tests.small_runs import SmallRuns, batches, step
+from trimodal.checkpoint import tensor_bytes
+from trimodal.config import SIZES, load_config
+from trimodal.training.saving import Saver
+from trimodal.training.signals import Interruption
 
 LIMIT_PCT = 2.0
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 import download_datasets
-import inventory
-from acquisition import ARCHIVES
-from sources import ALL, SOURCES, Source
-from staging import STAGING
 from tests import forked, miniature
 from tests.loopback import Loopback
-from transfer import Policy
+from trimodal.download.acquire import ARCHIVES
+from trimodal.download.staging import STAGING
+from trimodal.download.transfer import Policy
+from trimodal.sets import inventory
+from trimodal.sets.sources import ALL, SOURCES, Source
 
 DONE = (0, 3)  # all there, and all there but for clips that are gone
 NOISE_FILES, NOISE_BYTES = 250, 6_000  # of each large archive, so that unpacking takes a while

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import training
-from interruption import Stopped
-from runs import Options
 from tests import forked, trees
 from tests.small_runs import SmallRuns, differing, records, without_times
-from tracking import read_records
+from trimodal import checkpoint
+from trimodal.training import loop
+from trimodal.training.run import Options
+from trimodal.training.signals import Stopped
+from trimodal.training.tracking import read_records
 
 RECIPE = ("training.epochs=3", "training.batch_size=32", "training.log_every_steps=1", "training.ema_decay=0.5",
           "training.keep_checkpoints=2", "evaluation.max_validation=8", "report.gallery_queries=0")
@@ -31,25 +31,25 @@ LONGEST_S = 1.0
 
 # Where a process can be told to die: before which call of what, in which stage.
 PLACES: dict[str, tuple[str, int, str]] = {
-    "before the data are decoded": ("prepare.decode_all", 1, ""),
-    "while decoded pictures are written": ("prepare.replacing", 1, ""),
-    "between two files of the prepared sounds": ("prepare.replacing", 5, ""),
-    "after the rename of prepared data": ("prepare.sync_folder", 1, ""),
-    "before a plan is kept": ("budget.replacing", 1, ""),
-    "between two plans": ("budget.replacing", 3, ""),
-    "before the first step": ("training.train_step", 1, "pretrain"),
-    "in pretrain": ("training.train_step", 3, "pretrain"),
+    "before the data are decoded": ("trimodal.data.cache.decode_all", 1, ""),
+    "while decoded pictures are written": ("trimodal.data.cache.replacing", 1, ""),
+    "between two files of the prepared sounds": ("trimodal.data.cache.replacing", 5, ""),
+    "after the rename of prepared data": ("trimodal.data.cache.sync_folder", 1, ""),
+    "before a plan is kept": ("trimodal.training.budget.replacing", 1, ""),
+    "between two plans": ("trimodal.training.budget.replacing", 3, ""),
+    "before the first step": ("trimodal.training.loop.train_step", 1, "pretrain"),
+    "in pretrain": ("trimodal.training.loop.train_step", 3, "pretrain"),
     "before the checkpoint of a step is renamed": ("os.replace", 2, ""),
-    "in validation": ("training.validation_loss", 1, ""),
-    "before the best weights are written": ("saving.save_file", 1, ""),
-    "between the stages pretrain and align": ("training.train_stage", 1, "align"),
-    "in align": ("training.train_step", 2, "align"),
-    "before old checkpoints are deleted": ("saving.rotate", 1, ""),
-    "between the stages align and finetune": ("training.train_stage", 1, "finetune"),
-    "in finetune": ("training.train_step", 2, "finetune"),
-    "before the final model is written": ("runs.save_file", 1, ""),
-    "before the last evaluation": ("training.finish", 1, ""),
-    "before the report is written": ("report.write_report", 1, ""),
+    "in validation": ("trimodal.training.loop.validation_loss", 1, ""),
+    "before the best weights are written": ("trimodal.training.saving.save_file", 1, ""),
+    "between the stages pretrain and align": ("trimodal.training.loop.train_stage", 1, "align"),
+    "in align": ("trimodal.training.loop.train_step", 2, "align"),
+    "before old checkpoints are deleted": ("trimodal.training.saving.rotate", 1, ""),
+    "between the stages align and finetune": ("trimodal.training.loop.train_stage", 1, "finetune"),
+    "in finetune": ("trimodal.training.loop.train_step", 2, "finetune"),
+    "before the final model is written": ("trimodal.training.run.save_file", 1, ""),
+    "before the last evaluation": ("trimodal.training.loop.finish", 1, ""),
+    "before the report is written": ("trimodal.evaluation.report.write_report", 1, ""),
 }
 
 
@@ -82,7 +82,7 @@ def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str
     if dies:
         _die_at(*PLACES[dies], getattr(signal, by))
     try:
-        training.train(small.config(folder, *recipe(small, *overrides)), Options(small.device, "auto"))
+        loop.train(small.config(folder, *recipe(small, *overrides)), Options(small.device, "auto"))
     except Stopped as stopped:
         print(stopped, flush=True)
         os._exit(3)
@@ -93,7 +93,7 @@ def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str
 def _die_at(called: str, number: int, stage: str, by: int) -> None:
     """Replace a function by one that sends its process a signal at the call of that number; of those in `stage`, if
     one is named. Processes that are forked from here die as well."""
-    module, name = called.split(".")
+    module, _, name = called.rpartition(".")
     whole, calls = getattr(importlib.import_module(module), name), itertools.count(1)
 
     def dying(*args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
     python tests/messages.py            # what has changed since the snapshot; exit code 1 if anything has
     python tests/messages.py --renew    # write it again, after a change of wording that is meant
 
-No other test asserts wording. A message is a text of two words or more in a root module that is no docstring; `{}`
+No other test asserts wording. A message is a text of two words or more in the sources that is no docstring; `{}`
 stands for a value. Lines of the shell scripts count where they call `say`, `die` or `echo`.
 """
 
@@ -14,7 +14,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.project import ROOT, product_files
+
 SNAPSHOT = Path(__file__).with_name("messages.txt")
 SCRIPTS = ("run_all.sh", "setup_environment.sh")
 _SAID = re.compile(r"""\b(?:say|die|echo) ("(?:[^"\\]|\\.)*"|'[^']*')""")
@@ -44,11 +47,11 @@ def texts(source: str) -> Iterator[str]:
 
 
 def messages() -> str:
-    """All messages of all root modules and scripts, one a line, below the name of their file."""
+    """All messages of all modules and scripts, one a line, below the name of their file."""
     lines = []
-    for path in sorted(ROOT.glob("*.py")):
+    for path in product_files():
         found = list(texts(path.read_text("utf-8")))
-        lines += [f"# {path.name}", *(repr(text)[1:-1] for text in found), ""] if found else []
+        lines += [f"# {path.relative_to(ROOT)}", *(repr(text)[1:-1] for text in found), ""] if found else []
     for name in SCRIPTS:
         lines += [f"# {name}", *(found[1:-1] for found in _SAID.findall((ROOT / name).read_text("utf-8"))), ""]
     return "\n".join(lines).strip() + "\n"

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from members import destination, safe_name
-from sources import SOURCES, Count, Item, Source
 from tests import packing, trees
+from trimodal.download.members import destination, safe_name
+from trimodal.sets.sources import SOURCES, Count, Item, Source
 
 Members = Mapping[str, bytes]
 

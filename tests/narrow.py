@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ModelConfig, Preset
 from datasets import Batch
 from model import TriModalModel
-from steps import Step
+from trimodal.config import ModelConfig, Preset
+from trimodal.objectives.step import Step
 
 VOCABULARY = 60
 CLASSES = 12

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
+from trimodal.config import UserError
 
 
 @contextlib.contextmanager

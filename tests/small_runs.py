@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-import runs
-import training
-from config import Config, config_from_dict
 from datasets import Batch, loader
-from memory import Fit
-from runs import Options, Run
+from trimodal.config import Config, config_from_dict
+from trimodal.memory.devices import Fit
+from trimodal.training import loop
+from trimodal.training import run as run_module
+from trimodal.training.run import Options, Run
 
 STAGES: list[dict[str, Any]] = [
     {"name": "pretrain", "share": 1, "image_keep": 0.5, "tasks": [
@@ -79,43 +79,43 @@ class SmallRuns:
                                                         f"paths.output_dir={json.dumps(str(folder))}", *overrides])
 
     def train(self, folder: Path, *overrides: str, resume: str | None = None, overwrite: bool = False) -> Path:
-        report = training.train(self.config(folder, *overrides), Options(self.device, resume, overwrite))
+        report = loop.train(self.config(folder, *overrides), Options(self.device, resume, overwrite))
         assert report is not None
         return report
 
     def open(self, folder: Path, *overrides: str, micro_batch: int = 32) -> Run:
         """A fresh run before its first step, its micro-batches given and not planned; open until the test ends."""
-        run = runs.open_run(self.config(folder, *overrides), Options(self.device), None)
+        run = run_module.open_run(self.config(folder, *overrides), Options(self.device), None)
         _opened.append(run)
         towers = ("image", "audio", "text", "fusion")
         run.fits = {row.name: Fit(dict.fromkeys(towers, micro_batch), dict.fromkeys(towers, 0))
                     for row in run.config.stages}
         return run
 
-    def stage(self, run: Run, name: str, epochs: int = 1) -> training.Stage:
+    def stage(self, run: Run, name: str, epochs: int = 1) -> loop.Stage:
         """A stage of `run` before its first step, and an open progress bar for it."""
         row = next(row for row in run.config.stages if row.name == name)
         run.tracker.open_bar(1, 0, name)
-        return training.build_stage(run, row, training.active_tasks(row, run.data)[0], epochs)
+        return loop.build_stage(run, row, loop.active_tasks(row, run.data)[0], epochs)
 
 
-def batches(run: Run, stage: training.Stage, task: int = 0, epoch: int = 1) -> list[Batch]:
+def batches(run: Run, stage: loop.Stage, task: int = 0, epoch: int = 1) -> list[Batch]:
     """The training batches of one task in an epoch."""
-    jobs = [job for job in training.epoch_jobs(run, stage, epoch) if job[0] == task]
+    jobs = [job for job in loop.epoch_jobs(run, stage, epoch) if job[0] == task]
     return list(loader(run.data, "train", jobs, run.config, inputs=[task.inputs for task in stage.tasks], train=True,
                        epoch=epoch))
 
 
-def step(run: Run, stage: training.Stage, batch: Batch, task: int = 0) -> training.StepResult:
+def step(run: Run, stage: loop.Stage, batch: Batch, task: int = 0) -> loop.StepResult:
     """One optimizer step, counted."""
-    result = training.train_step(run, stage, task, batch)
+    result = loop.train_step(run, stage, task, batch)
     run.progress.step += 1
     run.progress.stage_step += 1
     return result
 
 
 def trained(small: SmallRuns, folder: Path, name: str, micro_batch: int, steps: int, task: int = 0,
-            *overrides: str) -> tuple[Run, training.Stage]:
+            *overrides: str) -> tuple[Run, loop.Stage]:
     """A run after some steps of one task of a stage."""
     run = small.open(folder, *overrides, micro_batch=micro_batch)
     stage = small.stage(run, name)

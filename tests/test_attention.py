@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import MODALITIES
-from footprint import tracing
 from model import PAIRS, Block, Blocks, attend
 from tests.narrow import gradients, largest_difference, narrow_model, small_inputs, weighted_sum
+from trimodal.config import MODALITIES
+from trimodal.memory.tracker import tracing
 
 N = 7  # tokens
 

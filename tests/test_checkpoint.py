@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import outputs
-from checkpoint import CheckpointError
-from files import remove_left
 from tests import forked
 from tests.refusals import assert_names, refused
+from trimodal import checkpoint
+from trimodal.checkpoint import CheckpointError
+from trimodal.files import remove_left
+from trimodal.training import outputs
 
 
 def state_of(seed: int = 0) -> dict:

@@ -12,10 +12,19 @@ from typing import Any
 import pytest
 import yaml
 
-from config import DEFAULT_STAGES, PRESETS, SIZES, Config, ConfigError, UserError, config_from_dict, load_config
+from tests.project import ROOT
 from tests.refusals import refused
+from trimodal.config import (
+    DEFAULT_STAGES,
+    PRESETS,
+    SIZES,
+    Config,
+    ConfigError,
+    UserError,
+    config_from_dict,
+    load_config,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG_YAML = ROOT / "config.yaml"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -295,7 +304,7 @@ def test_every_preset_is_a_size_and_the_one_for_tests_is_not_offered() -> None:
 
 
 def test_config_alone_needs_no_other_library_than_yaml() -> None:
-    code = ("import sys; before = set(sys.modules); import config;"
+    code = ("import sys; before = set(sys.modules); from trimodal import config;"
             "print(*{getattr(m, '__file__', None) for n, m in sys.modules.items() if n not in before})")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(re.findall(r"site-packages/(\w+)", run.stdout)) == {"yaml"}

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from config import Config, load_config
 from datasets import VISIT, Batch, Data, Loader, epoch_batches, load_data, loader, pool, worker_count
-from samples import Sample, SampleTable
 from tests import trees
 from tests.refusals import refused
 from tests.small_runs import RECIPE
+from trimodal.config import Config, load_config
+from trimodal.data.samples import Sample, SampleTable
 
 BOTH = [("image", "text"), ("audio", "text"), ("text",)]
 

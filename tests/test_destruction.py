@@ -5,11 +5,10 @@ A new one in any module of the project is an error here until it stands in the t
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.project import product_files, product_name
 
 # Methods of paths and files, and functions of os and shutil; named or called, by whatever object.
 METHODS = {"unlink", "rmdir", "rename", "write_text", "write_bytes", "truncate", "symlink_to", "hardlink_to", "touch"}
@@ -21,31 +20,33 @@ MODE = re.compile(r"[rwaxbt+]{1,4}")
 
 # Module and function -> (its calls in their order, why they harm nothing of the user's).
 SAFE = {
-    "acquisition.Acquisition._finish_set": ("rmdir", "the folder of archives, only when empty"),
-    "acquisition.Acquisition._from_local":
+    "download.acquire.Acquisition._finish_set": ("rmdir", "the folder of archives, only when empty"),
+    "download.acquire.Acquisition._from_local":
         ("replacing shutil.copyfileobj", "copies beside, then transfer.put, which keeps what differs"),
-    "archives._remove": ("shutil.rmtree unlink", "the staging folder of this very archive, from staging.place"),
-    "archives._write": ("open(wb) os.replace", "within that staging folder"),
-    "archives._merge": ("os.replace", "to a name that nothing has; single files go by settle"),
-    "archives._move_away": ("os.replace shutil.rmtree", "that staging folder"),
-    "arrivals.write_note": ("replacing", "a name that is free or holds a note of ours"),
-    "arrivals.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
-    "arrivals.remove":
+    "download.unpack._remove": ("shutil.rmtree unlink", "the staging folder of this very archive, from staging.place"),
+    "download.unpack._write": ("open(wb) os.replace", "within that staging folder"),
+    "download.unpack._merge": ("os.replace", "to a name that nothing has; single files go by settle"),
+    "download.unpack._move_away": ("os.replace shutil.rmtree", "that staging folder"),
+    "download.arrivals.write_note": ("replacing", "a name that is free or holds a note of ours"),
+    "download.arrivals.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
+    "download.arrivals.remove":
         ("unlink unlink", "an archive with our note and the digest of it, not to be kept; a lock that is empty"),
-    "bad_samples.record": ("open(ab)", "adds lines"),
-    "budget._write_json":
+    "data.bad_samples.record": ("open(ab)", "adds lines"),
+    "training.budget._write_json":
         ("replacing", "plan_KEY.json and the calibration: a name made of a digest, made again when it is gone"),
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
     "checkpoint.export": ("replacing replacing", "exports, behind outputs.writing"),
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),
-    "clips.fetch_clips": ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),
-    "clips._clear_staging": ("shutil.rmtree rmdir", "process-NUMBER in our staging folder, and that folder when empty"),
-    "clips._fetch_all": ("open(a)", "adds rows to the ledger"),
-    "debian.fetch_by_apt": ("TemporaryDirectory", "a new folder"),
+    "download.youtube.fetch_clips":
+        ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),
+    "download.youtube._clear_staging":
+        ("shutil.rmtree rmdir", "process-NUMBER in our staging folder, and that folder when empty"),
+    "download.youtube._fetch_all": ("open(a)", "adds rows to the ledger"),
+    "download.debian.fetch_by_apt": ("TemporaryDirectory", "a new folder"),
     "distributed.World.quiet": ("open(w)", "os.devnull"),
-    "doctor._temporary_folder": ("mkdtemp shutil.rmtree", "a new folder"),
-    "doctor.examine": ("shutil.copytree", "into that folder"),
-    "environment._write_video": ("open(w)", "in the doctor's temporary folder"),
+    "doctor.doctor._temporary_folder": ("mkdtemp shutil.rmtree", "a new folder"),
+    "doctor.doctor.examine": ("shutil.copytree", "into that folder"),
+    "doctor.environment._write_video": ("open(w)", "in the doctor's temporary folder"),
     "files.replacing": ("open(?) os.replace unlink", "NAME.PROCESS.tmp, over NAME: each caller stands in this table"),
     "files.appearing": ("replacing", "with the next one as its way to rename"),
     "files._rename_to_free": ("os.link os.rename unlink", "never over what is there; removes what it has just written"),
@@ -58,40 +59,43 @@ SAFE = {
     "files.sync_file": ("open(rb+)", "writes nothing"),
     "files.sync_folder": ("os.open", "reads only"),
     "files.locked": ("open(a) unlink", "NAME.lock, only when empty and no link"),
-    "holdings.Holdings.write_licence": ("replacing", "only over a text whose digest the marker knows"),
-    "inspection._output_folder": ("open(a)", "the lock of a run, nothing is written"),
-    "inventory.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
-    "inventory.Listing.__init__":
+    "download.holdings.Holdings.write_licence": ("replacing", "only over a text whose digest the marker knows"),
+    "doctor.inspection._output_folder": ("open(a)", "the lock of a run, nothing is written"),
+    "sets.inventory.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
+    "sets.inventory.Listing.__init__":
         ("open(wt)", "in the hidden folder of lists, ARCHIVE.jsonl.gz.new; it goes to its name by settle"),
-    "inventory.Listing.__exit__": ("unlink", "the same file"),
-    "local_copies._link": ("unlink symlink_to", "a link into a folder that --local named before"),
-    "memory.reset_peak": ("write_text", "a file of /proc"),
-    "outputs._list": ("replacing", "the ledger of an output folder"),
-    "outputs.write_settings": ("replacing", "only over what the ledger lists"),
-    "outputs.remove_run":
+    "sets.inventory.Listing.__exit__": ("unlink", "the same file"),
+    "download.local_copies._link": ("unlink symlink_to", "a link into a folder that --local named before"),
+    "memory.devices.reset_peak": ("write_text", "a file of /proc"),
+    "training.outputs._list": ("replacing", "the ledger of an output folder"),
+    "training.outputs.write_settings": ("replacing", "only over what the ledger lists"),
+    "training.outputs.remove_run":
         ("unlink", "files that hold our digest, have our name, hold our curves alone or stand in the ledger"),
-    "outputs.go_back": ("replacing", "its own note of the work"),
-    "outputs.finish_going_back": ("unlink", "the note of that work"),
-    "outputs._move": ("os.rename unlink", "to a name that nothing has; what was copied there whole goes"),
-    "outputs._copy": ("replacing shutil.copyfileobj", "into a new folder abandoned_TIME"),
-    "prepare._lock": ("open(a)", "a lock of ours, nothing is written"),
-    "partial_fills.PartialFill.__init__": ("unlink", "NAME.PROCESS.tmp of the four files of a filling, by their names"),
-    "partial_fills.PartialFill._recover": ("truncate", "the two files of a filling, what is not written down as done"),
-    "partial_fills._opened": ("os.open", "one of these two files, no link is followed"),
-    "partial_fills.remove": ("unlink rmdir", "the files of a filling, by their names, and the folder when empty"),
-    "prepare._fill": ("os.rename unlink", "an entry of the cache gets its name, under its lock; its journal goes"),
-    "prepare._write": ("replacing replacing", "in the folder of the filling"),
-    "report.write_new": ("unlink", "what it has just written"),
-    "runs._claim": ("open(a)", "the lock of a run, nothing is written"),
-    "staging.clear": ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
-    "tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
-    "tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),
-    "tracking.keep_events": ("replacing", "an event file with a name of ours"),
-    "tracking.drop_events_after":
+    "training.outputs.go_back": ("replacing", "its own note of the work"),
+    "training.outputs.finish_going_back": ("unlink", "the note of that work"),
+    "training.outputs._move": ("os.rename unlink", "to a name that nothing has; what was copied there whole goes"),
+    "training.outputs._copy": ("replacing shutil.copyfileobj", "into a new folder abandoned_TIME"),
+    "data.cache._lock": ("open(a)", "a lock of ours, nothing is written"),
+    "data.partial_fills.PartialFill.__init__":
+        ("unlink", "NAME.PROCESS.tmp of the four files of a filling, by their names"),
+    "data.partial_fills.PartialFill._recover":
+        ("truncate", "the two files of a filling, what is not written down as done"),
+    "data.partial_fills._opened": ("os.open", "one of these two files, no link is followed"),
+    "data.partial_fills.remove": ("unlink rmdir", "the files of a filling, by their names, and the folder when empty"),
+    "data.cache._fill": ("os.rename unlink", "an entry of the cache gets its name, under its lock; its journal goes"),
+    "data.cache._write": ("replacing replacing", "in the folder of the filling"),
+    "evaluation.report.write_new": ("unlink", "what it has just written"),
+    "training.run._claim": ("open(a)", "the lock of a run, nothing is written"),
+    "download.staging.clear":
+        ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
+    "training.tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
+    "training.tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),
+    "training.tracking.keep_events": ("replacing", "an event file with a name of ours"),
+    "training.tracking.drop_events_after":
         ("replacing unlink", "our event files, by name or by what they hold, once one of them holds all that is kept"),
-    "transfer._store": ("open(ab)", "the part, at a name from arrivals.part_of"),
-    "transfer._Part.restart": ("unlink", "the same part"),
-    "workers._packed": ("os.truncate", "a file in memory"),
+    "download.transfer._store": ("open(ab)", "the part, at a name from arrivals.part_of"),
+    "download.transfer._Part.restart": ("unlink", "the same part"),
+    "data.workers._packed": ("os.truncate", "a file in memory"),
 }
 
 
@@ -143,7 +147,7 @@ def _mode(call: ast.Call) -> str:
 
 
 def test_every_call_that_can_destroy_stands_in_the_table() -> None:
-    found = {f"{path.stem}.{where}": calls for path in sorted(ROOT.glob("*.py"))
+    found = {f"{product_name(path)}.{where}": calls for path in product_files()
              for where, calls in destructive(path.read_text("utf-8")).items()}
     table = {where: calls for where, (calls, _) in SAFE.items()}
     changed = {where: (found.get(where), table.get(where)) for where in found.keys() | table.keys()

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-import distributed
-from distributed import World, start
 from tests.ranks import in_ranks
 from tests.refusals import refused
+from trimodal import distributed
+from trimodal.distributed import World, start
 
 SHARES = {2: [9, 4], 3: [7, 0, 6]}  # rows of each rank, of 13
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from config import DATASETS, SIZES, Config, ConfigError, config_from_dict, load_config
+from tests.project import ROOT
+from trimodal.config import DATASETS, SIZES, Config, ConfigError, config_from_dict, load_config
 
-ROOT = Path(__file__).resolve().parent.parent
 CHINESE, ENGLISH = ROOT / "README.md", ROOT / "README_en.md"
 READMES = pytest.mark.parametrize("readme", [CHINESE, ENGLISH], ids=lambda path: path.name)
 
@@ -114,7 +114,8 @@ def top_level() -> set[str]:
 
 
 def tree_names(block: Block) -> list[str]:
-    return [words[0] for line in block.lines if (words := re.sub("[├└│─]", " ", line).split())]
+    """Names of the top level; indented lines tell what is in a folder."""
+    return [line.split()[0] for line in block.lines if line.strip() and not line.startswith(" ")]
 
 
 def is_tree(block: Block) -> bool:
@@ -123,7 +124,8 @@ def is_tree(block: Block) -> bool:
 
 def tree_problems(block: Block) -> list[str]:
     names = [name for name in tree_names(block) if not name.startswith(".")]
-    roles = [name for name, line in zip(tree_names(block), (x for x in block.lines if x.strip()), strict=True)
+    lines = [line for line in block.lines if line.strip() and not line.startswith(" ")]
+    roles = [name for name, line in zip(tree_names(block), lines, strict=True)
              if not line.partition(name)[2].strip(" #")]
     return ([f"missing {name}" for name in sorted(top_level() - set(names))]
             + [f"not there: {name}" for name in sorted(set(names) - top_level())]
@@ -303,7 +305,7 @@ def test_yaml_blocks_are_valid_settings(readme: Path) -> None:
 
 def python_problems(source: str) -> list[str]:
     """Names that a code block imports from our modules and that are not there."""
-    ours = {name.removesuffix(".py") for name in project_files() if "/" not in name and name.endswith(".py")}
+    ours = {name.removesuffix(".py").replace("/", ".") for name in project_files() if name.endswith(".py")}
     return [f"{node.module} has no {alias.name}" for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.ImportFrom) and node.module in ours for alias in node.names
             if not hasattr(importlib.import_module(node.module), alias.name)]
@@ -314,4 +316,4 @@ def test_python_blocks_parse_and_import_what_exists(readme: Path) -> None:
     found = [block for block in blocks(readme.read_text("utf-8")) if block.language == "python"]
     assert found
     assert [problem for block in found for problem in python_problems("\n".join(block.lines))] == []
-    assert python_problems("from config import load_config, ghost") == ["config has no ghost"]
+    assert python_problems("from trimodal.config import load_config, ghost") == ["trimodal.config has no ghost"]

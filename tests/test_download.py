@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 
 import download_datasets
-import readers
-from config import config_from_dict
-from sources import SOURCES, Source
 from tests import miniature
+from tests.data.test_cache import wait_for
 from tests.loopback import Loopback
+from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
-from tests.test_prepare import wait_for
-from transfer import Policy
+from trimodal.config import config_from_dict
+from trimodal.download.transfer import Policy
+from trimodal.sets import readers
+from trimodal.sets.sources import SOURCES, Source
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 MAKERS: dict[str, Callable[[Path], tuple[Source, dict[str, bytes]]]] = {
     "coco": miniature.coco, "clotho": miniature.clotho, "audiocaps": miniature.audiocaps,
@@ -313,7 +313,7 @@ def test_a_disk_that_fails_while_one_looks_is_one_line(tmp_path: Path, monkeypat
     def fail(work: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / "list.csv"))
 
-    monkeypatch.setattr("verification.parts", fail)
+    monkeypatch.setattr("trimodal.download.verify.parts", fail)
     assert run("--datasets", "coco", "--data-root", str(tmp_path), "--status") == 2
     assert_told(capsys.readouterr().err, tmp_path / "list.csv", "Permission denied")
 

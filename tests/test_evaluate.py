@@ -13,16 +13,15 @@ import torch
 from PIL import Image
 
 import evaluate
-import memory
-import protocols
-import report
-from checkpoint import save
-from config import Config, config_from_dict
 from datasets import Data, load_data
 from model import TriModalModel
-from runs import build_model
 from tests.refusals import assert_told
 from tests.small_runs import RECIPE
+from trimodal.checkpoint import save
+from trimodal.config import Config, config_from_dict
+from trimodal.evaluation import protocols, report
+from trimodal.memory import devices
+from trimodal.training.run import build_model
 
 Captured = pytest.CaptureFixture[str]
 
@@ -80,11 +79,11 @@ def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(
     """In the run's precision, here that of a machine that has bf16."""
     asked: list[bool] = []
 
-    def chosen(device: torch.device, use_amp: bool) -> memory.Precision:
+    def chosen(device: torch.device, use_amp: bool) -> devices.Precision:
         asked.append(use_amp)
-        return memory.Precision(torch.bfloat16, False, "bf16")
+        return devices.Precision(torch.bfloat16, False, "bf16")
 
-    monkeypatch.setattr(memory, "choose_precision", chosen)
+    monkeypatch.setattr(devices, "choose_precision", chosen)
     assert main(folder, "--checkpoint", trained.checkpoint, "training.use_amp=true") == 0
     assert asked == [True]
     out, found = capsys.readouterr().out, told(folder)

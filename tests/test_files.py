@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import checkpoint
-from files import BESIDE, is_set_aside, keep_beside, locked, remove_left, replacing, settle
+from trimodal import checkpoint
+from trimodal.files import BESIDE, is_set_aside, keep_beside, locked, remove_left, replacing, settle
 
 
 @pytest.fixture

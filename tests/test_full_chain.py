@@ -14,11 +14,11 @@ import yaml
 import download_datasets
 import evaluate
 import run_training
-from sources import ALL, SOURCES
 from tests import miniature
 from tests.loopback import Loopback
 from tests.small_runs import records
-from transfer import Policy
+from trimodal.download.transfer import Policy
+from trimodal.sets.sources import ALL, SOURCES
 
 SETTINGS: dict[str, Any] = {
     "data": {"datasets": list(ALL), "audio_max_s": 0.5, "workers": 0},

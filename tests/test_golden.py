@@ -19,10 +19,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import config_from_dict
-from runs import Options
 from tests.small_runs import RECIPE, float64, records
-from training import train
+from trimodal.config import config_from_dict
+from trimodal.training.loop import train
+from trimodal.training.run import Options
 
 GOLDEN = Path(__file__).with_name("golden") / "losses.txt"
 HEADER = """\

@@ -17,20 +17,18 @@ import pytest
 import torch
 import yaml
 
-import budget
-import memory
 import model as model_module
-import runs
-import saving
-import training
 from model import attend
-from runs import Options
-from tests import test_exactness
 from tests.killing import OFTEN, assert_same, in_process, with_files
+from tests.objectives import test_exactness
+from tests.objectives.test_exactness import far
 from tests.refusals import assert_names, assert_told
 from tests.small_runs import RECIPE, SmallRuns, batches, differing, records, step, weights
 from tests.test_attention import masks_of, naive_attention
-from tests.test_exactness import far
+from trimodal.memory import devices
+from trimodal.training import budget, loop, saving
+from trimodal.training import run as run_module
+from trimodal.training.run import Options
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(model_module.__file__).parent
@@ -43,12 +41,12 @@ LARGER = ("model.size=tiny", "model.embed_dim=512", "model.num_classes=1000", "m
 def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device in this machine")
-    memory.choose_device("cuda")
+    devices.choose_device("cuda")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first product of the process
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # ratios that other runs have measured change plans
     yield "cuda"
     torch.cuda.set_per_process_memory_fraction(1.0)
-    memory.use_deterministic(False)
+    devices.use_deterministic(False)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +114,7 @@ def test_a_run_keeps_its_budget_says_what_it_took_and_calibrates_later_plans(
     for stage in found["stages"]:
         planned = stage["predicted_gib"]
         assert planned < stage["peak_gib"] < 1.1 * planned + 0.3, "tensors, gaps and workspaces"
-        assert stage["peak_gib"] + memory.CONTEXT_GIB["cuda"] <= 4
+        assert stage["peak_gib"] + devices.CONTEXT_GIB["cuda"] <= 4
         figures = f"{planned:.2f} GiB", f"{stage['peak_gib']:.2f} GiB"
         assert [line for line in lines if f"[{stage['stage']}]" in line and all(one in line for one in figures)]
     ratios = json.loads(budget.calibration_file().read_text("utf-8"))[name]
@@ -127,8 +125,8 @@ def test_a_run_keeps_its_budget_says_what_it_took_and_calibrates_later_plans(
 def peak_of_a_step(small: SmallRuns, folder: Path, micro_batch: int, *overrides: str) -> int:
     run = small.open(folder, *LARGER, *overrides, micro_batch=micro_batch)
     stage = small.stage(run, "finetune")
-    memory.free_cached(run.device)
-    memory.reset_peak(run.device)
+    devices.free_cached(run.device)
+    devices.reset_peak(run.device)
     step(run, stage, batches(run, stage)[0])
     return torch.cuda.max_memory_allocated()
 
@@ -146,7 +144,7 @@ def test_memory_that_really_runs_out_costs_no_step(small: SmallRuns, tmp_path: P
     del expected, stage
     run = small.open(tmp_path / "capped", *LARGER, same, micro_batch=32)
     stage = small.stage(run, "finetune")
-    memory.free_cached(run.device)
+    devices.free_cached(run.device)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((whole + half) / 2 / total)
     for batch in batches(run, stage)[:2]:
@@ -160,15 +158,15 @@ def test_memory_that_really_runs_out_costs_no_step(small: SmallRuns, tmp_path: P
 def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp_path: Path) -> None:
     run = small.open(tmp_path / "run", *LARGER)
     run.model.eval()
-    memory.free_cached(run.device)
-    memory.reset_peak(run.device)
+    devices.free_cached(run.device)
+    devices.reset_peak(run.device)
     held = torch.cuda.memory_allocated()
-    expected = runs.retrieval_figures(run, runs.encode_validation(run))
+    expected = run_module.retrieval_figures(run, run_module.encode_validation(run))
     needed = torch.cuda.max_memory_allocated() - held
-    memory.free_cached(run.device)
+    devices.free_cached(run.device)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * needed) / total)
-    found = runs.retrieval_figures(run, runs.encode_validation(run))
+    found = run_module.retrieval_figures(run, run_module.encode_validation(run))
     events = records(tmp_path / "run", "event")
     assert events and all("[evaluation]" in event["message"] for event in events)
     assert max(run.fits["evaluation"].micro_batch.values()) < 64
@@ -223,7 +221,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_back(small: SmallRuns, tmp_p
     small.train(tmp_path / "run", "training.epochs=1")
     for epochs, place in ((2, "cpu"), (3, "cuda")):
         config = small.config(tmp_path / "run", f"training.epochs={epochs}")
-        report = training.train(config, Options(place, "auto"))
+        report = loop.train(config, Options(place, "auto"))
         assert report is not None and json.loads(report.with_suffix(".json").read_text("utf-8"))["best"]
 
 

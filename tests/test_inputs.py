@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from audio import log_mel
 from model import TriModalModel
 from tests.narrow import narrow_model
 from tests.refusals import refused
+from trimodal.data.audio import log_mel
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 

@@ -11,98 +11,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.project import ROOT, module_name, product_files
 
-MAY_IMPORT = {module: set(others.split()) for module, others in {
-    # settings and samples
-    "strict_yaml": "", "checks": "", "config": "checks strict_yaml", "redaction": "", "arguments": "redaction",
-    "openmp": "", "samples": "",
-    "synthetic": "config samples", "same_files": "samples synthetic",
-    "columns": "config media", "written_lists": "", "listed_files": "same_files",
-    "manifest": "columns config listed_files samples splits written_lists",
-    "splits": "same_files samples synthetic",
-    "voxceleb": "inventory",
-    "readers": "annotations config inventory media samples manifest synthetic voxceleb",
-    "concepts": "config samples", "vocabulary": "config", "mirroring": "samples",
-    "wording": "batches samples vocabulary",
-    # pictures and sounds
-    "media": "", "videos": "media", "tracks": "media sound_files", "sound_files": "", "metadata": "",
-    "images": "config media metadata videos", "audio": "config media tracks", "workers": "config",
-    "bad_samples": "config samples", "partial_fills": "",
-    "prepare": "config samples images audio tracks synthetic files workers bad_samples partial_fills",
-    "batches": "config samples images prepare vocabulary workers",
-    "datasets": "config samples readers vocabulary concepts mirroring prepare batches workers bad_samples same_files "
-                "splits",
-    # mathematics
-    "inputs": "config", "model": "config footprint checkpoint inputs",
-    "steps": "distributed", "losses": "steps", "metrics": "",
-    "optimization": "config steps",
-    # the machine
-    "shapes": "", "footprint": "shapes", "memory": "config", "budget": "config files footprint memory",
-    "checkpoint": "files",
-    "distributed": "config",
-    # what a run writes
-    "files": "", "plots": "", "report": "plots files redaction", "tracking": "files redaction",
-    "outputs": "checkpoint files tracking",
-    # runs
-    "trials": "config",
-    "protocols": "config datasets metrics memory splits trials",
-    "planning": "config model datasets steps losses memory budget footprint shapes optimization",
-    "runs": "config model datasets vocabulary memory checkpoint files distributed tracking report protocols "
-            "redaction outputs splits",
-    "resume": "config checkpoint runs tracking redaction", "interruption": "", "saving": "checkpoint interruption runs",
-    "alarms": "",
-    "stages": "config datasets steps losses checkpoint distributed optimization planning runs samples alarms",
-    "forecast": "budget config datasets distributed memory planning samples stages vocabulary",
-    "faults": "alarms arguments openmp redaction config datasets model steps losses checkpoint optimization runs "
-              "stages",
-    "training": "config datasets steps losses memory budget distributed optimization planning protocols runs stages "
-                "faults fits interruption resume saving",
-    "fits": "budget config memory planning runs stages",
-    "run_training": "arguments config forecast interruption openmp training redaction doctor",
-    "evaluate": "arguments config model datasets vocabulary metrics memory planning report protocols redaction files "
-                "openmp",
-    # what a run needs, tried before it starts
-    "findings": "config memory", "environment": "config findings images audio vocabulary",
-    "inspection": "config findings fits files images tracks workers datasets readers prepare protocols memory budget "
-                  "model optimization planning resume runs saving stages wording",
-    "rehearsal": "config findings inspection batches datasets prepare losses steps memory budget model planning "
-                 "resume runs stages tracking training",
-    "doctor": "config findings environment inspection rehearsal runs interruption redaction",
-    # getting data
-    "sources": "", "progress": "", "members": "", "pipeline": "", "annotations": "media",
-    "answers": "", "arrivals": "files", "transfer": "answers arrivals config files progress redaction",
-    "debian": "arrivals files transfer",
-    "inventory": "files", "local_copies": "annotations config inventory media sources",
-    "remote": "answers members transfer",
-    "sampling": "annotations sources",
-    "zip_stream": "members", "tar_stream": "members", "shards": "config members",
-    "seven_zip": "config members progress remote",
-    "archives": "config files members progress remote seven_zip shards tar_stream zip_stream",
-    "staging": "config files sources",
-    "selection": "redaction sources transfer",
-    "holdings": "annotations config files inventory local_copies selection sources transfer",
-    "local_files": "config local_copies selection sources transfer",
-    "readiness": "annotations inventory redaction selection voxceleb",
-    "clips": "annotations config files media pipeline selection transfer",
-    "acquisition": "annotations archives arrivals clips config debian files holdings inventory local_copies "
-                   "local_files members pipeline readiness redaction remote sampling selection sources staging "
-                   "transfer",
-    "verification": "acquisition archives images inventory media pipeline readiness selection sources "
-                    "tracks transfer",
-    "overview": "acquisition files redaction selection sources verification",
-    "download_datasets": "acquisition annotations arguments config files overview redaction selection sources "
-                         "transfer verification",
-}.items()}
-WITHOUT_TORCH = ("config", "arguments", "openmp", "redaction", "report", "sources", "transfer", "archives",
-                 "download_datasets", "run_training", "evaluate", "doctor", "environment", "findings")
+WITHOUT_TORCH = ("trimodal.config", "trimodal.arguments", "trimodal.openmp", "trimodal.redaction",
+                 "trimodal.evaluation.report", "trimodal.sets.sources", "trimodal.download.transfer",
+                 "trimodal.download.unpack", "trimodal.doctor.doctor", "trimodal.doctor.environment",
+                 "trimodal.doctor.findings", "download_datasets", "run_training", "evaluate")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",
                      "requests"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
@@ -123,25 +43,53 @@ def python_files() -> list[Path]:
 
 
 def modules() -> dict[str, str]:
-    """Source of each top-level module by name."""
-    return {path.stem: path.read_text("utf-8") for path in python_files() if path.parent == ROOT}
+    """Source of each module of the product by its dotted name."""
+    return {module_name(path): path.read_text("utf-8") for path in product_files()}
 
 
-# ---- imports -----------------------------------------------------------------------------------------------------
+# ---- imports: those within the package are import-linter's (pyproject.toml) ---------------------------------------
+
+COMMANDS = {"run_training", "download_datasets", "evaluate", "search"}
+BELOW = {"model": {"config", "checkpoint", "files", "inputs", "memory"},  # of the package, for each shared module
+         "datasets": {"config", "checkpoint", "files", "sets", "data", "memory"}}
 
 
-def imports(source: str, *, on_top: bool = False) -> set[str]:
-    """Top-level names that `source` imports, inside functions and by name in a string too unless `on_top`."""
-    names = set()
-    for node in (_outside_functions(ast.parse(source)) if on_top else ast.walk(ast.parse(source))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add("." if node.level else (node.module or "").split(".")[0])
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            names |= {arg.value.split(".")[0] for arg in node.args[:1]
-                      if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
-    return names
+def root_problems(name: str, source: str) -> list[str]:
+    """Imports that a file of the root, or of the package (by its dotted name), may not have."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if not node.level else ["."]
+        for imported in names:
+            top, _, rest = imported.partition(".")
+            part = rest.split(".")[0]
+            if top in COMMANDS or top == "" or (name in BELOW and top in BELOW):
+                found.append(f"{name} may not import {top or 'relatively'}")
+            elif name in BELOW and top == "trimodal" and part not in BELOW[name]:
+                found.append(f"{name} may not import trimodal.{part}")
+    return found
+
+
+def test_root_files_import_downwards() -> None:
+    assert [problem for name, source in modules().items() for problem in root_problems(name, source)] == []
+
+
+@pytest.mark.parametrize(("name", "source", "problem"), [
+    ("model", "def f():\n    from trimodal.training import planner", "model may not import trimodal.training"),
+    ("datasets", "import model", "datasets may not import model"),
+    ("trimodal.files", "from run_training import parse", "trimodal.files may not import run_training"),
+    ("trimodal.files", "from . import config", "trimodal.files may not import relatively"),
+])
+def test_root_gate_can_fail(name: str, source: str, problem: str) -> None:
+    assert root_problems(name, source) == [problem]
+
+
+def imports_on_top(source: str) -> set[str]:
+    """Top-level names of the packages that `source` imports outside functions."""
+    nodes = list(_outside_functions(ast.parse(source)))
+    return ({alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+            | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)})
 
 
 def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
@@ -152,46 +100,10 @@ def _outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _outside_functions(node)
 
 
-def import_problems(sources: dict[str, str]) -> list[str]:
-    graph = {name: imports(source) & (sources.keys() | {"."}) - {name} for name, source in sources.items()}
-    found = [f"{name} is not in the table of modules" for name in sources if name not in MAY_IMPORT]
-    found += [f"{name} may not import {other}" for name, others in graph.items()
-              for other in sorted(others - MAY_IMPORT.get(name, others))]
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        found.append(f"cycle: {' <- '.join(error.args[1])}")
-    return found
-
-
-def test_imports_follow_the_table() -> None:
-    assert import_problems(modules()) == []
-
-
-def test_table_names_only_modules_that_exist() -> None:
-    assert MAY_IMPORT.keys() == modules().keys()
-
-
-def test_table_has_no_cycle() -> None:
-    TopologicalSorter(MAY_IMPORT).prepare()
-
-
-@pytest.mark.parametrize(("sources", "expected"), [
-    ({"losses": "def f():\n    import model", "model": ""}, "losses may not import model"),
-    ({"losses": "from model import x", "model": ""}, "losses may not import model"),
-    ({"losses": "import importlib\nimportlib.import_module('model')", "model": ""}, "losses may not import model"),
-    ({"losses": "from . import model", "model": ""}, "losses may not import ."),
-    ({"utils": ""}, "utils is not in the table of modules"),
-    ({"new": "import other", "other": "import new"}, "cycle: new <- other <- new"),
-])
-def test_import_gate_can_fail(sources: dict[str, str], expected: str) -> None:
-    assert expected in import_problems(sources)
-
-
 def test_optional_packages_are_imported_where_needed() -> None:
     assert {name: found for name, source in modules().items()
-            if (found := imports(source, on_top=True) & ONLY_WHERE_NEEDED)} == {}
-    assert imports("if True:\n    import av.codec\ndef f():\n    import py7zr", on_top=True) == {"av"}
+            if (found := imports_on_top(source) & ONLY_WHERE_NEEDED)} == {}
+    assert imports_on_top("if True:\n    import av.codec\ndef f():\n    import py7zr") == {"av"}
 
 
 # ---- what an import does -----------------------------------------------------------------------------------------
@@ -237,13 +149,12 @@ BAD_MODULES = {
 
 @pytest.fixture(scope="module")
 def effects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the import of each module changes, and that of the bad ones: each after those that it imports, so that what
-    is found is its own."""
+    """What the import of each module changes, and that of the bad ones."""
     folder = tmp_path_factory.mktemp("bad")
     for name, source in BAD_MODULES.items():
         (folder / f"{name}.py").write_text(source)
     (folder / "cwd").mkdir()
-    names = [*TopologicalSorter(MAY_IMPORT).static_order(), *BAD_MODULES]
+    names = [*modules(), *BAD_MODULES]
     run = subprocess.run([sys.executable, "-B", "-c", WATCH_IMPORTS, f"{ROOT}{os.pathsep}{folder}", *names],
                          cwd=folder / "cwd", capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
@@ -251,7 +162,7 @@ def effects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 def test_importing_a_module_changes_nothing(effects: dict[str, list[str]]) -> None:
     assert {name: changed for name, changed in effects.items() if changed and name not in BAD_MODULES} == {}
-    assert MAY_IMPORT.keys() <= effects.keys()
+    assert modules().keys() <= effects.keys()
 
 
 def test_import_effects_gate_can_fail(effects: dict[str, list[str]]) -> None:

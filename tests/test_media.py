@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import media
-from audio import decode_audio
-from images import decode_image
 from tests import trees
-from verification import problem_of
+from tests.project import ROOT
+from trimodal import media
+from trimodal.data.audio import decode_audio
+from trimodal.data.images import decode_image
+from trimodal.download.verify import problem_of
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
@@ -132,5 +133,5 @@ def test_media_themselves_are_not_taken_for_something_else(tmp_path: Path, name:
 
 @pytest.mark.parametrize("readme", ["README.md", "README_en.md"])
 def test_the_readme_names_the_suffixes_of_all_videos(readme: str) -> None:
-    text = " ".join((Path(media.__file__).parent / readme).read_text("utf-8").split())
+    text = " ".join((ROOT / readme).read_text("utf-8").split())
     assert " ".join(media.VIDEO_SUFFIXES) in text

@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
-from config import MODALITIES, SIZES, Config, ConfigError, config_from_dict
-from footprint import tracing
 from model import (
     Block,
     Blocks,
@@ -26,6 +23,9 @@ from model import (
 from tests.narrow import largest_difference, make_batch, narrow_model, small_inputs, weighted_sum
 from tests.refusals import refused
 from tests.small_runs import float64
+from trimodal import checkpoint
+from trimodal.config import MODALITIES, SIZES, Config, ConfigError, config_from_dict
+from trimodal.memory.tracker import tracing
 
 SUBSETS = [set(s) for n in (1, 2, 3) for s in itertools.combinations(MODALITIES, n)]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import openmp
+from tests.project import ROOT
 from tests.refusals import assert_names
+from trimodal import openmp
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {  # with arguments at which they load torch; the others load it on top, if at all
     "run_training.py": [["--datasets", "synthetic"], ["--plan"], ["--plan", "--json"], ["--doctor"]],
-    "evaluate.py": [["--checkpoint", "none.pt"]], "faults.py": [["none.pt", "none.pt"]],
+    "evaluate.py": [["--checkpoint", "none.pt"]],
     "download_datasets.py": [["--datasets", "stamps", "--dry-run"], ["--datasets", "stamps", "--status"]]}
 COMPUTE_NOTHING = {"model.py", "benchmarks/suite.py"}  # count parameters; start the tests, which choose themselves
 
@@ -72,7 +72,7 @@ def test_the_gate_sees_a_command_that_loads_torch_first(tmp_path: Path) -> None:
     late = tmp_path / "late.py"
     late.write_text("import torch\nfrom openmp import bound_waiting\nbound_waiting()\n")
     assert as_torch_loads(tmp_path, str(late))[0] == "GOMP_SPINCOUNT=None KMP_BLOCKTIME=None\n"
-    assert {"run_training.py", "evaluate.py", "faults.py", "benchmarks/plans.py"} <= set(scripts())
+    assert {"run_training.py", "evaluate.py", "benchmarks/plans.py"} <= set(scripts())
 
 
 def test_the_main_script_of_all_bounds_its_own_look_at_the_settings() -> None:

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-import checkpoint
 import download_datasets
 import evaluate
-import redaction
-import report
 import run_training
-from config import Config, load_config
-from redaction import command_line, names_secret, redact, redacted, settings
 from tests.small_runs import SmallRuns
-from tracking import Tracker
+from trimodal import checkpoint, redaction
+from trimodal.config import Config, load_config
+from trimodal.evaluation import report
+from trimodal.redaction import command_line, names_secret, redact, redacted, settings
+from trimodal.training.tracking import Tracker
 
 SECRET = "s3cr3t/pa+ss"
 

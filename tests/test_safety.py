@@ -14,24 +14,23 @@ import pytest
 import torch
 import yaml
 
-import budget
-import checkpoint
 import evaluate
-import inventory
-import prepare
 import run_training
-from checkpoint import CheckpointError
-from config import ConfigError, ModelConfig, UserError, load_config
-from manifest import read_manifest
 from model import load_model
-from prepare import open_store
-from samples import Sample, SampleTable
 from tests import trees
+from tests.project import product_files, product_name
 from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import RECIPE
-from vocabulary import Tokenizer, load_tokenizer, load_word_table
-
-ROOT = Path(__file__).resolve().parent.parent
+from trimodal import checkpoint
+from trimodal.checkpoint import CheckpointError
+from trimodal.config import ConfigError, ModelConfig, UserError, load_config
+from trimodal.data import cache
+from trimodal.data.cache import open_store
+from trimodal.data.samples import Sample, SampleTable
+from trimodal.data.tokenizer import Tokenizer, load_tokenizer, load_word_table
+from trimodal.sets import inventory
+from trimodal.sets.manifest import read_manifest
+from trimodal.training import budget
 
 
 class Trap:
@@ -46,7 +45,7 @@ class Trap:
 
 @pytest.fixture(autouse=True)
 def _a_small_disk_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)
+    monkeypatch.setattr(cache, "RESERVE_GB", 0.0)
 
 
 @pytest.fixture
@@ -289,7 +288,7 @@ FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loa
              "yaml.full_load", "torch.hub.load", "torch.jit.load", "shelve.open", "marshal.loads", "compile"}
 
 
-BETWEEN_PROCESSES = {("workers.py", "pickle.load"), ("workers.py", "pickle.loads")}  # a parent's and its own children's
+BETWEEN_PROCESSES = {("data.workers", "pickle.load"), ("data.workers", "pickle.loads")}  # parent and children
 
 
 def writes(call: ast.Call) -> bool:
@@ -313,7 +312,7 @@ def unsafe_calls(name: str, source: str) -> list[str]:
 
 
 def test_every_call_that_loads_is_a_safe_one() -> None:
-    sources = {path.name: path.read_text("utf-8") for path in sorted(ROOT.glob("*.py"))}
+    sources = {product_name(path): path.read_text("utf-8") for path in product_files()}
     assert [problem for name, source in sources.items() for problem in unsafe_calls(name, source)] == []
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 import run_training
+from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("setup_environment.sh", "run_all.sh", "tests/run.sh", ".ci/run")
 NOBODY = "http://127.0.0.1:9/"  # the discard port: refuses at once
 Done = subprocess.CompletedProcess[str]
@@ -346,7 +346,8 @@ def real(tmp_path: Path) -> Path:
     """run_all.sh with Python and the modules, beside a download and a training that only record their arguments."""
     for path in (ROOT / "config.yaml", *ROOT.glob("*.py")):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for folder in ("recipes", "trimodal"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "download_datasets.py").write_text(
         'import sys\nprint("download_datasets.py", *sys.argv[1:], file=open("calls", "a"))\n')
     training = (tmp_path / "run_training.py").read_text("utf-8")

@@ -1,14 +1,14 @@
 """YAML of settings gives plain values, or one line that says why not, and takes no more memory than it should."""
 
 import datetime
-from pathlib import Path
 
 import pytest
 import yaml
 
-import strict_yaml
-from strict_yaml import parse
+from tests.project import ROOT
 from tests.refusals import refused
+from trimodal import strict_yaml
+from trimodal.strict_yaml import parse
 
 
 def test_plain_values() -> None:
@@ -47,5 +47,5 @@ def test_what_is_refused_in_one_line(text: str, named: list[str]) -> None:
 
 
 def test_the_bounds_are_far_above_our_own_settings() -> None:
-    path = Path(strict_yaml.__file__).with_name("config.yaml")
+    path = ROOT / "config.yaml"
     assert 5 * len(path.read_text("utf-8")) < strict_yaml.MAX_CHARS

@@ -13,17 +13,17 @@ import pytest
 import torch
 import yaml
 
-import checkpoint
 import evaluate
-import prepare
 import run_training
-import runs
-from config import SIZES
 from tests import trees
+from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
 from tests.small_runs import RECIPE, SmallRuns
+from trimodal import checkpoint
+from trimodal.config import SIZES
+from trimodal.data import cache as cache_module
+from trimodal.training import run as run_module
 
-ROOT = Path(__file__).resolve().parent.parent
 Main = Callable[..., str]
 Named = list[str]
 
@@ -146,7 +146,7 @@ def test_a_line_of_a_manifest_that_is_wrong(mistake: Main, tmp_path: Path, line:
 
 
 def test_all_samples_broken(mistake: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "RESERVE_GB", 0.0)  # a full disk would turn the cache off
+    monkeypatch.setattr(cache_module, "RESERVE_GB", 0.0)  # a full disk would turn the cache off
     lines = []
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
@@ -185,9 +185,9 @@ def test_a_full_disk(mistake: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
         return fail
 
-    monkeypatch.setattr(runs, "Tracker", full(errno.ENOSPC))
+    monkeypatch.setattr(run_module, "Tracker", full(errno.ENOSPC))
     assert_names(mistake(), log, os.strerror(errno.ENOSPC), "--resume auto")
-    monkeypatch.setattr(runs, "Tracker", full(errno.EIO))
+    monkeypatch.setattr(run_module, "Tracker", full(errno.EIO))
     with pytest.raises(OSError) as caught:  # no mistake of the user's: all of it is shown
         mistake()
     assert caught.value.errno == errno.EIO
@@ -197,7 +197,7 @@ def test_a_device_without_room_for_the_weights_or_the_moments(mistake: Main, mon
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nGPU 0 has 20 GiB.")
 
-    for place in ("stages.Optimizer.allocate", "runs.memory.cap_allocator"):
+    for place in ("trimodal.training.stage.Optimizer.allocate", "trimodal.training.run.devices.cap_allocator"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
             error = mistake("--overwrite")

@@ -1,0 +1,387 @@
+"""Plans: true to the real step's bytes, inside the README's budgets, kept, obeyed, printed without any data."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import run_training
+from model import TriModalModel
+from tests.refusals import assert_names, refused
+from tests.small_runs import STAGES, SmallRuns, batches
+from trimodal.config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
+from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
+from trimodal.memory.tracker import TAGS, PeakMemory, Usage
+from trimodal.training import budget, loop, planner
+from trimodal.training.budget import Plan
+from trimodal.training.planner import Place, StepPlan
+
+CPU, CUDA = Place("cpu", None), Place("cuda", torch.bfloat16)
+
+
+def tasks_of(row: StageConfig) -> list[planner.TaskConfig]:
+    return [planner.without_speaker(task) for task in row.tasks if planner.without_speaker(task).objectives]
+
+
+def planned(config: Config, name: str, place: Place = CPU) -> Plan:
+    row = next(row for row in config.stages if row.name == name)
+    return planner.plan_stage(config, row, tasks_of(row), place)
+
+
+# ---- the truth ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("pretrain", 16), ("align", 8), ("finetune", 32), *(pytest.param(*case, marks=pytest.mark.repetition) for case in (
+        ("pretrain", 4), ("align", 2), ("finetune", 8)))])
+def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path: Path, name: str, size: int) -> None:
+    """Real batches of full size: captions and sounds are longer than what is read; up to 4 parts, two of
+    them traced (with `--all` up to 16). Weights are little of these steps, so what they are is compared as well."""
+    run = small.open(tmp_path / "run", "model.vocab_size=200", "model.context_length=10", "training.ema_decay=0.9",
+                     f"memory.micro_batch={size}", micro_batch=size)  # more rows than the tokenizer has: known before
+    stage = small.stage(run, name)
+    found = []
+    for task in range(len(stage.tasks)):
+        heads = [stage.objectives[f"{task}_{objective}"] for objective in stage.tasks[task].objectives]
+        batch = batches(run, stage, task)[0]
+        with PeakMemory() as tracker:
+            tracker.watch(p for module in (run.model, *heads) for p in module.parameters())
+            own = {id(p) for module in (run.model, *heads) for p in module.parameters()}
+            tracker.mark("optimizer", [list(state.values()) for p, state in stage.optimizer.state.items()
+                                       if id(p) in own], stage.average.values if stage.average else [])
+            tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise)
+            for _ in range(2):
+                loop.train_step(run, stage, task, batch)
+        found.append(tracker.usage())
+    predicted, real = planned(run.config, name), max(found, key=lambda usage: usage.peak_bytes)
+    assert predicted.micro_batch == dict.fromkeys(planner.TOWERS, size)
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+    for tag in ("parameters", "gradients", "optimizer"):
+        assert predicted.by_tag[tag] == real.by_tag[tag], tag
+
+
+def test_an_average_of_the_weights_is_planned_for(small: SmallRuns, tmp_path: Path) -> None:
+    without, with_average = (planned(small.config(tmp_path / "run", f"training.ema_decay={decay}"), "finetune")
+                             for decay in (0.0, 0.9))
+    weights = without.by_tag["parameters"]
+    assert with_average.by_tag["optimizer"] - without.by_tag["optimizer"] == pytest.approx(weights, rel=0.01)
+
+
+# ---- budgets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "stage"), [
+    pytest.param(size, stage, marks=() if stage == "finetune" else pytest.mark.repetition)
+    for size in SIZES for stage in ("pretrain", "align", "finetune")])
+def test_every_size_trains_in_the_budget_that_the_readme_states(tmp_path: Path, size: str, stage: str) -> None:
+    """The default stages on a GPU with bf16, 32 samples an effective batch, 224 pixels, sounds of 10 s."""
+    config = load_config(None, [f"model.size={size}", f"paths.output_dir={tmp_path}"])
+    assert all(config.effective_batch(row) == 32 for row in config.stages)
+    plan = planned(config, stage, CUDA)
+    assert plan.fits and plan.peak_bytes + plan.allowance_bytes <= config.budget_gb * GIB
+    assert sum(plan.by_tag.values()) == plan.peak_bytes and min(plan.micro_batch.values()) >= 1
+
+
+@pytest.mark.parametrize(("size", "budget_gb"), [("tiny", 4), ("small", 8), ("base", 12), ("large", 20)])
+def test_the_budget_of_a_size_is_the_one_that_the_readme_states(size: str, budget_gb: int) -> None:
+    assert load_config(None, [f"model.size={size}"]).budget_gb == PRESETS[size].budget_gb == budget_gb
+
+
+@pytest.mark.parametrize(("size", "budget_gb"), [("nano", 1), pytest.param("tiny", 4, marks=pytest.mark.repetition)])
+def test_a_large_effective_batch_fits_in_parts_of_a_useful_size(tmp_path: Path, size: str, budget_gb: int) -> None:
+    config = load_config(None, [f"model.size={size}", f"memory.budget_gb={budget_gb}", f"paths.output_dir={tmp_path}",
+                                "stages.align.effective_batch=4096"])
+    row = config.stages[1]
+    plan = planner.plan_stage(config, row, row.tasks[:1], CUDA)
+    assert plan.fits and plan.budget_bytes == budget_gb * GIB
+    assert plan.upper["image"] == 4096 and plan.in_parts, "more than fits at once, so some towers go in parts"
+    assert all(size >= 16 for size in plan.micro_batch.values())
+
+
+def test_a_batch_that_waits_on_the_host_takes_nothing_of_a_gpu(small: SmallRuns, tmp_path: Path) -> None:
+    """However large it is: 2,048 pictures here are more than all else together."""
+    config = small.config(tmp_path / "run", "training.batch_size=2048", "model.image_size=224")
+    row, fit = config.stages[1], Fit(dict.fromkeys(planner.TOWERS, 16), dict.fromkeys(planner.TOWERS, 1))
+    step = StepPlan(config, row, row.tasks[0], fit, CUDA)
+    on_gpu, on_cpu = step.usage(), dataclasses.replace(step, place=CPU).usage()
+    assert on_gpu is not None and on_cpu is not None
+    pictures = 2048 * 3 * 224 * 224
+    assert on_gpu.by_tag["data"] == 0 and on_gpu.peak_bytes < pictures < on_cpu.by_tag["data"] < on_cpu.peak_bytes
+
+
+def test_what_a_stage_freezes_takes_neither_gradients_nor_moments(small: SmallRuns, tmp_path: Path) -> None:
+    wide = ("model.size=tiny", "model.embed_dim=512")  # weights and activations outweigh the data
+    whole = planned(small.config(tmp_path / "run", *wide), "align")
+    heads = small.config(tmp_path / "run", *wide, "stages.align.trainable=['projections.*', 'logit_.*']")
+    plan = planned(heads, "align")
+    trained = sum(p.numel() for name, p in TriModalModel(heads.model).named_parameters()
+                  if name.startswith(("projections.", "logit_")))
+    assert plan.by_tag["parameters"] == whole.by_tag["parameters"]
+    assert plan.by_tag["optimizer"] < 9 * trained < whole.by_tag["optimizer"] / 9
+    assert plan.peak_bytes < whole.peak_bytes / 2
+
+
+def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(small: SmallRuns, tmp_path: Path) -> None:
+    config = small.config(tmp_path / "run", "memory.budget_gb=4")
+    weights = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
+    found = planner.limits(config, Place("cpu", None, ratio=1.0)).tensor_bytes
+    assert found == 3 * GIB - weights
+    on_gpu = planner.limits(config, Place("cuda", None, ratio=1.0)).tensor_bytes
+    assert on_gpu == 4 * GIB - int(CONTEXT_GIB["cuda"] * GIB)
+
+
+def test_a_budget_that_nothing_fits_is_one_line(small: SmallRuns, tmp_path: Path) -> None:
+    config = small.config(tmp_path / "run", "memory.budget_gb=0.55")
+    with refused("memory.budget_gb", "0.55 GiB", "image 32", "memory.micro_batch", error=budget.OverBudget) as stop:
+        planned(config, "finetune")
+    assert isinstance(stop.value, UserError)
+    smallest = small.config(tmp_path / "run", "memory.budget_gb=0.55", "memory.micro_batch=auto")
+    with refused("memory.budget_gb", "0.55 GiB", "image 1", error=budget.OverBudget) as stop:
+        planned(smallest, "finetune")
+    assert "memory.micro_batch" not in str(stop.value), "it is auto already"
+
+
+# ---- what is obeyed and kept ---------------------------------------------------------------------------------------
+
+
+def test_plans_are_kept_until_something_that_matters_changes(small: SmallRuns, tmp_path: Path) -> None:
+    traced = []
+
+    def counting(step: StepPlan, **options: Any) -> Any:
+        traced.append(step.row.name)
+        return step.usage(**options)
+
+    def plan(*overrides: str) -> tuple[Plan, int]:
+        """Of the masked pretraining of texts, and how often a step was traced for it."""
+        traced.clear()
+        config = small.config(tmp_path / "run", *overrides)
+        return planner.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], CPU, run=counting), len(traced)
+
+    first, times = plan("memory.micro_batch=16")
+    assert times == 2 and first.micro_batch == dict.fromkeys(planner.TOWERS, 16), "a pinned size is not searched for"
+    assert plan("memory.micro_batch=16") == (first, 0)
+    assert plan("memory.micro_batch=16", "training.seed=5", "training.epochs=9", "training.learning_rate=0.1",
+                "stages.pretrain.share=7", "training.keep_checkpoints=1") == (first, 0), "none of these takes memory"
+    other, times = plan("memory.micro_batch=8")
+    assert times == 2 and other.micro_batch == dict.fromkeys(planner.TOWERS, 8)
+    for override in ("model.context_length=20", "training.captions_per_visit=2", "training.batch_size=16",
+                     "training.ema_decay=0.9", "training.optimizer=adamw", "stages.pretrain.drop_path=0.1",
+                     "memory.budget_gb=3"):
+        found = plan("memory.micro_batch=16", override)[1]
+        assert found == (1 if override == "training.batch_size=16" else 2), override  # all at once is run once
+        assert plan("memory.micro_batch=16", override)[1] == 0, override
+
+
+def test_a_size_whose_widths_have_changed_is_planned_anew(small: SmallRuns, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small.config(tmp_path / "run", "memory.micro_batch=16")
+    first = planned(config, "pretrain")
+    monkeypatch.setitem(PRESETS, "nano", dataclasses.replace(PRESETS["nano"], dim=16))
+    assert planned(config, "pretrain").by_tag["parameters"] > first.by_tag["parameters"]
+
+
+def test_the_search_takes_everything_at_once_where_it_fits(small: SmallRuns, tmp_path: Path) -> None:
+    config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.captions_per_visit=2")
+    plan = planned(config, "finetune")
+    assert plan.micro_batch == plan.upper == {"image": 32, "audio": 32, "text": 64, "fusion": 32}
+
+
+def test_the_search_measures_anew_what_differs_in_what_its_step_uses(small: SmallRuns, tmp_path: Path) -> None:
+    config = small.config(tmp_path / "run")
+    row = next(row for row in config.stages if row.name == "finetune")
+    upper = planner.stage_upper(config, row, CPU)
+    kept = planner.StageMeasure(config, row, row.tasks, CPU)
+    deepest = dict.fromkeys(upper, 1)
+    least = kept(Fit(upper, deepest), 1 << 40)
+    for tower in ("image", "text", "fusion"):
+        more = kept(Fit(upper, deepest | {tower: 0}), 1 << 40)
+        assert least and more and more.peak_bytes > least.peak_bytes, f"{tower} recomputes nothing"
+
+
+@pytest.mark.parametrize("rows_bytes", [lambda n: 10 * n, lambda n: 300 * (n > 5) + n, lambda n: int(90 * n**0.5),
+                                        lambda n: n * n, lambda n: 20 * n if n < 64 else 600],
+                         ids=["straight", "with a jump", "flattening", "steeper", "less as a whole"])
+def test_what_is_implied_by_known_measurements_changes_no_choice(tmp_path: Path,
+                                                                 rows_bytes: Callable[[int], int]) -> None:
+    """Against a search that measures each task and objective of each fit that it tries."""
+    config = load_config(None, ["training.batch_size=16", f"paths.output_dir={tmp_path}"])
+    row = config.stages[2]
+    upper, runs = planner.stage_upper(config, row, CPU), []
+    scale = {"image": 3, "audio": 4, "text": 1, "fusion": 2}
+
+    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
+        runs.append(gradient_of)
+        towers = ("fusion",) if {"matching", "concepts"} & {*gradient_of} else step.task.inputs
+        peak = 1000 + max(scale[t] * rows_bytes(step.fit.micro_batch[t]) // (1 + 3 * step.fit.recompute[t])
+                          for t in towers) * (2 if "matching" in gradient_of else 1)
+        return None if limit_bytes is not None and peak > limit_bytes else Usage(peak, {})
+
+    for room in (5, 60, 300, 900, 2500, 20_000):
+        chosen: list[Fit | None] = []
+        times = []
+        limits = budget.Limits(int(CONTEXT_GIB["cpu"] * GIB) + 1000 + room, "cpu", 1.0)
+        for kind in (planner.StageMeasure, Forgetful):
+            runs.clear()
+            try:
+                chosen.append(budget.plan_fit(kind(config, row, tasks_of(row), CPU, usage), upper, limits).fit)
+            except budget.OverBudget:
+                chosen.append(None)
+            times.append(len(runs))
+        assert chosen[0] == chosen[1] and times[0] <= times[1], room
+
+
+class Forgetful(planner.StageMeasure):
+    """Measures all anew."""
+
+    def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
+        self.gradients.clear()
+        return super().__call__(fit, limit_bytes)
+
+
+def test_larger_parts_that_fit_and_smaller_ones_that_do_not_tell_of_others(tmp_path: Path) -> None:
+    config, runs = load_config(None, [f"paths.output_dir={tmp_path}"]), []
+    row = config.stages[1]
+
+    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
+        sizes = step.fit.micro_batch["image"], step.fit.micro_batch["text"]
+        runs.append(sizes)
+        return {(8, 8): Usage(50, {}), (16, 4): None}.get(sizes, Usage(30, {}))
+
+    measure = planner.StageMeasure(config, row, row.tasks[:1], CPU, usage)
+
+    def at(image: int, text: int, limit_bytes: int) -> tuple[int | None, bool]:
+        """The peak, and whether it was measured anew."""
+        runs.clear()
+        sizes = dict.fromkeys(planner.TOWERS, 1) | {"image": image, "text": text}
+        found = measure(Fit(sizes, dict.fromkeys(planner.TOWERS, 0)), limit_bytes)
+        return found and found.peak_bytes, bool(runs)
+
+    assert row.tasks[0].inputs == ("image", "text") and list(row.tasks[0].objectives) == ["contrastive"]
+    assert at(8, 8, 60) == (50, True)
+    assert at(8, 4, 60) == (50, False), "less of both"
+    assert at(16, 4, 60) == (None, True) and at(16, 8, 60) == (None, False), "more"
+    assert at(16, 2, 60) == (30, True), "of neither kind"
+    assert at(8, 4, 40) == (30, True), "the larger one is above this limit by now"
+
+
+def test_parts_that_take_too_much_do_not_tell_of_the_whole(tmp_path: Path) -> None:
+    """One part has no gradients of another beside it."""
+    config = load_config(None, ["training.batch_size=16", f"paths.output_dir={tmp_path}"])
+    row = config.stages[0]
+
+    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
+        peak = 500 if step.fit.micro_batch["image"] == 64 else 600
+        return None if limit_bytes is not None and peak > limit_bytes else Usage(peak, {})
+
+    measure = planner.StageMeasure(config, row, [task for task in row.tasks if task.inputs == ("image",)], CPU, usage)
+    half = Fit(dict.fromkeys(planner.TOWERS, 32), dict.fromkeys(planner.TOWERS, 0))
+    assert measure(half, 550) is None
+    assert measure(Fit(half.micro_batch | {"image": 64}, half.recompute), 550) == Usage(500, {})
+
+
+def test_the_task_that_passed_the_limit_is_the_first_to_be_run_at_the_next_fit(tmp_path: Path) -> None:
+    config, runs = load_config(None, [f"paths.output_dir={tmp_path}"]), []
+    row = config.stages[2]
+
+    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
+        runs.append((step.task.inputs, *gradient_of))
+        return None if runs[-1][1:] == ("matching",) and step.task.inputs == ("audio", "text") else Usage(1, {})
+
+    measure = planner.StageMeasure(config, row, tasks_of(row), CPU, usage)
+    for size in (8, 4):
+        runs.clear()
+        assert measure(Fit(dict.fromkeys(planner.TOWERS, size), dict.fromkeys(planner.TOWERS, 0)), 5) is None
+    assert runs == [(("audio", "text"), "matching")], "known to be too much at 8, not at 4"
+
+
+def test_speakers_take_memory_where_there_are_any(tmp_path: Path) -> None:
+    config = load_config(None, ["model.size=nano", "data.audio_max_s=0.5", "memory.micro_batch=32",
+                                f"paths.output_dir={tmp_path}"])
+    row = config.stages[0]
+    audio = [task for task in row.tasks if task.inputs == ("audio",)]
+    few, many = (planner.plan_stage(config, row, audio, Place("cpu", None, count)) for count in (1, 7205))
+    weights = 7204 * 512 * 4  # and as much in gradients, twice in moments
+    assert many.by_tag["parameters"] - few.by_tag["parameters"] == pytest.approx(weights, rel=0.01)
+    assert many.by_tag["optimizer"] - few.by_tag["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+
+
+# ---- --plan ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_prints_every_stage_without_any_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"stages": STAGES}), "utf-8")
+    arguments = ["--config", str(recipe), "--data-root", str(tmp_path / "none"), "--output-dir", str(tmp_path / "out"),
+                 "model.size=nano", "model.image_size=32", "data.audio_max_s=0.5", "memory.micro_batch=32"]
+    assert run_training.main(["--plan", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert_names(lines[0], "cuda", "bfloat16", "pretrain 32", "align 32", "finetune 32")
+    assert lines[1].split()[:7] == ["stage", *TAGS]
+    assert [line.split()[0] for line in lines[2:6]] == ["pretrain", "align", "finetune", "evaluation"]
+    assert all(line.endswith("image 32 (32), audio 32 (32), text 32 (32), fusion 32 (32)") for line in lines[2:5])
+    assert "4.00" in lines[2].split()
+    assert_names(lines[6], "0.8", "cuda")
+    assert not (tmp_path / "none").exists() and not (tmp_path / "out" / "checkpoints").exists()
+    assert run_training.main(["--plan", "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["size"] == "nano" and found["device"] == "cuda" and found["effective_batch"]["align"] == 32
+    assert list(found["plans"]) == ["pretrain", "align", "finetune", "evaluation"]
+    align = Plan.from_dict(found["plans"]["align"])
+    assert align.fits and sum(align.by_tag.values()) == align.peak_bytes and align.recompute["image"] == 0
+
+
+def test_json_is_of_a_plan_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_training.main(["--json"])
+    assert stop.value.code == 2
+    assert "--plan" in capsys.readouterr().err
+
+
+def test_processes_share_a_plan(small: SmallRuns, tmp_path: Path) -> None:
+    """Each encodes its share beside the features of all, so that what it takes lies between half and all."""
+    config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.batch_size=33")
+    alone, shared = (planned(config, "finetune", Place("cpu", None, processes=n)) for n in (1, 2))
+    assert alone.upper["image"] == 33 and shared.upper == dict.fromkeys(planner.TOWERS, 17)
+    ratio = shared.by_tag["activations"] / alone.by_tag["activations"]
+    assert 0.4 < ratio < 0.9 and shared.by_tag["data"] == alone.by_tag["data"]
+
+
+def test_a_gpu_holds_no_more_of_the_batch_than_what_is_encoded(small: SmallRuns, tmp_path: Path) -> None:
+    config = small.config(tmp_path / "run", "memory.micro_batch=8", "model.image_size=64")
+    row = next(row for row in config.stages if row.name == "align")
+    host, gpu = (planner.plan_stage(config, row, row.tasks[:1], place) for place in (CPU, Place("cuda", None)))
+    assert gpu.by_tag["data"] == 0 and host.by_tag["data"] > 32 * 3 * 64 * 64
+    assert gpu.peak_bytes < host.peak_bytes
+
+
+def test_evaluation_is_planned_within_the_budget(tmp_path: Path) -> None:
+    nano = ["model.size=nano", f"paths.output_dir={tmp_path}"]
+    config = load_config(None, [*nano, "evaluation.batch_size=2048", "memory.budget_gb=1"])
+    plan = planner.plan_evaluation(config, CUDA)
+    assert plan.fits and 16 <= plan.micro_batch["audio"] < 2048
+    default = load_config(None, [f"paths.output_dir={tmp_path}"])
+    assert default.model.size == "base"
+    assert planner.plan_evaluation(default, CUDA).micro_batch == {"image": 64, "audio": 64, "text": 64}
+
+
+def test_plan_for_a_named_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "one.yaml"
+    recipe.write_text("stages: [{name: only, share: 1, tasks: [{inputs: [text], objectives: {masked: 1.0}}]}]", "utf-8")
+    arguments = ["--plan", "--config", str(recipe), "--output-dir", str(tmp_path / "out"), "model.size=nano",
+                 "training.use_amp=false"]
+    assert run_training.main([*arguments, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert_names(out.splitlines()[0], "cpu", "fp32", "only 32")
+    assert_names(out.splitlines()[-1], "1.0", "cpu")
+    (tmp_path / "file").write_text("")
+    assert run_training.main([*arguments, "--device", "cpu", "--output-dir", str(tmp_path / "file")]) == 0
+    found = capsys.readouterr()
+    assert found.out == out
+    for line in found.err.splitlines():
+        assert_names(line, tmp_path / "file" / "plans")
+    assert found.err

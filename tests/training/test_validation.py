@@ -1,0 +1,73 @@
+"""Validation of a run: said where there is none, and done once an epoch."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datasets import Data
+from tests import trees
+from tests.small_runs import SmallRuns, differing, records
+from trimodal import checkpoint
+from trimodal.config import TaskConfig
+from trimodal.evaluation import protocols
+from trimodal.training import loop, run
+from trimodal.training.run import Options
+
+
+def one_to_validate_on(folder: Path) -> list[str]:
+    """Overrides for twelve captioned pictures, and a single one for validation."""
+    paths = [trees.picture(folder / f"{i}.png", (20 * i, 90, 99), size=(32, 32)) for i in range(13)]
+    lines = [json.dumps({"id": path.stem, "image": path.name, "text": f"picture {path.stem}",
+                         "split": "val" if path.stem == "12" else "train"}) for path in paths]
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return ["data.datasets=[manifest]", f"data.manifest={folder}/manifest.jsonl", f"paths.data_root={folder}/data"]
+
+
+def test_without_validation_the_run_says_so_once_and_no_epoch_is_the_best(
+        small: SmallRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.joinpath("set").mkdir()
+    folder, task = tmp_path / "run", TaskConfig(inputs=("image", "text"), objectives={"contrastive": 1.0})
+    config = small.config(folder, *one_to_validate_on(tmp_path / "set"), "training.epochs=4", "report.language=en",
+                          "training.batch_size=6")
+    rows = tuple(dataclasses.replace(row, tasks=(task,)) for row in config.stages if row.name != "pretrain")
+    report = loop.train(dataclasses.replace(config, stages=rows), Options("cpu"))
+    assert report is not None
+    told = capsys.readouterr().out
+    assert not re.search(r"\bnan\b", told) and " *" not in told
+    assert told.count(run.NO_VAL) == told.count(run.ADD_VAL) == 1
+    assert len([line for line in told.splitlines() if "] epoch " in line]) == 4 and "validation " not in told.replace(
+        run.NO_VAL, "")
+    assert [record["loss"] for record in records(folder, "validation")] == [None] * 4
+    assert [record["message"].count(run.NO_VAL) for record in records(folder, "event")].count(1) == 1
+    best = checkpoint.load(folder / "checkpoints/best_model.pt")
+    assert (best["stage"], best["epoch"], best["loss"]) == ("finetune", 4, None)
+    newest = checkpoint.load(folder / "checkpoints/checkpoint_epoch_4.pt")
+    assert differing(best["model_state_dict"], newest["model_state_dict"]) == []
+    page = report.read_text("utf-8")
+    assert "no validation: the newest weights, stage finetune, epoch 4" in page
+    assert not re.search(r"\bnan\b", page, re.I)
+    assert json.loads(report.with_suffix(".json").read_text("utf-8"))["best"] == {
+        "stage": "finetune", "epoch": 4, "loss": None}
+    board = EventAccumulator(str(folder / "logs/tensorboard")).Reload()
+    assert not [tag for tag in board.Tags()["scalars"] if tag.startswith("validation/")]
+
+
+def test_the_validation_split_is_encoded_once_an_epoch(small: SmallRuns, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded, encode = [], protocols.encode_split
+
+    def counted(model: Any, data: Data, split: str, *rest: Any) -> protocols.Encoded:
+        encoded.append(split)
+        return encode(model, data, split, *rest)
+
+    monkeypatch.setattr(protocols, "encode_split", counted)
+    small.train(tmp_path)
+    contrasting = [record for record in records(tmp_path, "validation") if record["metrics"]]
+    assert encoded == ["val"] * len(contrasting) + ["test"] and len(contrasting) == 2
+    board = EventAccumulator(str(tmp_path / "logs/tensorboard")).Reload()
+    assert len(board.Images("examples/image")) == 2, "both are saved, so both are shown"

@@ -1,0 +1,330 @@
+"""One split drawn into batches: captions, augmentation, noise, collation.
+
+Everything random about a sample (caption, crop, flip, masks, noise) is drawn from (seed, epoch, set, index, visit), so
+batches do not depend on workers, on neighbours or on where a run was resumed. There is no loader state to lose.
+
+    reader = BatchReader(split, jobs, inputs=[("image", "text")], config=config, train=True, epoch=1)
+    reader[0].batch.images
+
+Shape suffixes: B samples, C captions, L text tokens, T mel frames, M mels, S pixels.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config, UserError
+from trimodal.data.cache import BrokenSample, Store
+from trimodal.data.images import augment, fit_eval
+from trimodal.data.samples import SampleTable, ragged_take
+from trimodal.data.tokenizer import pad_rows
+from trimodal.data.workers import NOWHERE, tell_nobody
+
+Jobs = Sequence[tuple[int, np.ndarray]]  # (task, sample indices) of each batch
+
+VISIT = 1 << 40  # index + n * VISIT in a job is the n-th repeated visit of a sample within an epoch: it draws anew
+PATCH = 16  # pixels, frames and mels of a patch's side
+PATH_DRAWS = 64  # uniforms for drop-path, more than any tower has blocks
+
+TIME_MASKS, TIME_MASK_FRAMES, TIME_MASK_PCT = 2, 60, 15  # at most so many frames, and so much of the sound, each
+MEL_MASKS, MEL_MASK_BANDS = 2, 16  # SpecAugment (arXiv:1904.08779) masks up to 27 of 80 bands of hours of speech
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of all sets: its table and what is worked out once, as arrays that workers share."""
+
+    table: SampleTable
+    store: Store
+    pad_id: int
+    set_hash: np.ndarray  # int64 [n], 32 bits of the hash of the sample's set
+    place: np.ndarray  # int64 [n], position within the set: other sets do not change a sample's draws
+    token_ids: np.ndarray  # int32, all captions one after another
+    token_offsets: np.ndarray  # int64 [captions + 1]
+    caption_ids: np.ndarray  # int64 [captions], equal for equal normalised captions
+    concept_ids: np.ndarray  # int32, all samples one after another
+    concept_offsets: np.ndarray  # int64 [n + 1]
+    may_flip: np.ndarray  # bool [n]: mirrored, all captions and labels stay true, see mirroring
+    speakers: np.ndarray  # int64 [n], position in Data.speakers, -1 = none or not a speaker of train
+    image_ids: np.ndarray  # int64 [n], equal for equal files; of samples without a picture equal to no other
+    audio_ids: np.ndarray  # int64 [n], equal for the same stretch of equal files; without a sound equal to no other
+
+
+def pool(table: SampleTable, inputs: Sequence[str]) -> np.ndarray:
+    """Indices, int64 and ascending, of the samples that have all of `inputs`."""
+    has = {"image": table.has_image, "text": table.has_text, "audio": table.has_audio}
+    return np.flatnonzero(np.logical_and.reduce([has[name] for name in inputs]))
+
+
+@dataclass
+class Batch:
+    """B samples of one kind of inputs, on the host. What the inputs lack is None.
+
+    `noise` holds float32 uniforms in [0, 1) that take the place of every random draw of the model and the objectives:
+    "image" [B, N], "audio" [B, T / 16 * 5], "text" [C, L], "path" [B, 64], "path_text" [C, 64], "drop_text" [B].
+    """
+
+    inputs: tuple[str, ...]
+    keys: list[str]  # "source/key"
+    sample_ids: Tensor  # int64 [B], rows of the split's table
+    images: Tensor | None = None  # uint8 [B, 3, S, S]
+    audio: Tensor | None = None  # float16 [B, T, 80], zeros behind the end, T a multiple of 16
+    audio_lengths: Tensor | None = None  # int64 [B], frames
+    input_ids: Tensor | None = None  # int64 [C, L], captions of sample 0 first
+    attention_mask: Tensor | None = None  # bool [C, L]
+    caption_owner: Tensor | None = None  # int64 [C], ascending
+    caption_ids: Tensor | None = None  # int64 [C], equal for equal normalised captions
+    concepts: Tensor | None = None  # bool [B, num_classes]
+    speakers: Tensor | None = None  # int64 [B], -1 = unknown
+    image_ids: Tensor | None = None  # int64 [B], equal for equal pictures
+    audio_ids: Tensor | None = None  # int64 [B], equal for the same stretch of equal sounds
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    task: int = 0  # of its job
+
+    def pin_memory(self) -> "Batch":
+        """A copy in page-locked memory; the loader calls it before transfers to a GPU."""
+        pinned: dict[str, Any] = {f.name: value.pin_memory() for f in fields(self)
+                                  if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **pinned, noise={name: value.pin_memory() for name, value in self.noise.items()})
+
+
+class Read(NamedTuple):
+    """What a worker hands over for one job."""
+
+    batch: Batch | None  # None: `problem`, or in evaluation no sample that can be read
+    broken: list[dict[str, str]]  # records of the broken samples met
+    problem: str = ""  # why the run cannot go on; raised by the loader, since workers add their traceback
+
+
+@dataclass
+class _Drawn:
+    """One visit of a sample."""
+
+    row: int
+    image_SS3: np.ndarray | None
+    mel_TM: np.ndarray | None
+    captions: np.ndarray  # rows of the table's captions
+    noise: dict[str, np.ndarray]
+    rng: np.random.Generator  # for what depends on the longest sound of the batch; its leading numbers do not
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Item k holds the whole Batch of job k. The process that reads is told each row that it begins with `begin`."""
+
+    split: Split
+    jobs: Jobs
+    inputs: Sequence[tuple[str, ...]]  # of each task
+    config: Config
+    train: bool
+    epoch: int
+    given_up: Mapping[int, str] = field(default_factory=dict)  # rows that are not to be read, and why
+    begin: Callable[[int], None] = tell_nobody
+    whole: Jobs | None = None  # the effective batches of which `jobs` are one process's shares; None: `jobs` are whole
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def work(self, k: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> Read:
+        """Item k, as a job of `workers`."""
+        return replace(self, given_up=given_up, begin=begin)[k]
+
+    def name(self, k: int, row: int) -> str:
+        """Words for a row of job k, or for all of them."""
+        table, task = self.split.table, self.jobs[k][0]
+        if row == NOWHERE:
+            return f"the batch of {sample_names(table, self.jobs[k][1] % VISIT)}"
+        paths = {"image": table.images[row], "audio": table.audio[row]}
+        return " or ".join(dict.fromkeys(paths[name] for name in self.inputs[task] if paths.get(name))) or (
+            sample_names(table, np.array([row])))
+
+    def __getitem__(self, k: int) -> Read:
+        task, inputs = self.jobs[k][0], tuple(self.inputs[self.jobs[k][0]])
+        broken: list[dict[str, str]] = []
+        with one_thread():
+            try:
+                found = self._draw_all(k, inputs, broken)
+            except UserError as error:
+                return Read(None, broken, str(error))
+            return Read(replace(self._collate(found, inputs), task=task) if found else None, broken)
+
+    def _draw_all(self, k: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> list[_Drawn]:
+        """The samples of job k that can be read, and in training others of the pool in the place of those that cannot:
+        none of them twice. Where no other is left, the batch is smaller."""
+        places = [divmod(index, VISIT) for index in self.jobs[k][1].tolist()]
+        found = [self._try(row, visit, inputs, broken) for visit, row in places]
+        if self.train and None in found:
+            taken: set[int] = set()
+            for place, (visit, row) in enumerate(places):
+                if found[place] is None:
+                    found[place] = self._stand_in(k, row, visit, inputs, taken)
+            if not any(found):
+                raise UserError(f"data: no sample of a batch can be read, and none of the {len(self._pool(inputs))} "
+                                f"with {' and '.join(inputs)} can stand in; the first: {broken[0]['reason']}")
+        return [one for one in found if one is not None]
+
+    def _try(self, row: int, visit: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> _Drawn | None:
+        try:
+            return self._draw(row, visit, inputs)
+        except BrokenSample as error:
+            self.split.store.check_folders(row)
+            broken.append(self.split.store.record(row, str(error)))
+            return None
+
+    def _stand_in(self, k: int, row: int, visit: int, inputs: tuple[str, ...], taken: set[int]) -> _Drawn | None:
+        """A good sample that is not in the whole batch nor in `taken`, to which it is added; None if there is none.
+
+        Each place of the batch asks samples of its own first: so the processes that share a batch take different ones
+        without a word, and the same ones as a single process does.
+        """
+        whole = (self.whole or self.jobs)[k][1] % VISIT
+        others = np.setdiff1d(self._pool(inputs), whole)
+        others = np.roll(others, -int(np.searchsorted(others, whole[0])))  # other ones for each batch
+        own = np.arange(len(others)) % len(whole) == np.flatnonzero(whole == row)[0]
+        for candidate in [*others[own].tolist(), *others[~own].tolist()]:
+            if candidate not in taken:
+                try:
+                    drawn = self._draw(candidate, visit, inputs)
+                except BrokenSample:
+                    continue  # it is recorded in its own turn
+                taken.add(candidate)
+                return drawn
+        return None
+
+    def _pool(self, inputs: Sequence[str]) -> np.ndarray:
+        return pool(self.split.table, inputs)
+
+    def _draw(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Drawn:
+        split, data = self.split, self.config.data
+        self.begin(row)
+        if row in self.given_up:
+            raise BrokenSample(self.given_up[row])
+        seed, epoch = (self.config.training.seed, self.epoch) if self.train else (0, 0)
+        rng = np.random.default_rng([seed, epoch, int(split.set_hash[row]), int(split.place[row]), visit])
+        noise = {"path": rng.random(PATH_DRAWS, np.float32), "drop_text": rng.random((), np.float32)}
+        captions, image_SS3, mel_TM = np.empty(0, np.int64), None, None
+        if "text" in inputs:
+            captions = self._choose_captions(row, rng)
+            noise["path_text"] = rng.random((len(captions), PATH_DRAWS), np.float32)
+            noise["text"] = rng.random((len(captions), self.config.model.context_length), np.float32)
+        if "image" in inputs:
+            noise["image"] = rng.random((self.config.model.image_size // PATCH) ** 2, np.float32)
+            image_SS3 = self._image(row, rng)
+        if "audio" in inputs:
+            mel_TM = split.store.mel(row, rng)
+            if self.train:
+                mel_TM = crop_mel(mel_TM, int(data.audio_max_s * FRAME_RATE_HZ), rng)
+                if data.spec_augment and not split.store.is_drawn(row):
+                    mel_TM = spec_augment(mel_TM, rng)
+        return _Drawn(row, image_SS3, mel_TM, captions, noise, rng)
+
+    def _choose_captions(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        offsets = self.split.table.caption_offsets
+        captions = np.arange(offsets[row], offsets[row + 1])
+        return rng.permutation(captions)[:self.config.training.captions_per_visit] if self.train else captions
+
+    def _image(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        image_HW3, data, size = self.split.store.image(row, rng), self.config.data, self.config.model.image_size
+        if self.split.store.is_drawn(row):
+            return image_HW3  # made at this size; its place and colours are what the caption says
+        if not self.train:
+            return fit_eval(image_HW3, size, data.fit)
+        flip = bool(data.flip and self.split.may_flip[row])
+        return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
+
+    def _collate(self, drawn: list[_Drawn], inputs: tuple[str, ...]) -> Batch:
+        self.begin(NOWHERE)
+        table = self.split.table
+        rows = np.array([one.row for one in drawn], np.int64)
+        noise = {"path": np.stack([one.noise["path"] for one in drawn]),
+                 "drop_text": np.stack([one.noise["drop_text"] for one in drawn])}
+        columns = {"sample_ids": rows, "concepts": self._concepts(rows)}
+        if "text" in inputs:
+            columns |= self._text(drawn, noise)
+        if "image" in inputs:
+            size = self.config.model.image_size
+            columns["images"] = np.empty((len(drawn), 3, size, size), np.uint8)
+            for b, one in enumerate(drawn):
+                assert one.image_SS3 is not None
+                columns["images"][b] = one.image_SS3.transpose(2, 0, 1)
+            columns["image_ids"] = self.split.image_ids[rows]
+            noise["image"] = np.stack([one.noise["image"] for one in drawn])
+        if "audio" in inputs:
+            columns |= _sounds(drawn, noise)
+            columns |= {"speakers": self.split.speakers[rows], "audio_ids": self.split.audio_ids[rows]}
+        tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in columns.items()}
+        return Batch(inputs=inputs, keys=[f"{table.sources[row]}/{table.keys[row]}" for row in rows.tolist()],
+                     noise={name: torch.from_numpy(values) for name, values in noise.items()}, **tensors)
+
+    def _concepts(self, rows: np.ndarray) -> np.ndarray:
+        positions, offsets = ragged_take(self.split.concept_offsets, rows)
+        hot = np.zeros((len(rows), self.config.model.num_classes), bool)
+        hot[np.repeat(np.arange(len(rows)), np.diff(offsets)), self.split.concept_ids[positions]] = True
+        return hot
+
+    def _text(self, drawn: list[_Drawn], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        captions = np.concatenate([one.captions for one in drawn])
+        ids_CL, mask_CL = pad_rows(self.split.token_ids, self.split.token_offsets, captions, self.split.pad_id)
+        noise["text"] = np.concatenate([one.noise["text"] for one in drawn])[:, :ids_CL.shape[1]].copy()
+        noise["path_text"] = np.concatenate([one.noise["path_text"] for one in drawn])
+        owners = np.repeat(np.arange(len(drawn)), [len(one.captions) for one in drawn])
+        return {"input_ids": ids_CL, "attention_mask": mask_CL, "caption_owner": owners,
+                "caption_ids": self.split.caption_ids[captions]}
+
+
+def sample_names(table: SampleTable, rows: np.ndarray, shown: int = 3) -> str:
+    """"source/key" of some rows."""
+    names = [f"{table.sources[row]}/{table.keys[row]}" for row in rows[:shown].tolist()]
+    return ", ".join(names) + (f" and {len(rows) - shown} more" if len(rows) > shown else "")
+
+
+def _sounds(drawn: list[_Drawn], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    mels = [one.mel_TM for one in drawn if one.mel_TM is not None]
+    lengths = np.array([len(mel_TM) for mel_TM in mels], np.int64)
+    patches = math.ceil(lengths.max() / PATCH)
+    audio_BTM = np.zeros((len(mels), patches * PATCH, NUM_MELS), np.float16)
+    for b, mel_TM in enumerate(mels):
+        audio_BTM[b, :len(mel_TM)] = mel_TM
+    noise["audio"] = np.stack([one.rng.random(patches * (NUM_MELS // PATCH), np.float32) for one in drawn])
+    return {"audio": audio_BTM, "audio_lengths": lengths}
+
+
+def crop_mel(mel_TM: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """A random stretch of at most `frames`."""
+    if len(mel_TM) <= frames:
+        return mel_TM
+    start = int(rng.integers(len(mel_TM) - frames + 1))
+    return mel_TM[start:start + frames]
+
+
+def spec_augment(mel_TM: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A copy with two stretches of time and two of frequency replaced by the sound's mean (arXiv:1904.08779)."""
+    masked_TM = mel_TM.copy()
+    mean = mel_TM.mean(dtype=np.float32)
+    longest = min(TIME_MASK_FRAMES, len(mel_TM) * TIME_MASK_PCT // 100)
+    for axis, limit in [(0, longest)] * TIME_MASKS + [(1, MEL_MASK_BANDS)] * MEL_MASKS:
+        width = int(rng.integers(limit + 1))
+        start = int(rng.integers(mel_TM.shape[axis] - width + 1))
+        stretch = slice(start, start + width)
+        masked_TM[(stretch, slice(None)) if axis == 0 else (slice(None), stretch)] = mean
+    return masked_TM
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch: log-mels of a second are slower with two, and equal numbers everywhere matter more."""
+    threads = torch.get_num_threads()
+    if threads == 1:  # as in every worker
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

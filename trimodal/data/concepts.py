@@ -1,0 +1,64 @@
+"""The classes of the concept classifier: names of labels that the sets bring, then the commonest words of the captions.
+
+    names = concept_names(tables["train"], limit=1000)
+    ids, offsets = concepts_of(tables["val"], names)      # concepts of sample i: ids[offsets[i]:offsets[i + 1]]
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from trimodal.config import UserError
+from trimodal.data.samples import SampleTable, normalise_caption, offsets_of
+
+# Words of three letters and more that name nothing to see or hear. Short on purpose: frequency decides the rest.
+STOP_WORDS = frozenset("""
+about after against all along also and another any are around away back because before behind being beside between both
+but can could did does doing down during each few for from get gets getting goes going had has have having her here him
+his how into its itself just kind made make makes making many more most much near next not off once one onto other
+others our out outside over own some someone something she such taken taking than that the their them then there these
+they thing things this those three through together too toward towards two under until upon use used using various very
+was were what when where which while who whose will with within without you your
+""".split())
+_WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+def concept_names(train: SampleTable, limit: int) -> list[str]:
+    """Labels that the sets bring, by name, then the commonest content words of the captions, at most `limit`.
+
+    A word counts once per sample and must stand in two samples; ties go by alphabet.
+
+    Raises:
+        UserError: more labels than `limit`.
+    """
+    labels = sorted({name.lower() for name in train.labels.names})
+    if len(labels) > limit:
+        raise UserError(f"model.num_classes: {limit} is fewer than the {len(labels)} labels that the data sets bring; "
+                        f"set it to at least {len(labels)}")
+    counts: Counter[str] = Counter()
+    for row in range(len(train)):
+        counts.update({word for text in train.captions_of(row) for word in content_words(normalise_caption(text))})
+    known = set(labels)
+    common = sorted((-count, word) for word, count in counts.items() if count > 1 and word not in known)
+    return labels + [word for _, word in common[:limit - len(labels)]]
+
+
+def content_words(normalised: str) -> list[str]:
+    return [word for word in _WORD.findall(normalised) if word not in STOP_WORDS]
+
+
+def concepts_of(table: SampleTable, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Concepts of each sample, by its labels and by the words of all its captions: int32 ids and their offsets."""
+    numbers = {name: number for number, name in enumerate(names)}
+    found: list[int] = []
+    lengths = []
+    for row in range(len(table)):
+        words = {table.labels[i].lower() for i in range(table.label_offsets[row], table.label_offsets[row + 1])}
+        for text in table.captions_of(row):
+            words.update(_WORD.findall(normalise_caption(text)))
+        ids = sorted(numbers[word] for word in words if word in numbers)
+        found += ids
+        lengths.append(len(ids))
+    return np.array(found, np.int32), offsets_of(lengths)

@@ -1,0 +1,242 @@
+"""Pictures: any common file to RGB, and from there to the squares that the image encoder reads.
+
+    picture = decode_image("cat.png")                        # uint8 [H, W, 3]; of a video, its middle frame
+    square = augment(picture, 224, rng, min_crop=0.5)        # uint8 [224, 224, 3], for training
+    square = fit_eval(picture, 224)                          # uint8 [224, 224, 3], for evaluation
+"""
+
+import contextlib
+import io
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from trimodal import media
+from trimodal.data import metadata, videos
+from trimodal.data.videos import Bounds, BrokenVideo
+
+# What may be decoded. All of it is checked before memory is taken for pixels.
+MAX_PIXELS = 89_000_000  # just below the size at which Pillow warns; 267 MB as RGB
+MAX_SIDES_RATIO = 100  # a strip of which a square would show next to nothing; panoramas stay below 20
+MAX_FILE_BYTES = 1_000_000_000  # some decoders read all of a file first; 89 million 16-bit RGBA pixels are 712 MB
+MAX_SKIPPED_FRAMES = 3_000  # of a video, from a key frame to its middle: two minutes at 25 a second
+# Others are not tried: Pillow hands EPS to another program.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # AVIF: from Pillow 11.3 on
+WHITE = 255
+MAX_ASPECT = 8  # the cache keeps the long side within this multiple of the short side it was asked for
+MAX_CROP_ASPECT = 4 / 3  # of the windows that `augment` cuts
+_TRANSPOSITIONS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                                  Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                                  Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+                                 start=2))  # by the tag of EXIF that undoes
+
+
+class BrokenImage(ValueError):
+    """A file that holds no usable picture. The message begins with the path."""
+
+
+def decode_image(path: str | Path) -> np.ndarray:
+    """Decode `path` to uint8 [H, W, 3], RGB, upright: EXIF orientation applied, transparency over white, CMYK, palette,
+    grey and 16-bit pixels converted. Of an animation the first frame; of a video (by suffix) the middle one.
+
+    Raises:
+        BrokenImage: no such file, not a picture of PICTURE_FORMATS, no video, truncated, or beyond the bounds
+            above.
+    """
+    if not os.path.isfile(path):
+        raise BrokenImage(f"{path}: no such file")
+    try:
+        return _read(str(path))
+    except (BrokenImage, BrokenVideo) as error:
+        raise BrokenImage(f"{path}: {error}") from None
+    except Exception as error:  # damaged files make the decoders raise nearly any type
+        if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
+            raise  # FFmpeg's own says that the file asks for absurd sizes
+        raise BrokenImage(f"{path}: {media.problem_of(str(path), error, 'picture')}") from None
+
+
+def resize_for_cache(picture: np.ndarray, short_side: int) -> np.ndarray:
+    """Shrink uint8 [H, W, 3] so that its shorter side is `short_side` and its longer one at most 8 times that; the
+    proportions stay. A smaller picture is returned as it is."""
+    height, width = picture.shape[:2]
+    scale = min(1.0, short_side / min(height, width), MAX_ASPECT * short_side / max(height, width))
+    if scale == 1.0:
+        return picture
+    return _resize(picture, max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def fit_eval(picture: np.ndarray, size: int, fit: str = "crop") -> np.ndarray:
+    """The same square of uint8 [H, W, 3] every time, uint8 [size, size, 3]: "crop" takes the centre, with the whole of
+    the shorter side; "pad" takes everything and makes it square with white."""
+    if fit == "pad":
+        picture = _pad(picture)
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resize(picture, size, size, (left, top, left + side, top + side))
+
+
+def augment(picture: np.ndarray, size: int, rng: np.random.Generator, min_crop: float, fit: str = "crop",
+            flip: bool = False) -> np.ndarray:
+    """A random window of uint8 [H, W, 3], resized to uint8 [size, size, 3], half of the time mirrored where `flip`.
+
+    The window takes `min_crop` to all of the area of the largest window that fits with sides within 4:3, and its own
+    sides are within 4:3. "pad" first makes the picture square with white. Takes exactly five numbers from `rng`,
+    whatever the picture, so that what is drawn afterwards does not depend on it.
+    """
+    of_area, of_aspect, of_left, of_top, of_flip = rng.random(5)
+    if fit == "pad":
+        picture = _pad(picture)
+    height, width = picture.shape[:2]
+    largest = min(width, MAX_CROP_ASPECT * height) * min(height, MAX_CROP_ASPECT * width)
+    area = largest * (min_crop + (1 - min_crop) * of_area)
+    low = math.log(max(1 / MAX_CROP_ASPECT, area / height**2))
+    high = math.log(min(MAX_CROP_ASPECT, width**2 / area))
+    aspect = math.exp(low + (high - low) * of_aspect)
+    crop_width, crop_height = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
+    left, top = (width - crop_width) * of_left, (height - crop_height) * of_top
+    square = _resize(picture, size, size, (left, top, left + crop_width, top + crop_height))
+    return np.ascontiguousarray(square[:, ::-1]) if flip and of_flip < 0.5 else square
+
+
+def _resize(picture: np.ndarray, width: int, height: int,
+            box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def _pad(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    square = np.full((side, side, 3), WHITE, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top: top + height, left: left + width] = picture
+    return square
+
+
+def has_flawed_metadata(path: str) -> bool:
+    """Whether `path` is a picture that `decode_image` reads, though what it says beside its pixels is damaged: Pillow
+    alone refuses it, or cannot turn it upright."""
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image)
+        return False
+    except Exception:  # Pillow raises nearly any type
+        with contextlib.suppress(BrokenImage):
+            _read_picture(path)
+            return True
+    return False
+
+
+def _read(path: str) -> np.ndarray:
+    """By its name a video or a picture, and where it is not what its name says, the other one."""
+    first, second = (_read_video, _read_picture) if media.is_video(path) else (_read_picture, _read_video)
+    try:
+        return first(path)
+    except (BrokenImage, BrokenVideo):
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
+        try:
+            return second(path)
+        except Exception:
+            raise error from None
+
+
+def _read_picture(path: str) -> np.ndarray:
+    """Of several frames only the first is ever decoded, so their number needs no bound."""
+    if os.path.getsize(path) > MAX_FILE_BYTES:
+        raise BrokenImage(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
+    if metadata.is_unfinished(path):
+        found = _pixels_alone(path, is_whole=False)
+        if found is None:
+            raise BrokenImage("has zeros in place of its last rows, as an unfinished download; fetch it again")
+        return found
+    try:
+        return _decode(path)
+    except (BrokenImage, MemoryError):
+        raise
+    except Exception:
+        found = _pixels_alone(path)
+        if found is None:
+            raise
+        return found
+
+
+def _decode(source: str | io.BytesIO, orientation: int | None = None) -> np.ndarray:
+    with Image.open(source, formats=PICTURE_FORMATS) as image:
+        _check_size(*image.size)
+        image.load()
+        orientation = _orientation(image) if orientation is None else orientation
+        upright = image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
+        return np.array(_to_rgb(upright))
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF, else XMP tells; whatever else is wrong with them costs nothing."""
+    block = image.info.get("exif")
+    if isinstance(block, bytes) and (found := metadata.orientation_of(block)) != metadata.UPRIGHT:
+        return found  # Pillow gives up at the first tag that lies
+    try:
+        told = image.getexif().get(metadata.ORIENTATION)
+    except Exception:  # Pillow raises nearly any type
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        return metadata.orientation_in_xmp(xmp.encode() if isinstance(xmp, str) else xmp)
+    return told if isinstance(told, int) else metadata.UPRIGHT
+
+
+def _pixels_alone(path: str, *, is_whole: bool = True) -> np.ndarray | None:
+    """The picture by what its pixels are made of alone, without metadata; None where these do not do, or are not all
+    there."""
+    with open(path, "rb") as file:
+        if not file.read(len(metadata.PNG)).startswith((metadata.JPEG, metadata.PNG, *metadata.TIFF)):
+            return None
+        file.seek(0)
+        bare, orientation = metadata.without(file.read()) or (b"", metadata.UPRIGHT)
+    if is_whole and (found := _attempt(bare, orientation)) is not None:
+        return found
+    if not bare.startswith(metadata.JPEG) or not metadata.has_all_scans(bare):
+        return None
+    first, second = (_attempt(one, orientation) for one in metadata.endings(bare))
+    return first if first is not None and second is not None and np.array_equal(first, second) else None
+
+
+def _attempt(content: bytes, orientation: int) -> np.ndarray | None:
+    try:
+        return _decode(io.BytesIO(content), orientation)
+    except BrokenImage:
+        raise
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BrokenImage("has floating-point pixels of unknown range: save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would cut these off at 255
+        grey = np.clip(np.asarray(image, np.float64) * (255 / 65535), 0, 255)
+        image = Image.fromarray(np.rint(grey).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (WHITE, WHITE, WHITE))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _read_video(path: str) -> np.ndarray:
+    if media.is_still(path):
+        raise ValueError("a still picture")
+    bounds = Bounds(_check_size, MAX_PIXELS, MAX_SKIPPED_FRAMES)
+    return videos.middle_frame(path, bounds).upright(_resize)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BrokenImage(f"has {width} x {height} pixels, over {MAX_PIXELS / 1e6:.0f} million")
+    if max(width, height) > MAX_SIDES_RATIO * min(width, height):
+        raise BrokenImage(f"has {width} x {height} pixels, one side over {MAX_SIDES_RATIO} times the other")

@@ -1,0 +1,164 @@
+"""Which samples must stand on one side of a split, what is held out for validation, and what has been trained on.
+
+    train, val = carve_val(train)
+    known = file_hashes(train, data_root)              # goes into the checkpoint
+    has_known_file(test, data_root, known).sum()       # test samples whose picture or sound was trained on
+"""
+
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from trimodal.data.same_files import file_key
+from trimodal.data.samples import SampleTable, normalise_caption, stable_hash
+from trimodal.sets import synthetic
+
+VAL_PCT = 5  # of train, where a set has no validation split
+LEAST_VAL = 2  # samples of a kind: a single one can be compared with nothing
+MOST_VAL_PART = 5  # at most a fifth of a kind is held out for that
+
+
+def carve_val(train: SampleTable) -> tuple[SampleTable, SampleTable]:
+    """Split about 5 % off for validation by hashes of keys: whole groups of `group_numbers`, and of each kind of sample
+    (the modalities that it has) at least two, but never more than a fifth: of fewer than ten samples none.
+
+    The same on every machine, whatever the order; few samples change sides when some are added.
+    """
+    group = group_numbers(train)
+    keys: dict[int, str] = {}
+    for row, number in enumerate(group.tolist()):
+        keys[number] = min(keys.get(number, train.keys[row]), train.keys[row])
+    hashes = np.array([stable_hash(keys[number]) for number in range(len(keys))], np.int64)
+    is_below = hashes < (1 << 63) // 100 * VAL_PCT
+    chosen = np.zeros(len(keys), bool)
+    kinds = train.has_image + 2 * train.has_audio + 4 * train.has_text
+    for kind in np.unique(kinds):
+        sizes = np.bincount(group[kinds == kind], minlength=len(keys))
+        held, most = int(sizes[chosen].sum()), int(sizes.sum()) // MOST_VAL_PART
+        taken = []
+        for number in np.argsort(hashes, kind="stable").tolist():
+            if held >= LEAST_VAL and not is_below[number]:
+                break
+            if sizes[number] and not chosen[number] and held + sizes[number] <= most:
+                taken.append(number)
+                held += int(sizes[number])
+        chosen[taken] = held >= LEAST_VAL
+    is_val = chosen[group] if len(train) else np.zeros(0, bool)
+    return train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)).with_split("val")
+
+
+def two_of_each_kind(sides: Sequence[str], kinds: Sequence[Counter[Hashable]]) -> list[str]:
+    """The sides of groups of samples, of which each has so many of each kind (see `carve_val`): where test or val has
+    fewer than two of a kind, further groups of train, in their order, as far as that is at most a fifth of the kind;
+    else what is there of it, and cannot be compared with anything, is train's.
+    """
+    drawn, total = list(sides), sum(kinds, Counter[Hashable]())
+    for side in ("test", "val"):
+        held = sum((kinds[n] for n, one in enumerate(drawn) if one == side), Counter[Hashable]())
+        for kind in (kind for kind, number in total.items() if held[kind] < LEAST_VAL <= number // MOST_VAL_PART):
+            more = []
+            for n in (n for n, one in enumerate(drawn) if one == "train" and kinds[n][kind]):
+                if held[kind] < LEAST_VAL and held[kind] + kinds[n][kind] <= total[kind] // MOST_VAL_PART:
+                    more.append(n)
+                    held += kinds[n]
+            for n in more:
+                drawn[n] = side
+        for n in (n for n, one in enumerate(drawn) if one == side):
+            if all(held[kind] < LEAST_VAL for kind in kinds[n]):
+                drawn[n] = "train"
+    return drawn
+
+
+def group_numbers(table: SampleTable) -> np.ndarray:
+    """For each sample the number of its group, from 0, int64 [n]: samples that stay on one side.
+
+    Samples of one file stay together, whatever paths and links lead to it, whichever stretches of it they are, and be
+    it a picture here and a sound there. So do samples with an equal caption, from the rarest caption to the commonest,
+    as long as no group comes to hold more than 1 % of the samples or ten (of fewer than a hundred a tenth): a caption
+    that many share, such as "a dog", would tie all of them together.
+    """
+    groups = Groups(len(table))
+    files: dict[Hashable, list[int]] = {}
+    found: dict[str, Hashable] = {}
+    for row in range(len(table)):
+        for path in {table.images[row], table.audio[row]} - {""}:
+            key = found[path] if path in found else found.setdefault(path, file_key(path))
+            files.setdefault(key, []).append(row)
+    for rows in files.values():
+        groups.join(rows)
+    captions: dict[str, list[int]] = {}
+    for row in range(len(table)):
+        for text in {normalise_caption(caption) for caption in table.captions_of(row)}:
+            captions.setdefault(text, []).append(row)
+    most = max(len(table) // 100, min(10, len(table) // 10))
+    shared = sorted((len(rows), text) for text, rows in captions.items() if len(rows) > 1)
+    for _, text in shared:
+        if groups.size_of(captions[text]) <= most:
+            groups.join(captions[text])
+    return np.unique([groups.root(row) for row in range(len(table))], return_inverse=True)[1].astype(np.int64)
+
+
+class Groups:
+    """Rows joined into groups (union-find)."""
+
+    def __init__(self, number: int):
+        self.parents, self.sizes = list(range(number)), [1] * number
+
+    def root(self, row: int) -> int:
+        while self.parents[row] != row:
+            self.parents[row] = row = self.parents[self.parents[row]]
+        return row
+
+    def join(self, rows: Iterable[int]) -> None:
+        first, *others = sorted({self.root(row) for row in rows})
+        for other in others:
+            self.parents[other] = first
+            self.sizes[first] += self.sizes[other]
+
+    def size_of(self, rows: Iterable[int]) -> int:
+        """Samples of the group that `join` would make."""
+        return sum(self.sizes[root] for root in {self.root(row) for row in rows})
+
+
+# ---- what has been trained on --------------------------------------------------------------------------------------
+
+
+def file_hashes(table: SampleTable, data_root: str) -> np.ndarray:
+    """Different hashes of the names of all files, sorted int64: what a checkpoint remembers of its training split."""
+    return np.unique(np.array([stable_hash(name) for _, name in _file_names(table, data_root)], np.int64))
+
+
+def has_known_file(table: SampleTable, data_root: str, known: np.ndarray) -> np.ndarray:
+    """bool [n]: the sample's picture or sound is among `known`, whatever its id, its captions and the stretch."""
+    found = np.zeros(len(table), bool)
+    names = list(_file_names(table, data_root))
+    hashes = np.array([stable_hash(name) for _, name in names], np.int64)
+    found[np.array([row for row, _ in names], np.int64)[np.isin(hashes, known)]] = True
+    return found
+
+
+def _file_names(table: SampleTable, data_root: str) -> Iterator[tuple[int, str]]:
+    """(row, name) for the names of each file: its path, links followed, and in a downloaded set its place below
+    `data_root` as well, which is the same on every machine."""
+    root = os.path.join(os.path.abspath(data_root), "")
+    folders: dict[str, str] = {}
+    for row in range(len(table)):
+        is_own = table.sources[row] == "manifest"
+        for kind, path in (("image", table.images[row]), ("sound", table.audio[row])):
+            if synthetic.is_drawn(path):
+                yield row, f"{kind} {path}"
+            elif path:
+                absolute = os.path.abspath(path)
+                yield row, _without_links(absolute, folders)
+                if not is_own and absolute.startswith(root):
+                    yield row, absolute.removeprefix(root)
+
+
+def _without_links(path: str, folders: dict[str, str]) -> str:
+    """`os.path.realpath` of a file, whose folder is followed once for all files in it."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[folder], name)

@@ -1,0 +1,95 @@
+"""What strikes about captions before a model learns from them: cut ones, unknown words, empty cells written as text.
+
+    look(data.splits.values(), data.tokenizer, config.model.context_length).lines()
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimodal.data.batches import Split
+from trimodal.data.samples import EMPTY_CELLS, normalise_caption
+from trimodal.data.tokenizer import Tokenizer
+
+SHOWN = 60  # characters of a caption
+MANY = 0.05  # a share that is worth a warning
+
+# Nothing but numbers and signs; the name of a file; several captions in one; traces of a wrong encoding, of markup.
+_ODD = re.compile(r"[\W\d_]+$|\S+\.(?:txt|json|xml|jpe?g|png|wav|flac|mp3)$|'[^']*'$"
+                  r"|.*(?:\ufffd|\u00c3[\x80-\xbf]|\u00e2\u20ac|&(?:amp|quot|lt|gt|nbsp|#\d+);"
+                  r"|</?(?:br|p|sep)\b|\w ?\| ?\w)", re.I | re.S)
+_CHINESE = re.compile("[\u3400-\u9fff]")
+
+
+@dataclass(frozen=True)
+class Wording:
+    context_length: int
+    captions: int
+    cut: int  # captions of more tokens than the model reads
+    words: int
+    unknown: int  # words that the vocabulary lacks
+    chinese: int  # captions with Chinese characters
+    empty: Counter[str]  # captions that are EMPTY_CELLS, as they are written
+    odd: Counter[str]  # captions that can hardly be meant, their beginnings
+
+    def lines(self) -> list[str]:
+        """One for each thing that is there, numbers first."""
+        found = []
+        if self.cut:
+            found.append(f"{_pct(self.cut, self.captions)} of the captions ({self.cut:,} of {self.captions:,}) are "
+                         f"longer than the {self.context_length} tokens that the model reads, and are cut there")
+        if self.unknown:
+            found.append(f"{_pct(self.unknown, self.words)} of the words ({self.unknown:,} of {self.words:,}) are not "
+                         "in the model's vocabulary: for each of them it sees the same [UNK]")
+        if self.empty:
+            told = ", ".join(f"{count:,} times {text!r}" for text, count in self.empty.most_common(3))
+            found.append(f"{self.empty.total():,} captions look like empty cells that were saved as text: {told}")
+        if self.odd:
+            told = ", ".join(f"{count:,} times {text!r}" for text, count in self.odd.most_common(3))
+            found.append(f"{self.odd.total():,} captions look like numbers, names of files, several captions in one, "
+                         f"or text in a wrong encoding or with markup: {told}")
+        return found
+
+    def advice(self) -> str:
+        """What to do about those that are many; "" where nothing is."""
+        found = []
+        if self.cut >= MANY * max(self.captions, 1):
+            found.append("a larger model.context_length, or shorter captions")
+        if self.unknown >= MANY * max(self.words, 1):
+            found.append("model.word_embeddings=hub:bert-base-chinese" if self.chinese > self.captions / 4 else
+                         "model.word_embeddings=hub:NAME of a model for the language of the captions")
+        if self.empty:
+            found.append("leave these cells empty, or leave out the lines")
+        if self.odd.total() >= MANY * max(self.captions, 1):
+            found.append("see whether these are the captions that are meant")
+        return "; ".join(found)
+
+
+def look(splits: Iterable[Split], tokenizer: Tokenizer, context_length: int) -> Wording:
+    """Counts over all captions of some splits; of each caption the words that the model reads."""
+    captions = cut = words = unknown = chinese = 0
+    empty, odd = Counter[str](), Counter[str]()
+    begins_word = tokenizer.begins_word
+    for split in splits:
+        texts = split.table.captions
+        full = np.flatnonzero(np.diff(split.token_offsets) >= context_length)
+        lengths = tokenizer.lengths([texts[i] for i in full.tolist()])
+        captions += len(texts)
+        cut += int((lengths > context_length).sum())
+        words += int(begins_word[split.token_ids].sum())
+        unknown += int((split.token_ids == tokenizer.unknown_id).sum())
+        for text in (texts[i] for i in range(len(texts))):
+            chinese += bool(_CHINESE.search(text))
+            if len(text) < 12 and normalise_caption(text) in EMPTY_CELLS:
+                empty[text] += 1
+            elif _ODD.match(text):
+                odd[text[:SHOWN]] += 1
+    return Wording(context_length, captions, cut, words, unknown, chinese, empty, odd)
+
+
+def _pct(part: int, whole: int) -> str:
+    pct = 100 * part / whole
+    return f"{pct:.0f} %" if pct >= 10 else f"{pct:.2g} %"

@@ -1,0 +1,116 @@
+"""A file on a server, read in pieces by Range requests, as if it lay on the disk: for a sample of a large archive."""
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from trimodal.download import answers
+from trimodal.download.answers import Again, NextServer, host_of
+from trimodal.download.members import ByteSource
+from trimodal.download.transfer import Policy, TransferError, Wanted
+
+if TYPE_CHECKING:
+    from requests import Response
+
+BLOCK_BYTES = 1 << 18
+BLOCKS = 32  # kept, of the most recent
+
+
+class NoRange(Exception):
+    """The server answers with the whole file only."""
+
+
+class RemoteFile(ByteSource):
+    """`wanted` on the first of its servers that gives pieces. Bytes that change under way are an error.
+
+    Raises, when it is opened and when it is read:
+        NoRange: no server gives pieces.
+        TransferError: no server gives the file.
+    """
+
+    def __init__(self, wanted: Wanted, policy: Policy) -> None:
+        super().__init__(0)
+        self.name = wanted.path.name
+        self._policy, self._session = policy, answers.open_session(wanted.unverified_hosts)
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._etag = ""
+        self.size = self._open_any(wanted)
+
+    def close(self) -> None:
+        """Those who read it close it; it can be read again."""
+
+    def readinto(self, buffer: Any) -> int:
+        number, inside = divmod(self.position, BLOCK_BYTES)
+        if self.position >= self.size:
+            return 0
+        chunk = self._block(number)[inside: inside + len(buffer)]
+        buffer[: len(chunk)] = chunk
+        self.position += len(chunk)
+        return len(chunk)
+
+    def _open_any(self, wanted: Wanted) -> int:
+        """The size, from the first server that gives pieces of this file."""
+        problems: list[str] = []
+        whole_only = False
+        for self._url in wanted.urls:
+            try:
+                return self._open(wanted.size)
+            except NoRange:
+                whole_only = True
+            except NextServer as error:
+                problems.append(f"{host_of(self._url)} {error}")
+        if whole_only:
+            raise NoRange
+        raise TransferError(f"{self.name}: {'; '.join(problems) or 'no address is known'}")
+
+    def _open(self, expected: int) -> int:
+        """Ask for the first byte: tells the size, and whether pieces are given."""
+        response = self._request("bytes=0-0")
+        _, size = answers.content_range(response.headers)
+        if not size:
+            raise NoRange
+        if expected and size != expected:
+            raise NextServer(f"offers {size:,} bytes instead of {expected:,}: another file or release")
+        self._etag = response.headers.get("ETag", "")
+        return size
+
+    def _block(self, number: int) -> bytes:
+        if number not in self._blocks:
+            first = number * BLOCK_BYTES
+            length = min(BLOCK_BYTES, self.size - first)
+            try:
+                response = self._request(f"bytes={first}-{first + length - 1}")
+            except NextServer as error:
+                raise TransferError(f"{self.name}: {host_of(self._url)} {error}") from None
+            if answers.content_range(response.headers)[0] != first or len(response.content) != length:
+                raise TransferError(f"{self.name}: {host_of(self._url)} does not give the pieces that are asked for")
+            if response.headers.get("ETag", "") != self._etag:
+                raise TransferError(f"{self.name}: changed on {host_of(self._url)} while it was read")
+            self._blocks[number] = response.content
+            if len(self._blocks) > BLOCKS:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(number)
+        return self._blocks[number]
+
+    def _request(self, span: str) -> "Response":
+        policy, failures = self._policy, 0
+        while True:
+            try:
+                return self._ask(span)
+            except Again as error:
+                failures += 1
+                if failures > (policy.failures_to_connect if error.unreachable else policy.failures):
+                    raise NextServer(f"{error} ({failures} tries)") from None
+                wait_s = policy.wait_s(error, failures)
+                policy.progress.say(f"{self.name}: {host_of(self._url)} {error}; trying again in {wait_s:.0f} s")
+                policy.pause(wait_s)
+
+    def _ask(self, span: str) -> "Response":
+        with answers.translated(self._policy.timeouts_s):
+            response = self._session.get(self._url, headers={"Accept-Encoding": "identity", "Range": span}, stream=True,
+                                         timeout=self._policy.timeouts_s)
+            with response:
+                answers.refuse_errors(response, (200, 206))
+                if response.status_code == 200:
+                    raise NoRange  # before all of it comes
+                response.content  # noqa: B018  # read while the connection is open
+        return response

@@ -1,0 +1,484 @@
+"""Evaluation protocols: encode a split once per modality, then every figure that its data allow.
+
+    encoded = encode_split(model, data, "test", config, Setting(device=device, amp=torch.bfloat16))
+    figures = score(encoded, data, config)
+    figures["coco"]["image-text"]["image_to_text_R@1"]["value"]
+
+`score` gives {set: {pair: {metric: figure}}} (a figure: see metrics). Pairs: "image-text", "audio-text",
+"image-audio", "image-concepts" and "audio-concepts" (what the classifier says of a picture or a sound alone, through
+the fusion), "speakers" (verification). The set "all" holds the samples of all sets together; with several sets its
+candidates come from all of them. "stamps" stands a second time as "stamps_without_symbols": letters and digits are
+told apart by their shapes alone.
+
+Retrieval is over all captions of each sample, and counts each file once, however many samples have it. R@K and the
+other figures of captions stand twice: `R@K` counts equal captions of a file once, and every file that has the words is
+right; `R@K_per_caption` counts as papers do: each caption of each file is a query, equal ones too, and its own file
+alone is right (an equal caption that the list repeats has the features of the first). Equal scores count against the
+model in both. Speakers are verified (cosines of audio_features) on the trials of `trials`.
+
+Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from datasets import Batch, Data, Split, loader
+from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config, UserError
+from trimodal.data.splits import has_known_file
+from trimodal.evaluation import metrics, trials
+from trimodal.evaluation.metrics import Figure
+from trimodal.memory import devices
+
+ALL = "all"
+WITHOUT_SYMBOLS = "stamps_without_symbols"
+SAMPLING_SEED = 0  # of the parts of a split that are used; never the training seed, so that runs compare
+PER_CAPTION = "_per_caption"  # ends the names of retrieval figures as papers count them
+
+Figures = dict[str, dict[str, dict[str, Figure]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a split is encoded."""
+
+    device: torch.device
+    amp: torch.dtype | None = None  # of autocast; None = float32
+    limit: int | None = None  # at most so many samples of each set and kind of inputs, drawn by a fixed seed
+    concepts: bool = True  # pictures and sounds also through the fusion, for the classifier's figures
+    sizes: Mapping[str, int] = field(default_factory=dict)  # samples at a time by modality; else evaluation.batch_size
+    less: Callable[[int, str], None] = lambda size, cause: None  # told when memory ran out: the new size, and why
+
+
+@dataclass(frozen=True)
+class Items:
+    """What was encoded of one modality."""
+
+    features_NF: Tensor
+    rows_N: np.ndarray  # row of each item's sample in the split's table, ascending
+    ids_N: np.ndarray  # int64, equal for equal files (of a sound: and stretches), for captions of equal words
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the classifier says of the items whose concepts are known, given that one modality. On the host."""
+
+    logits_NK: Tensor
+    concepts_NK: Tensor  # bool
+    rows_N: np.ndarray
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of a split, and what part of it they are."""
+
+    split: str
+    items: dict[str, Items]  # by modality; of text, one item a caption
+    answers: dict[str, Answers]  # by modality
+    captions_C: np.ndarray  # row of each caption in the table's captions
+    facts: dict[str, dict[str, Any]]  # by set, as plain JSON; `score` adds how speakers were tried
+
+
+# ---- encoding ----------------------------------------------------------------------------------------------------
+
+
+def encode_split(model: Any, data: Data, split: str, config: Config, setting: Setting) -> Encoded:
+    """Encode each picture, caption and sound of `split` once, in eval mode, `evaluation.batch_size` at a time.
+
+    Features stay on the device. Out of memory halves the parts from there on, which changes nothing else. Samples
+    whose file is broken are left out and counted.
+
+    Raises:
+        UserError: too many broken files, or out of memory with one sample at a time.
+    """
+    table = data.tables[split]
+    rows_by_kind = chosen_rows(data, split, setting.limit)
+    size = config.evaluation.batch_size
+    jobs = [(task, part) for task, rows in enumerate(rows_by_kind.values())
+            for part in np.array_split(rows, -(-len(rows) // size))]
+    inputs = list(rows_by_kind)
+    gathered = _Gathered(model, setting, size)
+    was_training = model.training
+    model.eval()
+    try:
+        batches = loader(data, split, jobs, config, inputs=inputs, train=False, epoch=0) if jobs else iter(())
+        with torch.inference_mode():
+            for batch in tqdm(batches, total=len(jobs), desc=f"evaluating {split}", unit="batch", disable=None):
+                gathered.add(batch, table.caption_offsets)
+    finally:
+        model.train(was_training)
+    facts = _facts(data, split, setting.limit, gathered)
+    nothing: dict[str, Any] = {"samples": 0, "of": 0, "broken": 0, "subset_seed": None, "nonfinite": {}}
+    facts |= {name: dict(nothing) for name in config.data.datasets if name not in facts}
+    return gathered.result(data.splits[split], split, facts)
+
+
+def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ...], np.ndarray]:
+    """Rows to encode by the modalities that their samples have, ascending.
+
+    Samples with one modality alone only count where they have labels or a speaker. With a limit, a fixed random part
+    of each set and kind.
+    """
+    table = data.tables[split]
+    has = np.stack([table.has_image, table.has_text, table.has_audio], axis=1)
+    labelled = (np.diff(table.label_offsets) > 0) | (np.array([bool(name) for name in table.speakers.names], bool)[
+        table.speakers.codes] & table.has_audio)
+    useful = (has.sum(1) > 1) | (labelled & (has[:, 0] | has[:, 2]))
+    chosen: dict[tuple[str, ...], np.ndarray] = {}
+    for kind in np.unique(has[useful], axis=0):
+        parts = []
+        for code in range(len(table.sources.names)):
+            rows = np.flatnonzero(useful & (has == kind).all(1) & (table.sources.codes == code))
+            if limit is not None and len(rows) > limit:
+                rows = np.sort(np.random.default_rng(SAMPLING_SEED).choice(rows, limit, replace=False))
+            parts.append(rows)
+        chosen[tuple(name for name, there in zip(MODALITIES, kind, strict=True) if there)] = np.sort(
+            np.concatenate(parts))
+    return chosen
+
+
+def can_score(data: Data, split: str) -> bool:
+    """False where the samples of a split cannot give any figure: all of them need two pictures or two sounds, which one
+    file twice is not."""
+    kinds, own = chosen_rows(data, split, None), data.splits[split]
+    return any(len(np.unique(np.concatenate([[], *(ids[rows] for kind, rows in kinds.items() if name in kind)]))) > 1
+               for name, ids in (("image", own.image_ids), ("audio", own.audio_ids)))
+
+
+def _facts(data: Data, split: str, limit: int | None, gathered: "_Gathered") -> dict[str, dict[str, Any]]:
+    """Of each set: samples used, samples there are, broken ones, and features that are not finite."""
+    table, facts = data.tables[split], {}
+    part, whole = (np.concatenate([np.empty(0, np.int64), *chosen_rows(data, split, most).values()])
+                   for most in (limit, None))
+    for code, source in enumerate(table.sources.names):
+        there = table.sources.codes == code
+        used = int(there[part].sum())
+        seen = int(there[np.array(sorted(gathered.seen), np.int64)].sum())
+        facts[source] = {"samples": used, "of": int(there.sum()), "broken": used - seen,
+                         "subset_seed": SAMPLING_SEED if used < there[whole].sum() else None,
+                         "nonfinite": gathered.nonfinite(there)}
+    return facts
+
+
+class _Gathered:
+    """Encodes batches and keeps what they give."""
+
+    def __init__(self, model: Any, setting: Setting, size: int):
+        self.model, self.setting = model, setting
+        self.size = {name: setting.sizes.get(name, size) for name in MODALITIES}
+        self.seen: set[int] = set()
+        self.features: dict[str, list[Tensor]] = {name: [] for name in MODALITIES}
+        self.rows: dict[str, list[np.ndarray]] = {name: [] for name in MODALITIES}
+        self.answers: dict[str, list[Answers]] = {name: [] for name in MODALITIES}
+        self.captions: list[np.ndarray] = []
+
+    def add(self, batch: Batch, caption_offsets: np.ndarray) -> None:
+        rows = batch.sample_ids.numpy()
+        self.seen.update(rows.tolist())
+        with torch.autocast(self.setting.device.type, self.setting.amp, enabled=self.setting.amp is not None):
+            if batch.images is not None:
+                self._keep("image", rows, batch, self._in_parts("image", self._image(batch), batch.images))
+            if batch.audio is not None:
+                assert batch.audio_lengths is not None
+                windows = -(-batch.audio.shape[1] // AUDIO_WINDOW_FRAMES)  # the size counts windows: long sounds fit
+                found = self._in_parts("audio", self._audio(batch), batch.audio, batch.audio_lengths, windows=windows)
+                self._keep("audio", rows, batch, found)
+            if batch.input_ids is not None:
+                assert batch.caption_owner is not None and batch.attention_mask is not None
+                found = self._in_parts("text", self._text, batch.input_ids, batch.attention_mask)
+                self._keep("text", rows[batch.caption_owner.numpy()], batch, found)
+                self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
+
+    def _in_parts(self, name: str, encode: Callable[..., dict[str, Tensor]], *inputs: Tensor,
+                  windows: int = 1) -> list[dict[str, Tensor]]:
+        """What `encode` makes of `inputs`, so many rows at a time; out of memory halves that for all that follows."""
+        found: list[dict[str, Tensor]] = []
+        start = 0
+        while start < len(inputs[0]):
+            size = max(1, self.size[name] // windows)
+            try:
+                found.append(encode(*(x[start:start + size] for x in inputs)))
+                start += size
+                continue
+            except (RuntimeError, MemoryError) as error:
+                cause = devices.out_of_memory_cause(error)
+            # outside of the handler, so that the failed part's tensors are let go
+            devices.free_cached(self.setting.device)
+            if size == 1:
+                raise UserError(f"evaluation: out of memory with one sample at a time ({cause}); free the device for "
+                                "this run, or evaluate with --device cpu")
+            self.size = {known: max(1, value // 2) for known, value in self.size.items()}
+            self.setting.less(max(self.size.values()), cause)
+        return found
+
+    def _keep(self, name: str, rows: np.ndarray, batch: Batch, found: list[dict[str, Tensor]]) -> None:
+        self.rows[name].append(rows)
+        self.features[name] += [part[f"{name}_features"].float() for part in found]
+        if "logits" in found[0]:
+            assert batch.concepts is not None
+            known = batch.concepts.any(1)  # of a sample without any nobody knows which ones it lacks
+            logits = torch.cat([part["logits"].float().cpu() for part in found])
+            self.answers[name].append(Answers(logits[known], batch.concepts[known], rows[known.numpy()]))
+
+    def _classifies(self, batch: Batch) -> bool:
+        return self.setting.concepts and batch.concepts is not None and bool(batch.concepts.any())
+
+    def _image(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
+        classify = self._classifies(batch)
+
+        def encode(images: Tensor) -> dict[str, Tensor]:
+            images = images.to(self.setting.device)
+            return self.model(images=images) if classify else {"image_features": self.model.image_features(images)}
+
+        return encode
+
+    def _audio(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
+        classify = self._classifies(batch)
+
+        def encode(audio: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+            frames = min(-(-int(lengths.max()) // 16) * 16, audio.shape[1])  # no more padding than this part needs
+            audio, lengths = audio[:, :frames].to(self.setting.device), lengths.to(self.setting.device)
+            if classify:
+                return self.model(audio=audio, audio_lengths=lengths)
+            return {"audio_features": self.model.audio_features(audio, lengths)}
+
+        return encode
+
+    def _text(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        ids, mask = ids.to(self.setting.device), mask.to(self.setting.device)
+        return {"text_features": self.model.text_features(ids, mask)}
+
+    def nonfinite(self, members: np.ndarray) -> dict[str, int]:
+        """Items of `members` (bool, by row) whose features are not finite, by modality, where there are any."""
+        counts = {}
+        for name in (name for name in MODALITIES if self.rows[name]):
+            own = torch.from_numpy(members[np.concatenate(self.rows[name])])
+            features = torch.cat(self.features[name])
+            counts[name] = metrics.count_nonfinite(features[own.to(features.device)])
+        return {name: count for name, count in counts.items() if count}
+
+    def result(self, own: Split, name: str, facts: dict[str, dict[str, Any]]) -> Encoded:
+        """Everything in order of rows, so that sets and pairs can be picked out by searching."""
+        items, captions = {}, np.empty(0, np.int64)
+        for modality in (modality for modality in MODALITIES if self.rows[modality]):
+            rows = np.concatenate(self.rows[modality])
+            order = np.argsort(rows, kind="stable")
+            if modality == "text":
+                captions = np.concatenate(self.captions)[order]
+                ids = own.caption_ids[captions]
+            else:
+                ids = (own.image_ids if modality == "image" else own.audio_ids)[rows[order]]
+            items[modality] = Items(_rows(torch.cat(self.features[modality]), order), rows[order], ids)
+        answers = {modality: Answers(torch.cat([p.logits_NK for p in parts]), torch.cat([p.concepts_NK for p in parts]),
+                                     np.concatenate([p.rows_N for p in parts]))
+                   for modality, parts in self.answers.items() if parts}
+        return Encoded(name, items, answers, captions, facts)
+
+
+# ---- scoring -----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def score(encoded: Encoded, data: Data, config: Config) -> Figures:
+    """All figures of an encoded split: {set: {pair: {metric: figure}}}; pairs without two samples are left out."""
+    options = metrics.Options(tile=config.evaluation.tile, resamples=config.evaluation.resamples)
+    figures: Figures = {}
+    for name, members in _sets(data, encoded.split):
+        pairs = {"image-text": _retrieval(encoded, data, ("image", "text"), members, options)}
+        if name != WITHOUT_SYMBOLS:
+            pairs["audio-text"] = _retrieval(encoded, data, ("audio", "text"), members, options)
+            pairs["image-audio"] = _retrieval(encoded, data, ("image", "audio"), members, options)
+            for modality in ("image", "audio"):
+                pairs[f"{modality}-concepts"] = _concepts(encoded, modality, members, options)
+            if name != ALL:
+                pairs["speakers"] = _speakers(encoded, data, members, config, options)
+        figures[name] = {pair: found for pair, found in pairs.items() if found}
+    if len(data.tables[encoded.split].sources.names) == 1:
+        figures[ALL] = figures[data.tables[encoded.split].sources.names[0]]
+    return {name: pairs for name, pairs in figures.items() if pairs}
+
+
+def evaluate_split(model: Any, data: Data, split: str, config: Config, setting: Setting) -> tuple[Figures, Encoded]:
+    """`encode_split`, then `score`."""
+    encoded = encode_split(model, data, split, config, setting)
+    return score(encoded, data, config), encoded
+
+
+def mark_trained_on(encoded: Encoded, data: Data, config: Config, known: np.ndarray) -> None:
+    """Add to the facts of each set how many of its encoded samples have a file that is among `known`."""
+    table = data.tables[encoded.split]
+    is_known = has_known_file(table, config.paths.data_root, known)
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *(items.rows_N for items in encoded.items.values())]))
+    for source, facts in encoded.facts.items():
+        facts["trained_on"] = sum(bool(is_known[row]) for row in rows.tolist() if table.sources[row] == source)
+
+
+def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Names of sets, and True at the rows of each; `ALL` first where there are several."""
+    table = data.tables[split]
+    names = table.sources.names
+    if len(names) > 1:
+        yield ALL, np.ones(len(table), bool)
+    for code, name in enumerate(names):
+        members = table.sources.codes == code
+        yield name, members
+        if name == "stamps":
+            symbols = np.array([label == "symbols" for label in table.labels.names], bool)[table.labels.codes]
+            owners = np.repeat(np.arange(len(table)), np.diff(table.label_offsets))
+            plain = members.copy()
+            plain[owners[symbols]] = False
+            if plain.sum() < members.sum():
+                yield WITHOUT_SYMBOLS, plain
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Items of two modalities whose samples have both; of the first modality one item for each file."""
+
+    left: np.ndarray  # places of the first modality's items
+    right: np.ndarray  # places of the second's
+    owners: np.ndarray  # of each on the right, which on the left belongs to it
+    ids: np.ndarray  # of those on the right, see Items
+
+
+def _paired(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pairs:
+    if not set(pair) <= encoded.items.keys():
+        return _Pairs(*np.empty((4, 0), np.int64))
+    first, second = (encoded.items[name] for name in pair)
+    left = np.flatnonzero(members[first.rows_N] & np.isin(first.rows_N, second.rows_N))
+    right = np.flatnonzero(members[second.rows_N] & np.isin(second.rows_N, first.rows_N))
+    owners = np.searchsorted(first.rows_N[left], second.rows_N[right])
+    kept, group = _first_of_each(first.ids_N[left])
+    return _Pairs(left[kept], right, group[owners], second.ids_N[right])
+
+
+def _first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Place of the first of each id, ascending, and which of these places each has."""
+    _, first, group_N = np.unique(ids_N, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[group_N]
+
+
+def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.ndarray,
+               options: metrics.Options) -> dict[str, Figure]:
+    """Both directions, each file and each of its wordings once; with captions also as papers count, caption by caption.
+
+    A file that stands in several samples is one, for which all their captions are right.
+    """
+    p = _paired(encoded, pair, members)
+    if len(p.left) < 2:
+        return {}
+    first, second = (_rows(encoded.items[name].features_NF, places) for name, places in zip(pair, (p.left, p.right),
+                                                                                            strict=True))
+    texts = pair[1] == "text"
+    _, ids = np.unique(p.ids, return_inverse=True)
+    counted, _ = _first_of_each(p.owners * (ids.max() + 1) + ids if texts else ids)
+    order = np.concatenate([counted, np.setdiff1d(np.arange(len(ids)), counted)])
+    figures = metrics.retrieval(first, _rows(second, counted), torch.from_numpy(p.owners[order]),
+                                torch.from_numpy(ids[order]), names=pair, options=options)
+    if texts:
+        times = data.tables[encoded.split].caption_times[encoded.captions_C[p.right]]
+        each = np.repeat(np.arange(len(p.right)), times)  # equal captions of one clip are so many queries there
+        of_papers = metrics.retrieval(first, _rows(second, each), torch.from_numpy(p.owners[each]), names=pair,
+                                      options=options)
+        figures = {name + suffix: found[name] for name in figures
+                   for suffix, found in (("", figures), (PER_CAPTION, of_papers))}
+    return figures
+
+
+def _rows(features: Tensor, rows: np.ndarray) -> Tensor:
+    return features[torch.from_numpy(rows).to(features.device)]
+
+
+def _concepts(encoded: Encoded, modality: str, members: np.ndarray, options: metrics.Options) -> dict[str, Figure]:
+    """What the classifier says of each file once; its concepts are those of all samples that have it."""
+    answers = encoded.answers.get(modality)
+    if answers is None:
+        return {}
+    own = np.flatnonzero(members[answers.rows_N])
+    items = encoded.items[modality]
+    first, file_N = _first_of_each(items.ids_N[np.searchsorted(items.rows_N, answers.rows_N[own])])
+    if len(first) < 2:
+        return {}
+    labels_NK = answers.concepts_NK[torch.from_numpy(own)]
+    of_files = torch.zeros(len(first), labels_NK.shape[1], dtype=torch.int32)
+    of_files.index_add_(0, torch.from_numpy(file_N), labels_NK.int())
+    return metrics.concept_precision(answers.logits_NK[torch.from_numpy(own[first])], of_files > 0,
+                                     name=f"{modality}_to_concepts_mAP", options=options)
+
+
+# ---- speakers ----------------------------------------------------------------------------------------------------
+
+
+def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
+              options: metrics.Options) -> dict[str, Figure]:
+    """Verification on the official trials where they are there, else on pairs of our own; adds to the set's facts."""
+    table, items = data.tables[encoded.split], encoded.items.get("audio")
+    if items is None:
+        return {}
+    places = np.array([n for n, row in enumerate(items.rows_N) if members[row] and table.speakers[row]], np.int64)
+    names = np.array([table.speakers[row] for row in items.rows_N[places]])
+    if len(np.unique(names)) < 2:
+        return {}
+    source = table.sources[items.rows_N[places[0]]]
+    ids = items.ids_N[places]
+    if source == "voxceleb" and encoded.split == "test":
+        keys = [table.keys[row] for row in items.rows_N[places]]
+        pairs_T2, about = trials.listed_trials(keys, names, ids, Path(config.paths.data_root) / "voxceleb")
+    else:
+        pairs_T2, about = trials.own_trials(names, ids, "no trial list")
+    encoded.facts[source]["trials"] = about
+    same_T = names[pairs_T2[:, 0]] == names[pairs_T2[:, 1]]
+    features = _rows(items.features_NF, places).double().cpu()
+    scores = torch.cat([(features[part[:, 0]] * features[part[:, 1]]).sum(1)
+                        for part in torch.from_numpy(pairs_T2).split(10_000)])
+    return metrics.verification(scores.numpy(), same_T, names[pairs_T2], options)
+
+
+# ---- examples ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: int = 5) -> list[dict[str, Any]]:
+    """What a few captions find among all pictures ("image") or sounds ("audio") of the split, for the gallery.
+
+    The captions are different first ones of samples drawn by a fixed seed. Each gives {"query", "source", "modality",
+    "rank" (of the best right answer, ties against the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or
+    log-mel float16 (T, 80), "caption", "score", "right"}]}, best answer first.
+    """
+    table = data.tables[encoded.split]
+    p = _paired(encoded, (modality, "text"), np.ones(len(table), bool))
+    if not len(p.left):
+        return []
+    gallery = _rows(encoded.items[modality].features_NF, p.left)
+    rows_G = encoded.items[modality].rows_N[p.left]
+    relation = metrics.Relation(torch.from_numpy(p.owners), torch.from_numpy(p.ids), len(p.left))
+    firsts = np.unique(p.owners, return_index=True)[1]  # one caption a file, and each wording once
+    firsts = firsts[np.unique(p.ids[firsts], return_index=True)[1]]
+    chosen = np.sort(np.random.default_rng(SAMPLING_SEED).permutation(firsts)[:queries])
+    out = []
+    for c in chosen.tolist():
+        query_F = _rows(encoded.items["text"].features_NF, p.right[c:c + 1])[0]
+        scores_G = (gallery @ query_F).nan_to_num(-2.0, -2.0, -2.0).cpu()
+        right_G = relation.tile(slice(0, len(p.left)), slice(c, c + 1))[:, 0]
+        reached = scores_G[right_G].max() - metrics.rounding(scores_G.dtype)
+        rank = 1 + int((scores_G[~right_G] >= reached).sum())
+        best = scores_G.sort(descending=True, stable=True).indices[:found].tolist()
+        source = table.sources[rows_G[p.owners[c]]]
+        out.append({"query": table.captions[encoded.captions_C[p.right[c]]], "source": source,
+                    "modality": modality, "rank": rank, "candidates": len(p.left),
+                    "answers": [{"picture": _picture(data, encoded.split, modality, int(rows_G[g])),
+                                 "caption": (table.captions_of(int(rows_G[g])) or ("",))[0],
+                                 "score": float(scores_G[g]), "right": bool(right_G[g])} for g in best]})
+    return out
+
+
+def _picture(data: Data, split: str, modality: str, row: int) -> np.ndarray:
+    store = data.splits[split].store
+    return store.image(row) if modality == "image" else store.mel(row)[:AUDIO_WINDOW_FRAMES]

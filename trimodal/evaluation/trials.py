@@ -1,0 +1,92 @@
+"""Speaker trials: which pairs of utterances are compared, from a published list or drawn from what is there.
+
+    pairs_T2, about = listed_trials(keys, names, audio_ids, Path("data/voxceleb"))    # places in keys; words on them
+
+Shape suffix: T trials.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trimodal.config import UserError
+
+SAMPLING_SEED = 0  # never the training seed, so that runs compare
+SPEAKER_UTTERANCES = 300  # of at most UTTERANCES_EACH a speaker, where there is no trial list: up to 44,850 pairs
+UTTERANCES_EACH = 10
+TRIAL_FOLDERS = ("voxceleb1", ".", "voxceleb2", "meta", "metadata", "voxceleb1/meta", "voxceleb1/metadata")
+TRIAL_LISTS = (  # cleaned Vox1-O first; the figures of papers are on either. The others are of all speakers
+    "veri_test2.txt", "veri_test.txt", "voxceleb1_test_v2.txt", "list_test_all2.txt", "list_test_all.txt",
+    "list_test_hard2.txt", "list_test_hard.txt")
+
+
+def read_trials(path: Path) -> list[tuple[bool, str, str]]:
+    """Lines `1 id10270/x6uYqmx31kE/00001.wav id10270/8jEAjG6SegY/00008.wav` of a trial list; 1 = one speaker.
+
+    Raises:
+        UserError: a line that is none, with its number.
+    """
+    trials = []
+    for number, line in enumerate(path.read_text("utf-8", "backslashreplace").splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 3 or words[0] not in ("0", "1"):
+            raise UserError(f"{path}, line {number}: expected '1 FILE FILE' or '0 FILE FILE', got {line[:80]!r}; "
+                            "download the list again")
+        trials.append((words[0] == "1", words[1], words[2]))
+    return trials
+
+
+def listed_trials(keys: Sequence[str], names: np.ndarray, ids: np.ndarray, root: Path) -> tuple[np.ndarray, str]:
+    """Pairs of places in `keys` from the first list below `root` that has any of the utterances, and which list it is;
+    `own_trials` where there is none.
+
+    Args:
+        keys: of the utterances. names: of their speakers. ids: equal for equal files and stretches.
+
+    Raises:
+        UserError: a line of a list is none, or says of two utterances what their speakers do not.
+    """
+    place = {key: n for n, key in enumerate(keys)}
+    empty = []
+    for path in (root / folder / name for name in TRIAL_LISTS for folder in TRIAL_FOLDERS):
+        if not path.is_file():
+            continue
+        trials, name = read_trials(path), path.relative_to(root).as_posix()
+        pairs = []
+        for same, one, other in trials:
+            first, second = place.get(_key_of_trial(one)), place.get(_key_of_trial(other))
+            if first is not None and second is not None:
+                if same != (names[first] == names[second]):
+                    raise UserError(f"{path}: says {int(same)} of {one} and {other}, which are of {names[first]} and "
+                                    f"{names[second]}; download the list again")
+                pairs.append((first, second))
+        if pairs:
+            return np.array(pairs, np.int64), (
+                f"{name}: {len(pairs)} of its {len(trials)} trials have both files among those evaluated")
+        empty.append(name)
+    return own_trials(names, ids, f"no trial of {', '.join(empty)} has both files here" if empty else "no trial list")
+
+
+def own_trials(names: np.ndarray, ids: np.ndarray, why: str) -> tuple[np.ndarray, str]:
+    """All pairs among at most SPEAKER_UTTERANCES utterances, UTTERANCES_EACH a speaker, drawn by a fixed seed. Of equal
+    files one counts: nobody fails to verify a file by itself."""
+    order = np.random.default_rng(SAMPLING_SEED).permutation(len(names))
+    order = order[np.isin(order, np.unique(ids, return_index=True)[1])]
+    by_speaker: dict[str, list[int]] = {}
+    for place in order.tolist():
+        own = by_speaker.setdefault(str(names[place]), [])
+        if len(own) < UTTERANCES_EACH:
+            own.append(place)
+    drawn = np.array([place for own in by_speaker.values() for place in own][:SPEAKER_UTTERANCES], np.int64)
+    first, second = np.triu_indices(len(drawn), k=1)
+    return np.stack([drawn[first], drawn[second]], axis=1), (
+        f"{why}: all {len(first)} pairs of {len(drawn)} utterances drawn by seed {SAMPLING_SEED}")
+
+
+def _key_of_trial(file: str) -> str:
+    """Key of the sample that a list calls SPEAKER/VIDEO/UTTERANCE.wav."""
+    return f"vox1/{os.path.splitext(file)[0]}"

@@ -1,0 +1,167 @@
+"""From the names in a list to files: in the list's folder alone, and in spite of how a name came to be written.
+
+A Mac writes accented letters of file names as two characters (NFD) where lists have one (NFC), Windows parts folders by
+backslashes, and some tables put blanks beside their commas. Where a name leads to no file, the one file that it leads
+to without that is taken, and counted.
+"""
+
+import os
+import stat
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from trimodal.data import same_files
+
+SHOWN = 3  # missing files that are named
+MAX_FOLDERS = 64  # whose names are kept in memory
+MAX_KNOWN = 1_000_000  # names of files that are kept
+
+UNICODE, BACKSLASH, BLANKS = "another Unicode form", "backslashes", "blanks beside them"
+
+
+class File(NamedTuple):
+    path: str  # absolute
+    number: int  # equal for equal files, whatever paths lead there
+
+
+@dataclass
+class Files:
+    """What a list names, relative to `base`; nothing beyond `root` (without links, with "/" at its end)."""
+
+    base: Path
+    root: str
+    numbers: dict[str, int] = field(default_factory=dict)  # by what files are told apart by
+    missing: set[int] = field(default_factory=set)
+    shown: list[str] = field(default_factory=list)  # the first of them, and where they are named
+    written: dict[str, set[int]] = field(default_factory=dict)  # files that were found in spite of their writing, by it
+    example: dict[str, str] = field(default_factory=dict)  # of each such writing
+    folders: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # names by their NFC form
+    found: dict[str, File] = field(default_factory=dict)  # by name: lists of one caption a line name each file often
+    real: dict[str, str] = field(default_factory=dict)  # folders without links
+
+    def find(self, name: str, where: str) -> File:
+        """As `_find`, which each name is looked for by once, unless it is missing."""
+        if name not in self.found:
+            file = self._find(name, where)
+            if file.number in self.missing:
+                return file
+            if len(self.found) >= MAX_KNOWN:
+                self.found.clear()
+            self.found[name] = file
+        return self.found[name]
+
+    def _find(self, name: str, where: str) -> File:
+        """The file of this name; one that is not there counts as missing, and `where` is kept of the first of them.
+
+        Raises:
+            ValueError: it lies outside `root`, or is no file.
+        """
+        path = os.path.abspath(os.path.join(self.base, name))
+        if "\0" in name:
+            raise ValueError("expected a path")
+        found = _stat(path)
+        if found is None:
+            path, found = self._written_otherwise(name, path)
+        if not self._without_links(path).startswith(self.root):
+            raise ValueError(f"lies outside {self.root} (links followed); put it there, or name a folder that holds "
+                             "all files: data.manifest_root=FOLDER")
+        if found is None:
+            return File(path, self._miss(name, path, where))
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("is not a file" if not stat.S_ISDIR(found.st_mode) else "is a folder, not a file")
+        return File(path, self._number(same_files.key_of(found, path)))
+
+    def describe(self) -> list[str]:
+        """A line for each way of writing in spite of which files were found."""
+        return [f"{len(files):,} file names are written with {way}, such as {self.example[way]!r:.100}: the files are "
+                "there without that, and taken" for way, files in self.written.items()]
+
+    def _without_links(self, path: str) -> str:
+        """`os.path.realpath`, of each folder once."""
+        folder, name = os.path.split(path)
+        if os.path.islink(path):
+            return os.path.realpath(path)
+        if folder not in self.real:
+            if len(self.real) >= MAX_KNOWN:
+                self.real.clear()
+            self.real[folder] = os.path.realpath(folder)
+        return os.path.join(self.real[folder], name)
+
+    def _number(self, key: str) -> int:
+        return self.numbers.setdefault(key, len(self.numbers))
+
+    def _miss(self, name: str, path: str, where: str) -> int:
+        number = self._number(path)
+        if number not in self.missing and len(self.shown) < SHOWN:
+            self.shown.append(f"{where}: no such file ({path:.200}){self._hint(name, path)}")
+        self.missing.add(number)
+        return number
+
+    def _written_otherwise(self, name: str, path: str) -> tuple[str, os.stat_result | None]:
+        """The file that is there if the name is written otherwise; else `path` and None."""
+        slashes = name.replace("\\", "/") if os.sep == "/" else name
+        for other, ways in ((name, []), (name.strip(), [BLANKS]), (slashes, [BACKSLASH]),
+                            (slashes.strip(), [BLANKS, BACKSLASH])):
+            if ways and other == name:
+                continue
+            plain = os.path.abspath(os.path.join(self.base, other))
+            for candidate, more in ((plain, []), (self._in_other_form(plain), [UNICODE])):
+                if candidate and (found := _stat(candidate)) and stat.S_ISREG(found.st_mode):
+                    self._count([*ways, *more], name, self._number(same_files.key_of(found, candidate)))
+                    return candidate, found
+        return path, None
+
+    def _count(self, ways: list[str], name: str, number: int) -> None:
+        for way in ways:
+            self.written.setdefault(way, set()).add(number)
+            self.example.setdefault(way, name)
+
+    def _in_other_form(self, path: str) -> str:
+        """The path that differs in the Unicode form of its names alone; "" where there is none, or several."""
+        if path.isascii():
+            return ""
+        folder, name = os.path.split(path)
+        if not os.path.isdir(folder):
+            folder = self._in_other_form(folder)
+        names = self._names(folder).get(unicodedata.normalize("NFC", name), []) if folder else []
+        return os.path.join(folder, names[0]) if len(names) == 1 else ""
+
+    def _names(self, folder: str) -> dict[str, list[str]]:
+        if folder not in self.folders:
+            if len(self.folders) >= MAX_FOLDERS:
+                self.folders.clear()
+            self.folders[folder] = {}
+            for name in _listdir(folder):
+                self.folders[folder].setdefault(unicodedata.normalize("NFC", name), []).append(name)
+        return self.folders[folder]
+
+    def _hint(self, name: str, path: str) -> str:
+        """What may be wrong with the name of a missing file."""
+        if "\\" in name and os.sep == "/":
+            return ", nor one with '/' for its backslashes"
+        if "://" in name:
+            return ", which is an address: download it, and name the file"
+        if not os.path.isabs(name) and os.path.isfile(name):
+            return f", which is in the current folder: relative paths start at {self.base}"
+        folder, last = os.path.split(path)
+        names = self._names(folder) if os.path.isdir(folder) else {}
+        if len(names.get(unicodedata.normalize("NFC", last), [])) > 1:
+            return ", but several whose names are written in other Unicode forms"
+        close = next((one for one in names if one.lower() == unicodedata.normalize("NFC", last).lower()), "")
+        return f", but {names[close][0]!r}: capital and small letters differ" if close else ""
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _listdir(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []

@@ -1,0 +1,494 @@
+"""Training: `train` runs the stages of config.yaml, `train_stage` its epochs, `train_step` one optimizer step.
+
+A stage is a row of the configuration; nothing here knows one by name. What a stage inherits: the model's weights, the
+run's clock and its step count. What it begins anew: its objectives' heads, the optimizer, the schedule.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from datasets import Batch, epoch_batches, loader, pool
+from trimodal import distributed
+from trimodal.config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig, UserError
+from trimodal.distributed import OutOfMemoryElsewhere, World
+from trimodal.evaluation.protocols import Encoded
+from trimodal.memory import devices
+from trimodal.objectives.losses import start_sigmoid
+from trimodal.objectives.step import Share, accumulate
+from trimodal.training import budget, faults
+from trimodal.training.fits import fit_stages
+from trimodal.training.optimizer import freeze, lr_at
+from trimodal.training.planner import apply_recompute
+from trimodal.training.resume import begins_with_sigmoid, find_state, finished_report, stage_epochs
+from trimodal.training.run import (
+    Options,
+    Run,
+    TrainingError,
+    claim_folder,
+    encode_validation,
+    finish,
+    first_recalls,
+    last_checkpoint,
+    open_run,
+    remember_best,
+    retrieval_figures,
+    retrieval_record,
+    show_examples,
+    tell_of_no_validation,
+)
+from trimodal.training.saving import Saver
+from trimodal.training.signals import Interruption
+from trimodal.training.stage import (
+    TOTAL,
+    Stage,
+    active_tasks,
+    build_stage,
+    epoch_jobs,
+    first_contrast,
+    make_step,
+    own_jobs,
+    reduce_gradients,
+    weighted_terms,
+    whole_batch,
+)
+
+__all__ = ["Options", "TrainingError", "train"]
+
+VALIDATION_BATCH = 512  # contrast on validation data is over at most this many samples, whatever the training batch
+
+T = TypeVar("T")
+
+
+# ---- one step ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepResult:
+    """Device tensors, so that nobody waits for the device; `read` costs one synchronisation."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    grad_norm: Tensor
+    finite: Tensor
+    given: faults.Given  # to look for the cause where it is not finite
+
+    def read(self) -> tuple[float, dict[str, float], float, bool]:
+        loss, norm, finite, *parts = torch.stack(
+            [x.detach().float() for x in (self.loss, self.grad_norm, self.finite, *self.parts.values())]).tolist()
+        return loss, dict(zip(self.parts, parts, strict=True)), norm, bool(finite)
+
+
+def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> dict[str, Tensor]:
+    """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
+    step = make_step(run, stage, batch, share, train=True)
+    parts = accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
+    if TOTAL in parts:
+        spoil_unless_finite(stage.optimizer.parameters, parts[TOTAL])
+    run.world.reserve(stage.optimizer.parameters)
+    return parts
+
+
+def spoil_unless_finite(parameters: Iterable[Tensor], loss: Tensor) -> None:
+    """Of a loss that is not finite the gradient may be; then one of its values is made so, since that is what an update
+    is masked by, on all processes alike and without a look at the device."""
+    given = min((p.grad for p in parameters if p.grad is not None), key=Tensor.numel, default=None)
+    if given is not None:
+        given.add_(0 * loss.detach())
+
+
+def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
+    """One optimizer step on one effective batch, of which `batch` is this process's share.
+
+    Out of memory before the gradients are complete, on any process: micro-batches halve and the same step is done again
+    by all. Nothing is drawn within a step, so there is no random state to restore and the mathematics stays the same.
+    Out of memory in the update: it goes on where it stopped, since the gradients are complete by then.
+
+    Raises:
+        UserError: out of memory at micro-batch 1; names what can be turned.
+    """
+    whole, share = whole_batch(run, stage, task, batch)
+    parts = None
+    while parts is None:
+        parts, cause = attempt(run.world, lambda: leave_gradients(run, stage, task, whole, share))
+        if parts is None:
+            stage.optimizer.zero_grad()
+            shrink(run, stage, cause)
+    reduce_gradients(run, stage)
+    norm, finite = update(run, stage)
+    run.model.bound_temperatures()
+    if stage.average is not None:
+        stage.average.update(run.model.parameters(), finite)
+    return StepResult(parts.pop(TOTAL, torch.zeros((), device=run.device)), parts, norm, finite,
+                      faults.Given(task, batch, whole, share))
+
+
+def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
+    """What `work` gives, or None and the cause if it, or that of another process, ran out of memory.
+
+    Each process says once whether it did: here, or by the error that `World.agree_on_memory` raised within `work`.
+    """
+    try:
+        result = work()
+    except OutOfMemoryElsewhere as error:
+        return None, str(error)
+    except (RuntimeError, MemoryError) as error:
+        cause = devices.out_of_memory_cause(error)
+    else:
+        return (None, "another process of this run") if world.any_flag(False) else (result, "")
+    world.any_flag(True)
+    return None, cause
+
+
+def update(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
+    """The optimizer's update by the gradients that are there: their norm, and whether it is finite."""
+    training = run.config.training
+    lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
+               training.warmup_pct, training.min_lr_pct)
+    while True:
+        try:
+            return stage.optimizer.step(lr)
+        except (RuntimeError, MemoryError) as error:
+            cause = devices.out_of_memory_cause(error)
+        stage.optimizer.take_less()
+        shrink(run, stage, cause, "the update goes on where it stopped, later steps")
+
+
+def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again", step: int | None = None) -> None:
+    """After running out of memory: free what the failed work left, halve the stage's micro-batches, say so and `what`
+    comes next. `step`: of the event; None: of the one that is being trained."""
+    devices.free_cached(run.device)
+    name = stage.row.name
+    less = devices.smaller(run.fits[name], may_recompute=run.config.model.use_checkpoint)
+    if less is None:
+        raise UserError(devices.out_of_memory_message(f"stages.{name}", run.device))
+    run.fits[name] = less
+    apply_recompute(run.model, less)
+    at = run.progress.step + 1 if step is None else step
+    run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {less}", at)
+
+
+# ---- an epoch ----------------------------------------------------------------------------------------------------
+
+
+class StepLog:
+    """Reads each step's device tensors one step late, so that the device never waits for the host; logs every n-th,
+    counts bad steps, drives the progress bar."""
+
+    def __init__(self, run: Run, stage: Stage, epoch: int):
+        self.run, self.stage, self.epoch = run, stage, epoch
+        self.pending: tuple[StepResult, dict[str, Any]] | None = None
+        self.clock = devices.Clock()
+        self.samples = 0
+        self.start_s = time.perf_counter()
+        self.window_start = (self.start_s, 0)
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.samples / max(time.perf_counter() - self.start_s, 1e-9)
+
+    def add(self, result: StepResult, batch: Batch, samples: int) -> None:
+        """`samples`: of the whole effective batch, of which `batch` is this process's share."""
+        self.flush()
+        self.samples += samples
+        facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
+                 "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
+        if self._is_logged(facts):
+            facts |= self._scales()  # of this step, not of the next, at which they are read
+        self.pending = (result, facts)
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (result, facts), self.pending = self.pending, None
+        loss, parts, norm, finite = result.read()
+        parts = self.run.world.sum_scalars({TOTAL: loss, **parts})
+        loss = parts.pop(TOTAL)
+        self.run.tracker.advance(facts["samples"], loss)
+        if not finite:
+            self._bad(result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
+            return
+        self.stage.bad_in_a_row = 0
+        self.run.progress.loss_sum += loss
+        self.run.progress.losses += 1
+        if self._is_logged(facts):
+            self._write(facts, loss, parts, norm)
+        faults.listen(self.run, self.stage, result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
+
+    def _is_logged(self, facts: dict[str, Any]) -> bool:
+        return facts["step"] % self.run.config.training.log_every_steps == 0
+
+    def _scales(self) -> dict[str, dict[str, Tensor]]:
+        """Temperatures, and biases where the loss has them, as tensors of the device."""
+        model = self.run.model
+        found = {"temperature": {pair: scale.detach().exp() for pair, scale in model.logit_scale.items()}}
+        if self.run.config.training.contrastive_loss == "sigmoid":
+            found["bias"] = {pair: value.detach().clone() for pair, value in model.logit_bias.items()}
+        return found
+
+    def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
+        now, (start, before) = time.perf_counter(), self.window_start
+        self.window_start = (now, self.samples)
+        for name in facts.keys() & {"temperature", "bias"}:
+            facts[name] = {pair: float(value) for pair, value in facts[name].items()}
+        self.run.tracker.step({
+            **facts, "loss": loss, "parts": parts, "grad_norm": norm,
+            "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
+            "data_wait_pct": self.clock.wait_pct, "memory_gib": devices.peak_gib(self.run.device)[0]})
+
+    def _bad(self, given: faults.Given, facts: dict[str, Any]) -> None:
+        """A step whose gradient was not finite changed nothing; many in a row end the run."""
+        self.stage.bad_in_a_row += 1
+        cause = faults.examine(self.run, self.stage, given, facts, attempt)
+        if self.stage.bad_in_a_row >= self.run.config.training.max_bad_steps:
+            raise TrainingError(f"stage {facts['stage']}, step {facts['step']}: {self.stage.bad_in_a_row} steps in a "
+                                f"row were not finite, in {cause}; last good checkpoint: {last_checkpoint(self.run)}. "
+                                "Lower --lr, or set training.use_amp=false")
+
+
+def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> StepLog:
+    """All optimizer steps of one epoch that are not done yet.
+
+    Raises:
+        Stopped: a signal asked for it, and the saver has saved.
+    """
+    run.model.train()
+    progress, log, jobs = run.progress, StepLog(run, stage, epoch), epoch_jobs(run, stage, epoch)
+    if not progress.epoch_step:
+        progress.loss_sum, progress.losses = 0.0, 0
+    start = min(progress.epoch_step, len(jobs))  # fewer where the effective batch has grown since
+    batches = loader(run.data, "train", own_jobs(run, jobs), run.config, start=start, whole=jobs,
+                     inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
+                     say=lambda line: run.tracker.event(line, progress.step))
+    for (task, indices), batch in zip(jobs[start:], log.clock.waiting_for(batches), strict=True):
+        result = train_step(run, stage, task, batch)
+        progress.step += 1
+        progress.stage_step += 1
+        progress.epoch_step += 1
+        log.add(result, batch, len(indices))
+        if saver and progress.epoch_step < len(jobs):  # the last one's checkpoint is that of the epoch
+            saver.after_step(stage.row.name, stage.state_dict, log.flush)
+    log.flush()
+    progress.epoch, progress.epoch_step = epoch, 0
+    return log
+
+
+# ---- validation --------------------------------------------------------------------------------------------------
+
+
+def validation_jobs(run: Run, stage: Stage) -> list[Any]:
+    """The same batches every epoch: a seeded part of each task's validation pool."""
+    pools = []
+    for task in stage.tasks:
+        indices = pool(run.data.tables["val"], task.inputs)
+        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+        pools.append(indices[order[:run.config.evaluation.max_validation].sort().values.numpy()])
+    size = min(run.config.effective_batch(stage.row), VALIDATION_BATCH)
+    return epoch_batches(pools, [1.0] * len(pools), size, seed=0, epoch=0)
+
+
+def crop_sounds(batch: Batch, max_s: float) -> Batch:
+    """At most `max_s` from the start of each sound: validation losses are over one window, as in training."""
+    if batch.audio is None:
+        return batch
+    frames = -(-int(max_s * FRAME_RATE_HZ) // 16) * 16
+    patches = batch.noise["audio"].shape[1] * min(frames, batch.audio.shape[1]) // batch.audio.shape[1]
+    assert batch.audio_lengths is not None
+    return dataclasses.replace(
+        batch, audio=batch.audio[:, :frames], audio_lengths=batch.audio_lengths.clamp(max=frames),
+        noise={**batch.noise, "audio": batch.noise["audio"][:, :patches]})
+
+
+@torch.no_grad()
+def validation_loss(run: Run, stage: Stage) -> tuple[float | None, dict[str, float]]:
+    """Mean over validation samples of their task's loss, and of each part; no augmentation, all captions.
+
+    A sample weighs the same whatever its task, so that a handful of sounds does not outvote thousands of pictures.
+    Batches with nothing to compare or predict are left out; None if that is all of them.
+    """
+    jobs = validation_jobs(run, stage)
+    batches = loader(run.data, "val", jobs, run.config, inputs=[task.inputs for task in stage.tasks],
+                     train=False, epoch=0)
+    sums: dict[str, list[float]] = {}
+    for batch in batches:
+        parts = batch_loss(run, stage, batch.task, crop_sounds(batch, run.config.data.audio_max_s))
+        samples = len(batch.keys)
+        for name, value in parts.items():
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += float(value) * samples
+            entry[1] += samples
+    means = {name: total / weight for name, (total, weight) in sums.items()}
+    return means.pop(TOTAL, None), means
+
+
+def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> dict[str, Tensor]:
+    """Loss and parts of a validation batch; out of memory halves the micro-batches, as in training."""
+    while True:
+        try:
+            step = make_step(run, stage, batch, train=False)
+            return accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
+        except (RuntimeError, MemoryError) as error:
+            cause = devices.out_of_memory_cause(error)
+        shrink(run, stage, cause, "the same validation batch again", run.progress.step)
+
+
+@contextlib.contextmanager
+def averaged(run: Run, stage: Stage) -> Iterator[None]:
+    """Evaluate with the averaged weights, where an average is kept."""
+    run.model.eval()
+    if stage.average is None:
+        yield
+        return
+    stage.average.swap(run.model)
+    try:
+        yield
+    finally:
+        stage.average.swap(run.model)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------
+
+
+def train(config: Config, options: Options) -> Path | None:
+    """Run what is left of every stage, evaluate the best weights on the test split, write the report; its path. Under
+    torchrun all processes train, and the main one does the rest: the others return None.
+
+    Raises:
+        UserError: a mistake that the user can mend.
+        TrainingError: the run cannot go on.
+        Stopped: a signal asked for it; what is done is saved.
+    """
+    devices.keep_few_kernels()
+    world = distributed.start(devices.choose_device(options.device))
+    try:
+        with world.quiet(), Interruption() as interruption:
+            return run_stages(config, options, world, interruption)
+    except RuntimeError as error:
+        if devices.is_out_of_memory(error):  # a step and the evaluation go on with less; what is beside them cannot
+            raise UserError(devices.no_room(world.device, error)) from None
+        if not world.has_lost_someone(error):
+            raise
+        raise TrainingError("another process of this run has ended (its own lines say why); go on with --resume "
+                            "auto from the newest checkpoint") from None
+    finally:
+        world.stop()
+
+
+def run_stages(config: Config, options: Options, world: World, interruption: Interruption) -> Path | None:
+    """`train`, as one of the processes of `world`."""
+    claim = claim_folder(Path(config.paths.output_dir), options, world)
+    state = world.on_main(lambda: find_state(config, options))
+    if report := world.on_main(lambda: finished_report(config, state)):
+        print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")
+        return report
+    run = open_run(config, options, state, world, claim=claim)
+    try:
+        tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
+        for row in config.stages:
+            freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
+        if begins_with_sigmoid(config, state):
+            start_sigmoid(run.model, first_contrast(config))
+        fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
+        epochs, first = stage_epochs(config, state), 1
+        saver = Saver(run, epochs, interruption)
+        for row in config.stages:
+            span = range(first, first + epochs[row.name])
+            first = span.stop
+            if not span:
+                run.tracker.say(f"[{row.name}] skipped: {config.training.epochs} epochs are too few for its share")
+            elif run.progress.epoch < span[-1]:
+                found, skipped = tasks[row.name]
+                for line in skipped:
+                    run.tracker.say(line)
+                train_stage(run, row, found, span, state, saver)
+        saver.wait()
+        return finish(run) if world.is_main else None
+    finally:
+        run.tracker.close()
+
+
+def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
+                saver: Saver) -> None:
+    """The epochs of a stage that are not done yet; validates after each."""
+    stage = build_stage(run, row, tasks, len(epochs))
+    if run.progress.epoch >= epochs[0] or run.progress.epoch_step:
+        assert state is not None, "only a resumed run begins inside a stage"
+        stage.load_state_dict(state["stage_state"])
+    else:
+        run.progress.stage_step, run.progress.stage_s = 0, 0.0
+    start_s = time.perf_counter() - run.progress.stage_s
+    devices.free_cached(run.device)  # else what the stage before took would count as this one's
+    devices.reset_peak(run.device)
+    samples = samples_of(epoch_jobs(run, stage, 1))
+    begun = samples_of(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
+    run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]) + begun, row.name)
+    for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
+        with saver.interruption.can_wait():
+            log = train_epoch(run, stage, epoch, saver)
+            if run.world.is_main:  # the others wait where they meet it next
+                encoded = validate(run, stage, log)
+                run.progress.stage_s = time.perf_counter() - start_s
+                if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
+                    run.tracker.record({
+                        "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
+                        "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
+                        **compare_memory(run, row.name), "samples": samples * len(epochs)})
+                if contrasts(stage) and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
+                    show_examples(run, encoded)
+            saver.after_epoch(row.name, stage.state_dict, is_last=epoch == epochs[-1])
+    run.tracker.close_bar()
+
+
+def samples_of(jobs: list[Any]) -> int:
+    return sum(len(indices) for _, indices in jobs)
+
+
+def compare_memory(run: Run, name: str) -> dict[str, float]:
+    """What the stage's record holds of memory in GiB: its measured peak, and the part of it that was held before the
+    model was made. The rest is shown beside the planned peak; on CUDA it calibrates this machine's plans."""
+    measured, planned = devices.peak_gib(run.device), run.predicted_gib[name]
+    comparable = max(measured.gib - run.held_gib, 0.0)
+    less = f", less {run.held_gib:.2f} GiB held before the model was made" if run.held_gib else ""
+    run.tracker.say(f"[{name}] memory: planned {planned:.2f} GiB of tensors, measured {comparable:.2f} GiB "
+                    f"({measured.gib:.2f} GiB {measured.kind}{less})")
+    run.tracker.memory(name, planned, comparable, measured.gib, run.progress.step)
+    if run.device.type != "cuda" and measured.gib > run.config.budget_gb:
+        run.tracker.say(f"[{name}] the process took more than memory.budget_gb={run.config.budget_gb:g}, and nothing "
+                        f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
+    as_planned = run.fits.get(name) == run.planned_fits.get(name)  # not where it has been made smaller since
+    if run.device.type == "cuda" and as_planned:
+        budget.calibrate(devices.device_name(run.device), measured.gib, planned)
+    return {"peak_gib": measured.gib, "held_gib": run.held_gib}
+
+
+def contrasts(stage: Stage) -> bool:
+    return any("contrastive" in task.objectives for task in stage.tasks)
+
+
+def validate(run: Run, stage: Stage, log: StepLog) -> Encoded | None:
+    """Validation loss, and retrieval where the stage contrasts; remembers the best weights; prints the epoch's line.
+    Gives what it has encoded of the validation split."""
+    start_s = time.perf_counter()
+    with averaged(run, stage):
+        loss, parts = validation_loss(run, stage)
+        encoded = encode_validation(run) if contrasts(stage) else None
+        figures = retrieval_figures(run, encoded)
+        best = remember_best(run, stage.row.name, loss)
+    progress = run.progress
+    run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
+                            "parts": parts, **retrieval_record(figures), "seconds": time.perf_counter() - start_s})
+    mean = progress.loss_sum / progress.losses if progress.losses else float("nan")
+    if loss is None:
+        tell_of_no_validation(run, stage.row.name)
+    validated = "" if loss is None else f"  validation {loss:.4f}{' *' if best else ''}"
+    run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}"
+                    f"{validated}{first_recalls(figures)}  {log.samples_per_s:.0f} samples/s  "
+                    f"waiting {log.clock.wait_pct:.0f} %")
+    return encoded

@@ -1,0 +1,282 @@
+"""Muon and AdamW, the learning-rate schedule, the guarded update and the moving average of weights."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from trimodal.config import ConfigError, StageConfig, TrainingConfig
+from trimodal.objectives.step import Term
+
+
+def freeze(model: nn.Module, row: StageConfig) -> None:
+    """Train the parameters whose whole name matches one of the stage's patterns, freeze the others.
+
+    Raises:
+        ConfigError: a pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in row.trainable:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(f"stages.{row.name}.trainable: {pattern!r} matches no parameter; names look like "
+                              f"{names[0]}, {names[-1]}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
+
+
+def trained(terms: Iterable[Term], row: StageConfig) -> Iterator[Term]:
+    """The terms of an objective, in training.
+
+    Raises:
+        ConfigError: none of the parameters that the stage trains has a part in one.
+    """
+    for loss, parts in terms:
+        if not loss.requires_grad:
+            raise ConfigError(f"stages.{row.name}.trainable: {', '.join(parts)} depends on none of the parameters "
+                              "named; name some of its encoders', or leave it out")
+        yield loss, parts
+
+
+def lr_at(step: int, total: int, peak: float, warmup_pct: float, min_pct: float) -> float:
+    """Learning rate of step 0 .. total - 1: linear warm-up, then half a cosine down to `min_pct` of the peak."""
+    warmup = max(1, round(total * warmup_pct / 100)) if warmup_pct else 0
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    low = min_pct / 100
+    return peak * (low + (1 - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; biases, norms, tokens, temperatures and the word table (rare words would shrink) do not."""
+    tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
+    kept = [p for p in trained if p.ndim < 2 or id(p) in tables]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def block_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices within transformer blocks: most of a model's weights, and what Muon is made for."""
+    return [p for name, p in module.named_parameters() if p.requires_grad and p.ndim == 2 and ".blocks." in f".{name}"]
+
+
+def orthogonalise(x_KMN: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """K matrices, each with all its singular values moved near 1 by four Newton-Schulz steps in `dtype` (None: theirs).
+
+    Coefficients of Jordan et al., "Muon", 2024. A step of an m x n matrix, m <= n, takes 2 m^2 (2 n + m) operations.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x_KMN.shape[1] <= x_KMN.shape[2]
+    y = (x_KMN if wide else x_KMN.mT).to(dtype)
+    y = y / (y.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(4):
+        square = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=b, alpha=c), y, beta=a)
+    return (y if wide else y.mT).to(x_KMN.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices (arXiv:2502.16982): rare directions learn as fast as common ones.
+
+    An update has a root mean square of 0.2 times the rate, as AdamW's typically has, so that one learning rate serves
+    both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves all as
+    it was. A matrix that has been updated gives up its gradient, so a step that ran out of memory goes on with those
+    that have one when it is called again.
+    """
+
+    MOMENTUM = 0.95
+    BATCH_ELEMENTS = 2**24  # matrices of one shape go together, as many as this: bounds the memory of an update
+
+    def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype | None):
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
+        self.dtype = dtype
+        self.batch_elements = self.BATCH_ELEMENTS
+        self.found_inf = torch.zeros(())
+        for p in matrices:
+            self.state[p] = {"momentum": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, all_of_shape in shapes.items():
+                count = max(1, self.batch_elements // shape.numel())
+                for i in range(0, len(all_of_shape), count):
+                    self._update(all_of_shape[i:i + count], group["lr"], group["weight_decay"])
+
+    def _update(self, same_shape: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """All that takes memory comes before the first write, so matrices are updated whole or not at all."""
+        good = 1 - self.found_inf
+        rate = lr * good
+        kept = 1 - rate * weight_decay
+        given_KMN = torch.stack([p.grad for p in same_shape])  # type: ignore[misc]
+        given_KMN = torch.where(self.found_inf == 0, given_KMN, 0.0)  # times 0 would leave nan
+        moments = [self.state[p]["momentum"] for p in same_shape]
+        moment_KMN = torch.stack(moments).lerp_(given_KMN, (1 - self.MOMENTUM) * good)
+        update_KMN = orthogonalise(torch.lerp(given_KMN, moment_KMN, self.MOMENTUM), self.dtype)
+        update_KMN *= rate * 0.2 * max(same_shape[0].shape) ** 0.5
+        for p, moment, new, update in zip(same_shape, moments, moment_KMN, update_KMN, strict=True):
+            moment.copy_(new)
+            p.mul_(kept).sub_(update)
+            p.grad = None
+
+
+class Optimizer:
+    """Muon for the matrices of the blocks and fused AdamW for all else, or AdamW alone; the update is masked on the
+    device when a gradient is not finite: no host synchronisation.
+
+    `step` returns device tensors, which the caller reads a step late. Muon's products are in bfloat16 where `amp`, the
+    dtype of autocast, is that, and in the parameters' own elsewhere.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainingConfig, amp: torch.dtype | None = None,
+                 scaler_device: str | None = None):
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.clip = config.grad_clip_norm or math.inf
+        matrices = block_matrices(module) if config.optimizer == "muon" else []
+        groups = parameter_groups(module, config.weight_decay)
+        given = {id(p) for p in matrices}
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in given]  # type: ignore[attr-defined]
+        # betas as for contrastive training (arXiv:2303.15343): 0.95 follows a loss whose scale changes faster
+        self.parts: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)}
+        if matrices:
+            dtype = torch.bfloat16 if amp == torch.bfloat16 else None
+            self.parts["muon"] = Muon(matrices, config.weight_decay, dtype)
+        self.scaler = torch.amp.GradScaler(scaler_device) if scaler_device else None
+        self._clipped: tuple[Tensor, Tensor] | None = None  # norm and whether it is finite, of a step that has begun
+        self._unscaled: set[str] = set()
+
+    @property
+    def lr(self) -> float:
+        """Rate of the latest step."""
+        return self.parts["adamw"].param_groups[0]["lr"]
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Moments of each parameter."""
+        return {p: state for part in self.parts.values() for p, state in part.state.items()}
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def allocate(self) -> None:
+        """Create the moments before the first step, so that running out of memory never leaves a step half done."""
+        adamw = self.parts["adamw"]
+        for p in (p for group in adamw.param_groups for p in group["params"]):
+            if not adamw.state[p]:  # Muon makes its own
+                adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
+                                  "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+        """Clip and update, or leave everything as it was if the gradient is not finite; gradients are freed.
+
+        After an error for lack of memory call it again: it goes on where it stopped, Muon with fewer matrices at a time
+        (`take_less`), and nothing is updated twice.
+
+        Returns the gradient's norm before clipping and whether it was finite, both on the device.
+        """
+        if self._clipped is None:
+            self._clipped = self._clip(lr)
+        norm, finite = self._clipped
+        for part in self.parts.values():
+            # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
+            part.grad_scale, part.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+            part.step()
+            for p in (p for group in part.param_groups for p in group["params"]):
+                p.grad = None
+        if self.scaler is not None and self._unscaled:  # it refuses to, after a step without any gradient
+            self.scaler.update()
+        self.zero_grad()
+        return norm, finite
+
+    def _clip(self, lr: float) -> tuple[Tensor, Tensor]:
+        for name, part in self.parts.items():
+            for group in part.param_groups:
+                group["lr"] = lr
+            if self.scaler is not None and name not in self._unscaled and any(
+                    p.grad is not None for g in part.param_groups for p in g["params"]):
+                self.scaler.unscale_(part)
+                self._unscaled.add(name)
+        norm = nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
+        return norm, norm.isfinite()
+
+    def take_less(self) -> None:
+        """Update fewer matrices at a time from now on."""
+        muon = self.parts.get("muon")
+        if isinstance(muon, Muon):
+            muon.batch_elements //= 4
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+        self._clipped = None
+        self._unscaled.clear()
+
+    def fits(self, state: dict[str, dict]) -> bool:
+        """Whether a saved state is of the same parts with as many parameters."""
+        def shape(states: dict[str, dict]) -> dict[str, list[int]]:
+            return {name: [len(group["params"]) for group in part["param_groups"]]
+                    for name, part in states.items() if name != "scaler"}
+
+        return shape(state) == shape(self.state_dict())
+
+    def state_dict(self) -> dict[str, dict]:
+        return {**{name: part.state_dict() for name, part in self.parts.items()},
+                "scaler": self.scaler.state_dict() if self.scaler else {}}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on from the moments of `state`; the weight decay stays that of the settings given."""
+        for name, part in self.parts.items():
+            decays = [group["weight_decay"] for group in part.param_groups]
+            part.load_state_dict(state[name])
+            for group, decay in zip(part.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+class MovingAverage:
+    """Exponential moving average of a module's parameters, in float32 on their device (arXiv:1803.05407's relative).
+
+    The decay of the n-th update warms up as (1 + n) / (10 + n), so that short runs do not remember their initial
+    weights. A step that the optimizer left undone is none: neither the values nor n change.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.names = [name for name, _ in module.named_parameters()]
+        self.values = [p.detach().clone() for p in module.parameters()]
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.values[0].device)
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor], done: Tensor) -> None:
+        """Take in the weights after a step. `done`: bool on the device, whether the step changed them, as
+        `Optimizer.step` says; no host synchronisation."""
+        self.updates += done
+        weight = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * done  # 1 - the decay
+        for value, p in zip(self.values, parameters, strict=True):
+            value.lerp_(p.detach(), weight.to(value.dtype))
+
+    def swap(self, module: nn.Module) -> None:
+        """Exchange the averaged weights with those of the module; a second call restores them."""
+        with torch.no_grad():
+            for value, p in zip(self.values, module.parameters(), strict=True):
+                kept = p.detach().clone()
+                p.copy_(value)
+                value.copy_(kept)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"updates": int(self.updates), "values": dict(zip(self.names, self.values, strict=True))}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates.fill_(state["updates"])
+        for name, value in zip(self.names, self.values, strict=True):
+            value.copy_(state["values"][name])

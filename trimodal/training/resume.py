@@ -1,0 +1,184 @@
+"""Going on with a run: the checkpoint it goes on from, and what a changed configuration makes of it."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimodal.checkpoint import CheckpointError, find_latest, load
+from trimodal.config import Config, UserError
+from trimodal.redaction import HIDDEN, settings
+from trimodal.training.run import Options
+from trimodal.training.tracking import read_records
+
+WORDS = "model.word_embeddings:"  # a run goes on with the tokenizer and the word table that it has
+NEEDED = {"progress", "stage", "stage_state", "stage_epochs", "fits"}  # beside the weights
+
+
+def find_state(config: Config, options: Options) -> dict[str, Any] | None:
+    """The checkpoint that `options` ask to go on from, with its run's `best` so far; None: a fresh start. Prints what
+    has changed in the configuration since.
+
+    Raises:
+        UserError: no such checkpoint, or none that training can go on from with this configuration.
+    """
+    if options.resume is None:
+        return None
+    if options.overwrite:
+        raise UserError("--overwrite deletes the run that --resume would go on with; give one of them")
+    auto = options.resume == "auto"
+    folder = Path(config.paths.output_dir) / "checkpoints"
+    path = find_latest(folder) if auto else Path(options.resume)
+    if path is None:
+        _refuse_to_start_anew(folder)
+        return None
+    if auto:
+        print(f"Going on from {path}")
+    try:
+        state = load(path)
+    except CheckpointError as error:
+        raise UserError(f"--resume: {error}") from None
+    if not state.keys() >= NEEDED:
+        raise UserError(f"--resume: {path}: holds weights only, training cannot go on from it; "
+                        "give a checkpoint_epoch_*.pt")
+    stage_epochs(config, state)  # whether the stages still fit
+    changed = changes(state["config"], settings(config.to_dict()))
+    for line in changed:
+        kept = " (not used: the words are those of the checkpoint)" if line.startswith(WORDS) else ""
+        print(f"Changed since this checkpoint: {line}{kept}")
+    if changed and (done := state["progress"]["epoch_step"]):
+        print(f"The {done} steps of its unfinished epoch count as done, whatever they would hold now")
+    best = _best_beside(path, state["progress"]["epoch"])
+    if best and (by := _judged_otherwise(config, state, changed, best["stage"])):
+        print(f"{', '.join(by)}: losses before and after do not compare, so the best weights are chosen anew from here "
+              "on")
+        best["loss"] = math.nan
+    return state | {"best": best}
+
+
+def _judged_otherwise(config: Config, state: Mapping[str, Any], changed: Sequence[str], stage: str) -> list[str]:
+    """The changed settings by which the validation loss of a stage is another."""
+    before, now = state["config"].get("training", {}), config.training
+    judging = {"training.contrastive_loss", "evaluation.max_validation", "data.audio_max_s", "data.datasets"}
+    judging |= {f"stages.{stage}.{name}" for name in ("tasks", "effective_batch", "image_keep", "audio_keep")}
+    if before.get("batch_size", 0) * before.get("gradient_accumulation_steps", 0) != now.effective_batch:
+        judging |= {"training.batch_size", "training.gradient_accumulation_steps"}
+    return [name for line in changed if (name := line.partition(":")[0]) in judging]
+
+
+def _refuse_to_start_anew(folder: Path) -> None:
+    """Where there are checkpoints but none can be read: going on from nothing would delete them."""
+    if damaged := sorted(folder.glob("checkpoint_epoch_*.pt")):
+        raise UserError(f"--resume auto: none of the {len(damaged)} checkpoints in {folder} can be read; see to the "
+                        "disk, or start anew with --overwrite or in another --output-dir")
+
+
+def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
+    """What best_model.pt in the checkpoint's folder holds, if it was known by then: a later one will be found anew."""
+    try:
+        state = load(path.with_name("best_model.pt"))
+    except CheckpointError as error:
+        print(f"The best weights so far are lost, the next validation begins anew: {error}")
+        return {}
+    if state["epoch"] > epoch:
+        print(f"The best weights are chosen anew from here on: those in best_model.pt are of epoch {state['epoch']}")
+        return {}
+    return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")}
+
+
+def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None:
+    """The report of a run whose epochs are all done, of its last checkpoint; None while there is something to do."""
+    if state is None or state["progress"]["epoch"] < config.training.epochs:
+        return None
+    folder = Path(config.paths.output_dir)
+    made = [folder / "reports" / record["file"] for record in read_records(folder / "logs" / "metrics.jsonl")
+            if (record["kind"], record["step"]) == ("report", state["progress"]["step"])]
+    return next((path for path in reversed(made) if path.is_file()), None)
+
+
+def begins_with_sigmoid(config: Config, state: Mapping[str, Any] | None) -> bool:
+    """Whether the sigmoid loss is new to the weights: in a fresh run, or after a checkpoint of another loss."""
+    before = state["config"].get("training", {}).get("contrastive_loss") if state is not None else None
+    return config.training.contrastive_loss == "sigmoid" != before
+
+
+# ---- epochs ------------------------------------------------------------------------------------------------------
+
+
+def stage_epochs(config: Config, state: Mapping[str, Any] | None = None) -> dict[str, int]:
+    """Epochs of each stage: `training.epochs` by `share`, at least one each where there are enough.
+
+    A resumed run keeps what it was given. With another `training.epochs`, stages that are over keep their epochs, the
+    one that the checkpoint is in at least those it has had, and the rest is divided anew.
+
+    Raises:
+        UserError: the checkpoint's stages up to its own are not those of the configuration.
+    """
+    total, shares = config.training.epochs, {row.name: row.share for row in config.stages}
+    if state is None:
+        least = 1 if total >= len(shares) else 0
+        return dict(zip(shares, divide(total, list(shares.values()), [least] * len(shares)), strict=True))
+    given: dict[str, int] = state["stage_epochs"]
+    if list(given) == list(shares) and sum(given.values()) == total:
+        return given
+    names, now = list(shares), list(given).index(state["stage"])
+    if names[:now + 1] != list(given)[:now + 1]:
+        raise UserError(f"--resume: the checkpoint has trained the stages {', '.join(list(given)[:now + 1])}, but the "
+                        f"configuration begins with {', '.join(names[:now + 1])}; resume with the stages it was "
+                        "trained with, or start anew in another --output-dir")
+    over = list(given.values())[:now]
+    progress = state["progress"]
+    had = progress["epoch"] + (progress["epoch_step"] > 0) - sum(over)
+    left = max(total - sum(over), had)
+    rest = divide(left, list(shares.values())[now:], [had, *[0] * (len(names) - now - 1)])
+    return dict(zip(names, [*over, *rest], strict=True))
+
+
+def divide(total: int, shares: Sequence[float], least: Sequence[int]) -> list[int]:
+    """`total` by shares, none below its least; what is left over goes by largest remainder, a tie to the later one."""
+    wanted = [total * share / sum(shares) for share in shares]
+    given = [max(least, int(wish)) for wish, least in zip(wanted, least, strict=True)]
+    while sum(given) != total:
+        behind = [wish - now for wish, now in zip(wanted, given, strict=True)]
+        if sum(given) < total:
+            given[max(range(len(given)), key=lambda i: (behind[i], i))] += 1
+        else:
+            able = [i for i in range(len(given)) if given[i] > least[i]]
+            given[min(able, key=lambda i: behind[i])] -= 1
+    return given
+
+
+# ---- differences -------------------------------------------------------------------------------------------------
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """"training.learning_rate: 0.0001 -> 0.0005" for each setting that differs. Paths and the size of the vocabulary,
+    which follows from the data, are left out."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    names = [name for name in {**old, **new} if not name.startswith("paths.") and name != "model.vocab_size"]
+    return [f"{name}: {_shown(old, name)} -> {_shown(new, name)}" for name in names
+            if not _same(old.get(name), new.get(name))]
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Where a part of what was saved is hidden, anything may stand there now."""
+    if isinstance(old, str) and isinstance(new, str) and HIDDEN in old:
+        return re.fullmatch(".*".join(map(re.escape, old.split(HIDDEN))), new, re.DOTALL) is not None
+    return bool(old == new)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value); rows that have a name, as the stages do, go by it."""
+    if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) and "name" in row for row in value):
+        value = {row["name"]: {key: item for key, item in row.items() if key != "name"} for row in value}
+    if isinstance(value, Mapping) and value:
+        yield from itertools.chain.from_iterable(_flat(item, f"{prefix}.{key}" if prefix else str(key))
+                                                 for key, item in value.items())
+    else:
+        yield prefix, list(value) if isinstance(value, tuple) else value
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return str(settings[name]) if name in settings else "not there"

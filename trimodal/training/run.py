@@ -1,0 +1,458 @@
+"""A run from its folder's point of view: open it fresh or resumed, save checkpoints, evaluate and report at the end."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+import model as model_module
+from datasets import Data, load_data
+from model import TriModalModel
+from trimodal.checkpoint import (
+    CheckpointError,
+    check_room,
+    describe_mismatch,
+    export,
+    find_latest,
+    is_own,
+    plain,
+)
+from trimodal.checkpoint import save as save_file
+from trimodal.config import MODALITIES, Config, UserError
+from trimodal.data.splits import file_hashes, has_known_file
+from trimodal.data.tokenizer import Tokenizer, load_word_table
+from trimodal.distributed import World
+from trimodal.evaluation import protocols, report
+from trimodal.files import check_writable, remove_left, take_lock
+from trimodal.memory import devices
+from trimodal.redaction import command_line, settings
+from trimodal.training import outputs
+from trimodal.training.tracking import SilentTracker, Tracker, read_records
+
+Figure = Mapping[str, Any]  # of metrics.py
+
+PARTS = ("checkpoints", "logs", "reports")
+LOCK = ".lock"
+NO_TEST = ("no test samples to compare, so the report has no figures: they need two with two modalities, labels or "
+           "speakers")
+ADD_TEST = "add lines with split: test to the manifest, or a set that has some (--datasets)"
+NO_VAL = "no validation: the val split has fewer than two samples to compare; best_model.pt holds the newest weights"
+ADD_VAL = "give two samples of each kind the split val, or add data: of ten of a kind some are held out"
+AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on: it says at which stage and step, why, and which checkpoint is the last good one."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a run beside its configuration."""
+
+    device: str = "auto"
+    resume: str | None = None  # a checkpoint's path, or "auto": the newest good one, or a fresh start
+    overwrite: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run is: whole epochs done over all stages, steps since its start, steps and time in this stage, steps of
+    the epoch in progress, and the sum and count of their losses."""
+
+    epoch: int = 0
+    step: int = 0
+    stage_step: int = 0
+    stage_s: float = 0.0
+    epoch_step: int = 0
+    loss_sum: float = 0.0
+    losses: int = 0
+
+
+@dataclass
+class Run:
+    """What lives as long as the run."""
+
+    config: Config
+    folder: Path
+    device: torch.device
+    precision: devices.Precision
+    data: Data
+    model: TriModalModel
+    tracker: Tracker
+    world: World = field(default_factory=World)
+    fits: dict[str, devices.Fit] = field(default_factory=dict)  # by stage, and of evaluation
+    predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
+    held_gib: float = 0.0  # of memory, before the model was made: in what is measured, and in no plan
+    planned_fits: dict[str, devices.Fit] = field(default_factory=dict)  # that this peak is of
+    fits_asked: dict[str, str] = field(default_factory=dict)  # digests of the settings that `fits` obey
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss (None: no validation), model_state_dict
+    has_told_of_validation: bool = False  # that there is none
+    claim: "Claim | None" = None  # on the folder
+    splits: dict[str, Any] = field(default_factory=dict)  # samples and digest of each, on the main process
+    trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.precision.dtype)
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------
+
+
+def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None, *,
+             claim: "Claim | None" = None, data: Data | None = None) -> Run:
+    """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
+    writes to the folder. `claim`: what `claim_folder` gave, if that is done; `data`: what has been read already.
+
+    Raises:
+        UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
+    """
+    folder = Path(config.paths.output_dir)
+    world = world or World(device=devices.choose_device(options.device))
+    device = world.device
+    precision = devices.choose_precision(device, config.training.use_amp)
+    claim = claim or claim_folder(folder, options, world)
+    world.together(lambda: _make_parts(folder) if world.is_main else None)
+    print(f"Device: {device}; {precision.reason}")
+    devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
+    devices.use_deterministic(config.training.deterministic)
+    data = data or world.together(lambda: read_data(config, state))
+    held_gib = devices.held_gib(device)
+    model = world.together(lambda: build_model(config, data, state)).to(device)
+    progress = Progress(**state["progress"]) if state else Progress()
+    run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress,
+              claim=claim, held_gib=held_gib)
+    if not world.is_main:
+        return run
+    if options.overwrite:
+        outputs.remove_run(folder)  # not before all that could fail has been tried
+    for part in ("", *PARTS, outputs.BOARD):
+        remove_left(folder / part, outputs.WRITTEN)
+    if state:
+        outputs.adopt(folder, state["config"])
+    back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)
+    outputs.write_settings(folder, outputs.settings_text(settings(config.to_dict())))
+    run.tracker = Tracker(folder / "logs", progress.step)
+    if back and not state:
+        run.tracker.say(f"Started anew, for there is no checkpoint; what an earlier run has left is in {back}")
+    if state:
+        run.best = state["best"]
+        within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""
+        moved = f"; what came after it is in {back}" if back else ""
+        run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step}){moved}", progress.step,
+                          resumed=True)
+    remember_splits(run, state)
+    if not protocols.can_score(data, "test"):
+        run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
+    return run
+
+
+def read_data(config: Config, state: Mapping[str, Any] | None, *, fill_cache: bool = True) -> Data:
+    """A resumed run keeps the numbers of its words, concepts and speakers, whatever has come to its data since."""
+    if state is None:
+        return load_data(config, fill_cache=fill_cache)
+    return load_data(config, tokenizer=Tokenizer.from_json(state["tokenizer"]), concepts=state["concepts"],
+                     speakers=state["speakers"], fill_cache=fill_cache)
+
+
+def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:
+    """Work out what checkpoints are to remember of the samples, and say what has changed since the one gone on from.
+    One of an earlier release remembers none of it, and nothing is said."""
+    root, tables = run.config.paths.data_root, run.data.tables
+    run.splits = {name: {"samples": len(table), "digest": table.digest()} for name, table in tables.items()}
+    run.trained_on = torch.from_numpy(file_hashes(tables["train"], root))
+    if state is None or not isinstance(state.get("trained_on"), torch.Tensor):
+        return
+    before = state["trained_on"].cpu()
+    run.trained_on = torch.cat([before, run.trained_on]).unique()
+    told = []
+    for name, now in run.splits.items():
+        known = state["splits"].get(name, {"samples": 0, "digest": ""})
+        if now["digest"] != known["digest"]:
+            count = 0 if name == "train" else int(has_known_file(tables[name], root, before.numpy()).sum())
+            told.append(f"{name} {known['samples']} -> {now['samples']}"
+                        + (f" ({count} of them were trained on)" if count else ""))
+    if told:
+        done = run.progress.epoch_step
+        run.tracker.event(f"Changed since this checkpoint: samples of {', '.join(told)}"
+                          + (f"; the {done} steps of its unfinished epoch count as done" if done else ""),
+                          run.progress.step)
+
+
+def parts_in_use(folder: Path) -> list[str]:
+    """What an earlier run has left in an output folder."""
+    models = [path for path in folder.glob("checkpoints/*") if outputs.is_model(path.name)]
+    parts = {"checkpoints": models, "logs/metrics.jsonl": [folder / outputs.LOG]}
+    return [name for name, paths in parts.items() if any(path.exists() and path.stat().st_size for path in paths)]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """On a folder, while it lives."""
+
+    lock: IO[str] | None  # of the main process; the others have none
+
+
+def claim_folder(folder: Path, options: Options, world: World | None = None) -> Claim:
+    """Make the folder and lock it, on the main process. Before the checkpoint is looked for: a run that is just
+    ending may still write one.
+
+    Raises:
+        UserError: it cannot be written, another process trains in it, or a run is in it that is neither gone on with
+            nor thrown away.
+    """
+    world = world or World()
+    return world.together(lambda: Claim(_claim(folder, options) if world.is_main else None))
+
+
+def _claim(folder: Path, options: Options) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
+    hold(lock, folder)
+    if place := outputs.finish_going_back(folder):
+        print(f"{folder}: went back to an earlier checkpoint and was killed; what came after it is now in {place}")
+    used = parts_in_use(folder)
+    if used and not options.overwrite and not is_within(options.resume, folder):
+        lock.close()
+        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). {_ways_on(options.resume)}")
+    return lock
+
+
+def _ways_on(resume: str | None) -> str:
+    """What can be done where a folder holds an earlier run, and not the one of the checkpoint `resume`."""
+    if not resume:
+        return "Continue it with --resume auto, delete it with --overwrite, or choose another --output-dir"
+    path = Path(resume)
+    there = f"with --output-dir {path.parent.parent}" if path.parent.name == "checkpoints" else "in its own folder"
+    return f"{path} is of another: go on {there}, or choose a new --output-dir"
+
+
+def _make_parts(folder: Path) -> None:
+    try:
+        for name in PARTS:
+            check_writable(folder / name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
+
+
+def is_within(resume: str | None, folder: Path) -> bool:
+    """Whether it is the run in `folder` that is gone on with, and not another one."""
+    return resume == "auto" or bool(resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
+
+
+def hold(lock: IO[str], folder: Path) -> None:
+    """Until the process ends, however it ends: the system frees the lock. Reading processes do not hold it as well."""
+    try:
+        held = take_lock(lock, of_process=True)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"{folder}: another process trains there at this moment; wait for it, stop it, or choose "
+                        "another --output-dir") from None
+    if not held:
+        print(f"{folder}: this file system has no locks: see to it that no second run uses it")
+
+
+def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> TriModalModel:
+    """The model of a checkpoint, or a fresh one on its word table.
+
+    Raises:
+        UserError: the checkpoint's model has other shapes than the configuration asks for.
+    """
+    torch.manual_seed(config.training.seed)
+    size = data.tokenizer.vocab_size
+    shape = {**config.to_dict()["model"], "vocab_size": max(size, config.model.vocab_size)}
+    model = model_module.create_model(**shape)
+    if state is not None:
+        mismatch = describe_mismatch(state["model_state_dict"], model.state_dict())
+        if mismatch:
+            raise UserError(f"--resume: the checkpoint's model is of another shape: {mismatch}; resume with the "
+                            "model settings it was trained with, or start anew in another --output-dir")
+        model.load_state_dict(state["model_state_dict"])
+        return model
+    table = load_word_table(config.model)
+    if table is not None:
+        with torch.no_grad():
+            model.text.words.weight[:len(table)].copy_(torch.from_numpy(table))
+    return model
+
+
+# ---- saving ------------------------------------------------------------------------------------------------------
+
+
+def remember_best(run: Run, stage: str, loss: float | None) -> bool:
+    """Keep these weights on the host if their validation loss is the lowest of the stage: true. Later stages start
+    anew. Without one (None: nothing to validate on; or not finite) the newest are kept, until there is one."""
+    before = run.best["loss"] if run.best and run.best["stage"] == stage else None
+    is_best = loss is not None and math.isfinite(loss)
+    if before is not None and math.isfinite(before) and not (is_best and loss < before):
+        return False
+    run.best = {"stage": stage, "epoch": run.progress.epoch, "loss": loss,
+                "model_state_dict": plain(run.model.state_dict(), copy=True)}
+    return is_best
+
+
+def tell_of_no_validation(run: Run, stage: str) -> None:
+    """Once, though every epoch of every stage finds it anew."""
+    if not run.has_told_of_validation:
+        run.has_told_of_validation = True
+        run.tracker.event(f"[{stage}] {NO_VAL}; {ADD_VAL}", run.progress.step)
+
+
+def description(run: Run) -> dict[str, Any]:
+    """What a checkpoint needs to be used later, beside the weights, as plain data."""
+    given = run.config.to_dict()
+    return {
+        "config": settings(given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}}),
+        "tokenizer": run.data.tokenizer.to_json(),
+        "concepts": list(run.data.concepts),
+        "speakers": list(run.data.speakers),
+        "splits": run.splits,
+        "trained_on": run.trained_on,
+        "normalisation": {"image_mean": list(model_module.IMAGE_MEAN), "image_std": list(model_module.IMAGE_STD),
+                          "log_mel_mean": model_module.LOG_MEL_MEAN, "log_mel_std": model_module.LOG_MEL_STD},
+    }
+
+
+def checkpoint_name(progress: Progress) -> str:
+    if progress.epoch_step:
+        return f"checkpoint_epoch_{progress.epoch + 1}_step_{progress.step}.pt"
+    return f"checkpoint_epoch_{progress.epoch}.pt"
+
+
+def last_checkpoint(run: Run) -> str:
+    """Name of the newest whole checkpoint of this run, or "none yet"."""
+    return str(find_latest(run.folder / "checkpoints", say=run.tracker.say) or "none yet")
+
+
+# ---- evaluating and reporting --------------------------------------------------------------------------------------
+
+
+def encoding(run: Run, **settings: Any) -> protocols.Setting:
+    """How splits are encoded: in parts of the size that evaluation was planned with."""
+    fit = run.fits.get(devices.EVALUATION)
+
+    def less(size: int, cause: str) -> None:
+        run.fits[devices.EVALUATION] = devices.Fit(dict.fromkeys(MODALITIES, size), dict.fromkeys(MODALITIES, 0))
+        run.tracker.event(f"[evaluation] out of memory ({cause}): the same samples again, {size} at a time",
+                          run.progress.step)
+
+    return protocols.Setting(device=run.device, amp=run.precision.dtype, less=less,
+                             sizes=dict(fit.micro_batch) if fit else {}, **settings)
+
+
+def encode_validation(run: Run) -> protocols.Encoded | None:
+    """A fixed part of the validation split, over all sets; None where it has no samples."""
+    if not len(run.data.tables["val"]):
+        return None
+    setting = encoding(run, concepts=False, limit=run.config.evaluation.max_validation)
+    return protocols.encode_split(run.model, run.data, "val", run.config, setting)
+
+
+def retrieval_figures(run: Run, encoded: protocols.Encoded | None) -> dict[str, Figure]:
+    """Retrieval on what has been encoded of the validation split: by name its value, its chance, and among how many
+    candidates."""
+    if encoded is None:
+        return {}
+    quick = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, resamples=0))
+    pairs = protocols.score(encoded, run.data, quick).get(protocols.ALL, {})
+    return {name: figure for kind, figures in pairs.items() if kind != "speakers"
+            for name, figure in figures.items() if figure["value"] is not None}
+
+
+def retrieval_record(figures: Mapping[str, Figure]) -> dict[str, dict[str, Any]]:
+    """What a record of validation holds of them: `metrics`, `chance` and `candidates`, each by name."""
+    parts = {"metrics": "value", "chance": "chance", "candidates": "candidates"}
+    return {key: {name: figure[part] for name, figure in figures.items()} for key, part in parts.items()}
+
+
+def first_recalls(figures: Mapping[str, Figure]) -> str:
+    """R@1 of each direction as an epoch's line tells it: with chance and the number of candidates, and as
+    papers count where that differs."""
+    shown = ""
+    for name, figure in figures.items():
+        if name.endswith("R@1"):
+            of_papers = figures.get(name + protocols.PER_CAPTION)
+            value = f"{figure['value']:.3f}"
+            per_caption = f"{of_papers['value']:.3f}" if of_papers else value
+            more = f"; {per_caption} per caption" if per_caption != value else ""
+            shown += f"  {name} {value} (chance {figure['chance']:.3f} of {figure['candidates']:,}{more})"
+    return shown
+
+
+def show_examples(run: Run, encoded: protocols.Encoded | None) -> None:
+    """A grid of what a few validation captions find, as a picture in TensorBoard."""
+    if encoded is None:
+        return
+    for modality in ("image", "audio"):
+        if modality in encoded.items and "text" in encoded.items:
+            rows = protocols.examples(encoded, run.data, modality, queries=4)
+            if rows:
+                run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
+
+
+def _check_room_for_the_end(run: Run) -> None:
+    """Before the evaluation, which takes long. A file that is there already is replaced, and gives its room."""
+    folder, weights = run.folder / "checkpoints", run.model.state_dict()
+    try:
+        check_room(folder, *(weights for name, is_ours in (
+            ("final_model.pt", is_own(folder / "final_model.pt")),
+            ("model.safetensors", outputs.is_listed(run.folder, folder / "model.safetensors"))) if not is_ours))
+    except CheckpointError as error:
+        raise UserError(f"{error}; {AT_THE_END}") from None
+
+
+def finish(run: Run) -> Path:
+    """Evaluate the best weights on the test split, save final_model.pt, write the report; path of its Markdown.
+
+    Raises:
+        UserError: the disk is full, or the test data are broken.
+    """
+    if run.best:
+        run.model.load_state_dict(run.best["model_state_dict"])
+    else:
+        run.tracker.event("The best weights are not known: the last ones are evaluated", run.progress.step)
+    run.model.to(run.device).eval()
+    _check_room_for_the_end(run)
+    setting = encoding(run)
+    figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
+    protocols.mark_trained_on(encoded, run.data, run.config, run.trained_on.numpy())
+    if figures:
+        run.tracker.say(report.format_table(figures) + report.format_notes(figures, encoded.facts))
+    else:
+        run.tracker.event(f"Evaluation: {NO_TEST}; {ADD_TEST}", run.progress.step)
+    count = run.config.report.gallery_queries
+    gallery = [row for modality in ("image", "audio")
+               for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
+    facts = {
+        "kind": "training", "command": command_line(["python", *sys.argv]),
+        "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
+        "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
+        "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
+        "config": run.config.to_dict(), "data": run.data.describe(), "device": str(run.device),
+        "precision": run.precision.reason, "predicted_gib": run.predicted_gib,
+        "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
+    }
+    try:
+        final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
+                 "progress": vars(run.progress).copy()}
+        save_file(final, run.folder / "checkpoints" / "final_model.pt")
+        with outputs.writing(run.folder, *(f"checkpoints/{name}" for name in outputs.EXPORTS)):
+            export(final, run.folder / "checkpoints" / outputs.EXPORTS[0])
+        _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
+                                          language=run.config.report.language, gallery=gallery)
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"{error}; {AT_THE_END}") from None
+    run.tracker.record({"kind": "report", "step": run.progress.step, "file": markdown.name})
+    run.tracker.say(f"Report: {markdown}")
+    return markdown

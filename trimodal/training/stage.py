@@ -1,0 +1,185 @@
+"""A stage of training: its tasks, heads and optimizer, what is frozen, its batches, and the loss of one of them.
+
+A stage is a row of the configuration; nothing here knows one by name.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from datasets import Batch, epoch_batches, pool
+from trimodal.checkpoint import describe_mismatch
+from trimodal.config import Config, StageConfig, TaskConfig, UserError
+from trimodal.data.samples import SampleTable
+from trimodal.distributed import World
+from trimodal.objectives.losses import OBJECTIVES, build_objective, loss_parameters
+from trimodal.objectives.step import Share, Step, shared_batch
+from trimodal.training.alarms import Alarms
+from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, trained
+from trimodal.training.planner import apply_recompute, without_speaker
+from trimodal.training.run import Run
+
+TOTAL = ""  # name of the whole loss among its parts
+
+
+@dataclass
+class Stage:
+    """What lives as long as a stage."""
+
+    row: StageConfig
+    tasks: list[TaskConfig]
+    objectives: nn.ModuleDict  # "task/objective" -> head parameters, if any
+    optimizer: Optimizer
+    average: MovingAverage | None
+    steps: int = 0  # optimizer steps of the whole stage
+    bad_in_a_row: int = 0  # steps whose gradient was not finite
+    alarms: Alarms = field(default_factory=Alarms)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else None, "bad_in_a_row": self.bad_in_a_row,
+                "alarms": self.alarms.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
+        mismatch = describe_mismatch(state["objectives"], self.objectives.state_dict())
+        if mismatch or not self.optimizer.fits(state["optimizer"]):
+            raise UserError(f"--resume: stages.{self.row.name} had other tasks, objectives, trainable parameters or "
+                            f"another optimizer ({mismatch or 'the optimizer holds other parameters'}); resume with "
+                            "the settings it was trained with, or start anew in another --output-dir")
+        self.objectives.load_state_dict(state["objectives"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.bad_in_a_row = state["bad_in_a_row"]
+        self.alarms.load_state_dict(state["alarms"])
+        if self.average is not None and state["average"]:
+            self.average.load_state_dict(state["average"])
+
+    def objectives_of(self, task: int) -> Iterator[tuple[str, float, Any]]:
+        """Name, weight and objective of one task; contrast first, since matching looks at its features."""
+        weights = self.tasks[task].objectives
+        for name in (known for known in OBJECTIVES if known in weights):
+            yield name, weights[name], self.objectives[f"{task}_{name}"]
+
+
+class Samples(Protocol):
+    """The part of `Data` that says which tasks there are samples for."""
+
+    @property
+    def tables(self) -> Mapping[str, SampleTable]: ...
+
+    @property
+    def speakers(self) -> Sequence[str]: ...
+
+    def names(self) -> list[str]: ...
+
+
+def active_tasks(row: StageConfig, data: Samples) -> tuple[list[TaskConfig], list[str]]:
+    """Tasks that have samples in an epoch, and a line about each that has none.
+
+    Raises:
+        UserError: no task of the stage has samples.
+    """
+    table, tasks, skipped = data.tables["train"], [], []
+    for task in row.tasks:
+        possible, samples = task if data.speakers else without_speaker(task), len(pool(table, task.inputs))
+        visited = round(min(task.passes, 1.0) * samples)
+        if visited >= 2 and possible.objectives:
+            tasks.append(possible)
+        elif samples >= 2 and possible.objectives:
+            skipped.append(f"[{row.name}] passes={task.passes:g} of {samples} samples with {' and '.join(task.inputs)} "
+                           f"are {visited} an epoch: {', '.join(task.objectives)} on them is skipped")
+        else:
+            wanted = " and ".join(task.inputs) if possible.objectives else "named speakers"
+            skipped.append(f"[{row.name}] no samples with {wanted}: {', '.join(task.objectives)} on them is skipped")
+    if not tasks:
+        raise UserError(f"stages.{row.name}: none of its tasks has samples in {', '.join(data.names())}; "
+                        "add a set (--datasets), raise the passes of its tasks, or remove the stage")
+    return tasks, skipped
+
+
+def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int) -> Stage:
+    """Heads, optimizer and average of a stage, with fresh state."""
+    torch.manual_seed(run.config.training.seed)
+    freeze(run.model, row)
+    apply_recompute(run.model, run.fits[row.name])
+    objectives = nn.ModuleDict({
+        f"{i}_{name}": build_objective(name, run.model, task.inputs, len(run.data.speakers),
+                                       run.config.training.contrastive_loss)
+        for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
+    run.world.broadcast_tensors([*run.model.state_dict().values(), *objectives.state_dict().values()])
+    training = run.config.training
+    both = nn.ModuleDict({"model": run.model, "objectives": objectives})
+    optimizer = Optimizer(both, training, run.precision.dtype, run.device.type if run.precision.use_scaler else None)
+    optimizer.allocate()
+    average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
+    stage = Stage(row, tasks, objectives, optimizer, average)
+    stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
+    stage.alarms = Alarms(row.name, round(stage.steps * training.warmup_pct / 100))
+    return stage
+
+
+def epoch_jobs(run: Run, stage: Stage, epoch: int) -> list[Any]:
+    """The batches of an epoch: (task, indices), a pure function of the seed and the epoch."""
+    pools = [pool(run.data.tables["train"], task.inputs) for task in stage.tasks]
+    return epoch_batches(pools, [task.passes for task in stage.tasks], run.config.effective_batch(stage.row),
+                         run.config.training.seed, epoch)
+
+
+def own_jobs(run: Run, jobs: list[Any]) -> list[Any]:
+    """Of each batch the samples that this process reads and encodes.
+
+    Raises:
+        UserError: a batch has fewer samples than there are processes.
+    """
+    world = run.world
+    least = min(len(indices) for _, indices in jobs)
+    if least < world.size:
+        raise UserError(f"torchrun: {world.size} processes, but a step of some task has {least} samples; start at most "
+                        f"{least}, or add data")
+    return [(task, indices[world.share(len(indices))]) for task, indices in jobs]
+
+
+def whole_batch(run: Run, stage: Stage, task: int, batch: Batch) -> tuple[Batch, Share | None]:
+    """The whole effective batch of which this process has read its share."""
+    with_media = any(objective.encodes_others for _, _, objective in stage.objectives_of(task))
+    return shared_batch(run.world, batch, with_media=with_media)
+
+
+def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, *, train: bool) -> Step:
+    return Step(model=run.model, batch=batch, device=run.device, micro_batch=run.fits[stage.row.name].micro_batch,
+                autocast=run.autocast, keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep},
+                drop_path=stage.row.drop_path, train=train, mask_id=run.data.tokenizer.mask_id,
+                num_concepts=len(run.data.concepts), world=run.world if share else World(), share=share)
+
+
+def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Every term of every objective, divided by the count over the whole effective batch and weighted.
+
+    Parts, and their `TOTAL`, are such that the sum over the processes is that of the whole batch.
+    """
+    for _, weight, objective in stage.objectives_of(task):
+        count = objective.count(step)
+        copies = step.world.size if objective.is_of_whole_batch else 1
+        if count:
+            terms = objective.terms(step)
+            for loss, parts in trained(terms, stage.row) if step.train else terms:
+                loss = weight / count * loss
+                shown = {name: value / (count * copies) for name, value in parts.items()}
+                yield loss, {TOTAL: loss.detach() / copies, **shown}
+
+
+def reduce_gradients(run: Run, stage: Stage) -> None:
+    """Give every process the gradient of the whole effective batch."""
+    whole = loss_parameters(run.model)
+    known = {id(p) for p in whole}
+    run.world.reduce_gradients([p for p in stage.optimizer.parameters if id(p) not in known],
+                               [p for p in whole if p.requires_grad])
+
+
+def first_contrast(config: Config) -> int:
+    """Effective batch of the first stage that contrasts; that of training where none does."""
+    rows = [row for row in config.stages if any("contrastive" in task.objectives for task in row.tasks)]
+    return config.effective_batch(rows[0]) if rows else config.training.effective_batch

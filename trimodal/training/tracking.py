@@ -1,0 +1,291 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard, the progress bar and one printed line an epoch.
+
+`outputs/logs/metrics.jsonl` holds one JSON object a line, told apart by `kind`: "step", "validation", "stage", "event",
+and "report" once the run is complete.
+`step` is the number of optimizer steps since the start of the run, over all stages.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trimodal.files import keep_beside, replacing, say_kept
+from trimodal.redaction import redact, redacted
+
+EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
+EARLIER_EVENTS = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of releases that gave them no such end
+OWN_TAGS = re.compile(r"(loss|parts|temperature|bias|validation|retrieval|memory|examples)/.+|"
+                      r"train/(lr|grad_norm|samples_per_s|data_wait_pct|memory_gib)")
+MARKS = {"train/data_wait_pct", "train/samples_per_s"}  # tags of each step, which no other program has
+
+
+class Tracker:
+    """Writes records of one run; what an earlier attempt left past `last_step` is dropped from both logs."""
+
+    def __init__(self, logs: Path, last_step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        logs.mkdir(parents=True, exist_ok=True)
+        self.path = logs / "metrics.jsonl"
+        if last_step or self.path.exists():
+            drop_events_after(logs / "tensorboard", last_step)
+        if self.path.exists():
+            drop_after(self.path, last_step)
+        self.file = open(self.path, "ab")
+        self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10,
+                                   filename_suffix=EVENTS)
+        self.bar: Any = None
+        self.has_lost = False
+
+    def open_bar(self, total: int, done: int, description: str) -> None:
+        self.bar = tqdm(total=total, initial=done, desc=description, unit="sample", disable=None, dynamic_ncols=True,
+                        smoothing=0.1)
+
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def advance(self, samples: int, loss: float) -> None:
+        self.bar.update(samples)
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+    def say(self, message: str) -> None:
+        """Print a line without breaking the bar."""
+        tqdm.write(redact(message).encode("utf-8", "backslashreplace").decode("utf-8"))
+
+    def event(self, message: str, step: int, **facts: Any) -> None:
+        """Something a user should know: printed, and kept in the log, with `facts`, and in the report."""
+        self.say(message)
+        self.record({"kind": "event", "step": step, "message": message, **facts})
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """One line. A full disk costs records, not the run; it is said once."""
+        try:
+            self.file.write(_line(redacted(_finite(record)) | _message(record)))
+            self.file.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def sync(self) -> None:
+        """All records so far on the disk, before a checkpoint that follows them."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
+
+    def _show(self, method: str, *given: Any, **named: Any) -> None:
+        """A call of TensorBoard's writer, which has ended for good once it could not write."""
+        try:
+            getattr(self.board, method)(*given, **named)
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if not self.has_lost:
+            self.has_lost = True
+            self.say(f"{self.path.parent}: records are lost ({error.strerror}); training goes on. Free space")
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One training step, in both logs."""
+        self.record({"kind": "step", **record})
+        stage, at = record["stage"], record["step"]
+        self._show("add_scalar", f"loss/{stage}", record["loss"], at)
+        for name, value in record["parts"].items():
+            self._show("add_scalar", f"parts/{stage}/{name}", value, at)
+        for name in ("temperature", "bias"):
+            for pair, value in record.get(name, {}).items():
+                self._show("add_scalar", f"{name}/{pair}", value, at)
+        for name in ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib"):
+            self._show("add_scalar", f"train/{name}", record[name], at)
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        self.record({"kind": "validation", **record})
+        stage, at = record["stage"], record["step"]
+        if record["loss"] is not None:  # else there is nothing to validate on
+            self._show("add_scalar", f"validation/{stage}/loss", record["loss"], at)
+        for name, value in record["parts"].items():
+            self._show("add_scalar", f"validation/{stage}/{name}", value, at)
+        for name, value in record["metrics"].items():
+            self._show("add_scalar", f"retrieval/{name}", value, at)
+            if name in record.get("chance", {}):
+                self._show("add_scalar", f"retrieval/{name}_chance", record["chance"][name], at)
+
+    def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None:
+        """`measured_gib` is of what is planned; `process_gib` is all that was measured."""
+        for name, value in (("planned", planned_gib), ("measured", measured_gib), ("process", process_gib)):
+            self._show("add_scalar", f"memory/{stage}/{name}_gib", value, at)
+
+    def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
+        self._show("add_image", name, pixels_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.close_bar()
+        with contextlib.suppress(OSError):  # a full disk: what ends the run is told, and not this
+            self.file.close()
+        self._show("close")
+
+
+class SilentTracker(Tracker):
+    """Of the processes beside the main one: writes and shows nothing."""
+
+    def __init__(self, logs: Path):
+        self.path = logs / "metrics.jsonl"
+
+    def record(self, record: Mapping[str, Any]) -> None: ...
+
+    def step(self, record: Mapping[str, Any]) -> None: ...
+
+    def validation(self, record: Mapping[str, Any]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def advance(self, samples: int, loss: float) -> None: ...
+
+    def open_bar(self, total: int, done: int, description: str) -> None: ...
+
+    def close_bar(self) -> None: ...
+
+    def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None: ...
+
+    def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics.jsonl; a line that was cut off or damaged is left out."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:  # splitlines would split within records
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and "kind" in record]
+
+
+def _message(record: Mapping[str, Any]) -> dict[str, str]:
+    """Without values of the environment, as it is printed."""
+    return {"message": redact(record["message"])} if isinstance(record.get("message"), str) else {}
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    """Names of files need not be text: their odd bytes become escapes, which JSON reads as they were."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def is_own_log(path: Path) -> bool:
+    """Whether all lines of a metrics.jsonl are records of a run, whole or cut off."""
+    begin = _line({"kind": ""})[:10]
+    return path.is_file() and all(line.startswith(begin) or begin.startswith(line)
+                                  for line in path.read_bytes().split(b"\n"))
+
+
+def drop_after(path: Path, last_step: int) -> None:
+    """Leave the records up to a step in a metrics.jsonl, wherever it is linked to. One that holds lines of others is
+    kept beside as it was."""
+    path = Path(os.path.realpath(path))
+    kept = [record for record in read_records(path) if record.get("step", 0) <= last_step]
+    if not is_own_log(path):
+        keep_beside(path, partial(say_kept, path))
+    with replacing(path) as file:
+        file.writelines(map(_line, kept))
+
+
+def event_files(folder: Path) -> list[Path]:
+    """The event files of ours, oldest first, as TensorBoard orders them: by name."""
+    return sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file() and not path.is_symlink()
+                  and (path.name.endswith(EVENTS) or _is_of_earlier_release(path)))
+
+
+def _is_of_earlier_release(path: Path) -> bool:
+    """Whether an event file without a name of ours holds what training writes at each step, and no other curves."""
+    if not EARLIER_EVENTS.fullmatch(path.name):
+        return False
+    tags = _tags(path)
+    return tags >= MARKS and all(OWN_TAGS.fullmatch(tag) for tag in tags)
+
+
+def _tags(path: Path) -> set[str]:
+    return {value.tag for _, event in _events(path) for value in event.summary.value}
+
+
+def shows_points(path: Path) -> bool:
+    """Whether TensorBoard shows anything of a file in its folder."""
+    return "tfevents" in path.name and path.is_file() and bool(_tags(path))
+
+
+def keep_events(sources: Iterable[Path], target: Path, last_step: int) -> None:
+    """Write an event file that holds what TensorBoard's reader shows of `sources` up to a step. The server behind its
+    page knows no purge_step: it shows all that any file in the folder holds."""
+    head, kept, _ = _shown(sources, last_step)
+    with replacing(target) as file:
+        file.writelines([head, *kept])
+
+
+def drop_events_after(folder: Path, last_step: int) -> None:
+    """Leave the points up to a step in our event files of a folder, in one of them, where they hold any others."""
+    files = event_files(folder)
+    head, kept, is_all = _shown(files, last_step)
+    if is_all:
+        return
+    target = files[0] if files[0].name.endswith(EVENTS) else files[0].with_name(files[0].name + EVENTS)
+    with replacing(target) as file:
+        file.writelines([head, *kept])
+    for path in files:
+        if path != target:
+            path.unlink()
+
+
+def _shown(sources: Iterable[Path], last_step: int) -> tuple[bytes, list[bytes], bool]:
+    """The head of an event file, what TensorBoard's reader shows of `sources` up to a step, and whether that is all."""
+    head, kept, count = b"", dict[tuple[int, str], bytes](), 0
+    for path in sources:
+        for frame, event in _events(path):
+            if event.HasField("file_version"):
+                head = head or frame
+            elif event.HasField("session_log"):  # what an attempt before it left from there on counts no more
+                kept = {key: one for key, one in kept.items() if key[0] < event.step}
+            else:
+                count += 1
+                if event.step <= last_step:
+                    kept[event.step, " ".join(value.tag for value in event.summary.value)] = frame
+    return head, [kept[key] for key in sorted(kept)], len(kept) == count
+
+
+def _events(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """The records of an event file, with their lengths and checksums, and what each says; up to one that was cut off or
+    damaged, where TensorBoard stops as well."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import masked_crc32c
+
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size
+        while len(length := file.read(12)) == 12 and struct.unpack("<I", length[8:])[0] == masked_crc32c(length[:8]):
+            size = struct.unpack_from("<Q", length)[0] + 4
+            left -= 12 + size
+            if left < 0 or len(rest := file.read(size)) < size:
+                return
+            try:
+                event = Event.FromString(rest[:-4])
+            except DecodeError:
+                return
+            yield length + rest, event
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN or infinity: None stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

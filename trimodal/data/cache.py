@@ -29,11 +29,10 @@ import numpy as np
 from tqdm import tqdm
 
 from trimodal.config import NUM_MELS, Config, UserError
-from trimodal.data import bad_samples, partial_fills
+from trimodal.data import bad_samples, generated, partial_fills
 from trimodal.data.samples import SampleTable, offsets_of
 from trimodal.data.workers import NOWHERE, Workers, cpu_cores, in_line
 from trimodal.files import bytes_below, nearest_existing, replacing, sync_folder, take_lock
-from trimodal.sets import synthetic
 
 Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
@@ -243,23 +242,23 @@ class Store:
     def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """uint8 [H, W, 3]: drawn with `rng` at the model's size, else with a short side of up to 8/7 of it."""
         path = self.table.images[row]
-        if synthetic.is_drawn(path):
+        if generated.is_generated(path):
             rng = rng or np.random.default_rng(0)
-            return synthetic.draw_image(synthetic.combination_of(path), self.image_size, rng)
+            return generated.draw_image(generated.combination_of(path), self.image_size, rng)
         return self._read("image", row, path)
 
     def mel(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """float16 [T, 80], the whole of the sample's stretch of sound."""
         path = self.table.audio[row]
-        if synthetic.is_drawn(path):
+        if generated.is_generated(path):
             from trimodal.data.audio import log_mel
 
-            wave = synthetic.draw_sound(synthetic.combination_of(path), rng or np.random.default_rng(0))
+            wave = generated.draw_sound(generated.combination_of(path), rng or np.random.default_rng(0))
             return log_mel(wave).astype(np.float16)
         return self._read("sound", row, path)
 
     def is_drawn(self, row: int) -> bool:
-        return synthetic.is_drawn(self.table.images[row] or self.table.audio[row])
+        return generated.is_generated(self.table.images[row] or self.table.audio[row])
 
     def record(self, row: int, reason: str) -> dict[str, str]:
         """What bad_samples.jsonl says about a broken sample."""
@@ -271,7 +270,7 @@ class Store:
         table, code = self.table, int(self.table.sources.codes[row])
         kinds: tuple[tuple[Kind, Any], ...] = (("image", table.images), ("sound", table.audio))
         for kind, paths in kinds:
-            if paths[row] and not synthetic.is_drawn(paths[row]):
+            if paths[row] and not generated.is_generated(paths[row]):
                 if (kind, code) not in self.folders:
                     rows = np.flatnonzero(table.sources.codes == code).tolist()
                     self.folders[kind, code] = common_folder(paths[r] for r in rows if paths[r])
@@ -326,7 +325,7 @@ def _files(table: SampleTable, kind: Kind, rows: np.ndarray) -> tuple[np.ndarray
     kept, numbers, known = [], [], dict[Item, int]()
     for row in rows.tolist():
         path = paths[row]
-        if not path or synthetic.is_drawn(path):
+        if not path or generated.is_generated(path):
             continue
         start, duration = (0.0, 0.0) if kind == "image" else (float(table.start_s[row]), float(table.duration_s[row]))
         kept.append(row)

@@ -8,8 +8,8 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from trimodal.data import generated
 from trimodal.data.samples import SampleTable, Strings
-from trimodal.sets import synthetic
 
 
 def key_of(found: os.stat_result, path: str) -> str:
@@ -47,7 +47,7 @@ def _first_rows(paths: Strings, stretches: np.ndarray | None) -> np.ndarray:
     first: dict[Hashable, int] = {}
     for row in np.flatnonzero(paths.lengths).tolist():
         path = paths[row]
-        if synthetic.is_drawn(path):
+        if generated.is_generated(path):
             continue
         if path not in keys:
             keys[path] = file_key(path)

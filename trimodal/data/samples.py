@@ -31,8 +31,8 @@ class Sample:
     key: str  # stable id, unique within (source, split)
     source: str  # name of the set: "coco", "clotho", ...
     split: str  # one of SPLITS
-    image: str = ""  # absolute path of an image or video; "" = none; "synthetic:N" = drawn
-    audio: str = ""  # absolute path of a sound or video; "" = none; "synthetic:N" = drawn
+    image: str = ""  # absolute path of an image or video; "" = none; "SCHEME:N" = generated
+    audio: str = ""  # absolute path of a sound or video; "" = none; "SCHEME:N" = generated
     start_s: float = 0.0
     duration_s: float = 0.0  # 0 = to the end
     captions: tuple[str, ...] = ()  # as listed: the table keeps one of those with the same words, and how many they are

@@ -11,9 +11,9 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from trimodal.data import generated
 from trimodal.data.same_files import file_key
 from trimodal.data.samples import SampleTable, normalise_caption, stable_hash
-from trimodal.sets import synthetic
 
 VAL_PCT = 5  # of train, where a set has no validation split
 LEAST_VAL = 2  # samples of a kind: a single one can be compared with nothing
@@ -145,14 +145,14 @@ def _file_names(table: SampleTable, data_root: str) -> Iterator[tuple[int, str]]
     root = os.path.join(os.path.abspath(data_root), "")
     folders: dict[str, str] = {}
     for row in range(len(table)):
-        is_own = table.sources[row] == "manifest"
+        own = os.path.join(root, table.sources[row], "")  # where the files of a downloaded set lie
         for kind, path in (("image", table.images[row]), ("sound", table.audio[row])):
-            if synthetic.is_drawn(path):
+            if generated.is_generated(path):
                 yield row, f"{kind} {path}"
             elif path:
                 absolute = os.path.abspath(path)
                 yield row, _without_links(absolute, folders)
-                if not is_own and absolute.startswith(root):
+                if absolute.startswith(own):
                     yield row, absolute.removeprefix(root)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimodal.config import Config, UserError
+from trimodal.config import Config
 from trimodal.data import bad_samples, cache, same_files
 from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from trimodal.data.concepts import concept_names, concepts_of
@@ -29,6 +29,7 @@ from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption
 from trimodal.data.splits import carve_val
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
+from trimodal.errors import UserError
 from trimodal.sets.readers import READERS, listed, read_split
 
 __all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample", "Split", "epoch_batches", "load_data",

@@ -21,12 +21,12 @@ from trimodal.sets.annotations import SPLITS
 from trimodal.sets.sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Source
 
 with environment_needed("requests", "tqdm"):
-    from trimodal.config import UserError
     from trimodal.download import overview
     from trimodal.download import verify as verify_module
     from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
     from trimodal.download.selection import Options
     from trimodal.download.transfer import Policy
+    from trimodal.errors import UserError
 
 EXAMPLES = """examples:
   python download_datasets.py --datasets stamps

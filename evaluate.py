@@ -19,7 +19,8 @@ from trimodal.openmp import bound_waiting
 from trimodal.redaction import command_line, redact
 
 with environment_needed():
-    from trimodal.config import DATASETS, Config, UserError, config_from_dict
+    from trimodal.config import DATASETS, Config, config_from_dict
+    from trimodal.errors import UserError
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

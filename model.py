@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from trimodal import checkpoint
-from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, UserError, config_from_dict
+from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, config_from_dict
+from trimodal.errors import CheckpointError, UserError
 from trimodal.inputs import checked_audio, checked_ids, checked_images
 from trimodal.memory.tracker import device_of
 
@@ -453,7 +454,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
         weights = state.pop("model_state_dict")
         if not all(isinstance(value, Tensor) for value in weights.values()):
             raise TypeError("weights that are no tensors")
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         raise UserError(str(error)) from None
     except (LookupError, TypeError, AttributeError, UserError) as error:  # repr: some errors have no message
         raise UserError(f"{path}: not a checkpoint of this project ({repr(error)[:150]})") from None

@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 
 from trimodal.arguments import Parser, environment_needed
+from trimodal.errors import ReportedByMain, Stopped, TrainingError, UserError
 from trimodal.openmp import bound_waiting
 from trimodal.redaction import redact
-from trimodal.training.signals import Stopped
 
 with environment_needed():
-    from trimodal.config import DATASETS, SIZES, Config, UserError, load_config
+    from trimodal.config import DATASETS, SIZES, Config, load_config
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 TEXTS = {"data_root": "paths.data_root", "output_dir": "paths.output_dir", "model_size": "model.size"}
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         loop.train(config, loop.Options(options.device, options.resume, options.overwrite))
         return 0
     except UserError as error:
-        if type(error).__name__ != "ToldByMain":  # of the other processes of torchrun
+        if not isinstance(error, ReportedByMain):
             print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -114,9 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error.filename or config.paths.output_dir}: {error.strerror}; free space, then go on with "
               "--resume auto", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "TrainingError":  # its module would load torch for `--help`
-            raise
+    except TrainingError as error:
         if is_main:
             print(f"error: {redact(str(error))}", file=sys.stderr)
         return 1

@@ -45,10 +45,11 @@ from tqdm import tqdm
 from benchmarks.damage import SIDE, damaged, whole
 from tests import forked
 from trimodal import checkpoint
-from trimodal.config import UserError, load_config
+from trimodal.config import load_config
 from trimodal.data import cache
 from trimodal.data.images import MAX_PIXELS
 from trimodal.data.samples import SPLITS, SampleTable
+from trimodal.errors import CheckpointError, UserError
 from trimodal.sets.manifest import MAX_CAPTION_CHARS, MAX_SECONDS, read_manifest
 
 COLUMNS = ("inputs", "accepted", "refused", "hangs", "crashes", "bad values")
@@ -136,8 +137,8 @@ KINDS: dict[str, Kind] = {
     "mp4": Kind(".mp4", read_picture, cache.BrokenSample),
     "mp4 sound": Kind(".mp4", read_sound, cache.BrokenSample),
     "jsonl": Kind(".jsonl", read_list, UserError), "csv": Kind(".csv", read_list, UserError),
-    "checkpoint": Kind(".pt", read_checkpoint, checkpoint.CheckpointError),
-    "resealed": Kind(".pt", read_resealed, checkpoint.CheckpointError),
+    "checkpoint": Kind(".pt", read_checkpoint, CheckpointError),
+    "resealed": Kind(".pt", read_resealed, CheckpointError),
     "yaml": Kind(".yaml", read_settings, UserError),
 }
 

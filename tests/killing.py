@@ -19,9 +19,9 @@ import torch
 from tests import forked, trees
 from tests.small_runs import SmallRuns, differing, records, without_times
 from trimodal import checkpoint
+from trimodal.errors import Stopped
 from trimodal.training import loop
 from trimodal.training.run import Options
-from trimodal.training.signals import Stopped
 from trimodal.training.tracking import read_records
 
 RECIPE = ("training.epochs=3", "training.batch_size=32", "training.log_every_steps=1", "training.ema_decay=0.5",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch
 from tests import forked
 from tests.refusals import assert_names, refused
 from trimodal import checkpoint
-from trimodal.checkpoint import CheckpointError
+from trimodal.errors import CheckpointError
 from trimodal.files import remove_left
 from trimodal.training import outputs
 

@@ -14,16 +14,8 @@ import yaml
 
 from tests.project import ROOT
 from tests.refusals import refused
-from trimodal.config import (
-    DEFAULT_STAGES,
-    PRESETS,
-    SIZES,
-    Config,
-    ConfigError,
-    UserError,
-    config_from_dict,
-    load_config,
-)
+from trimodal.config import DEFAULT_STAGES, PRESETS, SIZES, Config, config_from_dict, load_config
+from trimodal.errors import ConfigError, UserError
 
 CONFIG_YAML = ROOT / "config.yaml"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from tests.project import ROOT
-from trimodal.config import DATASETS, SIZES, Config, ConfigError, config_from_dict, load_config
+from trimodal.config import DATASETS, SIZES, Config, config_from_dict, load_config
+from trimodal.errors import ConfigError
 
 CHINESE, ENGLISH = ROOT / "README.md", ROOT / "README_en.md"
 READMES = pytest.mark.parametrize("readme", [CHINESE, ENGLISH], ids=lambda path: path.name)

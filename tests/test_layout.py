@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from tests.project import ROOT, module_name, product_files
 
-WITHOUT_TORCH = ("trimodal.config", "trimodal.arguments", "trimodal.openmp", "trimodal.redaction",
+WITHOUT_TORCH = ("trimodal.config", "trimodal.errors", "trimodal.arguments", "trimodal.openmp", "trimodal.redaction",
                  "trimodal.evaluation.report", "trimodal.sets.sources", "trimodal.download.transfer",
                  "trimodal.download.unpack", "trimodal.doctor.doctor", "trimodal.doctor.environment",
                  "trimodal.doctor.findings", "download_datasets", "run_training", "evaluate")
@@ -50,8 +50,8 @@ def modules() -> dict[str, str]:
 # ---- imports: those within the package are import-linter's (pyproject.toml) ---------------------------------------
 
 COMMANDS = {"run_training", "download_datasets", "evaluate", "search"}
-BELOW = {"model": {"config", "checkpoint", "files", "inputs", "memory"},  # of the package, for each shared module
-         "datasets": {"config", "checkpoint", "files", "sets", "data", "memory"}}
+BELOW = {"model": {"config", "errors", "checkpoint", "files", "inputs", "memory"},  # what of the package each may use
+         "datasets": {"config", "errors", "checkpoint", "files", "sets", "data", "memory"}}
 
 
 def root_problems(name: str, source: str) -> list[str]:

@@ -24,7 +24,8 @@ from tests.narrow import largest_difference, make_batch, narrow_model, small_inp
 from tests.refusals import refused
 from tests.small_runs import float64
 from trimodal import checkpoint
-from trimodal.config import MODALITIES, SIZES, Config, ConfigError, config_from_dict
+from trimodal.config import MODALITIES, SIZES, Config, config_from_dict
+from trimodal.errors import ConfigError
 from trimodal.memory.tracker import tracing
 
 SUBSETS = [set(s) for n in (1, 2, 3) for s in itertools.combinations(MODALITIES, n)]

@@ -22,12 +22,12 @@ from tests.project import product_files, product_name
 from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import RECIPE
 from trimodal import checkpoint
-from trimodal.checkpoint import CheckpointError
-from trimodal.config import ConfigError, ModelConfig, UserError, load_config
+from trimodal.config import ModelConfig, load_config
 from trimodal.data import cache
 from trimodal.data.cache import open_store
 from trimodal.data.samples import Sample, SampleTable
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer, load_word_table
+from trimodal.errors import CheckpointError, ConfigError, UserError
 from trimodal.sets import inventory
 from trimodal.sets.manifest import read_manifest
 from trimodal.training import budget

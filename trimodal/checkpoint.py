@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO, cast
 import numpy as np
 import torch
 
+from trimodal.errors import CheckpointError
 from trimodal.files import replacing, set_aside
 
 SCHEMA = 1  # raised when a reader of the older layout would misread the newer one
@@ -36,10 +37,6 @@ _FOOTER_BYTES = len(_MARK) + 64
 _CALLS = re.compile(r"collections OrderedDict|torch \w+|torch\._utils _rebuild_tensor_v[23]|"
                     r"torch\.storage UntypedStorage")  # of tensors
 _EPOCH_FILE = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or a file that is not a whole checkpoint of ours; one line says which."""
 
 
 def save(state: Mapping[str, Any], path: str | Path) -> None:

@@ -7,7 +7,6 @@ Order of precedence: the defaults below < config.yaml < flags and `section.key=v
 
 import dataclasses
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from trimodal import checks, strict_yaml
+from trimodal.errors import ConfigError
 
 MODALITIES = ("image", "text", "audio")
 OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker")
@@ -29,21 +29,6 @@ SAMPLE_RATE_HZ = 16_000
 FRAME_RATE_HZ = 100  # one log-mel frame every 10 ms
 NUM_MELS = 80
 AUDIO_WINDOW_FRAMES = 1024  # the audio encoder reads at most this many frames (10.24 s) at once
-
-
-_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: `main` prints it as one line and exits with code 2. Line breaks in the names
-    and values that it quotes are shown as escapes."""
-
-    def __str__(self) -> str:
-        return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
-
-
-class ConfigError(UserError):
-    """A key, type or value of the configuration that is not allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)

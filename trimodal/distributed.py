@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trimodal.config import UserError
+from trimodal.errors import ReportedByMain, UserError
 
 # Processes wait for each other as long as this: while the main one validates, evaluates or prepares data. One that dies
 # is noticed at once, whatever this says.
@@ -39,10 +39,6 @@ PATIENCE = datetime.timedelta(days=1)
 BUCKET_BYTES = 64 << 20  # gradients sent in one message: large enough for bandwidth, small beside the activations
 
 T = TypeVar("T")
-
-
-class ToldByMain(UserError):
-    """A mistake that ends every process, and that the main one prints."""
 
 
 class OutOfMemoryElsewhere(MemoryError):
@@ -137,7 +133,7 @@ class World:
         """Do `work` on every process; a mistake on one of them ends it on all.
 
         Raises:
-            UserError: as `work` raised it here, or `ToldByMain` on the others; the main process raises that of the
+            UserError: as `work` raised it here, or `ReportedByMain` on the others; the main process raises that of the
                 first process that has one.
         """
         problem: UserError | None = None
@@ -151,7 +147,7 @@ class World:
             return result
         if self.is_main:
             raise problem or UserError(f"process {first}: {problems[first]}")
-        raise ToldByMain(problems[first])
+        raise ReportedByMain(problems[first])
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on the main process, on every process; a mistake ends all."""

@@ -11,7 +11,7 @@ import torch
 
 from tests.project import ROOT
 from tests.refusals import assert_names, refused
-from trimodal.config import UserError
+from trimodal.errors import UserError
 from trimodal.memory import devices
 from trimodal.memory.devices import GIB, Fit
 

@@ -20,11 +20,12 @@ from tests.ranks import in_ranks
 from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import SmallRuns, batches, differing, records, step, weights
 from trimodal import checkpoint, distributed
+from trimodal.errors import TrainingError
 from trimodal.memory import devices
 from trimodal.training import faults, loop
 from trimodal.training import run as run_module
 from trimodal.training.loop import Stage, StepLog
-from trimodal.training.run import Options, Run, TrainingError
+from trimodal.training.run import Options, Run
 from trimodal.training.saving import Saver
 from trimodal.training.signals import Interruption
 

@@ -16,11 +16,12 @@ from tests import trees
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, apart, batches, differing, float64, records, step, trained, weights
 from tests.training.test_tracking import scalars
-from trimodal.config import Config, ConfigError, StageConfig, TaskConfig
+from trimodal.config import Config, StageConfig, TaskConfig
+from trimodal.errors import ConfigError, TrainingError
 from trimodal.memory import devices
 from trimodal.training import budget, fits, loop, resume
 from trimodal.training import run as run_module
-from trimodal.training.run import Run, TrainingError
+from trimodal.training.run import Run
 from trimodal.training.saving import Saver
 from trimodal.training.signals import Interruption
 

@@ -14,7 +14,8 @@ import run_training
 from model import TriModalModel
 from tests.refusals import assert_names, refused
 from tests.small_runs import STAGES, SmallRuns, batches
-from trimodal.config import PRESETS, SIZES, Config, StageConfig, UserError, load_config
+from trimodal.config import PRESETS, SIZES, Config, StageConfig, load_config
+from trimodal.errors import UserError
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS, PeakMemory, Usage
 from trimodal.training import budget, loop, planner

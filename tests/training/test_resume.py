@@ -18,11 +18,11 @@ from tests.killing import OFTEN, PLACES, assert_same, in_process, killed_run, re
 from tests.refusals import refused
 from tests.small_runs import SmallRuns, records
 from trimodal import checkpoint
-from trimodal.config import UserError
+from trimodal.errors import Stopped, UserError
 from trimodal.training import loop
 from trimodal.training import run as run_module
 from trimodal.training.run import Options, Run
-from trimodal.training.signals import Interruption, Stopped
+from trimodal.training.signals import Interruption
 
 pytestmark = pytest.mark.timed
 

@@ -15,11 +15,12 @@ import model as model_module
 from tests.refusals import assert_names
 from tests.small_runs import SmallRuns, differing, records
 from trimodal import checkpoint
+from trimodal.errors import Stopped
 from trimodal.evaluation import protocols
 from trimodal.files import replacing
 from trimodal.training import run as run_module
 from trimodal.training import saving
-from trimodal.training.signals import Interruption, Stopped
+from trimodal.training.signals import Interruption
 
 
 def no_space(handle: int) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from trimodal.config import Config, UserError
+from trimodal.config import Config
 from trimodal.data.samples import SampleTable
+from trimodal.errors import UserError
 
 _GIVEN_UP = re.compile(r": (took longer than data\.timeout_s|\d+ reading processes were lost)")
 

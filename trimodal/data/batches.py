@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config, UserError
+from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
 from trimodal.data.cache import BrokenSample, Store
 from trimodal.data.images import augment, fit_eval
 from trimodal.data.samples import SampleTable, ragged_take
 from trimodal.data.tokenizer import pad_rows
 from trimodal.data.workers import NOWHERE, tell_nobody
+from trimodal.errors import UserError
 
 Jobs = Sequence[tuple[int, np.ndarray]]  # (task, sample indices) of each batch
 

@@ -28,10 +28,11 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from trimodal.config import NUM_MELS, Config, UserError
+from trimodal.config import NUM_MELS, Config
 from trimodal.data import bad_samples, generated, partial_fills
 from trimodal.data.samples import SampleTable, offsets_of
 from trimodal.data.workers import NOWHERE, Workers, cpu_cores, in_line
+from trimodal.errors import UserError
 from trimodal.files import bytes_below, nearest_existing, replacing, sync_folder, take_lock
 
 Kind = Literal["image", "sound"]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trimodal.config import UserError
 from trimodal.data.samples import SampleTable, normalise_caption, offsets_of
+from trimodal.errors import UserError
 
 # Words of three letters and more that name nothing to see or hear. Short on purpose: frequency decides the rest.
 STOP_WORDS = frozenset("""

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimodal.config import ModelConfig, UserError
+from trimodal.config import ModelConfig
+from trimodal.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

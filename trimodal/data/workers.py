@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 
 NOWHERE = -1  # the place of a process that is between two places
 AHEAD = 2  # results of each process that are begun or waiting

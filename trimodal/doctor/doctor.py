@@ -16,9 +16,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimodal.config import Config, UserError
+from trimodal.config import Config
 from trimodal.doctor import environment
 from trimodal.doctor.findings import Finding, format_table, guarded
+from trimodal.errors import UserError
 from trimodal.redaction import redact
 from trimodal.training.signals import Interruption
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 
 State = Literal["ok", "warn", "fail", "skipped"]
 

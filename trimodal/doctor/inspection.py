@@ -19,11 +19,12 @@ import torch
 
 from datasets import SPLITS, Data, pool
 from model import TriModalModel
-from trimodal.config import Config, StageConfig, TaskConfig, UserError
+from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.data import cache, images, tracks, wording
 from trimodal.data.cache import GB
 from trimodal.data.workers import cpu_cores
 from trimodal.doctor.findings import Finding, guarded, of_error
+from trimodal.errors import UserError
 from trimodal.evaluation import protocols
 from trimodal.files import nearest_existing
 from trimodal.memory import devices

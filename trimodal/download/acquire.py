@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trimodal.config import UserError
 from trimodal.download import arrivals, local_copies, pipeline, readiness, sampling, staging, transfer, unpack, youtube
 from trimodal.download.debian import fetch_by_apt
 from trimodal.download.holdings import LICENCE, Holdings
@@ -26,6 +25,7 @@ from trimodal.download.members import ArchiveError
 from trimodal.download.remote import NoRange, RemoteFile
 from trimodal.download.selection import Options, Selection, as_published, fetch_bytes
 from trimodal.download.transfer import Fetched, Mismatch, TransferError, Wanted
+from trimodal.errors import UserError
 from trimodal.files import bytes_below, check_writable, locked, remove_left, replacing
 from trimodal.redaction import redact
 from trimodal.sets import annotations, inventory

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimodal.config import UserError
 from trimodal.download import local_copies, transfer
 from trimodal.download.selection import Selection, as_published
 from trimodal.download.transfer import Mismatch, Wanted
+from trimodal.errors import UserError
 from trimodal.files import replacing, sha256_of
 from trimodal.sets import annotations, inventory
 from trimodal.sets.sources import Item

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 from trimodal.media import WITH_SOUND
 from trimodal.sets import annotations, inventory
 from trimodal.sets.sources import Count, Item, Source

@@ -6,10 +6,10 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from trimodal.config import UserError
 from trimodal.download import local_copies, transfer
 from trimodal.download.selection import as_published
 from trimodal.download.transfer import Mismatch
+from trimodal.errors import UserError
 from trimodal.sets.sources import File, Item, Source
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimodal.config import UserError
 from trimodal.download.members import ArchiveError
 from trimodal.download.progress import Progress
 from trimodal.download.remote import RemoteFile
+from trimodal.errors import UserError
 
 TOOLS = ("7zz", "7z", "7za", "bsdtar")  # several times as fast as the Python package
 

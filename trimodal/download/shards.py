@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from trimodal.config import UserError
 from trimodal.download.members import ArchiveError, Member
+from trimodal.errors import UserError
 
 COLUMN = "audio.bytes"
 PIECE_BYTES = 1 << 16

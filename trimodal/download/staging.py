@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 from trimodal.files import bytes_below
 from trimodal.sets.sources import Item, Source
 

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimodal.config import UserError
 from trimodal.download import answers, arrivals
 from trimodal.download.answers import Again, NextServer, host_of
 from trimodal.download.progress import Bar, Progress
+from trimodal.errors import UserError
 from trimodal.files import locked, same_bytes, settle, sync_file, sync_folder
 from trimodal.redaction import redact
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimodal.config import UserError
 from trimodal.download import seven_zip, shards, tar_stream, zip_stream
 from trimodal.download.members import ArchiveError, ByteSource, Member, Rules, destination, safe_name
 from trimodal.download.progress import Progress
 from trimodal.download.remote import RemoteFile
+from trimodal.errors import UserError
 from trimodal.files import settle
 
 CHUNK_BYTES = 1 << 18

@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from trimodal.config import UserError
 from trimodal.download import pipeline
 from trimodal.download.selection import Options
 from trimodal.download.transfer import Policy, TransferError
+from trimodal.errors import UserError
 from trimodal.files import keep_beside, replacing, settle
 from trimodal.media import WITH_SOUND
 from trimodal.sets import annotations

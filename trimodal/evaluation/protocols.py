@@ -30,8 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets import Batch, Data, Split, loader
-from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config, UserError
+from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config
 from trimodal.data.splits import has_known_file
+from trimodal.errors import UserError
 from trimodal.evaluation import metrics, trials
 from trimodal.evaluation.metrics import Figure
 from trimodal.memory import devices

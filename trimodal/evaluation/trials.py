@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 
 SAMPLING_SEED = 0  # never the training seed, so that runs compare
 SPEAKER_UTTERANCES = 300  # of at most UTTERANCES_EACH a speaker, where there is no trial list: up to 44,850 pairs

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 
 GIB = 1 << 30
 EVALUATION = "evaluation"  # has a fit of its own, beside those of the stages

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 from trimodal.media import PICTURE_SUFFIXES, SOUND_SUFFIXES
 
 COLUMNS = ("image", "audio", "start", "duration", "text", "labels", "speaker", "split", "id")

@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from trimodal.config import UserError
 from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample, normalise_caption, stable_hash
 from trimodal.data.splits import LEAST_VAL, Groups, two_of_each_kind
+from trimodal.errors import UserError
 from trimodal.sets import columns, written_lists
 from trimodal.sets.columns import Columns
 from trimodal.sets.listed_files import File, Files

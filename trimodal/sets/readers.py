@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from trimodal.config import Config, UserError
+from trimodal.config import Config
 from trimodal.data.samples import SPLITS, Sample, normalise_caption, stable_hash
+from trimodal.errors import UserError
 from trimodal.media import WITH_SOUND
 from trimodal.sets import inventory, synthetic, voxceleb
 from trimodal.sets.annotations import AUDIOCAPS_VERSIONS, VOX1_TEST_SPEAKERS, names_of_clip

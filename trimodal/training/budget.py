@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from trimodal.config import UserError
+from trimodal.errors import UserError
 from trimodal.files import replacing
 from trimodal.memory.devices import CONTEXT_GIB, GIB, KNOBS, Fit, MicroBatch, smaller
 from trimodal.memory.tracker import TAGS, Usage

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from datasets import Batch
 from model import load_model
 from trimodal.arguments import Parser
-from trimodal.checkpoint import CheckpointError, describe_mismatch, load, save
-from trimodal.config import TaskConfig, UserError, config_from_dict
+from trimodal.checkpoint import describe_mismatch, load, save
+from trimodal.config import TaskConfig, config_from_dict
+from trimodal.errors import CheckpointError, UserError
 from trimodal.objectives.losses import build_objective
 from trimodal.objectives.step import Share, Step, accumulate, positives_of
 from trimodal.redaction import redact

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimodal.config import Config, TaskConfig, UserError, config_from_dict
+from trimodal.config import Config, TaskConfig, config_from_dict
+from trimodal.errors import UserError
 from trimodal.memory import devices
 from trimodal.memory.devices import Fit
 from trimodal.training import budget

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from datasets import Batch, epoch_batches, loader, pool
 from trimodal import distributed
-from trimodal.config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig, UserError
+from trimodal.config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig
 from trimodal.distributed import OutOfMemoryElsewhere, World
+from trimodal.errors import TrainingError, UserError
 from trimodal.evaluation.protocols import Encoded
 from trimodal.memory import devices
 from trimodal.objectives.losses import start_sigmoid
@@ -31,7 +32,6 @@ from trimodal.training.resume import begins_with_sigmoid, find_state, finished_r
 from trimodal.training.run import (
     Options,
     Run,
-    TrainingError,
     claim_folder,
     encode_validation,
     finish,
@@ -60,7 +60,7 @@ from trimodal.training.stage import (
     whole_batch,
 )
 
-__all__ = ["Options", "TrainingError", "train"]
+__all__ = ["Options", "train"]
 
 VALIDATION_BATCH = 512  # contrast on validation data is over at most this many samples, whatever the training batch
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from trimodal.config import ConfigError, StageConfig, TrainingConfig
+from trimodal.config import StageConfig, TrainingConfig
+from trimodal.errors import ConfigError
 from trimodal.objectives.step import Term
 
 

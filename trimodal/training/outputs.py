@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from trimodal import checkpoint
+from trimodal.errors import CheckpointError
 from trimodal.files import replacing, set_aside, sha256_of
 from trimodal.training.tracking import (
     EVENTS,
@@ -273,7 +274,7 @@ def _facts(path: Path) -> Mapping[str, Any]:
     """What a checkpoint holds; nothing where it is damaged."""
     try:
         return checkpoint.load(path)
-    except checkpoint.CheckpointError:
+    except CheckpointError:
         return {}
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimodal.checkpoint import CheckpointError, find_latest, load
-from trimodal.config import Config, UserError
+from trimodal.checkpoint import find_latest, load
+from trimodal.config import Config
+from trimodal.errors import CheckpointError, UserError
 from trimodal.redaction import HIDDEN, settings
 from trimodal.training.run import Options
 from trimodal.training.tracking import read_records

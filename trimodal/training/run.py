@@ -14,20 +14,13 @@ import torch
 import model as model_module
 from datasets import Data, load_data
 from model import TriModalModel
-from trimodal.checkpoint import (
-    CheckpointError,
-    check_room,
-    describe_mismatch,
-    export,
-    find_latest,
-    is_own,
-    plain,
-)
+from trimodal.checkpoint import check_room, describe_mismatch, export, find_latest, is_own, plain
 from trimodal.checkpoint import save as save_file
-from trimodal.config import MODALITIES, Config, UserError
+from trimodal.config import MODALITIES, Config
 from trimodal.data.splits import file_hashes, has_known_file
 from trimodal.data.tokenizer import Tokenizer, load_word_table
 from trimodal.distributed import World
+from trimodal.errors import CheckpointError, UserError
 from trimodal.evaluation import protocols, report
 from trimodal.files import check_writable, remove_left, take_lock
 from trimodal.memory import devices
@@ -45,10 +38,6 @@ ADD_TEST = "add lines with split: test to the manifest, or a set that has some (
 NO_VAL = "no validation: the val split has fewer than two samples to compare; best_model.pt holds the newest weights"
 ADD_VAL = "give two samples of each kind the split val, or add data: of ten of a kind some are held out"
 AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: it says at which stage and step, why, and which checkpoint is the last good one."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trimodal.checkpoint import CheckpointError, check_room, plain, rotate
+from trimodal.checkpoint import check_room, plain, rotate
 from trimodal.checkpoint import save as save_file
+from trimodal.errors import CheckpointError, Stopped
 from trimodal.training.run import Run, checkpoint_name, description
-from trimodal.training.signals import Interruption, Stopped
+from trimodal.training.signals import Interruption
 
 KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
 

@@ -12,14 +12,6 @@ from typing import Any
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, what ends jobs, what cluster schedulers send some time before
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved where it is, if there was room."""
-
-    def __init__(self, message: str, is_saved: bool = True):
-        super().__init__(message)
-        self.is_saved = is_saved
-
-
 class Interruption:
     """Knows whether a signal has asked to stop.
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from datasets import Batch, epoch_batches, pool
 from trimodal.checkpoint import describe_mismatch
-from trimodal.config import Config, StageConfig, TaskConfig, UserError
+from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.data.samples import SampleTable
 from trimodal.distributed import World
+from trimodal.errors import UserError
 from trimodal.objectives.losses import OBJECTIVES, build_objective, loss_parameters
 from trimodal.objectives.step import Share, Step, shared_batch
 from trimodal.training.alarms import Alarms

@@ -14,6 +14,7 @@ P values of a patch, L text tokens, T mel frames, W audio windows, F embed_dim, 
 
 import functools
 import math
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from trimodal import checkpoint
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, config_from_dict
 from trimodal.errors import CheckpointError, UserError
 from trimodal.inputs import checked_audio, checked_ids, checked_images
-from trimodal.memory.tracker import device_of
 
 IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
@@ -37,6 +37,7 @@ VALUE_INIT = 0.4  # of minus the identity: what attention's values and output do
 GRID_SCALE = 2.0  # of a patch's position codes; at 1 the contents of the patches drown them
 PAIRS = ("image_text", "audio_text", "image_audio")
 MAX_LOGIT_SCALE = math.log(100.0)
+KERNELS_OF: ContextVar[str | None] = ContextVar("kernels_of", default=None)  # device planned for on fake CPU tensors
 
 
 class Tokens(NamedTuple):
@@ -71,10 +72,9 @@ def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | No
 
 
 def _fused_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
-    if q_BHQE.dtype != torch.bfloat16 or device_of(q_BHQE) != "cpu":
+    if q_BHQE.dtype != torch.bfloat16 or (KERNELS_OF.get() or q_BHQE.device.type) != "cpu":
         return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
-    # at 50 to 130 tokens the CPU kernel takes 2 to 3 times as long in bf16 as in fp32 inside casts; a fifth less at
-    # 2,048 (benchmarks/README.md)
+    # at 50 to 130 tokens the CPU kernel takes 2 to 3 times as long in bf16 as in fp32 inside casts
     with torch.autocast("cpu", enabled=False):
         out_BHQE = F.scaled_dot_product_attention(q_BHQE.float(), k_BHKE.float(), v_BHKE.float(), attn_mask=mask_B11K)
     return out_BHQE.to(torch.bfloat16)

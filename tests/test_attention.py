@@ -14,6 +14,7 @@ from model import PAIRS, Block, Blocks, attend
 from tests.narrow import gradients, largest_difference, narrow_model, small_inputs, weighted_sum
 from trimodal.config import MODALITIES
 from trimodal.memory.tracker import tracing
+from trimodal.training.planner import kernels_of
 
 N = 7  # tokens
 
@@ -128,6 +129,16 @@ def peak_bytes(blocks_of: dict[str, object], tokens: int = 256) -> int:
         blocks = Blocks(64, 4, 4, **blocks_of)  # type: ignore[arg-type]
         blocks(torch.ones(2, tokens, 64, requires_grad=True), None).sum().backward()
     return tracker.usage().peak_bytes
+
+
+def test_a_step_planned_for_a_gpu_does_not_take_the_casts_of_a_cpu() -> None:
+    def peak(device: str) -> int:
+        with kernels_of(device), tracing() as tracker, torch.no_grad():
+            q, k, v = torch.zeros(3, 2, 4, 256, 16, dtype=torch.bfloat16).unbind()
+            attend(q, k, v, None, "auto")
+        return tracker.usage().peak_bytes
+
+    assert peak("cuda") < 0.7 * peak("cpu")
 
 
 def test_chunks_and_recompute_save_memory() -> None:

@@ -82,6 +82,7 @@ def agreements(world: World) -> dict:
     world.barrier()
     return {
         "flags": [world.any_flag(False), world.any_flag(world.rank == 1), world.any_flag(True)],
+        "on the device": [bool(world.all_true(torch.tensor(flag))) for flag in (True, world.rank != 1)],
         "sums": world.sum_scalars({"loss": 0.5, f"only_{world.rank}": float(world.rank)}),
         "object": world.broadcast_object({"from": world.rank} if world.is_main else None),
         "weights": weights,
@@ -145,7 +146,7 @@ def test_rows_of_every_type_arrive_in_rank_order(ranks):
 def test_flags_sums_objects_and_weights_agree(ranks):
     for index, rank in enumerate(ranks):
         found = rank["agreements"]
-        assert found["flags"] == [False, True, True]
+        assert found["flags"] == [False, True, True] and found["on the device"] == [True, False]
         assert found["sums"] == {"loss": 0.5 * len(ranks)} | {f"only_{r}": float(r) for r in range(len(ranks))}
         assert found["object"] == {"from": 0} and torch.equal(found["weights"], torch.ones(3))
         assert found["main"] is (index == 0)

@@ -120,6 +120,14 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def all_true(self, flag: Tensor) -> Tensor:
+        """A flag on the device, true if it is on every rank; nobody waits for a GPU."""
+        if self.size == 1:
+            return flag
+        everyones = flag.to(torch.int32)
+        dist.all_reduce(everyones, op=dist.ReduceOp.MIN)
+        return everyones.bool()
+
     def agree_on_memory(self) -> None:
         """Before every collective of a step: nobody enters it alone.
 

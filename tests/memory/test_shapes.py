@@ -21,9 +21,9 @@ F = torch.ops.aten
 
 
 @contextlib.contextmanager
-def plain_tracing(device: str = "cpu", limit_bytes: int | None = None) -> Iterator[tracker_module.PeakMemory]:
+def plain_tracing(limit_bytes: int | None = None) -> Iterator[tracker_module.PeakMemory]:
     """As `footprint.tracing`, each result from FakeTensorMode."""
-    with FakeTensorMode(), tracker_module.PeakMemory(device=device, limit_bytes=limit_bytes) as tracker:
+    with FakeTensorMode(), tracker_module.PeakMemory(limit_bytes=limit_bytes) as tracker:
         yield tracker
 
 

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from trimodal.memory import tracker as tracker_module
-from trimodal.memory.tracker import HOST, TAGS, OverLimit, PeakMemory, device_of, phase, tracing
+from trimodal.memory.tracker import HOST, TAGS, OverLimit, PeakMemory, phase, tracing
 
 KIB = 1024
 
@@ -183,7 +183,7 @@ def test_a_limit_ends_the_run_at_the_operation_that_passes_it() -> None:
 
 
 def test_what_waits_on_the_host_is_not_counted() -> None:
-    with tracing("cuda") as tracker:
+    with tracing() as tracker:
         weight = torch.zeros(1 << 10)
         with phase(HOST):
             batch = torch.zeros(1 << 20)
@@ -192,11 +192,3 @@ def test_what_waits_on_the_host_is_not_counted() -> None:
         assert tracker.live_bytes == (4 << 10) + (1 << 20)
         del part
         assert tracker.live_bytes == 4 << 10 and weight.numel()
-
-
-def test_a_traced_step_chooses_its_kernels_for_the_device_it_is_planned_for() -> None:
-    assert device_of(torch.zeros(1)) == "cpu"
-    with tracing("cuda"):
-        assert device_of(torch.zeros(1)) == "cuda"
-    with tracing():
-        assert device_of(torch.zeros(1)) == "cpu"

@@ -266,6 +266,17 @@ def test_a_bad_gradient_changes_nothing(scaler: str | None, bad: float, name: st
 
 
 @SCALERS
+def test_a_bad_loss_with_good_gradients_changes_nothing(scaler: str | None) -> None:
+    toy, optimizer = make(scaler)
+    train(toy, optimizer, 0, 1)
+    before = state_of(toy, optimizer)
+    optimizer.backward(toy(99))
+    norm, finite = optimizer.step(1e-2, torch.tensor(float("nan")).isfinite())
+    assert not bool(finite) and bool(norm.isfinite())
+    assert same(state_of(toy, optimizer), before)
+
+
+@SCALERS
 def test_a_step_without_any_gradient_changes_nothing_and_the_next_one_does(scaler: str | None) -> None:
     """Of a batch with nothing to learn: clips without speakers, say."""
     toy, optimizer = make(scaler)

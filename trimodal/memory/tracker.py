@@ -10,8 +10,7 @@ the step that trains is the step that is measured. Modules may run any number of
 
 In `tracing` most results come from `shapes`, which repeats those of earlier operations of the same shapes: much faster,
 to the same byte.
-`tracing("cuda")` follows what the step would take on that device, though its fake tensors lie on the CPU: kernels are
-chosen as there (`device_of`), and what is made under `phase(HOST)`, which waits on the host, is left out.
+What is made under `phase(HOST)` waits in the host's memory while the step runs on a device, and is left out.
 `tracing(limit_bytes=...)` ends with `OverLimit` as soon as more than that lives, long before the step is through.
 
 A step says what it is doing by `phase`, `mark` and `loss_ends_at`, which do nothing when no tracker follows it.
@@ -62,11 +61,10 @@ class PeakMemory(TorchDispatchMode):
     within itself is not seen, nor is anything inside a compiled graph.
     """
 
-    def __init__(self, granularity: int = BLOCK_BYTES, device: str = "cpu", limit_bytes: int | None = None,
-                 shapes: Shapes | None = None):
+    def __init__(self, granularity: int = BLOCK_BYTES, limit_bytes: int | None = None, shapes: Shapes | None = None):
         super().__init__()
         self._shapes = shapes
-        self.granularity, self.device, self.limit_bytes = granularity, device, limit_bytes
+        self.granularity, self.limit_bytes = granularity, limit_bytes
         self.tag = "activations"  # of storages that appear from now on
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -152,7 +150,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def tracing(device: str = "cpu", limit_bytes: int | None = None) -> Iterator[PeakMemory]:
+def tracing(limit_bytes: int | None = None) -> Iterator[PeakMemory]:
     """All tensors made inside are fake, and counted.
 
     Raises (from the operation that needs too much):
@@ -162,19 +160,11 @@ def tracing(device: str = "cpu", limit_bytes: int | None = None) -> Iterator[Pea
     gc.disable()  # a tenth faster; and what only the collector would free counts, as it may on a real device
     try:
         with (FakeTensorMode() as mode, disable_fake_tensor_cache(mode),  # Shapes keeps what it would
-              PeakMemory(device=device, limit_bytes=limit_bytes, shapes=Shapes(mode)) as tracker):
+              PeakMemory(limit_bytes=limit_bytes, shapes=Shapes(mode)) as tracker):
             yield tracker
     finally:
         if collects:
             gc.enable()
-
-
-def device_of(tensor: Tensor) -> str:
-    """Type of the device on which a tensor lies or, in a traced run, would lie."""
-    if tensor.device.type != "cpu":
-        return tensor.device.type
-    tracker = _active_tracker()
-    return "cpu" if tracker is None else tracker.device
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ run's clock and its step count. What it begins anew: its objectives' heads, the 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,18 +90,8 @@ def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Shar
     """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
     step = make_step(run, stage, batch, share, train=True)
     parts = accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
-    if TOTAL in parts:
-        spoil_unless_finite(stage.optimizer.parameters, parts[TOTAL])
     run.world.reserve(stage.optimizer.parameters)
     return parts
-
-
-def spoil_unless_finite(parameters: Iterable[Tensor], loss: Tensor) -> None:
-    """Of a loss that is not finite the gradient may be; then one of its values is made so, since that is what an update
-    is masked by, on all processes alike and without a look at the device."""
-    given = min((p.grad for p in parameters if p.grad is not None), key=Tensor.numel, default=None)
-    if given is not None:
-        given.add_(0 * loss.detach())
 
 
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
@@ -121,12 +111,13 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
         if parts is None:
             stage.optimizer.zero_grad()
             shrink(run, stage, cause)
+    loss = parts.pop(TOTAL, torch.zeros((), device=run.device))
     reduce_gradients(run, stage)
-    norm, finite = update(run, stage)
+    norm, finite = update(run, stage, run.world.all_true(loss.isfinite()))
     run.model.bound_temperatures()
     if stage.average is not None:
         stage.average.update(run.model.parameters(), finite)
-    return StepResult(parts.pop(TOTAL, torch.zeros((), device=run.device)), parts, norm, finite,
+    return StepResult(loss, parts, norm, finite,
                       faults.Given(task, batch, whole, share))
 
 
@@ -147,14 +138,14 @@ def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
     return None, cause
 
 
-def update(run: Run, stage: Stage) -> tuple[Tensor, Tensor]:
-    """The optimizer's update by the gradients that are there: their norm, and whether it is finite."""
+def update(run: Run, stage: Stage, loss_is_finite: Tensor | bool = True) -> tuple[Tensor, Tensor]:
+    """The optimizer's update by the gradients that are there: their norm, and whether loss and norm are finite."""
     training = run.config.training
     lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
                training.warmup_pct, training.min_lr_pct)
     while True:
         try:
-            return stage.optimizer.step(lr)
+            return stage.optimizer.step(lr, loss_is_finite)
         except (RuntimeError, MemoryError) as error:
             cause = devices.out_of_memory_cause(error)
         stage.optimizer.take_less()

@@ -176,16 +176,17 @@ class Optimizer:
                 adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
                                   "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    def step(self, lr: float) -> tuple[Tensor, Tensor]:
-        """Clip and update, or leave everything as it was if the gradient is not finite; gradients are freed.
+    def step(self, lr: float, loss_is_finite: Tensor | bool = True) -> tuple[Tensor, Tensor]:
+        """Clip and update, or leave everything as it was if loss or gradient is not finite; gradients are freed.
 
         After an error for lack of memory call it again: it goes on where it stopped, Muon with fewer matrices at a time
         (`take_less`), and nothing is updated twice.
 
-        Returns the gradient's norm before clipping and whether it was finite, both on the device.
+        Returns the gradient's norm before clipping and whether it and the loss were finite, both on the device.
         """
         if self._clipped is None:
-            self._clipped = self._clip(lr)
+            norm = self._clip(lr)
+            self._clipped = norm, norm.isfinite() & loss_is_finite  # a loss of NaN may have finite gradients
         norm, finite = self._clipped
         for part in self.parts.values():
             # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
@@ -198,7 +199,7 @@ class Optimizer:
         self.zero_grad()
         return norm, finite
 
-    def _clip(self, lr: float) -> tuple[Tensor, Tensor]:
+    def _clip(self, lr: float) -> Tensor:
         for name, part in self.parts.items():
             for group in part.param_groups:
                 group["lr"] = lr
@@ -206,8 +207,7 @@ class Optimizer:
                     p.grad is not None for g in part.param_groups for p in g["params"]):
                 self.scaler.unscale_(part)
                 self._unscaled.add(name)
-        norm = nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
-        return norm, norm.isfinite()
+        return nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
 
     def take_less(self) -> None:
         """Update fewer matrices at a time from now on."""

@@ -11,10 +11,11 @@ as soon as they take too much; what a larger or a smaller fit has told already i
 of each process: its share of the batch, the features of all.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 import model as model_module
 from datasets import Batch
-from model import TriModalModel
+from model import KERNELS_OF, TriModalModel
 from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
 from trimodal.memory import shapes
 from trimodal.memory import tracker as tracker_module
@@ -46,7 +47,7 @@ _SOURCES = ("objectives/step", "objectives/losses", "memory/tracker", "memory/sh
             "training/planner", "training/optimizer")
 TOWERS = ("image", "audio", "text", "fusion")
 
-Tracing = Callable[[str, int | None], AbstractContextManager[tracker_module.PeakMemory]]
+Tracing = Callable[[int | None], AbstractContextManager[tracker_module.PeakMemory]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class StepPlan:
         """
         names = [name for name in OBJECTIVES if name in (gradient_of or self.task.objectives)]
         try:
-            with tracing(self.place.device, limit_bytes) as tracker:
+            with kernels_of(self.place.device), tracing(limit_bytes) as tracker:
                 self._run(tracker, names, 0 if gradient_of else 2)
             return tracker.usage()
         except OverLimit:
@@ -194,6 +195,16 @@ class StepPlan:
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
             num_concepts=self.config.model.num_classes, share=_largest_share(self.config, row, self.place),
             whole=self.is_whole, copies=self.place.device != "cpu")
+
+
+@contextlib.contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Inside, the model chooses its kernels as on this type of device."""
+    token = KERNELS_OF.set(device)
+    try:
+        yield
+    finally:
+        KERNELS_OF.reset(token)
 
 
 def _backward(optimizer: Optimizer, loss: Tensor) -> None:
@@ -402,7 +413,7 @@ def _encoding_usage(config: Config, tower: str, size: int, place: Place, limit_b
     """Peak of one modality through its encoder, the fusion and the classifier, without gradients."""
     S, L = config.model.image_size, config.model.context_length
     try:
-        with tracker_module.tracing(place.device, limit_bytes) as tracker, torch.no_grad():
+        with kernels_of(place.device), tracker_module.tracing(limit_bytes) as tracker, torch.no_grad():
             model = TriModalModel(config.model)
             tracker.mark("parameters", list(model.parameters()))
             given = {"image": {"images": torch.zeros(size, 3, S, S, dtype=torch.uint8)},

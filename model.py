@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from trimodal import checkpoint
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, config_from_dict
-from trimodal.errors import CheckpointError, UserError
+from trimodal.errors import UserError
 from trimodal.inputs import checked_audio, checked_ids, checked_images
 
 IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
@@ -448,17 +448,16 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
     Raises:
         UserError: the file is missing, damaged, or is not a checkpoint of this project.
     """
+    state = checkpoint.load_export(path) if str(path).endswith(".safetensors") else checkpoint.load(path)
+    weights, settings = state.pop("model_state_dict", None), state.get("config")
+    if not (isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
+            and isinstance(settings, dict) and isinstance(settings.get("model"), dict)):
+        raise UserError(f"{path}: not a checkpoint of this project (it lacks model_state_dict or config.model)")
     try:
-        state = checkpoint.load_export(path) if str(path).endswith(".safetensors") else checkpoint.load(path, device)
-        config = config_from_dict({"model": state["config"]["model"]}).model
-        weights = state.pop("model_state_dict")
-        if not all(isinstance(value, Tensor) for value in weights.values()):
-            raise TypeError("weights that are no tensors")
-    except CheckpointError as error:
-        raise UserError(str(error)) from None
-    except (LookupError, TypeError, AttributeError, UserError) as error:  # repr: some errors have no message
-        raise UserError(f"{path}: not a checkpoint of this project ({repr(error)[:150]})") from None
-    model = TriModalModel(config)  # a mistake in here is none of the file's
+        config = config_from_dict({"model": settings["model"]}).model
+    except UserError as error:
+        raise UserError(f"{path}: it describes a model that cannot be made ({error})") from None
+    model = TriModalModel(config)
     if mismatch := checkpoint.describe_mismatch(weights, model.state_dict()):
         raise UserError(f"{path}: its weights are not those of the model it describes ({mismatch})")
     model.load_state_dict(weights)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import trimodal
 from tests import forked
 from tests.refusals import assert_names, refused
 from trimodal import checkpoint
@@ -35,7 +36,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     checkpoint.save(state, tmp_path / "best_model.pt")
     loaded = checkpoint.load(tmp_path / "best_model.pt")
     assert loaded["schema"] == checkpoint.SCHEMA
-    assert {k: v for k, v in loaded.items() if k not in ("schema", "model_state_dict")} == {
+    assert loaded["version"] == trimodal.__version__
+    assert {k: v for k, v in loaded.items() if k not in ("schema", "version", "model_state_dict")} == {
         k: v for k, v in state.items() if k != "model_state_dict"}
     for name, value in state["model_state_dict"].items():
         assert torch.equal(loaded["model_state_dict"][name], value)
@@ -110,6 +112,25 @@ def test_files_of_others_and_missing_ones_are_named(tmp_path):
             checkpoint.load(path)
 
 
+def test_a_file_that_torch_saved_again_opens_with_a_notice_and_stays_the_users(tmp_path, capsys):
+    fill(tmp_path, "checkpoint_epoch_1.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_3.pt")
+    again = tmp_path / "checkpoint_epoch_3.pt"
+    torch.save(torch.load(again), again)
+    assert checkpoint.find_latest(tmp_path) == tmp_path / "checkpoint_epoch_2.pt", "none that cannot be checked"
+    assert_names(capsys.readouterr().out.removesuffix("\n"), again, "--resume")
+    assert checkpoint.load(again)["name"] == again.name
+    assert_names(capsys.readouterr().out.removesuffix("\n"), again)
+    checkpoint.load(tmp_path / "checkpoint_epoch_2.pt")
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in checkpoint.rotate(tmp_path, keep_last=1)] == ["checkpoint_epoch_1.pt"]
+    assert again.is_file() and checkpoint.later_than(tmp_path / "checkpoint_epoch_2.pt") == []
+    whole = again.read_bytes()
+    for size in (100, len(whole) // 2, len(whole) - 1):
+        again.write_bytes(whole[:size])
+        with refused(again, error=CheckpointError):
+            checkpoint.load(again)
+
+
 def test_a_newer_schema_and_one_without_are_refused(tmp_path):
     checkpoint.save({"schema": checkpoint.SCHEMA + 1}, tmp_path / "newer.pt")
     with refused(tmp_path / "newer.pt", checkpoint.SCHEMA + 1, checkpoint.SCHEMA, error=CheckpointError):
@@ -131,7 +152,7 @@ class Payload:
 
 def test_code_in_a_file_with_a_right_digest_does_not_run(tmp_path):
     marker, path = tmp_path / "was_run", tmp_path / "evil.pt"
-    with open(path, "wb") as file:
+    with open(path, "w+b") as file:
         checkpoint.write_with_digest({"schema": 1, "x": Payload(marker)}, file)
     checkpoint.verify(path)  # the digest proves wholeness, not good intent
     with refused(path, error=CheckpointError):

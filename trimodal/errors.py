@@ -21,7 +21,7 @@ class ReportedByMain(UserError):
     """A mistake that ends every process of torchrun and that the main one prints."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written, or a file that is not a whole checkpoint of ours; one line says which."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import trimodal
 from trimodal.evaluation import report
 
 NOW = datetime.datetime(2026, 3, 4, 5, 6, 7)
@@ -90,6 +91,7 @@ def test_the_json_holds_every_documented_key_and_what_was_given(written):
         {"image_to_text_R@1": 0.25}, {"image_to_text_R@1": 0.125}, {"image_to_text_R@1": 8}]
     assert found["gallery"][0]["answers"][1] == {"caption": "answer 1", "score": 0.8, "right": True}
     assert found["environment"]["packages"]["torch"].startswith("2.")
+    assert found["environment"]["packages"]["trimodal"] == trimodal.__version__
 
 
 def test_files_named_in_the_report_are_there_and_nothing_else(written):

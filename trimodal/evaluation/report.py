@@ -12,7 +12,8 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     best          {"stage", "epoch", "loss"}: where these weights come from, chosen on validation data (loss None: there
                   was none, they are the newest)
     model         {"size", "parameters"}
-    environment   {"python", "platform", "cpus", "device", "precision", "git_commit", "git_changed", "packages"}
+    environment   {"python", "platform", "cpus", "device", "precision", "git_commit", "git_changed", "packages":
+                  {name: version}, this project's under "trimodal"}
     config        the resolved configuration
     data          {"counts": {set: {split: {kind: samples}}}, "digests": {split: sha256}, "licences": {set: text},
                   "available": {set: {split: {"samples": n, "of": n, "sha256": of their list}}}, ...}
@@ -45,6 +46,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimodal import __version__
 from trimodal.evaluation.plots import flat_values, loss_curves, progress_curves, retrieval_grid
 from trimodal.files import appearing
 from trimodal.redaction import address, hide, redact, settings
@@ -182,7 +184,7 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
 
 def environment(run: Mapping[str, Any]) -> dict[str, Any]:
     """Versions, machine and commit of what runs here."""
-    packages = {}
+    packages = {"trimodal": __version__}
     for name in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)

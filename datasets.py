@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -236,12 +237,13 @@ class Loader:
         reader = BatchReader(split, self.jobs, self.inputs, self.config, self.train, self.epoch,
                              whole=self.whole)
         count = worker_count(self.config, len(self)) if self.workers is None else self.workers
-        jobs, given_up = range(self.start, len(self.jobs)), bad_samples.given_up(split.table, self.config)
+        jobs, skipped = range(self.start, len(self.jobs)), bad_samples.given_up(split.table, self.config)
         if not count:
-            return _checked(in_line(reader.work, jobs, given_up), reader)
+            return _checked(in_line(reader.work, jobs, skipped), reader)
+        pin = partial(_pin, torch.cuda.current_device()) if torch.cuda.is_initialized() else None
         return _checked(iter(Workers(
             reader.work, jobs, count, timeout_s=self.config.data.timeout_s, name=reader.name, say=self.say,
-            given_up=given_up, finish=_pin if torch.cuda.is_initialized() else None)), reader)
+            skipped=skipped, finish=pin)), reader)
 
 
 loader = Loader
@@ -256,8 +258,10 @@ def worker_count(config: Config, num_jobs: int) -> int:
     return min(cores - 1 if cores > 2 else 1, MAX_WORKERS, num_jobs)
 
 
-def _pin(read: Read) -> Read:
-    return read if read.batch is None else read._replace(batch=read.batch.pin_memory())
+def _pin(device: int, read: Read) -> Read:
+    """Copy a batch to page-locked memory, in a thread, which does not know the device of the main one."""
+    with torch.cuda.device(device):
+        return read if read.batch is None else read._replace(batch=read.batch.pin_memory())
 
 
 def _checked(reads: Generator[Read, None, None], reader: BatchReader) -> Iterator[Batch]:

@@ -95,7 +95,7 @@ SAFE = {
         ("replacing unlink", "our event files, by name or by what they hold, once one of them holds all that is kept"),
     "download.transfer._store": ("open(ab)", "the part, at a name from arrivals.part_of"),
     "download.transfer._Part.restart": ("unlink", "the same part"),
-    "data.workers._packed": ("os.truncate", "a file in memory"),
+    "data.workers._pickled": ("open(wb)", "a file in memory, by its descriptor"),
 }
 
 

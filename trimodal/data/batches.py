@@ -24,7 +24,7 @@ from trimodal.data.cache import BrokenSample, Store
 from trimodal.data.images import augment, fit_eval
 from trimodal.data.samples import SampleTable, ragged_take
 from trimodal.data.tokenizer import pad_rows
-from trimodal.data.workers import NOWHERE, tell_nobody
+from trimodal.data.workers import NO_ITEM, report_nothing
 from trimodal.errors import UserError
 
 Jobs = Sequence[tuple[int, np.ndarray]]  # (task, sample indices) of each batch
@@ -117,7 +117,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Item k holds the whole Batch of job k. The process that reads is told each row that it begins with `begin`."""
+    """Item k holds the whole Batch of job k. The process that reads is told each row that it begins with `report`."""
 
     split: Split
     jobs: Jobs
@@ -125,21 +125,21 @@ class BatchReader:
     config: Config
     train: bool
     epoch: int
-    given_up: Mapping[int, str] = field(default_factory=dict)  # rows that are not to be read, and why
-    begin: Callable[[int], None] = tell_nobody
+    skipped: Mapping[int, str] = field(default_factory=dict)  # rows that are not to be read, and why
+    report: Callable[[int], None] = report_nothing
     whole: Jobs | None = None  # the effective batches of which `jobs` are one process's shares; None: `jobs` are whole
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def work(self, k: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> Read:
+    def work(self, k: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> Read:
         """Item k, as a job of `workers`."""
-        return replace(self, given_up=given_up, begin=begin)[k]
+        return replace(self, skipped=skipped, report=report)[k]
 
     def name(self, k: int, row: int) -> str:
         """Words for a row of job k, or for all of them."""
         table, task = self.split.table, self.jobs[k][0]
-        if row == NOWHERE:
+        if row == NO_ITEM:
             return f"the batch of {sample_names(table, self.jobs[k][1] % VISIT)}"
         paths = {"image": table.images[row], "audio": table.audio[row]}
         return " or ".join(dict.fromkeys(paths[name] for name in self.inputs[task] if paths.get(name))) or (
@@ -203,9 +203,9 @@ class BatchReader:
 
     def _draw(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Drawn:
         split, data = self.split, self.config.data
-        self.begin(row)
-        if row in self.given_up:
-            raise BrokenSample(self.given_up[row])
+        self.report(row)
+        if row in self.skipped:
+            raise BrokenSample(self.skipped[row])
         seed, epoch = (self.config.training.seed, self.epoch) if self.train else (0, 0)
         rng = np.random.default_rng([seed, epoch, int(split.set_hash[row]), int(split.place[row]), visit])
         noise = {"path": rng.random(PATH_DRAWS, np.float32), "drop_text": rng.random((), np.float32)}
@@ -240,7 +240,7 @@ class BatchReader:
         return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
 
     def _collate(self, drawn: list[_Drawn], inputs: tuple[str, ...]) -> Batch:
-        self.begin(NOWHERE)
+        self.report(NO_ITEM)
         table = self.split.table
         rows = np.array([one.row for one in drawn], np.int64)
         noise = {"path": np.stack([one.noise["path"] for one in drawn]),

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from trimodal.config import NUM_MELS, Config
 from trimodal.data import bad_samples, generated, partial_fills
 from trimodal.data.samples import SampleTable, offsets_of
-from trimodal.data.workers import NOWHERE, Workers, cpu_cores, in_line
+from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
 from trimodal.errors import UserError
 from trimodal.files import bytes_below, nearest_existing, replacing, sync_folder, take_lock
 
@@ -100,21 +100,21 @@ class _Decoder:
     def __len__(self) -> int:
         return math.ceil(len(self.items) / CHUNK)
 
-    def work(self, job: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> list[np.ndarray | str]:
+    def work(self, job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[np.ndarray | str]:
         """Decoded files, or the reason why not."""
         found: list[np.ndarray | str] = []
         for number in range(job * CHUNK, min((job + 1) * CHUNK, len(self.items))):
-            begin(number)
+            report(number)
             try:
-                if number in given_up:
-                    raise BrokenSample(given_up[number])
+                if number in skipped:
+                    raise BrokenSample(skipped[number])
                 found.append(self.read(self.items[number]))
             except BrokenSample as error:
                 found.append(str(error))
         return found
 
     def name(self, job: int, number: int) -> str:
-        return self.items[job * CHUNK if number == NOWHERE else number][0]
+        return self.items[job * CHUNK if number == NO_ITEM else number][0]
 
 
 def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[np.ndarray | str, None, None]:

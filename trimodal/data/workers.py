@@ -1,22 +1,21 @@
-"""Processes that work ahead of the main one, with exact word of what one was at when it died or hung.
+"""Worker processes that read batches ahead, and what happens to a batch whose worker dies or hangs.
 
-Each process has a socket of its own, and hands a result over as a file in memory whose descriptor is sent once it is
-whole. So whatever happens to one process, the others and the main one never wait for it, and half a result never
-arrives. (The loader of torch.utils.data has one pipe and one lock for all of its processes, and raises what befell one
-of them in the middle of whatever the main process does, half an update of the weights included.)
+Each worker has a socket of its own and hands a result over as a file in memory, whose descriptor is sent once it is
+whole. So a worker that dies never holds up the others or the main process, whatever it was doing. Pools with one pipe
+and one lock for all workers (pebble, torch's DataLoader) hang or raise amid a training step when a worker is killed
+while it sends: benchmarks/workers.py measures this.
 
-    def work(job, given_up, begin):       # in a process; says begin(place) before each part of the job
-        for place in places_of(job): begin(place); ...
+    def work(job, skipped, report):           # in a worker; calls report(item) before it touches an item
+        for item in items_of(job): report(item); ...
 
     for result in Workers(work, range(100), 4, timeout_s=120, name=..., say=print): ...      # in the order of the jobs
+
+A job is the number of a batch; an item is the number of a sample or file, so that a hung or deadly one can be named.
 """
 
-import concurrent.futures
 import errno
 import gc
 import heapq
-import io
-import math
 import multiprocessing
 import os
 import pickle
@@ -29,56 +28,55 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from trimodal.errors import UserError
 
-NOWHERE = -1  # the place of a process that is between two places
-AHEAD = 2  # results of each process that are begun or waiting
-TRIES = 3  # deaths at one job without a common place, or places given up of one job, that end the run
-STARTING_S = 60.0  # more patience with a process that has begun nothing yet: a busy machine starts it late
+NO_ITEM = -1  # reported by a worker that is between two items
+AHEAD = 2  # jobs of each worker that are begun or waiting to be taken
+TRIES = 3  # deaths in one job without a common item, or items of one job given up, that end the run
+STARTING_S = 60.0  # more patience with a worker that has begun nothing yet: a busy machine starts it late
 TICK_S = 1.0  # at most so long between two looks at who hangs
-ALIGNMENT = 64  # bytes, of each array in a result
 
-
-# One job, within a process. It is shown why some places are not to be touched again, and says the number of each place
-# before it works at it, and NOWHERE before what belongs to none.
+# Does one job in a worker: (job, reasons why some items must be skipped, function that reports the current item).
 Work = Callable[[int, Mapping[int, str], Callable[[int], None]], Any]
 
 
-class Loss(NamedTuple):
-    """A process that died, or was killed since it hung."""
+@dataclass(eq=False)
+class Worker:
+    """A worker process, as the main one sees it."""
 
-    job: int | None  # at which it was; None: it had nothing to do
-    place: int
-    cause: str
-    hung: bool
+    process: Any
+    link: socket.socket
+    pulse: Any  # shared memory: how often the worker has reported, and the item that it reported last
+    jobs: deque[int] = field(default_factory=deque)  # handed to it, the current one first
+    reports: int = 0  # at the last look
+    idle_s: float = 0.0  # how long the main process has waited since the last report
 
-
-class Lost(Exception):
-    """Processes were lost; others have taken their places and their jobs."""
-
-    def __init__(self, losses: list[Loss]):
-        super().__init__(losses)
-        self.losses = losses
+    def watch(self, waited_s: float) -> float:
+        """Seconds without a report while it had a job; a worker that has not started yet gets STARTING_S more."""
+        reports = self.pulse[0]
+        self.idle_s = self.idle_s + waited_s if self.jobs and reports == self.reports else 0.0
+        self.reports = reports
+        return self.idle_s if reports else self.idle_s - STARTING_S
 
 
 @dataclass
 class Workers:
-    """Results of `jobs`, in their order, by `count` processes, whatever happens to some of them.
+    """Iterates over the results of `jobs`, in their order, computed by `count` worker processes.
 
-    A process that dies is replaced, and its job done again. A place at which a process stays longer than `timeout_s`
-    (0: any time) while the main one waits, or at which three have died, is given up: its number and the reason are in
-    `given_up`, which `work` is shown from then on. `name(job, place)` says in words what a place is, or the whole job.
-    `say` hears a line for each loss; `finish` is done to each result in a thread, ahead of time.
+    A worker that dies is replaced, and its job done again. An item that takes longer than `timeout_s` (0: any time)
+    while the main process waits, or in which three workers died, is given up: its reason goes to `skipped`, which
+    `work` receives from then on. `name(job, item)` names an item, or the whole job, in messages; `say` receives a line
+    for each loss; `finish` is applied to each result in a thread, ahead of time.
 
     Iterating raises:
-        UserError: three processes died at one job, or three of its places were given up.
+        UserError: three workers died in one job, or three of its items were given up; or none can be started.
     """
 
     work: Work
@@ -88,181 +86,138 @@ class Workers:
     timeout_s: float
     name: Callable[[int, int], str]
     say: Callable[[str], None]
-    given_up: dict[int, str] = field(default_factory=dict)
+    skipped: dict[int, str] = field(default_factory=dict)
     finish: Callable[[Any], Any] | None = None
     clock: Callable[[], float] = time.monotonic  # seconds
 
     def __iter__(self) -> Generator[Any, None, None]:
-        self._deaths: dict[int, list[int]] = {}
-        self._dropped: dict[int, int] = {}
-        team = Team(self.work, self.jobs, self.count, self.timeout_s, self.finish, self.clock)
+        self._waiting = list(self.jobs)  # a heap: jobs of lost workers come first again
+        self._results: dict[int, Future[Any]] = {}
+        self._deaths: dict[int, list[int]] = {}  # items in which workers died, by job
+        self._num_given_up: dict[int, int] = {}  # by job
+        self._workers: list[Worker] = []
+        self._finisher = ThreadPoolExecutor(1)
+        end = weakref.finalize(self, _end, os.getpid(), self._workers, self._finisher)  # at the latest at exit
         try:
-            if team.shortage:
-                self.say(f"data: reading processes: {team.shortage}; data.workers asks for {self.count}")
+            shortage = ""
+            while len(self._workers) < self.count and not shortage:
+                shortage = self._add_worker()
+            if shortage:
+                self.say(f"data: reading processes: {shortage}; data.workers asks for {self.count}")
             for job in self.jobs:
-                yield self._result(team, job)
+                yield self._result(job)
         finally:
-            team.end()
+            end()
 
-    def _result(self, team: "Team", job: int) -> Any:
-        while True:
-            try:
-                return team.take(job, self.given_up)
-            except Lost as lost:
-                for loss in lost.losses:
-                    self._judge(loss)
-
-    def _judge(self, loss: Loss) -> None:
-        """Try the job again, give up a place of it, or end."""
-        if loss.job is None:
-            self.say(f"data: a reading process was lost ({loss.cause}) between two jobs; another one goes on")
-            return
-        name = self.name(loss.job, loss.place)
-        if loss.hung and loss.place != NOWHERE:
-            self._give_up(loss, name, f"took longer than data.timeout_s={self.timeout_s:g}")
-            return
-        places = self._deaths.setdefault(loss.job, [])
-        places.append(loss.place)
-        if len(places) < TRIES:
-            self.say(f"data: a reading process was lost ({loss.cause}) at {name}; another one goes on from there")
-        elif set(places) == {loss.place} != {NOWHERE}:
-            places.clear()
-            self._give_up(loss, name, f"{TRIES} reading processes were lost at it ({loss.cause})")
-        else:
-            raise UserError(f"data: {TRIES} reading processes were lost in a row ({loss.cause}), at "
-                            f"{self.name(loss.job, NOWHERE)}; lower data.workers or give them more memory, then go on "
-                            "with --resume auto")
-
-    def _give_up(self, loss: Loss, name: str, reason: str) -> None:
-        assert loss.job is not None
-        self.given_up[loss.place] = f"{name}: {reason}"
-        self._dropped[loss.job] = self._dropped.get(loss.job, 0) + 1
-        if self._dropped[loss.job] >= TRIES:
-            raise UserError(f"data: {TRIES} files in a row cannot be read, the last one {name}: {reason}; see to the "
-                            "disk that holds them (or raise data.timeout_s), then go on with --resume auto")
-        self.say(f"data: {name}: {reason}; it is left out")
-
-
-# ---- the main process's side ----------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Member:
-    """A process, as the main one sees it."""
-
-    process: Any
-    link: socket.socket
-    pulse: Any  # shared: how often the process has begun something, and the place it began last
-    jobs: deque[int] = field(default_factory=deque)  # handed to it, the one it is at first
-    beats: int = 0
-    still_s: float = 0.0  # how long the main process has waited and seen no beat
-
-    def watch(self, waited_s: float) -> float:
-        """How long it has not moved though it had a job; what its start may take beside that does not count."""
-        beats = self.pulse[0]
-        self.still_s = self.still_s + waited_s if self.jobs and beats == self.beats else 0.0
-        self.beats = beats
-        return self.still_s if beats else self.still_s - STARTING_S
-
-
-class Team:
-    """The processes: hands out jobs, takes in results, replaces who is lost."""
-
-    def __init__(self, work: Work, jobs: Sequence[int], count: int, timeout_s: float,
-                 finish: Callable[[Any], Any] | None, clock: Callable[[], float]):
-        self.work, self.timeout_s, self.clock = work, timeout_s or math.inf, clock
-        self.tick_s = min(TICK_S, timeout_s / 4) if timeout_s else None
-        self.waiting = list(jobs)  # a heap: what was lost comes first again
-        self.found: dict[int, concurrent.futures.Future[Any]] = {}
-        self.finish = finish
-        self.finisher = concurrent.futures.ThreadPoolExecutor(1, initializer=_use_device, initargs=(_device(),))
-        self.members: list[Member] = []
-        self.end = weakref.finalize(self, _end, os.getpid(), self.members, self.finisher)  # at the latest at exit
-        self.shortage = ""  # why there are fewer than `count`
-        while len(self.members) < count and not self.shortage:
-            self.shortage = self._add_member()
-
-    def _add_member(self) -> str:
-        """Start a process; why not, where the system gives no more of them and others can go on.
+    def _add_worker(self) -> str:
+        """Start a worker; return why not, where the system allows no more of them and others can go on.
 
         Raises:
             UserError: there are no others.
         """
         try:
-            self.members.append(_start(self.work))
+            self._workers.append(_start(self.work))
             return ""
         except OSError as error:
-            if not self.members:
+            if not self._workers:
                 raise UserError(f"data: no reading process can be started ({error.strerror}); allow more processes "
                                 "(ulimit -u, or the container's limit), or set data.workers=0") from None
-            return f"no more than {len(self.members)} can be started ({error.strerror})"
+            return f"no more than {len(self._workers)} can be started ({error.strerror})"
 
-    def take(self, job: int, given_up: Mapping[int, str]) -> Any:
-        """The result of `job`, the first one that has not been taken.
+    def _result(self, job: int) -> Any:
+        """Wait for the result of `job`, the first that has not been taken."""
+        tick_s = min(TICK_S, self.timeout_s / 4) if self.timeout_s else None
+        while job not in self._results:
+            self._hand_out()
+            self._look(tick_s)
+        self._look(0.0)
+        result = self._results.pop(job)
+        self._hand_out()
+        found = result.result()
+        if isinstance(found, Failure):
+            raise RuntimeError(f"in a reading process: {found.traceback}")
+        return found
 
-        Raises:
-            Lost: processes that were lost meanwhile; call it again.
-        """
-        while True:
-            self._hand_out(given_up)
-            losses = self._look(0.0 if job in self.found else self.tick_s)
-            if losses:
-                raise Lost(losses)
-            if job in self.found:
-                found = self.found.pop(job)
-                self._hand_out(given_up)
-                return _opened(found.result())
-
-    def _hand_out(self, given_up: Mapping[int, str]) -> None:
-        """To who has least to do; never so much that results could fill the memory."""
-        room = AHEAD * len(self.members) - len(self.found) - sum(len(member.jobs) for member in self.members)
-        for _ in range(min(room, len(self.waiting))):
-            member = min(self.members, key=lambda one: len(one.jobs))
-            job = heapq.heappop(self.waiting)
-            member.jobs.append(job)
+    def _hand_out(self) -> None:
+        """Give waiting jobs to the workers with the fewest; never so many that results could fill the memory."""
+        under_way = len(self._results) + sum(len(worker.jobs) for worker in self._workers)
+        for _ in range(min(AHEAD * len(self._workers) - under_way, len(self._waiting))):
+            worker = min(self._workers, key=lambda one: len(one.jobs))
+            job = heapq.heappop(self._waiting)
+            worker.jobs.append(job)
             try:
-                member.link.sendall(pickle.dumps((job, dict(given_up))))
+                worker.link.sendall(pickle.dumps((job, dict(self.skipped))))
             except OSError:
                 pass  # it is dead, which the next look finds
 
-    def _look(self, patience_s: float | None) -> list[Loss]:
-        """Take in what has come, waiting for something to come if need be; who was lost."""
+    def _look(self, patience_s: float | None) -> None:
+        """Receive results, waiting for one if need be, and replace workers that died or hang."""
         start_s = self.clock()
-        links = {member.link: member for member in self.members}
-        ready = wait(list(links), patience_s)
-        losses = [loss for link in ready if (loss := self._receive(links[link]))]  # type: ignore[index]
-        waited_s = self.clock() - start_s
-        if self.tick_s is not None:
-            waited_s = min(waited_s, 2 * self.tick_s)  # a run that was stopped and goes on has not waited
-            losses += [self._replace(member, hung=True) for member in list(self.members)
-                       if member.watch(waited_s) > self.timeout_s]
-        return losses
+        links = {worker.link: worker for worker in self._workers}
+        ready = [links[link] for link in wait(list(links), patience_s)]  # type: ignore[index]
+        for worker in ready:
+            if not self._receive(worker):
+                self._replace(worker, hung=False)
+        if self.timeout_s:  # a run that was stopped and goes on has not waited
+            waited_s = min(self.clock() - start_s, 2 * min(TICK_S, self.timeout_s / 4))
+            for worker in [one for one in self._workers if one.watch(waited_s) > self.timeout_s]:
+                self._replace(worker, hung=True)
 
-    def _receive(self, member: Member) -> Loss | None:
+    def _receive(self, worker: Worker) -> bool:
+        """Receive one result; False where the worker has died."""
         try:
-            _, files, _, _ = socket.recv_fds(member.link, 1, 1)
+            _, files, _, _ = socket.recv_fds(worker.link, 1, 1)
         except OSError:
             files = []
-        if not files:
-            return self._replace(member, hung=False)
-        self.found[member.jobs.popleft()] = self.finisher.submit(_finished, files[0], self.finish)
-        return None
+        if files:
+            self._results[worker.jobs.popleft()] = self._finisher.submit(_finished, files[0], self.finish)
+        return bool(files)
 
-    def _replace(self, member: Member, *, hung: bool) -> Loss:
+    def _replace(self, worker: Worker, *, hung: bool) -> None:
+        """End a worker, start another one, and decide what becomes of the job and the item."""
         if hung:
-            member.process.kill()
-        member.process.join(5)
-        cause = f"hung for {self.timeout_s:g} s" if hung else _cause(member.process.exitcode)
-        for job in member.jobs:
-            heapq.heappush(self.waiting, job)
-        member.link.close()
-        self.members.remove(member)
-        cause = "; ".join(filter(None, [cause, self._add_member()]))
-        return Loss(member.jobs[0] if member.jobs else None, member.pulse[1], cause, hung)
+            worker.process.kill()
+        worker.process.join(5)
+        cause = f"hung for {self.timeout_s:g} s" if hung else _cause(worker.process.exitcode)
+        for job in worker.jobs:
+            heapq.heappush(self._waiting, job)
+        worker.link.close()
+        self._workers.remove(worker)
+        cause = "; ".join(filter(None, [cause, self._add_worker()]))
+        if not worker.jobs:
+            self.say(f"data: a reading process was lost ({cause}) between two jobs; another one goes on")
+        elif hung and worker.pulse[1] != NO_ITEM:
+            self._give_up(worker.jobs[0], worker.pulse[1], f"took longer than data.timeout_s={self.timeout_s:g}")
+        else:
+            self._count_death(worker.jobs[0], worker.pulse[1], cause)
+
+    def _count_death(self, job: int, item: int, cause: str) -> None:
+        """Try the job again, give its item up, or end the run."""
+        items = self._deaths.setdefault(job, [])
+        items.append(item)
+        if len(items) < TRIES:
+            self.say(f"data: a reading process was lost ({cause}) at {self.name(job, item)}; another one goes on from "
+                     "there")
+        elif set(items) == {item} != {NO_ITEM}:
+            items.clear()
+            self._give_up(job, item, f"{TRIES} reading processes were lost at it ({cause})")
+        else:
+            raise UserError(f"data: {TRIES} reading processes were lost in a row ({cause}), at "
+                            f"{self.name(job, NO_ITEM)}; lower data.workers or give them more memory, then go on "
+                            "with --resume auto")
+
+    def _give_up(self, job: int, item: int, reason: str) -> None:
+        name = self.name(job, item)
+        self.skipped[item] = f"{name}: {reason}"
+        self._num_given_up[job] = self._num_given_up.get(job, 0) + 1
+        if self._num_given_up[job] >= TRIES:
+            raise UserError(f"data: {TRIES} files in a row cannot be read, the last one {name}: {reason}; see to the "
+                            "disk that holds them (or raise data.timeout_s), then go on with --resume auto")
+        self.say(f"data: {name}: {reason}; it is left out")
 
 
 def _cause(code: int | None) -> str:
-    """How a process ended."""
+    """Words for the exit code of a worker."""
     if code == errno.ENOMEM:
         return "out of memory"
     if code is None or code >= 0:
@@ -272,9 +227,9 @@ def _cause(code: int | None) -> str:
     return f"killed by {name}{hints.get(name, '')}"
 
 
-def _start(work: Work) -> Member:
+def _start(work: Work) -> Worker:
     ours, theirs = socket.socketpair()
-    pulse = multiprocessing.RawArray("q", [0, NOWHERE])
+    pulse = multiprocessing.RawArray("q", [0, NO_ITEM])
     process = multiprocessing.Process(target=_serve, args=(work, theirs, pulse), daemon=True)
     try:
         process.start()
@@ -283,36 +238,42 @@ def _start(work: Work) -> Member:
         raise
     finally:
         theirs.close()
-    return Member(process, ours, pulse)
+    return Worker(process, ours, pulse)
 
 
-def _end(owner: int, members: list[Member], finisher: concurrent.futures.ThreadPoolExecutor) -> None:
+def _end(owner: int, workers: list[Worker], finisher: ThreadPoolExecutor) -> None:
     if os.getpid() != owner:
-        return  # in one of our processes, which has inherited all this
-    for member in members:
-        member.process.kill()
-    for member in members:
-        member.process.join(5)
-        member.link.close()
+        return  # in a worker, which has inherited all this
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join(5)
+        worker.link.close()
     finisher.shutdown()
 
 
-def _device() -> int | None:
-    return torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+def _finished(file: int, finish: Callable[[Any], Any] | None) -> Any:
+    """Read a result from its file, in the main process's thread."""
+    with open(file, "rb") as content:
+        content.seek(0)
+        found = pickle.load(content)
+    return found if finish is None or isinstance(found, Failure) else finish(found)
 
 
-def _use_device(device: int | None) -> None:
-    if device is not None:
-        torch.cuda.set_device(device)
-
-
-# ---- a process's side -----------------------------------------------------------------------------------------------
+# ---- within a worker ------------------------------------------------------------------------------------------------
 
 
 class Failure(NamedTuple):
-    """A mistake of ours in a process, to be raised in the main one."""
+    """An exception in a worker, to be raised in the main process."""
 
-    text: str
+    traceback: str
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as numpy arrays: one block of bytes each."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
 
 
 def _serve(work: Work, link: socket.socket, pulse: Any) -> None:
@@ -321,35 +282,43 @@ def _serve(work: Work, link: socket.socket, pulse: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    gc.freeze()  # what the main process has left to be collected is not of this one: FFmpeg's decoders would crash
+    gc.freeze()  # garbage of the main process must not be collected here: FFmpeg's decoders would crash
 
-    def begin(place: int) -> None:
-        pulse[1] = place
+    def report(item: int) -> None:
+        pulse[1] = item
         pulse[0] += 1
 
     jobs = link.makefile("rb")
     while True:
         try:
-            job, given_up = pickle.load(jobs)
-        except (EOFError, ConnectionResetError, pickle.UnpicklingError):  # the last two: killed while it sent a job
+            job, skipped = pickle.load(jobs)
+        except (EOFError, ConnectionResetError, pickle.UnpicklingError):  # the main process was killed
             return
-        begin(NOWHERE)
+        report(NO_ITEM)
         try:
-            file = _packed(_attempt(work, job, given_up, begin))
-        except (MemoryError, OSError):  # of the file in memory
+            file = _pickled(_attempt(work, job, skipped, report))
+        except (MemoryError, OSError):  # the second where the file in memory finds no room
             os._exit(errno.ENOMEM)
-        begin(NOWHERE)
+        report(NO_ITEM)
         socket.send_fds(link, [b"\0"], [file])
         os.close(file)
 
 
-def _attempt(work: Work, job: int, given_up: Mapping[int, str], begin: Callable[[int], None]) -> Any:
+def _attempt(work: Work, job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> Any:
     try:
-        return work(job, given_up, begin)
+        return work(job, skipped, report)
     except MemoryError:
         raise
     except Exception:
         return Failure(traceback.format_exc())
+
+
+def _pickled(value: Any) -> int:
+    """Descriptor of a file in memory that holds `value`."""
+    file = os.memfd_create("result") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
+    with open(file, "wb", closefd=False) as content:
+        _Pickler(content, protocol=5).dump(value)
+    return file
 
 
 def _end_with_parent() -> None:
@@ -359,70 +328,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-# ---- results in memory files ----------------------------------------------------------------------------------------
+# ---- without workers ------------------------------------------------------------------------------------------------
 
 
-class _Pickler(pickle.Pickler):
-    """Leaves the bytes of tensors on the host out, as numpy does with those of arrays."""
-
-    def reducer_override(self, value: Any) -> Any:
-        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+def in_line(work: Work, jobs: Sequence[int], skipped: Mapping[int, str]) -> Generator[Any, None, None]:
+    """The same results, computed by the main process itself, which cannot help a file that hangs."""
+    return (work(job, skipped, report_nothing) for job in jobs)
 
 
-def _packed(value: Any) -> int:
-    """Descriptor of a file in memory: how many parts, where each ends, then the parts, the first one the pickle."""
-    head, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(value)
-    parts = [head.getbuffer(), *(buffer.raw() for buffer in buffers)]
-    bounds, end = [len(parts)], 8 * (2 * len(parts) + 1)
-    for part in parts:
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        end = start + part.nbytes
-        bounds += [start, end]
-    file = os.memfd_create("result") if hasattr(os, "memfd_create") else os.dup(tempfile.TemporaryFile().fileno())
-    os.truncate(file, max(end, 1))
-    for start, content in zip([0, *bounds[1::2]], [np.array(bounds, np.int64).data.cast("B"), *parts],
-                              strict=True):
-        _write(file, content, start)
-    return file
-
-
-def _write(file: int, content: memoryview, start: int) -> None:
-    done = 0
-    while done < content.nbytes:
-        done += os.pwrite(file, content[done:], start + done)
-
-
-def _finished(file: int, finish: Callable[[Any], Any] | None) -> Any:
-    value = _unpacked(file)
-    return value if finish is None or isinstance(value, Failure) else finish(value)
-
-
-def _unpacked(file: int) -> Any:
-    """What `_packed` wrote; its arrays and tensors are the file's own memory, freed with the last of them."""
-    content = torch.from_file(f"/dev/fd/{file}", shared=True, size=os.fstat(file).st_size, dtype=torch.uint8)
-    os.close(file)
-    whole = content.numpy().data
-    count = int(np.frombuffer(whole, np.int64, 1)[0])
-    bounds = np.frombuffer(whole, np.int64, 2 * count, offset=8).reshape(count, 2).tolist()
-    parts = [whole[start:end] for start, end in bounds]
-    return pickle.loads(parts[0], buffers=parts[1:])
-
-
-def _opened(value: Any) -> Any:
-    if isinstance(value, Failure):
-        raise RuntimeError(f"in a reading process: {value.text}")
-    return value
-
-
-def in_line(work: Work, jobs: Sequence[int], given_up: Mapping[int, str]) -> Generator[Any, None, None]:
-    """The same results, worked at by the main process itself, where nothing can be done about what hangs."""
-    return (work(job, given_up, tell_nobody) for job in jobs)
-
-
-def tell_nobody(place: int) -> None: ...
+def report_nothing(item: int) -> None: ...
 
 
 def cpu_cores() -> int:
-    """Those that this process may use."""
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -139,6 +139,18 @@ def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
     assert value == 20.0 and isinstance(value, float)
 
 
+@pytest.mark.parametrize(("word", "value"), [
+    ("on", True), ("off", False), ("yes", True), ("no", False), ("true", True), ("False", False)])
+def test_words_for_yes_and_no(tmp_path: Path, word: str, value: bool) -> None:
+    assert load_config(write(tmp_path, f"training: {{use_amp: {word}}}")).training.use_amp is value
+    assert load_config(None, [f"training.use_amp={word}"]).training.use_amp is value
+
+
+def test_a_value_that_is_no_yaml_is_a_text() -> None:
+    for text in ("[runs", "2001-99-99", "a: b: c"):
+        assert load_config(None, [f"paths.output_dir={text}"]).paths.output_dir == text
+
+
 def test_stages_are_addressed_by_name_and_position() -> None:
     by_name = load_config(None, ["stages.align.drop_path=0.3", "stages.align.tasks.0.passes=2"])
     by_position = load_config(None, ["stages.1.drop_path=0.3", "stages.1.tasks.0.passes=2"])
@@ -168,17 +180,17 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("training.epoch=3", ["training.epoch", "'epochs'"]),
     ("trainig.epochs=3", ["trainig", "'training'"]),
     ("training.zzz=3", ["training.zzz", "epochs", "batch_size"]),
-    ("training.epochs=three", ["training.epochs", "int", "three"]),
-    ("training.epochs=2.5", ["training.epochs", "int", "2.5"]),
-    ("training.epochs=true", ["training.epochs", "int", "True"]),
-    ("training.use_amp=1", ["training.use_amp", "bool", "1"]),
-    ("training.learning_rate=true", ["training.learning_rate", "float", "True"]),
+    ("training.epochs=three", ["training.epochs", "integer", "three"]),
+    ("training.epochs=2.5", ["training.epochs", "integer", "2.5"]),
+    ("training.epochs=true", ["training.epochs", "integer", "True"]),
+    ("training.use_amp=1", ["training.use_amp", "boolean", "1"]),
+    ("training.learning_rate=true", ["training.learning_rate", "number", "True"]),
     ("training.learning_rate=.nan", ["training.learning_rate", "nan"]),
-    ("training.learning_rate=0", ["training.learning_rate", "0.0", "0"]),
+    ("training.learning_rate=0", ["training.learning_rate", "0", "0"]),
     ("training.epochs=0", ["training.epochs", "0", "1"]),
     ("model.size=huge", ["model.size", "huge", *SIZES]),
     ("model.image_size=100", ["model.image_size", "100", "16"]),
-    ("model.word_embeddings=glove", ["model.word_embeddings", "glove", "minilm", "random", "hub:NAME", "file:PATH"]),
+    ("model.word_embeddings=glove", ["model.word_embeddings", "glove", "minilm", "random", "hub", "file"]),
     ("model.attention_chunk=all", ["model.attention_chunk", "auto", "all"]),
     ("model.attention_chunk=0", ["model.attention_chunk", "0", "1", "auto"]),
     ("data.datasets=[coco, clohto]", ["data.datasets", "clohto", "'clotho'"]),
@@ -186,9 +198,9 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("data.datasets=[]", ["data.datasets"]),
     ("data.datasets=[manifest]", ["data.manifest"]),
     ("data.audiocaps_version=3", ["data.audiocaps_version", "3", "1", "2"]),
-    ("data.audio_max_s=11", ["data.audio_max_s", "11.0", "10.24"]),
+    ("data.audio_max_s=11", ["data.audio_max_s", "11", "10.24"]),
     ("data.workers=-1", ["data.workers", "-1", "0"]),
-    ("memory.budget_gb=0", ["memory.budget_gb", "0.0", "0"]),
+    ("memory.budget_gb=0", ["memory.budget_gb", "0", "0", "auto"]),
     ("memory.micro_batch=many", ["memory.micro_batch", "many", "auto"]),
     ("stages.algn.share=1", ["stages.algn", "algn", "pretrain", "align", "finetune"]),
     ("stages.align.shares=1", ["stages[1].shares", "'share'"]),
@@ -196,15 +208,15 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("stages.align.tasks.0.objectives={clip: 1}", ["stages[1].tasks[0].objectives", "clip"]),
     ("stages.align.tasks.0.inputs=[video]", ["stages[1].tasks[0].inputs", "video", "image", "text", "audio"]),
     ("stages.align.tasks.0.inputs=[image,text,text]", ["stages[1].tasks[0].inputs", "text", "2"]),
-    ("stages.align.tasks.0.objectives.contrastive=-1", ["stages[1].tasks[0].objectives.contrastive", "-1.0", "0"]),
-    ("stages.align.tasks.0.objectives.contrastive=0", ["stages[1].tasks[0].objectives.contrastive", "0.0", "0"]),
-    ("stages.align.tasks.0.passes=0", ["stages[1].tasks[0].passes", "0.0", "1000"]),
-    ("stages.align.tasks.0.passes=1e9", ["stages[1].tasks[0].passes", "1000000000.0", "1000"]),
+    ("stages.align.tasks.0.objectives.contrastive=-1", ["stages[1].tasks[0].objectives.contrastive", "-1", "0"]),
+    ("stages.align.tasks.0.objectives.contrastive=0", ["stages[1].tasks[0].objectives.contrastive", "0", "0"]),
+    ("stages.align.tasks.0.passes=0", ["stages[1].tasks[0].passes", "0", "0"]),
+    ("stages.align.tasks.0.passes=1e9", ["stages[1].tasks[0].passes", "1e9", "1000"]),
     ("stages.align.trainable=['(']", ["stages[1].trainable", "'('"]),
     ("data.datasets=[coco, clotho, coco]", ["data.datasets", "coco", "2"]),
-    ("data.cache_max_gb=-3", ["data.cache_max_gb", "-3.0", "0"]),
-    ("training.warmup_pct=300", ["training.warmup_pct", "300.0", "100"]),
-    ("training.min_lr_pct=500", ["training.min_lr_pct", "500.0", "100"]),
+    ("data.cache_max_gb=-3", ["data.cache_max_gb", "-3", "0"]),
+    ("training.warmup_pct=300", ["training.warmup_pct", "300", "100"]),
+    ("training.min_lr_pct=500", ["training.min_lr_pct", "500", "100"]),
     ("report.gallery_queries=-1", ["report.gallery_queries", "-1", "0"]),
     ("report.gallery_queries=101", ["report.gallery_queries", "101", "100"]),
     ("stages=[]", ["stages=[]", "section.key=value"]),
@@ -295,8 +307,9 @@ def test_every_preset_is_a_size_and_the_one_for_tests_is_not_offered() -> None:
     assert "nano" not in str(caught.value)
 
 
-def test_config_alone_needs_no_other_library_than_yaml() -> None:
+def test_config_alone_loads_yaml_and_pydantic_only() -> None:
     code = ("import sys; before = set(sys.modules); from trimodal import config;"
             "print(*{getattr(m, '__file__', None) for n, m in sys.modules.items() if n not in before})")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert set(re.findall(r"site-packages/(\w+)", run.stdout)) == {"yaml"}
+    assert set(re.findall(r"site-packages/(\w+)", run.stdout)) <= {
+        "yaml", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}

@@ -128,7 +128,7 @@ def test_checkpoints_that_cannot_be_used(trained: Trained, folder: Path, capsys:
     (["--datasets", "cocoo"], ["data.datasets", "cocoo", "'coco'"]),
     (["--datasets", "clotho"], ["python download_datasets.py --datasets clotho --data-root"]),
     (["evaluation.batchsize=3"], ["evaluation.batchsize", "'batch_size'"]),
-    (["evaluation.batch_size=x"], ["evaluation.batch_size", "int", "x"]),
+    (["evaluation.batch_size=x"], ["evaluation.batch_size", "integer", "x"]),
     (["model.size=large"], ["model.size=large"]),
     (["--datasets", "manifest"], ["data.manifest", "JSONL", "CSV"]),
     (["--device", "tpu"], ["--device", "tpu"]),

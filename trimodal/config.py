@@ -1,27 +1,36 @@
-"""Configuration: frozen dataclasses, size presets, strict YAML, overrides. Loads no torch, so `--help` is instant.
+"""Settings: sections as pydantic dataclasses, size presets, YAML, overrides. Loads no torch, so `--help` is instant.
 
 Order of precedence: the defaults below < config.yaml < flags and `section.key=value` on the command line.
 
     config = load_config("config.yaml", ["model.size=tiny", "training.epochs=3"])
+    shorter = dataclasses.replace(config, training=dataclasses.replace(config.training, epochs=1))
 """
 
+import copy
 import dataclasses
-import math
-import types
-import typing
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
-from trimodal import checks, strict_yaml
-from trimodal.errors import ConfigError
+from trimodal.errors import ConfigError, similar
 
 MODALITIES = ("image", "text", "audio")
 OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker")
-MAX_PASSES = 1_000  # the order of all visits of an epoch is in memory
 OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of other samples
 DATASETS = ("coco", "clotho", "audiocaps", "voxceleb", "stamps", "synthetic", "manifest")
 
@@ -31,7 +40,7 @@ NUM_MELS = 80
 AUDIO_WINDOW_FRAMES = 1024  # the audio encoder reads at most this many frames (10.24 s) at once
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Preset:
     """Width and depth of the towers of one size; head width is 64 in all that users train."""
 
@@ -45,162 +54,175 @@ class Preset:
     budget_gb: float  # default memory budget for training
 
 
-#                        dim heads image text audio fusion word  budget   parameters in all (tests pin them)
-PRESETS: dict[str, Preset] = {
-    name: Preset(**dict(zip([f.name for f in fields(Preset)], row, strict=True)))  # type: ignore[arg-type]
-    for name, row in {
-        "tiny": (192, 3, 12, 4, 6, 2, 128, 4.0),
-        "small": (320, 5, 12, 4, 6, 2, 160, 8.0),
-        "base": (448, 7, 12, 5, 7, 3, 384, 12.0),
-        "large": (640, 10, 17, 7, 10, 4, 384, 20.0),
-        "nano": (8, 2, 2, 2, 2, 1, 4, 4.0),
-    }.items()
+PRESETS = {  #    dim heads image text audio fusion word  budget; tests pin the parameters in all
+    "tiny": Preset(192, 3, 12, 4, 6, 2, 128, 4.0),
+    "small": Preset(320, 5, 12, 4, 6, 2, 160, 8.0),
+    "base": Preset(448, 7, 12, 5, 7, 3, 384, 12.0),
+    "large": Preset(640, 10, 17, 7, 10, 4, 384, 20.0),
+    "nano": Preset(8, 2, 2, 2, 2, 1, 4, 4.0),  # quick, and too small to learn: for tests, and not offered
 }
-TEST_SIZE = "nano"  # quick, and too small to learn: for tests, and not offered
-SIZES = tuple(name for name in PRESETS if name != TEST_SIZE)
-MAX_SIZES = {  # of a model; a checkpoint that asks for more was made to fill the memory
-    "embed_dim": 8_192, "num_classes": 100_000, "image_size": 2_048, "context_length": 4_096, "vocab_size": 1_000_000}
+SIZES = ("tiny", "small", "base", "large")
 
 
-@dataclass(frozen=True, kw_only=True)
+# ---- what a value may be -----------------------------------------------------------------------------------------
+
+
+def _one_of(known: Iterable[str], offered: Iterable[str] = ()) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in known:
+            raise ValueError(f"is unknown. {similar(name, offered or known)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _number(value: Any) -> Any:
+    """The number that a text names: YAML 1.1 reads 1e-4 as a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not entries:
+        raise ValueError("needs at least one entry")
+    return entries
+
+
+def _not_repeated(names: tuple[str, ...]) -> tuple[str, ...]:
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"names {repeated[0]!r} {names.count(repeated[0])} times; once is enough")
+    return names
+
+
+def _not_blank(path: str) -> str:
+    if not path.strip():
+        raise ValueError("is empty; name a path ('.' is the folder you are in)")
+    return path
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"is not a regular expression ({error}); write for example 'image.*'") from None
+    return pattern
+
+
+Auto = Literal["auto"]
+Int = Annotated[int, Strict(), Field(lt=2**63)]
+Count = Annotated[Int, Field(ge=1)]
+CountOr0 = Annotated[Int, Field(ge=0)]
+Float = Annotated[float, Strict(), BeforeValidator(_number)]
+Positive = Annotated[Float, Field(gt=0)]
+PositiveOr0 = Annotated[Float, Field(ge=0)]
+Percent = Annotated[Float, Field(ge=0, le=100)]
+Part = Annotated[Float, Field(gt=0, le=1)]
+Below1 = Annotated[Float, Field(ge=0, lt=1)]
+NotEmpty, NotRepeated = AfterValidator(_not_empty), AfterValidator(_not_repeated)
+FolderOrFile = Annotated[str, AfterValidator(_not_blank)]
+
+_RULES = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+# ---- sections ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class ModelConfig:
-    size: Literal["tiny", "small", "base", "large", "nano"] = "base"
-    embed_dim: int = 512
-    use_checkpoint: bool = True
-    num_classes: int = 1000
-    image_size: int = 224
-    context_length: int = 64
-    word_embeddings: str = "minilm"
-    vocab_size: int = 30522
-    attention_chunk: int | Literal["auto"] = "auto"
+    """The upper bounds keep a checkpoint from elsewhere from filling the memory."""
+
+    size: Annotated[str, _one_of(PRESETS, SIZES)] = "base"
+    embed_dim: Annotated[Count, Field(le=8_192)] = 512
+    use_checkpoint: StrictBool = True
+    num_classes: Annotated[Count, Field(le=100_000)] = 1000
+    image_size: Annotated[Int, Field(ge=16, le=2_048, multiple_of=16)] = 224  # of the patch
+    context_length: Annotated[Int, Field(ge=4, le=4_096)] = 64
+    word_embeddings: Annotated[str, Field(pattern="^(minilm|random|hub:.+|file:.+)$")] = "minilm"
+    vocab_size: Annotated[Count, Field(le=1_000_000)] = 30522
+    attention_chunk: Count | Auto = "auto"
 
     @property
     def preset(self) -> Preset:
         return PRESETS[self.size]
 
-    def problems(self) -> list[str]:
-        found = checks.below("model", self, embed_dim=1, num_classes=1, image_size=16, context_length=4,
-                             vocab_size=1)
-        found += checks.above("model", self, **MAX_SIZES)
-        if self.image_size % 16:
-            found.append(f"model.image_size: {self.image_size} is not a multiple of the patch, 16")
-        if self.word_embeddings not in ("minilm", "random") and not self.word_embeddings.startswith(("hub:", "file:")):
-            found.append(f"model.word_embeddings: {self.word_embeddings!r} is not 'minilm', 'random', 'hub:NAME' or "
-                         "'file:PATH'")
-        if isinstance(self.attention_chunk, int) and self.attention_chunk < 1:
-            found.append(f"model.attention_chunk: {self.attention_chunk} is below 1; 'auto' lets the kernel decide")
-        return found
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class TrainingConfig:
-    epochs: int = 100
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 4
+    epochs: Count = 100
+    batch_size: Count = 8
+    gradient_accumulation_steps: Count = 4
     contrastive_loss: Literal["infonce", "sigmoid"] = "infonce"
     optimizer: Literal["muon", "adamw"] = "muon"
-    learning_rate: float = 1.0e-4
-    use_amp: bool = True
-    weight_decay: float = 0.05
-    warmup_pct: float = 5.0
-    min_lr_pct: float = 1.0
-    grad_clip_norm: float = 1.0
-    ema_decay: float = 0.0
-    captions_per_visit: int = 1
-    seed: int = 0
-    save_every_epochs: int = 1
-    save_every_minutes: float = 10.0
-    keep_checkpoints: int = 3
-    log_every_steps: int = 10
-    max_bad_steps: int = 10
-    deterministic: bool = False
+    learning_rate: Positive = 1.0e-4
+    use_amp: StrictBool = True
+    weight_decay: PositiveOr0 = 0.05
+    warmup_pct: Percent = 5.0
+    min_lr_pct: Percent = 1.0
+    grad_clip_norm: PositiveOr0 = 1.0
+    ema_decay: Below1 = 0.0
+    captions_per_visit: Count = 1
+    seed: CountOr0 = 0
+    save_every_epochs: Count = 1
+    save_every_minutes: PositiveOr0 = 10.0
+    keep_checkpoints: Count = 3
+    log_every_steps: Count = 10
+    max_bad_steps: Count = 10
+    deterministic: StrictBool = False
 
     @property
     def effective_batch(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
-    def problems(self) -> list[str]:
-        found = checks.below("training", self, epochs=1, batch_size=1, gradient_accumulation_steps=1,
-                             captions_per_visit=1, log_every_steps=1, keep_checkpoints=1, save_every_epochs=1,
-                             save_every_minutes=0, weight_decay=0, grad_clip_norm=0, max_bad_steps=1, warmup_pct=0,
-                             min_lr_pct=0, seed=0)
-        found += checks.above("training", self, warmup_pct=100, min_lr_pct=100)
-        if not self.learning_rate > 0:
-            found.append(f"training.learning_rate: {self.learning_rate} is not above 0")
-        if not 0 <= self.ema_decay < 1:
-            found.append(f"training.ema_decay: {self.ema_decay} is outside [0, 1)")
-        return found
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class TaskConfig:
     """One pool of samples (those that have all `inputs`) and the weighted objectives trained on it."""
 
-    inputs: tuple[str, ...]
-    objectives: dict[str, float]
-    passes: float = 1.0  # visits of every sample per epoch
+    inputs: Annotated[tuple[Annotated[str, _one_of(MODALITIES)], ...], NotEmpty, NotRepeated]
+    objectives: Annotated[dict[Annotated[str, _one_of(OBJECTIVES)], Positive], Field(min_length=1)]
+    passes: Annotated[Float, Field(gt=0, le=1_000)] = 1.0  # visits of every sample per epoch; their order is in memory
 
-    def problems(self, where: str) -> list[str]:
-        found = [f"{where}.inputs: {name!r} is not one of {', '.join(MODALITIES)}"
-                 for name in self.inputs if name not in MODALITIES]
-        found += [f"{where}.objectives: {checks.unknown(name, OBJECTIVES)}" for name in self.objectives
-                  if name not in OBJECTIVES]
-        found += [f"{where}.objectives.{name}: {weight} is not above 0; remove what is not to be trained"
-                  for name, weight in self.objectives.items() if weight <= 0]
-        if not self.inputs or not self.objectives:
-            found.append(f"{where}: needs at least one entry in inputs and in objectives")
-        found += checks.twice(f"{where}.inputs", self.inputs)
-        if not 0 < self.passes <= MAX_PASSES:
-            found.append(f"{where}.passes: {self.passes} is outside (0, {MAX_PASSES}]")
+    @model_validator(mode="after")
+    def _check(self) -> "TaskConfig":
         pairs = [name for name in OF_PAIRS if name in self.objectives]
-        if pairs and len(set(self.inputs)) != 2:
-            found.append(f"{where}: {pairs[0]} needs exactly two inputs, got {', '.join(self.inputs)}")
+        if pairs and len(self.inputs) != 2:
+            raise ValueError(f"inputs: {pairs[0]} needs exactly two, got {', '.join(self.inputs)}")
         if "speaker" in self.objectives and "audio" not in self.inputs:
-            found.append(f"{where}: speaker needs audio among its inputs")
-        return found
+            raise ValueError(f"inputs: speaker needs audio among them, got {', '.join(self.inputs)}")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class StageConfig:
     """A stage of training. Stages share `training.epochs` in proportion to `share`."""
 
     name: str
-    share: float
-    tasks: tuple[TaskConfig, ...]
-    lr_factor: float = 1.0
-    effective_batch: int | None = None  # None: batch_size * gradient_accumulation_steps
-    image_keep: float = 1.0  # part of the patches that the image encoder sees in training
-    audio_keep: float = 1.0
-    drop_path: float = 0.0
-    trainable: tuple[str, ...] = (".*",)  # regular expressions over parameter names; the rest is frozen
+    share: Positive
+    tasks: Annotated[tuple[TaskConfig, ...], NotEmpty]
+    lr_factor: Positive = 1.0
+    effective_batch: Annotated[Int, Field(ge=2)] | None = None  # None: batch_size * gradient_accumulation_steps
+    image_keep: Part = 1.0  # part of the patches that the image encoder sees in training
+    audio_keep: Part = 1.0
+    drop_path: Below1 = 0.0
+    trainable: tuple[Annotated[str, AfterValidator(_regular_expression)], ...] = (".*",)  # over parameter names
 
     @property
     def compares(self) -> bool:
         return any(name in task.objectives for task in self.tasks for name in OF_PAIRS)
 
-    def problems(self, where: str) -> list[str]:
-        found = [p for i, task in enumerate(self.tasks) for p in task.problems(f"{where}.tasks[{i}]")]
-        for name in ("image_keep", "audio_keep"):
-            if not 0 < getattr(self, name) <= 1:
-                found.append(f"{where}.{name}: {getattr(self, name)} is outside (0, 1]")
-        for task in self.tasks:
-            if "masked" in task.objectives:
-                found += [f"{where}.{name}_keep: masked pretraining needs it below 1" for name in ("image", "audio")
-                          if name in task.inputs and getattr(self, f"{name}_keep") == 1]
-        if not 0 <= self.drop_path < 1:
-            found.append(f"{where}.drop_path: {self.drop_path} is outside [0, 1)")
-        if self.share <= 0 or self.lr_factor <= 0:
-            found.append(f"{where}: share and lr_factor must be above 0")
-        if not self.tasks:
-            found.append(f"{where}.tasks: a stage needs at least one task")
-        found += checks.patterns(f"{where}.trainable", self.trainable)
-        if self.effective_batch is not None and self.effective_batch < 2:
-            found.append(f"{where}.effective_batch: {self.effective_batch} is below 2")
-        return found
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        masked = {name for task in self.tasks if "masked" in task.objectives for name in task.inputs}
+        for name in sorted(masked - {"text"}):
+            if getattr(self, f"{name}_keep") == 1:
+                raise ValueError(f"{name}_keep: 1.0 hides nothing; masked pretraining needs it below 1")
+        return self
 
 
-def _task(inputs: str, passes: float = 1.0, **objectives: float) -> TaskConfig:
-    return TaskConfig(inputs=tuple(inputs.split("+")), objectives=objectives, passes=passes)
+def _task(inputs: str, **objectives: float) -> TaskConfig:
+    return TaskConfig(inputs=tuple(inputs.split("+")), objectives=objectives)
 
 
 DEFAULT_STAGES = (
@@ -216,115 +238,83 @@ DEFAULT_STAGES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class DataConfig:
-    datasets: tuple[str, ...] = ("coco", "clotho", "audiocaps")
-    workers: int | Literal["auto"] = "auto"
-    cache: bool = True
-    cache_dir: str | None = None
-    cache_max_gb: float = 60.0
+    datasets: Annotated[tuple[Annotated[str, _one_of(DATASETS)], ...], NotEmpty, NotRepeated] = (
+        "coco", "clotho", "audiocaps")
+    workers: CountOr0 | Auto = "auto"
+    cache: StrictBool = True
+    cache_dir: FolderOrFile | None = None
+    cache_max_gb: PositiveOr0 = 60.0
     fit: Literal["crop", "pad"] = "crop"
-    min_crop: float = 0.5
-    flip: bool = True
-    audio_max_s: float = 10.0
-    spec_augment: bool = True
-    max_bad_pct: float = 5.0
-    timeout_s: float = 120.0
+    min_crop: Part = 0.5
+    flip: StrictBool = True
+    audio_max_s: Annotated[Float, Field(ge=0.1, le=AUDIO_WINDOW_FRAMES / FRAME_RATE_HZ)] = 10.0  # at most one window
+    spec_augment: StrictBool = True
+    max_bad_pct: Percent = 5.0
+    timeout_s: PositiveOr0 = 120.0
     manifest: str | None = None
-    manifest_root: str | None = None
+    manifest_root: FolderOrFile | None = None
     coco_split: Literal["auto", "karpathy", "2017"] = "auto"
     audiocaps_version: Literal[1, 2] = 1
-    stamps_symbols: bool = True
-    synthetic_images: int = 1800
-    synthetic_sounds: int = 384
+    stamps_symbols: StrictBool = True
+    synthetic_images: Annotated[Int, Field(ge=128, le=1800)] = 1800
+    synthetic_sounds: Annotated[Int, Field(ge=128, le=384)] = 384
 
-    def problems(self) -> list[str]:
-        found = [f"data.datasets: {checks.unknown(name, DATASETS)}" for name in self.datasets if name not in DATASETS]
-        if not self.datasets:
-            found.append("data.datasets: name at least one set")
-        found += checks.twice("data.datasets", self.datasets)
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
         if "manifest" in self.datasets and not self.manifest:
-            found.append("data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here")
-        if self.audio_max_s * FRAME_RATE_HZ > AUDIO_WINDOW_FRAMES or self.audio_max_s < 0.1:
-            found.append(f"data.audio_max_s: {self.audio_max_s} is outside 0.1 to {AUDIO_WINDOW_FRAMES / FRAME_RATE_HZ}"
-                         " s (one window of the audio encoder; longer sounds are cropped in training only)")
-        if not 0 < self.min_crop <= 1:
-            found.append(f"data.min_crop: {self.min_crop} is outside (0, 1]")
-        if isinstance(self.workers, int) and self.workers < 0:
-            found.append(f"data.workers: {self.workers} is below 0")
-        found += checks.below("data", self, cache_max_gb=0)
-        found += checks.blank("data", self, "cache_dir", "manifest_root")
-        if not 0 <= self.max_bad_pct <= 100:
-            found.append(f"data.max_bad_pct: {self.max_bad_pct} is outside 0 to 100")
-        if not 0 <= self.timeout_s < math.inf:
-            found.append(f"data.timeout_s: {self.timeout_s} is below 0, or infinite; 0 waits for ever")
-        if not 128 <= self.synthetic_images <= 1800 or not 128 <= self.synthetic_sounds <= 384:
-            found.append("data.synthetic_images must be 128 to 1800 and data.synthetic_sounds 128 to 384")
-        return found
+            raise ValueError("manifest: the set 'manifest' needs the path of your JSONL or CSV file here")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class MemoryConfig:
-    budget_gb: float | Literal["auto"] = "auto"
-    micro_batch: int | Literal["auto"] = "auto"
-
-    def problems(self) -> list[str]:
-        return [f"memory.{f.name}: {value} is not above 0" for f in fields(self)
-                if not isinstance(value := getattr(self, f.name), str) and value <= 0]
+    budget_gb: Positive | Auto = "auto"
+    micro_batch: Count | Auto = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class EvaluationConfig:
-    batch_size: int = 64
-    tile: int = 1024
-    max_validation: int = 1000
-    resamples: int = 1000
-
-    def problems(self) -> list[str]:
-        return checks.below("evaluation", self, batch_size=1, tile=1, max_validation=2, resamples=0)
+    batch_size: Count = 64
+    tile: Count = 1024
+    max_validation: Annotated[Int, Field(ge=2)] = 1000
+    resamples: CountOr0 = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class ReportConfig:
     language: Literal["zh", "en"] = "zh"
-    gallery_queries: int = 8
-
-    def problems(self) -> list[str]:
-        return checks.below("report", self, gallery_queries=0) + checks.above("report", self, gallery_queries=100)
+    gallery_queries: Annotated[Int, Field(ge=0, le=100)] = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class PathsConfig:
-    data_root: str = "./data"
-    output_dir: str = "./outputs"
-
-    def problems(self) -> list[str]:
-        return checks.blank("paths", self, "data_root", "output_dir")
+    data_root: FolderOrFile = "./data"
+    output_dir: FolderOrFile = "./outputs"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    stages: tuple[StageConfig, ...] = DEFAULT_STAGES
-    data: DataConfig = field(default_factory=DataConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    paths: PathsConfig = field(default_factory=PathsConfig)
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    stages: Annotated[tuple[StageConfig, ...], NotEmpty] = DEFAULT_STAGES
+    data: DataConfig = DataConfig()
+    memory: MemoryConfig = MemoryConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    paths: PathsConfig = PathsConfig()
 
-    def __post_init__(self) -> None:
-        sections = (self.model, self.training, self.data, self.memory, self.evaluation, self.report, self.paths)
-        found = [p for section in sections for p in section.problems()]
-        found += [p for i, stage in enumerate(self.stages) for p in stage.problems(f"stages[{i}]")]
-        names = [stage.name for stage in self.stages]
-        if not names or len(set(names)) < len(names):
-            found.append("stages: needs at least one stage, each with a name of its own")
-        found += [f"stages[{i}].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2, so "
-                  "that no sample has another to be compared with" for i, stage in enumerate(self.stages)
-                  if stage.compares and stage.effective_batch is None and self.training.effective_batch == 1]
-        if found:
-            raise ConfigError("; ".join(found))
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ValueError(f"stages: each needs a name of its own, got {', '.join(row.name for row in self.stages)}")
+        alone = [i for i, stage in enumerate(self.stages) if stage.compares and self.effective_batch(stage) == 1]
+        if alone:
+            raise ValueError("; ".join(
+                f"stages[{i}].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2, so "
+                "that no sample has another to be compared with" for i in alone))
+        return self
 
     @property
     def budget_gb(self) -> float:
@@ -335,7 +325,10 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict (tuples as lists), as saved in the run folder and in every checkpoint."""
-        return _plain(dataclasses.asdict(self))
+        return TypeAdapter(Config).dump_python(self, mode="json")
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -344,141 +337,114 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     Raises:
         ConfigError: names the file and key, what was given, and what is allowed.
     """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        raw = _read_yaml(Path(path))
-    return config_from_dict(raw, overrides)
+    return config_from_dict({} if path is None else _read_yaml(Path(path)), overrides)
 
 
 def config_from_dict(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """Build a checked Config from a nested dict (the inverse of `Config.to_dict`) and `section.key=value` overrides."""
-    changed: Any = _plain(raw)  # a copy
+    """Build a checked Config from a nested dict (the inverse of `Config.to_dict`) and `section.key=value` overrides.
+
+    Raises:
+        ConfigError: all problems, each with its key, what was given, and what is allowed.
+    """
+    values = copy.deepcopy(raw)
     for override in overrides:
-        _apply_override(changed, override)
-    return _build(Config, changed, "")
+        _apply_override(values, override)
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problems(error, values))) from None
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def _problems(error: ValidationError, values: Any) -> list[str]:
+    """One line for each key that is wrong."""
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        key, text = _problem(problem, values)
+        if key in found:  # pydantic tells of each alternative by itself: a number, or else 'auto'
+            text = f"{found[key]} or {problem['ctx']['expected']}"
+        found[key] = text
+    return [f"{key}: {text}" for key, text in found.items()]
+
+
+def _problem(problem: Mapping[str, Any], values: Any) -> tuple[str, str]:
+    """A key, and what is wrong with it. Our own checks of a whole section begin their text with the key."""
+    key, value = "", values
+    for name in problem["loc"]:
+        try:
+            value = value[name]
+        except (LookupError, TypeError):  # a missing key, or the name that pydantic gives to an alternative
+            break
+        key += f"[{name}]" if isinstance(name, int) else f".{name}"
+    key, kind, text = key.removeprefix("."), problem["type"], problem["msg"].removeprefix("Value error, ")
+    if kind == "unexpected_keyword_argument":
+        return key, f"unknown key. {similar(str(problem['loc'][-1]), _keys_of(problem['loc'][:-1]))}"
+    if kind == "missing":
+        return f"{key}.{problem['loc'][-1]}", "is missing"
+    if kind == "value_error" and isinstance(value, dict):
+        key, _, text = f"{key}.{text}".removeprefix(".").partition(": ")
+        return key, text
+    if kind == "dataclass_type":
+        text = "should be a section of keys"
+    return key or "settings", f"{value!r:.100} {text[max(text.find('should'), 0):].replace('tuple', 'list')}"
+
+
+def _keys_of(section: Iterable[str | int]) -> list[str]:
+    found: Any = Config().to_dict()
+    for name in section:
+        found = found[0 if isinstance(name, int) else name]
+    return list(found)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no key twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # before `<<` merges keys that may be given again
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice")
+            seen.add(str(key.value))
+        return node
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8") as file:
-            raw = strict_yaml.parse(file.read(strict_yaml.MAX_CHARS + 1))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; --config takes the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:', got {type(raw).__name__}")
-    return raw
+        raw = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file of settings") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or no UTF-8
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"{path}: should hold sections such as 'model:', not a {type(raw).__name__}")
+    return {section: value for section, value in (raw or {}).items() if value is not None}
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(values: Any, override: str) -> None:
+    """Set one key; an entry of a list is addressed by its name or position."""
     dotted, equals, text = override.partition("=")
-    if not equals or "." not in dotted:
-        raise ConfigError(f"{override!r}: an override looks like section.key=value, for example training.seed=1")
-    try:
-        value = strict_yaml.parse(text)
-    except yaml.YAMLError:
-        value = text
     *sections, key = dotted.split(".")
-    node: Any = raw
-    for depth, name in enumerate(sections):
-        node = _step_into(node, name, ".".join(sections[: depth + 1]))
+    if not equals or not sections:
+        raise ConfigError(f"{override!r}: an override looks like section.key=value, for example training.seed=1")
+    if sections[0] == "stages":
+        values.setdefault("stages", Config().to_dict()["stages"])
+    node = values
+    for depth, name in enumerate(sections, start=1):
+        node = _entry(node, name, ".".join(sections[:depth]))
     if not isinstance(node, dict):
-        raise ConfigError(f"{'.'.join(sections)}: is a list; name an entry of it and one of its keys")
-    node[key] = value
+        raise ConfigError(f"{'.'.join(sections)}: is no section of keys; {override!r} cannot set one there")
+    try:
+        node[key] = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError):
+        node[key] = text
 
 
-def _step_into(node: Any, name: str, where: str) -> Any:
-    """The mapping under `name`; a list of stages or tasks is addressed by name or position."""
-    if isinstance(node, list):
-        entries = [item if isinstance(item, dict) else {} for item in node]
-        found = [item for i, item in enumerate(entries) if name in (str(i), item.get("name"))]
-        if not found:
-            have = ", ".join(str(item.get("name")) for item in entries)
-            raise ConfigError(f"{where}: no entry {name!r}; have {have}")
-        return found[0]
-    if name == "stages" and name not in node:
-        node[name] = _plain([dataclasses.asdict(stage) for stage in DEFAULT_STAGES])
-    if node.get(name) is None:
-        node[name] = {}
-    if not isinstance(node[name], dict | list):
-        raise ConfigError(f"{where}: is a value, not a section")
-    return node[name]
-
-
-def _build(cls: Any, raw: Any, where: str) -> Any:
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{where or 'config'}: expected a section of keys, got {raw!r}")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}." if where else ""
-    for key in raw:
-        if key not in hints:
-            raise ConfigError(f"{prefix}{key}: unknown key. {checks.unknown(str(key), hints).split('. ', 1)[1]}")
-    values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in raw.items()}
-    missing = [f.name for f in fields(cls) if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing:
-        raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if is_dataclass(hint):
-        return _build(hint, {} if value is None else value, where)
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(args, value, where)
-    if origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
-            return value
-        raise ConfigError(f"{where}: {value!r:.100} is not one of {', '.join(str(a) for a in args if a != TEST_SIZE)}")
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {value!r:.100}")
-        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected name: number pairs, got {value!r:.100}")
-        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    return _convert_scalar(hint, value, where)
-
-
-def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in args:
-        return None
-    for arg in args:
-        if arg is types.NoneType:
-            continue
-        try:
-            return _convert(arg, value, where)
-        except ConfigError:
-            pass
-    allowed = [", ".join(map(repr, typing.get_args(a))) or getattr(a, "__name__", str(a)) for a in args]
-    raise ConfigError(f"{where}: expected {' or '.join(allowed)}, got {value!r:.100}")
-
-
-def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            value = float(value)  # YAML reads 1e-4 as a string
-        except (ValueError, OverflowError):
-            pass
-    if type(value) is not hint:
-        raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r:.100}")
-    if hint is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: expected a number, got {value}")
-    if hint is int and abs(value) >= 2**63:
-        raise ConfigError(f"{where}: {value!r:.100} is beyond 63 bits")
-    return value
+def _entry(node: Any, name: str, where: str) -> Any:
+    if isinstance(node, dict):
+        return node.setdefault(name, {})
+    names = [str(one.get("name")) for one in node if isinstance(one, dict)] if isinstance(node, list) else []
+    if name in names:
+        return node[names.index(name)]
+    if name.isdecimal() and int(name) < len(names):
+        return node[int(name)]
+    raise ConfigError(f"{where}: no entry {name!r}; have {', '.join(names) or 'none'}")

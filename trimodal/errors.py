@@ -1,6 +1,8 @@
-"""What the commands catch, each with an exit code of its own. Imports nothing, so that `--help` loads no torch."""
+"""Errors that the commands catch, each with an exit code of its own, and wording they share. Never imports torch."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
@@ -35,3 +37,10 @@ class Stopped(Exception):
     def __init__(self, message: str, is_saved: bool = True):
         super().__init__(message)
         self.is_saved = is_saved
+
+
+def similar(name: str, known: Iterable[str]) -> str:
+    """End of a message about a name that is unknown: the known one that is most like it, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

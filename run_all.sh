@@ -59,10 +59,10 @@ try:
     options = parse(sys.argv[1:])
     config = configuration(options)
     bound_waiting(lambda line: None)  # training says it
-    from trimodal.doctor.inspection import before_download  # loads torch
+    from trimodal.training.resume import check_start  # loads torch
     from trimodal.training.run import Options
     with contextlib.redirect_stdout(io.StringIO()):  # training says it again
-        before_download(config, Options(options.device, options.resume, options.overwrite))
+        check_start(config, Options(options.device, options.resume, options.overwrite))
 except UserError as error:
     print(f"error: {redact(str(error))}", file=sys.stderr)
     sys.exit(2)

@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = configuration(options)
         if options.doctor:
-            from trimodal.doctor import doctor
+            from trimodal import doctor
 
             return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
         if options.plan:

@@ -21,8 +21,8 @@ from tests.project import ROOT, module_name, product_files
 
 WITHOUT_TORCH = ("trimodal.config", "trimodal.errors", "trimodal.arguments", "trimodal.openmp", "trimodal.redaction",
                  "trimodal.evaluation.report", "trimodal.sets.sources", "trimodal.download.transfer",
-                 "trimodal.download.unpack", "trimodal.doctor.doctor", "trimodal.doctor.environment",
-                 "trimodal.doctor.findings", "download_datasets", "run_training", "evaluate")
+                 "trimodal.download.unpack", "trimodal.doctor",
+                 "download_datasets", "run_training", "evaluate")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",
                      "requests"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py

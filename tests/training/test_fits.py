@@ -13,7 +13,6 @@ import torch
 from tests.refusals import assert_names
 from tests.small_runs import SmallRuns, records
 from trimodal.checkpoint import load
-from trimodal.doctor import inspection
 from trimodal.memory import devices
 from trimodal.memory.devices import EVALUATION
 from trimodal.training import fits, resume
@@ -167,16 +166,6 @@ def test_a_run_that_goes_on_with_other_micro_batches_saves_them(small: SmallRuns
     assert [one["fits"]["align"]["micro_batch"]["image"] for one in (first, second)] == [32, 4]
     assert first["fits_asked"]["align"] != second["fits_asked"]["align"]
     assert first["fits"][EVALUATION] == second["fits"][EVALUATION]
-
-
-def test_the_doctor_shows_the_micro_batches_that_the_run_would_go_on_with(small: SmallRuns, tmp_path: Path,
-                                                                         state: dict[str, Any]) -> None:
-    run = small.open(tmp_path)
-    case = inspection.Case(run.config, Options("cpu"), tmp_path, state=state, run=run, data=run.data,
-                           tasks={name: (tasks, []) for name, tasks in tasks_of(run).items()})
-    found = {one.check: one for one in inspection.plan(case)}
-    assert {name: plan.fit.micro_batch["image"] for name, plan in case.plans.items()} == HALVED
-    assert all("image 16 (32)" in found[f"memory: {name}"].found for name in NAMES[:3])
 
 
 def test_a_run_that_goes_on_with_the_sigmoid_loss_begins_it_as_a_fresh_one_does(small: SmallRuns, once: Path,

@@ -16,8 +16,7 @@ from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, records
 from tests.training.test_run import QUICK, assert_same_run
 from tests.training.test_tracking import scalars
-from trimodal import checkpoint
-from trimodal.doctor import doctor
+from trimodal import checkpoint, doctor
 from trimodal.files import remove_left
 from trimodal.training import forecast, outputs, resume, run
 from trimodal.training.run import Options

@@ -12,14 +12,17 @@ import pytest
 import torch
 
 import model as model_module
+from model import TriModalModel
 from tests.refusals import assert_names
 from tests.small_runs import SmallRuns, differing, records
 from trimodal import checkpoint
+from trimodal.checkpoint import tensor_bytes
 from trimodal.errors import Stopped
 from trimodal.evaluation import protocols
 from trimodal.files import replacing
 from trimodal.training import run as run_module
 from trimodal.training import saving
+from trimodal.training.optimizer import MovingAverage, Optimizer
 from trimodal.training.signals import Interruption
 
 
@@ -177,3 +180,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with replacing(path, "w") as file:
         file.write("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_size_of_a_checkpoint_is_foretold(
+        small: SmallRuns, tmp_path: Path, optimizer: str) -> None:
+    config = small.config(tmp_path, f"training.optimizer={optimizer}", "training.ema_decay=0.9")
+    state = Optimizer(model := TriModalModel(config.model), config.training)
+    state.allocate()
+    weights = tensor_bytes(model.state_dict())
+    true = weights + tensor_bytes([state.state_dict(), MovingAverage(model, 0.9).state_dict()])
+    count, each, needed = saving.checkpoint_bytes(config)
+    assert (count, each) == (4, pytest.approx(true, rel=0.03)), "beside small counters"
+    assert needed == pytest.approx(count * each + 3 * weights, rel=0.01), "the best, final_model.pt, model.safetensors"

@@ -10,12 +10,30 @@ from typing import Any
 from trimodal.checkpoint import find_latest, load
 from trimodal.config import Config
 from trimodal.errors import CheckpointError, UserError
+from trimodal.memory.devices import choose_device
 from trimodal.redaction import HIDDEN, settings
-from trimodal.training.run import Options
+from trimodal.sets.readers import read_split
+from trimodal.training.run import Options, claim_folder
 from trimodal.training.tracking import read_records
 
 WORDS = "model.word_embeddings:"  # a run goes on with the tokenizer and the word table that it has
 NEEDED = {"progress", "stage", "stage_state", "stage_epochs", "fits"}  # beside the weights
+
+
+def check_start(config: Config, options: Options) -> None:
+    """Raise what training would refuse whatever the data sets hold: device, own list of samples, output folder,
+    checkpoint. The output folder is locked for that moment and left as it was.
+
+    Raises:
+        UserError: as training would.
+    """
+    choose_device(options.device)
+    if "manifest" in config.data.datasets:
+        read_split("manifest", "train", config)
+    claim = claim_folder(Path(config.paths.output_dir), options)
+    find_state(config, options)
+    if claim.lock:
+        claim.lock.close()
 
 
 def find_state(config: Config, options: Options) -> dict[str, Any] | None:

@@ -12,15 +12,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from model import TriModalModel
 from trimodal.checkpoint import check_room, plain, rotate
 from trimodal.checkpoint import save as save_file
+from trimodal.config import Config
 from trimodal.errors import CheckpointError, Stopped
+from trimodal.training.optimizer import block_matrices
 from trimodal.training.run import Run, checkpoint_name, description
 from trimodal.training.signals import Interruption
 
 KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
 
 StageState = Callable[[], Mapping[str, Any]]
+
+
+def checkpoint_bytes(config: Config) -> tuple[int, int, int]:
+    """How many checkpoints a run keeps at most, the bytes of each, and those of all with the three further files that
+    hold weights: the best, the final one and model.safetensors."""
+    training = config.training
+    with torch.device("meta"):
+        model = TriModalModel(config.model)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    one_moment = 4 * sum(p.numel() for p in block_matrices(model)) if training.optimizer == "muon" else 0
+    each = weights * (3 + (training.ema_decay > 0)) - one_moment  # weights, two moments (Muon keeps one), average
+    count = training.keep_checkpoints + training.epochs // KEEP_EVERY + 1  # one more while it is written
+    return count, each, count * each + 3 * weights
 
 
 class Saver:

@@ -10,10 +10,10 @@ import soundfile
 from PIL import Image
 
 from tests import trees
-from tests.doctor.test_doctor import case_of
 from tests.refusals import assert_names
-from trimodal.doctor import inspection
-from trimodal.doctor.findings import Finding
+from tests.test_doctor import case_of
+from trimodal import doctor
+from trimodal.doctor import Finding
 
 RATE_HZ = 16_000
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
@@ -75,7 +75,7 @@ def _troubles(folder: Path) -> Iterator[list[str]]:
 def findings(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
     folder = tmp_path_factory.mktemp("troubled")
     case = case_of(folder, "data.datasets=[manifest]", f"data.manifest={troubled(folder)}")
-    return [*inspection.data(case), *inspection.files(case)]
+    return [*doctor.check_data(case), *doctor.check_files(case)]
 
 
 @pytest.mark.parametrize(("check", "words", "names"), [

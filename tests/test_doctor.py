@@ -14,26 +14,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from packaging.requirements import Requirement
-from torch import nn
 
 import run_training
-from datasets import load_data
 from tests import trees
 from tests.data.test_cache import children_of, wait_for
 from tests.data.test_data_faults import hanging
 from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import RECIPE
-from trimodal import distributed
-from trimodal.config import Config, TaskConfig, config_from_dict
+from trimodal import distributed, doctor
+from trimodal.config import Config, config_from_dict
 from trimodal.data import cache
-from trimodal.doctor import doctor, environment, findings, inspection, rehearsal
-from trimodal.doctor.findings import Finding
-from trimodal.doctor.inspection import Case
+from trimodal.doctor import Case, Finding
 from trimodal.training.run import Options
 
 WORDS = {"name": "words", "share": 1, "tasks": [{"inputs": ["text"], "objectives": {"masked": 1.0}}]}
@@ -48,15 +42,16 @@ def configured(folder: Path, *overrides: str, stages: Sequence[Any] = (WORDS,)) 
 
 
 def case_of(folder: Path, *overrides: str, stages: Sequence[Any] = (WORDS,), options: Options | None = None) -> Case:
-    (folder / "temporary").mkdir()
+    (folder / "temporary").mkdir(parents=True)
     return Case(configured(folder, *overrides, stages=stages), options or Options("cpu"), folder / "temporary")
 
 
 def opened(folder: Path, *overrides: str, stages: Sequence[Any] = (WORDS,)) -> Case:
     """A case as far as the run on a few samples."""
     case = case_of(folder, *overrides, stages=stages)
-    for look in (inspection.device, inspection.data, rehearsal.model):
-        assert "fail" not in {one.state for one in look(case)}  # a busy machine has little memory free: a warning
+    for check in (doctor.check_device, doctor.check_data, doctor.check_memory):
+        list(doctor.guarded(check.__name__, check, case))
+    assert case.run is not None
     return case
 
 
@@ -111,12 +106,9 @@ def test_a_healthy_run_passes_and_an_earlier_run_stays_as_it_is(
     assert printed.err == "", "nothing but the table, and that on stdout"
     lines = printed.out.splitlines()
     shown = {match[1]: match[2] for match in (re.match(r"(\S.*?)  +(\w+)  ", line) for line in lines) if match}
-    expected = {"torch", "decoders", "device", "data: synthetic", "disk: checkpoints", "model", "memory: evaluation",
-                "step: pretrain image", "step: align audio-text", "step: finetune image-text", "overfit: masked text",
-                "overfit: contrastive audio-text", "overfit: matching image-text", "overfit: concepts image-text",
-                "output folder"}
+    expected = {"packages", "device", "data: synthetic", "disk: checkpoints", "model", "memory: evaluation",
+                "step: pretrain image", "step: align audio-text", "step: finetune image-text", "output folder"}
     assert expected <= shown.keys() and {shown[name] for name in expected} == {"ok"}
-    assert {f"waiting: {stage}" for stage in ("pretrain", "align", "finetune")} <= shown.keys()
     assert re.match(r"\d+ ok\b", lines[-1]) and "fail" not in lines[-1]
 
 
@@ -134,8 +126,8 @@ def test_a_device_that_is_not_there_fails_and_skips_what_needs_it(
     assert re.search(r"^device +fail .*--device.*tpu", printed, re.MULTILINE)
     assert re.search(r"^data: synthetic +ok ", printed, re.MULTILINE), "what does not need a device is looked at"
     skipped = re.findall(r"^(\w+) +skipped ", printed, re.MULTILINE)
-    assert skipped == ["model", "memory", "step", "overfit", "waiting"]
-    assert_names(printed.splitlines()[-1], "1 fail", "5 skipped")
+    assert skipped == ["memory", "step"]
+    assert_names(printed.splitlines()[-1], "1 fail", "2 skipped")
 
 
 def test_a_fault_of_the_program_is_a_row_and_not_a_traceback() -> None:
@@ -143,7 +135,7 @@ def test_a_fault_of_the_program_is_a_row_and_not_a_traceback() -> None:
         yield Finding("a", "ok", "found before")
         raise KeyError("lost")
 
-    first, second = findings.guarded("a", look, None)
+    first, second = doctor.guarded("a", look, None)
     assert first.found == "found before"
     assert second.state == "fail" and "KeyError: 'lost'" in second.found and "test_doctor.py, line " in second.found
 
@@ -162,7 +154,8 @@ def test_an_interrupted_look_prints_what_it_has_found_and_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
         yield Finding("files", "ok", "comes too late")
 
-    monkeypatch.setattr(inspection, "files", asked_to_stop)
+    monkeypatch.setattr(doctor, "CHECKS", [(title, asked_to_stop if title == "files" else check, needs)
+                                            for title, check, needs in doctor.CHECKS])
     before = signal.getsignal(signal.SIGTERM)
     status = run_training.main(["--config", str(recipe_of(tmp_path)), "--doctor", "--device", "cpu",
                                 "--data-root", str(tmp_path / "data"), "--output-dir", str(tmp_path / "out")])
@@ -214,19 +207,10 @@ def test_a_look_that_is_interrupted_while_files_hang_leaves_no_process(
 def test_a_package_that_is_missing_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     found = list(doctor.examine(configured(tmp_path), tmp_path / "t", "cpu", None, False))
-    failed = row(found, "torch" if package == "torch" else "packages")
-    assert failed.state == "fail" and failed.advice == environment.SET_UP
+    failed = row(found, "packages")
+    assert failed.state == "fail" and failed.advice == doctor.SET_UP
     assert any(package in line.split() for line in failed.found.splitlines())
     assert (found[-1].check, found[-1].state) == ("all else", "skipped")
-
-
-def test_without_any_of_its_packages_the_doctor_starts_all_the_same(tmp_path: Path) -> None:
-    program = ("import sys; sys.modules |= dict.fromkeys(('numpy', 'tqdm', 'torch')); import run_training; "
-               f"sys.exit(run_training.main(['--doctor', '--output-dir', {str(tmp_path)!r}]))")
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
-                         cwd=run_training.DEFAULT_CONFIG.parent)
-    assert run.returncode == 1 and run.stderr == ""
-    assert re.findall(r"^(\S.*?) {2,}(?:fail|skipped) ", run.stdout, re.MULTILINE) == ["torch", "packages", "all else"]
 
 
 @pytest.mark.parametrize("words", [["run_training.py", "--doctor"], ["evaluate.py", "--checkpoint", "x"],
@@ -266,63 +250,23 @@ def test_a_lack_of_memory_comes_with_what_helps() -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
         yield
 
-    (found,) = findings.guarded("model", look)
+    (found,) = doctor.guarded("model", look)
     assert found.state == "fail"
     assert_names(found.found, "Tried to allocate 2 GiB")
     assert_names(found.advice, "model.size")
 
 
-def test_the_table_is_aligned_and_breaks_findings_but_no_commands() -> None:
-    command = "python download_datasets.py --datasets coco --data-root ./data"
-    table = findings.format_table([Finding("data: coco", "fail", "word " * 40, command), Finding("x", "ok", "y")], 100)
-    lines = table.splitlines()
-    assert sum(command in line for line in lines) == 1
-    assert max(len(line) for line in lines if command not in line) <= 100
-    column = lines[0].index(findings.HEADER[2])
-    assert {line[column - 2:column] for line in lines} == {"  "} and lines[-1].startswith("x ")
-
-
 # ---- the environment -----------------------------------------------------------------------------------------------
 
 
-def test_this_environment_is_found_good(tmp_path: Path) -> None:
-    found = [*environment.python(), *environment.packages(), *environment.decoders(tmp_path)]
-    assert {one.check: one.state for one in found} == dict.fromkeys(["python", "torch", "packages", "decoders"], "ok")
-
-
-def test_packages_that_are_missing_too_old_or_do_not_load_are_named() -> None:
-    missing = environment.judged("packages", [Requirement("ghost>=1")], {"ghost": ""})
-    old = environment.judged("packages", [Requirement("numpy>=99")], {"numpy": "2.0"})
-    broken = environment.judged("packages", [Requirement("ghost>=1")], {"ghost": "1.0"})
-    assert [one.state for one in (missing, old, broken)] == ["fail", "warn", "fail"]
-    assert {one.advice for one in (missing, old, broken)} == {environment.SET_UP}
-    assert_names(missing.found, "ghost")
-    assert_names(old.found, "numpy", "2.0", ">=99")
-    assert_names(broken.found, "ghost", "No module named 'ghost'")
-
-
-@pytest.mark.parametrize(("versions", "named"), [
-    (("2.14.1", "0.29.1", "2.11.0"), []),
-    (("2.14.1+cpu", "0.29.1", "2.11.0"), ["torch 2.14.1+cpu", "torchvision 0.29.1", "torchaudio 2.11.0"]),
-    (("2.13.0", "0.29.1", "2.11.0"), ["torchvision 0.29.1", "torch==2.14.1", "torch 2.13.0"])])
-def test_torch_packages_that_do_not_belong_together_are_told(versions: tuple[str, ...], named: list[str]) -> None:
-    found = environment.misfits(dict(zip(environment.TORCH, versions, strict=True)),
-                                {"torchvision": ["numpy", "torch==2.14.1"], "torchaudio": []})
-    assert bool(found) == bool(named)
-    if found:
-        assert_names(found[0], *named)
-
-
-def test_decoders_that_read_nothing_are_named(tmp_path: Path) -> None:
-    (found,) = environment.decoders(tmp_path / "not there")
-    assert found.state == "fail"
-    assert [line.split(":")[0] for line in found.found.splitlines()] == list(environment.KINDS)
+def test_this_environment_is_found_good() -> None:
+    assert {one.check: one.state for one in doctor.check_packages()} == {"python": "ok", "packages": "ok"}
 
 
 def test_words_of_the_hub_that_are_not_here_are_told(tmp_path: Path) -> None:
-    (found,) = environment.word_vectors(configured(tmp_path, "model.word_embeddings=hub:nobody/has-this"))
+    (found,) = doctor.check_word_embeddings(case_of(tmp_path / "1", "model.word_embeddings=hub:nobody/has-this"))
     assert found.state == "warn" and "HF_ENDPOINT" in found.advice
-    (found,) = environment.word_vectors(configured(tmp_path, "model.word_embeddings=minilm"))
+    (found,) = doctor.check_word_embeddings(case_of(tmp_path / "2", "model.word_embeddings=minilm"))
     assert found.state == "ok"
 
 
@@ -331,17 +275,8 @@ def test_words_of_the_hub_that_are_not_here_are_told(tmp_path: Path) -> None:
 
 def test_steps_of_all_tasks_are_finite_and_timed(tmp_path: Path) -> None:
     case = opened(tmp_path, stages=[WORDS, PICTURES])
-    found = list(rehearsal.steps(case))
+    found = list(doctor.check_steps(case))
     assert [(one.check, one.state) for one in found] == [("step: words text", "ok"), ("step: pictures image", "ok")]
-    assert case.step_s.keys() == {("words", 0), ("pictures", 0)}
-
-
-def test_a_batch_with_nothing_to_learn_is_no_fault(tmp_path: Path) -> None:
-    concepts = {"name": "named", "share": 1, "tasks": [{"inputs": ["image"], "objectives": {"concepts": 1.0}}]}
-    case = opened(tmp_path, stages=[concepts])
-    assert case.run is not None
-    case.run.data = dataclasses.replace(case.run.data, concepts=())
-    assert [(one.state, one.found) for one in rehearsal.steps(case)] == [("skipped", rehearsal.NOTHING)]
 
 
 def test_a_weight_that_is_not_a_number_is_found_where_it_acts(tmp_path: Path) -> None:
@@ -349,126 +284,18 @@ def test_a_weight_that_is_not_a_number_is_found_where_it_acts(tmp_path: Path) ->
     assert case.run is not None
     with torch.no_grad():
         case.run.model.image.embed.weight[3, 4] = torch.nan
-    found = list(rehearsal.steps(case))
+    found = list(doctor.check_steps(case))
     assert row(found, "step: words text").state == "ok"
     bad = row(found, "step: pictures image")
     assert bad.state == "fail" and "stages.pictures" in bad.advice
-    loss, gradient = bad.found.splitlines()
-    assert_names(loss, "loss", rehearsal.NOT_FINITE)
-    assert_names(gradient, "gradient", rehearsal.NOT_FINITE)
-    assert "image." in gradient and "text." not in gradient
-
-
-def test_a_trainable_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
-    case = opened(tmp_path)
-    assert case.run is not None
-    case.run.model.text.forgotten = nn.Parameter(torch.zeros(1))
-    (bad,) = rehearsal.steps(case)
-    assert bad.state == "fail"
-    assert_names(bad.found, "text.forgotten")
-    assert bad.found.count("text.") == 1
-    case.run.model.text.forgotten.requires_grad_(False)
-    row_of_words = dataclasses.replace(case.rows[0], trainable=(r"text\.(?!forgotten).*",))
-    case.config = dataclasses.replace(case.config, stages=(row_of_words,))
-    assert next(iter(rehearsal.steps(case))).state == "ok", "a frozen one needs none"
+    assert_names(bad.found, "masked_image")
 
 
 def test_a_fault_of_one_stage_leaves_the_others(tmp_path: Path) -> None:
     case = opened(tmp_path, stages=[{**PICTURES, "trainable": ["vision.*"]}, WORDS])
-    found = list(rehearsal.steps(case))
+    found = list(doctor.check_steps(case))
     assert [one.state for one in found] == ["fail", "ok"]
     assert_names(found[0].found, "vision.*")
-
-
-def test_a_fall_of_the_loss_is_judged() -> None:
-    learnt, nothing = rehearsal.judged("overfit", [2.0, 1.9, 1.3], 1e-3), rehearsal.judged("overfit", [0.0], 1e-3)
-    assert (learnt.state, learnt.advice) == ("ok", "") and (nothing.state, nothing.advice) == ("skipped", "")
-    slow, still, risen, broken = (rehearsal.judged("overfit", losses, 1e-3) for losses in (
-        [2.0, 1.9, 1.8], [2.0, 2.0, 1.99], [2.0, 9.0], [2.0, float("nan")]))
-    assert [one.state for one in (slow, still, risen, broken)] == ["warn", "fail", "fail", "fail"]
-    assert slow.advice == still.advice and risen.advice == broken.advice
-    assert_names(still.advice, "raise --lr")
-    assert_names(risen.advice, "lower --lr")
-
-
-def test_an_objective_learns_its_batch_by_heart_and_without_a_rate_it_does_not(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = opened(tmp_path, "training.learning_rate=0.03", stages=[{**WORDS, "trainable": [r"text\.blocks\.99\..*"]}])
-    (found,) = rehearsal.overfit(case)
-    assert (found.check, found.state) == ("overfit: masked text", "ok")
-    before, after = map(float, re.findall(r"\d+\.\d+", found.found)[:2])
-    assert after <= rehearsal.LEARNT * before + 1e-3  # they are shown with three digits
-    assert case.run is not None
-    case.run.config = dataclasses.replace(case.run.config, training=dataclasses.replace(
-        case.run.config.training, learning_rate=1e-30))
-    monkeypatch.setattr(rehearsal, "UPDATES", 4)
-    (found,) = rehearsal.overfit(case)
-    assert found.state == "fail"
-    assert_names(found.advice, "raise --lr")
-    assert_names(found.found, 4)
-
-
-def test_a_large_model_learns_by_heart_in_a_small_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = opened(tmp_path, "model.size=small")
-    monkeypatch.setattr(rehearsal, "UPDATES", 1)
-    size, found = rehearsal.overfit(case)
-    assert (size.check, size.state) == ("overfit", "ok") and found.check == "overfit: masked text"
-    assert_names(size.found, "tiny")
-
-
-def test_samples_of_equal_captions_are_not_put_into_one_batch(tmp_path: Path) -> None:
-    case = opened(tmp_path)
-    assert case.data is not None
-    split, task = case.data.splits["train"], TaskConfig(inputs=("image", "text"), objectives={"contrastive": 1.0})
-    rows = rehearsal.some_rows(split, task, 8)
-    assert np.array_equal(rows, rehearsal.some_rows(split, task, 8)) and len(set(rows.tolist())) == 8
-    equal = dataclasses.replace(split, caption_ids=split.caption_ids % 3)
-    assert len(rehearsal.some_rows(equal, task, 8)) == 3
-    equal = dataclasses.replace(split, image_ids=split.image_ids % 4)
-    assert len(rehearsal.some_rows(equal, task, 8)) == 4, "nor those of equal pictures"
-
-
-# ---- waiting -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("processes", "step_s", "expected"), [
-    (0, 1.0, 50.0), (0, 3.0, 25.0), (2, 2.0, 0.0), (2, 0.5, 50.0)])
-def test_processes_read_while_a_step_computes(processes: int, step_s: float, expected: float) -> None:
-    assert rehearsal.Reading(batch_s=1.0, processes=processes).wait_pct(step_s) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("step_s", "state", "workers"), [
-    (1e-7, "warn", 0), (100.0, "ok", 0), (float("nan"), "skipped", 0), (float("nan"), "skipped", 2)])
-def test_more_than_a_fifth_of_waiting_is_told(tmp_path: Path, step_s: float, state: str, workers: int) -> None:
-    case = opened(tmp_path)
-    case.config = dataclasses.replace(case.config, data=dataclasses.replace(case.config.data, workers=workers))
-    case.step_s["words", 0] = step_s
-    (found,) = rehearsal.waiting(case)
-    assert found.state == state and ("data.workers=" in found.advice) == (state == "warn")
-
-
-def test_waiting_is_measured_as_from_the_filled_cache(tmp_path: Path) -> None:
-    case = case_of(tmp_path, "data.datasets=[manifest]", own_pictures(tmp_path, 20, 1), stages=[PICTURES])
-    for look in (inspection.device, inspection.data, inspection.disk, rehearsal.model):
-        list(look(case))
-    assert case.data is not None and case.fills_cache
-    rows = rehearsal.some_rows(case.data.splits["train"], case.rows[0].tasks[0], 10)
-    live, cached = case.data.splits["train"].store, rehearsal.as_cached(case, rows).splits["train"].store
-    assert not live.entries and len(cached.entries) == 1
-    good = [int(i) for i in rows if "20.png" not in live.table.images[int(i)]]
-    assert len(good) > 8 and all(np.array_equal(live.image(i), cached.image(i)) for i in good)
-    case.fills_cache = False
-    assert rehearsal.as_cached(case, rows) is case.data
-
-
-def test_waiting_is_measured_from_the_cache_of_the_run_where_that_is_filled(tmp_path: Path) -> None:
-    overrides = ["data.datasets=[manifest]", own_pictures(tmp_path, 20, 0)]
-    load_data(configured(tmp_path, *overrides))
-    case = opened(tmp_path, *overrides, stages=[PICTURES])
-    case.fills_cache = True  # of another set
-    assert case.data is not None and case.data.splits["train"].store.entries
-    rows = rehearsal.some_rows(case.data.splits["train"], case.rows[0].tasks[0], 10)
-    assert rehearsal.as_cached(case, rows) is case.data
 
 
 def test_the_progress_bar_is_quiet_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,3 +303,12 @@ def test_the_progress_bar_is_quiet_where_there_is_no_terminal(tmp_path: Path, mo
     monkeypatch.setattr("sys.stderr", said)
     list(doctor.examine(configured(tmp_path), tmp_path / "t", "tpu", None, False))
     assert said.getvalue() == ""
+
+
+def test_the_table_is_aligned_and_wraps_findings_but_no_commands() -> None:
+    command = "python download_datasets.py --datasets coco --data-root ./data " + "x" * 60
+    table = doctor.format_table([Finding("data: coco", "fail", "word " * 40, command), Finding("x", "ok", "y")], 100)
+    lines = table.splitlines()
+    assert sum(command in line for line in lines) == 1
+    assert max(len(line) for line in lines if command not in line) <= 100
+    assert {line.index(word) for line, word in ((lines[0], "word"), (lines[-1], "y"))} == {lines[0].index("word")}

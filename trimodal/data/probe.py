@@ -1,0 +1,125 @@
+"""Decode a sample of a data set's files before a run does: which are broken, and what is odd about the others.
+
+Odd are sounds far above full scale, sounds whose channels cancel each other, and images with damage beside the pixels.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trimodal.config import Config
+from trimodal.data import cache, images, tracks
+from trimodal.data.batches import Split
+
+FILES = 64  # images, and sounds, of each split that are decoded
+LOUD = 2.0  # full scale is 1; overshoots of a codec or a mix stay below twice that
+NAMED, REASONS = 3, 8  # files named for each reason, reasons named
+
+
+class Oddity(NamedTuple):
+    peak: float  # of a sound that is stored as floating-point numbers and is above `LOUD`; else 0
+    cancels: float  # 1 for a sound whose channels cancel each other: the loudest is taken
+    flawed: float  # 1 for an image with damage beside its pixels: it is read without what is damaged
+
+
+@dataclass
+class Probe:
+    """What was found in the files of one set; a run judges each split and kind by itself."""
+
+    counts: list[str] = field(default_factory=list)  # "64 of 785 train images read, 2 broken"
+    broken: list[tuple[str, str]] = field(default_factory=list)  # path and reason
+    odd: list[tuple[str, Oddity]] = field(default_factory=list)
+    worst_pct: float = 0.0  # highest percentage of broken files of a split and kind
+
+    def lines(self, limit_pct: float) -> list[str]:
+        """What was read, what is odd, and which files are broken and why."""
+        found = [*self.counts, *(line for line, _ in describe(self.odd))]
+        if self.broken:
+            found += [f"a run allows {limit_pct:g} % of each to be broken; these are:", *by_reason(self.broken)]
+        return found
+
+    def advice(self) -> list[str]:
+        """What to do about odd files."""
+        return [remedy for _, remedy in describe(self.odd)]
+
+
+def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable[[str], Any]) -> Probe:
+    """Decode up to `FILES` images and as many sounds of each split of the set `name`, in worker processes."""
+    found = Probe()
+    for split, one in splits.items():
+        for kind in cache.KINDS:
+            items, total = _some_files(one.store, name, kind)
+            if not items:
+                continue
+            show(f"{len(items)} {split} {kind}s")
+            side = cache.cache_side(config.model.image_size)
+            results = list(cache.read_all(partial(_examine, kind, side), items, config))
+            bad = [(item[0], reason.removeprefix(f"{item[0]}: ")) for item, reason in zip(items, results, strict=True)
+                   if isinstance(reason, str)]
+            found.broken += bad
+            found.odd += [(item[0], Oddity(*map(float, row))) for item, row in zip(items, results, strict=True)
+                          if not isinstance(row, str)]
+            found.worst_pct = max(found.worst_pct, 100 * len(bad) / len(items))
+            found.counts.append(f"{len(items):,} of {total:,} {split} {kind}s read"
+                                + (f", {len(bad)} broken" if bad else ""))
+    return found
+
+
+def _some_files(store: cache.Store, name: str, kind: cache.Kind) -> tuple[list[cache.Item], int]:
+    """Files of a set, the same each time, and how many there are in all."""
+    table = store.table
+    has = table.has_image if kind == "image" else table.has_audio
+    of_set = np.array(table.sources.names)[table.sources.codes] == name if len(table) else np.zeros(0, bool)
+    rows = [row for row in np.flatnonzero(has & of_set).tolist() if not store.is_drawn(row)]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:FILES].tolist()
+    paths = table.images if kind == "image" else table.audio
+    return [(paths[row], float(table.start_s[row]), float(table.duration_s[row])) for row in (rows[i] for i in chosen)
+            ], len(rows)
+
+
+def _examine(kind: cache.Kind, side: int, item: cache.Item) -> np.ndarray:
+    """Decode a file as for the cache and return its `Oddity` as float64 [3].
+
+    Raises:
+        BrokenSample: it cannot be decoded.
+    """
+    cache.decode(kind, item, side)
+    try:
+        if kind == "image":
+            return np.array((0, 0, images.has_flawed_metadata(item[0])), np.float64)
+        peak, cancels = tracks.oddities(*item)
+    except Exception as error:  # decoders raise whatever they like
+        raise cache.BrokenSample(str(error)) from None
+    return np.array((peak if peak > LOUD else 0, cancels, 0), np.float64)
+
+
+def by_reason(broken: Sequence[tuple[str, str]]) -> list[str]:
+    """One line for each reason, the commonest first: how many files, why, and the first of them."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for path, reason in broken:
+        groups.setdefault(re.sub(r"\d+", "0", reason), []).append((path, reason))
+    lines = []
+    for group in sorted(groups.values(), key=len, reverse=True):
+        more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
+        lines.append(f"{len(group)}: {group[0][1][:200]}: {', '.join(path for path, _ in group[:NAMED])}{more}")
+    return lines[:REASONS] + ([f"and {len(lines) - REASONS} further reasons"] if len(lines) > REASONS else [])
+
+
+def describe(odd: Sequence[tuple[str, Oddity]]) -> Iterator[tuple[str, str]]:
+    """Yield (what is odd, what to do) for each oddity that one of the files (path, oddity) has."""
+    loud = [(path, one.peak) for path, one in odd if one.peak]
+    cancels = [path for path, one in odd if one.cancels]
+    flawed = [path for path, one in odd if one.flawed]
+    if loud:
+        yield (f"{len(loud)} sounds far louder than full scale, which is 1: {loud[0][0]} (peak {loud[0][1]:,.6g})",
+               "scale sounds of floating-point numbers to -1 to 1 (those of 16 bits by 1/32,768)")
+    if cancels:
+        yield (f"{len(cancels)} sounds with channels that cancel each other, of which the loudest is taken: "
+               f"{cancels[0]}", "save these sounds with one channel")
+    if flawed:
+        yield (f"{len(flawed)} images with damage beside the pixels (metadata, end of file), read without: {flawed[0]}",
+               "save these images anew where they stand the wrong way up")

@@ -219,7 +219,7 @@ def test_without_the_environment_the_command_that_activates_it_is_told(words: li
     run = subprocess.run([sys.executable, "-S", *words], capture_output=True, text=True,
                          cwd=run_training.DEFAULT_CONFIG.parent, check=False)
     assert run.returncode == 2
-    assert_told(run.stderr, "yaml", "source venv/bin/activate")
+    assert_told(run.stderr, "source venv/bin/activate")
 
 
 @pytest.mark.parametrize("package", ["requests", "tqdm"])

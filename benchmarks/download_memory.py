@@ -3,8 +3,8 @@
     python benchmarks/download_memory.py [--only zip tar]
 
 Each row is a process of its own that fetches from a server of another process, or unpacks, as download_datasets.py does
-it; `peak` is the most that it held (VmHWM), all libraries included. Rows come in pairs: the second of each is several
-times as large as the first. Linux only.
+it; `peak` is the most that it held (VmHWM), all libraries included. Transfers have a limit, which does not grow with
+the file; the libraries that read archives hold a zip's directory and a parquet table's row groups whole. Linux only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-LIMIT_MB = 200.0
+LIMIT_MB = 200.0  # of a transfer
 MB = 1_000_000
 
 
@@ -83,11 +83,14 @@ def unpacking_of(kind: str, make: Callable[[Path], None]) -> Callable[[Path], Ca
         def work() -> None:
             from trimodal.download import unpack
             from trimodal.sets import inventory
+            from trimodal.sets.sources import AUDIOCAPS_ROWS
 
-            expected = unpack.Expected(files=10**7, size=10**12)
+            contents = unpack.Contents(max_files=10**7, max_bytes=10**12, rows=AUDIOCAPS_ROWS)
             with inventory.Listing(folder / "lists/x", {}) as listing:
-                unpack.unpack([path], kind, folder / "out", folder / "beside", expected, unpack.Watcher(
-                    file=listing.add, staged=lambda _: listing.finish()))
+                for file in unpack.extract([path], kind, folder / "staging", contents):
+                    listing.add(*file)
+                listing.finish()
+            unpack.move_into(folder / "staging", folder / "out")
         return work
     return prepare
 
@@ -139,17 +142,14 @@ def shard_of(rows: int, size: int) -> Callable[[Path], None]:
 CASES: dict[str, Callable[[Path], Callable[[], None]]] = {
     "transfer: 4 files at a time, 100 MB each": transfer_of(4, 100 * MB),
     "transfer: 4 files at a time, 500 MB each": transfer_of(4, 500 * MB),
-    "zip: 4,000 files": unpacking_of("zip", zip_of(4_000, 10)),
-    "zip: 20,000 files": unpacking_of("zip", zip_of(20_000, 10)),
-    "zip: one file of 200 MB": unpacking_of("zip", zip_of(1, 200 * MB)),
+    "zip: 100,000 files": unpacking_of("zip", zip_of(100_000, 10)),
+    "zip: 1,000,000 files": unpacking_of("zip", zip_of(1_000_000, 10)),
     "zip: one file of 1,000 MB": unpacking_of("zip", zip_of(1, 1000 * MB)),
-    "tar.gz: 4,000 files": unpacking_of("tar", tar_of(4_000, 10)),
     "tar.gz: 20,000 files": unpacking_of("tar", tar_of(20_000, 10)),
-    "7z: 10 files of 2 MB, dictionary 16 MiB": unpacking_of("7z", seven_zip_of(10, 2 * MB, 1 << 24)),
     "7z: 40 files of 2 MB, dictionary 16 MiB": unpacking_of("7z", seven_zip_of(40, 2 * MB, 1 << 24)),
     "7z: 40 files of 2 MB, dictionary 64 MiB": unpacking_of("7z", seven_zip_of(40, 2 * MB, 1 << 26)),
-    "parquet: 110 sounds of 0.4 MB": unpacking_of("parquet", shard_of(110, 400_000)),
-    "parquet: 220 sounds of 0.8 MB": unpacking_of("parquet", shard_of(220, 800_000)),
+    "parquet: 90 MB, 110 sounds, as the mirror": unpacking_of("parquet", shard_of(110, 800_000)),
+    "parquet: 500 MB, 625 sounds, groups of 100": unpacking_of("parquet", shard_of(625, 800_000)),
 }
 
 
@@ -175,16 +175,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="cases whose name begins so")
     args = parser.parse_args(argv)
-    print(f"{date.today()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}; limit {LIMIT_MB:.0f} MB")
+    print(f"{date.today()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}; limit of a transfer "
+          f"{LIMIT_MB:.0f} MB")
     print(f"{'case':<42}  peak, MB", flush=True)
     worst = 0.0
     for name, prepare in tqdm(CASES.items(), disable=None):
         if name.startswith(tuple(args.only)):
             with tempfile.TemporaryDirectory() as folder:
                 peak_mb = measure(prepare, Path(folder))
-            worst = max(worst, peak_mb)
+            worst = max(worst, peak_mb if name.startswith("transfer") else 0.0)
             print(f"{name:<42}  {peak_mb:>8.0f}", flush=True)
-    print(f"the most: {worst:.0f} MB, " + ("within the limit" if worst < LIMIT_MB else "above the limit"))
+    print(f"the most of a transfer: {worst:.0f} MB, " + ("within the limit" if worst < LIMIT_MB else "above the limit"))
     return 0 if worst < LIMIT_MB else 1
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests import packing, trees
-from trimodal.download.members import destination, safe_name
+from trimodal.download.unpack import destination, safe_name
 from trimodal.sets.sources import SOURCES, Count, Item, Source
 
 Members = Mapping[str, bytes]

@@ -23,10 +23,11 @@ SAFE = {
     "download.acquire.Acquisition._finish_set": ("rmdir", "the folder of archives, only when empty"),
     "download.acquire.Acquisition._from_local":
         ("replacing shutil.copyfileobj", "copies beside, then transfer.put, which keeps what differs"),
-    "download.unpack._remove": ("shutil.rmtree unlink", "the staging folder of this very archive, from staging.place"),
-    "download.unpack._write": ("open(wb) os.replace", "within that staging folder"),
+    "download.unpack._errors": ("shutil.rmtree", "the staging folder of this very archive, from staging_folder"),
+    "download.unpack.move_into": ("shutil.rmtree", "the same folder, when everything in it has been moved"),
+    "download.archives._write": ("open(wb)", "within that staging folder"),
+    "download.archives._SevenZip.extract": ("shutil.rmtree", "that staging folder"),
     "download.unpack._merge": ("os.replace", "to a name that nothing has; single files go by settle"),
-    "download.unpack._move_away": ("os.replace shutil.rmtree", "that staging folder"),
     "download.arrivals.write_note": ("replacing", "a name that is free or holds a note of ours"),
     "download.arrivals.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
     "download.arrivals.remove":
@@ -85,7 +86,7 @@ SAFE = {
     "data.cache._write": ("replacing replacing", "in the folder of the filling"),
     "evaluation.report.write_new": ("unlink", "what it has just written"),
     "training.run._claim": ("open(a)", "the lock of a run, nothing is written"),
-    "download.staging.clear":
+    "download.unpack.clear_staging":
         ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
     "training.tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
     "training.tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),

@@ -17,7 +17,7 @@ from tests.download.test_acquire import options, run, serve, server
 from tests.loopback import Loopback
 from tests.refusals import assert_names
 from trimodal.config import config_from_dict
-from trimodal.download import unpack as unpack_module
+from trimodal.download import unpack
 from trimodal.download.acquire import Acquisition
 from trimodal.sets import inventory, readers
 from trimodal.sets.sources import SOURCES, File, Item, Source
@@ -49,14 +49,14 @@ def test_so_many_files_are_fetched_at_a_time(server: Loopback, tmp_path: Path, j
 def test_the_next_archive_arrives_while_one_is_unpacked(server: Loopback, tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     source = several(server, 2, tmp_path)
-    unpack = unpack_module.unpack
+    extract = unpack.extract
 
     def after_the_next(*arguments: Any) -> Any:
         met.append(server.asked_for("/coco/1.zip", within_s=60))
-        return unpack(*arguments)
+        return extract(*arguments)
 
     met: list[bool] = []
-    monkeypatch.setattr(unpack_module, "unpack", after_the_next)
+    monkeypatch.setattr(unpack, "extract", after_the_next)
     assert run(source, options(tmp_path, server, jobs=1)).state == "done"
     assert met[0], "asked for before the first archive was unpacked"
 

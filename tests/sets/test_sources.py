@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from trimodal.download.members import safe_name
+from trimodal.download.unpack import safe_name
 from trimodal.sets import sources
 from trimodal.sets.sources import SOURCES, File, Item, Source
 

@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trimodal.download import arrivals, local_copies, pipeline, readiness, sampling, staging, transfer, unpack, youtube
+from trimodal.download import arrivals, local_copies, pipeline, readiness, sampling, transfer, unpack, youtube
+from trimodal.download.archives import ArchiveError, Part
 from trimodal.download.debian import fetch_by_apt
 from trimodal.download.holdings import LICENCE, Holdings
 from trimodal.download.local_files import LocalFiles
-from trimodal.download.members import ArchiveError
 from trimodal.download.remote import NoRange, RemoteFile
 from trimodal.download.selection import Options, Selection, as_published, fetch_bytes
 from trimodal.download.transfer import Fetched, Mismatch, TransferError, Wanted
 from trimodal.errors import UserError
-from trimodal.files import bytes_below, check_writable, locked, remove_left, replacing
+from trimodal.files import check_writable, locked, remove_left, replacing
 from trimodal.redaction import redact
 from trimodal.sets import annotations, inventory
 from trimodal.sets.sources import File, Item, Source
@@ -133,7 +133,8 @@ class Acquisition:
             self._link()
         todo = [item for item in self.holdings.todo() if item.name not in self.unavailable and not self._adopted(item)]
         alternatives = bool(self.source.one_of and todo)
-        self._check_free(self.bytes_needed(todo[:1] if alternatives else todo), "archives and contents")
+        needed = self.bytes_needed(todo[:1] if alternatives else todo)
+        unpack.check_free(self.folder, needed, "archives and contents")
         (self._obtain_one if alternatives else self._obtain_all)(todo)
         if self._asks_youtube():
             self.may_come = youtube.fetch_clips(self.folder, self.options, self.policy)
@@ -147,7 +148,7 @@ class Acquisition:
         if not self.holdings.write_licence():
             self.say(f"{self.folder / LICENCE}: is a file of yours, and is left as it is")
         inventory.write_marker(self.folder, marker)
-        staging.clear(self.folder, self.source)
+        unpack.clear_staging(self.folder, self.source)
         lists = [item.into for item in self.selection.items if item.kind == "plain"]
         for name in (inventory.MARKER, youtube.LEDGER, LICENCE, *lists):
             remove_left((self.folder / name).parent, re.escape(Path(name).name))
@@ -380,7 +381,7 @@ class Acquisition:
         checked = "a sample, read in pieces" if len(here) < len(fetched) else checked
         self.say(f"{item.name}: {checked}, {record['files']:,} files, {record['bytes'] / 1e6:,.1f} MB")
 
-    def _unpack(self, item: Item, parts: Sequence[unpack.Part], record: dict[str, Any]) -> dict[str, Any]:
+    def _unpack(self, item: Item, parts: Sequence[Part], record: dict[str, Any]) -> dict[str, Any]:
         choose, archive = None, "".join(record["sha256"])[:16]
         if self.options.sample and sampling.is_sampled(item):
             number = self.options.sample
@@ -388,22 +389,22 @@ class Acquisition:
             if item.kind == "parquet":
                 number -= inventory.count(self.folder / item.into, "")
             choose = sampling.chooser(self.source.name, item, self.folder, number)
-        beside = staging.place(self.folder, item, archive)
-        if choose is None:
-            self._check_free(unpack.declared_size(parts, item.kind) - bytes_below(beside), item.name)
         published = sum(count.number for count in item.counts)
-        expected = unpack.Expected(rules=item.rules, files=2 * published + 10_000 if published else 2_000_000,
-                                     size=3 * item.unpacked + 1_000_000_000, choose=choose)
-        kept: list[Path] = []
+        contents = unpack.Contents(
+            max_files=2 * published + 10_000 if published else 2_000_000, max_bytes=3 * item.unpacked + 1_000_000_000,
+            rules=item.rules, choose=choose, rows=item.rows)
+        staging = unpack.staging_folder(self.folder, item, archive)
         with inventory.Listing(inventory.contents_path(self.folder, item.name), record) as listing:
-            watcher = unpack.Watcher(file=listing.add, staged=lambda folder: listing.finish(), kept=kept.append,
-                                       progress=self.policy.progress)
-            try:
-                unpack.unpack(parts, item.kind, self.folder.resolve() / item.into, beside, expected, watcher)
-            finally:
-                if kept:
-                    self.say(f"{item.name}: {len(kept):,} files that were there differ from its own and are kept, the "
-                             f"first as {kept[0]}")
+            for file in unpack.extract(parts, item.kind, staging, contents, self.policy.progress):
+                listing.add(file.name, file.size, file.crc32)
+            listing.finish()
+        kept: list[Path] = []
+        try:
+            unpack.move_into(staging, self.folder.resolve() / item.into, tell=kept.append)
+        finally:
+            if kept:
+                self.say(f"{item.name}: {len(kept):,} files that were there differ from its own and are kept, the "
+                         f"first as {kept[0]}")
         return listing.record
 
     def _get(self, item: Item, file: File) -> Fetched:
@@ -456,18 +457,12 @@ class Acquisition:
         """Disk that getting these items takes at most, beside what has arrived or was unpacked by an earlier run."""
         paths = [path for item in items for file in item.files for path in self.arrived(item, file)]
         there = sum(path.stat().st_size for path in paths if path.is_file())
-        return max(0, self.selection.peak_bytes(items) - there - staging.arrived_bytes(self.folder, self.source))
+        return max(0, self.selection.peak_bytes(items) - there - unpack.staged_bytes(self.folder, self.source))
 
     def arrived(self, item: Item, file: File) -> tuple[Path, Path]:
         """Where a file of an item lies, and the part of it that has come."""
         path = self.folder / item.into if item.kind == "plain" else self.folder / ARCHIVES / file.name
         return path, arrivals.part_of(path)
-
-    def _check_free(self, needed: int, what: str) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise UserError(f"{self.folder}: {needed / 1e9:,.1f} GB are needed for {what}, {free / 1e9:,.1f} GB are "
-                            "free; free some, or give another --data-root")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,11 +1,12 @@
 """A file on a server, read in pieces by Range requests, as if it lay on the disk: for a sample of a large archive."""
 
+import io
+import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from trimodal.download import answers
 from trimodal.download.answers import Again, NextServer, host_of
-from trimodal.download.members import ByteSource
 from trimodal.download.transfer import Policy, TransferError, Wanted
 
 if TYPE_CHECKING:
@@ -17,6 +18,29 @@ BLOCKS = 32  # kept, of the most recent
 
 class NoRange(Exception):
     """The server answers with the whole file only."""
+
+
+class ByteSource(io.RawIOBase):
+    """Bytes to read archives from, `size` of them; whoever inherits gives `readinto`, which reads from `position` and
+    moves it on."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.position = size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        self.position = max(0, base + offset)
+        return self.position
 
 
 class RemoteFile(ByteSource):

@@ -1,188 +1,222 @@
-"""Unpack zip, tar, 7z, Debian packages and parquet shards of sounds: beside the target first, then into it by renaming.
+"""Unpack archives: `extract` them into a staging folder, and from there `move_into` the folder of a data set.
 
-Nothing is written outside the staging folder; links, devices and encrypted members are refused; the number of files and
-of bytes is bounded while they are written, whatever the archive claims. Names are kept as they are, leading blanks too.
-An archive in several parts is read as one file, without a second copy on the disk. Memory does not grow with the
-archive. What an interrupted unpacking left is kept where the archive's own CRC (of a zip) says that it is whole.
+Nothing is written outside the staging folder: an archive that holds an absolute name, a "..", a link or a device is
+refused. What it says that it holds is compared with bounds and with the free disk before that is written.
 """
 
+import contextlib
 import errno
-import gzip
-import io
 import lzma
 import os
+import re
 import shutil
-import stat
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from trimodal.download import seven_zip, shards, tar_stream, zip_stream
-from trimodal.download.members import ArchiveError, ByteSource, Member, Rules, destination, safe_name
+from trimodal.download.archives import Archive, ArchiveError, Member, Part, Written, open_archive
 from trimodal.download.progress import Progress
-from trimodal.download.remote import RemoteFile
 from trimodal.errors import UserError
-from trimodal.files import settle
+from trimodal.files import bytes_below, settle
+from trimodal.sets.sources import Item, Rows, Source
 
-CHUNK_BYTES = 1 << 18
-_AR_MAGIC = b"!<arch>\n"
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
-           NotImplementedError)
+STAGING = ".unpacking"
+# What the decoders raise for damage; they also raise an OSError, without a number.
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ArithmeticError, LookupError,
+           TypeError, ValueError, RuntimeError)
 
-
-Part = Path | RemoteFile
+Rules = tuple[tuple[str, str], ...]  # what is taken out, and where it goes: see `destination`
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expected:
-    """What is taken out of an archive (see `destination`), and the most files and bytes that it may come to.
+class Contents:
+    """What is taken out of an archive, and the most that this may come to.
 
-    `choose` is given the names of all members that the rules let through, and says which of them to take.
+    `choose` is given the names of all members that the rules let through, and returns those to take.
     """
 
-    files: int
-    size: int
+    max_files: int
+    max_bytes: int
     rules: Rules = ()
     choose: Callable[[Iterator[str]], Collection[str]] | None = None
+    rows: Rows | None = None  # of a parquet table
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unpacked:
-    files: int
-    size: int  # bytes
+def extract(parts: Sequence[Part], kind: str, staging: Path, contents: Contents,
+            progress: Progress | None = None) -> Iterator[Written]:
+    """Write the files of an archive, whose bytes are those of all `parts`, below `staging`; yields each that is whole.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Watcher:
-    """Who wants to know: of each file that is whole in the staging folder (name, bytes, CRC-32); when all are, before
-    any is renamed; and of each file that was in the way, under the name that it has then; and the display."""
-
-    file: Callable[[str, int, int], Any] = lambda name, size, crc32: None
-    staged: Callable[[Path], Any] = lambda folder: None
-    kept: Callable[[Path], Any] = lambda path: None
-    progress: Progress = field(default_factory=Progress)
-
-
-def unpack(parts: Sequence[Part], kind: str, target: Path, staging: Path, expected: Expected,
-           watcher: Watcher | None = None) -> Unpacked:
-    """Unpack the archive (all `parts` of it) into `staging`, then rename all into `target`. A file that is there and
-    differs is kept under another name, one of the same bytes stays.
-
-    `staging` must be on the file system of `target`, and of this very archive: what is in it is of an interrupted call.
-    Done twice, or after an interruption at any moment, the end is the same.
+    `staging` must belong to this very archive. What a killed call left there stays where the CRC-32 in the archive (a
+    zip) says that it is whole, and is written anew otherwise.
 
     Raises:
-        ArchiveError: the archive is broken or unsafe; `target` is untouched.
-        UserError: the disk is full, a package is missing, or a folder and a file have the same name.
+        ArchiveError: the archive is broken or unsafe; nothing is left in `staging`.
+        UserError: too little disk is free, or a package is missing.
     """
-    watcher = watcher or Watcher()
-    with _errors(parts[0].name, target):
-        try:
-            fill = _unpack_7z if kind == "7z" else _unpack_members
-            done = fill(parts, kind, staging, expected, watcher)
-            found = _look_at_tree(staging)
-            if found != done:
-                raise ArchiveError(f"gave {found.files:,} files and {found.size:,} bytes instead of {done.files:,} and "
-                                   f"{done.size:,}: it is damaged, or holds a name twice")
-            watcher.staged(staging)
-            _merge(staging, target, watcher.kept)
-        except Exception as error:
-            if _is_damage(error):
-                _remove(staging)
-            raise
-        _remove(staging)
-    return done
+    with _errors(parts[0].name, staging), contextlib.ExitStack() as stack:
+        staging.mkdir(parents=True, exist_ok=True)
+        archive = open_archive(parts, kind, contents.rows, stack)
+        if contents.choose is None:
+            check_free(staging, archive.declared_bytes - bytes_below(staging), parts[0].name)
+        bar = stack.enter_context((progress or Progress()).bar(
+            f"unpacking {parts[0].name}", 0 if contents.choose else archive.declared_bytes))
+        empty = True
+        for written in archive.extract(_accepted(archive, contents), staging, bar):
+            empty = False
+            yield written
+        if empty:
+            raise ArchiveError("holds nothing of what is expected in it: another file or release")
 
 
-def _remove(staging: Path) -> None:
+def _accepted(archive: Archive, contents: Contents) -> Iterator[tuple[str, Member]]:
+    """(name below the staging folder, member) of all that is to be unpacked.
+
+    Raises:
+        ArchiveError: a member is unsafe, or they come to more than expected.
+    """
+    chosen = None
+    if contents.choose:
+        chosen = set(contents.choose(member.name for _, member in _placed(archive, contents.rules)))
+    names: set[str] = set()
+    size = 0
+    for name, member in _placed(archive, contents.rules):
+        if chosen is not None and member.name not in chosen:
+            continue
+        if not member.regular:
+            raise ArchiveError(f"holds a link or device, {member.name!r}")
+        if name in names:
+            raise ArchiveError(f"holds the name {name!r} twice")
+        names.add(name)
+        size += member.size
+        if len(names) > contents.max_files or size > contents.max_bytes:
+            raise ArchiveError(f"unpacks to {len(names):,} files and {size:,} bytes or more: not what is expected here")
+        yield name, member
+
+
+def _placed(archive: Archive, rules: Rules) -> Iterator[tuple[str, Member]]:
+    for member in archive.members():
+        name = destination(safe_name(member.name), rules)
+        if name is not None:
+            yield name, member
+
+
+def safe_name(name: str) -> str:
+    """The member's path with "/" and without "./", or an ArchiveError where it could lead out of the folder."""
+    steps = [step for step in name.split("/") if step not in ("", ".")]
+    drive = steps and re.fullmatch(r"[A-Za-z]:", steps[0])
+    if "\0" in name or "\\" in name or name.startswith("/") or drive or ".." in steps or not steps:
+        raise ArchiveError(f"holds the unsafe name {name!r}")
+    return "/".join(steps)
+
+
+def destination(name: str, rules: Rules) -> str | None:
+    """Where the member goes below the target, None to leave it out.
+
+    A rule "a/*/" takes what is below these folders (`*` is any one), a rule without the final "/" takes that file.
+    """
+    if not rules:
+        return name
+    steps = name.split("/")
+    for pattern, into in rules:
+        wanted = pattern.rstrip("/").split("/")
+        if len(steps) < len(wanted) or not all(map(fnmatchcase, steps, wanted)):
+            continue
+        rest = steps[len(wanted):]
+        if pattern.endswith("/") and rest:
+            return "/".join([*filter(None, [into.rstrip("/")]), *rest])
+        if not pattern.endswith("/") and not rest:
+            return into
+    return None
+
+
+def check_free(folder: Path, needed: int, what: str) -> None:
+    """Raise a UserError where the disk of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: {needed / 1e9:,.1f} GB are needed for {what}, {free / 1e9:,.1f} GB are free; free "
+                        "some, or give another --data-root")
+
+
+@contextlib.contextmanager
+def _errors(name: str, staging: Path) -> Iterator[None]:
+    """Turn what decoders and the disk raise into our errors; a broken archive leaves nothing in `staging`."""
+    try:
+        yield
+        return
+    except UserError:
+        raise
+    except ArchiveError as error:
+        problem = f"{name} {error}"
+    except (*_BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno == errno.ENOSPC:
+                raise UserError(f"{staging.parent}: the disk is full, unpacking {name}; free some space and run again"
+                                ) from None
+            raise UserError(f"{error.filename or staging}: {error.strerror or error}") from None
+        problem = f"{name} is broken ({type(error).__name__}: {' '.join(str(error).split())})"
     shutil.rmtree(staging, ignore_errors=True)
-    _beside(staging).unlink(missing_ok=True)
+    raise ArchiveError(problem)
 
 
-def _beside(staging: Path) -> Path:
-    """Where a file is written before it gets its name in `staging`."""
-    return staging.with_name(staging.name + ".writing")
+# --- The staging folder ----------------------------------------------------------------------------------------------
 
 
-def declared_size(parts: Sequence[Part], kind: str) -> int:
-    """Bytes that the archive says it unpacks to; 0 where only unpacking would tell."""
-    with _errors(parts[0].name, Path(parts[0].name)), ExitStack() as stack:
-        if kind == "zip":
-            return sum(member.size for member in _zip_members(parts, (), stack))
-        if kind == "7z":
-            return sum(listed.size for listed in seven_zip.list_members(parts[0]))
-        return 0
+def staging_folder(folder: Path, item: Item, archive: str) -> Path:
+    """The staging folder of the item's archive with the digest `archive`, .unpacking/ITEM-DIGEST in the set's `folder`;
+    the one above it is made.
+
+    Raises:
+        UserError: that one is a link of the user's.
+    """
+    if (folder / STAGING).is_symlink():
+        raise UserError(f"{folder / STAGING}: is a link of yours, and archives are unpacked under this name; rename it")
+    (folder / STAGING).mkdir(exist_ok=True)
+    return folder / STAGING / f"{item.name}-{archive}"
 
 
-def _unpack_members(parts: Sequence[Part], kind: str, staging: Path, expected: Expected,
-                    watcher: Watcher) -> Unpacked:
-    files = size = 0
-    members = {"zip": _zip_members, "tar": _tar_members, "deb": _deb_members, "parquet": _parquet_members}[kind]
-    resumed = staging.exists()
-    staging.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        bar = stack.enter_context(watcher.progress.bar(f"unpacking {parts[0].name}"))
-        chosen: Collection[str] | None = None
-        if expected.choose:
-            names = (member.name for member in members(parts, expected.rules, stack))
-            chosen = expected.choose(name for name in names if destination(safe_name(name), expected.rules))
-        for member in members(parts, expected.rules, stack):
-            place = destination(safe_name(member.name), expected.rules)
-            if place is None or (chosen is not None and member.name not in chosen):
-                continue
-            files += 1
-            if files > expected.files:
-                raise ArchiveError(f"holds more than {expected.files:,} files: not what is expected here")
-            if not (resumed and _is_whole(staging / place, member)):
-                length, crc32 = _write(member, staging, place, expected.size - size)
-            else:
-                length, crc32 = member.size, member.crc32 or 0
-            size += length
-            if size > expected.size:
-                raise ArchiveError("unpacks to more bytes than are expected here")
-            bar.add(length)
-            watcher.file(place, length, crc32)
-    if not files:
-        raise ArchiveError("holds nothing of what is expected in it: another file or release")
-    return Unpacked(files=files, size=size)
+def staged_bytes(folder: Path, source: Source) -> int:
+    """Bytes of what is unpacked in the staging folders of the set already."""
+    return sum(map(bytes_below, _staging_folders(folder, source)))
 
 
-def _is_whole(path: Path, member: Member) -> bool:
-    """Whether an interrupted call wrote this file to its end; only the archive's own CRC can tell after a power cut."""
-    if member.crc32 is None or not path.is_file() or path.stat().st_size != member.size:
-        return False
-    return crc32_of(path) == member.crc32
+def clear_staging(folder: Path, source: Source) -> None:
+    """Remove the staging folders that this command, or one that was killed, left; what else is beside them stays."""
+    for left in _staging_folders(folder, source):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / STAGING).rmdir()  # only when empty
 
 
-def crc32_of(path: Path) -> int:
-    crc32 = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            crc32 = zlib.crc32(chunk, crc32)
-    return crc32
+def _staging_folders(folder: Path, source: Source) -> list[Path]:
+    """Also files and folders that earlier releases made there."""
+    if (folder / STAGING).is_symlink() or not (folder / STAGING).is_dir():
+        return []
+    names = "|".join(re.escape(item.name) for item in source.items)
+    ours = re.compile(rf"({names})-([0-9a-f]{{16}}|(?=-))(-\d+)?(\.writing|\.\d+\.old)?")
+    return [path for path in (folder / STAGING).iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
 
 
-def _write(member: Member, staging: Path, place: str, allowed: int) -> tuple[int, int]:
-    """(bytes, CRC-32) of the member, which is now at staging/place; written beside, so that a file there is whole."""
-    path, size, crc32 = staging / place, 0, 0
-    with _beside(staging).open("wb") as target:
-        for chunk in member.chunks():
-            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
-            if size > allowed:
-                raise ArchiveError("unpacks to more bytes than are expected here")
-            target.write(chunk)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(_beside(staging), path)
-    return size, crc32
+def move_into(staging: Path, target: Path, tell: Callable[[Path], Any] = lambda kept: None) -> None:
+    """Rename everything in `staging` into `target`, whole folders where the name is free. A file that is there and
+    differs is kept under another name, which is told; one of the same bytes stays. Done twice, or after an interruption
+    at any moment, the end is the same.
+
+    Raises:
+        UserError: a folder and a file have the same name, or a folder of the target is a link.
+    """
+    _merge(staging, target, tell)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _merge(staging: Path, target: Path, tell: Callable[[Path], Any]) -> None:
-    """Move everything into `target` by renaming, whole folders where the name is free."""
     if target.is_symlink():
         raise UserError(f"{target}: is a link to a folder of yours, which is left alone; remove the link first")
     if not target.exists():
@@ -199,146 +233,3 @@ def _merge(staging: Path, target: Path, tell: Callable[[Path], Any]) -> None:
             raise UserError(f"{place}: is a folder where a file of the data set belongs; move it away")
         else:
             settle(source, place, tell=tell)
-
-
-# --- Formats ---------------------------------------------------------------------------------------------------------
-
-
-class Spans(ByteSource):
-    """Pieces of files (file, first byte, length) read as one seekable file."""
-
-    def __init__(self, spans: Sequence[tuple[Part, int, int]]) -> None:
-        super().__init__(sum(length for _, _, length in spans))
-        self._files = [part.open("rb", buffering=0) if isinstance(part, Path) else part for part, _, _ in spans]
-        self._starts = [start for _, start, _ in spans]
-        self._lengths = [length for _, _, length in spans]
-
-    @classmethod
-    def join(cls, parts: Sequence[Part]) -> "Spans":
-        return cls([(part, 0, part.stat().st_size if isinstance(part, Path) else part.size) for part in parts])
-
-    def readinto(self, buffer: Any) -> int:
-        offset = self.position
-        for file, start, length in zip(self._files, self._starts, self._lengths, strict=True):
-            if offset < length:
-                file.seek(start + offset)
-                chunk = file.read(min(len(buffer), length - offset))
-                buffer[: len(chunk)] = chunk
-                self.position += len(chunk)
-                return len(chunk)
-            offset -= length
-        return 0
-
-    def close(self) -> None:
-        for file in getattr(self, "_files", ()):
-            file.close()
-        super().close()
-
-
-def _zip_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    return zip_stream.members(stack.enter_context(io.BufferedReader(Spans.join(parts), CHUNK_BYTES)))
-
-
-def _tar_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    source = stack.enter_context(io.BufferedReader(Spans.join(parts), 1 << 18))
-    yield from tar_stream.members(source, rules, stack)
-
-
-def _deb_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    """A Debian package is an `ar` of three files; the contents are its data.tar.*."""
-    (path,) = parts
-    assert isinstance(path, Path), "only zip and 7z archives are read from a server"
-    for name, start, length in _ar_index(path):
-        if name.startswith("data.tar"):
-            source = stack.enter_context(io.BufferedReader(Spans([(path, start, length)]), 1 << 18))
-            yield from tar_stream.members(source, rules, stack)
-            return
-    raise ArchiveError("holds no data.tar: not a Debian package")
-
-
-def _ar_index(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, first byte, length) of each member of an `ar` file."""
-    with path.open("rb") as file:
-        if file.read(len(_AR_MAGIC)) != _AR_MAGIC:
-            raise ArchiveError("is not a Debian package")
-        while len(header := file.read(60)) == 60:
-            name, length = header[:16].decode("latin-1").rstrip(" ").rstrip("/"), header[48:58].strip()
-            if header[58:60] != b"`\n" or not length.isdigit():
-                raise ArchiveError("is a damaged Debian package")
-            yield name, file.tell(), int(length)
-            file.seek(int(length) + int(length) % 2, os.SEEK_CUR)  # members begin at even offsets
-
-
-def _parquet_members(parts: Sequence[Part], rules: Rules, stack: ExitStack) -> Iterator[Member]:
-    (path,) = parts
-    assert isinstance(path, Path), "only zip and 7z archives are read from a server"
-    yield from shards.members(path)
-
-
-# --- 7z --------------------------------------------------------------------------------------------------------------
-
-
-def _unpack_7z(parts: Sequence[Part], kind: str, staging: Path, expected: Expected,
-               watcher: Watcher) -> Unpacked:
-    """List and judge the whole archive first, then extract it in one go."""
-    assert len(parts) == 1 and not expected.rules, "no source needs these for 7z"
-    listing = seven_zip.list_members(parts[0])
-    if expected.choose:
-        chosen = expected.choose(listed.name for listed in listing)
-        listing = [listed for listed in listing if listed.name in chosen]
-    for listed in listing:
-        safe_name(listed.name)
-        if not listed.plain:
-            raise ArchiveError(f"holds a link or device, {listed.name!r}")
-    done = Unpacked(files=len(listing), size=sum(listed.size for listed in listing))
-    if done.files > expected.files or done.size > expected.size:
-        raise ArchiveError(f"unpacks to {done.files:,} files and {done.size:,} bytes: not what is expected here")
-    _move_away(staging)
-    staging.mkdir(parents=True)
-    only = [listed.name for listed in listing] if expected.choose else None
-    seven_zip.extract(parts[0], staging, done.size, watcher.progress, only)
-    for listed in listing:
-        name = safe_name(listed.name)
-        watcher.file(name, listed.size, crc32_of(staging / name) if listed.crc32 is None else listed.crc32)
-    return done
-
-
-def _move_away(staging: Path) -> None:
-    """What an interrupted call left goes at once, together with a tool that may still be writing in it."""
-    if staging.exists():
-        old = staging.with_name(f"{staging.name}.{os.getpid()}.old")
-        os.replace(staging, old)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _look_at_tree(folder: Path) -> Unpacked:
-    files = size = 0
-    for root, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            status = os.lstat(os.path.join(root, name))
-            if stat.S_ISDIR(status.st_mode):
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                raise ArchiveError(f"holds a link or device, {name!r}")
-            files, size = files + 1, size + status.st_size
-    return Unpacked(files=files, size=size)
-
-
-@contextmanager
-def _errors(name: str, target: Path) -> Iterator[None]:
-    try:
-        yield
-    except ArchiveError as error:
-        raise ArchiveError(f"{name} {error}") from None
-    except (*_BROKEN, OSError) as error:
-        if _is_damage(error):
-            raise ArchiveError(f"{name} is broken ({type(error).__name__}: {' '.join(str(error).split())})") from None
-        assert isinstance(error, OSError)
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"{target}: the disk is full, unpacking {name}; free some space and run again") from None
-        raise UserError(f"{error.filename or target}: {error.strerror or error}") from None
-
-
-def _is_damage(error: Exception) -> bool:
-    """Of the archive. An OSError without a number is a decoder's, not of the disk."""
-    return isinstance(error, (ArchiveError, *_BROKEN)) or (isinstance(error, OSError) and error.errno is None)

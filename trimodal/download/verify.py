@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimodal import media
-from trimodal.download import pipeline, readiness, transfer, unpack
+from trimodal.download import archives, pipeline, readiness, transfer
 from trimodal.download.acquire import ARCHIVES, DONE, FAILED, IN_PART, Acquisition, Outcome
 from trimodal.download.selection import as_published, fetch_bytes
 from trimodal.download.transfer import Mismatch, Wanted
@@ -196,7 +196,7 @@ def _check_file(path: Path, size: int, crc32: int | None) -> tuple[str, str]:
         found = path.stat().st_size
         if found != size:
             return f"has {found:,} bytes instead of {size:,}", ""
-        if crc32 is not None and unpack.crc32_of(path) != crc32:
+        if crc32 is not None and archives.crc32_of(path) != crc32:
             return "has other bytes than those that came (CRC-32)", ""
     except OSError as error:
         return _why(error), ""

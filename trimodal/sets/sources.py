@@ -5,8 +5,9 @@ address is a pair (mirror, URL); URLs of the mirror "hf" follow HF_ENDPOINT, "{k
 "apt:PACKAGE=VERSION" is fetched by the system's package tool.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 MIRRORS = ("auto", "official", "hf", "hf-mirror", "modelscope")
 HF_HOST = "https://huggingface.co"
@@ -49,6 +50,14 @@ class Count:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """How the rows of a parquet table hold files: the columns to read, and what gives the (name, bytes) of a row's."""
+
+    columns: tuple[str, ...]
+    file_of: Callable[[dict[str, Any]], tuple[str, bytes]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One thing to have: a plain file, or an archive (in one or more parts) and what becomes of it.
 
@@ -64,6 +73,7 @@ class Item:
     subset: str = ""
     splits: tuple[str, ...] = ()  # whose samples it holds; () for what all need
     rules: tuple[tuple[str, str], ...] = ()
+    rows: Rows | None = None  # of a parquet table
     counts: tuple[Count, ...] = ()
     unpacked: int = 0  # bytes, estimated where no figure is known
     needed: tuple[str, ...] = ()  # files below the set's folder that are enough, where somebody else unpacked it
@@ -236,11 +246,26 @@ def _audiocaps_list(name: str, size: int, sha256: str, md5: str, lines: int) -> 
                 unpacked=size)
 
 
+_SOUND_SUFFIXES = {b"fLaC": "flac", b"RIFF": "wav", b"OggS": "ogg"}  # by the first bytes
+
+
+def _sound_of_row(row: dict[str, Any]) -> tuple[str, bytes]:
+    """(YOUTUBEID_START.SUFFIX, bytes) of the sound; the mirror has each clip of val and test in five rows."""
+    data = row["audio"]["bytes"]
+    name = f"{row['youtube_id']}_{int(float(row['start_time']))}"
+    if data[:4] not in _SOUND_SUFFIXES:
+        raise ValueError(f"a sound of an unknown format, {name!r}")
+    return f"{name}.{_SOUND_SUFFIXES[data[:4]]}", data
+
+
+AUDIOCAPS_ROWS = Rows(columns=("youtube_id", "start_time", "audio.bytes"), file_of=_sound_of_row)
+
+
 def _audiocaps_shards(ours: str, theirs: str, number: int) -> Iterable[Item]:
     """Parquet shards with the bytes of each sound, unpacked to OURS/YOUTUBEID_START.flac; the server names digests."""
     for index in range(number):
         name = f"{theirs}-{index:05d}-of-{number:05d}.parquet"
-        yield Item(name=name, kind="parquet", into=ours, subset="sounds", splits=(ours,),
+        yield Item(name=name, kind="parquet", into=ours, subset="sounds", splits=(ours,), rows=AUDIOCAPS_ROWS,
                    unpacked=AUDIOCAPS_SOUNDS_BYTES // 473,
                    files=(File(name=name, urls=(("hf", f"{_AUDIOCAPS_HF}/{name}"),)),))
 

@@ -24,7 +24,8 @@ from trimodal.evaluation.protocols import Encoded
 from trimodal.memory import devices
 from trimodal.objectives.losses import start_sigmoid
 from trimodal.objectives.step import Share, accumulate
-from trimodal.training import budget, faults
+from trimodal.training import budget
+from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
 from trimodal.training.fits import fit_stages
 from trimodal.training.optimizer import freeze, lr_at
 from trimodal.training.planner import apply_recompute
@@ -78,7 +79,7 @@ class StepResult:
     parts: dict[str, Tensor]
     grad_norm: Tensor
     finite: Tensor
-    given: faults.Given  # to look for the cause where it is not finite
+    inputs: Inputs  # to look for the cause where it is not finite
 
     def read(self) -> tuple[float, dict[str, float], float, bool]:
         loss, norm, finite, *parts = torch.stack(
@@ -117,8 +118,7 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
     run.model.bound_temperatures()
     if stage.average is not None:
         stage.average.update(run.model.parameters(), finite)
-    return StepResult(loss, parts, norm, finite,
-                      faults.Given(task, batch, whole, share))
+    return StepResult(loss, parts, norm, finite, Inputs(task, batch, whole, share))
 
 
 def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
@@ -203,15 +203,18 @@ class StepLog:
         parts = self.run.world.sum_scalars({TOTAL: loss, **parts})
         loss = parts.pop(TOTAL)
         self.run.tracker.advance(facts["samples"], loss)
+        facts |= {"loss": loss, "parts": parts, "grad_norm": norm}
         if not finite:
-            self._bad(result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
+            self._skipped(result.inputs, facts)
             return
         self.stage.bad_in_a_row = 0
         self.run.progress.loss_sum += loss
         self.run.progress.losses += 1
         if self._is_logged(facts):
-            self._write(facts, loss, parts, norm)
-        faults.listen(self.run, self.stage, result.given, {**facts, "loss": loss, "parts": parts, "grad_norm": norm})
+            self._write(facts)
+        contrasts = contrasts_of(parts, result.inputs.whole, self.run.config.training.contrastive_loss)
+        for line in self.stage.monitor.observe(facts["step"], facts["task"], Figures(loss, norm, contrasts)):
+            self.run.tracker.event(line, facts["step"])
 
     def _is_logged(self, facts: dict[str, Any]) -> bool:
         return facts["step"] % self.run.config.training.log_every_steps == 0
@@ -224,24 +227,42 @@ class StepLog:
             found["bias"] = {pair: value.detach().clone() for pair, value in model.logit_bias.items()}
         return found
 
-    def _write(self, facts: dict[str, Any], loss: float, parts: dict[str, float], norm: float) -> None:
+    def _write(self, facts: dict[str, Any]) -> None:
         now, (start, before) = time.perf_counter(), self.window_start
         self.window_start = (now, self.samples)
         for name in facts.keys() & {"temperature", "bias"}:
             facts[name] = {pair: float(value) for pair, value in facts[name].items()}
         self.run.tracker.step({
-            **facts, "loss": loss, "parts": parts, "grad_norm": norm,
-            "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
+            **facts, "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
             "data_wait_pct": self.clock.wait_pct, "memory_gib": devices.peak_gib(self.run.device)[0]})
 
-    def _bad(self, given: faults.Given, facts: dict[str, Any]) -> None:
-        """A step whose gradient was not finite changed nothing; many in a row end the run."""
+    def _skipped(self, inputs: Inputs, facts: dict[str, Any]) -> None:
+        """Log a step that was not finite and changed nothing; many in a row end the run."""
         self.stage.bad_in_a_row += 1
-        cause = faults.examine(self.run, self.stage, given, facts, attempt)
+        scaler = self.stage.optimizer.scaler
+        cause = report_skipped_step(self.run.world, self.run.tracker, find_cause(self.run, self.stage, inputs), facts,
+                                    scaler.get_scale() if scaler else None)
         if self.stage.bad_in_a_row >= self.run.config.training.max_bad_steps:
             raise TrainingError(f"stage {facts['stage']}, step {facts['step']}: {self.stage.bad_in_a_row} steps in a "
                                 f"row were not finite, in {cause}; last good checkpoint: {last_checkpoint(self.run)}. "
                                 "Lower --lr, or set training.use_amp=false")
+
+
+def find_cause(run: Run, stage: Stage, inputs: Inputs) -> Finding:
+    """Repeat a step that was not finite to find where that began. All processes do so together, each its share."""
+    step = make_step(run, stage, inputs.whole, inputs.share, train=True)
+
+    def repeat() -> dict[str, Tensor]:
+        return accumulate(step, weighted_terms(stage, inputs.task, step), Tensor.backward)
+
+    try:
+        finding, problem = attempt(run.world, lambda: locate(step, stage.objectives, inputs, repeat))
+    except Exception as error:
+        if run.world.size > 1:
+            raise  # the others wait elsewhere now
+        finding, problem = None, repr(error)[:200]  # whatever it is, it does not end the run
+    stage.optimizer.zero_grad()
+    return finding or Finding("unknown", problem, inputs.own.keys)
 
 
 def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> StepLog:

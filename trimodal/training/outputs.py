@@ -39,9 +39,8 @@ GOING_BACK = ".going_back.json"  # what is being moved away, until it is
 BOARD = Path("logs", "tensorboard")
 LOG = Path("logs", "metrics.jsonl")
 MODELS = re.compile(r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt")
-SNAPSHOT = re.compile(r"bad_step_(\d+)\.pt")
 EXPORTS = ("model.safetensors", "config.json")
-WRITTEN = "|".join((MODELS.pattern, SNAPSHOT.pattern, r"model\.safetensors", r"config(_\d+)?\.(json|yaml)",
+WRITTEN = "|".join((MODELS.pattern, r"model\.safetensors", r"config(_\d+)?\.(json|yaml)",
                     r"metrics\.jsonl", r"report_\d{8}_\d{6}\w*\.(json|md|png)", r"\.\w+\.json",
                     r"events\.out\.tfevents\..+"))  # names of all that `replacing` writes there
 OF_THE_DATA = "bad_samples.jsonl"  # what was found out about the user's files outlives a run
@@ -147,7 +146,7 @@ def own_files(folder: Path) -> list[Path]:
     found = [path for path in _files(checkpoints) if is_model(path.name) and checkpoint.is_own(path)]
     found += [path for name in EXPORTS if is_listed(folder, path := checkpoints / name)]
     found += event_files(folder / BOARD)
-    found += [path for path in _files(logs) if SNAPSHOT.fullmatch(path.name) and checkpoint.is_own(path)]
+    found += [path for path in logs.glob("bad_step_*.pt") if checkpoint.is_own(path)]  # of earlier releases
     log = folder / LOG
     return found + ([log] if not log.is_symlink() and is_own_log(log) else [])
 
@@ -195,8 +194,6 @@ def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.dateti
     if not later and not has_ended and (step or not _has_results(folder, records)):
         return None
     paths = [*_later_models(folder, epoch, step), *_later_reports(folder, step), *event_files(folder / BOARD)]
-    paths += [path for path in _files(folder / "logs") if (found := SNAPSHOT.fullmatch(path.name))
-              and int(found[1]) > step and checkpoint.is_own(path)]
     moment = (now or datetime.datetime.now()).replace(microsecond=0)
     while os.path.lexists(place := folder / moment.strftime("abandoned_%Y%m%d_%H%M%S")):
         moment += datetime.timedelta(seconds=1)

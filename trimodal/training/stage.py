@@ -18,7 +18,7 @@ from trimodal.distributed import World
 from trimodal.errors import UserError
 from trimodal.objectives.losses import OBJECTIVES, build_objective, loss_parameters
 from trimodal.objectives.step import Share, Step, shared_batch
-from trimodal.training.alarms import Alarms
+from trimodal.training.diagnostics import Monitor
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, trained
 from trimodal.training.planner import apply_recompute, without_speaker
 from trimodal.training.run import Run
@@ -37,12 +37,12 @@ class Stage:
     average: MovingAverage | None
     steps: int = 0  # optimizer steps of the whole stage
     bad_in_a_row: int = 0  # steps whose gradient was not finite
-    alarms: Alarms = field(default_factory=Alarms)
+    monitor: Monitor = field(default_factory=Monitor)
 
     def state_dict(self) -> dict[str, Any]:
         return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict() if self.average else None, "bad_in_a_row": self.bad_in_a_row,
-                "alarms": self.alarms.state_dict()}
+                "alarms": self.monitor.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
@@ -54,7 +54,7 @@ class Stage:
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.bad_in_a_row = state["bad_in_a_row"]
-        self.alarms.load_state_dict(state["alarms"])
+        self.monitor.load_state_dict(state["alarms"])
         if self.average is not None and state["average"]:
             self.average.load_state_dict(state["average"])
 
@@ -118,7 +118,7 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
     stage = Stage(row, tasks, objectives, optimizer, average)
     stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
-    stage.alarms = Alarms(row.name, round(stage.steps * training.warmup_pct / 100))
+    stage.monitor = Monitor(row.name, round(stage.steps * training.warmup_pct / 100))
     return stage
 
 

@@ -13,17 +13,16 @@ from tests.narrow import make_batch
 from tests.refusals import assert_names
 from trimodal.objectives.losses import info_nce, pairwise_sigmoid
 from trimodal.objectives.step import positives_of
-from trimodal.training import faults
-from trimodal.training.alarms import CHANCE_STEPS, LEAST, WINDOW, Alarms, Figures, guessing
+from trimodal.training.diagnostics import CHANCE_STEPS, LEAST, WINDOW, Figures, Monitor, guessing_loss
 
 
-def heard(alarms: Alarms, losses: Iterable[float], norms: Iterable[float] | None = None, task: str = "image_text",
+def reported(monitor: Monitor, losses: Iterable[float], norms: Iterable[float] | None = None, task: str = "image_text",
           start: int = 1) -> list[tuple[int, str]]:
     """At which steps something is said, and what."""
     values = list(losses)
     norms = [1.0] * len(values) if norms is None else norms
     return [(step, line) for step, (loss, norm) in enumerate(zip(values, norms, strict=True), start)
-            for line in alarms.hear(step, task, Figures(loss, norm, {}))]
+            for line in monitor.observe(step, task, Figures(loss, norm, {}))]
 
 
 def noisy(count: int, seed: int = 0) -> np.ndarray:
@@ -35,16 +34,16 @@ def noisy(count: int, seed: int = 0) -> np.ndarray:
 
 
 def test_a_loss_far_above_its_median_is_said_with_stage_step_figures_and_what_to_do() -> None:
-    alarms = Alarms("align", 0)
-    assert heard(alarms, [2.0, 2.2] * 50) == []
-    [(_, line)] = heard(alarms, [7.3], start=101)
+    monitor = Monitor("align", 0)
+    assert reported(monitor, [2.0, 2.2] * 50) == []
+    [(_, line)] = reported(monitor, [7.3], start=101)
     assert_names(line, "align", 101, "image_text", 7.3, 2.1, "--lr")
     assert line.index("7.3") < line.index("2.1"), "the value, then the usual one"
 
 
 def test_a_gradient_far_above_its_median_is_said() -> None:
-    alarms = Alarms("align", 0)
-    [(step, line)] = heard(alarms, [2.0] * 101, [1.0, 1.5] * 50 + [40.0])
+    monitor = Monitor("align", 0)
+    [(step, line)] = reported(monitor, [2.0] * 101, [1.0, 1.5] * 50 + [40.0])
     assert step == 101
     assert_names(line, "align", 101, "gradient", "image_text", 40, 1.25)
     assert line.index("40") < line.index("1.25"), "the value, then the usual one"
@@ -56,25 +55,25 @@ def test_noise_and_falling_losses_say_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)
     losses = 0.3 + 3.1 * np.exp(-np.arange(5000) / 900) + 0.05 * rng.standard_normal(5000)
     norms = np.exp(0.35 * rng.standard_normal(5000)) * np.linspace(5, 0.5, 5000)
-    assert heard(Alarms("align", 0), losses.tolist(), norms.tolist()) == []
+    assert reported(Monitor("align", 0), losses.tolist(), norms.tolist()) == []
 
 
 def test_a_spike_is_said_once_however_long_it_is_and_the_next_one_not_at_once() -> None:
-    alarms = Alarms("s", 0)
+    monitor = Monitor("s", 0)
     usual = noisy(WINDOW).tolist()
-    lines = heard(alarms, [*usual, *[9.0] * 20, *usual[:10], 9.0, *usual, 9.0])
+    lines = reported(monitor, [*usual, *[9.0] * 20, *usual[:10], 9.0, *usual, 9.0])
     assert [step for step, _ in lines] == [101, 232]
 
 
 def test_a_new_level_becomes_the_usual_one() -> None:
-    assert len(heard(Alarms("s", 0), [*noisy(200), *(4 * noisy(1000, 1))])) == 1
+    assert len(reported(Monitor("s", 0), [*noisy(200), *(4 * noisy(1000, 1))])) == 1
 
 
 def test_a_few_steps_say_nothing_and_tasks_have_medians_of_their_own() -> None:
-    assert heard(Alarms("s", 0), [1.0] * (LEAST - 1) + [99.0]) == []
-    assert len(heard(Alarms("s", 0), [1.0] * LEAST + [99.0])) == 1
-    alarms = Alarms("s", 0)
-    both = [heard(alarms, [value], task=task, start=step) for step in range(200)
+    assert reported(Monitor("s", 0), [1.0] * (LEAST - 1) + [99.0]) == []
+    assert len(reported(Monitor("s", 0), [1.0] * LEAST + [99.0])) == 1
+    monitor = Monitor("s", 0)
+    both = [reported(monitor, [value], task=task, start=step) for step in range(200)
             for task, value in (("image_text", 1.0), ("audio_text", 50.0))]
     assert not any(both)
 
@@ -82,27 +81,27 @@ def test_a_few_steps_say_nothing_and_tasks_have_medians_of_their_own() -> None:
 # ---- a contrast that learns nothing ------------------------------------------------------------------------------
 
 
-def contrast(alarms: Alarms, parts: Sequence[float], sizes: Sequence[int] = (32,), start: int = 1) -> list[str]:
+def contrast(monitor: Monitor, parts: Sequence[float], sizes: Sequence[int] = (32,), start: int = 1) -> list[str]:
     """Losses as parts of that of guessing, on batches of `sizes` in turn."""
     lines = []
     for step, part in enumerate(parts, start):
-        guess = guessing(sizes[step % len(sizes)], sizes[step % len(sizes)])
-        lines += alarms.hear(step, "image_text", Figures(1.0, 1.0, {"image_text": (part * guess, guess)}))
+        guess = math.log(sizes[step % len(sizes)])  # of as many captions
+        lines += monitor.observe(step, "image_text", Figures(1.0, 1.0, {"image_text": (part * guess, guess)}))
     return lines
 
 
 def test_a_contrast_at_the_loss_of_guessing_is_said_once_a_stage_after_warm_up() -> None:
-    alarms = Alarms("align", 40)
-    assert contrast(alarms, [1.001] * (39 + CHANCE_STEPS), (32, 31)) == []
-    [line] = contrast(alarms, [1.001] * 2000, (32, 31), start=40 + CHANCE_STEPS)
+    monitor = Monitor("align", 40)
+    assert contrast(monitor, [1.001] * (39 + CHANCE_STEPS), (32, 31)) == []
+    [line] = contrast(monitor, [1.001] * 2000, (32, 31), start=40 + CHANCE_STEPS)
     assert_names(line, "align", 40 + CHANCE_STEPS, "image_text", CHANCE_STEPS, 3.469, 3.466)
     assert line.index("3.469") < line.index("3.466"), "the loss, then that of guessing"
 
 
 def test_a_contrast_that_has_learnt_anything_is_left_alone_until_it_collapses() -> None:
-    alarms = Alarms("align", 0)
-    assert contrast(alarms, [*np.linspace(1, 0.9, CHANCE_STEPS), *[0.9] * 1000]) == []
-    assert len(contrast(alarms, [1.0] * 300, start=2001)) == 1
+    monitor = Monitor("align", 0)
+    assert contrast(monitor, [*np.linspace(1, 0.9, CHANCE_STEPS), *[0.9] * 1000]) == []
+    assert len(contrast(monitor, [1.0] * 300, start=2001)) == 1
 
 
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
@@ -123,7 +122,7 @@ def test_guessing_is_the_loss_of_features_that_are_all_alike(kind: str, inputs: 
         share = float(positives.of_samples(torch.arange(size)).double().mean())
         bias = torch.tensor(math.log(share / (1 - share)) if share < 1 else 60.0, dtype=torch.float64) - 1
         loss = pairwise_sigmoid(query, key, scale, bias, positives.of_samples) / len(key)
-    assert faults.chance(batch, inputs.split(), kind) == pytest.approx(float(loss), abs=1e-9)
+    assert guessing_loss(batch, inputs.split(), kind) == pytest.approx(float(loss), abs=1e-9)
 
 
 # ---- across a resume ---------------------------------------------------------------------------------------------
@@ -136,13 +135,13 @@ def test_a_resumed_stage_says_what_an_undisturbed_one_says(stop: int) -> None:
     for step in (130, 131, 132, 400, 790):
         losses[step] = 9.0
 
-    def lines(alarms: Alarms, first: int, last: int) -> list[str]:
+    def lines(monitor: Monitor, first: int, last: int) -> list[str]:
         return [line for step in range(first, last) for task in ("image_text", "audio_text")
-                for line in alarms.hear(step, task, Figures(losses[step], 1.0, {task: (3.5, 3.466)}))]
+                for line in monitor.observe(step, task, Figures(losses[step], 1.0, {task: (3.5, 3.466)}))]
 
-    whole = lines(Alarms("align", 100), 0, 900)
+    whole = lines(Monitor("align", 100), 0, 900)
     assert len(whole) == 8, "three spikes and one contrast of each task"
-    before, after = Alarms("align", 100), Alarms("align", 100)
+    before, after = Monitor("align", 100), Monitor("align", 100)
     found = lines(before, 0, stop)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert found + lines(after, stop, 900) == whole

@@ -1,10 +1,8 @@
-"""Steps that are not finite: where it began is found, in which samples; a snapshot can be replayed; nothing else
-moves."""
+"""Steps that are not finite: where it began is found, and in which samples; nothing else moves. Figures of finite steps
+reach the monitor."""
 
 import dataclasses
-import errno
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ from datasets import Batch
 from tests.killing import OFTEN
 from tests.narrow import part_of
 from tests.ranks import in_ranks
-from tests.refusals import assert_names, assert_told, refused
+from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, batches, differing, records, step, weights
 from trimodal import checkpoint, distributed
 from trimodal.errors import TrainingError
 from trimodal.memory import devices
-from trimodal.training import faults, loop
+from trimodal.training import loop
 from trimodal.training import run as run_module
+from trimodal.training.diagnostics import guessing_loss
 from trimodal.training.loop import Stage, StepLog
 from trimodal.training.run import Options, Run
 from trimodal.training.saving import Saver
@@ -49,10 +48,6 @@ def found(folder: Path) -> dict[str, Any]:
     [event] = records(folder, "event")
     assert_names(event["message"], event["step"], *event["parts"], *event["name"].split(), *event["samples"])
     return {name: event[name] for name in ("step", "parts", "found", "name")} | {"samples": event["samples"]}
-
-
-def kept(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "logs").glob("*.pt"))
 
 
 def changing(change: Callable[[Tensor], Tensor]) -> Any:
@@ -94,8 +89,8 @@ def test_the_first_module_whose_output_is_not_finite_is_named(small: SmallRuns, 
     assert found(tmp_path) == {"step": 1, "parts": ["contrastive_image_text"], "found": "output", "name": UP,
                                "samples": first.keys[:3]}
     [event] = records(tmp_path, "event")
-    assert event["of"] == 8 and kept(tmp_path) == ["bad_step_1.pt"]
-    assert_names(event["message"], "[align] step 1", 5, "logs/bad_step_1.pt")
+    assert event["of"] == 8
+    assert_names(event["message"], "[align] step 1", 5)
 
 
 def test_it_is_named_in_micro_batches_as_well(small: SmallRuns, tmp_path: Path) -> None:
@@ -186,7 +181,8 @@ def test_looking_for_the_cause_changes_nothing_of_the_training(small: SmallRuns,
     assert found(tmp_path / "looked")["name"] == "model.image (float32)"
     assert all(p.grad is None for p in run.model.parameters())
     random = torch.get_rng_state()
-    monkeypatch.setattr(faults, "examine", lambda *_: "")
+    monkeypatch.setattr(loop, "find_cause", lambda *_: None)
+    monkeypatch.setattr(loop, "report_skipped_step", lambda *_: "")
     plain, plain_stage = trained(tmp_path / "not")
     assert records(tmp_path / "not", "event") == []
     assert torch.equal(torch.get_rng_state(), random)
@@ -200,13 +196,13 @@ def test_a_bad_step_has_changed_no_weights_when_it_is_done_again(small: SmallRun
     overflow(run)
     before = weights(run.model)
     states: list[list[str]] = []
-    look = faults.look
+    locate = loop.locate
 
-    def looking(*given: Any) -> Any:
+    def locating(*given: Any) -> Any:
         states.append(differing(weights(run.model), before))
-        return look(*given)
+        return locate(*given)
 
-    monkeypatch.setattr(faults, "look", looking)
+    monkeypatch.setattr(loop, "locate", locating)
     take(run, stage, [first])
     assert states == [[]]
 
@@ -224,113 +220,14 @@ def test_a_failure_while_looking_is_said_and_the_run_goes_on(
     def failing(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(faults, "look", failing)
+    monkeypatch.setattr(loop, "locate", failing)
     log.add(step(run, stage, second), second, 8)
     log.flush()
     assert found(tmp_path)["found"] == "unknown" and named in found(tmp_path)["name"]
     assert [record["step"] for record in records(tmp_path, "step")] == [2]
 
 
-# ---- snapshots ---------------------------------------------------------------------------------------------------
-
-
-def saved(run: Run, stage: Stage) -> Path:
-    path = run.folder / "weights.pt"
-    checkpoint.save({**run_module.description(run), "stage": stage.row.name, "stage_state": stage.state_dict(),
-                     "model_state_dict": run.model.state_dict()}, path)
-    return path
-
-
-def says_where(line: str) -> bool:
-    """Whether it says where a step is not finite."""
-    return any(place.split("{")[0] in line for place in faults.FOUND.values() if place)
-
-
-def test_a_snapshot_is_replayed_with_the_weights_of_a_checkpoint(small: SmallRuns, tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    run, stage, (first, *_) = opened(small, tmp_path)
-    good = saved(run, stage)
-    good = good.rename(tmp_path / "good.pt")
-    overflow(run)
-    take(run, stage, [first])
-    snapshot = tmp_path / "logs/bad_step_1.pt"
-    state = checkpoint.load(snapshot)
-    assert differing(state["batch"]["noise"], first.noise) == [] and state["batch"]["keys"] == first.keys
-    assert state["step"] == 1 and state["stage"] == "align" and state["parts"].keys() == {"contrastive_image_text"}
-    before, now = faults.replay(snapshot, saved(run, stage)).splitlines()
-    assert_names(before, 1, "align", "contrastive_image_text", UP.split()[0])
-    assert UP in now and not says_where(faults.replay(snapshot, good).splitlines()[1])
-    assert faults.main([str(snapshot), str(good)]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == faults.replay(snapshot, good).splitlines()
-
-
-def test_a_snapshot_of_matching_uses_the_heads_of_a_checkpoint_of_its_stage(small: SmallRuns, tmp_path: Path) -> None:
-    run = small.open(tmp_path, "training.batch_size=8")
-    stage = small.stage(run, "finetune")
-    batch = batches(run, stage)[0]
-    with torch.no_grad():
-        stage.objectives.get_parameter("0_matching.head.weight").fill_(3e38)
-    take(run, stage, [batch])
-    snapshot = tmp_path / "logs/bad_step_1.pt"
-    head = "objectives.0_matching.head (float32)"
-    assert found(tmp_path)["name"] == head
-    assert head in faults.replay(snapshot, saved(run, stage)).splitlines()[1]
-    with torch.no_grad():
-        stage.objectives.get_parameter("0_matching.head.weight").fill_(0.0)
-    own = faults.replay(snapshot, saved(run, stage)).splitlines()[1]
-    with torch.no_grad():
-        stage.objectives.get_parameter("0_matching.head.weight").fill_(3e38)
-    stage.row = dataclasses.replace(stage.row, name="align")
-    fresh = faults.replay(snapshot, saved(run, stage)).splitlines()[1]
-    assert not says_where(own) and fresh.startswith(own) and fresh != own, "and that its heads were fresh"
-
-
-def test_files_that_are_no_snapshot_or_checkpoint_are_refused_in_one_line(
-        small: SmallRuns, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, stage, _ = opened(small, tmp_path)
-    weights_file = str(saved(run, stage))
-    for first in (weights_file, str(tmp_path / "none.pt")):
-        assert faults.main([first, weights_file]) == 2
-        assert_told(capsys.readouterr().err, first)
-    with pytest.raises(SystemExit) as stop:
-        faults.main([weights_file])
-    assert stop.value.code == 2
-    assert_told(capsys.readouterr().err, "CHECKPOINT", "--help")
-
-
-def test_the_first_three_bad_steps_of_a_run_are_kept_and_kept_again_by_one_that_goes_on(small: SmallRuns,
-                                                                                      tmp_path: Path) -> None:
-    run, stage, given = opened(small, tmp_path)
-    overflow(run)
-    take(run, stage, given)
-    names = [f"bad_step_{number}.pt" for number in (1, 2, 3)]
-    assert kept(tmp_path) == names
-    before = records(tmp_path, "event")
-    assert [f"bad_step_{event['step']}.pt" in event["message"] for event in before] == [True] * 3 + [False]
-    run.progress.step = 1  # as if the run had been killed and went on after its first step
-    take(run, stage, given[1:])
-    assert records(tmp_path, "event")[4:] == before[1:4]
-    assert kept(tmp_path) == names
-    run.tracker.close()
-    config = small.config(tmp_path)
-    run_module.open_run(config, Options("cpu", overwrite=True), None).tracker.close()
-    assert kept(tmp_path) == []
-
-
-def test_a_snapshot_that_cannot_be_written_costs_the_snapshot_only(small: SmallRuns, tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    run, stage, (first, *_) = opened(small, tmp_path)
-    overflow(run)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        take(run, stage, [first])
-    assert not list((tmp_path / "logs").glob("bad_step_1.pt*"))
-    [event] = records(tmp_path, "event")
-    assert_names(event["message"], tmp_path / "logs/bad_step_1.pt")
-    assert event["step"] == 1 and stage.bad_in_a_row == 1
+# ---- what a bad step does -----------------------------------------------------------------------------------------
 
 
 def test_bad_steps_in_a_row_end_the_run_with_cause_and_last_good_checkpoint(small: SmallRuns, tmp_path: Path) -> None:
@@ -358,7 +255,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(small:
 # ---- figures of good steps ---------------------------------------------------------------------------------------
 
 
-def test_spikes_and_contrasts_of_training_reach_the_alarms_of_the_stage(small: SmallRuns, tmp_path: Path) -> None:
+def test_spikes_and_contrasts_of_training_reach_the_monitor_of_the_stage(small: SmallRuns, tmp_path: Path) -> None:
     run, stage, given = opened(small, tmp_path, "training.warmup_pct=0")
     take(run, stage, given)
     state = stage.state_dict()["alarms"]
@@ -367,18 +264,18 @@ def test_spikes_and_contrasts_of_training_reach_the_alarms_of_the_stage(small: S
     assert state["series"]["loss image_text"]["values"] == [record["loss"] for record in steps]
     assert state["series"]["gradient image_text"]["values"] == [record["grad_norm"] for record in steps]
     parts = state["contrasts"]["image_text"]["parts"]
-    assert parts == [record["parts"]["contrastive_image_text"] / faults.chance(batch, ["image", "text"], "infonce")
+    assert parts == [record["parts"]["contrastive_image_text"] / guessing_loss(batch, ["image", "text"], "infonce")
                      for record, batch in zip(steps, given, strict=True)]
-    stage.alarms.series["loss image_text"].values = [0.01] * 50
+    stage.monitor.series["loss image_text"].values = [0.01] * 50
     take(run, stage, given[:1])
     [event] = records(tmp_path, "event")
     assert event["step"] == 5
     assert_names(event["message"], "align", "image_text", "0.01")
     again = small.stage(small.open(tmp_path / "warm", "training.warmup_pct=50"), "align")
-    assert stage.alarms.warmup_steps == 0 and again.alarms.warmup_steps == again.steps // 2
-    again.alarms.warmup_steps = 0
+    assert stage.monitor.warmup_steps == 0 and again.monitor.warmup_steps == again.steps // 2
+    again.monitor.warmup_steps = 0
     again.load_state_dict(stage.state_dict())
-    assert again.alarms == stage.alarms and again.alarms is not stage.alarms
+    assert again.monitor == stage.monitor and again.monitor is not stage.monitor
 
 
 # ---- several processes -------------------------------------------------------------------------------------------
@@ -415,7 +312,5 @@ def test_processes_look_together_and_name_the_sample_of_the_one_that_has_it(smal
     _, _, (first, *_) = opened(small, tmp_path / "alone")
     assert found(tmp_path / "run") == {"step": 0, "parts": ["contrastive_image_text"], "found": "output",
                                        "name": "model.image (float32)", "samples": [first.keys[6]]}
-    state = checkpoint.load(tmp_path / "run/logs/bad_step_0.pt")
-    assert state["process"] == [1, 2] and state["batch"]["keys"] == first.keys[4:]
     assert [record["step"] for record in records(tmp_path / "run", "step")] == [1, 2]
     assert differing(one.value, other.value) == []

@@ -26,8 +26,7 @@ from tests.refusals import assert_names, assert_told
 from tests.small_runs import RECIPE, SmallRuns, batches, differing, records, step, weights
 from tests.test_attention import masks_of, naive_attention
 from trimodal.memory import devices
-from trimodal.training import budget, loop, saving
-from trimodal.training import run as run_module
+from trimodal.training import budget, loop, saving, validation
 from trimodal.training.run import Options
 
 pytestmark = pytest.mark.gpu
@@ -161,12 +160,12 @@ def test_evaluation_that_runs_out_goes_on_in_smaller_parts(small: SmallRuns, tmp
     devices.free_cached(run.device)
     devices.reset_peak(run.device)
     held = torch.cuda.memory_allocated()
-    expected = run_module.retrieval_figures(run, run_module.encode_validation(run))
+    expected = validation.retrieval_figures(run, validation.encode_validation(run))
     needed = torch.cuda.max_memory_allocated() - held
     devices.free_cached(run.device)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * needed) / total)
-    found = run_module.retrieval_figures(run, run_module.encode_validation(run))
+    found = validation.retrieval_figures(run, validation.encode_validation(run))
     events = records(tmp_path / "run", "event")
     assert events and all("[evaluation]" in event["message"] for event in events)
     assert max(run.fits["evaluation"].micro_batch.values()) < 64

@@ -245,7 +245,7 @@ def check_data(case: Case) -> Iterator[Finding]:
     """What each set has, which files its lists name in vain, and whether each stage finds samples to train on."""
     from datasets import pool
     from trimodal.evaluation import protocols
-    from trimodal.training import run
+    from trimodal.training import validation
     from trimodal.training.stage import active_tasks
 
     with _logged("trimodal.sets") as said:
@@ -263,9 +263,9 @@ def check_data(case: Case) -> Iterator[Finding]:
     yield from guarded("data: captions", _captions, case.data, case.config)
     val = case.data.tables["val"]
     if alone := [row.name for row in case.config.stages if all(len(pool(val, task.inputs)) < 2 for task in row.tasks)]:
-        yield Finding("data: val", "warn", f"{', '.join(alone)}: {run.NO_VAL}", run.ADD_VAL)
+        yield Finding("data: val", "warn", f"{', '.join(alone)}: {validation.NO_VAL}", validation.ADD_VAL)
     if not protocols.can_score(case.data, "test"):
-        yield Finding("data: test", "warn", run.NO_TEST, run.ADD_TEST)
+        yield Finding("data: test", "warn", validation.NO_TEST, validation.ADD_TEST)
     for row in case.config.stages:
         try:
             case.tasks[row.name] = active_tasks(row, case.data)

@@ -19,7 +19,7 @@ from tests.training.test_tracking import scalars
 from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.errors import ConfigError, TrainingError
 from trimodal.memory import devices
-from trimodal.training import budget, fits, loop, resume
+from trimodal.training import budget, fits, loop, resume, validation
 from trimodal.training import run as run_module
 from trimodal.training.run import Run
 from trimodal.training.saving import Saver
@@ -220,7 +220,7 @@ def test_bad_steps_in_a_row_end_the_run_though_epochs_are_short(
     checkpoint = tmp_path / "checkpoints" / "checkpoint_epoch_1.pt"
     poison(monkeypatch, run, "loss", {1, 2, 4, 5, 6})  # two steps an epoch
     loop.train_epoch(run, stage, 1)
-    loop.validate(run, stage, loop.StepLog(run, stage, 1))
+    validation.validate(run, stage)
     Saver(run, {"finetune": 4}, Interruption()).save("finetune", stage.state_dict)
     loop.train_epoch(run, stage, 2)
     with refused("finetune", 6, 3, "contrastive_image_text", checkpoint, "--lr", error=TrainingError):
@@ -235,7 +235,7 @@ def test_an_epoch_whose_steps_were_all_skipped_has_no_loss(small: SmallRuns, tmp
     stage = small.stage(run, "finetune")
     poison(monkeypatch, run, "gradient", {1, 2})
     log = loop.train_epoch(run, stage, 1)
-    loop.validate(run, stage, log)
+    validation.validate(run, stage, log.speed)
     line = capsys.readouterr().out.splitlines()[-1]
     assert "[finetune] epoch 1/3  loss nan  validation " in line and "0.0000" not in line
 
@@ -248,17 +248,17 @@ def test_validation_is_the_same_whatever_happened_before_and_in_which_order(
     run = small.open(tmp_path, "training.batch_size=8", "evaluation.max_validation=20")
     stage = small.stage(run, "align")
     run.model.eval()
-    first = loop.validation_loss(run, stage)
+    first = validation.validation_loss(run, stage)
     assert first[1].keys() == {"contrastive_image_text", "contrastive_audio_text"}
     assert first[0] == pytest.approx(sum(first[1].values()) / 2)
     random.random(), np.random.rand(), torch.rand(3)
     run.progress.step, run.progress.epoch = 77, 7
-    assert loop.validation_loss(run, stage) == first
-    jobs = loop.validation_jobs(run, stage)
+    assert validation.validation_loss(run, stage) == first
+    jobs = validation.validation_jobs(run, stage)
     assert sorted(len(rows) for _, rows in jobs) == [6, 6, 7, 7, 7, 7]
     assert len({row for _, rows in jobs for row in rows.tolist()}) == 40, "20 of each task's 32"
-    monkeypatch.setattr(loop, "validation_jobs", lambda *_: jobs[::-1])
-    loss, parts = loop.validation_loss(run, stage)
+    monkeypatch.setattr(validation, "validation_jobs", lambda *_: jobs[::-1])
+    loss, parts = validation.validation_loss(run, stage)
     assert loss == pytest.approx(first[0], rel=1e-6) and parts == pytest.approx(first[1], rel=1e-6)
 
 
@@ -270,8 +270,8 @@ def test_validation_averages_over_samples_and_leaves_out_what_it_cannot_tell(
     pictures = np.flatnonzero(run.data.tables["val"].has_image)
 
     def loss_of(*groups: np.ndarray) -> float | None:
-        monkeypatch.setattr(loop, "validation_jobs", lambda *_: [(0, rows) for rows in groups])
-        return loop.validation_loss(run, stage)[0]
+        monkeypatch.setattr(validation, "validation_jobs", lambda *_: [(0, rows) for rows in groups])
+        return validation.validation_loss(run, stage)[0]
 
     large, small_one = loss_of(pictures[:24]), loss_of(pictures[24:])
     assert large is not None and small_one is not None
@@ -291,7 +291,7 @@ def test_best_weights_are_those_of_the_lowest_loss_of_the_last_stage(small: Smal
             with torch.no_grad():
                 run.model.text.norm.bias.fill_(epoch)
             before = run.best
-            if run_module.remember_best(run, stage, loss):
+            if validation.remember_best(run, stage, loss):
                 best.append(epoch)
             if run.best is not before:
                 taken.append(epoch)
@@ -312,7 +312,7 @@ def test_the_average_is_what_is_validated_and_remembered(small: SmallRuns, tmp_p
     log = loop.train_epoch(run, stage, 1)
     run.progress.epoch = 1
     live = weights(run.model)
-    loop.validate(run, stage, log)
+    validation.validate(run, stage, log.speed)
     assert stage.average is not None
     assert differing(run.model.state_dict(), live) == [], "training goes on from its own weights"
     averaged = dict(zip(stage.average.names, stage.average.values, strict=True))
@@ -321,7 +321,7 @@ def test_the_average_is_what_is_validated_and_remembered(small: SmallRuns, tmp_p
     assert not torch.equal(best["image.embed.weight"], live["image.embed.weight"])
     run.model.load_state_dict(best)
     run.model.eval()
-    assert loop.validation_loss(run, stage)[0] == run.best["loss"] == records(tmp_path, "validation")[0]["loss"]
+    assert validation.validation_loss(run, stage)[0] == run.best["loss"] == records(tmp_path, "validation")[0]["loss"]
 
 
 class Tripwire:
@@ -344,7 +344,7 @@ def test_training_never_reads_the_test_split(small: SmallRuns, tmp_path: Path, m
     def stop(run: Run) -> Path:
         evaluated.append(run.best)
         with pytest.raises(AssertionError, match="reads the test split"):  # the wire is taut
-            run_module.finish(run)
+            validation.finish(run)
         return tmp_path
 
     monkeypatch.setattr(run_module, "load_data", load_guarded)
@@ -437,7 +437,7 @@ def test_on_a_cpu_the_measured_peak_is_of_what_is_planned(small: SmallRuns, tmp_
 
 
 def test_an_epochs_line_tells_each_figure_with_its_chance_and_its_candidates() -> None:
-    line = run_module.first_recalls({
+    line = validation.first_recalls({
         "image_to_text_R@1": {"value": 1 / 7, "chance": 1 / 70, "candidates": 70},
         "image_to_text_R@1_per_caption": {"value": 0.125, "chance": 1 / 70, "candidates": 70},
         "image_to_text_R@5": {"value": 0.5, "chance": 1 / 14, "candidates": 70},
@@ -449,7 +449,7 @@ def test_an_epochs_line_tells_each_figure_with_its_chance_and_its_candidates() -
 def test_records_of_validation_and_curves_hold_chance_and_candidates(small: SmallRuns, tmp_path: Path) -> None:
     run = small.open(tmp_path)
     stage = small.stage(run, "align")
-    loop.validate(run, stage, loop.StepLog(run, stage, 1))
+    validation.validate(run, stage)
     [record] = records(tmp_path, "validation")
     assert record["metrics"].keys() == record["chance"].keys() == record["candidates"].keys()
     name = "image_to_text_R@1"
@@ -469,7 +469,7 @@ def test_validation_hears_at_most_what_training_hears(small: SmallRuns, tmp_path
             seen.append(inputs[0])
 
         run.model.get_submodule(name).register_forward_pre_hook(see)
-    loop.validation_loss(run, stage)
+    validation.validation_loss(run, stage)
     assert {sounds.shape[1] for sounds in given["audio"]} == {64}, "half a second, in whole patches"
     assert sum(map(len, given["audio"])) == 32
     assert sum(map(len, given["text"])) == 2 * 2 * 32, "all captions of pictures and of sounds"

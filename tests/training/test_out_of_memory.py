@@ -13,8 +13,7 @@ from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, apart, batches, differing, float64, records, step, trained, weights
 from trimodal.memory import devices
 from trimodal.objectives import losses
-from trimodal.training import loop, optimizer
-from trimodal.training import run as run_module
+from trimodal.training import optimizer, validation
 from trimodal.training.run import Run
 
 ON_DEVICE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -83,7 +82,7 @@ def test_the_gradient_of_a_redone_step_is_that_of_the_undisturbed_one(
         stage = small.stage(run, "finetune")
         if failing:
             fail_once(monkeypatch, run, where, ON_DEVICE)
-        monkeypatch.setattr(stage.optimizer, "step", lambda lr: (torch.zeros(()), torch.ones(())))
+        monkeypatch.setattr(stage.optimizer, "step", lambda *_: (torch.zeros(()), torch.ones(())))
         step(run, stage, batches(run, stage)[0])
         found.append(torch.cat([p.grad.flatten() for p in stage.optimizer.parameters if p.grad is not None]))
     assert len(records(tmp_path / "True", "event")) == 1
@@ -141,9 +140,9 @@ def test_out_of_memory_in_validation_halves_and_goes_on(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small.open(tmp_path, micro_batch=16)
     stage = small.stage(run, "finetune")
-    expected = loop.validation_loss(run, stage)
+    expected = validation.validation_loss(run, stage)
     fail_once(monkeypatch, run, "fusion", ON_DEVICE)
-    loss, parts = loop.validation_loss(run, stage)
+    loss, parts = validation.validation_loss(run, stage)
     assert loss == pytest.approx(expected[0], rel=1e-9) and parts.keys() == expected[1].keys()
     [event] = records(tmp_path, "event")
     assert run.fits["finetune"].micro_batch["fusion"] == 8 and event["step"] == run.progress.step
@@ -152,9 +151,9 @@ def test_out_of_memory_in_validation_halves_and_goes_on(
 def test_out_of_memory_in_evaluation_halves_its_parts_from_there_on(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = small.open(tmp_path)
-    expected = run_module.retrieval_figures(run, run_module.encode_validation(run))
+    expected = validation.retrieval_figures(run, validation.encode_validation(run))
     fail_once(monkeypatch, run, "encoding", ON_HOST)
-    found = run_module.retrieval_figures(run, run_module.encode_validation(run))
+    found = validation.retrieval_figures(run, validation.encode_validation(run))
     assert found.keys() == expected.keys()
     assert all(found[name] == pytest.approx(dict(figure)) for name, figure in expected.items())
     [event] = records(tmp_path, "event")

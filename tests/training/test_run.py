@@ -18,7 +18,7 @@ from tests.refusals import assert_names, refused
 from tests.small_runs import STAGES, SmallRuns, differing, records, without_times
 from trimodal import checkpoint
 from trimodal.config import load_config
-from trimodal.training import fits, loop, resume, saving
+from trimodal.training import fits, loop, resume, saving, validation
 from trimodal.training import run as run_module
 from trimodal.training.run import Options
 
@@ -468,7 +468,7 @@ def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, 
     def finish(run: run_module.Run) -> Path:
         with monkeypatch.context() as patch:
             patch.setattr(full, no_space if full == "os.fsync" else lambda folder: SimpleNamespace(free=1))
-            return run_module.finish(run)
+            return validation.finish(run)
 
     for name in ("final_model.pt", "model.safetensors"):
         (folder / "checkpoints" / name).unlink()

@@ -21,7 +21,7 @@ from trimodal.errors import Stopped
 from trimodal.evaluation import protocols
 from trimodal.files import replacing
 from trimodal.training import run as run_module
-from trimodal.training import saving
+from trimodal.training import saving, validation
 from trimodal.training.optimizer import MovingAverage, Optimizer
 from trimodal.training.signals import Interruption
 
@@ -56,7 +56,7 @@ def test_the_best_weights_are_evaluated_and_kept_not_the_last(small: SmallRuns, 
     rows = run.model.config.vocab_size
     best = model_module.create_model(**run.config.to_dict()["model"] | {"vocab_size": rows})
     run.best = {"stage": "align", "epoch": 2, "loss": 1.5, "model_state_dict": best.state_dict()}
-    report = json.loads(run_module.finish(run).with_suffix(".json").read_text("utf-8"))
+    report = json.loads(validation.finish(run).with_suffix(".json").read_text("utf-8"))
     setting = protocols.Setting(device=run.device)
     assert report["evaluation"]["figures"] == protocols.evaluate_split(best, run.data, "test", run.config, setting)[0]
     assert report["best"] == {"stage": "align", "epoch": 2, "loss": 1.5}

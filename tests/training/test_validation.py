@@ -15,7 +15,7 @@ from tests.small_runs import SmallRuns, differing, records
 from trimodal import checkpoint
 from trimodal.config import TaskConfig
 from trimodal.evaluation import protocols
-from trimodal.training import loop, run
+from trimodal.training import loop, validation
 from trimodal.training.run import Options
 
 
@@ -39,11 +39,11 @@ def test_without_validation_the_run_says_so_once_and_no_epoch_is_the_best(
     assert report is not None
     told = capsys.readouterr().out
     assert not re.search(r"\bnan\b", told) and " *" not in told
-    assert told.count(run.NO_VAL) == told.count(run.ADD_VAL) == 1
+    assert told.count(validation.NO_VAL) == told.count(validation.ADD_VAL) == 1
     assert len([line for line in told.splitlines() if "] epoch " in line]) == 4 and "validation " not in told.replace(
-        run.NO_VAL, "")
+        validation.NO_VAL, "")
     assert [record["loss"] for record in records(folder, "validation")] == [None] * 4
-    assert [record["message"].count(run.NO_VAL) for record in records(folder, "event")].count(1) == 1
+    assert [record["message"].count(validation.NO_VAL) for record in records(folder, "event")].count(1) == 1
     best = checkpoint.load(folder / "checkpoints/best_model.pt")
     assert (best["stage"], best["epoch"], best["loss"]) == ("finetune", 4, None)
     newest = checkpoint.load(folder / "checkpoints/checkpoint_epoch_4.pt")

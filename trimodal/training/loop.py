@@ -4,10 +4,8 @@ A stage is a row of the configuration; nothing here knows one by name. What a st
 run's clock and its step count. What it begins anew: its objectives' heads, the optimizer, the schedule.
 """
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from datasets import Batch, epoch_batches, loader, pool
+from datasets import Batch, loader
 from trimodal import distributed
-from trimodal.config import FRAME_RATE_HZ, Config, StageConfig, TaskConfig
+from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.distributed import OutOfMemoryElsewhere, World
 from trimodal.errors import TrainingError, UserError
-from trimodal.evaluation.protocols import Encoded
+from trimodal.evaluation import protocols
 from trimodal.memory import devices
 from trimodal.objectives.losses import start_sigmoid
 from trimodal.objectives.step import Share, accumulate
@@ -28,23 +26,8 @@ from trimodal.training import budget
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
 from trimodal.training.fits import fit_stages
 from trimodal.training.optimizer import freeze, lr_at
-from trimodal.training.planner import apply_recompute
 from trimodal.training.resume import begins_with_sigmoid, find_state, finished_report, stage_epochs
-from trimodal.training.run import (
-    Options,
-    Run,
-    claim_folder,
-    encode_validation,
-    finish,
-    first_recalls,
-    last_checkpoint,
-    open_run,
-    remember_best,
-    retrieval_figures,
-    retrieval_record,
-    show_examples,
-    tell_of_no_validation,
-)
+from trimodal.training.run import Options, Run, claim_folder, last_checkpoint, open_run
 from trimodal.training.saving import Saver
 from trimodal.training.signals import Interruption
 from trimodal.training.stage import (
@@ -57,13 +40,11 @@ from trimodal.training.stage import (
     make_step,
     own_jobs,
     reduce_gradients,
+    shrink,
     weighted_terms,
     whole_batch,
 )
-
-__all__ = ["Options", "train"]
-
-VALIDATION_BATCH = 512  # contrast on validation data is over at most this many samples, whatever the training batch
+from trimodal.training.validation import ADD_TEST, NO_TEST, finish, show_examples, validate
 
 T = TypeVar("T")
 
@@ -152,20 +133,6 @@ def update(run: Run, stage: Stage, loss_is_finite: Tensor | bool = True) -> tupl
         shrink(run, stage, cause, "the update goes on where it stopped, later steps")
 
 
-def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again", step: int | None = None) -> None:
-    """After running out of memory: free what the failed work left, halve the stage's micro-batches, say so and `what`
-    comes next. `step`: of the event; None: of the one that is being trained."""
-    devices.free_cached(run.device)
-    name = stage.row.name
-    less = devices.smaller(run.fits[name], may_recompute=run.config.model.use_checkpoint)
-    if less is None:
-        raise UserError(devices.out_of_memory_message(f"stages.{name}", run.device))
-    run.fits[name] = less
-    apply_recompute(run.model, less)
-    at = run.progress.step + 1 if step is None else step
-    run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {less}", at)
-
-
 # ---- an epoch ----------------------------------------------------------------------------------------------------
 
 
@@ -182,8 +149,10 @@ class StepLog:
         self.window_start = (self.start_s, 0)
 
     @property
-    def samples_per_s(self) -> float:
-        return self.samples / max(time.perf_counter() - self.start_s, 1e-9)
+    def speed(self) -> str:
+        """Of the epoch so far, in words."""
+        samples_per_s = self.samples / max(time.perf_counter() - self.start_s, 1e-9)
+        return f"{samples_per_s:.0f} samples/s  waiting {self.clock.wait_pct:.0f} %"
 
     def add(self, result: StepResult, batch: Batch, samples: int) -> None:
         """`samples`: of the whole effective batch, of which `batch` is this process's share."""
@@ -292,79 +261,6 @@ def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) 
     return log
 
 
-# ---- validation --------------------------------------------------------------------------------------------------
-
-
-def validation_jobs(run: Run, stage: Stage) -> list[Any]:
-    """The same batches every epoch: a seeded part of each task's validation pool."""
-    pools = []
-    for task in stage.tasks:
-        indices = pool(run.data.tables["val"], task.inputs)
-        order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
-        pools.append(indices[order[:run.config.evaluation.max_validation].sort().values.numpy()])
-    size = min(run.config.effective_batch(stage.row), VALIDATION_BATCH)
-    return epoch_batches(pools, [1.0] * len(pools), size, seed=0, epoch=0)
-
-
-def crop_sounds(batch: Batch, max_s: float) -> Batch:
-    """At most `max_s` from the start of each sound: validation losses are over one window, as in training."""
-    if batch.audio is None:
-        return batch
-    frames = -(-int(max_s * FRAME_RATE_HZ) // 16) * 16
-    patches = batch.noise["audio"].shape[1] * min(frames, batch.audio.shape[1]) // batch.audio.shape[1]
-    assert batch.audio_lengths is not None
-    return dataclasses.replace(
-        batch, audio=batch.audio[:, :frames], audio_lengths=batch.audio_lengths.clamp(max=frames),
-        noise={**batch.noise, "audio": batch.noise["audio"][:, :patches]})
-
-
-@torch.no_grad()
-def validation_loss(run: Run, stage: Stage) -> tuple[float | None, dict[str, float]]:
-    """Mean over validation samples of their task's loss, and of each part; no augmentation, all captions.
-
-    A sample weighs the same whatever its task, so that a handful of sounds does not outvote thousands of pictures.
-    Batches with nothing to compare or predict are left out; None if that is all of them.
-    """
-    jobs = validation_jobs(run, stage)
-    batches = loader(run.data, "val", jobs, run.config, inputs=[task.inputs for task in stage.tasks],
-                     train=False, epoch=0)
-    sums: dict[str, list[float]] = {}
-    for batch in batches:
-        parts = batch_loss(run, stage, batch.task, crop_sounds(batch, run.config.data.audio_max_s))
-        samples = len(batch.keys)
-        for name, value in parts.items():
-            entry = sums.setdefault(name, [0.0, 0.0])
-            entry[0] += float(value) * samples
-            entry[1] += samples
-    means = {name: total / weight for name, (total, weight) in sums.items()}
-    return means.pop(TOTAL, None), means
-
-
-def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> dict[str, Tensor]:
-    """Loss and parts of a validation batch; out of memory halves the micro-batches, as in training."""
-    while True:
-        try:
-            step = make_step(run, stage, batch, train=False)
-            return accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
-        except (RuntimeError, MemoryError) as error:
-            cause = devices.out_of_memory_cause(error)
-        shrink(run, stage, cause, "the same validation batch again", run.progress.step)
-
-
-@contextlib.contextmanager
-def averaged(run: Run, stage: Stage) -> Iterator[None]:
-    """Evaluate with the averaged weights, where an average is kept."""
-    run.model.eval()
-    if stage.average is None:
-        yield
-        return
-    stage.average.swap(run.model)
-    try:
-        yield
-    finally:
-        stage.average.swap(run.model)
-
-
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +298,8 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         return report
     run = open_run(config, options, state, world, claim=claim)
     try:
+        if not protocols.can_score(run.data, "test"):
+            run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
@@ -445,14 +343,14 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
         with saver.interruption.can_wait():
             log = train_epoch(run, stage, epoch, saver)
             if run.world.is_main:  # the others wait where they meet it next
-                encoded = validate(run, stage, log)
+                encoded = validate(run, stage, log.speed)
                 run.progress.stage_s = time.perf_counter() - start_s
                 if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
                     run.tracker.record({
                         "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
                         "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
                         **compare_memory(run, row.name), "samples": samples * len(epochs)})
-                if contrasts(stage) and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
+                if stage.contrasts and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
                     show_examples(run, encoded)
             saver.after_epoch(row.name, stage.state_dict, is_last=epoch == epochs[-1])
     run.tracker.close_bar()
@@ -480,27 +378,3 @@ def compare_memory(run: Run, name: str) -> dict[str, float]:
     return {"peak_gib": measured.gib, "held_gib": run.held_gib}
 
 
-def contrasts(stage: Stage) -> bool:
-    return any("contrastive" in task.objectives for task in stage.tasks)
-
-
-def validate(run: Run, stage: Stage, log: StepLog) -> Encoded | None:
-    """Validation loss, and retrieval where the stage contrasts; remembers the best weights; prints the epoch's line.
-    Gives what it has encoded of the validation split."""
-    start_s = time.perf_counter()
-    with averaged(run, stage):
-        loss, parts = validation_loss(run, stage)
-        encoded = encode_validation(run) if contrasts(stage) else None
-        figures = retrieval_figures(run, encoded)
-        best = remember_best(run, stage.row.name, loss)
-    progress = run.progress
-    run.tracker.validation({"stage": stage.row.name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
-                            "parts": parts, **retrieval_record(figures), "seconds": time.perf_counter() - start_s})
-    mean = progress.loss_sum / progress.losses if progress.losses else float("nan")
-    if loss is None:
-        tell_of_no_validation(run, stage.row.name)
-    validated = "" if loss is None else f"  validation {loss:.4f}{' *' if best else ''}"
-    run.tracker.say(f"[{stage.row.name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}"
-                    f"{validated}{first_recalls(figures)}  {log.samples_per_s:.0f} samples/s  "
-                    f"waiting {log.clock.wait_pct:.0f} %")
-    return encoded

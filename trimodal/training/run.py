@@ -1,9 +1,6 @@
 """A run from its folder's point of view: open it fresh or resumed, save checkpoints, evaluate and report at the end."""
 
 import contextlib
-import dataclasses
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,32 +11,22 @@ import torch
 import model as model_module
 from datasets import Data, load_data
 from model import TriModalModel
-from trimodal.checkpoint import check_room, describe_mismatch, export, find_latest, is_own, plain
-from trimodal.checkpoint import save as save_file
-from trimodal.config import MODALITIES, Config
+from trimodal.checkpoint import describe_mismatch, find_latest
+from trimodal.config import Config
 from trimodal.data.splits import file_hashes, has_known_file
 from trimodal.data.tokenizer import Tokenizer, load_word_table
 from trimodal.distributed import World
-from trimodal.errors import CheckpointError, UserError
-from trimodal.evaluation import protocols, report
+from trimodal.errors import UserError
 from trimodal.files import check_writable, remove_left, take_lock
 from trimodal.memory import devices
-from trimodal.redaction import command_line, settings
+from trimodal.redaction import settings
 from trimodal.training import outputs
-from trimodal.training.tracking import SilentTracker, Tracker, read_records
+from trimodal.training.tracking import SilentTracker, Tracker
 
 Figure = Mapping[str, Any]  # of metrics.py
 
 PARTS = ("checkpoints", "logs", "reports")
 LOCK = ".lock"
-NO_TEST = ("no test samples to compare, so the report has no figures: they need two with two modalities, labels or "
-           "speakers")
-ADD_TEST = "add lines with split: test to the manifest, or a set that has some (--datasets)"
-NO_VAL = "no validation: the val split has fewer than two samples to compare; best_model.pt holds the newest weights"
-ADD_VAL = "give two samples of each kind the split val, or add data: of ten of a kind some are held out"
-AT_THE_END = "training is done: mend this, then --resume auto evaluates and reports"
-
-
 @dataclass(frozen=True)
 class Options:
     """What the command line says about a run beside its configuration."""
@@ -139,8 +126,6 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step}){moved}", progress.step,
                           resumed=True)
     remember_splits(run, state)
-    if not protocols.can_score(data, "test"):
-        run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
     return run
 
 
@@ -279,25 +264,6 @@ def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> 
 # ---- saving ------------------------------------------------------------------------------------------------------
 
 
-def remember_best(run: Run, stage: str, loss: float | None) -> bool:
-    """Keep these weights on the host if their validation loss is the lowest of the stage: true. Later stages start
-    anew. Without one (None: nothing to validate on; or not finite) the newest are kept, until there is one."""
-    before = run.best["loss"] if run.best and run.best["stage"] == stage else None
-    is_best = loss is not None and math.isfinite(loss)
-    if before is not None and math.isfinite(before) and not (is_best and loss < before):
-        return False
-    run.best = {"stage": stage, "epoch": run.progress.epoch, "loss": loss,
-                "model_state_dict": plain(run.model.state_dict(), copy=True)}
-    return is_best
-
-
-def tell_of_no_validation(run: Run, stage: str) -> None:
-    """Once, though every epoch of every stage finds it anew."""
-    if not run.has_told_of_validation:
-        run.has_told_of_validation = True
-        run.tracker.event(f"[{stage}] {NO_VAL}; {ADD_VAL}", run.progress.step)
-
-
 def description(run: Run) -> dict[str, Any]:
     """What a checkpoint needs to be used later, beside the weights, as plain data."""
     given = run.config.to_dict()
@@ -324,124 +290,3 @@ def last_checkpoint(run: Run) -> str:
     return str(find_latest(run.folder / "checkpoints", say=run.tracker.say) or "none yet")
 
 
-# ---- evaluating and reporting --------------------------------------------------------------------------------------
-
-
-def encoding(run: Run, **settings: Any) -> protocols.Setting:
-    """How splits are encoded: in parts of the size that evaluation was planned with."""
-    fit = run.fits.get(devices.EVALUATION)
-
-    def less(size: int, cause: str) -> None:
-        run.fits[devices.EVALUATION] = devices.Fit(dict.fromkeys(MODALITIES, size), dict.fromkeys(MODALITIES, 0))
-        run.tracker.event(f"[evaluation] out of memory ({cause}): the same samples again, {size} at a time",
-                          run.progress.step)
-
-    return protocols.Setting(device=run.device, amp=run.precision.dtype, less=less,
-                             sizes=dict(fit.micro_batch) if fit else {}, **settings)
-
-
-def encode_validation(run: Run) -> protocols.Encoded | None:
-    """A fixed part of the validation split, over all sets; None where it has no samples."""
-    if not len(run.data.tables["val"]):
-        return None
-    setting = encoding(run, concepts=False, limit=run.config.evaluation.max_validation)
-    return protocols.encode_split(run.model, run.data, "val", run.config, setting)
-
-
-def retrieval_figures(run: Run, encoded: protocols.Encoded | None) -> dict[str, Figure]:
-    """Retrieval on what has been encoded of the validation split: by name its value, its chance, and among how many
-    candidates."""
-    if encoded is None:
-        return {}
-    quick = dataclasses.replace(run.config, evaluation=dataclasses.replace(run.config.evaluation, resamples=0))
-    pairs = protocols.score(encoded, run.data, quick).get(protocols.ALL, {})
-    return {name: figure for kind, figures in pairs.items() if kind != "speakers"
-            for name, figure in figures.items() if figure["value"] is not None}
-
-
-def retrieval_record(figures: Mapping[str, Figure]) -> dict[str, dict[str, Any]]:
-    """What a record of validation holds of them: `metrics`, `chance` and `candidates`, each by name."""
-    parts = {"metrics": "value", "chance": "chance", "candidates": "candidates"}
-    return {key: {name: figure[part] for name, figure in figures.items()} for key, part in parts.items()}
-
-
-def first_recalls(figures: Mapping[str, Figure]) -> str:
-    """R@1 of each direction as an epoch's line tells it: with chance and the number of candidates, and as
-    papers count where that differs."""
-    shown = ""
-    for name, figure in figures.items():
-        if name.endswith("R@1"):
-            of_papers = figures.get(name + protocols.PER_CAPTION)
-            value = f"{figure['value']:.3f}"
-            per_caption = f"{of_papers['value']:.3f}" if of_papers else value
-            more = f"; {per_caption} per caption" if per_caption != value else ""
-            shown += f"  {name} {value} (chance {figure['chance']:.3f} of {figure['candidates']:,}{more})"
-    return shown
-
-
-def show_examples(run: Run, encoded: protocols.Encoded | None) -> None:
-    """A grid of what a few validation captions find, as a picture in TensorBoard."""
-    if encoded is None:
-        return
-    for modality in ("image", "audio"):
-        if modality in encoded.items and "text" in encoded.items:
-            rows = protocols.examples(encoded, run.data, modality, queries=4)
-            if rows:
-                run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
-
-
-def _check_room_for_the_end(run: Run) -> None:
-    """Before the evaluation, which takes long. A file that is there already is replaced, and gives its room."""
-    folder, weights = run.folder / "checkpoints", run.model.state_dict()
-    try:
-        check_room(folder, *(weights for name, is_ours in (
-            ("final_model.pt", is_own(folder / "final_model.pt")),
-            ("model.safetensors", outputs.is_listed(run.folder, folder / "model.safetensors"))) if not is_ours))
-    except CheckpointError as error:
-        raise UserError(f"{error}; {AT_THE_END}") from None
-
-
-def finish(run: Run) -> Path:
-    """Evaluate the best weights on the test split, save final_model.pt, write the report; path of its Markdown.
-
-    Raises:
-        UserError: the disk is full, or the test data are broken.
-    """
-    if run.best:
-        run.model.load_state_dict(run.best["model_state_dict"])
-    else:
-        run.tracker.event("The best weights are not known: the last ones are evaluated", run.progress.step)
-    run.model.to(run.device).eval()
-    _check_room_for_the_end(run)
-    setting = encoding(run)
-    figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, setting)
-    protocols.mark_trained_on(encoded, run.data, run.config, run.trained_on.numpy())
-    if figures:
-        run.tracker.say(report.format_table(figures) + report.format_notes(figures, encoded.facts))
-    else:
-        run.tracker.event(f"Evaluation: {NO_TEST}; {ADD_TEST}", run.progress.step)
-    count = run.config.report.gallery_queries
-    gallery = [row for modality in ("image", "audio")
-               for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
-    facts = {
-        "kind": "training", "command": command_line(["python", *sys.argv]),
-        "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
-        "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
-        "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
-        "config": run.config.to_dict(), "data": run.data.describe(), "device": str(run.device),
-        "precision": run.precision.reason, "predicted_gib": run.predicted_gib,
-        "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
-    }
-    try:
-        final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
-                 "progress": vars(run.progress).copy()}
-        save_file(final, run.folder / "checkpoints" / "final_model.pt")
-        with outputs.writing(run.folder, *(f"checkpoints/{name}" for name in outputs.EXPORTS)):
-            export(final, run.folder / "checkpoints" / outputs.EXPORTS[0])
-        _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
-                                          language=run.config.report.language, gallery=gallery)
-    except (CheckpointError, OSError) as error:
-        raise UserError(f"{error}; {AT_THE_END}") from None
-    run.tracker.record({"kind": "report", "step": run.progress.step, "file": markdown.name})
-    run.tracker.say(f"Report: {markdown}")
-    return markdown

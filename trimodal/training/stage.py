@@ -16,6 +16,7 @@ from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.data.samples import SampleTable
 from trimodal.distributed import World
 from trimodal.errors import UserError
+from trimodal.memory import devices
 from trimodal.objectives.losses import OBJECTIVES, build_objective, loss_parameters
 from trimodal.objectives.step import Share, Step, shared_batch
 from trimodal.training.diagnostics import Monitor
@@ -57,6 +58,10 @@ class Stage:
         self.monitor.load_state_dict(state["alarms"])
         if self.average is not None and state["average"]:
             self.average.load_state_dict(state["average"])
+
+    @property
+    def contrasts(self) -> bool:
+        return any("contrastive" in task.objectives for task in self.tasks)
 
     def objectives_of(self, task: int) -> Iterator[tuple[str, float, Any]]:
         """Name, weight and objective of one task; contrast first, since matching looks at its features."""
@@ -178,6 +183,24 @@ def reduce_gradients(run: Run, stage: Stage) -> None:
     known = {id(p) for p in whole}
     run.world.reduce_gradients([p for p in stage.optimizer.parameters if id(p) not in known],
                                [p for p in whole if p.requires_grad])
+
+
+def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again", step: int | None = None) -> None:
+    """After running out of memory: free what the failed work left, halve the stage's micro-batches, and log that `what`
+    comes next. `step`: of the event; None: of the one that is being trained.
+
+    Raises:
+        UserError: the micro-batches are 1 already; names what can be turned.
+    """
+    devices.free_cached(run.device)
+    name = stage.row.name
+    smaller = devices.smaller(run.fits[name], may_recompute=run.config.model.use_checkpoint)
+    if smaller is None:
+        raise UserError(devices.out_of_memory_message(f"stages.{name}", run.device))
+    run.fits[name] = smaller
+    apply_recompute(run.model, smaller)
+    at = run.progress.step + 1 if step is None else step
+    run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {smaller}", at)
 
 
 def first_contrast(config: Config) -> int:

@@ -88,13 +88,13 @@ def configured(size: str, effective_batch: int, folder: Path) -> Config:
 
 
 def plans_of(config: Config, place: Place) -> dict[str, Plan]:
-    tasks = {row.name: [without_speaker(task) for task in row.tasks] for row in config.stages}
+    tasks = {row.name: without_speaker(row.tasks) for row in config.stages}
     return plan_stages(config, tasks, place)
 
 
 def measured(run: Run, row: StageConfig, plan: Plan, steps: int) -> Row:
     """The stage's steps for real. What a stage leaves is freed before the next."""
-    tasks = [without_speaker(task) for task in row.tasks]
+    tasks = without_speaker(row.tasks)
     run.fits[row.name] = plan.fit
     stage = build_stage(run, row, tasks, 1)
     batches = [random_batch(Case(run.config, row, task), "cuda").pin_memory() for task in tasks]  # as data arrive

@@ -128,7 +128,7 @@ def configured(args: argparse.Namespace, size: str) -> Config:
 
 
 def stages_of(config: Config, names: list[str]) -> list[list[Case]]:
-    return [[Case(config, row, task) for task in map(without_speaker, row.tasks) if task.objectives]
+    return [[Case(config, row, task) for task in without_speaker(row.tasks)]
             for row in config.stages if row.name in names]
 
 

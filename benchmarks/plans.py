@@ -42,7 +42,7 @@ def configured(size: str, effective_batch: int, folder: str) -> Config:
 
 
 def plans_of(config: Config) -> dict[str, Plan]:
-    tasks = {row.name: [without_speaker(task) for task in row.tasks] for row in config.stages}
+    tasks = {row.name: without_speaker(row.tasks) for row in config.stages}
     return plan_stages(config, tasks, PLACE)
 
 

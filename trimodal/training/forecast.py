@@ -61,7 +61,7 @@ def foretell(config: Config) -> Forecast:
     speakers = len(lists.speakers) + (VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0)
     if len(listed) == len(config.data.datasets):
         return Forecast(words, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers)
-    tasks = {row.name: [task if speakers else without_speaker(task) for task in row.tasks] for row in config.stages}
+    tasks = {row.name: row.tasks if speakers else without_speaker(row.tasks) for row in config.stages}
     return Forecast(words, {name: [task for task in found if task.objectives] for name, found in tasks.items()},
                     speakers)
 

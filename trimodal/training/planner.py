@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -461,5 +461,7 @@ def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig]
         pool.shutdown(cancel_futures=True)  # where one stage does not fit, the others need not be waited for
 
 
-def without_speaker(task: TaskConfig) -> TaskConfig:
-    return dataclasses.replace(task, objectives={n: w for n, w in task.objectives.items() if n != "speaker"})
+def without_speaker(tasks: Iterable[TaskConfig]) -> list[TaskConfig]:
+    """The tasks less the objective of speakers, and less the tasks that have no other."""
+    return [dataclasses.replace(task, objectives={n: w for n, w in task.objectives.items() if n != "speaker"})
+            for task in tasks if set(task.objectives) != {"speaker"}]

@@ -90,15 +90,15 @@ def active_tasks(row: StageConfig, data: Samples) -> tuple[list[TaskConfig], lis
     """
     table, tasks, skipped = data.tables["train"], [], []
     for task in row.tasks:
-        possible, samples = task if data.speakers else without_speaker(task), len(pool(table, task.inputs))
+        possible, samples = [task] if data.speakers else without_speaker([task]), len(pool(table, task.inputs))
         visited = round(min(task.passes, 1.0) * samples)
-        if visited >= 2 and possible.objectives:
-            tasks.append(possible)
-        elif samples >= 2 and possible.objectives:
+        if visited >= 2 and possible:
+            tasks += possible
+        elif samples >= 2 and possible:
             skipped.append(f"[{row.name}] passes={task.passes:g} of {samples} samples with {' and '.join(task.inputs)} "
                            f"are {visited} an epoch: {', '.join(task.objectives)} on them is skipped")
         else:
-            wanted = " and ".join(task.inputs) if possible.objectives else "named speakers"
+            wanted = " and ".join(task.inputs) if possible else "named speakers"
             skipped.append(f"[{row.name}] no samples with {wanted}: {', '.join(task.objectives)} on them is skipped")
     if not tasks:
         raise UserError(f"stages.{row.name}: none of its tasks has samples in {', '.join(data.names())}; "

@@ -7,8 +7,8 @@
 #   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    sets and their folder, for download and training
 #   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
 #
-# --demo stands for --config recipes/demo.yaml --model-size tiny. --plan and --doctor fetch no data and train nothing.
-# Relative paths are relative to this folder. The variables of setup_environment.sh hold here too.
+# --demo stands for --config recipes/demo.yaml --model-size tiny. --check, --plan and --doctor fetch no data and train
+# nothing. Relative paths are relative to this folder. The variables of setup_environment.sh hold here too.
 #
 # Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job, days on one GPU.
 # Disk:    the environment (setup_environment.sh) and the data (README.md lists each set's size).
@@ -25,18 +25,6 @@ die() {
 }
 usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"; }
 
-# A flag that run_training.py does not name is refused here, before minutes of set-up and hours of download.
-check_flags() {
-    local argument
-    for argument in "$@"; do
-        case $argument in
-            --demo) die "--demo comes first, before all other flags" ;;
-            -*) grep -qF -e "\"${argument%%=*}\"" run_training.py ||
-                die "unknown flag '${argument%%=*}'; see ./run_all.sh --help and $PYTHON_HERE run_training.py --help" ;;
-        esac
-    done
-}
-
 given() { # is the flag $1 among the other arguments?
     local flag=$1 argument
     shift
@@ -46,28 +34,16 @@ given() { # is the flag $1 among the other arguments?
     return 1
 }
 
-# Prints data folder, output folder and sets of the run, one a line, as run_training.py reads its arguments. What
-# training would refuse whatever the data hold ends here, before any download.
-settings() {
-    "$PYTHON_HERE" - "$@" <<'EOP'
-import contextlib, io, sys
-from trimodal.config import UserError
-from trimodal.openmp import bound_waiting
-from trimodal.redaction import redact
-from run_training import configuration, parse
-try:
-    options = parse(sys.argv[1:])
-    config = configuration(options)
-    bound_waiting(lambda line: None)  # training says it
-    from trimodal.training.resume import check_start  # loads torch
-    from trimodal.training.run import Options
-    with contextlib.redirect_stdout(io.StringIO()):  # training says it again
-        check_start(config, Options(options.device, options.resume, options.overwrite))
-except UserError as error:
-    print(f"error: {redact(str(error))}", file=sys.stderr)
-    sys.exit(2)
-print(config.paths.data_root, config.paths.output_dir, " ".join(config.data.datasets), sep="\n")
-EOP
+# Flags are read by any Python that is there, before minutes of set-up and hours of download. Where there is none, the
+# set-up says which one it needs; settings are read after it.
+check_flags() {
+    local python
+    for python in "$PYTHON_HERE" python3; do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            "$python" -c 'import sys, run_training; run_training.parse(sys.argv[1:])' "$@"
+            return
+        fi
+    done
 }
 
 newest_report() { # of the output folder $1; nothing where there is none
@@ -92,19 +68,20 @@ EOP
 
 main() {
     local answers data_root output_dir names report fetched=0
-    case ${1-} in -h | --help) usage && return ;; esac
+    if given -h "$@" || given --help "$@"; then usage && return; fi
     if [ "${1-}" = --demo ]; then
         shift
         if given --config "$@"; then die "--demo brings its own --config; leave one of them out"; fi
         set -- --config recipes/demo.yaml --model-size tiny "$@"
     fi
+    if given --demo "$@"; then die "--demo comes first, before all other flags"; fi
     check_flags "$@"
 
     say "[1/5] environment"
     bash setup_environment.sh
-    if given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
+    if given --check "$@" || given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
     if ! given --resume "$@" && ! given --overwrite "$@"; then set -- "$@" --resume auto; fi
-    answers=$(settings "$@")
+    answers=$("$PYTHON_HERE" run_training.py --check "$@") # what training would refuse ends here
     { IFS= read -r data_root && IFS= read -r output_dir && read -r names; } <<<"$answers"
 
     say "[2/5] data: $names in $data_root"

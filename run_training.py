@@ -3,78 +3,81 @@
     python run_training.py --model-size base --batch-size 8 --epochs 100
     python run_training.py --config recipes/synthetic.yaml
     python run_training.py --resume outputs/checkpoints/checkpoint_epoch_50.pt
-    python run_training.py --plan
-    python run_training.py --doctor
+    python run_training.py --check        # are flags and settings right? Trains nothing; so do --plan and --doctor
 
 Exit codes: 0 done, 1 the run could not go on or the doctor found a fault, 2 a mistake in what was asked for, 3 stopped
 by a signal after the step in hand, which is saved, 130 stopped at once.
 """
 
 import argparse
+import contextlib
 import errno
+import io
 import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trimodal.arguments import Parser, environment_needed
 from trimodal.errors import ReportedByMain, Stopped, TrainingError, UserError
 from trimodal.openmp import bound_waiting
 from trimodal.redaction import redact
 
-with environment_needed():
-    from trimodal.config import DATASETS, SIZES, Config, load_config
+if TYPE_CHECKING:
+    from trimodal.config import Config
 
 DEFAULT_CONFIG = Path(__file__).with_name("config.yaml")
 TEXTS = {"data_root": "paths.data_root", "output_dir": "paths.output_dir", "model_size": "model.size"}
-FLAGS = TEXTS | {  # flag -> key of the configuration
-    "batch_size": "training.batch_size", "epochs": "training.epochs", "lr": "training.learning_rate",
-}
+NUMBERS = {"batch_size": "training.batch_size", "epochs": "training.epochs", "lr": "training.learning_rate"}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Flags and overrides; a mistake among them ends the program. Needs no package but Python itself."""
     parser = Parser(
         (__doc__ or "").split("\n\n", 1)[0],
         "Any key of config.yaml can be overridden: training.seed=1 stages.align.lr_factor=0.5")
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default ./data)")
     parser.add_argument("--output-dir", metavar="DIR", help="checkpoints, logs and reports (default ./outputs)")
-    parser.add_argument("--model-size", metavar="SIZE", help=f"{', '.join(SIZES)} (default base)")
+    parser.add_argument("--model-size", metavar="SIZE", help="tiny, small, base, large (default base)")
     parser.add_argument("--batch-size", metavar="N", help="samples of one accumulation step (default 8); times "
                         "training.gradient_accumulation_steps it is the effective batch")
     parser.add_argument("--epochs", metavar="N", help="epochs of all stages together (default 100)")
     parser.add_argument("--lr", metavar="RATE", help="peak learning rate (default 1e-4)")
     parser.add_argument("--resume", metavar="PATH", help="a checkpoint_epoch_N.pt to go on from, or 'auto': the newest "
                         "good one in the output folder, or a fresh start (default None)")
-    parser.add_argument("--overwrite", action="store_true", help="delete what the earlier run in the "
-                        "output folder wrote; other files stay")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="delete what the earlier run in the output folder wrote; other files stay")
     parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings (default config.yaml)")
-    parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(DATASETS)}")
+    parser.add_argument("--datasets", nargs="+", metavar="SET", help="data sets, by the names in config.yaml")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
-    parser.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="refuse what training would refuse before it reads data, "
+                         "else print data root, output folder and data sets, one a line, and stop")
+    instead.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
+    instead.add_argument("--doctor", action="store_true", help="try all that a run needs, print what was found and "
+                         "what to do, and stop; changes nothing, but fetches words of the hub where they are not here")
     parser.add_argument("--json", action="store_true", help="print what --plan finds as JSON")
-    parser.add_argument("--doctor", action="store_true", help="try all that a run needs, print what was found and what "
-                        "to do, and stop; changes nothing, but fetches words of the hub where they are not here")
     options, rest = parser.parse_known_args(arguments)
     if options.json and not options.plan:
         parser.error("--json needs --plan")
-    if options.doctor and options.plan:
-        parser.error("--doctor plans as well; leave out --plan")
-    options.overrides = []
-    for word in rest:
-        if word.startswith("-") or "=" not in word:
-            parser.error(f"unknown argument {word!r}")
-        options.overrides.append(word)
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word]:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    options.overrides = rest
     return options
 
 
-def configuration(options: argparse.Namespace) -> Config:
+def configuration(options: argparse.Namespace) -> "Config":
     """config.yaml, then flags, then `section.key=value`, each winning over the one before."""
-    flags = [f"{key}={json.dumps(value) if name in TEXTS else _literal(value)}" for name, key in FLAGS.items()
-             if (value := getattr(options, name)) is not None]
-    given = options.datasets or []  # argparse gives it the overrides that follow it, too
-    if names := [word for word in given if "=" not in word]:
+    from trimodal.config import load_config
+
+    given = {name: value for name in TEXTS | NUMBERS if (value := getattr(options, name)) is not None}
+    flags = [f"{key}={json.dumps(given[name])}" for name, key in TEXTS.items() if name in given]
+    flags += [f"{key}={_literal(given[name])}" for name, key in NUMBERS.items() if name in given]
+    words = options.datasets or []  # argparse gives it the overrides that follow it, too
+    if names := [word for word in words if "=" not in word]:
         flags.append(f"data.datasets={json.dumps(names)}")
-    return load_config(options.config, flags + [word for word in given if "=" in word] + options.overrides)
+    return load_config(options.config, flags + [word for word in words if "=" in word] + options.overrides)
 
 
 def _literal(value: str) -> str:
@@ -86,27 +89,40 @@ def _literal(value: str) -> str:
         return json.dumps(value)
 
 
+def run(options: argparse.Namespace, config: "Config") -> int:
+    """Do what was asked for with these settings; the exit code."""
+    if options.doctor:
+        from trimodal import doctor
+
+        return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
+    if options.plan:
+        from trimodal.training import forecast
+
+        forecast.print_plan(config, options.device, as_json=options.json)
+        return 0
+    from trimodal.training import loop, resume
+
+    start = loop.Options(options.device, options.resume, options.overwrite)
+    if options.check:
+        with contextlib.redirect_stdout(io.StringIO()):  # training says it again
+            resume.check_start(config, start)
+        print(config.paths.data_root, config.paths.output_dir, " ".join(config.data.datasets), sep="\n")
+    else:
+        loop.train(config, start)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     options, is_main = parse(sys.argv[1:] if arguments is None else arguments), os.environ.get("RANK", "0") == "0"
-    bound_waiting((lambda line: None) if options.plan else print)  # a plan computes nothing that would wait
+    bound_waiting((lambda line: None) if options.plan or options.check else print)  # these compute nothing
     try:
-        config = configuration(options)
-        if options.doctor:
-            from trimodal import doctor
-
-            return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
-        if options.plan:
-            from trimodal.training import forecast
-
-            forecast.print_plan(config, options.device, as_json=options.json)
-            return 0
-        from trimodal.training import loop
-
-        loop.train(config, loop.Options(options.device, options.resume, options.overwrite))
-        return 0
+        with environment_needed():
+            config = configuration(options)
+        return run(options, config)
+    except ReportedByMain:
+        return 2
     except UserError as error:
-        if not isinstance(error, ReportedByMain):
-            print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -307,6 +307,8 @@ def test_an_environment_behind_a_link_is_used(tmp_path: Path) -> None:
 
 MAIN = 'if __name__ == "__main__":\n'
 RECORD_AND_REPORT = """
+    if "--check" in sys.argv:
+        sys.exit(main())
     with open("calls", "a") as calls:
         print("run_training.py", *sys.argv[1:], file=calls)
     reports = Path(configuration(parse(sys.argv[1:])).paths.output_dir, "reports")
@@ -315,8 +317,9 @@ RECORD_AND_REPORT = """
     sys.exit(0)
 """
 RECORDING = """
-case $1 in
-    -) cat >/dev/null; shift; echo settings "$@" >>calls; cat answers; exit "$(cat refuses)" ;;
+case "$1 $2" in
+    -c*) exec PYTHON "$@" ;;
+    "run_training.py --check") echo "$@" >>calls; cat answers; exit "$(cat refuses)" ;;
     *) echo "$@" >>calls; mkdir -p out/reports; : >out/reports/report_1.md ;;
 esac
 case "$*" in download*clotho*) exit 1 ;; download*audiocaps*) exit 3 ;; esac
@@ -337,8 +340,9 @@ def project(tmp_path: Path) -> Path:
     """run_all.sh with a Python that records its calls: its answers are those of a run of `coco` in `out`."""
     for name in ("answers", "refuses"):
         (tmp_path / name).write_text({"answers": "./data\n./out\ncoco\n", "refuses": "0"}[name])
-    shutil.copy(ROOT / "run_training.py", tmp_path)
-    return beside_run_all(tmp_path, RECORDING)
+    for name in ("run_training.py", "trimodal"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return beside_run_all(tmp_path, RECORDING.replace("PYTHON", sys.executable))
 
 
 @pytest.fixture
@@ -388,7 +392,7 @@ def test_run_all_demo(project: Path) -> None:
     run, calls = run_all(project, "--demo", "--epochs", "2")
     assert run.returncode == 0, run.stderr
     flags = "--config recipes/demo.yaml --model-size tiny --epochs 2 --resume auto"
-    assert calls == ["setup_environment.sh", f"settings {flags}",
+    assert calls == ["setup_environment.sh", f"run_training.py --check {flags}",
                      "download_datasets.py --datasets coco --data-root ./data --skip-existing",
                      f"run_training.py {flags}"]
     assert "./out/reports/report_1.md" in run.stdout
@@ -402,7 +406,7 @@ def test_run_all_stops_where_its_settings_are_refused_or_data_are_missing(projec
     (project / "refuses").write_text("2")
     (project / "calls").unlink()
     run, calls = run_all(project)
-    assert (run.returncode, calls) == (2, ["setup_environment.sh", "settings --resume auto"])
+    assert (run.returncode, calls) == (2, ["setup_environment.sh", "run_training.py --check --resume auto"])
 
 
 def test_run_all_goes_on_with_a_set_that_can_be_used_in_part(project: Path) -> None:
@@ -420,69 +424,61 @@ def test_run_all_leaves_the_choice_of_a_start(project: Path, flags: list[str]) -
     assert calls[-1] == " ".join(["run_training.py --datasets coco", *flags])
 
 
-@pytest.mark.parametrize("flag", ["--plan", "--doctor"])
-def test_run_all_plan_and_doctor_fetch_nothing(project: Path, flag: str) -> None:
+@pytest.mark.parametrize("flag", ["--check", "--plan", "--doctor"])
+def test_run_all_check_plan_and_doctor_fetch_nothing(project: Path, flag: str) -> None:
     run, calls = run_all(project, flag)
-    assert run.returncode == 0 and calls == ["setup_environment.sh", f"run_training.py {flag}"]
+    assert run.returncode == 0 and calls == ["setup_environment.sh", f"run_training.py {flag}"], run.stderr
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--epoch", "3"], ["--epoch"]), (["-x"], ["-x"]), (["--epochs", "3", "--demo"], ["--demo"]),
     (["--demo", "--config", "config.yaml"], ["--demo", "--config"])])
 def test_run_all_refuses_flags_before_the_set_up(project: Path, arguments: list[str], named: list[str]) -> None:
-    run, calls = run_all(project, *arguments)
-    assert calls == []
-    assert_refused(run, *named)
+    for _ in range(2):
+        run, calls = run_all(project, *arguments)
+        assert calls == []
+        assert_refused(run, *named)
+        shutil.rmtree(project / "venv", ignore_errors=True)  # the second time there is no environment yet
 
 
-# ---- the Python program within run_all.sh ------------------------------------------------------------------------
+# ---- run_training.py --check -------------------------------------------------------------------------------------
 
 
-def settings(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """What the program between the lines EOP of run_all.sh ends with, run here in `folder` with these arguments."""
-    (program,) = re.findall(r"<<'EOP'\n(.*?)\nEOP\n", (ROOT / "run_all.sh").read_text("utf-8"), re.DOTALL)
-    monkeypatch.setattr(sys, "argv", ["-", *arguments])
-    monkeypatch.chdir(folder)
-    try:
-        exec(compile(program, "run_all.sh", "exec"), {})
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def test_settings_of_the_full_job_and_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    assert settings(tmp_path, monkeypatch) == 0
+def test_check_prints_where_and_what_of_the_full_job_and_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_training.main(["--check"]) == 0
     assert capsys.readouterr().out.splitlines() == ["./data", "./outputs", "coco clotho audiocaps"]
-    assert settings(tmp_path, monkeypatch, "--config", str(ROOT / "recipes" / "demo.yaml")) == 0
+    assert run_training.main(["--check", "--config", str(ROOT / "recipes" / "demo.yaml")]) == 0
     assert capsys.readouterr().out.splitlines() == ["./data", "./outputs/demo", "stamps"]
 
 
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--model-size", "huge"], ["model.size", "huge"]), (["--epochs", "none"], ["training.epochs", "none"]),
     (["training.epoch=3"], ["training.epoch", "epochs"]), (["--datasets", "cocoa"], ["data.datasets", "cocoa"]),
-    (["--config", "none.yaml"], ["none.yaml"]), (["word"], ["word"]),
+    (["--config", "none.yaml"], ["none.yaml"]),
     (["--device", "tpu"], ["--device", "tpu"]), (["--resume", "none.pt"], ["--resume", "none.pt"]),
     (["--overwrite", "--resume", "auto"], ["--overwrite", "--resume"]),
     (["--output-dir", "file/out"], ["file/out", "Not a directory"]), (["--output-dir", ""], ["paths.output_dir"]),
     (["--output-dir", "used", "--resume", "elsewhere.pt"], ["used", "checkpoints"]),
     (["--datasets", "manifest", "data.manifest=none.jsonl"], ["none.jsonl"]),
     (["--datasets", "manifest", "data.manifest=wrong.csv"], ["wrong.csv", "line 1", "imgae"])])
-def test_settings_refuse_what_training_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+def test_check_refuses_what_training_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
                                              capsys: pytest.CaptureFixture[str], named: list[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "wrong.csv").write_text("imgae\na.png\n")
     (tmp_path / "used" / "checkpoints").mkdir(parents=True)
     (tmp_path / "used" / "checkpoints" / "checkpoint_epoch_1.pt").write_bytes(b"x")
-    assert settings(tmp_path, monkeypatch, *arguments) == 2
+    monkeypatch.chdir(tmp_path)
+    assert run_training.main(["--check", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert_told(printed.err, *named)
 
 
-def test_run_all_knows_every_flag_of_training(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run_training.parse(["--help"])
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out)) - {"--help"}
-    source = (ROOT / "run_training.py").read_text("utf-8")
-    assert len(flags) > 10 and [flag for flag in flags if f'"{flag}"' not in source] == []
+@pytest.mark.parametrize("arguments", [["word"], ["--epoch", "3"], ["--plan"], ["--doctor"], ["--json"]])
+def test_check_refuses_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_training.main(["--check", *arguments])
+    assert stop.value.code == 2
+    assert_told(capsys.readouterr().err, arguments[0])

@@ -24,8 +24,8 @@ with environment_needed("requests", "tqdm"):
     from trimodal.download import overview
     from trimodal.download import verify as verify_module
     from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
+    from trimodal.download.http import Policy
     from trimodal.download.selection import Options
-    from trimodal.download.transfer import Policy
     from trimodal.errors import UserError
 
 EXAMPLES = """examples:

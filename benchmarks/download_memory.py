@@ -62,9 +62,9 @@ def transfer_of(files: int, size: int) -> Callable[[Path], Callable[[], None]]:
         def work() -> None:
             from functools import partial
 
-            from trimodal.download import pipeline, transfer
+            from trimodal.download import http, pipeline
 
-            tasks = ((i, partial(transfer.fetch, transfer.Wanted(
+            tasks = ((i, partial(http.fetch, http.Wanted(
                 path=folder / f"{i}", urls=(f"http://127.0.0.1:{port}/{i}/{size}",), size=size))) for i in range(files))
             for _, result in pipeline.results(tasks, files):
                 if isinstance(result, BaseException):

@@ -22,7 +22,7 @@ import download_datasets
 from tests import forked, miniature
 from tests.loopback import Loopback
 from trimodal.download.acquire import ARCHIVES
-from trimodal.download.transfer import Policy
+from trimodal.download.http import Policy
 from trimodal.download.unpack import STAGING
 from trimodal.sets import inventory
 from trimodal.sets.sources import ALL, SOURCES, Source

@@ -22,15 +22,15 @@ MODE = re.compile(r"[rwaxbt+]{1,4}")
 SAFE = {
     "download.acquire.Acquisition._finish_set": ("rmdir", "the folder of archives, only when empty"),
     "download.acquire.Acquisition._from_local":
-        ("replacing shutil.copyfileobj", "copies beside, then transfer.put, which keeps what differs"),
+        ("replacing shutil.copyfileobj", "copies beside, then http.put, which keeps what differs"),
     "download.unpack._errors": ("shutil.rmtree", "the staging folder of this very archive, from staging_folder"),
     "download.unpack.move_into": ("shutil.rmtree", "the same folder, when everything in it has been moved"),
     "download.archives._write": ("open(wb)", "within that staging folder"),
     "download.archives._SevenZip.extract": ("shutil.rmtree", "that staging folder"),
     "download.unpack._merge": ("os.replace", "to a name that nothing has; single files go by settle"),
-    "download.arrivals.write_note": ("replacing", "a name that is free or holds a note of ours"),
-    "download.arrivals.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
-    "download.arrivals.remove":
+    "download.notes.write": ("replacing", "a name that is free or holds a note of ours"),
+    "download.notes.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
+    "download.notes.remove_archive":
         ("unlink unlink", "an archive with our note and the digest of it, not to be kept; a lock that is empty"),
     "data.bad_samples.record": ("open(ab)", "adds lines"),
     "training.budget._write_json":
@@ -93,8 +93,8 @@ SAFE = {
     "training.tracking.keep_events": ("replacing", "an event file with a name of ours"),
     "training.tracking.drop_events_after":
         ("replacing unlink", "our event files, by name or by what they hold, once one of them holds all that is kept"),
-    "download.transfer._store": ("open(ab)", "the part, at a name from arrivals.part_of"),
-    "download.transfer._Part.restart": ("unlink", "the same part"),
+    "download.http._Part.store": ("open(ab)", "the part, at a name from notes.part_of"),
+    "download.http._Part.restart": ("unlink", "the same part"),
     "data.workers._pickled": ("open(wb)", "a file in memory, by its descriptor"),
 }
 

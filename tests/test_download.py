@@ -19,7 +19,7 @@ from tests.loopback import Loopback
 from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
 from trimodal.config import config_from_dict
-from trimodal.download.transfer import Policy
+from trimodal.download.http import Policy
 from trimodal.sets import readers
 from trimodal.sets.sources import SOURCES, Source
 

@@ -17,7 +17,7 @@ import run_training
 from tests import miniature
 from tests.loopback import Loopback
 from tests.small_runs import records
-from trimodal.download.transfer import Policy
+from trimodal.download.http import Policy
 from trimodal.sets.sources import ALL, SOURCES
 
 SETTINGS: dict[str, Any] = {

@@ -14,8 +14,8 @@ from tests import miniature, packing, trees
 from tests.loopback import Loopback
 from tests.refusals import assert_names
 from trimodal.download.acquire import Acquisition, Outcome
+from trimodal.download.http import Policy
 from trimodal.download.selection import Options, peak_bytes
-from trimodal.download.transfer import Policy
 from trimodal.files import locked
 from trimodal.sets import inventory
 from trimodal.sets.sources import SOURCES, Count, File, Item, Source

@@ -14,7 +14,7 @@ import download_datasets
 from tests import miniature, trees
 from tests.loopback import Loopback
 from trimodal.config import config_from_dict
-from trimodal.download.transfer import Policy
+from trimodal.download.http import Policy
 from trimodal.sets import inventory, readers
 from trimodal.sets.sources import SOURCES, Source
 

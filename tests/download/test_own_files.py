@@ -20,7 +20,7 @@ from tests import forked, miniature
 from tests.loopback import Loopback
 from tests.test_download import QUICK, rows
 from tests.test_download import run as download
-from trimodal.download.transfer import CHUNK_BYTES
+from trimodal.download.http import CHUNK_BYTES
 from trimodal.files import is_set_aside
 from trimodal.sets import inventory
 from trimodal.sets.sources import SOURCES, Source

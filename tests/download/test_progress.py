@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.loopback import Loopback
-from trimodal.download import arrivals, transfer
+from trimodal.download import http, notes
+from trimodal.download.http import Policy, Wanted
 from trimodal.download.progress import Progress
-from trimodal.download.transfer import Policy, Wanted
 
 
 class Terminal(io.StringIO):
@@ -29,7 +29,7 @@ def fetch_two(folder: Path, stream: io.StringIO) -> None:
         progress = Progress(stream, interval_s=0)
         policy = Policy(progress=progress)
         with progress.overall("the set", 800_000):
-            threads = [threading.Thread(target=transfer.fetch, args=(Wanted(
+            threads = [threading.Thread(target=http.fetch, args=(Wanted(
                 path=folder / name, urls=(server.url(f"/{name}"),), size=400_000), policy)) for name in "ab"]
             for thread in threads:
                 thread.start()
@@ -52,56 +52,47 @@ def test_nothing_is_written_where_there_is_no_terminal(tmp_path: Path) -> None:
     assert stream.getvalue() == ""
 
 
-def test_bytes_that_were_there_count_and_are_no_speed() -> None:
-    progress = Progress(Terminal())
-    with progress.overall("all", 1000) as everything, progress.bar("a", 1000, transfer=True) as bar:
-        bar.move_to(900, arrived=False)
-        assert bar.shown == everything.shown == (900, 900)
-        bar.move_to(950)
-        assert bar.shown == everything.shown == (950, 900)
-        bar.move_to(0)  # a wrong digest: all of it again
-        assert everything.shown[0] == 0
+def test_bytes_that_were_there_are_not_to_come() -> None:
+    terminal = Terminal()
+    progress = Progress(terminal, interval_s=0)
+    with progress.overall("all", 1000), progress.bar("a", 1000, 900, transfer=True) as bar:
+        bar.add(50)
+        bar.restart()  # a wrong digest: all of it again
+        bar.add(1000)
+    shown = lines(terminal)
+    assert any(line.startswith("a:") and "900/1.00k" in line for line in shown)
 
 
-def test_bytes_that_were_there_are_drawn_now_and_then() -> None:
-    for interval_s, most in ((3600, 10), (0, 2000)):
-        terminal = Terminal()
-        with Progress(terminal, interval_s).bar("a", 100_000, transfer=True) as bar:
-            for position in range(1000):
-                bar.move_to(position, arrived=False)
-            bar.move_to(50_000, arrived=False)
-            assert len(lines(terminal)) < most and bar.shown == (50_000, 50_000)
-            assert interval_s or "50.0k/100k" in lines(terminal)[-1]
+def last_of_all(terminal: io.StringIO) -> str:
+    return [line for line in lines(terminal) if line.startswith("all:")][-1]
 
 
-def test_a_file_that_is_there_already_counts_in_the_line_of_all(tmp_path: Path) -> None:
-    progress = Progress(Terminal())
-    (tmp_path / "a").write_bytes(b"1234")
-    sha256 = hashlib.sha256(b"1234").hexdigest()
-    with progress.overall("all", 4) as everything:
-        transfer.fetch(Wanted(path=tmp_path / "a", urls=(), sha256=sha256), Policy(progress=progress))
-        assert everything.shown == (4, 4)
-
-
-def test_what_a_part_holds_is_shown_while_it_is_read_and_is_no_speed(tmp_path: Path) -> None:
-    progress = Progress(Terminal())
-    with Loopback({"/a": bytes(10)}) as server, progress.overall("all", 10) as everything:
-        arrivals.write_note(tmp_path / "a", server.url("/a"), {})
-        arrivals.part_of(tmp_path / "a").write_bytes(bytes(4))
-        transfer.fetch(Wanted(path=tmp_path / "a", urls=(server.url("/a"),), size=10,
-                              sha256=hashlib.sha256(bytes(10)).hexdigest()), Policy(progress=progress))
-        assert everything.shown == (10, 4)
+@pytest.mark.parametrize("part", [False, True])
+def test_what_is_there_already_makes_less_to_come(tmp_path: Path, part: bool) -> None:
+    """The whole file, or a part of it."""
+    terminal = Terminal()
+    progress = Progress(terminal, interval_s=0)
+    digests = (f"sha256:{hashlib.sha256(bytes(10)).hexdigest()}",)
+    if part:
+        notes.write(tmp_path / "a", {"url": "http://x"})
+    (notes.part_of(tmp_path / "a") if part else tmp_path / "a").write_bytes(bytes(4 if part else 10))
+    with Loopback({"/a": bytes(10), "/b": bytes(10)}) as server, progress.overall("all", 20):
+        for name in "ab":
+            http.fetch(Wanted(path=tmp_path / name, urls=(server.url(f"/{name}"),), size=10, digests=digests),
+                       Policy(progress=progress))
+    assert ("16.0/16.0" if part else "10.0/10.0") in last_of_all(terminal)
 
 
 def test_a_transfer_that_ends_late_adds_nothing_to_the_next_line() -> None:
-    progress = Progress(Terminal())
+    terminal = Terminal()
+    progress = Progress(terminal, interval_s=0)
     with progress.overall("first", 10):
         late = progress.bar("a", 10, transfer=True)
         bar = late.__enter__()
-    with progress.overall("second", 10) as everything:
+    with progress.overall("all", 10):
         bar.add(5)
-        assert everything.shown == (0, 0)
         late.__exit__(None, None, None)
+    assert "5.00/10.0" not in last_of_all(terminal)
 
 
 def test_notes_go_through_the_display(capsys: pytest.CaptureFixture[str]) -> None:

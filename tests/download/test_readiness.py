@@ -16,7 +16,7 @@ from tests.loopback import Loopback
 from tests.project import ROOT
 from trimodal.config import config_from_dict
 from trimodal.download import readiness
-from trimodal.download.transfer import Policy
+from trimodal.download.http import Policy
 from trimodal.sets import readers
 from trimodal.sets.sources import SOURCES, Source
 from trimodal.training.stage import active_tasks

@@ -13,9 +13,9 @@ from tests.refusals import refused
 from trimodal.config import config_from_dict
 from trimodal.download import sampling
 from trimodal.download.acquire import Acquisition
+from trimodal.download.http import Policy, TransferError, Wanted
 from trimodal.download.remote import BLOCK_BYTES, NoRange, RemoteFile
 from trimodal.download.selection import Options
-from trimodal.download.transfer import Policy, TransferError, Wanted
 from trimodal.sets import inventory, readers
 from trimodal.sets.sources import SOURCES, Source
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from download_datasets import asked_for, parse
+from trimodal.download.http import Policy
 from trimodal.download.selection import Options, Selection, fetch_bytes
-from trimodal.download.transfer import Policy
 from trimodal.sets.sources import SOURCES, Item
 
 

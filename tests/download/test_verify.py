@@ -10,8 +10,8 @@ from tests import miniature, trees
 from tests.loopback import Loopback
 from tests.refusals import assert_names
 from trimodal.download.acquire import LOCK, Acquisition
+from trimodal.download.http import Policy
 from trimodal.download.selection import Options
-from trimodal.download.transfer import Policy
 from trimodal.download.verify import parts, problem_of, verify
 from trimodal.files import locked
 from trimodal.sets import inventory

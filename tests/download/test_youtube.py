@@ -19,7 +19,7 @@ from tests.loopback import Loopback
 from tests.refusals import assert_told
 from trimodal.config import config_from_dict
 from trimodal.download import youtube as youtube_module
-from trimodal.download.transfer import Policy
+from trimodal.download.http import Policy
 from trimodal.sets import inventory, readers
 from trimodal.sets.sources import SOURCES, Source
 

@@ -5,6 +5,7 @@ the next run finds what is whole by the marker, the lists of contents and the .p
 """
 
 import contextlib
+import errno
 import importlib.util
 import re
 import shutil
@@ -17,14 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trimodal.download import arrivals, local_copies, pipeline, readiness, sampling, transfer, unpack, youtube
+from trimodal.download import http, local_copies, notes, pipeline, readiness, sampling, unpack, youtube
 from trimodal.download.archives import ArchiveError, Part
 from trimodal.download.debian import fetch_by_apt
 from trimodal.download.holdings import LICENCE, Holdings
+from trimodal.download.http import Fetched, Mismatch, TransferError, Wanted
 from trimodal.download.local_files import LocalFiles
 from trimodal.download.remote import NoRange, RemoteFile
 from trimodal.download.selection import Options, Selection, as_published, fetch_bytes
-from trimodal.download.transfer import Fetched, Mismatch, TransferError, Wanted
 from trimodal.errors import UserError
 from trimodal.files import check_writable, locked, remove_left, replacing
 from trimodal.redaction import redact
@@ -78,6 +79,7 @@ class Acquisition:
                            code=MEND if isinstance(error, UserError) else FAILED)
         except OSError as error:
             detail = f"{error.filename or self.folder}: {error.strerror or error}"
+            detail += "; what has arrived is kept, free some space and run again" if error.errno == errno.ENOSPC else ""
             return Outcome(name=self.source.name, state="failed", detail=detail, next_command=again, code=MEND)
         finally:
             self.policy.stop.set()  # threads that are still at work end
@@ -168,8 +170,8 @@ class Acquisition:
         for file in item.files if item.kind != "plain" else ():
             path = self.folder / ARCHIVES / file.name
             if self.options.keep_archives:
-                arrivals.keep(path)
-            elif arrivals.remove(path, digests.get(path, "")) and path in digests:
+                notes.keep_archive(path)
+            elif notes.remove_archive(path, digests.get(path, "")) and path in digests:
                 self.say(f"{path}: is yours, and is left there")
 
     def _outcome(self, state: str) -> Outcome:
@@ -267,13 +269,13 @@ class Acquisition:
         path.parent.mkdir(parents=True, exist_ok=True)
         to = replace(wanted, path=path)
         with wanted.path.open("rb") as source, replacing(
-                path, rename=lambda copy, _: transfer.put(copy, to, self.policy.progress)) as copy:
+                path, rename=lambda copy, _: http.put(copy, to, self.policy.progress.say)) as copy:
             shutil.copyfileobj(source, copy)
         return replace(fetched, path=path)
 
     def _check_local(self, wanted: Wanted) -> Fetched:
         try:
-            return transfer.check_file(wanted, self.policy.progress)
+            return http.check_file(wanted, self.policy.progress)
         except Mismatch as error:
             raise UserError(f"{wanted.path}: {error}; it is damaged or another release") from None
 
@@ -360,7 +362,7 @@ class Acquisition:
         """What has to be done to have the files of an item."""
         whole = self.own.whole(item)
         if whole:
-            return [partial(self._check_local, Wanted(path=whole, urls=(), md5=item.whole_md5))]
+            return [partial(self._check_local, Wanted(path=whole, digests=(f"md5:{item.whole_md5}",)))]
         return [partial(self._get, item, file) for file in item.files]
 
     def _complete_item(self, item: Item, fetched: Sequence[Fetched | RemoteFile]) -> None:
@@ -412,33 +414,33 @@ class Acquisition:
         path, _ = self.arrived(item, file)
         came = (self.holdings.items.get(item.name) or {}).get("sha256") if item.kind == "plain" else None
         if item.kind == "plain" and self.holdings.is_published(item):
-            arrivals.forget(path)  # of a run that was killed just before it did so
-            return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)
+            notes.forget(path)  # of a run that was killed just before it did so
+            return http.check_file(self._wanted(file, path, ()), self.policy.progress)
         local = self.own.file(item, file)
         if file.name in self.own.differing:
             self.say(f"{self.own.differing[file.name]}: differs from the published list, which is taken instead")
         if local and path.exists() and local.samefile(path):  # the set's own folder was named
             with contextlib.suppress(Mismatch):
-                return transfer.check_file(self._wanted(file, path, ()), self.policy.progress)
+                return http.check_file(self._wanted(file, path, ()), self.policy.progress)
         elif local:
-            return self._from_local(replace(self._wanted(file, local, ()), ours=(came or [""])[0]), path)
+            return self._from_local(replace(self._wanted(file, local, ()), replaces=(came or [""])[0]), path)
         urls = self.selection.addresses(file)
         if not urls and self.local:
             raise _NotAvailable
         wanted = replace(self._wanted(file, path, tuple(url for url in urls if not url.startswith("apt:"))),
-                         ours=(came or [""])[0], noted=item.kind != "plain")
+                         replaces=(came or [""])[0], keep_note=item.kind != "plain")
         if urls and urls[0].startswith("apt:"):
             return fetch_by_apt(urls[0].removeprefix("apt:"), wanted)
-        return transfer.fetch(wanted, self.policy) if wanted.pinned else self._get_unpinned(wanted)
+        return http.fetch(wanted, self.policy) if wanted.digests else self._get_unpinned(wanted)
 
     def _get_unpinned(self, wanted: Wanted) -> Fetched:
         """A file without a published digest: what is there counts only by the one that was noted when it came."""
-        noted = arrivals.digest(wanted.path)
+        noted = notes.whole_sha256(wanted.path)
         with contextlib.suppress(FileNotFoundError, Mismatch):
             if noted:
-                fetched = transfer.check_file(replace(wanted, sha256=noted), self.policy.progress)
+                fetched = http.check_file(replace(wanted, digests=(f"sha256:{noted}",)), self.policy.progress)
                 return replace(fetched, checked="")
-        return transfer.fetch(wanted, self.policy)
+        return http.fetch(wanted, self.policy)
 
     def _wanted(self, file: File, path: Path, urls: tuple[str, ...]) -> Wanted:
         keyed = tuple(urlsplit(url).hostname or "" for _, url in file.urls if "{key}" in url)
@@ -462,7 +464,7 @@ class Acquisition:
     def arrived(self, item: Item, file: File) -> tuple[Path, Path]:
         """Where a file of an item lies, and the part of it that has come."""
         path = self.folder / item.into if item.kind == "plain" else self.folder / ARCHIVES / file.name
-        return path, arrivals.part_of(path)
+        return path, notes.part_of(path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -8,8 +8,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from trimodal.download import arrivals, transfer
-from trimodal.download.transfer import Fetched, Mismatch, TransferError, Wanted
+from trimodal.download import notes
+from trimodal.download.http import Fetched, Mismatch, TransferError, Wanted, check_file
 from trimodal.files import settle
 
 APT_TIMEOUT_S = 3600
@@ -19,7 +19,7 @@ def fetch_by_apt(package: str, wanted: Wanted) -> Fetched:
     """Let apt-get fetch PACKAGE=VERSION (that needs no root), and check what came, which then gets its name. Another
     file of this name is kept under a new one."""
     with contextlib.suppress(FileNotFoundError, Mismatch):
-        return transfer.check_file(wanted)
+        return check_file(wanted)
     if not shutil.which("apt-get"):
         raise TransferError(f"{wanted.path.name}: this system has no apt-get")
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +39,10 @@ def fetch_by_apt(package: str, wanted: Wanted) -> Fetched:
 
 def _checked(found: Path, wanted: Wanted) -> Fetched:
     try:
-        fetched = transfer.check_file(replace(wanted, path=found))
+        fetched = check_file(replace(wanted, path=found))
     except Mismatch as error:
         raise TransferError(f"{wanted.path.name}: apt-get gives another release than the one verified here: it {error}"
                             ) from None
-    arrivals.write_note(wanted.path, "apt:", {"whole": fetched.sha256})
+    notes.write(wanted.path, {"url": "apt:", "whole": fetched.sha256})
     settle(found, wanted.path)
     return replace(fetched, path=wanted.path)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trimodal.download import local_copies, transfer
+from trimodal.download import http, local_copies
+from trimodal.download.http import Mismatch, Wanted
 from trimodal.download.selection import Selection, as_published
-from trimodal.download.transfer import Mismatch, Wanted
 from trimodal.errors import UserError
 from trimodal.files import replacing, sha256_of
 from trimodal.sets import annotations, inventory
@@ -92,7 +92,7 @@ class Holdings:
         """Whether a list is there and has the digest that is published of it."""
         path, file = self.folder / item.into, item.files[0]
         with contextlib.suppress(Mismatch, FileNotFoundError, IsADirectoryError):
-            return bool((file.sha256 or file.md5) and transfer.check_file(as_published(file, path)))
+            return bool((file.sha256 or file.md5) and http.check_file(as_published(file, path)))
         return False
 
     def check_nothing_lacks(self, why: OSError) -> None:
@@ -274,7 +274,7 @@ def _plain_is_right(path: Path, record: Mapping[str, Any], thorough: bool) -> bo
     if not path.is_file() or path.stat().st_size != record.get("bytes"):
         return False
     with contextlib.suppress(Mismatch, KeyError, IndexError):
-        return not thorough or bool(transfer.check_file(Wanted(path=path, urls=(), sha256=record["sha256"][0])))
+        return not thorough or bool(http.check_file(Wanted(path=path, digests=(f"sha256:{record['sha256'][0]}",))))
     return False
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from trimodal.download import local_copies, transfer
+from trimodal.download import http, local_copies
+from trimodal.download.http import Mismatch
 from trimodal.download.selection import as_published
-from trimodal.download.transfer import Mismatch
 from trimodal.errors import UserError
 from trimodal.sets.sources import File, Item, Source
 
@@ -105,5 +105,5 @@ class LocalFiles:
 
 def _is(path: Path, file: File) -> bool:
     with contextlib.suppress(Mismatch, OSError):
-        return bool(transfer.check_file(as_published(file, path)))
+        return bool(http.check_file(as_published(file, path)))
     return False

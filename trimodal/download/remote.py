@@ -5,9 +5,8 @@ import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from trimodal.download import answers
-from trimodal.download.answers import Again, NextServer, host_of
-from trimodal.download.transfer import Policy, TransferError, Wanted
+from trimodal.download import http
+from trimodal.download.http import NextServer, Policy, TransferError, Wanted, host_of
 
 if TYPE_CHECKING:
     from requests import Response
@@ -54,7 +53,7 @@ class RemoteFile(ByteSource):
     def __init__(self, wanted: Wanted, policy: Policy) -> None:
         super().__init__(0)
         self.name = wanted.path.name
-        self._policy, self._session = policy, answers.open_session(wanted.unverified_hosts)
+        self._wanted, self._policy = wanted, policy
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._etag = ""
         self.size = self._open_any(wanted)
@@ -76,6 +75,7 @@ class RemoteFile(ByteSource):
         problems: list[str] = []
         whole_only = False
         for self._url in wanted.urls:
+            self._session = http.open_session(self._url, wanted, self._policy)
             try:
                 return self._open(wanted.size)
             except NoRange:
@@ -89,7 +89,7 @@ class RemoteFile(ByteSource):
     def _open(self, expected: int) -> int:
         """Ask for the first byte: tells the size, and whether pieces are given."""
         response = self._request("bytes=0-0")
-        _, size = answers.content_range(response.headers)
+        _, size = http.content_range(response.headers)
         if not size:
             raise NoRange
         if expected and size != expected:
@@ -105,7 +105,7 @@ class RemoteFile(ByteSource):
                 response = self._request(f"bytes={first}-{first + length - 1}")
             except NextServer as error:
                 raise TransferError(f"{self.name}: {host_of(self._url)} {error}") from None
-            if answers.content_range(response.headers)[0] != first or len(response.content) != length:
+            if http.content_range(response.headers)[0] != first or len(response.content) != length:
                 raise TransferError(f"{self.name}: {host_of(self._url)} does not give the pieces that are asked for")
             if response.headers.get("ETag", "") != self._etag:
                 raise TransferError(f"{self.name}: changed on {host_of(self._url)} while it was read")
@@ -116,25 +116,13 @@ class RemoteFile(ByteSource):
         return self._blocks[number]
 
     def _request(self, span: str) -> "Response":
-        policy, failures = self._policy, 0
-        while True:
-            try:
-                return self._ask(span)
-            except Again as error:
-                failures += 1
-                if failures > (policy.failures_to_connect if error.unreachable else policy.failures):
-                    raise NextServer(f"{error} ({failures} tries)") from None
-                wait_s = policy.wait_s(error, failures)
-                policy.progress.say(f"{self.name}: {host_of(self._url)} {error}; trying again in {wait_s:.0f} s")
-                policy.pause(wait_s)
+        import requests
 
-    def _ask(self, span: str) -> "Response":
-        with answers.translated(self._policy.timeouts_s):
-            response = self._session.get(self._url, headers={"Accept-Encoding": "identity", "Range": span}, stream=True,
-                                         timeout=self._policy.timeouts_s)
-            with response:
-                answers.refuse_errors(response, (200, 206))
-                if response.status_code == 200:
-                    raise NoRange  # before all of it comes
+        with http.ask(self._session, self._url, self._policy, (200, 206), {"Range": span}) as response:
+            if response.status_code == 200:
+                raise NoRange  # before all of it comes
+            try:
                 response.content  # noqa: B018  # read while the connection is open
+            except requests.RequestException:
+                raise NextServer("cut the connection") from None
         return response

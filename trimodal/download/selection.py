@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from trimodal.download.transfer import Policy, Wanted
+from trimodal.download.http import Policy, Wanted
 from trimodal.redaction import command_line
 from trimodal.sets.sources import GB, HF_HOST, File, Item, Source
 
@@ -35,7 +35,8 @@ class Options:
 
 def as_published(file: File, path: Path) -> Wanted:
     """`path`, to be compared with the published size and digests of `file`."""
-    return Wanted(path=path, urls=(), size=file.size, sha256=file.sha256, md5=file.md5, also_good=file.also_good)
+    digest = f"sha256:{file.sha256}" if file.sha256 else f"md5:{file.md5}" if file.md5 else ""
+    return Wanted(path=path, size=file.size, digests=tuple(filter(None, (digest, *file.also_good))))
 
 
 def fetch_bytes(items: Iterable[Item]) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from trimodal import media
-from trimodal.download import archives, pipeline, readiness, transfer
+from trimodal.download import archives, http, pipeline, readiness
 from trimodal.download.acquire import ARCHIVES, DONE, FAILED, IN_PART, Acquisition, Outcome
+from trimodal.download.http import Mismatch, Wanted
 from trimodal.download.selection import as_published, fetch_bytes
-from trimodal.download.transfer import Mismatch, Wanted
 from trimodal.sets import inventory
 from trimodal.sets.sources import File, Item
 
@@ -173,10 +173,10 @@ def _checks(work: Acquisition) -> Iterator[tuple[tuple[str, str], Check]]:
 
 
 def _check_plain(path: Path, record: dict[str, Any], file: File) -> tuple[str, str]:
-    came = {"size": record["bytes"], "sha256": record["sha256"][0]} if record.get("sha256") else {
-        "size": file.size, "sha256": file.sha256, "md5": file.md5, "also_good": file.also_good}
+    came = Wanted(path=path, size=record["bytes"], digests=(f"sha256:{record['sha256'][0]}",)) if record.get(
+        "sha256") else as_published(file, path)
     try:
-        transfer.check_file(Wanted(path=path, urls=(), **came))
+        http.check_file(came)
     except (Mismatch, OSError) as error:
         return _why(error), ""
     return "", ""
@@ -185,7 +185,7 @@ def _check_plain(path: Path, record: dict[str, Any], file: File) -> tuple[str, s
 def _check_archive(path: Path, file: File) -> tuple[str, str]:
     with contextlib.suppress(FileNotFoundError):
         try:
-            transfer.check_file(as_published(file, path))
+            http.check_file(as_published(file, path))
         except Mismatch as error:
             return str(error), ""
     return "", ""

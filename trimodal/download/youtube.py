@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from trimodal.download import pipeline
+from trimodal.download.http import Policy, TransferError
 from trimodal.download.selection import Options
-from trimodal.download.transfer import Policy, TransferError
 from trimodal.errors import UserError
 from trimodal.files import keep_beside, replacing, settle
 from trimodal.media import WITH_SOUND

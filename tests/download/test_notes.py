@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.download.test_transfer import CHUNK, DATA, get, only_file, wanted, with_one_aside
+from tests.download.test_http import CHUNK, DATA, get, only_file, wanted, with_one_aside
 from tests.loopback import Loopback
 from tests.refusals import refused
-from trimodal.download import arrivals
-from trimodal.download.transfer import TransferError
+from trimodal.download import notes
+from trimodal.download.http import TransferError
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def test_files_of_the_user_with_names_like_ours_stay(server: Loopback, tmp_path:
 def test_what_this_command_put_there_is_replaced(server: Loopback, tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"an older release")
     ours = hashlib.sha256(b"an older release").hexdigest()
-    get(wanted(tmp_path, server.url("/a.bin"), ours=ours))
+    get(wanted(tmp_path, server.url("/a.bin"), replaces=ours))
     assert only_file(tmp_path) == DATA
 
 
 def archive(folder: Path, server: Loopback) -> Path:
     """One that came by a download."""
-    get(wanted(folder, server.url("/a.bin"), noted=True))
+    get(wanted(folder, server.url("/a.bin"), keep_note=True))
     return folder / "a.bin"
 
 
@@ -73,8 +73,8 @@ def test_an_archive_that_came_goes_with_all_that_lies_beside_it(server: Loopback
     for name in ("a.bin.part", "a.bin.lock", "a.bin.part.json.77.tmp"):
         (tmp_path / name).touch()
     (tmp_path / "a.bin.own").touch()
-    assert arrivals.digest(path) == hashlib.sha256(DATA).hexdigest()
-    assert arrivals.remove(path) is False
+    assert notes.whole_sha256(path) == hashlib.sha256(DATA).hexdigest()
+    assert notes.remove_archive(path) is False
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin.own"]
 
 
@@ -85,16 +85,16 @@ def test_any_other_archive_stays(server: Loopback, tmp_path: Path, case: str) ->
         path.rename(tmp_path / "own")
         path.symlink_to(tmp_path / "own")
     elif case == "to be kept":
-        arrivals.keep(path)
+        notes.keep_archive(path)
     else:
         path.write_bytes(b"of the user")
     before = path.read_bytes()
-    assert arrivals.remove(path) is True and path.read_bytes() == before
-    assert arrivals.remove(path) is True and path.is_symlink() == (case == "a link")
+    assert notes.remove_archive(path) is True and path.read_bytes() == before
+    assert notes.remove_archive(path) is True and path.is_symlink() == (case == "a link")
 
 
 def test_an_equal_file_that_was_there_before_is_not_ours(server: Loopback, tmp_path: Path) -> None:
     """Nothing can tell before it has come once more, where no digest is published."""
     (tmp_path / "a.bin").write_bytes(DATA)
-    get(wanted(tmp_path, server.url("/a.bin"), sha256="", size=0, noted=True))
-    assert arrivals.remove(tmp_path / "a.bin") is True and only_file(tmp_path) == DATA
+    get(wanted(tmp_path, server.url("/a.bin"), digests=(), size=0, keep_note=True))
+    assert notes.remove_archive(tmp_path / "a.bin") is True and only_file(tmp_path) == DATA

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from trimodal.config import Config
-from trimodal.data import bad_samples, cache, same_files
+from trimodal.data import bad_samples, cache
 from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from trimodal.data.concepts import concept_names, concepts_of
 from trimodal.data.mirroring import may_mirror
 from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
-from trimodal.data.splits import carve_val
+from trimodal.data.splits import audio_ids, carve_val, image_ids
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
 from trimodal.errors import UserError
@@ -157,7 +157,7 @@ def _prepare_split(store: cache.Store, config: Config, tokenizer: Tokenizer, con
         concept_ids=concept_ids, concept_offsets=concept_offsets,
         may_flip=may_mirror(table) if config.data.flip else np.zeros(len(table), bool),
         speakers=by_code[table.speakers.codes],
-        image_ids=same_files.image_ids(table), audio_ids=same_files.audio_ids(table),
+        image_ids=image_ids(table), audio_ids=audio_ids(table),
     )
 
 

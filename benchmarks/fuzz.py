@@ -48,7 +48,7 @@ from trimodal import checkpoint
 from trimodal.config import load_config
 from trimodal.data import cache
 from trimodal.data.images import MAX_PIXELS
-from trimodal.data.samples import SPLITS, SampleTable
+from trimodal.data.samples import SPLITS, BrokenSample, SampleTable
 from trimodal.errors import CheckpointError, UserError
 from trimodal.sets.manifest import MAX_CAPTION_CHARS, MAX_SECONDS, read_manifest
 
@@ -132,10 +132,10 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    **{name: Kind(f".{name}", read_picture, cache.BrokenSample) for name in ("jpeg", "png", "webp", "gif", "bmp")},
-    **{name: Kind(f".{name}", read_sound, cache.BrokenSample) for name in ("wav", "flac", "ogg", "mp3", "m4a")},
-    "mp4": Kind(".mp4", read_picture, cache.BrokenSample),
-    "mp4 sound": Kind(".mp4", read_sound, cache.BrokenSample),
+    **{name: Kind(f".{name}", read_picture, BrokenSample) for name in ("jpeg", "png", "webp", "gif", "bmp")},
+    **{name: Kind(f".{name}", read_sound, BrokenSample) for name in ("wav", "flac", "ogg", "mp3", "m4a")},
+    "mp4": Kind(".mp4", read_picture, BrokenSample),
+    "mp4 sound": Kind(".mp4", read_sound, BrokenSample),
     "jsonl": Kind(".jsonl", read_list, UserError), "csv": Kind(".csv", read_list, UserError),
     "checkpoint": Kind(".pt", read_checkpoint, CheckpointError),
     "resealed": Kind(".pt", read_resealed, CheckpointError),

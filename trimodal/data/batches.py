@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
-from trimodal.data.cache import BrokenSample, Store
+from trimodal.data.cache import Store
 from trimodal.data.images import augment, fit_eval
-from trimodal.data.samples import SampleTable, ragged_take
+from trimodal.data.samples import BrokenSample, SampleTable, ragged_take
 from trimodal.data.tokenizer import pad_rows
 from trimodal.data.workers import NO_ITEM, report_nothing
 from trimodal.errors import UserError

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from trimodal.config import NUM_MELS, Config
 from trimodal.data import bad_samples, generated, partial_fills
-from trimodal.data.samples import SampleTable, offsets_of
+from trimodal.data.samples import BrokenSample, SampleTable, offsets_of
 from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
 from trimodal.errors import UserError
 from trimodal.files import bytes_below, nearest_existing, replacing, sync_folder, take_lock
@@ -46,10 +46,6 @@ FEW = 64  # files whose size need not be foretold
 GB = 1e9
 LOCK = ".filling.lock"  # not that of a run: the cache may lie in its folder
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
-
-
-class BrokenSample(ValueError):
-    """A picture or sound that cannot be read; the message is the path and the reason."""
 
 
 class _NoRoom(Exception):
@@ -72,18 +68,12 @@ def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
     """
     path, start_s, duration_s = item
     if kind == "image":
-        from trimodal.data.images import BrokenImage, decode_image, resize_for_cache
+        from trimodal.data.images import decode_image, resize_for_cache
 
-        try:
-            return np.ascontiguousarray(resize_for_cache(decode_image(path), side))
-        except BrokenImage as error:
-            raise BrokenSample(str(error)) from None
-    from trimodal.data.audio import BrokenSound, decode_audio, log_mel
+        return np.ascontiguousarray(resize_for_cache(decode_image(path), side))
+    from trimodal.data.audio import decode_audio, log_mel
 
-    try:
-        return log_mel(decode_audio(path, start_s, duration_s)).astype(np.float16)
-    except BrokenSound as error:
-        raise BrokenSample(str(error)) from None
+    return log_mel(decode_audio(path, start_s, duration_s)).astype(np.float16)
 
 
 def _decoded(kind: Kind, side: int, item: Item) -> np.ndarray:

@@ -9,20 +9,23 @@ import contextlib
 import io
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from trimodal import media
-from trimodal.data import metadata, videos
-from trimodal.data.videos import Bounds, BrokenVideo
+from trimodal.data import metadata
+from trimodal.data.samples import BrokenSample
 
 # What may be decoded. All of it is checked before memory is taken for pixels.
 MAX_PIXELS = 89_000_000  # just below the size at which Pillow warns; 267 MB as RGB
 MAX_SIDES_RATIO = 100  # a strip of which a square would show next to nothing; panoramas stay below 20
 MAX_FILE_BYTES = 1_000_000_000  # some decoders read all of a file first; 89 million 16-bit RGBA pixels are 712 MB
 MAX_SKIPPED_FRAMES = 3_000  # of a video, from a key frame to its middle: two minutes at 25 a second
+MAX_PIXEL_ASPECT = 10  # of a video: pixels said to be longer are taken for square, no camera makes such
 # Others are not tried: Pillow hands EPS to another program.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # AVIF: from Pillow 11.3 on
 WHITE = 255
@@ -34,7 +37,7 @@ _TRANSPOSITIONS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpo
                                  start=2))  # by the tag of EXIF that undoes
 
 
-class BrokenImage(ValueError):
+class BrokenImage(BrokenSample):
     """A file that holds no usable picture. The message begins with the path."""
 
 
@@ -50,7 +53,7 @@ def decode_image(path: str | Path) -> np.ndarray:
         raise BrokenImage(f"{path}: no such file")
     try:
         return _read(str(path))
-    except (BrokenImage, BrokenVideo) as error:
+    except BrokenImage as error:
         raise BrokenImage(f"{path}: {error}") from None
     except Exception as error:  # damaged files make the decoders raise nearly any type
         if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
@@ -136,7 +139,7 @@ def _read(path: str) -> np.ndarray:
     first, second = (_read_video, _read_picture) if media.is_video(path) else (_read_picture, _read_video)
     try:
         return first(path)
-    except (BrokenImage, BrokenVideo):
+    except BrokenImage:
         raise
     except Exception as error:
         if isinstance(error, MemoryError):
@@ -228,15 +231,102 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return white
 
 
-def _read_video(path: str) -> np.ndarray:
-    if media.is_still(path):
-        raise ValueError("a still picture")
-    bounds = Bounds(_check_size, MAX_PIXELS, MAX_SKIPPED_FRAMES)
-    return videos.middle_frame(path, bounds).upright(_resize)
-
-
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BrokenImage(f"has {width} x {height} pixels, over {MAX_PIXELS / 1e6:.0f} million")
     if max(width, height) > MAX_SIDES_RATIO * min(width, height):
         raise BrokenImage(f"has {width} x {height} pixels, one side over {MAX_SIDES_RATIO} times the other")
+
+
+# ---- videos ---------------------------------------------------------------------------------------------------------
+
+_QUARTER_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # display matrices, counterclockwise
+
+
+def _read_video(path: str) -> np.ndarray:
+    """The first frame at or after the middle of the picture track, or the last one, as a player shows it.
+
+    All packets are read for their times, since files state their length wrongly or from another start; only frames from
+    the key frame before the middle on are decoded.
+    """
+    if media.is_still(path):
+        raise ValueError("a still picture")
+    with _open_video(path) as (container, stream):
+        packets = [(at_s, one.is_keyframe) for one, at_s in _timed(container.demux(stream), stream) if one.size]
+        times = [at_s for at_s, _ in packets if not math.isnan(at_s)]
+        middle_s = (min(times) + max(times) + _frame_s(stream)) / 2 if times else math.nan
+    key_s = max((at_s for at_s, is_key in packets if is_key and at_s <= middle_s), default=math.nan)
+    with _open_video(path) as (container, stream):
+        found = None
+        for skipped, (frame, at_s) in enumerate(_timed(_decode_from(container, stream, key_s), stream)):
+            found = frame
+            if not at_s < middle_s:  # or no frame has a time
+                break
+            if skipped == MAX_SKIPPED_FRAMES:
+                raise BrokenImage(f"has no key frame within {skipped:,} frames before its middle")
+        if found is None:
+            raise BrokenImage("holds no frame that can be decoded")
+        return _upright(found, stream)
+
+
+@contextlib.contextmanager
+def _open_video(path: str) -> Iterator[tuple[Any, Any]]:
+    """The container and its picture track, whose size has been checked."""
+    with media.open_container(path, media.VIDEO_FORMATS) as container:
+        stream = media.picture_track(container)
+        if stream is None:
+            raise BrokenImage("has no picture track")
+        _check_size(stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than stated
+        yield container, stream
+
+
+def _timed(items: Iterator[Any], stream: Any) -> Iterator[tuple[Any, float]]:
+    """Frames or packets with their times; one without a time comes a frame after the one before."""
+    at_s = math.nan
+    for one in items:
+        at_s = at_s + _frame_s(stream) if one.pts is None else float(one.pts * one.time_base)
+        yield one, at_s
+
+
+def _frame_s(stream: Any) -> float:
+    rate = stream.average_rate or stream.guessed_rate
+    return 1 / float(rate) if rate else 0.04
+
+
+def _decode_from(container: Any, stream: Any, key_s: float) -> Iterator[Any]:
+    """Frames of all packets from the key frame at `key_s` on, which needs no index; of all packets where it is NaN."""
+    has_begun = math.isnan(key_s)
+    for packet, at_s in _timed(container.demux(stream), stream):
+        has_begun = has_begun or at_s >= key_s or not packet.size
+        if has_begun:
+            yield from packet.decode()
+
+
+def _upright(frame: Any, stream: Any) -> np.ndarray:
+    """RGB of a frame, enlarged to square pixels, then turned and mirrored by its display matrix."""
+    _check_size(frame.width, frame.height)
+    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
+    aspect = aspect if 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT else 1.0
+    width, height = round(frame.width * max(1.0, aspect)), round(frame.height / min(1.0, aspect))
+    _check_size(width, height)
+    pixels = frame.to_ndarray(format="rgb24")
+    if (width, height) != (frame.width, frame.height):
+        pixels = _resize(pixels, width, height)
+    a, b, c, d = _display_matrix(frame)  # a stored position (x, y) is shown at x' = a x + c y, y' = b x + d y
+    if abs(a) + abs(d) >= abs(b) + abs(c):  # the nearest of the eight ways to lay a picture down
+        rightward, downward = a, d
+    else:
+        pixels, rightward, downward = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if downward < 0 else 1, :: -1 if rightward < 0 else 1])
+
+
+def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
+    try:
+        found = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists none where it does not know one of them; it then knows the angle alone
+        return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
+    if found is None:
+        return _QUARTER_TURNS[0]
+    numbers = np.frombuffer(found, np.int32, 9)
+    return int(numbers[0]), int(numbers[1]), int(numbers[3]), int(numbers[4])

@@ -6,7 +6,10 @@ All captions have to be English: only there is it known which words mirroring ma
 by its words, which needs no model of languages; where that is not certain, the picture is not mirrored.
 """
 
+import functools
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -37,55 +40,13 @@ _SIDE_ELSEWHERE = re.compile(
     r"|(?<![a-z])(?:links?|rechts?|linke[nrs]?|rechte[nrs]?|lew[aeoy]|praw[aeoy]|kiri|kanan|sol|sağ|bal|jobb|vasen"
     r"|oikea|trái|phải|zuo|you)(?![a-z])")
 
-# Words that are English and, as far as they are common there, nothing else that is written in Latin letters.
-_ENGLISH = frozenset("""
-the and with are from have having her their its this that these those there they them who which what while when where
-into onto off out up down by behind beside next near back above below between through around across along against
-outside inside together other another some several many few each two three four five seven eight nine ten group bunch
-full small little short huge tiny young new white black red blue green yellow brown gray grey purple silver dark
-bright colorful colourful wooden empty closed dirty clean cut sliced cooked boy boys girl girls woman women child
-children people guy lady mother father family friends crowd player players rider riders skier surfer dog dogs cat cats
-puppy kitten bird birds duck horse horses cow cows sheep goat bear bears elephant elephants giraffe giraffes zebra
-zebras lion monkey rabbit mouse fish chicken bike bikes bicycle bicycles cars truck trucks plane planes airplane
-airplanes boat boats ship motorcycle motorcycles buses road streets sidewalk bridge building buildings house houses
-kitchen bathroom bedroom living room school church tower airport beach ocean river field fields grass grassy tree
-trees forest mountain mountains hill hills snow snowy rocks sky cloud clouds sun rain surfboard wave waves slope
-slopes kite kites game racket skis board boards skating skateboarder snowboarder beds chair chairs couch desk bench
-shelf floor wall walls window windows doors mirror sink bathtub oven stove refrigerator fridge microwave keyboard
-phone cell screen television remote book books paper bags bottle bottles cup cups glasses bowl plate plates knife fork
-spoon food meal breakfast dinner bread cheese cake cakes meat rice salad soup apple apples broccoli carrot carrots
-vegetable vegetables donut donuts shirt shirts jacket coat dress shoes hats tie umbrella umbrellas suit toy toys teddy
-stuffed clock clocks vase flower flowers plant plants leaf leaves sign signs light lights traffic hydrant fence
-picture pictures view background foreground stands standing sits sitting lying laying walks walking runs running rides
-riding flies flying holds holding looks looking wears wearing eats eating plays playing drives driving jumps jumping
-watches watching swims swimming sleeps sleeping sit lie walk run ride fly hold look wear eat play drive jump watch
-swim sleep hanging being shows showing made filled covered topped parked dressed sat very about ready getting trying
-using waiting going doing talking taking cutting preparing posing smiling throwing catching hitting swinging skiing
-surfing snowboarding skateboarding grazing drinking cooking reading crossing leaning way day night time side middle
-head hands feet legs hair eyes body trunk tail wing wings nose mouth circle square triangle star shape drawing
-painting cartoon icon symbol photograph stamp squares circles thing things object objects upright sideways somebody
-animal animals clothes
-""".split())
-# Known English words that other languages have as well: they count, but prove nothing.
-_SHARED = frozenset("""
-a an in on is of at to as or for it be was were he she we i me my you your our us not no so one man men all over under
-his him can will do does has hat arm hand ball water park bus train car van door sofa pizza banana orange bar hotel
-restaurant table fruit photo image rose long grand top best big high low air land wild zoo baby bat set line lines
-ring sport surf ski skate sandwich village cage page couple parent parents video camera winter summer stand start plus
-person double old hot post area street color colour wine modern party statue stone steel metal plastic piece piano
-guitar large bed stop pole sand wind rock pair lot six front station office jet pink golden open lunch toilet computer
-laptop baseball tennis basketball football soccer snowboard skateboard frisbee tv face lies taken meter fire bag tall
-sea trains tables oranges bananas fruits sandwiches parking glass end lake
-""".split())
-_KNOWN = _ENGLISH | _SHARED
-# Words that make a caption one of another language.
-_FOREIGN = frozenset("""
-un une le la les des du et est dans sur avec au aux pour deux chien chat der das den dem ein eine einer einem einen
-eines und ist im mit auf von zwei hund el los las una uno del en por para es y dos perro gato il lo gli di che sul
-sulla nel nella della due um uma os em com dois ao na da een het op de twee ett och som med og til av pa bir ve ile
-iki yang dan dua seekor sebuah jest dwa pies kot si cu doi ang mga ng sa ni hao shi zai zhe zhi ge yi gou mao wo ta ga
-wa inu neko egy az mot links rechts pod obok yuu
-""".split())
+
+@functools.cache
+def _words() -> dict[str, frozenset[str]]:
+    """Word lists of mirroring_words.json: `english` words that are common in no other language in Latin letters,
+    `shared` ones that others have as well, which prove nothing, and `foreign` ones that make a caption another's."""
+    lists = json.loads(Path(__file__).with_name("mirroring_words.json").read_text("utf-8"))
+    return {name: frozenset(words) for name, words in lists.items()}
 
 
 def may_mirror(table: SampleTable) -> np.ndarray:
@@ -111,7 +72,7 @@ def _is_translated(table: SampleTable, rows: np.ndarray) -> bool:
     """Whether many of some captions hold a word of another language; of English captions it is one in a hundred."""
     some = rows[:: max(1, len(rows) // LOOKED_AT)]
     texts = [table.captions[table.caption_offsets[row]].lower() for row in some.tolist()]
-    foreign = sum(not _FOREIGN.isdisjoint(_WORD.findall(text)) for text in texts)
+    foreign = sum(not _words()["foreign"].isdisjoint(_WORD.findall(text)) for text in texts)
     return foreign > FOREIGN_SHARE * len(texts)
 
 
@@ -130,10 +91,11 @@ def names_no_side(label: str) -> bool:
 def is_english(text: str) -> bool:
     """Whether half of the words are known to be English, one of them in no other language, and none is another's."""
     text = text.lower().replace("\u2019", "'")
-    words = _WORD.findall(text)
+    words, lists = _WORD.findall(text), _words()
     if not text.isascii() and _OTHER_CHARACTERS.search(text):
         return False
-    if not _FOREIGN.isdisjoint(words) or _ENGLISH.isdisjoint(words):
+    if not lists["foreign"].isdisjoint(words) or lists["english"].isdisjoint(words):
         return False
-    known = [word for word in words if word in _KNOWN or (len(word) > 5 and word.endswith("ing"))]
+    known = [word for word in words if word in lists["english"] or word in lists["shared"]
+             or (len(word) > 5 and word.endswith("ing"))]
     return 2 * len(known) >= len(words)

@@ -24,6 +24,10 @@ _PART = 65536  # samples packed at once
 _BLANKS = re.compile(r"\s+")
 
 
+class BrokenSample(ValueError):
+    """A file that cannot be read; the message is its path and the reason."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """An image, a sound, or both, with what is said about them."""

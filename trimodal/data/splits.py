@@ -1,10 +1,12 @@
-"""Which samples must stand on one side of a split, what is held out for validation, and what has been trained on.
+"""Which samples share a file, and so must stand on one side of a split; what is held out; what was trained on.
 
+    image_ids(table), audio_ids(table)                 # int64 [n]: equal exactly for equal files and stretches
     train, val = carve_val(train)
     known = file_hashes(train, data_root)              # goes into the checkpoint
     has_known_file(test, data_root, known).sum()       # test samples whose picture or sound was trained on
 """
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -12,12 +14,59 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 import numpy as np
 
 from trimodal.data import generated
-from trimodal.data.same_files import file_key
-from trimodal.data.samples import SampleTable, normalise_caption, stable_hash
+from trimodal.data.samples import SampleTable, Strings, normalise_caption, stable_hash
 
 VAL_PCT = 5  # of train, where a set has no validation split
 LEAST_VAL = 2  # samples of a kind: a single one can be compared with nothing
 MOST_VAL_PART = 5  # at most a fifth of a kind is held out for that
+
+
+# ---- samples of the same file --------------------------------------------------------------------------------------
+
+
+def key_of(found: os.stat_result, path: str) -> str:
+    """Equal for a file, the links to it and its hard links, which `path` led to.
+
+    Size and date of change are part of it, since some file systems give several files one number, or none.
+    """
+    if not found.st_ino:
+        return os.path.realpath(path)
+    return f"{found.st_dev:x} {found.st_ino:x} {found.st_size:x} {found.st_mtime_ns:x}"
+
+
+def file_key(path: str) -> str:
+    """`key_of`, and of a file that is not there its path."""
+    try:
+        return key_of(os.stat(path), path)
+    except (OSError, ValueError):
+        return path
+
+
+def image_ids(table: SampleTable) -> np.ndarray:
+    """int64 [n]: the first row that has the same picture; of a sample without one, or with one that is drawn anew at
+    each visit, a number of its own."""
+    return _first_rows(table.images, None)
+
+
+def audio_ids(table: SampleTable) -> np.ndarray:
+    """int64 [n]: as `image_ids`, of the same stretch of the same sound: start and duration are equal, too."""
+    return _first_rows(table.audio, np.stack([table.start_s, table.duration_s], 1))
+
+
+def _first_rows(paths: Strings, stretches: np.ndarray | None) -> np.ndarray:
+    ids = -1 - np.arange(len(paths))
+    key_of_path = functools.cache(file_key)
+    first: dict[Hashable, int] = {}
+    for row in np.flatnonzero(paths.lengths).tolist():
+        path = paths[row]
+        if generated.is_generated(path):
+            continue
+        stretch = () if stretches is None else (float(stretches[row, 0]), float(stretches[row, 1]))
+        ids[row] = first.setdefault((key_of_path(path), stretch), row)
+    return ids
+
+
+# ---- what is held out ----------------------------------------------------------------------------------------------
 
 
 def carve_val(train: SampleTable) -> tuple[SampleTable, SampleTable]:
@@ -80,12 +129,11 @@ def group_numbers(table: SampleTable) -> np.ndarray:
     that many share, such as "a dog", would tie all of them together.
     """
     groups = Groups(len(table))
-    files: dict[Hashable, list[int]] = {}
-    found: dict[str, Hashable] = {}
+    files: dict[str, list[int]] = {}
+    key_of_path = functools.cache(file_key)
     for row in range(len(table)):
         for path in {table.images[row], table.audio[row]} - {""}:
-            key = found[path] if path in found else found.setdefault(path, file_key(path))
-            files.setdefault(key, []).append(row)
+            files.setdefault(key_of_path(path), []).append(row)
     for rows in files.values():
         groups.join(rows)
     captions: dict[str, list[int]] = {}

@@ -20,6 +20,7 @@ import numpy as np
 
 from trimodal import media
 from trimodal.data import sound_files
+from trimodal.data.samples import BrokenSample
 from trimodal.data.sound_files import Source
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _HANDED_OVER = 1 << 15  # samples of each channel, by FFmpeg's libraries at once
 _OPUS_ROUNDED_HZ = (8_000, 12_000)  # what libsndfile takes for a rate that an Opus file does not state, too
 
 
-class BrokenSound(ValueError):
+class BrokenSound(BrokenSample):
     """A file that holds no usable sound. The message begins with the path."""
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from trimodal.data import same_files
+from trimodal.data.splits import key_of
 
 SHOWN = 3  # missing files that are named
 MAX_FOLDERS = 64  # whose names are kept in memory
@@ -71,7 +71,7 @@ class Files:
             return File(path, self._miss(name, path, where))
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("is not a file" if not stat.S_ISDIR(found.st_mode) else "is a folder, not a file")
-        return File(path, self._number(same_files.key_of(found, path)))
+        return File(path, self._number(key_of(found, path)))
 
     def describe(self) -> list[str]:
         """A line for each way of writing in spite of which files were found."""
@@ -109,7 +109,7 @@ class Files:
             plain = os.path.abspath(os.path.join(self.base, other))
             for candidate, more in ((plain, []), (self._in_other_form(plain), [UNICODE])):
                 if candidate and (found := _stat(candidate)) and stat.S_ISREG(found.st_mode):
-                    self._count([*ways, *more], name, self._number(same_files.key_of(found, candidate)))
+                    self._count([*ways, *more], name, self._number(key_of(found, candidate)))
                     return candidate, found
         return path, None
 

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from trimodal.config import Config
-from trimodal.data import bad_samples, cache
+from trimodal.data import bad_samples
 from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
 from trimodal.data.concepts import concept_names, concepts_of
 from trimodal.data.mirroring import may_mirror
 from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
 from trimodal.data.splits import audio_ids, carve_val, image_ids
+from trimodal.data.store import Store, open_store
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
 from trimodal.errors import UserError
@@ -109,7 +110,7 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
         concepts = concept_names(train, config.model.num_classes)
     if speakers is None:
         speakers = heard_speakers(train)
-    stores = {name: cache.open_store(table, config, fill=fill_cache) for name, table in tables.items()}
+    stores = {name: open_store(table, config, fill=fill_cache) for name, table in tables.items()}
     ready = {name: _prepare_split(store, config, tokenizer, concepts, speakers) for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
 
@@ -140,7 +141,7 @@ def read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]
     return joined
 
 
-def _prepare_split(store: cache.Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
+def _prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
                    speakers: Sequence[str]) -> Split:
     table = store.table
     captions = [table.captions[i] for i in range(len(table.captions))]

@@ -76,14 +76,16 @@ SAFE = {
     "training.outputs._move": ("os.rename unlink", "to a name that nothing has; what was copied there whole goes"),
     "training.outputs._copy": ("replacing shutil.copyfileobj", "into a new folder abandoned_TIME"),
     "data.cache._lock": ("open(a)", "a lock of ours, nothing is written"),
-    "data.partial_fills.PartialFill.__init__":
-        ("unlink", "NAME.PROCESS.tmp of the four files of a filling, by their names"),
-    "data.partial_fills.PartialFill._recover":
-        ("truncate", "the two files of a filling, what is not written down as done"),
-    "data.partial_fills._opened": ("os.open", "one of these two files, no link is followed"),
-    "data.partial_fills.remove": ("unlink rmdir", "the files of a filling, by their names, and the folder when empty"),
-    "data.cache._fill": ("os.rename unlink", "an entry of the cache gets its name, under its lock; its journal goes"),
-    "data.cache._write": ("replacing replacing", "in the folder of the filling"),
+    "data.cache._make_entry":
+        ("os.rename unlink", "an entry of the cache gets its name, under its lock; its journal goes"),
+    "data.cache.PartialEntry.__init__":
+        ("unlink", "NAME.PROCESS.tmp of the four files of a partial entry, by their names"),
+    "data.cache.PartialEntry._recover":
+        ("truncate", "the two files of a partial entry, what is not in the journal as done"),
+    "data.cache.PartialEntry.finish": ("replacing replacing", "in the folder of the partial entry"),
+    "data.cache._open_to_append": ("os.open", "one of these two files, no link is followed"),
+    "data.cache._remove_partial":
+        ("unlink rmdir", "the files of a partial entry, by their names, and the folder when empty"),
     "evaluation.report.write_new": ("unlink", "what it has just written"),
     "training.run._claim": ("open(a)", "the lock of a run, nothing is written"),
     "download.unpack.clear_staging":

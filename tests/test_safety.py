@@ -24,8 +24,8 @@ from tests.small_runs import RECIPE
 from trimodal import checkpoint
 from trimodal.config import ModelConfig, load_config
 from trimodal.data import cache
-from trimodal.data.cache import open_store
 from trimodal.data.samples import Sample, SampleTable
+from trimodal.data.store import open_store
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer, load_word_table
 from trimodal.errors import CheckpointError, ConfigError, UserError
 from trimodal.sets import inventory

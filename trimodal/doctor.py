@@ -403,10 +403,10 @@ def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
 
 
 def _room_for_cache(data: "Data", config: Config) -> Iterator[Finding]:
-    from trimodal.data import cache
+    from trimodal.data import cache, store
 
     folder = cache.cache_folder(config)
-    sizes = [size for table in data.tables.values() for size in cache.entries_to_make(table, config).values()]
+    sizes = [size for table in data.tables.values() for size in store.entries_to_make(table, config).values()]
     files, needed, room = sum(n for n, _ in sizes), sum(size for _, size in sizes), cache.room_for_entries(config)
     if not config.data.cache or not files:
         yield Finding("disk: cache", "ok", "filled, or nothing to put into it" if config.data.cache else

@@ -20,8 +20,9 @@ from tests import trees
 from tests.refusals import assert_names, refused
 from trimodal.config import Config, load_config
 from trimodal.data import cache as cache_module
-from trimodal.data.cache import Store, cache_side, entries_to_make, open_store
+from trimodal.data.cache import cache_side
 from trimodal.data.samples import BrokenSample, Sample, SampleTable
+from trimodal.data.store import Store, entries_to_make, open_store
 
 
 @pytest.fixture(autouse=True)

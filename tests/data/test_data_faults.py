@@ -25,7 +25,8 @@ from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import RECIPE
 from tests.test_datasets import assert_equal, configured
 from trimodal.config import Config
-from trimodal.data import cache, partial_fills
+from trimodal.data import cache
+from trimodal.data.store import open_store
 
 pytestmark = pytest.mark.timed
 LIVE = "data.cache=false"  # files are decoded when they are read
@@ -269,7 +270,7 @@ def test_a_folder_that_is_gone_leaves_no_cache_of_broken_files(tmp_path: Path) -
     disk.rename(tmp_path / "elsewhere")
     cached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=True))
     with refused("data", disk, "--resume auto") as caught:
-        cache.open_store(data.tables["train"], cached)
+        open_store(data.tables["train"], cached)
     assert f"{disk}/" not in str(caught.value), "no picture"
     assert list((tmp_path / "data/cache").glob("manifest*")) == [] and broken(tmp_path) == {}
 
@@ -279,7 +280,7 @@ def test_a_folder_that_goes_while_the_cache_is_filled_costs_nothing_of_what_is_d
     disk = pictures(tmp_path)
     data, config = opened(tmp_path, LIVE, "data.workers=0")
     cached = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=True))
-    monkeypatch.setattr(partial_fills, "STRETCH_S", 0.0)  # each file is written down
+    monkeypatch.setattr(cache, "STRETCH_S", 0.0)  # each file is written down
     decode, decoded = cache.decode, list[str]()
 
     def detach(kind: Any, item: cache.Item, side: int) -> np.ndarray:
@@ -292,14 +293,14 @@ def test_a_folder_that_goes_while_the_cache_is_filled_costs_nothing_of_what_is_d
         patch.setattr(cache, "decode", detach)
         for _ in range(2):  # the second finds no file at all: then names, sizes and dates are not those of the first
             with refused("data", disk, "--resume auto"):
-                cache.open_store(data.tables["train"], cached)
+                open_store(data.tables["train"], cached)
     [left] = (tmp_path / "data/cache").glob("manifest*")
-    assert left.name.endswith(partial_fills.SUFFIX) and '"reasons": {"' not in (left / "journal.jsonl").read_text()
+    assert left.name.endswith(cache.SUFFIX) and '"reasons": {"' not in (left / "journal.jsonl").read_text()
     (tmp_path / "elsewhere").rename(disk)
     capsys.readouterr()
-    store = cache.open_store(data.tables["train"], cached)
+    store = open_store(data.tables["train"], cached)
     assert_names(capsys.readouterr().out.splitlines()[0], "going on from 16 of 30")
-    live = cache.open_store(data.tables["train"], config)
+    live = open_store(data.tables["train"], config)
     assert all(np.array_equal(store.image(row), live.image(row)) for row in range(30)) and broken(tmp_path) == {}
 
 

@@ -18,9 +18,8 @@ from tests import trees
 from tests.refusals import assert_names
 from trimodal.config import Config, load_config
 from trimodal.data import cache as cache_module
-from trimodal.data import partial_fills
-from trimodal.data.cache import open_store
 from trimodal.data.samples import Sample, SampleTable
+from trimodal.data.store import open_store
 from trimodal.files import bytes_below
 
 FORK: Any = multiprocessing.get_context("fork")
@@ -31,7 +30,7 @@ MADE = ("data.bin", "index.npz", "broken.json")
 @pytest.fixture(autouse=True)
 def _each_file_is_a_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "RESERVE_GB", 0.0)
-    monkeypatch.setattr(partial_fills, "STRETCH_S", 0.0)
+    monkeypatch.setattr(cache_module, "STRETCH_S", 0.0)
 
 
 def configured(folder: Path, cache: str = "cache", *overrides: str) -> Config:
@@ -115,7 +114,7 @@ def test_a_filling_killed_again_and_again_goes_on_to_the_same_bytes(
     table = files(tmp_path, kind)
     open_store(table, configured(tmp_path, "whole"))
     config = configured(tmp_path)
-    moments = [at_file(0), at_file(2), at_file(3), at(partial_fills, "_sync"), at_file(1), at(np, "savez"),
+    moments = [at_file(0), at_file(2), at_file(3), at(cache_module, "_sync"), at_file(1), at(np, "savez"),
                at(json, "dump"), at(os, "rename")]
     for moment in moments:
         killed(table, config, moment)
@@ -148,7 +147,7 @@ def test_of_a_damaged_filling_only_what_is_whole_is_taken(tmp_path: Path, damage
     table = files(tmp_path)
     open_store(table, configured(tmp_path, "whole"))
     killed(table, configured(tmp_path), at_file(cache_module.CHUNK))
-    journal, data = entry(tmp_path) / partial_fills.JOURNAL, entry(tmp_path) / "data.bin"
+    journal, data = entry(tmp_path) / cache_module.JOURNAL, entry(tmp_path) / "data.bin"
     lines = journal.read_bytes().splitlines(keepends=True)
     if damage == "torn line":
         journal.write_bytes(b"".join(lines)[:-5])
@@ -222,7 +221,7 @@ def test_what_the_user_keeps_in_the_cache_stays(tmp_path: Path) -> None:
 
 def test_a_disk_that_fills_up_in_the_middle_gets_its_space_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    table, add, left = files(tmp_path), partial_fills.PartialFill.add, [5]
+    table, add, left = files(tmp_path), cache_module.PartialEntry.add, [5]
 
     def full(*given: Any) -> None:
         left[0] -= 1
@@ -231,7 +230,7 @@ def test_a_disk_that_fills_up_in_the_middle_gets_its_space_back(tmp_path: Path, 
         add(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(partial_fills.PartialFill, "add", full)
+        patch.setattr(cache_module.PartialEntry, "add", full)
         store = open_store(table, configured(tmp_path))
     assert not store.entries and [path.name for path in (tmp_path / "cache").iterdir()] == [cache_module.LOCK]
     assert_names(capsys.readouterr().out.splitlines()[-1], "set-train-image", os.strerror(errno.ENOSPC))

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
-from trimodal.data.cache import Store
 from trimodal.data.images import augment, fit_eval
 from trimodal.data.samples import BrokenSample, SampleTable, ragged_take
+from trimodal.data.store import Store
 from trimodal.data.tokenizer import pad_rows
 from trimodal.data.workers import NO_ITEM, report_nothing
 from trimodal.errors import UserError
@@ -221,7 +221,7 @@ class BatchReader:
             mel_TM = split.store.mel(row, rng)
             if self.train:
                 mel_TM = crop_mel(mel_TM, int(data.audio_max_s * FRAME_RATE_HZ), rng)
-                if data.spec_augment and not split.store.is_drawn(row):
+                if data.spec_augment and not split.store.is_generated(row):
                     mel_TM = spec_augment(mel_TM, rng)
         return _Drawn(row, image_SS3, mel_TM, captions, noise, rng)
 
@@ -232,7 +232,7 @@ class BatchReader:
 
     def _image(self, row: int, rng: np.random.Generator) -> np.ndarray:
         image_HW3, data, size = self.split.store.image(row, rng), self.config.data, self.config.model.image_size
-        if self.split.store.is_drawn(row):
+        if self.split.store.is_generated(row):
             return image_HW3  # made at this size; its place and colours are what the caption says
         if not self.train:
             return fit_eval(image_HW3, size, data.fit)

@@ -1,12 +1,9 @@
-"""Pictures and log-mels of samples: drawn, decoded on the spot, or read from a cache that holds each file decoded.
+"""The cache of decoded files, and the decoding of files by workers.
 
-The cache has one entry for each set, split and kind: a flat file (uint8 pictures with a short side of up to 8/7 of the
-model's, or float16 log-mels) and an index. An entry's name holds a digest of file names, sizes, dates and settings, so
-that after any change the old entry is not found. It appears whole, by a rename, or not at all; where a run is killed
-before that, the next one goes on (partial_fills.py).
-
-    store = open_store(table, config)
-    picture_HW3, mel_TM = store.image(0), store.mel(1)
+The cache has one entry for each set, split and kind: a folder with a flat file (uint8 images with a short side of up to
+8/7 of the model's, or float16 log-mels), an index, and the reasons of files that are broken. Its name holds a digest of
+file names, sizes, dates and settings, so that after any change the old entry is not found. It appears whole, by a
+rename, or not at all; a run that is killed while it fills an entry is gone on with, see `PartialEntry`.
 
 Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 """
@@ -15,22 +12,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from trimodal.config import NUM_MELS, Config
-from trimodal.data import bad_samples, generated, partial_fills
-from trimodal.data.samples import BrokenSample, SampleTable, offsets_of
+from trimodal.data.samples import BrokenSample, offsets_of
 from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
 from trimodal.errors import UserError
 from trimodal.files import bytes_below, nearest_existing, replacing, sync_folder, take_lock
@@ -46,6 +42,10 @@ FEW = 64  # files whose size need not be foretold
 GB = 1e9
 LOCK = ".filling.lock"  # not that of a run: the cache may lie in its folder
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
+JOURNAL, DATA, SUFFIX = "journal.jsonl", "data.bin", ".tmp"  # of an entry that is being filled
+JOURNAL_FORMAT = 1
+STRETCH_BYTES, STRETCH_S = 64_000_000, 10.0  # at most so much is lost by a kill
+_OWN_FILES = re.compile(r"(journal\.jsonl|data\.bin|index\.npz|broken\.json)(\.\S+\.tmp)?")
 
 
 class _NoRoom(Exception):
@@ -76,53 +76,37 @@ def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
     return log_mel(decode_audio(path, start_s, duration_s)).astype(np.float16)
 
 
-def _decoded(kind: Kind, side: int, item: Item) -> np.ndarray:
-    return decode(kind, item, side)
-
-
-@dataclass(frozen=True)
-class _Decoder:
-    """Files in chunks, each a job of `workers`."""
-
-    read: Callable[[Item], np.ndarray]
-    items: Sequence[Item]
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.items) / CHUNK)
-
-    def work(self, job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[np.ndarray | str]:
-        """Decoded files, or the reason why not."""
-        found: list[np.ndarray | str] = []
-        for number in range(job * CHUNK, min((job + 1) * CHUNK, len(self.items))):
-            report(number)
-            try:
-                if number in skipped:
-                    raise BrokenSample(skipped[number])
-                found.append(self.read(self.items[number]))
-            except BrokenSample as error:
-                found.append(str(error))
-        return found
-
-    def name(self, job: int, number: int) -> str:
-        return self.items[job * CHUNK if number == NO_ITEM else number][0]
-
-
 def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[np.ndarray | str, None, None]:
-    """All of `items` in order, decoded by processes, which run only a few chunks ahead: that bounds the memory.
+    """All of `items` in order, decoded by workers, which run only a few chunks ahead: that bounds the memory.
 
     Raises:
-        UserError: processes die again and again at one file, or the folder of the files is gone.
+        UserError: workers die again and again at one file, or the folder of the files is gone.
     """
-    return read_all(partial(_decoded, kind, cache_side(config.model.image_size)), items, config)
+    side = cache_side(config.model.image_size)
+    return read_all(lambda item: decode(kind, item, side), items, config)
 
 
 def read_all(read: Callable[[Item], np.ndarray], items: Sequence[Item],
              config: Config) -> Generator[np.ndarray | str, None, None]:
-    """What `read` gives for all of `items`, or why it raised BrokenSample; raises as `decode_all`."""
-    decoder = _Decoder(read, items)
-    jobs, count = range(len(decoder)), min(_processes(config), len(decoder))
-    chunks = iter(Workers(decoder.work, jobs, count, timeout_s=config.data.timeout_s, name=decoder.name, say=print)
-                  ) if count else in_line(decoder.work, jobs, {})
+    """What `read` returns for each of `items`, or why it raised BrokenSample; raises as `decode_all`."""
+    def work(job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[np.ndarray | str]:
+        found: list[np.ndarray | str] = []
+        for number in range(job * CHUNK, min((job + 1) * CHUNK, len(items))):
+            report(number)
+            try:
+                found.append(skipped[number] if number in skipped else read(items[number]))
+            except BrokenSample as error:
+                found.append(str(error))
+        return found
+
+    def name(job: int, number: int) -> str:
+        return items[job * CHUNK if number == NO_ITEM else number][0]
+
+    jobs = range(math.ceil(len(items) / CHUNK))
+    wanted = min(cpu_cores(), 16) if config.data.workers == "auto" else config.data.workers
+    count = min(wanted, len(jobs))
+    chunks = iter(Workers(work, jobs, count, timeout_s=config.data.timeout_s, name=name, say=print)) if count else (
+        in_line(work, jobs, {}))
     folder = None
     with closing(chunks):
         for chunk in chunks:
@@ -155,7 +139,7 @@ def check_folder(folder: str) -> None:
                         "put the folder back, then go on with --resume auto")
 
 
-# ---- the store ----------------------------------------------------------------------------------------------------
+# ---- entries -------------------------------------------------------------------------------------------------------
 
 
 class Entry:
@@ -220,110 +204,6 @@ class Entry:
         return content
 
 
-@dataclass(frozen=True)
-class Store:
-    """Pictures and sounds of the samples of one table, by row, the same whether they are cached or not."""
-
-    table: SampleTable
-    image_size: int
-    entries: list[Entry] = field(default_factory=list)
-    places: dict[Kind, np.ndarray] = field(default_factory=dict)  # int64 [n, 2]: entry (-1: none) and number in it
-    folders: dict[tuple[Kind, int], str] = field(default_factory=dict)  # of the files of a set, once needed
-
-    def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 [H, W, 3]: drawn with `rng` at the model's size, else with a short side of up to 8/7 of it."""
-        path = self.table.images[row]
-        if generated.is_generated(path):
-            rng = rng or np.random.default_rng(0)
-            return generated.draw_image(generated.combination_of(path), self.image_size, rng)
-        return self._read("image", row, path)
-
-    def mel(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """float16 [T, 80], the whole of the sample's stretch of sound."""
-        path = self.table.audio[row]
-        if generated.is_generated(path):
-            from trimodal.data.audio import log_mel
-
-            wave = generated.draw_sound(generated.combination_of(path), rng or np.random.default_rng(0))
-            return log_mel(wave).astype(np.float16)
-        return self._read("sound", row, path)
-
-    def is_drawn(self, row: int) -> bool:
-        return generated.is_generated(self.table.images[row] or self.table.audio[row])
-
-    def record(self, row: int, reason: str) -> dict[str, str]:
-        """What bad_samples.jsonl says about a broken sample."""
-        table = self.table
-        return {"key": f"{table.sources[row]}/{table.keys[row]}", "split": table.splits[row], "reason": reason}
-
-    def check_folders(self, row: int) -> None:
-        """Raise UserError where a sample cannot be read since the whole folder of its set is gone."""
-        table, code = self.table, int(self.table.sources.codes[row])
-        kinds: tuple[tuple[Kind, Any], ...] = (("image", table.images), ("sound", table.audio))
-        for kind, paths in kinds:
-            if paths[row] and not generated.is_generated(paths[row]):
-                if (kind, code) not in self.folders:
-                    rows = np.flatnonzero(table.sources.codes == code).tolist()
-                    self.folders[kind, code] = common_folder(paths[r] for r in rows if paths[r])
-                check_folder(self.folders[kind, code])
-
-    def _read(self, kind: Kind, row: int, path: str) -> np.ndarray:
-        entry, number = self.places[kind][row].tolist() if kind in self.places else (-1, 0)
-        if entry >= 0:
-            return self.entries[entry].read(number)
-        item = (path, float(self.table.start_s[row]), float(self.table.duration_s[row]))
-        return decode(kind, item, cache_side(self.image_size))
-
-
-def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Store:
-    """The store of one split; fills the cache first where `data.cache` is on and there is room, and with `fill` false
-    takes of it what is there.
-
-    Raises:
-        UserError: more than `data.max_bad_pct` of a set's pictures or sounds cannot be read.
-    """
-    store = Store(table, config.model.image_size)
-    if not config.data.cache:
-        return store
-    store.places.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})
-    for kind, name, rows, numbers, items in _groups(table):
-        entry = _open_entry(kind, name, items, config, fill)
-        if entry:
-            store.places[kind][rows] = np.stack([np.full(len(rows), len(store.entries)), numbers], 1)
-            store.entries.append(entry)
-            _report(store, rows, [entry.reasons.get(number) for number in numbers.tolist()], f"{name}s", config)
-    return store
-
-
-def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, float]]:
-    """Files and foretold bytes of each entry that `open_store` would make, by its name."""
-    return {name: (len(items), _predicted_bytes(kind, items, config)) for kind, name, _, _, items in _groups(table)
-            if not _entry_folder(kind, name, items, config).is_dir()}
-
-
-def _groups(table: SampleTable) -> Iterator[tuple[Kind, str, np.ndarray, np.ndarray, list[Item]]]:
-    """For each entry its kind and name, the rows that have a file in it, each one's number there, and all files."""
-    for kind in KINDS:
-        for code, source in enumerate(table.sources.names):
-            rows, numbers, items = _files(table, kind, np.flatnonzero(table.sources.codes == code))
-            if items:
-                yield kind, f"{source}-{table.splits[int(rows[0])]}-{kind}", rows, numbers, items
-
-
-def _files(table: SampleTable, kind: Kind, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Item]]:
-    """Those of `rows` that have a file of `kind`, the number of each one's file, and the different files."""
-    paths = table.images if kind == "image" else table.audio
-    kept, numbers, known = [], [], dict[Item, int]()
-    for row in rows.tolist():
-        path = paths[row]
-        if not path or generated.is_generated(path):
-            continue
-        start, duration = (0.0, 0.0) if kind == "image" else (float(table.start_s[row]), float(table.duration_s[row]))
-        kept.append(row)
-        numbers.append(known.setdefault((path, start, duration), len(known)))
-    return np.array(kept, np.int64), np.array(numbers, np.int64), list(known)
-
-
 # ---- filling the cache --------------------------------------------------------------------------------------------
 
 
@@ -331,32 +211,9 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.paths.data_root) / "cache"
 
 
-def _entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Path:
-    return cache_folder(config) / f"{name}-{_digest(kind, items, cache_side(config.model.image_size), config)}"
-
-
-def _open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fill: bool) -> Entry | None:
-    """The entry of `items`, made if need be; None where it is not there and `fill` is false, or, with a printed reason,
-    where there is no room for it."""
-    folder = _entry_folder(kind, name, items, config)
-    cache = folder.parent
-    if folder.is_dir():
-        return Entry(folder, len(items))
-    if not fill:
-        return None
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _lock(cache):
-            if not folder.is_dir():  # another process may have made it while we waited
-                _fill(folder, kind, items, config)
-    except (_NoRoom, OSError) as error:
-        print(f"Cache: {name} is not kept but decoded at each use: {error}", flush=True)
-        return None
-    return Entry(folder, len(items))
-
-
-def _digest(kind: Kind, items: Sequence[Item], side: int, config: Config) -> str:
-    """Of all that decides what an entry holds. Files below data_root are named from there, so it may be moved."""
+def entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Path:
+    """NAME-DIGEST, of all that decides what an entry holds. Files below data_root are named from there: it may move."""
+    side = cache_side(config.model.image_size)
     state = hashlib.sha256(f"{FORMAT} {kind} {side if kind == 'image' else ''}".encode())
     root = os.path.join(os.path.abspath(config.paths.data_root), "")
     for path, start_s, duration_s in items:
@@ -367,7 +224,23 @@ def _digest(kind: Kind, items: Sequence[Item], side: int, config: Config) -> str
             size, changed_ns = -1, -1
         line = f"\0{path.removeprefix(root)}\0{start_s!r} {duration_s!r} {size} {changed_ns}"
         state.update(line.encode("utf-8", "surrogateescape"))
-    return state.hexdigest()[:16]
+    return cache_folder(config) / f"{name}-{state.hexdigest()[:16]}"
+
+
+def open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fill: bool) -> Entry | None:
+    """The entry of `items`, made if need be; None where it is not there and `fill` is false, or, with a printed reason,
+    where there is no room for it."""
+    folder = entry_folder(kind, name, items, config)
+    if fill and not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.parent):
+                if not folder.is_dir():  # another process may have made it while we waited
+                    _make_entry(folder, kind, items, config)
+        except (_NoRoom, OSError) as error:
+            print(f"Cache: {name} is not kept but decoded at each use: {error}", flush=True)
+            return None
+    return Entry(folder, len(items)) if folder.is_dir() else None
 
 
 @contextmanager
@@ -382,52 +255,50 @@ def _lock(cache: Path) -> Iterator[None]:
         yield
 
 
-def _fill(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
-    """Decode `items` into `folder`, which appears when all is on the disk; what a killed run had done of it stays.
+def _make_entry(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
+    """Decode `items` into `folder`, which appears when all is on the disk.
 
-    Where there is no room, all that is there of it goes, so that it holds nothing up.
+    A partial entry of the same set, split and kind with other files or settings is deleted; those of others only where
+    there is no room beside them, and this one where there is none at all.
     """
-    temporary = folder.with_name(folder.name + partial_fills.SUFFIX)
-    check_folder(common_folder(path for path, _, _ in items))  # else all were others now, and what was done superseded
+    check_folder(common_folder(path for path, _, _ in items))  # with it gone, all files would seem to be others
+    temporary = folder.with_name(folder.name + SUFFIX)
+    others = [path for path in sorted(folder.parent.glob(f"*-*-*-{'[0-9a-f]' * 16}{SUFFIX}")) if path != temporary]
     try:
-        partial_fills.remove_others(temporary, superseded=True)
-        needed = _predicted_bytes(kind, items, config) - bytes_below(temporary)
-        if needed > room_for_entries(config):
-            partial_fills.remove_others(temporary)
-        _check_room(needed, room_for_entries(config), folder.parent, config)
-        _write(temporary, kind, items, config)
+        for other in others:
+            if other.name.rsplit("-", 1)[0] == folder.name.rsplit("-", 1)[0]:
+                _remove_partial(other)
+        needed = predicted_bytes(kind, items, config) - bytes_below(temporary)
+        for other in others if needed > room_for_entries(config) else ():
+            _remove_partial(other)
+        room = room_for_entries(config)
+        if needed > room or room <= 0:
+            raise _no_room(needed, room, config)
+        _fill(temporary, kind, items, room, config)
         os.rename(temporary, folder)
         sync_folder(folder.parent)
     except (_NoRoom, OSError):
-        partial_fills.remove(temporary)
+        _remove_partial(temporary, with_others_files=True)
         raise
     with suppress(OSError):
-        (folder / partial_fills.JOURNAL).unlink()
+        (folder / JOURNAL).unlink()
 
 
-def _write(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
-    room = room_for_entries(config)  # beside what is there
-    fill = partial_fills.PartialFill(folder, len(items), partial(_bytes_of, kind))
-    name, there = folder.name.rsplit("-", 1)[0], fill.size
-    if fill.kept:
-        print(f"Cache: {name}: going on from {fill.kept} of {len(items)} files", flush=True)
-    with closing(fill), closing(decode_all(kind, items[fill.kept:], config)) as each:
-        for decoded in tqdm(each, f"Decoding {name}s", len(items), initial=fill.kept, unit="file", disable=None):
-            if isinstance(decoded, str):
-                fill.add((0, 0), b"", decoded)
-            else:
-                fill.add((decoded.shape[0], decoded.shape[1]), decoded.tobytes())
-            if fill.size - there > room:
-                raise _NoRoom(_no_room(fill.size - there, room, folder.parent, config))
-        fill.write_down()
-        with replacing(folder / "index.npz") as file:
-            shapes = np.array(fill.shapes, np.int32).reshape(-1, 2)
-            np.savez(file, offsets=offsets_of(fill.lengths), shapes=shapes, is_image=kind == "image")
-        with replacing(folder / "broken.json", "w") as file:
-            json.dump(fill.reasons, file)
+def _fill(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
+    """Decode what is missing in a partial entry; raises _NoRoom where that takes more than `room` bytes."""
+    entry = PartialEntry(folder, kind, len(items))
+    name, kept, kept_bytes = folder.name.rsplit("-", 1)[0], len(entry.shapes), entry.size
+    if kept:
+        print(f"Cache: {name}: going on from {kept} of {len(items)} files", flush=True)
+    with closing(entry), closing(decode_all(kind, items[kept:], config)) as each:
+        for decoded in tqdm(each, f"Decoding {name}s", len(items), initial=kept, unit="file", disable=None):
+            entry.add(decoded)
+            if entry.size - kept_bytes > room:
+                raise _no_room(entry.size - kept_bytes, room, config)
+        entry.finish()
 
 
-def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float:
+def predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float:
     """Size of all, from a few spread over the list."""
     if len(items) <= FEW:
         return 0.0
@@ -439,29 +310,146 @@ def _predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float
 def room_for_entries(config: Config) -> float:
     """Bytes that new entries may take: what `data.cache_max_gb` leaves, and what the disk does."""
     cache = cache_folder(config).absolute()
-    used = bytes_below(cache)
     free = shutil.disk_usage(nearest_existing(cache)).free
-    return min(config.data.cache_max_gb * GB - used, free - RESERVE_GB * GB)
+    return min(config.data.cache_max_gb * GB - bytes_below(cache), free - RESERVE_GB * GB)
 
 
-def _check_room(needed: float, room: float, cache: Path, config: Config) -> None:
-    if needed > room or room <= 0:
-        raise _NoRoom(_no_room(needed, room, cache, config))
-
-
-def _no_room(needed: float, room: float, cache: Path, config: Config) -> str:
+def _no_room(needed: float, room: float, config: Config) -> _NoRoom:
     limits = f"data.cache_max_gb={config.data.cache_max_gb:g}, and {RESERVE_GB:g} GB of the disk stay free"
-    return (f"it takes {needed / GB:.1f} GB or more, and {max(room, 0) / GB:.1f} GB are left in {cache} ({limits}); "
-            "old entries there may be deleted")
+    return _NoRoom(f"it takes {needed / GB:.1f} GB or more, and {max(room, 0) / GB:.1f} GB are left in "
+                   f"{cache_folder(config)} ({limits}); old entries there may be deleted")
 
 
-def _processes(config: Config) -> int:
-    return min(cpu_cores(), 16) if config.data.workers == "auto" else config.data.workers
+class PartialEntry:
+    """The folder ENTRY.tmp of an entry that is being filled, by one process at a time.
+
+    Decoded files are appended to `data.bin`; `journal.jsonl` holds a head that names the entry, then a line for each
+    stretch of files, written once their bytes are on the disk: at most STRETCH_BYTES or STRETCH_S are lost by a kill.
+    `shapes` and `reasons` (of broken files, by number) are of the files so far.
+    """
+
+    def __init__(self, folder: Path, kind: Kind, total: int):
+        """Open `folder`, made if need be, with what is whole in it. `total`: files of the entry. Raises OSError."""
+        self.folder, self.kind, self.total = folder, kind, total
+        self.shapes, self.reasons = list[tuple[int, int]](), dict[int, str]()
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob(f"*{SUFFIX}"):  # of a kill while the index was written
+            if _OWN_FILES.fullmatch(path.name):
+                path.unlink()
+        self.data, self.journal = _open_to_append(folder / DATA), _open_to_append(folder / JOURNAL)
+        self._recover()
+        self._since_s, self._crc = time.monotonic(), 0  # of the stretch that is not in the journal yet, which begins
+        self._journalled, self._stretch_start = len(self.shapes), self.size  # at this file and byte
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files so far."""
+        return self.data.tell()
+
+    def add(self, decoded: np.ndarray | str) -> None:
+        """Append the next file, or the reason why it is broken."""
+        content = b""
+        if isinstance(decoded, str):
+            self.reasons[len(self.shapes)] = decoded
+            self.shapes.append((0, 0))
+        else:
+            content = decoded.tobytes()
+            self.shapes.append((decoded.shape[0], decoded.shape[1]))
+        self.data.write(content)
+        self._crc = zlib.crc32(content, self._crc)
+        if self.size - self._stretch_start >= STRETCH_BYTES or time.monotonic() - self._since_s >= STRETCH_S:
+            self._commit()
+
+    def finish(self) -> None:
+        """Write the index and the reasons, after which the folder is a whole entry but for its name."""
+        self._commit()
+        shapes = np.array(self.shapes, np.int32).reshape(-1, 2)
+        offsets = offsets_of(_bytes_of(self.kind, shapes.T.astype(np.int64)))
+        with replacing(self.folder / "index.npz") as file:
+            np.savez(file, offsets=offsets, shapes=shapes, is_image=self.kind == "image")
+        with replacing(self.folder / "broken.json", "w") as file:
+            json.dump(self.reasons, file)
+
+    def close(self) -> None:
+        self.data.close()
+        self.journal.close()
+
+    def _commit(self) -> None:
+        """Bring what was added to the disk, then into the journal."""
+        first = self._journalled
+        if len(self.shapes) > first:
+            _sync(self.data)
+            self._write_line({"shapes": self.shapes[first:], "crc32": self._crc, "reasons": {
+                number: reason for number, reason in self.reasons.items() if number >= first}})
+            self._since_s, self._crc = time.monotonic(), 0
+            self._journalled, self._stretch_start = len(self.shapes), self.size
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        self.journal.write(json.dumps(record).encode() + b"\n")
+        _sync(self.journal)
+
+    def _recover(self) -> None:
+        """Take over the stretches that are whole, and cut off what follows."""
+        head = {"format": JOURNAL_FORMAT, "entry": self.folder.name.removesuffix(SUFFIX), "files": self.total}
+        first, *lines = self.journal.readlines() or [b""]
+        journal_bytes = data_bytes = 0
+        if _parsed(first) == head:
+            journal_bytes = len(first)
+            for line in lines:
+                size = self._take(_parsed(line))
+                if size is None:
+                    break
+                journal_bytes, data_bytes = journal_bytes + len(line), data_bytes + size
+        for file, length in ((self.data, data_bytes), (self.journal, journal_bytes)):
+            file.seek(length)
+            file.truncate()
+        if not journal_bytes:
+            self._write_line(head)
+
+    def _take(self, record: Any) -> int | None:
+        """Bytes of a stretch whose bytes are there and right; None for any other."""
+        try:
+            shapes = [(int(first), int(second)) for first, second in record["shapes"]]
+            reasons = {int(number): str(reason) for number, reason in record["reasons"].items()}
+            size = sum(_bytes_of(self.kind, shape) for shape in shapes)
+            if min(map(min, shapes)) < 0 or len(self.shapes) + len(shapes) > self.total:
+                return None
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            return None
+        content = self.data.read(size)
+        if len(content) != size or zlib.crc32(content) != record.get("crc32"):
+            return None
+        self.shapes += shapes
+        self.reasons |= reasons
+        return size
 
 
-def _report(store: Store, rows: np.ndarray, reasons: Sequence[str | None], what: str, config: Config) -> None:
-    """List the broken ones of `rows` in bad_samples.jsonl, and stop where there are too many."""
-    records = [store.record(row, reason) for row, reason in zip(rows.tolist(), reasons, strict=True) if reason]
-    if records:
-        bad_samples.record(records, config)
-        bad_samples.check(what, len(records), len(rows), records[0]["reason"], config)
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:  # a kill within the line, or damage
+        return None
+
+
+def _open_to_append(path: Path) -> BinaryIO:
+    """To be read and written where it is, without a link being followed."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _remove_partial(folder: Path, *, with_others_files: bool = False) -> None:
+    """Delete a partial entry, by the names of its files, and its folder when empty. A link, or a folder that holds
+    anything else, is somebody's own and stays as it is; with `with_others_files` that else alone stays."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    with suppress(OSError):
+        own = [path for path in folder.iterdir() if _OWN_FILES.fullmatch(path.name) and path.is_file()
+               and not path.is_symlink()]
+        if with_others_files or len(own) == len(list(folder.iterdir())):
+            for path in own:
+                path.unlink()
+            folder.rmdir()

@@ -14,6 +14,8 @@ import numpy as np
 from trimodal.config import Config
 from trimodal.data import cache, images, tracks
 from trimodal.data.batches import Split
+from trimodal.data.samples import BrokenSample
+from trimodal.data.store import Store
 
 FILES = 64  # images, and sounds, of each split that are decoded
 LOUD = 2.0  # full scale is 1; overshoots of a codec or a mix stay below twice that
@@ -69,12 +71,12 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
     return found
 
 
-def _some_files(store: cache.Store, name: str, kind: cache.Kind) -> tuple[list[cache.Item], int]:
+def _some_files(store: Store, name: str, kind: cache.Kind) -> tuple[list[cache.Item], int]:
     """Files of a set, the same each time, and how many there are in all."""
     table = store.table
     has = table.has_image if kind == "image" else table.has_audio
     of_set = np.array(table.sources.names)[table.sources.codes] == name if len(table) else np.zeros(0, bool)
-    rows = [row for row in np.flatnonzero(has & of_set).tolist() if not store.is_drawn(row)]
+    rows = [row for row in np.flatnonzero(has & of_set).tolist() if not store.is_generated(row)]
     chosen = np.random.default_rng(0).permutation(len(rows))[:FILES].tolist()
     paths = table.images if kind == "image" else table.audio
     return [(paths[row], float(table.start_s[row]), float(table.duration_s[row])) for row in (rows[i] for i in chosen)
@@ -93,7 +95,7 @@ def _examine(kind: cache.Kind, side: int, item: cache.Item) -> np.ndarray:
             return np.array((0, 0, images.has_flawed_metadata(item[0])), np.float64)
         peak, cancels = tracks.oddities(*item)
     except Exception as error:  # decoders raise whatever they like
-        raise cache.BrokenSample(str(error)) from None
+        raise BrokenSample(str(error)) from None
     return np.array((peak if peak > LOUD else 0, cancels, 0), np.float64)
 
 

@@ -21,7 +21,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     bound_waiting()
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
@@ -43,8 +43,9 @@ from model import TriModalModel
 from trimodal.config import Config, StageConfig, TaskConfig, load_config
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import Usage
-from trimodal.objectives.losses import OBJECTIVES, build_objective
-from trimodal.objectives.step import Step, accumulate
+from trimodal.objectives import OBJECTIVES, build_objective
+from trimodal.objectives.base import learn
+from trimodal.objectives.step import Step
 from trimodal.training.budget import Limits, plan_fit
 from trimodal.training.optimizer import Optimizer
 from trimodal.training.planner import Place, StageMeasure, apply_recompute, largest_batch, stage_upper
@@ -175,15 +176,9 @@ class Trainer:
                     autocast=lambda: torch.autocast("cpu", enabled=False), drop_path=row.drop_path,
                     keep={"image": row.image_keep, "audio": row.audio_keep},
                     num_concepts=self.case.config.model.num_classes)
-        accumulate(step, self._terms(step), self.optimizer.backward)
+        learn(step, [(1.0, objective) for objective in self.objectives], self.optimizer.backward)
         self.optimizer.step(1e-5)
         return time.process_time() - began
-
-    def _terms(self, step: Step) -> Iterable[tuple[Tensor, dict[str, Tensor]]]:
-        for objective in self.objectives:
-            count = objective.count(step)
-            for loss, parts in objective.terms(step):
-                yield loss / count, parts
 
 
 class Line(NamedTuple):

@@ -18,8 +18,8 @@ from datasets import Batch
 from model import TriModalModel
 from tests.narrow import make_batch, narrow_model, part_of, step_of
 from trimodal.data.batches import spec_augment
-from trimodal.objectives.losses import Objective, build_objective
-from trimodal.objectives.step import accumulate
+from trimodal.objectives import build_objective
+from trimodal.objectives.base import learn
 
 B, LARGE = 48, 256
 CUTS: dict[str, int | dict[str, int]] = {
@@ -68,14 +68,9 @@ def gradient(task: str, dtype: torch.dtype, cut: int | dict[str, int], rows: Ten
     step = step_of(model.to(device), batch if rows is None else part_of(batch, rows), cut,
                    device=torch.device(device), **settings)
     both = nn.ModuleDict({"model": model, "heads": nn.ModuleList(objectives)})
-    parts = accumulate(step, (term for objective in objectives for term in terms(objective, step)), Tensor.backward)
-    return {"loss": parts["loss"], **{name: p.grad for name, p in both.named_parameters() if p.grad is not None}}
-
-
-def terms(objective: Objective, step):
-    for value, _ in objective.terms(step):
-        loss = value / objective.count(step)
-        yield loss, {"loss": loss.detach()}
+    total = learn(step, [(1.0, objective) for objective in objectives], Tensor.backward).total
+    assert total is not None
+    return {"loss": total, **{name: p.grad for name, p in both.named_parameters() if p.grad is not None}}
 
 
 @functools.cache

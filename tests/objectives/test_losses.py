@@ -9,16 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimodal.memory.tracker import PeakMemory
-from trimodal.objectives.losses import (
-    SPEAKER_MARGIN,
-    SPEAKER_SCALE,
-    hard_negatives,
-    info_nce,
-    margin_logits,
-    pairwise_sigmoid,
-    patch_error,
-)
-from trimodal.objectives.step import Positives
+from trimodal.objectives.contrastive import Positives, info_nce, pairwise_sigmoid
+from trimodal.objectives.labels import SPEAKER_MARGIN, SPEAKER_SCALE, margin_logits
+from trimodal.objectives.masked import patch_error
+from trimodal.objectives.matching import hard_negatives
 
 OWNER, IDS = [0, 0, 1, 2, 2, 3], [7, 8, 7, 9, 9, 5]  # samples 0 and 1 share a caption, 2 has the same one twice
 RIGHT = [[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]

@@ -15,16 +15,14 @@ from model import TriModalModel
 from tests.narrow import VOCABULARY, largest_difference, make_batch, narrow_model, part_of, plainly, step_of
 from trimodal.config import TaskConfig
 from trimodal.memory.tracker import PeakMemory
-from trimodal.objectives.losses import (
-    OBJECTIVES,
-    TEXT_DROP_PART,
-    Objective,
-    first_keys,
-    hard_negatives,
-    pair_scale,
-)
-from trimodal.objectives.step import Step, accumulate, hidden_words
-from trimodal.training.stage import TOTAL, Stage, weighted_terms
+from trimodal.objectives import OBJECTIVES
+from trimodal.objectives.base import Objective, learn
+from trimodal.objectives.contrastive import pair_scale, positives_of
+from trimodal.objectives.labels import TEXT_DROP_SHARE
+from trimodal.objectives.masked import hidden_words
+from trimodal.objectives.matching import hard_negatives
+from trimodal.objectives.step import Step, first_keys
+from trimodal.training.stage import Stage, compute_losses
 
 B = 24
 CASES = [("contrastive", "image text"), ("contrastive", "audio text"), ("contrastive", "image audio"),
@@ -49,10 +47,10 @@ def objective_of(model: TriModalModel, name: str, inputs: str) -> Any:
 
 def loss_of(objective: Objective, step: Step) -> float:
     with torch.no_grad():
-        return float(torch.stack([loss for loss, _ in objective.terms(step)]).sum())
+        return sum(float(objective.loss(step, *rows)[0]) for rows in objective.micro_batches(step))
 
 
-def learn(step: Step, *objectives: Objective) -> dict[str, Tensor]:
+def gradients_of(step: Step, *objectives: Objective) -> dict[str, Tensor]:
     """Loss and gradients of the sum of some objectives, as training gets them."""
     both = nn.ModuleDict({"model": step.model, **{type(o).__name__: o for o in objectives}})
     both.zero_grad(set_to_none=True)
@@ -62,7 +60,7 @@ def learn(step: Step, *objectives: Objective) -> dict[str, Tensor]:
         total.add_(loss.detach())
         loss.backward()
 
-    accumulate(step, ((loss / o.count(step), parts) for o in objectives for loss, parts in o.terms(step)), backward)
+    learn(step, [(1.0, objective) for objective in objectives], backward)
     return {"loss": total, **{name: p.grad.clone() for name, p in both.named_parameters() if p.grad is not None}}
 
 
@@ -75,8 +73,8 @@ def learn(step: Step, *objectives: Objective) -> dict[str, Tensor]:
 def test_every_split_gives_the_same_gradients(model: TriModalModel, names: str, inputs: str, split: str) -> None:
     objectives = [objective_of(model, name, inputs) for name in names.split()]
     batch = make_batch(inputs.split(), B)
-    whole = learn(step_of(model, batch), *objectives)
-    parts = learn(step_of(model, batch, SPLITS[split]), *objectives)
+    whole = gradients_of(step_of(model, batch), *objectives)
+    parts = gradients_of(step_of(model, batch, SPLITS[split]), *objectives)
     assert largest_difference(whole, parts) <= 1e-9
     if "contrastive" in names:
         assert whole[f"model.logit_scale.{'_'.join(objectives[0].inputs)}"].abs() > 1e-3
@@ -88,8 +86,8 @@ def test_every_split_gives_the_same_gradients(model: TriModalModel, names: str, 
 def test_plain_accumulation_is_another_loss(model: TriModalModel, inputs: str) -> None:
     """Why the batch is one loss: four losses over six samples each have fewer negatives, and other gradients."""
     objective, batch = objective_of(model, "contrastive", inputs), make_batch(inputs.split(), B)
-    whole = learn(step_of(model, batch), objective)
-    parts = [learn(step_of(model, part_of(batch, rows)), objective) for rows in torch.arange(B).split(6)]
+    whole = gradients_of(step_of(model, batch), objective)
+    parts = [gradients_of(step_of(model, part_of(batch, rows)), objective) for rows in torch.arange(B).split(6)]
     mean = {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}
     assert whole["loss"] - mean["loss"] > 1.0
     gradients = [(value, mean[name]) for name, value in whole.items() if name != "loss"]
@@ -107,11 +105,11 @@ def test_a_batch_that_fits_is_encoded_once(model: TriModalModel) -> None:
         passes[name] += torch.is_grad_enabled()
 
     hooks = [getattr(model, name).register_forward_hook(lambda *_, name=name: count(name)) for name in passes]
-    together = learn(step_of(model, batch), *objectives)
+    together = gradients_of(step_of(model, batch), *objectives)
     for hook in hooks:
         hook.remove()
     assert passes == {"image": 1, "text": 1}
-    alone = [learn(step_of(model, batch), objective) for objective in objectives]
+    alone = [gradients_of(step_of(model, batch), objective) for objective in objectives]
     sums = {name: sum(part[name] for part in alone if name in part) for name in together}
     assert largest_difference(together, sums) <= 1e-9  # type: ignore[arg-type]
 
@@ -122,7 +120,7 @@ def test_micro_batches_save_memory(model: TriModalModel) -> None:
     def peak(micro: int) -> int:
         model.zero_grad(set_to_none=True)
         with PeakMemory() as tracker:
-            next(iter(objective.terms(step_of(model, batch, micro))))[0].backward()
+            objective.loss(step_of(model, batch, micro))[0].backward()
         return tracker.peak_bytes
 
     assert peak(4) < 0.6 * peak(1000)
@@ -131,11 +129,12 @@ def test_micro_batches_save_memory(model: TriModalModel) -> None:
 def test_matching_looks_at_the_features_of_contrast(model: TriModalModel) -> None:
     batch = make_batch(("image", "text"), B)
     contrastive, matching = (objective_of(model, name, "image text") for name in ("contrastive", "matching"))
-    alone = learn(step_of(model, batch), matching)
+    alone = gradients_of(step_of(model, batch), matching)
     step = step_of(model, batch, 5)
-    learn(step, contrastive)
-    assert set(step.detached) == {"image", "text"} and not any(f.requires_grad for f in step.detached.values())
-    assert largest_difference(alone, learn(step, matching)) <= 1e-9
+    gradients_of(step, contrastive)
+    known = step.known_features
+    assert set(known) == {"image", "text"} and not any(features.requires_grad for features in known.values())
+    assert largest_difference(alone, gradients_of(step, matching)) <= 1e-9
 
 
 # ---- against naive formulas --------------------------------------------------------------------------------------
@@ -146,12 +145,12 @@ def test_contrast_goes_both_ways(model: TriModalModel, inputs: str) -> None:
     batch = make_batch(inputs.split(), B)
     objective, step = objective_of(model, "contrastive", inputs), plainly(model, batch)
     with torch.no_grad():
-        (loss, parts), = objective.terms(step)
+        loss, parts = objective.loss(step)
         query, key = (step.features(name) for name in objective.inputs)
         scale = model.logit_scale["_".join(objective.inputs)].exp()
         assert float(scale) == pytest.approx(1 / 0.07, rel=1e-6), "as all begin"
         scores = query @ key.T * scale
-        right = step.positives(objective.inputs).of_samples(torch.arange(B))
+        right = positives_of(batch, objective.inputs).of_samples(torch.arange(B))
         sides = [-(s.log_softmax(1).masked_fill(~r, 0).sum(1) / r.sum(1)).mean()
                  for s, r in ((scores, right), (scores.T, right.T))]
     assert float(loss) == pytest.approx(float(sum(sides)) / 2, abs=1e-12)
@@ -173,7 +172,7 @@ def test_a_temperature_at_its_bound_still_has_a_gradient(model: TriModalModel) -
         model.bound_temperatures()
         step = plainly(model, make_batch(("image", "text"), 8))
         assert float(pair_scale(step, ("image", "text")).detach()) == pytest.approx(100)
-        [(loss, _)] = objective_of(model, "contrastive", "image text").terms(step)
+        loss, _ = objective_of(model, "contrastive", "image text").loss(step)
         assert abs(float(torch.autograd.grad(loss, scale)[0])) > 1e-3
     finally:
         scale.data.copy_(before)
@@ -184,7 +183,7 @@ def test_matching_is_told_right_pairs_from_hard_wrong_ones(model: TriModalModel)
     objective, step = objective_of(model, "matching", "image text"), plainly(model, batch)
     with torch.no_grad():
         keys, queries, some = objective.negatives(step)
-        first = first_keys(step, objective.inputs)
+        first = first_keys(batch, objective.inputs)
         total = 0.0
         for b in range(8):
             pairs = [(b, int(first[b]), 1.0)]
@@ -206,8 +205,8 @@ def test_no_right_pair_is_ever_called_wrong(model: TriModalModel, seed: int) -> 
     batch.caption_ids %= 3
     objective, step = objective_of(model, "matching", "image text"), plainly(model, batch)
     keys, queries, some = objective.negatives(step)
-    right = step.positives(objective.inputs).of_samples(torch.arange(5))
-    first = first_keys(step, objective.inputs)
+    right = positives_of(batch, objective.inputs).of_samples(torch.arange(5))
+    first = first_keys(batch, objective.inputs)
     for b in range(5):
         if some[b]:
             assert not right[b, keys[b]] and not right[queries[b], first[b]]
@@ -219,8 +218,8 @@ def test_negatives_are_drawn_by_similarity_each_with_draws_of_its_own(model: Tri
     batch = make_batch(("image", "text"), B)
     objective, step = objective_of(model, "matching", "image text"), plainly(model, batch)
     keys, queries, _ = objective.negatives(step)
-    first, uniform = first_keys(step, objective.inputs), batch.noise["path"]
-    positives, scale = step.positives(objective.inputs), torch.tensor(1 / 0.07)
+    first, uniform = first_keys(batch, objective.inputs), batch.noise["path"]
+    positives, scale = positives_of(batch, objective.inputs), torch.tensor(1 / 0.07)
     image, text = (step.features(name).detach() for name in objective.inputs)
     expected = hard_negatives(image, text, scale, positives.of_samples, uniform[:, 62])[0]
     assert torch.equal(keys, expected)
@@ -240,9 +239,9 @@ def test_negatives_come_from_the_whole_batch(model: TriModalModel) -> None:
 def test_concepts_are_read_without_most_texts(model: TriModalModel, inputs: str) -> None:
     batch = make_batch(inputs.split(), B)
     objective = objective_of(model, "concepts", inputs)
-    seen = batch.noise["drop_text"] >= TEXT_DROP_PART if inputs != "text" else torch.ones(B).bool()
+    seen = batch.noise["drop_text"] >= TEXT_DROP_SHARE if inputs != "text" else torch.ones(B).bool()
     assert seen.any() and (inputs == "text" or not seen.all())
-    first = first_keys(plainly(model, batch), objective.inputs)
+    first = first_keys(batch, objective.inputs)
     total, used = 0.0, 10
     for b in range(B):
         given = {"images": batch.images[b:b + 1]} if batch.images is not None else {}
@@ -259,13 +258,13 @@ def test_concepts_are_read_without_most_texts(model: TriModalModel, inputs: str)
 def test_unused_classes_are_left_alone(model: TriModalModel) -> None:
     batch = make_batch(("image", "text"), B)
     objective = objective_of(model, "concepts", "image text")
-    before = learn(step_of(model, batch), objective)
+    before = gradients_of(step_of(model, batch), objective)
     weight = before["model.classifier.weight"]
     assert not weight[10:].any() and weight[:10].abs().max(1).values.all()
     flipped = dataclasses.replace(batch, concepts=batch.concepts.clone())  # type: ignore[union-attr]
     flipped.concepts[:, 10:] ^= True  # type: ignore[index]
     count = objective.count(step_of(model, batch)) / objective.count(step_of(model, flipped))
-    after = learn(step_of(model, flipped), objective)
+    after = gradients_of(step_of(model, flipped), objective)
     assert float(before["loss"] * count) == pytest.approx(float(after["loss"]), abs=1e-12)
 
 
@@ -307,16 +306,16 @@ def test_padding_is_no_hidden_patch(model: TriModalModel) -> None:
     noise = {**batch.noise, "audio": batch.noise["audio"][:, :15]}
     short = dataclasses.replace(batch, audio=batch.audio[:, :48], noise=noise)
     objective = objective_of(model, "masked", "audio")
-    results = [learn(step_of(model, padded), objective) for padded in (batch, short)]
+    results = [gradients_of(step_of(model, padded), objective) for padded in (batch, short)]
     assert largest_difference(*results) <= 1e-12
 
 
 def test_words_are_predicted_from_the_table(model: TriModalModel) -> None:
     batch = make_batch(("text",), 12)
     objective, step = objective_of(model, "masked", "text"), plainly(model, batch)
-    hidden = hidden_words(batch)
     ids = batch.input_ids
     assert ids is not None and batch.attention_mask is not None
+    hidden = hidden_words(batch.attention_mask, batch.noise["text"])
     with torch.no_grad():
         states = model.text(ids.masked_fill(hidden, 3), batch.attention_mask).tokens_BND
         total = 0.0
@@ -333,8 +332,8 @@ def test_speakers_that_are_unknown_do_not_count(model: TriModalModel) -> None:
     known = (batch.speakers >= 0).nonzero()[:, 0]
     assert 0 < len(known) < B
     objective = objective_of(model, "speaker", "audio")
-    whole = learn(step_of(model, batch), objective)
-    assert largest_difference(whole, learn(step_of(model, part_of(batch, known)), objective)) <= 1e-12
+    whole = gradients_of(step_of(model, batch), objective)
+    assert largest_difference(whole, gradients_of(step_of(model, part_of(batch, known)), objective)) <= 1e-12
 
 
 # ---- nothing to learn --------------------------------------------------------------------------------------------
@@ -364,8 +363,8 @@ def test_nothing_to_learn_is_no_loss(model: TriModalModel, name: str, inputs: st
     objective = objective_of(model, name, inputs)
     assert objective.count(step) == 0
     model.zero_grad(set_to_none=True)
-    terms = weighted_terms(stage_of({name: 1.0}, inputs, {name: objective}), 0, step)
-    assert accumulate(step, terms, Tensor.backward) == {} and all(p.grad is None for p in model.parameters())
+    losses = compute_losses(stage_of({name: 1.0}, inputs, {name: objective}), 0, step, Tensor.backward)
+    assert losses == (None, {}) and all(p.grad is None for p in model.parameters())
 
 
 def test_captions_too_short_hide_nothing(model: TriModalModel) -> None:
@@ -380,7 +379,7 @@ def test_where_every_caption_fits_matching_learns_from_right_pairs(model: TriMod
     assert batch.caption_ids is not None
     batch.caption_ids[:] = 1
     objective = objective_of(model, "matching", "image text")
-    result = learn(step_of(model, batch), objective)
+    result = gradients_of(step_of(model, batch), objective)
     assert all(value.isfinite().all() for value in result.values())
     assert result["Matching.head.bias"] < 0, "right pairs alone raise the logit"
 
@@ -392,11 +391,9 @@ def test_weights_and_counts_make_the_loss(model: TriModalModel, order: tuple[str
     step = step_of(model, make_batch(("image", "text"), 6), 4)
     stage = stage_of({name: weights[name] for name in order}, "image text", objectives)
     encoded: list[str] = []
-    terms = weighted_terms(stage, 0, step)
-    parts = accumulate(step, terms, lambda loss: encoded.append(",".join(step.detached)))
-    total = parts.pop(TOTAL)
-    expected = sum(weights[name] * float(learn(step, objectives[name])["loss"]) for name in order)
-    assert float(total) == pytest.approx(expected, abs=1e-9)
+    total, parts = compute_losses(stage, 0, step, lambda loss: encoded.append(",".join(step.known_features)))
+    expected = sum(weights[name] * float(gradients_of(step, objectives[name])["loss"]) for name in order)
+    assert total is not None and float(total) == pytest.approx(expected, abs=1e-9)
     assert set(parts) == {"contrastive_image_text", "matching", "matching_accuracy", "concepts"}
     assert 0 <= float(parts["matching_accuracy"]) <= 1
     assert encoded[0] == "image,text", "contrast comes first"

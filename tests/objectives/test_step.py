@@ -11,7 +11,9 @@ from torch import Tensor
 from datasets import Batch
 from model import TriModalModel
 from tests.narrow import make_batch, narrow_model, plainly, step_of
-from trimodal.objectives.step import TEXT_MASK_PART, Positives, Share, hidden_words, kept_patches, positives_of
+from trimodal.objectives.contrastive import Positives, positives_of
+from trimodal.objectives.masked import TEXT_MASK_SHARE, hidden_words
+from trimodal.objectives.step import Share, kept_patches
 
 OWNER, IDS = [0, 0, 1, 2, 2, 3], [7, 8, 7, 9, 9, 5]  # samples 0 and 1 share a caption, 2 has the same one twice
 RIGHT = [[1, 1, 1, 0, 0, 0], [1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
@@ -26,18 +28,18 @@ def model() -> TriModalModel:
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
-def test_parts_are_views_of_what_was_read_and_other_rows_copies(model: TriModalModel, modality: str) -> None:
+def test_micro_batches_are_views_of_what_was_read_and_other_rows_copies(model: TriModalModel, modality: str) -> None:
     """A view of pinned memory is pinned, so it goes to the device while the host goes on."""
     batch = make_batch(("image", "audio"), 10)
     given = batch.images if modality == "image" else batch.audio
     assert given is not None
     step = step_of(model, batch, 4)
-    parts = step.parts(modality)
-    assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]] and step.parts(modality) is parts
-    for part in parts:
+    micro_batches = step.micro_batches(modality)
+    assert micro_batches == [slice(0, 4), slice(4, 8), slice(8, 10)]
+    for part in micro_batches:
         media = step.media(modality, part)
-        assert torch.equal(media, given[part]) and media.data_ptr() == given[part[0]].data_ptr()
-    for rows in (torch.tensor([7, 0, 7]), parts[1].clone()):
+        assert torch.equal(media, given[part]) and media.data_ptr() == given[part.start].data_ptr()
+    for rows in (torch.tensor([7, 0, 7]), torch.arange(4, 8)):
         media = step.media(modality, rows)
         assert torch.equal(media, given[rows]) and media.data_ptr() != given[rows[0]].data_ptr()
 
@@ -47,8 +49,8 @@ def test_a_share_of_a_batch_is_encoded_from_where_its_rows_begin(model: TriModal
     batch = make_batch(("image",), 10)
     assert batch.images is not None
     own = dataclasses.replace(batch, images=batch.images[6:9])
-    step = step_of(model, own, size, share=Share(range(6, 9), range(6, 9), 6))
-    found = torch.cat([step.media("image", rows) for rows in step.parts("image")])
+    step = step_of(model, own, size, share=Share({"image": range(6, 9)}, 6))
+    found = torch.cat([step.media("image", rows) for rows in step.micro_batches("image")])
     assert torch.equal(found, batch.images[6:9]) and torch.equal(step.media("image", torch.tensor([8])), found[2:])
 
 
@@ -102,11 +104,11 @@ def test_positives_move_to_the_device() -> None:
     assert moved.owner_C.is_meta and moved.group_C.is_meta and moved.item_B.is_meta
 
 
-def test_images_and_sounds_match_by_file(model: TriModalModel) -> None:
+def test_images_and_sounds_match_by_file() -> None:
     batch = make_batch(("image", "audio"), 5)
     assert batch.image_ids is not None and batch.audio_ids is not None
     batch.image_ids, batch.audio_ids = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 1, 2, 3, 0])
-    positives = step_of(model, batch).positives(("image", "audio"))
+    positives = positives_of(batch, ("image", "audio"))
     expected = torch.eye(5).bool()
     expected[0, 4] = expected[4, 0] = True  # two visits of one sample
     expected[2, 3] = expected[3, 2] = True  # one picture with two sounds
@@ -142,31 +144,31 @@ def test_kept_patches_do_not_depend_on_the_split(sizes: list[int]) -> None:
 
 
 def test_kept_patches_of_images_and_at_least_one() -> None:
-    index, valid = kept_patches(torch.rand(3, 9, generator=torch.Generator().manual_seed(0)), None, 0.25)
+    uniform = torch.rand(3, 9, generator=torch.Generator().manual_seed(0))
+    index, valid = kept_patches(uniform, torch.tensor([9, 9, 9]), 0.25)
     assert index.shape == (3, 3) and valid.all()
     index, valid = kept_patches(torch.tensor([[0.5, 0.1]]), torch.tensor([1]), 0.01)
     assert index.tolist() == [[0]] and valid.tolist() == [[True]]
 
 
-def words(lengths: list[int], uniform: Tensor) -> Batch:
-    mask = torch.arange(uniform.shape[1]) < torch.tensor(lengths)[:, None]
-    return Batch(("text",), [], torch.arange(len(lengths)), attention_mask=mask, noise={"text": uniform})
+def real(lengths: list[int]) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 def test_hidden_words_are_inner_ones() -> None:
     lengths = [1, 2, 3, 4, 8, 9]
-    hidden = hidden_words(words(lengths, torch.zeros(6, 9)))
+    hidden = hidden_words(real(lengths), torch.zeros(6, 9))
     assert hidden.sum(1).tolist() == [0, 0, 1, 2, 6, 7], "zeros hide whatever may be hidden"
     for row, length in zip(hidden.tolist(), lengths, strict=True):
         assert not row[0] and not any(row[length - 1:])
-    assert not hidden_words(words(lengths, torch.full((6, 9), TEXT_MASK_PART))).any()
+    assert not hidden_words(real(lengths), torch.full((6, 9), TEXT_MASK_SHARE)).any()
 
 
 def test_the_stated_share_of_words_is_hidden() -> None:
     uniform = torch.rand(500, 22, generator=torch.Generator().manual_seed(0))
-    hidden = hidden_words(words([22] * 500, uniform))
-    assert hidden[:, 1:-1].float().mean() == pytest.approx(TEXT_MASK_PART, abs=0.02)
-    assert torch.equal(hidden[:, 1:-1], uniform[:, 1:-1] < TEXT_MASK_PART)
+    hidden = hidden_words(real([22] * 500), uniform)
+    assert hidden[:, 1:-1].float().mean() == pytest.approx(TEXT_MASK_SHARE, abs=0.02)
+    assert torch.equal(hidden[:, 1:-1], uniform[:, 1:-1] < TEXT_MASK_SHARE)
 
 
 # ---- features ----------------------------------------------------------------------------------------------------
@@ -186,11 +188,12 @@ def test_evaluation_sees_everything(model: TriModalModel) -> None:
 
 def test_paths_are_dropped_as_often_as_said_and_keep_the_mean(model: TriModalModel) -> None:
     uniform = torch.rand(4000, 64, generator=torch.Generator().manual_seed(0))
-    scale_BZ = step_of(model, make_batch(("image",), 2), drop_path=0.4).path_scales(uniform, 10, model.image)
+    batch = Batch(("audio",), [], torch.arange(4000), noise={"path": uniform})
+    scale_BZ = step_of(model, batch, drop_path=0.4).path_scales("audio", slice(None))
     assert scale_BZ is not None and scale_BZ.shape == (4000, 2)
     assert torch.allclose((scale_BZ == 0).float().mean(0), torch.tensor([0.2, 0.4]), atol=0.03), "deeper, more often"
     assert torch.allclose(scale_BZ.max(0).values, 1 / (1 - torch.tensor([0.2, 0.4])))
-    assert torch.equal(scale_BZ == 0, uniform[:, 10:12] < torch.tensor([0.2, 0.4]))
+    assert torch.equal(scale_BZ == 0, uniform[:, 24:26] < torch.tensor([0.2, 0.4])), "behind those of the images"
 
 
 @pytest.mark.parametrize(("change", "inputs"), [({"keep": {}}, "image audio"), ({"drop_path": 0.0}, "image audio"),

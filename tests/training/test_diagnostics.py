@@ -244,9 +244,8 @@ def test_bad_steps_in_a_row_end_the_run_with_cause_and_last_good_checkpoint(smal
 def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(small: SmallRuns, tmp_path: Path,
                                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     run, stage, given = opened(small, tmp_path)
-    terms = loop.weighted_terms
-    monkeypatch.setattr(loop, "weighted_terms", lambda *args: (
-        (loss, {name: value + math.inf for name, value in parts.items()}) for loss, parts in terms(*args)))
+    compute = loop.compute_losses
+    monkeypatch.setattr(loop, "compute_losses", lambda *args: compute(*args)._replace(total=torch.tensor(math.inf)))
     before = weights(run.model)
     take(run, stage, given[:1])
     assert differing(weights(run.model), before) == [] and stage.bad_in_a_row == 1

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from tests.narrow import make_batch
 from tests.refusals import assert_names
-from trimodal.objectives.losses import info_nce, pairwise_sigmoid
-from trimodal.objectives.step import positives_of
+from trimodal.objectives.contrastive import info_nce, pairwise_sigmoid, positives_of
 from trimodal.training.diagnostics import CHANCE_STEPS, LEAST, WINDOW, Figures, Monitor, guessing_loss
 
 

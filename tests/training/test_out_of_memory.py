@@ -12,7 +12,7 @@ import torch
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, apart, batches, differing, float64, records, step, trained, weights
 from trimodal.memory import devices
-from trimodal.objectives import losses
+from trimodal.objectives import contrastive
 from trimodal.training import optimizer, validation
 from trimodal.training.run import Run
 
@@ -34,7 +34,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exce
         if left:
             raise left.pop()
 
-    owner, name = {"fusion": (run.model, "fuse"), "loss": (losses, "info_nce"),
+    owner, name = {"fusion": (run.model, "fuse"), "loss": (contrastive, "info_nce"),
                    "clipping": (torch.nn.utils, "clip_grad_norm_"),
                    "update": (optimizer, "orthogonalise")}.get(where, (run.model, "features"))
     method = getattr(owner, name)

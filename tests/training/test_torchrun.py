@@ -26,8 +26,8 @@ from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, batches, differing, float64, records
 from trimodal import distributed
 from trimodal.distributed import World
-from trimodal.objectives.losses import build_objective
-from trimodal.objectives.step import accumulate, shared_batch
+from trimodal.objectives import build_objective
+from trimodal.objectives.step import shared_batch
 from trimodal.training import loop, resume
 from trimodal.training import run as run_module
 from trimodal.training import stage as stage_module
@@ -59,11 +59,12 @@ def gradient(world: World, inputs: str, micro: Any) -> dict[str, Tensor]:
     step = step_of(model, whole, micro, world=world, share=share)
     stage: Any = SimpleNamespace(row=SimpleNamespace(name="own"), objectives_of=lambda task: (
         (name, 1.0, objective) for name, objective in zip(names.split(), objectives, strict=True)))
-    parts = accumulate(step, stage_module.weighted_terms(stage, 0, step), Tensor.backward)
+    total, parts = stage_module.compute_losses(stage, 0, step, Tensor.backward)
+    assert total is not None
     parameters = [*model.parameters(), *objectives.parameters()]
     stage_module.reduce_gradients(SimpleNamespace(world=world, model=model),  # type: ignore[arg-type]
                             SimpleNamespace(optimizer=SimpleNamespace(parameters=parameters)))  # type: ignore[arg-type]
-    shown = world.sum_scalars({name: float(value) for name, value in parts.items()})
+    shown = world.sum_scalars({name: float(value) for name, value in {"loss": total, **parts}.items()})
     found = {name: p.grad for name, p in nn.ModuleDict({"model": model, "heads": objectives}).named_parameters()
              if p.grad is not None}
     return {**found, **{f"part {name}": torch.tensor(value, dtype=torch.float64) for name, value in shown.items()}}

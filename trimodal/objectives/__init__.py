@@ -1,0 +1,29 @@
+"""What is learnt: the objectives that a stage of config.yaml names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimodal import config
+from trimodal.objectives.base import Objective
+from trimodal.objectives.contrastive import Contrastive, SigmoidContrastive
+from trimodal.objectives.labels import Concepts, Speaker
+from trimodal.objectives.masked import Masked
+from trimodal.objectives.matching import Matching
+
+# In the order in which a step computes them: matching compares the features that contrast has computed.
+OBJECTIVES: dict[str, type[Objective]] = {
+    "contrastive": Contrastive,
+    "matching": Matching,
+    "concepts": Concepts,
+    "masked": Masked,
+    "speaker": Speaker,
+}
+assert OBJECTIVES.keys() == set(config.OBJECTIVES), "config.py names other objectives"
+
+
+def build_objective(name: str, model: Any, inputs: Sequence[str], num_speakers: int,
+                    contrastive_loss: str) -> Objective:
+    """The objective of this name; `contrastive` in the form that training.contrastive_loss says."""
+    if name == "contrastive" and contrastive_loss == "sigmoid":
+        return SigmoidContrastive(model, inputs, num_speakers)
+    return OBJECTIVES[name](model, inputs, num_speakers)

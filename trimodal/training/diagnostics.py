@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from datasets import Batch
 from trimodal.distributed import World
-from trimodal.objectives.step import Share, Step, positives_of
+from trimodal.objectives.base import Losses
+from trimodal.objectives.contrastive import positives_of
+from trimodal.objectives.step import Share, Step
 from trimodal.training.tracking import Tracker
 
 # ---- finite steps ------------------------------------------------------------------------------------------------
@@ -170,12 +172,11 @@ class Finding:
 
 
 def locate(step: Step, objectives: nn.ModuleDict, inputs: Inputs,
-           repeat: Callable[[], Mapping[str, Tensor]]) -> Finding:
-    """Find where a step stops being finite. `repeat` computes `step` and its gradients, which stay, again; it gives the
-    parts of the loss."""
+           repeat: Callable[[], Losses]) -> Finding:
+    """Find where a step stops being finite. `repeat` computes `step` and its gradients, which stay, again."""
     modules = nn.ModuleDict({"model": step.model, "objectives": objectives})
     with watch(modules) as seen:
-        parts = repeat()
+        losses = repeat()
     sounds = [] if inputs.own.audio is None else [
         key for key, sound_TM in zip(inputs.own.keys, inputs.own.audio, strict=True) if not is_finite(sound_TM)]
     if sounds:
@@ -183,7 +184,7 @@ def locate(step: Step, objectives: nn.ModuleDict, inputs: Inputs,
     weight = next((name for name, p in modules.named_parameters() if not is_finite(p)), None)
     if weight is not None:
         return Finding("weights", weight, inputs.own.keys)
-    if not seen and not all(map(is_finite, parts.values())):
+    if not seen and not all(is_finite(one) for one in (losses.total, *losses.parts.values()) if one is not None):
         seen.append(("loss", ""))
     kind, name = seen[0] if seen else ("", "")
     return Finding(kind, name, bad_samples(step, inputs) or inputs.own.keys)
@@ -195,9 +196,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 def bad_samples(step: Step, inputs: Inputs) -> list[str]:
     """Keys of this process's samples whose features are not finite."""
-    own = inputs.share.samples if inputs.share else range(len(inputs.own.keys))
+    own = inputs.share.rows["fusion"] if inputs.share else range(len(inputs.own.keys))
     rows: set[int] = set()
-    for modality, features in step.detached.items():
+    for modality, features in step.known_features.items():
         bad = (~features.isfinite().all(1)).nonzero()[:, 0].cpu()
         rows |= set((cast(Tensor, inputs.whole.caption_owner)[bad] if modality == "text" else bad).tolist())
     return [key for row, key in zip(own, inputs.own.keys, strict=True) if row in rows]

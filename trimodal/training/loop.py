@@ -20,8 +20,9 @@ from trimodal.distributed import OutOfMemoryElsewhere, World
 from trimodal.errors import TrainingError, UserError
 from trimodal.evaluation import protocols
 from trimodal.memory import devices
-from trimodal.objectives.losses import start_sigmoid
-from trimodal.objectives.step import Share, accumulate
+from trimodal.objectives.base import Losses
+from trimodal.objectives.contrastive import start_sigmoid
+from trimodal.objectives.step import Share
 from trimodal.training import budget
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
 from trimodal.training.fits import fit_stages
@@ -31,17 +32,16 @@ from trimodal.training.run import Options, Run, claim_folder, last_checkpoint, o
 from trimodal.training.saving import Saver
 from trimodal.training.signals import Interruption
 from trimodal.training.stage import (
-    TOTAL,
     Stage,
     active_tasks,
     build_stage,
+    compute_losses,
     epoch_jobs,
     first_contrast,
     make_step,
     own_jobs,
     reduce_gradients,
     shrink,
-    weighted_terms,
     whole_batch,
 )
 from trimodal.training.validation import ADD_TEST, NO_TEST, finish, show_examples, validate
@@ -68,12 +68,12 @@ class StepResult:
         return loss, dict(zip(self.parts, parts, strict=True)), norm, bool(finite)
 
 
-def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> dict[str, Tensor]:
+def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> Losses:
     """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
     step = make_step(run, stage, batch, share, train=True)
-    parts = accumulate(step, weighted_terms(stage, task, step), stage.optimizer.backward)
+    losses = compute_losses(stage, task, step, stage.optimizer.backward)
     run.world.reserve(stage.optimizer.parameters)
-    return parts
+    return losses
 
 
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
@@ -87,19 +87,19 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
         UserError: out of memory at micro-batch 1; names what can be turned.
     """
     whole, share = whole_batch(run, stage, task, batch)
-    parts = None
-    while parts is None:
-        parts, cause = attempt(run.world, lambda: leave_gradients(run, stage, task, whole, share))
-        if parts is None:
+    losses = None
+    while losses is None:
+        losses, cause = attempt(run.world, lambda: leave_gradients(run, stage, task, whole, share))
+        if losses is None:
             stage.optimizer.zero_grad()
             shrink(run, stage, cause)
-    loss = parts.pop(TOTAL, torch.zeros((), device=run.device))
+    loss = torch.zeros((), device=run.device) if losses.total is None else losses.total
     reduce_gradients(run, stage)
     norm, finite = update(run, stage, run.world.all_true(loss.isfinite()))
     run.model.bound_temperatures()
     if stage.average is not None:
         stage.average.update(run.model.parameters(), finite)
-    return StepResult(loss, parts, norm, finite, Inputs(task, batch, whole, share))
+    return StepResult(loss, losses.parts, norm, finite, Inputs(task, batch, whole, share))
 
 
 def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
@@ -169,8 +169,8 @@ class StepLog:
             return
         (result, facts), self.pending = self.pending, None
         loss, parts, norm, finite = result.read()
-        parts = self.run.world.sum_scalars({TOTAL: loss, **parts})
-        loss = parts.pop(TOTAL)
+        parts = self.run.world.sum_scalars({"loss": loss, **parts})
+        loss = parts.pop("loss")
         self.run.tracker.advance(facts["samples"], loss)
         facts |= {"loss": loss, "parts": parts, "grad_norm": norm}
         if not finite:
@@ -221,8 +221,8 @@ def find_cause(run: Run, stage: Stage, inputs: Inputs) -> Finding:
     """Repeat a step that was not finite to find where that began. All processes do so together, each its share."""
     step = make_step(run, stage, inputs.whole, inputs.share, train=True)
 
-    def repeat() -> dict[str, Tensor]:
-        return accumulate(step, weighted_terms(stage, inputs.task, step), Tensor.backward)
+    def repeat() -> Losses:
+        return compute_losses(stage, inputs.task, step, Tensor.backward)
 
     try:
         finding, problem = attempt(run.world, lambda: locate(step, stage.objectives, inputs, repeat))

@@ -2,14 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from trimodal.config import StageConfig, TrainingConfig
 from trimodal.errors import ConfigError
-from trimodal.objectives.step import Term
 
 
 def freeze(model: nn.Module, row: StageConfig) -> None:
@@ -25,19 +24,6 @@ def freeze(model: nn.Module, row: StageConfig) -> None:
                               f"{names[0]}, {names[-1]}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
-
-
-def trained(terms: Iterable[Term], row: StageConfig) -> Iterator[Term]:
-    """The terms of an objective, in training.
-
-    Raises:
-        ConfigError: none of the parameters that the stage trains has a part in one.
-    """
-    for loss, parts in terms:
-        if not loss.requires_grad:
-            raise ConfigError(f"stages.{row.name}.trainable: {', '.join(parts)} depends on none of the parameters "
-                              "named; name some of its encoders', or leave it out")
-        yield loss, parts
 
 
 def lr_at(step: int, total: int, peak: float, warmup_pct: float, min_pct: float) -> float:

@@ -35,15 +35,16 @@ from trimodal.memory import shapes
 from trimodal.memory import tracker as tracker_module
 from trimodal.memory.devices import EVALUATION, GIB, Fit
 from trimodal.memory.tracker import OverLimit, Usage
-from trimodal.objectives import step as step_module
-from trimodal.objectives.losses import OBJECTIVES, Objective, build_objective
-from trimodal.objectives.step import Positives, Share, Step, accumulate
+from trimodal.objectives import OBJECTIVES, build_objective
+from trimodal.objectives.base import Objective, learn
+from trimodal.objectives.step import Share, Step
 from trimodal.training import budget
 from trimodal.training.budget import Limits, Plan
-from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, trained
+from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 
 PARTS = 2
-_SOURCES = ("objectives/step", "objectives/losses", "memory/tracker", "memory/shapes", "memory/devices",
+_SOURCES = ("objectives/step", "objectives/base", "objectives/contrastive", "objectives/matching", "objectives/labels",
+            "objectives/masked", "memory/tracker", "memory/shapes", "memory/devices",
             "training/planner", "training/optimizer")
 TOWERS = ("image", "audio", "text", "fusion")
 
@@ -63,47 +64,20 @@ class Place:
 
 @dataclass
 class PlanStep(Step):
-    """A step whose data are shapes only: what depends on values takes its worst case."""
+    """A step on fake tensors, which have no values and all lie on the CPU: what depends on values takes its worst case,
+    and where it is planned for another device a transfer makes a copy."""
 
-    whole: bool = True  # whether the towers' tokens are shared, whatever part of the objectives is run here
-    copies: bool = False  # whether what is encoded is copied to a device of its own
+    is_on_host: bool = True
 
-    @property
-    def is_whole(self) -> bool:
-        return self.whole
+    def to_device(self, value: Tensor) -> Tensor:
+        return value if self.is_on_host else value.clone()
 
-    def parts(self, modality: str) -> tuple[Tensor, ...]:
-        return super().parts(modality)[:PARTS]
-
-    def view(self, values: Tensor, span: slice, first: int) -> Tensor:
-        rows = super().view(values, span, first)
-        return rows.clone() if self.copies else rows
+    def read(self, number: Tensor, most: int) -> int:
+        return most
 
     def gather(self, features: Tensor, num_rows: int) -> Tensor:
-        rest = num_rows - len(features)
-        return torch.cat([features, features.new_zeros(rest, features.shape[1])]) if rest else features
-
-    def features(self, modality: str) -> Tensor:
-        return tracker_module.loss_ends_at(super().features(modality))
-
-    def kept(self, modality: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.batch.noise[modality].shape[1]
-        shape = (len(rows), max(1, -int(-patches * self.keep.get(modality, 1.0) // 1)))
-        return torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
-
-    def positives(self, inputs: Sequence[str]) -> Positives:
-        keys = torch.zeros(self.rows(inputs[1]), dtype=torch.int64)
-        B = len(self.batch.sample_ids)
-        return Positives(keys, keys, torch.zeros(B, dtype=torch.int64), B, len(keys))
-
-    def hidden_words(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        length = self.batch.input_ids.shape[1]
-        hidden = torch.zeros(len(rows), length, dtype=torch.bool)
-        most = int(len(rows) * length * step_module.TEXT_MASK_PART * 1.5)  # a draw is rarely above its mean by half
-        return hidden, torch.zeros(max(most, 1), 2, dtype=torch.int64)
-
-    def with_speaker(self, rows: Tensor) -> Tensor:
-        return rows
+        others = features.new_zeros(num_rows - len(features), features.shape[1])
+        return tracker_module.loss_ends_at(torch.cat([features, others]) if len(others) else features)
 
 
 def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
@@ -175,9 +149,8 @@ class StepPlan:
                      average.values if average else [])
         batch = self._batch()
         for _ in range(num_updates or 1):
-            step = self._step(model, batch)
-            accumulate(step, (term for objective in objectives for term in trained(objective.terms(step), self.row)),
-                       lambda loss: _backward(optimizer, loss))
+            learn(self._step(model, batch), [(1.0, objective) for objective in objectives],
+                  lambda loss: _backward(optimizer, loss))
             if num_updates:
                 _, finite = optimizer.step(1e-4)
                 if average:
@@ -193,8 +166,13 @@ class StepPlan:
             model=model, batch=batch, device=torch.device("cpu"), micro_batch=self.fit.micro_batch,
             autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
-            num_concepts=self.config.model.num_classes, share=_largest_share(self.config, row, self.place),
-            whole=self.is_whole, copies=self.place.device != "cpu")
+            num_concepts=self.config.model.num_classes, share=self._share(), stage=row.name,
+            is_on_host=self.place.device == "cpu")
+
+    def _share(self) -> Share:
+        """The first micro-batches of the process with most rows; it holds all images and audio, as matching asks."""
+        upper = stage_upper(self.config, self.row, self.place)
+        return Share({tower: range(min(PARTS * self.fit.micro_batch[tower], rows)) for tower, rows in upper.items()}, 0)
 
 
 @contextlib.contextmanager
@@ -222,14 +200,6 @@ def apply_recompute(model: TriModalModel, fit: Fit) -> None:
     """Let the blocks of each tower be recomputed as the fit says."""
     for tower, every in fit.recompute.items():
         getattr(model, tower).blocks.recompute_every = every
-
-
-def _largest_share(config: Config, row: StageConfig, place: Place) -> Share | None:
-    """What the process with most rows encodes; it holds all pictures and sounds, as matching asks."""
-    if place.processes == 1:
-        return None
-    upper = stage_upper(config, row, place)
-    return Share(range(upper["image"]), range(upper["text"]), 0)
 
 
 class StageMeasure:

@@ -3,7 +3,7 @@
 A stage is a row of the configuration; nothing here knows one by name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,14 +17,14 @@ from trimodal.data.samples import SampleTable
 from trimodal.distributed import World
 from trimodal.errors import UserError
 from trimodal.memory import devices
-from trimodal.objectives.losses import OBJECTIVES, build_objective, loss_parameters
+from trimodal.objectives import OBJECTIVES, build_objective
+from trimodal.objectives.base import Losses, learn
+from trimodal.objectives.contrastive import loss_parameters
 from trimodal.objectives.step import Share, Step, shared_batch
 from trimodal.training.diagnostics import Monitor
-from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, trained
+from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 from trimodal.training.planner import apply_recompute, without_speaker
 from trimodal.training.run import Run
-
-TOTAL = ""  # name of the whole loss among its parts
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Stage:
         return any("contrastive" in task.objectives for task in self.tasks)
 
     def objectives_of(self, task: int) -> Iterator[tuple[str, float, Any]]:
-        """Name, weight and objective of one task; contrast first, since matching looks at its features."""
+        """Name, weight and objective of one task, in the order in which a step computes them."""
         weights = self.tasks[task].objectives
         for name in (known for known in OBJECTIVES if known in weights):
             yield name, weights[name], self.objectives[f"{task}_{name}"]
@@ -158,23 +158,13 @@ def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, 
     return Step(model=run.model, batch=batch, device=run.device, micro_batch=run.fits[stage.row.name].micro_batch,
                 autocast=run.autocast, keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep},
                 drop_path=stage.row.drop_path, train=train, mask_id=run.data.tokenizer.mask_id,
-                num_concepts=len(run.data.concepts), world=run.world if share else World(), share=share)
+                num_concepts=len(run.data.concepts), world=run.world if share else World(), share=share,
+                stage=stage.row.name)
 
 
-def weighted_terms(stage: Stage, task: int, step: Step) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Every term of every objective, divided by the count over the whole effective batch and weighted.
-
-    Parts, and their `TOTAL`, are such that the sum over the processes is that of the whole batch.
-    """
-    for _, weight, objective in stage.objectives_of(task):
-        count = objective.count(step)
-        copies = step.world.size if objective.is_of_whole_batch else 1
-        if count:
-            terms = objective.terms(step)
-            for loss, parts in trained(terms, stage.row) if step.train else terms:
-                loss = weight / count * loss
-                shown = {name: value / (count * copies) for name, value in parts.items()}
-                yield loss, {TOTAL: loss.detach() / copies, **shown}
+def compute_losses(stage: Stage, task: int, step: Step, backward: Callable[[Tensor], None]) -> Losses:
+    """The weighted loss of a task's batch and its parts; calls `backward` on it, in as many pieces as memory asks."""
+    return learn(step, ((weight, objective) for _, weight, objective in stage.objectives_of(task)), backward)
 
 
 def reduce_gradients(run: Run, stage: Stage) -> None:

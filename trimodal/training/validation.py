@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from datasets import Batch, epoch_batches, loader, pool
 from trimodal.checkpoint import check_room, export, is_own, plain
@@ -19,11 +18,11 @@ from trimodal.config import FRAME_RATE_HZ, MODALITIES
 from trimodal.errors import CheckpointError, UserError
 from trimodal.evaluation import protocols, report
 from trimodal.memory import devices
-from trimodal.objectives.step import accumulate
+from trimodal.objectives.base import Losses
 from trimodal.redaction import command_line
 from trimodal.training import outputs
 from trimodal.training.run import Run, description
-from trimodal.training.stage import TOTAL, Stage, make_step, shrink, weighted_terms
+from trimodal.training.stage import Stage, compute_losses, make_step, shrink
 from trimodal.training.tracking import read_records
 
 Figure = Mapping[str, Any]  # value, chance, candidates, ... (evaluation/metrics.py)
@@ -90,12 +89,14 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float | None, dict[str, flo
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch in batches:
-        parts = batch_loss(run, stage, batch.task, crop_sounds(batch, run.config.data.audio_max_s))
-        for name, value in parts.items():
+        losses = batch_loss(run, stage, batch.task, crop_sounds(batch, run.config.data.audio_max_s))
+        if losses.total is None:
+            continue
+        for name, value in {"loss": losses.total, **losses.parts}.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(batch.keys)
             counts[name] = counts.get(name, 0) + len(batch.keys)
     means = {name: total / counts[name] for name, total in sums.items()}
-    return means.pop(TOTAL, None), means
+    return means.pop("loss", None), means
 
 
 def validation_jobs(run: Run, stage: Stage) -> list[Any]:
@@ -121,12 +122,12 @@ def crop_sounds(batch: Batch, max_s: float) -> Batch:
         noise={**batch.noise, "audio": batch.noise["audio"][:, :patches]})
 
 
-def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> dict[str, Tensor]:
+def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> Losses:
     """Loss and parts of a validation batch; out of memory halves the micro-batches, as in training."""
     while True:
         try:
             step = make_step(run, stage, batch, train=False)
-            return accumulate(step, weighted_terms(stage, task, step), lambda loss: None)
+            return compute_losses(stage, task, step, lambda loss: None)
         except (RuntimeError, MemoryError) as error:
             cause = devices.out_of_memory_cause(error)
         shrink(run, stage, cause, "the same validation batch again", run.progress.step)

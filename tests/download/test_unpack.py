@@ -1,5 +1,6 @@
 """Unpacking: all there under the right names, or nothing; nothing ever outside its folder; the user's files stay."""
 
+import errno
 import io
 import os
 import random
@@ -248,6 +249,24 @@ def test_killed_in_mid_unpacking_then_run_again(tmp_path: Path) -> None:
     assert written == [(name, 2_000, zlib.crc32(data)) for name, data in files.items()]
     again = {name for name, time in times.items() if (tmp_path / "out" / name).stat().st_mtime_ns != time}
     assert again == {"folder1/file0099.bin"}
+
+
+def test_a_disk_that_fills_up_is_not_taken_for_a_broken_archive(tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is whole by then is kept."""
+    def full(path: Path, mode: str = "r", **more: Any) -> Any:
+        if path.name == "z" and mode == "wb":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return open_file(path, mode, **more)
+
+    open_file = Path.open
+    monkeypatch.setattr(Path, "open", full)
+    with refused(tmp_path, "archive"):
+        run(tmp_path, packing.zip_of(FILES), "zip")
+    assert tree(tmp_path / "staging") == {name: data for name, data in FILES.items() if name != "z"}
+    monkeypatch.undo()
+    run(tmp_path, packing.zip_of(FILES), "zip")
+    assert tree(tmp_path / "out") == FILES
 
 
 @pytest.mark.parametrize("kind", KINDS)

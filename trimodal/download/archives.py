@@ -9,6 +9,7 @@ import io
 import itertools
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -67,6 +68,17 @@ class Archive:
             bar.add(member.size)
 
 
+@contextlib.contextmanager
+def _parsing(*errors: type[Exception]) -> Iterator[None]:
+    """Turn what libraries raise for headers without sense, and `errors`, into an ArchiveError."""
+    damage: tuple[type[Exception], ...] = (ArithmeticError, LookupError, TypeError, ValueError, struct.error, *errors)
+    try:
+        yield
+    except damage as error:
+        raise ArchiveError(f"is broken ({type(error).__name__}: {' '.join(str(error).split())})") from None
+
+
+@_parsing()
 def open_archive(parts: Sequence[Part], kind: str, rows: Rows | None, stack: contextlib.ExitStack) -> Archive:
     """The archive whose bytes are those of all `parts`; `stack` closes it. `rows` says how a table holds files."""
     if kind == "parquet":
@@ -154,9 +166,10 @@ class _Tar(Archive):
         self._archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:*"))
 
     def members(self) -> Iterator[Member]:
-        for info in self._archive:
-            if not info.isdir():
-                yield Member(info.name, info.size, None, info.isreg(), partial(self._contents, info))
+        with _parsing():
+            for info in self._archive:
+                if not info.isdir():
+                    yield Member(info.name, info.size, None, info.isreg(), partial(self._contents, info))
         assert self._archive.fileobj
         while self._archive.fileobj.read(CHUNK_BYTES):
             pass  # the checksum of what is compressed stands at its end
@@ -193,18 +206,20 @@ class _Table(Archive):
     def members(self) -> Iterator[Member]:
         names: set[str] = set()
         batches = self._table.iter_batches(ROWS_AT_ONCE, columns=list(self._rows.columns), use_threads=False)
-        for row in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
-            name, data = self._rows.file_of(row)
-            if name not in names:
-                names.add(name)
-                yield Member(name, len(data), open=partial(io.BytesIO, data))
+        with _parsing():
+            for row in itertools.chain.from_iterable(batch.to_pylist() for batch in batches):
+                name, data = self._rows.file_of(row)
+                if name not in names:
+                    names.add(name)
+                    yield Member(name, len(data), open=partial(io.BytesIO, data))
 
 
 class _SevenZip(Archive):
     def __init__(self, file: Path | IO[bytes], stack: contextlib.ExitStack) -> None:
         import py7zr
 
-        with _py7zr_errors():
+        self._error = py7zr.exceptions.ArchiveError
+        with _parsing(self._error):
             self._archive = stack.enter_context(py7zr.SevenZipFile(file))
             if self._archive.needs_password():
                 raise ArchiveError("is encrypted")
@@ -221,20 +236,10 @@ class _SevenZip(Archive):
         files = list(accepted)
         shutil.rmtree(folder)
         folder.mkdir()
-        with _py7zr_errors():
+        with _parsing(self._error):
             self._archive.extract(folder, [member.name for _, member in files], callback=_callback(bar))
         for _, member in files:
             yield Written(member.name, member.size, member.crc32)
-
-
-@contextlib.contextmanager
-def _py7zr_errors() -> Iterator[None]:
-    from py7zr import exceptions
-
-    try:
-        yield
-    except exceptions.ArchiveError as error:
-        raise ArchiveError(f"cannot be unpacked ({type(error).__name__})") from None
 
 
 def _callback(bar: Bar) -> Any:

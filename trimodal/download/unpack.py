@@ -27,8 +27,7 @@ from trimodal.sets.sources import Item, Rows, Source
 
 STAGING = ".unpacking"
 # What the decoders raise for damage; they also raise an OSError, without a number.
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ArithmeticError, LookupError,
-           TypeError, ValueError, RuntimeError)
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
 Rules = tuple[tuple[str, str], ...]  # what is taken out, and where it goes: see `destination`
 
@@ -56,7 +55,7 @@ def extract(parts: Sequence[Part], kind: str, staging: Path, contents: Contents,
 
     Raises:
         ArchiveError: the archive is broken or unsafe; nothing is left in `staging`.
-        UserError: too little disk is free, or a package is missing.
+        UserError: too little disk is free; what is whole in `staging` stays.
     """
     with _errors(parts[0].name, staging), contextlib.ExitStack() as stack:
         staging.mkdir(parents=True, exist_ok=True)
@@ -148,8 +147,6 @@ def _errors(name: str, staging: Path) -> Iterator[None]:
     try:
         yield
         return
-    except UserError:
-        raise
     except ArchiveError as error:
         problem = f"{name} {error}"
     except (*_BROKEN, OSError) as error:

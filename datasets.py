@@ -10,6 +10,7 @@ This file has the name of a library that it does not use: never add that one to 
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 from collections import Counter
@@ -32,7 +33,7 @@ from trimodal.data.store import Store, open_store
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
 from trimodal.errors import UserError
-from trimodal.sets.readers import READERS, listed, read_split
+from trimodal.sets import SETS, listed, read_splits
 
 __all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample", "Split", "epoch_batches", "load_data",
            "loader", "pool"]
@@ -48,7 +49,7 @@ class Data:
     tokenizer: Tokenizer
     concepts: tuple[str, ...]
     speakers: tuple[str, ...]
-    listed: dict[str, dict[str, int]] = field(default_factory=dict)  # of sets that are never whole, see readers.listed
+    listed: dict[str, dict[str, int]] = field(default_factory=dict)  # of sets that are never whole, see sets.listed
 
     @property
     def tables(self) -> dict[str, SampleTable]:
@@ -71,7 +72,7 @@ class Data:
         return sorted({name for table in self.tables.values() for name in table.sources.names})
 
     def licences(self) -> dict[str, str]:
-        return {name: READERS[name].licence for name in self.names()}
+        return {name: SETS[name].licence for name in self.names()}
 
     def available(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Of each split of a set that is never whole: its samples, how many there would be, and the SHA-256 of their
@@ -129,7 +130,10 @@ def read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]
     parts: dict[str, list[SampleTable]] = {name: [] for name in splits}
     for source in config.data.datasets:
         wanted = set(splits) | ({"train", "val"} if {"train", "val"} & set(splits) else set())
-        tables = {split: SampleTable.pack(read_split(source, split, config)) for split in SPLITS if split in wanted}
+        asked = [split for split in SPLITS if split in wanted]
+        by_split = itertools.groupby(read_splits(source, asked, config), key=lambda sample: sample.split)
+        tables = {split: SampleTable.pack([]) for split in asked} | {
+            split: SampleTable.pack(samples) for split, samples in by_split}
         if not len(tables.get("val", ())) and len(tables.get("train", ())):
             tables["train"], tables["val"] = carve_val(tables["train"])
         for split in splits:
@@ -149,6 +153,7 @@ def _prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts:
     normalised = [normalise_caption(text) for text in captions]
     concept_ids, concept_offsets = concepts_of(table, concepts)
     set_hash, place = _seeds(table)
+    english = {name for name, data_set in SETS.items() if data_set.english}
     numbers = {name: number for number, name in enumerate(speakers)}
     by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
     return Split(
@@ -156,7 +161,7 @@ def _prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts:
         token_ids=token_ids, token_offsets=token_offsets,
         caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
         concept_ids=concept_ids, concept_offsets=concept_offsets,
-        may_flip=may_mirror(table) if config.data.flip else np.zeros(len(table), bool),
+        may_flip=may_mirror(table, english) if config.data.flip else np.zeros(len(table), bool),
         speakers=by_code[table.speakers.codes],
         image_ids=image_ids(table), audio_ids=audio_ids(table),
     )

@@ -17,16 +17,17 @@ from urllib.parse import urlsplit
 from trimodal.arguments import Parser, environment_needed, folder_name
 from trimodal.files import check_writable
 from trimodal.redaction import redact
-from trimodal.sets.annotations import SPLITS
-from trimodal.sets.sources import ALL, MIRRORS, NEEDS_NOTHING, SOURCES, Source
 
-with environment_needed("requests", "tqdm"):
+with environment_needed("requests", "tqdm", "numpy"):
+    from trimodal.data.samples import SPLITS
     from trimodal.download import overview
     from trimodal.download import verify as verify_module
     from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
     from trimodal.download.http import Policy
     from trimodal.download.selection import Options
     from trimodal.errors import UserError
+    from trimodal.sets import ALL, NEEDS_NOTHING, SOURCES
+    from trimodal.sets.base import MIRRORS, Source
 
 EXAMPLES = """examples:
   python download_datasets.py --datasets stamps

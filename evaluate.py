@@ -19,8 +19,9 @@ from trimodal.openmp import bound_waiting
 from trimodal.redaction import command_line, redact
 
 with environment_needed():
-    from trimodal.config import DATASETS, Config, config_from_dict
+    from trimodal.config import Config, config_from_dict
     from trimodal.errors import UserError
+    from trimodal.sets import SETS, check_settings
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -30,7 +31,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "report.language=en")
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pt, or any other checkpoint")
     parser.add_argument("--datasets", nargs="+", metavar="SET",
-                        help=f"any of {', '.join(DATASETS)} (default: those of the training)")
+                        help=f"any of {', '.join(SETS)} (default: those of the training)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default test")
     parser.add_argument("--data-root", type=folder_name, metavar="DIR", default="./data",
                         help="folder of the data sets (default ./data)")
@@ -60,7 +61,7 @@ def configuration(options: argparse.Namespace, saved: dict[str, Any]) -> Config:
     flags = [f"paths.data_root={json.dumps(options.data_root)}", f"paths.output_dir={json.dumps(options.output_dir)}"]
     if options.datasets:
         flags.append(f"data.datasets={json.dumps(options.datasets)}")
-    return config_from_dict(saved, flags + options.overrides)
+    return check_settings(config_from_dict(saved, flags + options.overrides))
 
 
 def evaluate(options: argparse.Namespace) -> Path:

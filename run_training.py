@@ -70,6 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def configuration(options: argparse.Namespace) -> "Config":
     """config.yaml, then flags, then `section.key=value`, each winning over the one before."""
     from trimodal.config import load_config
+    from trimodal.sets import check_settings
 
     given = {name: value for name in TEXTS | NUMBERS if (value := getattr(options, name)) is not None}
     flags = [f"{key}={json.dumps(given[name])}" for name, key in TEXTS.items() if name in given]
@@ -77,7 +78,8 @@ def configuration(options: argparse.Namespace) -> "Config":
     words = options.datasets or []  # argparse gives it the overrides that follow it, too
     if names := [word for word in words if "=" not in word]:
         flags.append(f"data.datasets={json.dumps(names)}")
-    return load_config(options.config, flags + [word for word in words if "=" in word] + options.overrides)
+    overrides = flags + [word for word in words if "=" in word] + options.overrides
+    return check_settings(load_config(options.config, overrides))
 
 
 def _literal(value: str) -> str:

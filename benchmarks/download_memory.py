@@ -83,9 +83,9 @@ def unpacking_of(kind: str, make: Callable[[Path], None]) -> Callable[[Path], Ca
         def work() -> None:
             from trimodal.download import unpack
             from trimodal.sets import inventory
-            from trimodal.sets.sources import AUDIOCAPS_ROWS
+            from trimodal.sets.audiocaps import ROWS
 
-            contents = unpack.Contents(max_files=10**7, max_bytes=10**12, rows=AUDIOCAPS_ROWS)
+            contents = unpack.Contents(max_files=10**7, max_bytes=10**12, rows=ROWS)
             with inventory.Listing(folder / "lists/x", {}) as listing:
                 for file in unpack.extract([path], kind, folder / "staging", contents):
                     listing.add(*file)

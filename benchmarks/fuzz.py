@@ -50,7 +50,8 @@ from trimodal.data import cache
 from trimodal.data.images import MAX_PIXELS
 from trimodal.data.samples import SPLITS, BrokenSample, SampleTable
 from trimodal.errors import CheckpointError, UserError
-from trimodal.sets.manifest import MAX_CAPTION_CHARS, MAX_SECONDS, read_manifest
+from trimodal.sets.manifest import MAX_SECONDS, read_manifest
+from trimodal.sets.reading import MAX_CAPTION_CHARS
 
 COLUMNS = ("inputs", "accepted", "refused", "hangs", "crashes", "bad values")
 FAILURES = COLUMNS[3:]

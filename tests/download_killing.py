@@ -24,8 +24,8 @@ from tests.loopback import Loopback
 from trimodal.download.acquire import ARCHIVES
 from trimodal.download.http import Policy
 from trimodal.download.unpack import STAGING
-from trimodal.sets import inventory
-from trimodal.sets.sources import ALL, SOURCES, Source
+from trimodal.sets import ALL, SOURCES, inventory
+from trimodal.sets.base import Source
 
 DONE = (0, 3)  # all there, and all there but for clips that are gone
 NOISE_FILES, NOISE_BYTES = 250, 6_000  # of each large archive, so that unpacking takes a while

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tests import packing, trees
 from trimodal.download.unpack import destination, safe_name
-from trimodal.sets.sources import SOURCES, Count, Item, Source
+from trimodal.sets import SOURCES
+from trimodal.sets.base import Count, Item, Source
 
 Members = Mapping[str, bytes]
 

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from tests.project import ROOT
-from trimodal.config import DATASETS, SIZES, Config, config_from_dict, load_config
+from trimodal.config import SIZES, Config, config_from_dict, load_config
 from trimodal.errors import ConfigError
+from trimodal.sets import SETS
 
 CHINESE, ENGLISH = ROOT / "README.md", ROOT / "README_en.md"
 READMES = pytest.mark.parametrize("readme", [CHINESE, ENGLISH], ids=lambda path: path.name)
@@ -243,7 +244,7 @@ def _value_problems(flag: str, value: str) -> list[str]:
             load_config(None, [value])
         except ConfigError:
             return [f"no setting {value}"]
-    allowed = {"--datasets": {*DATASETS, "all"}, "--model-size": SIZES, "--config": project_files()}.get(flag)
+    allowed = {"--datasets": {*SETS, "all"}, "--model-size": SIZES, "--config": project_files()}.get(flag)
     foreign = allowed is None or placeholder or (flag == "--config" and not value.startswith("recipes/"))
     return [] if foreign or value in (allowed or ()) else [f"{flag} takes no {value}"]
 

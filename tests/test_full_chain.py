@@ -18,7 +18,7 @@ from tests import miniature
 from tests.loopback import Loopback
 from tests.small_runs import records
 from trimodal.download.http import Policy
-from trimodal.sets.sources import ALL, SOURCES
+from trimodal.sets import ALL, SOURCES
 
 SETTINGS: dict[str, Any] = {
     "data": {"datasets": list(ALL), "audio_max_s": 0.5, "workers": 0},

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from tests.project import ROOT, module_name, product_files
 
 WITHOUT_TORCH = ("trimodal.config", "trimodal.errors", "trimodal.arguments", "trimodal.openmp", "trimodal.redaction",
-                 "trimodal.evaluation.report", "trimodal.sets.sources", "trimodal.download.http",
+                 "trimodal.evaluation.report", "trimodal.sets", "trimodal.download.http",
                  "trimodal.download.unpack", "trimodal.doctor",
                  "download_datasets", "run_training", "evaluate")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",

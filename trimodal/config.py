@@ -32,7 +32,6 @@ from trimodal.errors import ConfigError, similar
 MODALITIES = ("image", "text", "audio")
 OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker")
 OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of other samples
-DATASETS = ("coco", "clotho", "audiocaps", "voxceleb", "stamps", "synthetic", "manifest")
 
 SAMPLE_RATE_HZ = 16_000
 FRAME_RATE_HZ = 100  # one log-mel frame every 10 ms
@@ -240,8 +239,7 @@ DEFAULT_STAGES = (
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class DataConfig:
-    datasets: Annotated[tuple[Annotated[str, _one_of(DATASETS)], ...], NotEmpty, NotRepeated] = (
-        "coco", "clotho", "audiocaps")
+    datasets: Annotated[tuple[str, ...], NotEmpty, NotRepeated] = ("coco", "clotho", "audiocaps")  # see sets
     workers: CountOr0 | Auto = "auto"
     cache: StrictBool = True
     cache_dir: FolderOrFile | None = None
@@ -260,12 +258,6 @@ class DataConfig:
     stamps_symbols: StrictBool = True
     synthetic_images: Annotated[Int, Field(ge=128, le=1800)] = 1800
     synthetic_sounds: Annotated[Int, Field(ge=128, le=384)] = 384
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if "manifest" in self.datasets and not self.manifest:
-            raise ValueError("manifest: the set 'manifest' needs the path of your JSONL or CSV file here")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

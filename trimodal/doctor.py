@@ -323,9 +323,9 @@ def _captions(data: "Data", config: Config) -> Iterator[Finding]:
 
 
 def _how_to_mend(name: str, config: Config) -> str:
-    from trimodal.sets.readers import READERS, download_command
+    from trimodal.sets import SETS, download_command
 
-    return download_command(name, config) if READERS[name].downloadable else "mend or remove them"
+    return download_command(name, config) if SETS[name].source else "mend or remove them"
 
 
 def check_files(case: Case) -> Iterator[Finding]:

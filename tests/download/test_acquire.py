@@ -17,8 +17,8 @@ from trimodal.download.acquire import Acquisition, Outcome
 from trimodal.download.http import Policy
 from trimodal.download.selection import Options, peak_bytes
 from trimodal.files import locked
-from trimodal.sets import inventory
-from trimodal.sets.sources import SOURCES, Count, File, Item, Source
+from trimodal.sets import SOURCES, inventory
+from trimodal.sets.base import Count, File, Item, Source
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 

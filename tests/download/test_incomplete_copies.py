@@ -27,7 +27,7 @@ from tests.download.test_known_trees import (
 from tests.loopback import Loopback
 from tests.refusals import assert_names
 from trimodal.sets import inventory
-from trimodal.sets.sources import Source
+from trimodal.sets.base import Source
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ import pytest
 import download_datasets
 from tests import miniature, trees
 from tests.loopback import Loopback
+from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
 from trimodal.download.http import Policy
-from trimodal.sets import inventory, readers
-from trimodal.sets.sources import SOURCES, Source
+from trimodal.sets import SOURCES, inventory
+from trimodal.sets.base import Source
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 
@@ -176,7 +177,7 @@ def state_of(folder: Path) -> dict[str, bytes | str]:
 def samples(root: Path, name: str) -> dict[str, list[tuple[object, ...]]]:
     config = config_from_dict({"paths": {"data_root": str(root)}})
     return {split: sorted((s.key, s.captions, s.labels, s.speaker, bool(s.image), bool(s.audio))
-                          for s in readers.read_split(name, split, config)) for split in ("train", "val", "test")}
+                          for s in all_sets.read_split(name, split, config)) for split in ("train", "val", "test")}
 
 
 class Run:

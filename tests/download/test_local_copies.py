@@ -10,10 +10,11 @@ import pytest
 from tests import trees
 from tests.refusals import refused
 from trimodal.download import local_copies
+from trimodal.sets import SOURCES
 
 
 def link_voxceleb(local: Path, folder: Path, earlier: Sequence[Path] = ()) -> dict[str, int]:
-    copies = local_copies.find_voxceleb(local)
+    copies = local_copies.find(SOURCES["voxceleb"], [], local)
     local_copies.link(copies, folder, earlier)
     return dict(copies.numbers)
 
@@ -21,7 +22,7 @@ def link_voxceleb(local: Path, folder: Path, earlier: Sequence[Path] = ()) -> di
 def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
     paths = [(split, path) for version in ("dataset", "dataset2.0") for split in ("train", "val", "test")
              if (path := lists / version / f"{split}.csv").is_file()]
-    copies = local_copies.find_audiocaps(local, paths)
+    copies = local_copies.find(SOURCES["audiocaps"], [], local, paths)
     local_copies.link(copies, folder)
     return dict(copies.numbers)
 

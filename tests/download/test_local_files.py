@@ -12,7 +12,7 @@ from tests import miniature, trees
 from tests.data.test_cache import FORK
 from tests.download.test_acquire import options, run
 from trimodal.download.selection import Options
-from trimodal.sets.sources import Source
+from trimodal.sets.base import Source
 
 LIST = "clotho_captions_development.csv"
 

@@ -22,8 +22,8 @@ from tests.test_download import QUICK, rows
 from tests.test_download import run as download
 from trimodal.download.http import CHUNK_BYTES
 from trimodal.files import is_set_aside
-from trimodal.sets import inventory
-from trimodal.sets.sources import SOURCES, Source
+from trimodal.sets import SOURCES, inventory
+from trimodal.sets.base import Source
 
 MAKERS: dict[str, Callable[[Path], tuple[Source, dict[str, bytes]]]] = {
     "coco": miniature.coco, "clotho": miniature.clotho,

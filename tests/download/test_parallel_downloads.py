@@ -16,11 +16,12 @@ from tests import miniature, packing
 from tests.download.test_acquire import options, run, serve, server
 from tests.loopback import Loopback
 from tests.refusals import assert_names
+from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
 from trimodal.download import unpack
 from trimodal.download.acquire import Acquisition
-from trimodal.sets import inventory, readers
-from trimodal.sets.sources import SOURCES, File, Item, Source
+from trimodal.sets import SOURCES, inventory
+from trimodal.sets.base import File, Item, Source
 
 __all__ = ["server"]  # a fixture
 
@@ -102,7 +103,7 @@ def test_a_bound_of_bytes_makes_a_usable_part(server: Loopback, tmp_path: Path) 
     assert_names(outcome.detail, "--max-gb", "train2017.zip")
     assert run(source, options(tmp_path, server, max_gb=0.0001, skip_existing=True)).state == "skipped"
     config = config_from_dict({"paths": {"data_root": str(tmp_path / "data")}})
-    assert [len(list(readers.read_split("coco", split, config))) for split in ("train", "val", "test")] == [6, 1, 1]
+    assert [len(list(all_sets.read_split("coco", split, config))) for split in ("train", "val", "test")] == [6, 1, 1]
     assert run(source, options(tmp_path, server, skip_existing=True)).state == "done"
 
 

@@ -14,11 +14,13 @@ from datasets import load_data
 from tests import miniature, trees
 from tests.loopback import Loopback
 from tests.project import ROOT
+from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
 from trimodal.download import readiness
 from trimodal.download.http import Policy
-from trimodal.sets import readers
-from trimodal.sets.sources import SOURCES, Source
+from trimodal.sets import SOURCES
+from trimodal.sets.base import Source
+from trimodal.sets.lists import training_files
 from trimodal.training.stage import active_tasks
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
@@ -127,38 +129,39 @@ def test_pictures_count_as_the_reader_takes_them(tmp_path: Path) -> None:
     """By Karpathy's list, whose sides lie in both folders; without it by that of train2017."""
     root = trees.coco(tmp_path)
     config = config_from_dict({"paths": {"data_root": str(tmp_path)}})
-    read = {Path(sample.image).name for sample in readers.read_split("coco", "train", config)}
-    assert set(readiness.training_samples("coco", root)) == read and len(read) >= readiness.ENOUGH
+    read = {Path(sample.image).name for sample in all_sets.read_split("coco", "train", config)}
+    assert set(training_files(SOURCES["coco"], root) or ()) == read and len(read) >= readiness.ENOUGH
     for path in (root / "train2017").iterdir():
         path.unlink()
     (root / "annotations/dataset_coco.json").unlink()
-    assert not readiness.trainable("coco", root)
+    assert not readiness.trainable(SOURCES["coco"], root)
 
 
 def test_speakers_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
     root = trees.voxceleb(tmp_path, vox2=False)
     for listed in (True, False):
-        names = list(readiness.training_samples("voxceleb", root))
+        names = list(training_files(SOURCES["voxceleb"], root) or ())
         assert {name.split("/")[0] for name in names} == {"id10001", "id10002"} and len(names) == (3 if listed else 9)
         (root / "voxceleb1/iden_split.txt").unlink(missing_ok=True)
     wav = root / "voxceleb1/wav"
     (wav / "id10001").rename(wav / "id10271")
     (wav / "id10002").rename(wav / "id10272")
-    assert not readiness.trainable("voxceleb", root)
+    assert not readiness.trainable(SOURCES["voxceleb"], root)
 
 
 def test_every_set_is_known() -> None:
-    assert readiness.SETS == SOURCES.keys()
-    assert all((ROOT / recipe).is_file() for recipe in readiness.RECIPES.values())
+    assert all(source.training_files or source.lists for source in SOURCES.values())
+    assert all((ROOT / source.recipe).is_file() for source in SOURCES.values() if source.recipe)
 
 
 def test_a_new_set_ends_with_the_command_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One that has a row in the table of sources, and none here yet."""
+    """One of which no list is known."""
     source, served = miniature.shrink("coco", {"val2017.zip": {"val2017/1.txt": b"a file"}}, tmp_path)
+    new = replace(source, name="new", required=(), lists=None, training_files=None)
     with Loopback() as server:
         server.files |= {f"/{name}": data for name, data in served.items()}
         words = ["--datasets", "new", "--data-root", str(tmp_path / "data"), "--base-url", f"new={server.url()}"]
         for more in [], ["--skip-existing"], ["--verify"]:
-            assert download_datasets.main([*words, *more], table={"new": replace(source, name="new")},
+            assert download_datasets.main([*words, *more], table={"new": new},
                                           policy=QUICK) == 0
             assert next_words(capsys.readouterr().out)[:4] == ["python", "run_training.py", "--datasets", "new"]

@@ -10,14 +10,14 @@ import pytest
 from tests import miniature, trees
 from tests.loopback import Loopback
 from tests.refusals import refused
+from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
-from trimodal.download import sampling
 from trimodal.download.acquire import Acquisition
 from trimodal.download.http import Policy, TransferError, Wanted
 from trimodal.download.remote import BLOCK_BYTES, NoRange, RemoteFile
 from trimodal.download.selection import Options
-from trimodal.sets import inventory, readers
-from trimodal.sets.sources import SOURCES, Source
+from trimodal.sets import SOURCES, inventory
+from trimodal.sets.base import Source
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 DATA = random.Random(3).randbytes(3 * BLOCK_BYTES + 1000)
@@ -98,7 +98,7 @@ def test_a_file_that_changes_under_way_is_an_error(server: Loopback) -> None:
 
 def counts(folder: Path, name: str) -> dict[str, int]:
     config = config_from_dict({"paths": {"data_root": str(folder / "data")}})
-    return {split: len(list(readers.read_split(name, split, config))) for split in ("train", "val", "test")}
+    return {split: len(list(all_sets.read_split(name, split, config))) for split in ("train", "val", "test")}
 
 
 def test_a_sample_of_coco_has_pictures_of_each_side_and_can_be_trained_on(server: Loopback, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_sample_of_voxceleb_has_several_recordings_of_a_speaker(server: Loopba
     got = [path.parts[-3] for path in (tmp_path / "data/voxceleb/voxceleb1/wav").rglob("*.wav")]
     assert len(got) == 6 and len(set(got)) == 2
     many = [f"wav/id{speaker}/v/{i:03d}.wav" for speaker in range(5) for i in range(30)]
-    chosen = sampling.chooser("voxceleb", source.items[-1], tmp_path, 25)(many)
+    chosen = source.choose(source.items[-1], tmp_path, 25)(many)
     assert len(chosen) == 25 and len({name.split("/")[1] for name in chosen}) == 3
 
 
@@ -167,6 +167,6 @@ def test_a_sample_of_audiocaps_stops_at_enough_clips(server: Loopback, tmp_path:
 
 
 def test_lists_are_never_sampled() -> None:
-    whole = [item.name for source in SOURCES.values() for item in source.items if not sampling.is_sampled(item)]
+    whole = [item.name for source in SOURCES.values() for item in source.items if not item.is_sampled]
     assert {"annotations_trainval2017.zip", "caption_datasets.zip", "dataset/train.csv", "iden_split.txt"} <= set(whole)
     assert not {"train2017.zip", "clotho_audio_development.7z", "vox1_dev_wav.zip"} & set(whole)

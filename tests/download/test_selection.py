@@ -9,7 +9,8 @@ import pytest
 from download_datasets import asked_for, parse
 from trimodal.download.http import Policy
 from trimodal.download.selection import Options, Selection, fetch_bytes
-from trimodal.sets.sources import SOURCES, Item
+from trimodal.sets import SOURCES
+from trimodal.sets.base import Item
 
 
 def select(name: str, **settings: Any) -> Selection:

@@ -27,10 +27,11 @@ from tests.refusals import refused
 from trimodal.download import unpack
 from trimodal.download.archives import ArchiveError, JoinedFile, Written
 from trimodal.download.unpack import Contents, Rules, destination, safe_name
-from trimodal.sets.sources import AUDIOCAPS_ROWS, SOURCES
+from trimodal.sets import SOURCES
+from trimodal.sets.audiocaps import ROWS
 
 FILES = {" leading blank.wav": b"one", "sub/naïve 水.txt": b"two" * 999, "sub/deep/x..WAV.wav": b"", "z": bytes(70_000)}
-ENOUGH = Contents(max_files=1000, max_bytes=10_000_000, rows=AUDIOCAPS_ROWS)
+ENOUGH = Contents(max_files=1000, max_bytes=10_000_000, rows=ROWS)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from trimodal.download.selection import Options
 from trimodal.download.verify import parts, problem_of, verify
 from trimodal.files import locked
 from trimodal.sets import inventory
-from trimodal.sets.sources import Source
+from trimodal.sets.base import Source
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 

@@ -17,11 +17,12 @@ import download_datasets
 from tests import miniature, trees
 from tests.loopback import Loopback
 from tests.refusals import assert_told
+from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
 from trimodal.download import youtube as youtube_module
 from trimodal.download.http import Policy
-from trimodal.sets import inventory, readers
-from trimodal.sets.sources import SOURCES, Source
+from trimodal.sets import SOURCES, inventory
+from trimodal.sets.base import Source
 
 QUICK = Policy(failures=1, failures_to_connect=0, sleep=lambda seconds: None)
 SAID = {
@@ -214,7 +215,7 @@ def test_a_split_alone_is_a_part_on_purpose(youtube: YouTube, server: Loopback, 
     """Training takes it as it is: the reader of another split finds none of its clips, and says so without an error."""
     run(tmp_path, server, "--splits", "train")
     config = config_from_dict({"paths": {"data_root": str(tmp_path / "data")}})
-    assert {split: len(list(readers.read_split("audiocaps", split, config))) for split in VIDEOS} == {
+    assert {split: len(list(all_sets.read_split("audiocaps", split, config))) for split in VIDEOS} == {
         "train": 8, "val": 0, "test": 0}
     run(tmp_path, server)
     assert not inventory.read_marker(tmp_path / "data/audiocaps")["limited"]

@@ -7,6 +7,7 @@ import pytest
 
 from tests.refusals import assert_names, refused
 from trimodal.evaluation import trials
+from trimodal.sets.voxceleb import TRIALS
 
 KEYS = ["vox1/id1/a/1", "vox1/id1/b/1", "vox1/id2/a/1", "vox1/id2/b/1"]
 NAMES = np.array(["id1", "id1", "id2", "id2"])
@@ -15,7 +16,7 @@ OTHERS = np.arange(4)  # ids of four files
 
 def listed(root: Path, *lines: str) -> tuple[list[list[int]], str]:
     (root / "veri_test2.txt").write_text("\n".join(lines))
-    pairs_T2, about = trials.listed_trials(KEYS, NAMES, OTHERS, root)
+    pairs_T2, about = trials.listed_trials(KEYS, NAMES, OTHERS, root, TRIALS)
     return pairs_T2.tolist(), about
 
 

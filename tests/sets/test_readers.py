@@ -12,11 +12,12 @@ import pytest
 
 from tests import trees
 from tests.refusals import assert_names, refused
-from trimodal.config import DATASETS, Config, load_config
+from trimodal.config import Config, load_config
 from trimodal.data.audio import decode_audio, log_mel
 from trimodal.data.images import BrokenImage, decode_image
 from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption
-from trimodal.sets.readers import READERS, download_command, draw_splits, read_split
+from trimodal.sets import download_command, read_split
+from trimodal.sets.reading import draw_splits
 
 
 def setting(root: Path, **data: object) -> Config:
@@ -39,12 +40,6 @@ def only_record(caplog: pytest.LogCaptureFixture) -> str:
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------
-
-
-def test_there_is_a_reader_for_each_set_that_the_configuration_knows() -> None:
-    assert READERS.keys() == set(DATASETS)
-    for reader in READERS.values():
-        assert reader.splits and reader.licence and "\n" not in reader.splits + reader.licence
 
 
 @pytest.mark.parametrize("write", [trees.coco, trees.clotho, trees.audiocaps, trees.voxceleb, trees.stamps])

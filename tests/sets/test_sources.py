@@ -6,8 +6,8 @@ from pathlib import PurePosixPath
 import pytest
 
 from trimodal.download.unpack import safe_name
-from trimodal.sets import sources
-from trimodal.sets.sources import SOURCES, File, Item, Source
+from trimodal.sets import ALL, NEEDS_NOTHING, SOURCES
+from trimodal.sets.base import HF_HOST, MIRRORS, File, Item, Source
 
 # No digest of these is published; they are told by counts, CRCs, or the digest that their server announces.
 UNPINNED = re.compile(r"dataset2\.0/train\.csv|iden_split\.txt|vox2_(test|dev)_mp4.*|.*\.parquet")
@@ -39,10 +39,10 @@ def test_no_digest_stands_twice() -> None:
 def test_addresses_are_encrypted_or_pinned(file: File) -> None:
     assert file.urls
     for mirror, url in file.urls:
-        assert mirror in sources.MIRRORS and mirror not in ("auto", "hf-mirror")
+        assert mirror in MIRRORS and mirror not in ("auto", "hf-mirror")
         plain = url.startswith("http://images.cocodataset.org/") and (file.md5 or file.sha256)
         assert url.startswith(("https://", "apt:")) or plain
-        assert (mirror == "hf") == url.startswith(sources.HF_HOST)
+        assert (mirror == "hf") == url.startswith(HF_HOST)
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=lambda source: source.name)
@@ -61,8 +61,8 @@ def test_items_have_names_and_places_of_their_own(source: Source) -> None:
 
 
 def test_all_means_the_four_sets() -> None:
-    assert sources.ALL == ("coco", "clotho", "audiocaps", "voxceleb")
-    assert set(SOURCES) == {*sources.ALL, "stamps"} and set(sources.NEEDS_NOTHING) == {"synthetic", "manifest"}
+    assert ALL == ("coco", "clotho", "audiocaps", "voxceleb")
+    assert set(SOURCES) == {*ALL, "stamps"} and set(NEEDS_NOTHING) == {"synthetic", "manifest"}
 
 
 def test_defaults_select_what_training_reads() -> None:

@@ -1,6 +1,6 @@
 """Which pictures may be mirrored in training: those of which everything that is said stays true.
 
-    may_mirror(table)     # bool [n]
+    may_mirror(table, english_sets)     # bool [n]
 
 All captions have to be English: only there is it known which words mirroring makes false. A caption counts as English
 by its words, which needs no model of languages; where that is not certain, the picture is not mirrored.
@@ -9,13 +9,13 @@ by its words, which needs no model of languages; where that is not certain, the 
 import functools
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from trimodal.data.samples import SampleTable
 
-ENGLISH_SETS = frozenset({"coco", "clotho", "audiocaps", "stamps", "synthetic"})  # others may be in any language
 LOOKED_AT, FOREIGN_SHARE = 200, 0.2  # captions of such a set, for there are translations under the same names; and how
 # many of them may hold a word of another language
 
@@ -49,7 +49,7 @@ def _words() -> dict[str, frozenset[str]]:
     return {name: frozenset(words) for name, words in lists.items()}
 
 
-def may_mirror(table: SampleTable) -> np.ndarray:
+def may_mirror(table: SampleTable, english_sets: Collection[str]) -> np.ndarray:
     """bool [n]: the sample has a picture, all its captions are English and stay true in a mirror, and so do its labels.
 
     A sample without captions is judged by its labels alone: true where none of them names a side.
@@ -57,7 +57,7 @@ def may_mirror(table: SampleTable) -> np.ndarray:
     allowed = table.has_image
     rows = np.flatnonzero(allowed & table.has_text)
     english = {name for code, name in enumerate(table.sources.names)
-               if name in ENGLISH_SETS and not _is_translated(table, rows[table.sources.codes[rows] == code])}
+               if name in english_sets and not _is_translated(table, rows[table.sources.codes[rows] == code])}
     for row in rows.tolist():
         known = table.sources[row] in english
         allowed[row] = all(stays_true(text, known_english=known) for text in table.captions_of(row))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trimodal.download import http, local_copies, notes, pipeline, readiness, sampling, unpack, youtube
+from trimodal.download import http, local_copies, notes, pipeline, readiness, unpack, youtube
 from trimodal.download.archives import ArchiveError, Part
 from trimodal.download.debian import fetch_by_apt
 from trimodal.download.holdings import LICENCE, Holdings
@@ -29,8 +29,9 @@ from trimodal.download.selection import Options, Selection, as_published, fetch_
 from trimodal.errors import UserError
 from trimodal.files import check_writable, locked, remove_left, replacing
 from trimodal.redaction import redact
-from trimodal.sets import annotations, inventory
-from trimodal.sets.sources import File, Item, Source
+from trimodal.sets import inventory
+from trimodal.sets.base import File, Item, Source
+from trimodal.sets.lists import other_rows
 
 PACKAGES = {"parquet": "pyarrow", "7z": "py7zr"}  # what the standard library cannot unpack
 ARCHIVES, LOCK = "archives", ".download"
@@ -110,10 +111,10 @@ class Acquisition:
         """The cheap look: the marker, that no file of the lists is missing, and no clip is left to try."""
         if not self.holdings.marker.get("complete") or self.holdings.todo(sizes=False):
             return False
-        return not (self._asks_youtube() and youtube.any_left(self.folder, self.options))
+        return not (self._asks_youtube() and youtube.any_left(self.source, self.folder, self.options))
 
     def _asks_youtube(self) -> bool:
-        return self.options.sounds == "youtube" and self.source.name == "audiocaps"
+        return self.options.sounds == "youtube" and self.source.clips is not None
 
     def _needs_key(self) -> bool:
         """Whether a server that wants a key is the only way to something that is missing."""
@@ -139,7 +140,7 @@ class Acquisition:
         unpack.check_free(self.folder, needed, "archives and contents")
         (self._obtain_one if alternatives else self._obtain_all)(todo)
         if self._asks_youtube():
-            self.may_come = youtube.fetch_clips(self.folder, self.options, self.policy)
+            self.may_come = youtube.fetch_clips(self.source, self.folder, self.options, self.policy)
         self._finish_set()
 
     def _finish_set(self) -> None:
@@ -162,7 +163,7 @@ class Acquisition:
     def _more_without_limits(self) -> bool:
         everything = self.selection.unlimited()
         return (bool(Holdings(everything, self.holdings.marker).todo(sizes=False))
-                or (self._asks_youtube() and youtube.any_left(self.folder, everything.options)))
+                or (self._asks_youtube() and youtube.any_left(self.source, self.folder, everything.options)))
 
     def _part_with_archives(self, item: Item, fetched: Sequence[Fetched] = ()) -> None:
         """Remove the archives of an item that came by this command, or with --keep-archives give them to the user."""
@@ -212,7 +213,7 @@ class Acquisition:
         return self.holdings.linked(item, self.holdings.offered) or (bool(self.local) and self.own.has(item))
 
     def _look_in_own_folder(self, fetch_lists: bool = False) -> None:
-        """Sounds of AudioCaps that somebody put into the set's folder count as if --local named it; see LocalFiles."""
+        """Sounds that somebody put into the set's folder count as if --local named it; see LocalFiles."""
         if self.local or self._asks_youtube() or not self.holdings.has_sounds_by_hand(youtube.LEDGER):
             return
         if not self.own.use_folder(self.folder) and fetch_lists:
@@ -225,7 +226,7 @@ class Acquisition:
     def _link(self) -> None:
         """Link the user's copy, where the set has a layout of files or folders to link."""
         assert self.local
-        if self.source.name == "audiocaps" and self.local.is_dir():
+        if self.source.clips and self.local.is_dir():
             self._obtain_lists()
         copies = self.own.copies(self.selection.items, self.folder)
         kept = local_copies.link(copies, self.folder, self.holdings.earlier_copies(self.local))
@@ -241,15 +242,16 @@ class Acquisition:
             left_out = f" ({copies.left_out[0]})" if copies.left_out else ""
             raise UserError(f"--local {self.local}: holds neither files nor archives of {self.source.title} under the "
                             f"names that they have there{left_out}")
-        if any(place.startswith("voxceleb2/") for place in numbers):
-            self._obtain([item for item in self.source.items if item.name == "vox2_meta.csv"
-                          and not self.holdings.present(item, True)])
+        self._obtain([item for item in self.source.items if item.with_links_to
+                      and any(place.startswith(f"{item.with_links_to}/") for place in numbers)
+                      and not self.holdings.present(item, True)])
 
     def _obtain_lists(self) -> None:
-        """The lists of AudioCaps, without which no sound has a caption: the user's, or from the server."""
+        """The lists that name clips, without which no sound has a caption: the user's, or from the server."""
         wanted = [item for item in self.selection.items if item.kind == "plain"]
         self._obtain([item for item in wanted if not self.holdings.present(item, True)])
-        by_version = [[item.into for item in wanted if item.subset == subset] for subset in ("v1", "v2")]
+        versions = dict.fromkeys(item.subset for item in wanted)
+        by_version = [[item.into for item in wanted if item.subset == version] for version in versions]
         absent = [[place for place in places if not (self.folder / place).is_file()] for places in by_version]
         if all(absent):
             raise UserError(f"--local {self.local}: the published lists of captions are neither there nor to be had "
@@ -328,7 +330,7 @@ class Acquisition:
 
     def _obtain_all(self, items: list[Item]) -> None:
         """All items, or a sample of those that can be taken in part, after the lists that choose it."""
-        sampled = [item for item in items if self.options.sample and sampling.is_sampled(item)]
+        sampled = [item for item in items if self.options.sample and item.is_sampled]
         self._obtain([item for item in items if item not in sampled])
         for item in sampled:
             if self.holdings.present(item, False):
@@ -374,7 +376,7 @@ class Acquisition:
         if item.kind != "plain":
             parts = [file.path if isinstance(file, Fetched) else file for file in fetched]
             record = self._unpack(item, parts, record)
-        elif note := annotations.other_rows(here[0].path, 0 if here[0].checked else item.files[0].lines):
+        elif note := other_rows(here[0].path, 0 if here[0].checked else item.files[0].lines):
             self.say(f"note: {item.name} {note}")
         self.holdings.items[item.name] = record
         inventory.write_marker(self.folder, self.holdings.marker)
@@ -385,12 +387,12 @@ class Acquisition:
 
     def _unpack(self, item: Item, parts: Sequence[Part], record: dict[str, Any]) -> dict[str, Any]:
         choose, archive = None, "".join(record["sha256"])[:16]
-        if self.options.sample and sampling.is_sampled(item):
+        if self.options.sample and item.is_sampled:
             number = self.options.sample
             record["sample"], archive = number, f"{archive}-{number}"
             if item.kind == "parquet":
                 number -= inventory.count(self.folder / item.into, "")
-            choose = sampling.chooser(self.source.name, item, self.folder, number)
+            choose = self.source.choose(item, self.folder, number)
         published = sum(count.number for count in item.counts)
         contents = unpack.Contents(
             max_files=2 * published + 10_000 if published else 2_000_000, max_bytes=3 * item.unpacked + 1_000_000_000,

@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from trimodal.download.progress import Bar
 from trimodal.download.remote import ByteSource, RemoteFile
-from trimodal.sets.sources import Rows
+from trimodal.sets.base import Rows
 
 CHUNK_BYTES = 1 << 18
 ROWS_AT_ONCE = 16  # of a table; so many are decoded and held at a time

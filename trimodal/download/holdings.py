@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trimodal.data.samples import SPLITS
 from trimodal.download import http, local_copies
 from trimodal.download.http import Mismatch, Wanted
 from trimodal.download.selection import Selection, as_published
 from trimodal.errors import UserError
 from trimodal.files import replacing, sha256_of
-from trimodal.sets import annotations, inventory
-from trimodal.sets.sources import Item
+from trimodal.sets import inventory, lists
+from trimodal.sets.base import Count, Item
 
 LICENCE = "LICENCE.txt"
 
@@ -123,13 +124,13 @@ class Holdings:
             is_first = next(other for other in self.selection.items if other.into == item.into) is item
             files = [*inventory.tree(self.folder / item.into)] if is_first else []
         else:
-            files = [file for count in item.counts for place in count.places for file in self._files_of(item, *place)]
+            files = [file for count in item.counts for place in count.places for file in self._files_of(count, *place)]
             listed = {place for place, _ in files}
             files += [(place, inventory.size_of(self.folder / place)) for place in item.needed if place not in listed]
         return len(files), sum(size for _, size in files)
 
     def further_links(self) -> list[str]:
-        """Folders that are linked, or hold links, of what was not asked for: VoxCeleb 2 beside 1."""
+        """Folders that are linked, or hold links, of what was not asked for."""
         known = {place for item in self.selection.items for count in item.counts for place, _ in count.places}
         known |= {place for item in self.selection.items for place in (item.into, *item.needed)}
         return [place for place in self.marker.get("linked", {}) if place not in known
@@ -161,7 +162,7 @@ class Holdings:
         return [path for path in itertools.chain(places, inside) if path.is_symlink() and not path.exists()]
 
     def has_sounds_by_hand(self, ledger: str) -> bool:
-        """Whether sounds lie in the folder of AudioCaps that did not come by this command: no shard ever did, no
+        """Whether sounds lie in the set's folder that did not come by this command: no shard ever did, no
         `ledger` of clips is there, and nothing is linked."""
         shards = [item.name for item in self.selection.source.items if item.kind == "parquet"]
         if not shards or self.marker.get("linked") or (self.folder / ledger).exists() or any(
@@ -199,7 +200,7 @@ class Holdings:
             return []  # it came by this command, and is unpacked in part
         files: list[tuple[str, int]] = []
         for count in item.counts:
-            found = max((self._files_of(item, *place) for place in count.places), key=len)
+            found = max((self._files_of(count, *place) for place in count.places), key=len)
             if not item.needed and len(found) < count.number:
                 return []
             files += found
@@ -208,14 +209,10 @@ class Holdings:
         right = all(size for _, size in files) and 2 * sum(size for _, size in files) >= item.unpacked
         return files if right else []
 
-    def _files_of(self, item: Item, folder: str, suffix: str) -> list[tuple[str, int]]:
-        """(place, bytes) of the item's files in one folder. Two archives of VoxCeleb 1 share one, told by speaker."""
-        files = [(f"{folder}/{name}", size) for name, size in inventory.tree(self.folder / folder, suffix)]
-        if folder != "voxceleb1/wav":
-            return files
-        is_test = "test" in item.splits
-        return [(place, size) for place, size in files
-                if (Path(place).parts[2] in annotations.VOX1_TEST_SPEAKERS) == is_test]
+    def _files_of(self, count: Count, folder: str, suffix: str) -> list[tuple[str, int]]:
+        """(place, bytes) of the files that are counted in one folder; two archives may share one."""
+        return [(f"{folder}/{name}", size) for name, size in inventory.tree(self.folder / folder, suffix)
+                if count.holds is None or count.holds(name)]
 
     def write_licence(self) -> bool:
         """Write LICENCE.txt, and its digest into the marker; false where one is there that is not ours, which stays."""
@@ -231,15 +228,15 @@ class Holdings:
         self.marker["licence_sha256"] = digest
         return True
 
-    def coverage(self) -> list[annotations.Coverage]:
+    def coverage(self) -> list[lists.Coverage]:
         """Files that the lists name; only those asked for, and not of samples, which fall short on purpose."""
         selection = self.selection
-        if selection.source.name != "audiocaps" and (selection.left_out or selection.options.sample):
+        if not selection.source.partly and (selection.left_out or selection.options.sample):
             return []
-        return list(annotations.coverage(selection.source.name, self.folder,
-                                         selection.options.splits or annotations.SPLITS))
+        return list(lists.coverage(selection.source, self.folder,
+                                         selection.options.splits or SPLITS))
 
-    def counts(self, covered: list[annotations.Coverage]) -> list[tuple[str, int, int]]:
+    def counts(self, covered: list[lists.Coverage]) -> list[tuple[str, int, int]]:
         """(place, files found, files published or listed) of the items that are there, and of what may fall short."""
         expected: dict[tuple[tuple[str, str], ...], int] = {}
         held = [item for item in self.selection.items if item.name in self.items or self.linked(item)]
@@ -248,7 +245,7 @@ class Holdings:
         rows = [self._counted(places, number) for places, number in expected.items()]
         further = [(place, inventory.count(self.folder / place, "")) for place in self.further_links()]
         rows += [(place, found, found) for place, found in further]
-        splits = self.selection.options.splits or annotations.SPLITS
+        splits = self.selection.options.splits or SPLITS
         partly = {count.folder: count.number for count in self.selection.source.partly if count.folder in splits}
         first = {row.place: row for row in reversed(covered) if row.place in partly}  # later versions name further ones
         rows += [(row.place if first.get(row.place) is row else

@@ -10,7 +10,7 @@ from trimodal.download import http, local_copies
 from trimodal.download.http import Mismatch
 from trimodal.download.selection import as_published
 from trimodal.errors import UserError
-from trimodal.sets.sources import File, Item, Source
+from trimodal.sets.base import Copies, File, Item, Source
 
 
 class LocalFiles:
@@ -72,25 +72,25 @@ class LocalFiles:
         self.passed_over = [] if copies.numbers else [*copies.left_out]  # else `copies` tells of them
         return self.by_hand
 
-    def copies(self, items: Sequence[Item], folder: Path) -> local_copies.Copies:
+    def copies(self, items: Sequence[Item], folder: Path) -> Copies:
         """What of the `items` can be linked into the set's `folder`."""
         if not self.local or not self.local.is_dir():
-            return local_copies.Copies(numbers={}, left_out=tuple(self.passed_over))
-        lists = self.lists(folder) if self.source.name == "audiocaps" else []
-        if self.source.name == "audiocaps" and not lists and local_copies.has_sounds(self.local):
-            return local_copies.Copies(numbers={}, left_out=(
+            return Copies(left_out=tuple(self.passed_over))
+        lists = self.lists(folder) if self.source.clips else []
+        if self.source.clips and not lists and local_copies.has_sounds(self.local):
+            return Copies(left_out=(
                 f"sounds in {self.local}: the lists of captions tell which clips they are; a download fetches those "
                 "first, and counts the clips that are here then",))
         copies = local_copies.find(self.source, items, self.local, lists)
         return self._mostly(copies, folder) if self.by_hand else copies
 
-    def _mostly(self, copies: local_copies.Copies, folder: Path) -> local_copies.Copies:
+    def _mostly(self, copies: Copies, folder: Path) -> Copies:
         """No link is made in a folder behind a link of the user's: training finds the sounds in it as they are."""
         found = local_copies.mostly(copies, self.source.partly, self.local)
         return replace(found, links=tuple(link for link in found.links if not (folder / link[1]).parent.is_symlink()))
 
     def lists(self, folder: Path) -> list[tuple[str, Path]]:
-        """(split, path) of AudioCaps' lists: those in the set's `folder`, else the user's; earlier versions first."""
+        """(split, path) of the set's lists: those in the set's `folder`, else the user's; earlier versions first."""
         plain = [item for item in self.items if item.kind == "plain"]
         paths = [(item, folder / item.into if (folder / item.into).is_file() else self.file(item, item.files[0]))
                  for item in plain]

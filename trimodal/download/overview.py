@@ -9,7 +9,8 @@ from trimodal.download.acquire import Acquisition
 from trimodal.download.selection import Options, fetch_bytes
 from trimodal.files import nearest_existing
 from trimodal.redaction import redact
-from trimodal.sets.sources import NEEDS_NOTHING, Item, Source
+from trimodal.sets import NEEDS_NOTHING
+from trimodal.sets.base import Item, Source
 
 
 def status(name: str, table: Mapping[str, Source], options: Options) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from trimodal.download.http import Policy, Wanted
 from trimodal.redaction import command_line
-from trimodal.sets.sources import GB, HF_HOST, File, Item, Source
+from trimodal.sets.base import GB, HF_HOST, File, Item, Source
 
 HF_MIRROR = "https://hf-mirror.com"
 
@@ -25,7 +25,7 @@ class Options:
     max_gb: float = 0.0  # to fetch of each set, 0 for no bound
     sample: int = 0  # files of each archive, 0 for all
     jobs: int = 0  # transfers at a time, 0 for what the source's servers bear
-    sounds: str = "mirror"  # of AudioCaps: or "youtube"
+    sounds: str = "mirror"  # or "youtube", of sets with clips from there
     cookies: Path | None = None  # for YouTube
     keep_archives: bool = False
     skip_existing: bool = False
@@ -115,8 +115,8 @@ class Selection:
         for flag, value in {"--max-gb": f"{options.max_gb:g}", "--sample": str(options.sample),
                             "--jobs": str(options.jobs)}.items():
             words += [flag, value] if value != "0" else []
-        words += ["--sounds", options.sounds] if options.sounds != "mirror" and name == "audiocaps" else []
-        words += ["--cookies", str(options.cookies)] if options.cookies and name == "audiocaps" else []
+        words += ["--sounds", options.sounds] if options.sounds != "mirror" and self.source.clips else []
+        words += ["--cookies", str(options.cookies)] if options.cookies and self.source.clips else []
         flags = {"--keep-archives": options.keep_archives, "--skip-existing": options.skip_existing,
                  "--insecure-tls": options.insecure_tls}
         return command_line([*words, *(flag for flag, given in flags.items() if given)])

@@ -23,7 +23,7 @@ from trimodal.download.archives import Archive, ArchiveError, Member, Part, Writ
 from trimodal.download.progress import Progress
 from trimodal.errors import UserError
 from trimodal.files import bytes_below, settle
-from trimodal.sets.sources import Item, Rows, Source
+from trimodal.sets.base import Item, Rows, Source
 
 STAGING = ".unpacking"
 # What the decoders raise for damage; they also raise an OSError, without a number.

@@ -14,7 +14,7 @@ from trimodal.download.acquire import ARCHIVES, DONE, FAILED, IN_PART, Acquisiti
 from trimodal.download.http import Mismatch, Wanted
 from trimodal.download.selection import as_published, fetch_bytes
 from trimodal.sets import inventory
-from trimodal.sets.sources import File, Item
+from trimodal.sets.base import File, Item
 
 FIRST_FRAME_TELLS = (*media.VIDEO_SUFFIXES, ".m4a")  # of what there may be a million
 HAD = ("there", "in --local")  # states of what need not be fetched

@@ -1,4 +1,4 @@
-"""Clips of AudioCaps from YouTube, by yt-dlp, with a ledger of all that were tried: a rerun tries only what may come.
+"""Clips from YouTube, by yt-dlp, with a ledger of all that were tried: a rerun tries only what may come.
 
 The ledger, youtube.csv in the set's folder, has a row a try: clip, status, detail, when. The last row of a clip counts.
 Videos that were removed or are private are never tried again; those bound to an age or a country only with cookies.
@@ -24,7 +24,7 @@ from trimodal.download.selection import Options
 from trimodal.errors import UserError
 from trimodal.files import keep_beside, replacing, settle
 from trimodal.media import WITH_SOUND
-from trimodal.sets import annotations
+from trimodal.sets.base import Source
 
 LEDGER, STAGING = "youtube.csv", ".clips"
 COLUMNS = ("clip", "status", "detail", "when")
@@ -45,7 +45,7 @@ _REASONS = tuple((status, re.compile(pattern, re.IGNORECASE)) for status, patter
 ))
 
 
-def fetch_clips(folder: Path, options: Options, policy: Policy) -> int:
+def fetch_clips(source: Source, folder: Path, options: Options, policy: Policy) -> int:
     """Get what is missing in `folder`/SPLIT/YOUTUBEID_START.flac; returns how many may still come in a later run.
 
     Raises:
@@ -56,13 +56,13 @@ def fetch_clips(folder: Path, options: Options, policy: Policy) -> int:
     ledger = read_ledger(folder / LEDGER)
     if not _is_ledger(folder / LEDGER):
         kept = keep_beside(folder / LEDGER)
-        policy.progress.say(f"audiocaps: {folder / LEDGER} held other rows than those of this command; all of it is "
-                            f"kept as {kept}")
+        policy.progress.say(f"{source.name}: {folder / LEDGER} held other rows than those of this command; all of "
+                            f"it is kept as {kept}")
     with replacing(folder / LEDGER, "w") as file:  # one row a clip again
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows((clip, *row) for clip, row in ledger.items())
-    todo = list(_todo(folder, options, ledger))
+    todo = list(_todo(source, folder, options, ledger))
     _clear_staging(folder)
     try:
         return _fetch_all(tool, folder, todo, options, policy)
@@ -118,19 +118,21 @@ def status_of(said: str) -> str:
     return next((status for status, pattern in _REASONS if pattern.search(said)), "failed")
 
 
-def any_left(folder: Path, options: Options) -> bool:
+def any_left(source: Source, folder: Path, options: Options) -> bool:
     """Whether a clip that is asked for is not there and may come, because it was never tried, or may fare better."""
-    return next(_todo(folder, options, read_ledger(folder / LEDGER)), None) is not None
+    return next(_todo(source, folder, options, read_ledger(folder / LEDGER)), None) is not None
 
 
-def _todo(folder: Path, options: Options, ledger: Mapping[str, tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
+def _todo(source: Source, folder: Path, options: Options,
+          ledger: Mapping[str, tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
     """(split, clip) of what is not there and may come, test and val first, as they are small."""
+    assert source.clips
     closed = GONE if options.cookies else (*GONE, *BOUND)
     for split in ("test", "val", "train"):
         if options.splits and split not in options.splits:
             continue
         there = {path.stem for path in (folder / split).glob("[!.]*") if path.suffix in WITH_SOUND}
-        open_clips = [clip for clip in annotations.clips(folder, split)
+        open_clips = [clip for clip in source.clips(folder, split)
                       if clip not in there and ledger.get(clip, ("",))[0] not in closed]
         most = max(0, options.sample - len(there)) if options.sample else None
         yield from ((split, clip) for clip in open_clips[:most])
@@ -154,7 +156,7 @@ def _fetch_all(tool: list[str], folder: Path, todo: list[tuple[str, str]], optio
             in_a_row = Counter({status: in_a_row[status] + 1})
             bar.add(1)
             _give_up(status, in_a_row[status], policy)
-    policy.progress.say("audiocaps: from YouTube: " + (", ".join(f"{status} {n:,}" for status, n in counts.items())
+    policy.progress.say("from YouTube: " + (", ".join(f"{status} {n:,}" for status, n in counts.items())
                                                        or "nothing left to try") + f"; all of it in {folder / LEDGER}")
     return sum(n for status, n in counts.items() if status not in ("ok", *GONE, *BOUND))
 

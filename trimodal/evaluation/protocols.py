@@ -36,9 +36,9 @@ from trimodal.errors import UserError
 from trimodal.evaluation import metrics, trials
 from trimodal.evaluation.metrics import Figure
 from trimodal.memory import devices
+from trimodal.sets import SETS
 
 ALL = "all"
-WITHOUT_SYMBOLS = "stamps_without_symbols"
 SAMPLING_SEED = 0  # of the parts of a split that are used; never the training seed, so that runs compare
 PER_CAPTION = "_per_caption"  # ends the names of retrieval figures as papers count them
 
@@ -292,7 +292,7 @@ def score(encoded: Encoded, data: Data, config: Config) -> Figures:
     figures: Figures = {}
     for name, members in _sets(data, encoded.split):
         pairs = {"image-text": _retrieval(encoded, data, ("image", "text"), members, options)}
-        if name != WITHOUT_SYMBOLS:
+        if name == ALL or name in SETS:
             pairs["audio-text"] = _retrieval(encoded, data, ("audio", "text"), members, options)
             pairs["image-audio"] = _retrieval(encoded, data, ("image", "audio"), members, options)
             for modality in ("image", "audio"):
@@ -329,13 +329,13 @@ def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:
     for code, name in enumerate(names):
         members = table.sources.codes == code
         yield name, members
-        if name == "stamps":
-            symbols = np.array([label == "symbols" for label in table.labels.names], bool)[table.labels.codes]
+        for further, left_out in SETS[name].without_label.items():
+            symbols = np.array([label == left_out for label in table.labels.names], bool)[table.labels.codes]
             owners = np.repeat(np.arange(len(table)), np.diff(table.label_offsets))
             plain = members.copy()
             plain[owners[symbols]] = False
             if plain.sum() < members.sum():
-                yield WITHOUT_SYMBOLS, plain
+                yield further, plain
 
 
 @dataclass(frozen=True)
@@ -429,9 +429,10 @@ def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
         return {}
     source = table.sources[items.rows_N[places[0]]]
     ids = items.ids_N[places]
-    if source == "voxceleb" and encoded.split == "test":
+    published = SETS[source].trials
+    if published and encoded.split == "test":
         keys = [table.keys[row] for row in items.rows_N[places]]
-        pairs_T2, about = trials.listed_trials(keys, names, ids, Path(config.paths.data_root) / "voxceleb")
+        pairs_T2, about = trials.listed_trials(keys, names, ids, Path(config.paths.data_root) / source, published)
     else:
         pairs_T2, about = trials.own_trials(names, ids, "no trial list")
     encoded.facts[source]["trials"] = about

@@ -1,25 +1,21 @@
 """Speaker trials: which pairs of utterances are compared, from a published list or drawn from what is there.
 
-    pairs_T2, about = listed_trials(keys, names, audio_ids, Path("data/voxceleb"))    # places in keys; words on them
+    pairs_T2, about = listed_trials(keys, names, audio_ids, folder, SETS[name].trials)  # places in keys; words on them
 
 Shape suffix: T trials.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from trimodal.errors import UserError
+from trimodal.sets.base import Trials
 
 SAMPLING_SEED = 0  # never the training seed, so that runs compare
 SPEAKER_UTTERANCES = 300  # of at most UTTERANCES_EACH a speaker, where there is no trial list: up to 44,850 pairs
 UTTERANCES_EACH = 10
-TRIAL_FOLDERS = ("voxceleb1", ".", "voxceleb2", "meta", "metadata", "voxceleb1/meta", "voxceleb1/metadata")
-TRIAL_LISTS = (  # cleaned Vox1-O first; the figures of papers are on either. The others are of all speakers
-    "veri_test2.txt", "veri_test.txt", "voxceleb1_test_v2.txt", "list_test_all2.txt", "list_test_all.txt",
-    "list_test_hard2.txt", "list_test_hard.txt")
 
 
 def read_trials(path: Path) -> list[tuple[bool, str, str]]:
@@ -40,9 +36,10 @@ def read_trials(path: Path) -> list[tuple[bool, str, str]]:
     return trials
 
 
-def listed_trials(keys: Sequence[str], names: np.ndarray, ids: np.ndarray, root: Path) -> tuple[np.ndarray, str]:
-    """Pairs of places in `keys` from the first list below `root` that has any of the utterances, and which list it is;
-    `own_trials` where there is none.
+def listed_trials(keys: Sequence[str], names: np.ndarray, ids: np.ndarray, root: Path,
+                  published: Trials) -> tuple[np.ndarray, str]:
+    """Pairs of places in `keys` from the first published list below `root` that has any of the utterances, and which
+    list it is; `own_trials` where there is none.
 
     Args:
         keys: of the utterances. names: of their speakers. ids: equal for equal files and stretches.
@@ -52,13 +49,13 @@ def listed_trials(keys: Sequence[str], names: np.ndarray, ids: np.ndarray, root:
     """
     place = {key: n for n, key in enumerate(keys)}
     empty = []
-    for path in (root / folder / name for name in TRIAL_LISTS for folder in TRIAL_FOLDERS):
+    for path in (root / name for name in published.lists):
         if not path.is_file():
             continue
         trials, name = read_trials(path), path.relative_to(root).as_posix()
         pairs = []
         for same, one, other in trials:
-            first, second = place.get(_key_of_trial(one)), place.get(_key_of_trial(other))
+            first, second = place.get(published.key(one)), place.get(published.key(other))
             if first is not None and second is not None:
                 if same != (names[first] == names[second]):
                     raise UserError(f"{path}: says {int(same)} of {one} and {other}, which are of {names[first]} and "
@@ -85,8 +82,3 @@ def own_trials(names: np.ndarray, ids: np.ndarray, why: str) -> tuple[np.ndarray
     first, second = np.triu_indices(len(drawn), k=1)
     return np.stack([drawn[first], drawn[second]], axis=1), (
         f"{why}: all {len(first)} pairs of {len(drawn)} utterances drawn by seed {SAMPLING_SEED}")
-
-
-def _key_of_trial(file: str) -> str:
-    """Key of the sample that a list calls SPEAKER/VIDEO/UTTERANCE.wav."""
-    return f"vox1/{os.path.splitext(file)[0]}"

@@ -1,0 +1,76 @@
+"""Every data set that there is: `SETS`, found in the modules of this folder, and what the program asks of all of them.
+
+    for sample in read_split("clotho", "train", config): ...
+
+Adding a set: one module here, with a `SET` as `base` describes it.
+"""
+
+import difflib
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from trimodal.config import Config
+from trimodal.data.samples import SPLITS, Sample
+from trimodal.errors import ConfigError, UserError
+from trimodal.sets.base import DataSet, Source
+from trimodal.sets.reading import download_command, missing
+
+_MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+SETS: dict[str, DataSet] = {found.name: found for found in sorted(
+    (module.SET for module in _MODULES if hasattr(module, "SET")), key=lambda found: found.order)}
+SOURCES: dict[str, Source] = {name: found.source for name, found in SETS.items() if found.source}
+NEEDS_NOTHING = {name: found.note for name, found in SETS.items() if not found.source}
+ALL = tuple(name for name, source in SOURCES.items() if source.in_all)  # what `--datasets all` means
+
+__all__ = ["ALL", "NEEDS_NOTHING", "SETS", "SOURCES", "check_settings", "download_command", "listed", "read_split",
+           "read_splits"]
+
+
+def check_settings(config: Config) -> Config:
+    """`config` again; raises ConfigError where a set is unknown, or a setting of one does not fit."""
+    unknown = [_unknown(name) for name in config.data.datasets if name not in SETS]
+    found = unknown + [problem for data_set in SETS.values() if data_set.problems
+                       for problem in data_set.problems(config.data)]
+    if found:
+        raise ConfigError("; ".join(found))
+    return config
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, SETS, n=1)
+    return f"data.datasets: {name!r} is unknown; " + (
+        f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SETS)}")
+
+
+def read_splits(name: str, splits: Sequence[str], config: Config) -> Iterator[Sample]:
+    """The samples of some splits ("train", "val", "test") of the set `name`, one split after the other; lists that
+    several splits need are read once. A set may have no samples of a split.
+
+    Raises:
+        UserError: unknown set or split, or missing data, with the command that gets it. Raised by the call itself.
+    """
+    if name not in SETS:
+        raise UserError(_unknown(name))
+    for split in splits:
+        if split not in SPLITS:
+            raise UserError(f"split {split!r} is unknown; known: {', '.join(SPLITS)}")
+    root = Path(config.paths.data_root).absolute() / name
+    if SETS[name].source and not root.is_dir():
+        raise missing(root, config)
+    samples = iter(SETS[name].read(root, splits, config))
+    return itertools.chain(list(itertools.islice(samples, 1)), samples)  # the first one shows whether there are any
+
+
+def read_split(name: str, split: str, config: Config) -> Iterator[Sample]:
+    """As `read_splits`, of one split."""
+    return read_splits(name, (split,), config)
+
+
+def listed(config: Config) -> dict[str, dict[str, int]]:
+    """How many samples the lists name, by set and split, of those sets whose files are in part gone for ever."""
+    root = Path(config.paths.data_root).absolute()
+    return {name: {split: count(root / name, split, config) for split in SPLITS}
+            for name in config.data.datasets if (count := SETS[name].listed)}

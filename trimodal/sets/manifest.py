@@ -19,18 +19,21 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample, normalise_caption, stable_hash
+from trimodal.config import Config, DataConfig
+from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample, stable_hash
 from trimodal.data.splits import LEAST_VAL, Groups, two_of_each_kind
 from trimodal.errors import UserError
 from trimodal.sets import columns, written_lists
+from trimodal.sets.base import DataSet
 from trimodal.sets.columns import Columns
 from trimodal.sets.listed_files import File, Files
+from trimodal.sets.reading import worded_captions
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
@@ -38,7 +41,6 @@ SUFFIXES = (".jsonl", *DELIMITERS)
 MAX_BYTES = 2_000_000_000  # five million lines of 400
 MAX_LINES = 5_000_000  # of CSV rows too: about 1 KB of memory each while the file is checked
 MAX_LINE_CHARS = 1_000_000  # of a row; thousands of captions for one picture
-MAX_CAPTION_CHARS = 10_000  # the text encoder reads 64 words; of longer ones this would be all but lost
 MAX_SECONDS = 1e7  # four months: beyond any recording
 HELD_OUT = {"test": 0.1, "val": 0.1}  # shares where no line names a split; the rest is train
 NO_FILE = File("", -1)
@@ -48,7 +50,12 @@ _logged: set[tuple[Path, int, str]] = set()  # each split reads the list anew; i
 
 
 def read_manifest(path: Path, split: str, root: str | None = None, max_missing_pct: float = 0.0) -> Iterator[Sample]:
-    """The samples of one split. The whole file is checked first, whichever split is asked for. Its pictures and sounds
+    """The samples of one split, as `read_all`."""
+    return (sample for sample in read_all(path, root, max_missing_pct) if sample.split == split)
+
+
+def read_all(path: Path, root: str | None = None, max_missing_pct: float = 0.0) -> Iterator[Sample]:
+    """The samples of all splits, in the order of the lines, after the whole file is checked. Its pictures and sounds
     lie in the folder `root` (None: that of the manifest), links followed. What was understood otherwise than it is
     written, or is missing, is logged, a line each.
 
@@ -72,22 +79,7 @@ def read_manifest(path: Path, split: str, root: str | None = None, max_missing_p
     _name(samples, {row.key for row in rows})
     if not samples[0].split:
         _draw_splits(samples)
-    return (row.sample() for row in samples if row.split == split)
-
-
-def worded_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
-    """`texts` without outer blanks and without those that hold no word; equal ones stay, since papers count them.
-
-    Raises:
-        UserError: one of absurd length; begins with `where`.
-    """
-    found = []
-    for text in texts:
-        if len(text) > MAX_CAPTION_CHARS:
-            raise UserError(f"{where}: a text of {len(text):,} characters, over {MAX_CAPTION_CHARS:,}; shorten it")
-        if normalise_caption(text):
-            found.append(text.strip())
-    return tuple(found)
+    return (row.sample() for row in samples)
 
 
 @dataclass
@@ -474,3 +466,23 @@ def _roots(rows: list[_Row]) -> list[int]:
         for file in row.media():
             groups.join((first.setdefault(file.number, i), i))
     return [groups.root(i) for i in range(len(rows))]
+
+
+def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
+    settings = config.data
+    if not settings.manifest:
+        raise UserError(_NO_LIST)
+    found = list(read_all(Path(settings.manifest).absolute(), settings.manifest_root, settings.max_bad_pct))
+    for split in splits:
+        yield from (sample for sample in found if sample.split == split)
+
+
+def _problems(settings: DataConfig) -> list[str]:
+    return [_NO_LIST] if "manifest" in settings.datasets and not settings.manifest else []
+
+
+_NO_LIST = "data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here"
+SET = DataSet(
+    name="manifest", order=8, licence="the user's own files", read=_read, problems=_problems, english=False,
+    splits="as the manifest says, else 80, 10 and 10 % by id", reads_at_once=True,
+    note="your own files, listed in data.manifest; there is nothing to download")

@@ -6,10 +6,15 @@ word of a held-out caption was learnt, but never together.
     samples = read("test", images=1800, sounds=384)
 """
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
 import numpy as np
 
+from trimodal.config import Config
 from trimodal.data.generated import IMAGE_ATTRIBUTES, NUM_IMAGES, NUM_SOUNDS, SOUND_ATTRIBUTES, attributes
 from trimodal.data.samples import Sample
+from trimodal.sets.base import DataSet
 
 HELD_OUT = 64  # combinations for test, and as many others for validation
 _PREFIX = "synthetic:"
@@ -52,3 +57,14 @@ def _sample(kind: str, combination: int, split: str) -> Sample:
                       captions=image_captions(combination))
     return Sample(key=f"sound-{combination:03d}", source="synthetic", split=split, audio=path,
                   captions=sound_captions(combination))
+
+
+def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
+    for split in splits:
+        yield from read(split, config.data.synthetic_images, config.data.synthetic_sounds)
+
+
+SET = DataSet(
+    name="synthetic", order=7, licence="drawn by this program, free of rights", read=_read,
+    splits="64 combinations of attributes for test, 64 for val, the rest", reads_at_once=True,
+    note="drawn while training; there is nothing to download")

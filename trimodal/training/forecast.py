@@ -1,9 +1,8 @@
 """`run_training.py --plan`: the memory of each stage, foretold from the settings and what is known of the data.
 
 What a plan depends on beside the settings is found as a run finds it, by its own functions: how many words the
-tokenizer has, and, of sets whose list is all that has to be read (`LISTED`), the speakers and which tasks have samples.
-Of other sets nothing is read, as they may not be there yet: then each task is planned, and VoxCeleb has all of its
-speakers.
+tokenizer has, and, of sets that are read at once, the speakers and which tasks have samples. Of other sets
+nothing is read, as they may not be there yet: then each task is planned, with as many speakers as they have at most.
 """
 
 import dataclasses
@@ -20,12 +19,10 @@ from trimodal.data import tokenizer
 from trimodal.data.samples import SampleTable
 from trimodal.distributed import place_in_world
 from trimodal.memory import devices
+from trimodal.sets import SETS
 from trimodal.training import budget
 from trimodal.training.planner import Place, plan_stages, without_speaker
 from trimodal.training.stage import active_tasks
-
-VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound
-LISTED = {"manifest", "synthetic"}
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,10 @@ def foretell(config: Config) -> Forecast:
     Raises:
         UserError: as a run would: a list cannot be read, or a stage has nothing to train.
     """
-    listed = [name for name in config.data.datasets if name in LISTED]
+    listed = [name for name in config.data.datasets if SETS[name].reads_at_once]
     words = _with_words(config)
     lists = _read(config, listed)
-    speakers = len(lists.speakers) + (VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0)
+    speakers = len(lists.speakers) + sum(SETS[name].speakers for name in config.data.datasets)
     if len(listed) == len(config.data.datasets):
         return Forecast(words, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers)
     tasks = {row.name: row.tasks if speakers else without_speaker(row.tasks) for row in config.stages}

@@ -12,7 +12,7 @@ from trimodal.config import Config
 from trimodal.errors import CheckpointError, UserError
 from trimodal.memory.devices import choose_device
 from trimodal.redaction import HIDDEN, settings
-from trimodal.sets.readers import read_split
+from trimodal.sets import SETS, read_split
 from trimodal.training.run import Options, claim_folder
 from trimodal.training.tracking import read_records
 
@@ -28,8 +28,9 @@ def check_start(config: Config, options: Options) -> None:
         UserError: as training would.
     """
     choose_device(options.device)
-    if "manifest" in config.data.datasets:
-        read_split("manifest", "train", config)
+    for name in config.data.datasets:
+        if SETS[name].reads_at_once:
+            read_split(name, "train", config)
     claim = claim_folder(Path(config.paths.output_dir), options)
     find_state(config, options)
     if claim.lock:

@@ -1,0 +1,142 @@
+"""What the readers of several sets need: folders, rows of lists, captions, splits of our own, and missing files."""
+
+import csv
+import itertools
+import logging
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trimodal.config import Config
+from trimodal.data.samples import normalise_caption
+from trimodal.errors import UserError
+from trimodal.sets import inventory
+
+SPLIT_SEED = 2017  # of the splits that we draw ourselves; never the training seed, so that everybody has the same
+MAX_CAPTION_CHARS = 10_000  # the text encoder reads 64 words; of longer ones this would be all but lost
+
+_log = logging.getLogger(__name__)
+
+
+# ---- folders and lists -------------------------------------------------------------------------------------------
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """Of what is in the folder; none where there is no such folder."""
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
+
+
+def folders_in(folder: Path, unread: list[str] | None = None) -> list[Path]:
+    """The folders in a folder; where it cannot be read, none, and a sentence in `unread`, or an error without that."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if not inventory.is_hidden(entry.name) and entry.is_dir())
+    except OSError as error:
+        sentence = f"{folder}: cannot be read ({error.strerror})"
+        if unread is None:
+            raise UserError(sentence) from None
+        unread.append(sentence)
+        return []
+    return [folder / name for name in names]
+
+
+def rows(path: Path, columns: Sequence[str], *, encoding: str = "utf-8-sig",
+         delimiter: str = ",") -> Iterator[dict[str, str]]:
+    """Rows of a CSV file as dicts. Blanks around the names of columns are dropped, never those around values.
+
+    Raises:
+        UserError: a column is missing, or the file is damaged.
+    """
+    with path.open(encoding=encoding, newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        try:
+            header = [column.strip() for column in next(reader, [])]
+            if absent := [column for column in columns if column not in header]:
+                raise UserError(f"{path}: no column {absent[0]!r} in its first line, {','.join(header)[:80]!r}")
+            for cells in reader:
+                if len(cells) >= len(header):
+                    yield dict(zip(header, cells, strict=False))
+                elif cells:
+                    raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}, line {reader.line_num}: damaged ({error}); rename it and download the set again"
+                            ) from None
+
+
+def worded_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
+    """`texts` without outer blanks and without those that hold no word; equal ones stay, since papers count them.
+
+    Raises:
+        UserError: one of absurd length; begins with `where`.
+    """
+    found = []
+    for text in texts:
+        if len(text) > MAX_CAPTION_CHARS:
+            raise UserError(f"{where}: a text of {len(text):,} characters, over {MAX_CAPTION_CHARS:,}; shorten it")
+        if normalise_caption(text):
+            found.append(text.strip())
+    return tuple(found)
+
+
+# ---- splits ------------------------------------------------------------------------------------------------------
+
+
+def draw_splits(units: Iterable[str], test: int, val: int) -> dict[str, str]:
+    """Unit -> split, for `test` and `val` units drawn from the distinct `units`, the rest train.
+
+    A shuffle of the sorted units by NumPy's `RandomState`, whose stream is frozen: the same on every machine, for ever.
+    """
+    ordered = sorted(set(units))
+    shuffled = [ordered[i] for i in np.random.RandomState(SPLIT_SEED).permutation(len(ordered))]
+    sides = ["test"] * test + ["val"] * val
+    return dict(itertools.zip_longest(shuffled, sides[: len(shuffled)], fillvalue="train"))
+
+
+# ---- what is not there -------------------------------------------------------------------------------------------
+
+
+def download_command(name: str, config: Config) -> str:
+    return f"python download_datasets.py --datasets {name} --data-root {shlex.quote(config.paths.data_root)}"
+
+
+def missing(path: Path, config: Config) -> UserError:
+    """The error for a file or folder of a set that is not there."""
+    name = path.relative_to(Path(config.paths.data_root).absolute()).parts[0]
+    return UserError(f"{path}: not there; get it with: {download_command(name, config)}")
+
+
+def existing(path: Path, config: Config) -> Path:
+    """`path`; raises `missing` where there is no such file."""
+    if not path.is_file():
+        raise missing(path, config)
+    return path
+
+
+def is_partial(root: Path) -> bool:
+    """Whether the user fetched a part of the set on purpose: any number of its files may be absent then."""
+    return bool(inventory.read_marker(root).get("limited"))
+
+
+def report_absent(root: Path, split: str, found: int, absent: Sequence[str], config: Config, *,
+                  never_whole: bool = False) -> None:
+    """Log how many files of a list are not there, and the first.
+
+    Raises:
+        UserError: all are absent, or more than `data.max_bad_pct` allows, unless the set is `never_whole` or partial.
+    """
+    if not absent:
+        return
+    name, total = root.name, found + len(absent)
+    limit_pct = 100.0 if never_whole else config.data.max_bad_pct
+    count = (f"{name} {split}: {len(absent)} of the {total} files in its list are not there (the first: "
+             f"{', '.join(absent[:3])})")
+    if not is_partial(root) and (not found or 100 * len(absent) > limit_pct * total):
+        raise UserError(f"{count}; get them with: {download_command(name, config)}"
+                        + (f" (or raise data.max_bad_pct, {limit_pct:g})" if found else ""))
+    _log.warning("%s and are left out", count)

@@ -1,0 +1,104 @@
+"""Tux Paint stamps: drawings and photographs with captions, sound effects and spoken captions; the set of the demo."""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from trimodal.config import Config
+from trimodal.data.samples import Sample, normalise_caption
+from trimodal.errors import UserError
+from trimodal.sets import inventory
+from trimodal.sets.base import Count, DataSet, File, Item, Source
+from trimodal.sets.reading import MAX_CAPTION_CHARS, download_command, draw_splits, worded_captions
+
+VERSION = "2022.06.04"
+PACKAGE = f"tuxpaint-stamps-default_{VERSION}-1_all.deb"
+TARBALL = f"tuxpaint-stamps-{VERSION}.tar.gz"
+SYMBOLS = "symbols"  # the folder of letters, digits and signs, the easy part of the set
+HELD_OUT = {"test": 0.2, "val": 0.1}  # shares of the distinct captions
+
+ITEMS = (
+    Item(name=PACKAGE, kind="deb", into="", subset="stamps", unpacked=220_000_000,
+         counts=tuple(Count(folder=".", suffix=suffix, number=number) for suffix, number in (
+             (".png", 796), (".svg", 248), (".ogg", 7_858), (".wav", 15), (".dat", 528))),
+         rules=(("usr/share/tuxpaint/stamps/", ""), ("usr/share/doc/tuxpaint-stamps-default/copyright", "COPYRIGHT")),
+         files=(File(name=PACKAGE, size=160_880_444,
+                     sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+                     urls=(("official", f"apt:tuxpaint-stamps-default={VERSION}-1"),)),)),
+    Item(name=TARBALL, kind="tar", into="", subset="stamps", unpacked=220_000_000,
+         rules=(("*/stamps/", ""), ("*/docs/COPYING.txt", "COPYRIGHT")),
+         files=(File(name=TARBALL, size=215_615_180,
+                     sha256="842065576fae554358e00e51d71a492616a6490b12b592228067477c287a0bf8",
+                     urls=(("official", "https://downloads.sourceforge.net/project/tuxpaint/tuxpaint-stamps/"
+                                        f"{VERSION.replace('.', '-')}/{TARBALL}"),)),)),
+)
+
+
+def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
+    """Stamps with an English caption (line 1 of X.txt) and a picture X.png, a sound effect X.ogg or X.wav, or both.
+    A few are drawn as X.svg alone, which nothing here renders: these give their sound.
+
+    The label is the top folder. Equal captions stand on one side: of the distinct captions of the whole set 20 % are
+    test and 10 % val, so leaving out symbols/ (`data.stamps_symbols: false`) moves no stamp to another side.
+    """
+    found = list(_stamps(root))
+    if not found:
+        raise UserError(f"{root}: holds no captioned stamp; get them with: {download_command('stamps', config)}")
+    units = {normalise_caption(stamp.captions[0]) for stamp in found}
+    sides = draw_splits(units, *(round(share * len(units)) for share in HELD_OUT.values()))
+    for split, stamp in itertools.product(splits, found):
+        if sides[normalise_caption(stamp.captions[0])] != split:
+            continue
+        if stamp.labels == (SYMBOLS,) and not config.data.stamps_symbols:
+            continue
+        audio = stamp.audio if stamp.audio and _audible(stamp.audio) else ""
+        if stamp.image or audio:
+            yield replace(stamp, split=split, audio=audio)
+
+
+def _stamps(root: Path) -> Iterator[Sample]:
+    for folder, names in inventory.walk(root):
+        there = set(names)
+
+        def first_of(stem: str, *suffixes: str, folder: str = folder, there: set[str] = there) -> str:
+            return next((os.path.join(folder, stem + suffix) for suffix in suffixes if stem + suffix in there), "")
+
+        for stem in sorted(name[:-4] for name in names if name.endswith(".txt")):
+            image, audio = first_of(stem, ".png"), first_of(stem, ".ogg", ".wav")
+            if not image and not (audio and first_of(stem, ".svg")):
+                continue
+            with open(os.path.join(folder, stem + ".txt"), encoding="utf-8-sig", errors="replace") as file:
+                captions = worded_captions([file.readline(MAX_CAPTION_CHARS + 1)], file.name)
+            if captions:
+                path = Path(folder, stem).relative_to(root)
+                yield Sample(key=path.as_posix(), source="stamps", split="", image=image, audio=audio,
+                             captions=captions, labels=path.parts[:-1][:1])
+
+
+def _audible(path: str) -> bool:
+    """Whether a sound effect can be decoded and is not pure silence; four of the real ones are."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            return any(block.any() for block in file.blocks(1 << 14, dtype="float32"))
+    except soundfile.LibsndfileError:
+        return False
+
+
+def _training_files(folder: Path) -> Iterator[str]:
+    """Of the captioned stamps all but a few, which may be those kept for validation and test."""
+    return itertools.islice((stamp.key for stamp in _stamps(folder)), 3, None)
+
+
+_LICENCE = "GPL-2, copyright 2002-2022 Bill Kendrick and the Tux Paint contributors"
+SET = DataSet(
+    name="stamps", order=5, licence=_LICENCE, read=_read, splits="70, 10 and 20 % of the distinct captions",
+    without_label={"stamps_without_symbols": SYMBOLS},
+    source=Source(
+        name="stamps", title=f"Tux Paint stamps {VERSION}-1", page="https://sourceforge.net/projects/tuxpaint",
+        licence=_LICENCE, items=ITEMS, defaults=("stamps",), in_all=False, one_of=True,
+        note="785 captioned pictures, 134 sound effects, spoken captions in many languages",
+        training_files=_training_files))

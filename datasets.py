@@ -3,7 +3,7 @@
     data = load_data(config)
     pools = [pool(data.tables["train"], ("image", "text"))]
     jobs = epoch_batches(pools, [1.0], batch_size=32, seed=0, epoch=1)
-    for batch in loader(data, "train", jobs, config, inputs=[("image", "text")], train=True, epoch=1): ...
+    for batch in Loader(data, "train", jobs, config, inputs=[("image", "text")], train=True, epoch=1): ...
 
 This file has the name of a library that it does not use: never add that one to the requirements.
 """
@@ -24,19 +24,16 @@ import torch
 
 from trimodal.config import Config
 from trimodal.data import bad_samples
-from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Read, Split, pool
+from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Result, Split
 from trimodal.data.concepts import concept_names, concepts_of
 from trimodal.data.mirroring import may_mirror
-from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption, stable_hash
+from trimodal.data.samples import SPLITS, SampleTable, normalise_caption, stable_hash
 from trimodal.data.splits import audio_ids, carve_val, image_ids
 from trimodal.data.store import Store, open_store
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
 from trimodal.errors import UserError
 from trimodal.sets import SETS, listed, read_splits
-
-__all__ = ["SPLITS", "VISIT", "Batch", "BatchReader", "Data", "Loader", "Sample", "Split", "epoch_batches", "load_data",
-           "loader", "pool"]
 
 MAX_WORKERS = 8
 
@@ -252,9 +249,6 @@ class Loader:
             skipped=skipped, finish=pin)), reader)
 
 
-loader = Loader
-
-
 def worker_count(config: Config, num_jobs: int) -> int:
     """Processes that read ahead: `data.workers`, or as many as the cores and the jobs allow."""
     if config.data.workers != "auto":
@@ -264,28 +258,26 @@ def worker_count(config: Config, num_jobs: int) -> int:
     return min(cores - 1 if cores > 2 else 1, MAX_WORKERS, num_jobs)
 
 
-def _pin(device: int, read: Read) -> Read:
+def _pin(device: int, result: Result) -> Result:
     """Copy a batch to page-locked memory, in a thread, which does not know the device of the main one."""
+    batch, broken = result
     with torch.cuda.device(device):
-        return read if read.batch is None else read._replace(batch=read.batch.pin_memory())
+        return batch and batch.pin_memory(), broken
 
 
-def _checked(reads: Generator[Read, None, None], reader: BatchReader) -> Iterator[Batch]:
+def _checked(results: Generator[Result, None, None], reader: BatchReader) -> Iterator[Batch]:
     """Pass batches on; record broken samples once, and stop when there are too many."""
-    met: set[str] = set()
+    known: set[str] = set()
     first, passed = "", 0  # why the first batch without a good sample had none; batches passed on
     rows = [np.empty(0, np.int64), *(indices % VISIT for _, indices in reader.jobs)]
     total = len(np.unique(np.concatenate(rows)))
-    with contextlib.closing(reads):
-        for batch, broken, problem in reads:
-            fresh = [record for record in broken if record["key"] not in met]
+    with contextlib.closing(results):
+        for batch, broken in results:
+            fresh = [record for record in broken if record["key"] not in known]
             if fresh:
-                met.update(record["key"] for record in fresh)
+                known.update(record["key"] for record in fresh)
                 bad_samples.record(fresh, reader.config)
-            if problem:
-                raise UserError(problem)
-            if fresh:
-                bad_samples.check("data", len(met), total, fresh[0]["reason"], reader.config)
+                bad_samples.check("data", len(known), total, fresh[0]["reason"], reader.config)
             if batch is None:
                 first = first or broken[0]["reason"]
                 continue

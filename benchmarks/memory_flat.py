@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
 from benchmarks.memory_prediction import MALLOC
-from datasets import Batch, loader, pool
+from datasets import Loader
 from trimodal.config import load_config
+from trimodal.data.batches import Batch, pool
 from trimodal.memory.devices import Fit, peak_gib, reset_peak
 from trimodal.memory.tracker import TAGS, PeakMemory, Usage
 from trimodal.training import loop
@@ -104,7 +105,7 @@ def batch_of(run: Run, stage: Stage, samples: int) -> Batch:
     inputs = stage.tasks[0].inputs
     rows = pool(run.data.tables["train"], inputs)[:samples]
     assert len(rows) == samples, f"there are {len(rows)} pictures to train on"
-    return next(iter(loader(run.data, "train", [(0, rows)], run.config, inputs=[inputs], train=True, epoch=1)))
+    return next(iter(Loader(run.data, "train", [(0, rows)], run.config, inputs=[inputs], train=True, epoch=1)))
 
 
 def followed(run: Run, stage: Stage, batch: Batch) -> Usage:
@@ -146,7 +147,7 @@ def endless_steps(run: Run, stage: Stage) -> Iterator[int]:
     for epoch in itertools.count(1):
         log = loop.StepLog(run, stage, epoch)
         jobs = epoch_jobs(run, stage, epoch)
-        batches = loader(run.data, "train", jobs, run.config, inputs=[stage.tasks[0].inputs], train=True, epoch=epoch)
+        batches = Loader(run.data, "train", jobs, run.config, inputs=[stage.tasks[0].inputs], train=True, epoch=epoch)
         for (task, indices), batch in zip(jobs, batches, strict=True):
             result = loop.train_step(run, stage, task, batch)
             run.progress.step += 1

@@ -38,9 +38,9 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
-from datasets import Batch
 from model import TriModalModel
 from trimodal.config import Config, StageConfig, TaskConfig, load_config
+from trimodal.data.batches import Batch
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import Usage
 from trimodal.objectives import OBJECTIVES, build_objective

@@ -91,8 +91,8 @@ def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: _mapped(one, kind, change) for key, one in value.items()}
-    if hasattr(value, "batch"):
-        return value._replace(batch=_mapped(value.batch, kind, change))
+    if isinstance(value, tuple):
+        return tuple(_mapped(one, kind, change) for one in value)
     if hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             setattr(value, name, _mapped(getattr(value, name), kind, change))
@@ -195,7 +195,7 @@ def seconds_of(which: str, reader: BatchReader) -> tuple[float, float]:
     """From the first batch to the last, and of all beside."""
     start_s, first_s, last_s = time.perf_counter(), 0.0, 0.0
     for found in workers_of(which, reader):
-        assert found.batch is not None
+        assert found[0] is not None
         last_s = time.perf_counter()
         first_s = first_s or last_s
     return last_s - first_s, time.perf_counter() - start_s - (last_s - first_s)
@@ -241,7 +241,7 @@ def within_deadline(check: Callable[[], str]) -> str:
 
 def equals(found: Sequence[Any], expected: Sequence[Any]) -> str:
     try:
-        assert_equal([one.batch for one in found], [one.batch for one in expected])
+        assert_equal([batch for batch, _ in found], [batch for batch, _ in expected])
     except AssertionError as error:
         return f"other batches {error}"
     return "yes"
@@ -262,10 +262,10 @@ def check_hang(which: str, reader: BatchReader) -> str:
 
     said: list[str] = []
     found = list(workers_of(which, reader, said.append, 2.0, work))
-    broken = [record["key"] for one in found for record in one.broken]
+    lost = [record["key"] for _, broken in found for record in broken]
     table = reader.split.table
     named = len(said) == 1 and table.images[row] in said[0]
-    return "yes" if named and set(broken) == {f"manifest/{table.keys[row]}"} else f"{broken} {said}"
+    return "yes" if named and set(lost) == {f"manifest/{table.keys[row]}"} else f"{lost} {said}"
 
 
 def check_random_kills(which: str, reader: BatchReader, expected: Sequence[Any], kills: int) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets import Batch
 from model import TriModalModel
 from trimodal.config import ModelConfig, Preset
+from trimodal.data.batches import Batch
 from trimodal.objectives.step import Step
 
 VOCABULARY = 60

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from datasets import Batch, loader
+from datasets import Loader
 from trimodal.config import Config, config_from_dict
+from trimodal.data.batches import Batch
 from trimodal.memory.devices import Fit
 from trimodal.training import loop
 from trimodal.training import run as run_module
@@ -102,7 +103,7 @@ class SmallRuns:
 def batches(run: Run, stage: loop.Stage, task: int = 0, epoch: int = 1) -> list[Batch]:
     """The training batches of one task in an epoch."""
     jobs = [job for job in loop.epoch_jobs(run, stage, epoch) if job[0] == task]
-    return list(loader(run.data, "train", jobs, run.config, inputs=[task.inputs for task in stage.tasks], train=True,
+    return list(Loader(run.data, "train", jobs, run.config, inputs=[task.inputs for task in stage.tasks], train=True,
                        epoch=epoch))
 
 

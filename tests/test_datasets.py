@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import VISIT, Batch, Data, Loader, epoch_batches, load_data, loader, pool, worker_count
+from datasets import Data, Loader, epoch_batches, load_data, worker_count
 from tests import trees
 from tests.refusals import refused
 from tests.small_runs import RECIPE
 from trimodal.config import Config, load_config
+from trimodal.data.batches import VISIT, Batch, pool
 from trimodal.data.samples import Sample, SampleTable
 
 BOTH = [("image", "text"), ("audio", "text"), ("text",)]
@@ -112,7 +113,7 @@ def test_batches_are_bit_identical_for_any_number_of_workers_and_threads(mixed: 
     try:
         for threads, workers in ((1, 0), (2, 0), (1, 1), (2, 3)):
             torch.set_num_threads(threads)
-            runs.append(list(loader(data, "train", jobs, config, inputs=BOTH, train=True, epoch=1, workers=workers)))
+            runs.append(list(Loader(data, "train", jobs, config, inputs=BOTH, train=True, epoch=1, workers=workers)))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -138,7 +139,7 @@ def test_further_visits_and_further_epochs_draw_anew(mixed: tuple[Data, Config])
     row = int(pool(data.tables["train"], ("image", "text"))[-1])
     assert data.tables["train"].sources[row] == "synthetic"
     jobs = [(0, np.array([row, row + VISIT]))]
-    one, two = (next(iter(loader(data, "train", jobs, config, inputs=BOTH, train=True, epoch=epoch, workers=0)))
+    one, two = (next(iter(Loader(data, "train", jobs, config, inputs=BOTH, train=True, epoch=epoch, workers=0)))
                 for epoch in (1, 2))
     assert one.images is not None and two.images is not None
     pictures = [*one.images, *two.images]
@@ -149,7 +150,7 @@ def test_iterating_leaves_the_random_numbers_of_torch_and_numpy_alone(mixed: tup
     data, config = mixed
     before, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     for workers in (0, 1):
-        list(loader(data, "train", train_jobs(data)[:3], config, inputs=BOTH, train=True, epoch=1, workers=workers))
+        list(Loader(data, "train", train_jobs(data)[:3], config, inputs=BOTH, train=True, epoch=1, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(np.random.get_state()[1], legacy)  # type: ignore[index]
 
@@ -157,7 +158,7 @@ def test_iterating_leaves_the_random_numbers_of_torch_and_numpy_alone(mixed: tup
 def test_pinning_moves_every_tensor(mixed: tuple[Data, Config], monkeypatch: pytest.MonkeyPatch) -> None:
     data, config = mixed
     jobs = [(0, np.arange(2))]
-    batch, = loader(data, "train", jobs, config, inputs=[("text",)], train=True, epoch=1, workers=0)
+    batch, = Loader(data, "train", jobs, config, inputs=[("text",)], train=True, epoch=1, workers=0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # there may be no GPU here
     pinned = batch.pin_memory()
     assert_equal([batch], [pinned])
@@ -183,7 +184,7 @@ def test_broken_files_met_live_are_recorded_once_and_replaced(tmp_path: Path, wo
     config = configured(tmp_path, "data.cache=false", "data.max_bad_pct=10")
     data = load_data(config)
     jobs = epoch_batches([np.arange(20)], [3.0], 5, 0, 1)
-    batches = list(loader(data, "train", jobs, config, inputs=BOTH[:1], train=True, epoch=1, workers=workers))
+    batches = list(Loader(data, "train", jobs, config, inputs=BOTH[:1], train=True, epoch=1, workers=workers))
     assert [len(batch.keys) for batch in batches] == [5] * 12
     assert {key for batch in batches for key in batch.keys} == {f"manifest/{i}" for i in range(2, 20)}
     lines = (tmp_path / "outputs/logs/bad_samples.jsonl").read_text().splitlines()
@@ -198,7 +199,7 @@ def test_too_many_broken_files_met_live_end_the_run_in_one_line(tmp_path: Path, 
     jobs = epoch_batches([np.arange(20)], [1.0], 5, 0, 1)
     listed = tmp_path / "outputs/logs/bad_samples.jsonl"
     with refused("data.max_bad_pct=10", 3, 20, listed) as caught:
-        list(loader(data, "train", jobs, config, inputs=BOTH[:1], train=True, epoch=1, workers=workers))
+        list(Loader(data, "train", jobs, config, inputs=BOTH[:1], train=True, epoch=1, workers=workers))
     assert any(str(tmp_path / f"{i}.png") in str(caught.value) for i in range(3))
 
 
@@ -209,7 +210,7 @@ def test_all_broken_is_an_error_even_where_any_share_is_allowed(tmp_path: Path, 
     data = load_data(config)
     jobs = epoch_batches([np.arange(20)], [1.0], 5, 0, 1)
     with refused("data", 20, "image", "text"):
-        list(loader(data, "train", jobs, config, inputs=BOTH[:1], train=True, epoch=1, workers=workers))
+        list(Loader(data, "train", jobs, config, inputs=BOTH[:1], train=True, epoch=1, workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -218,7 +219,7 @@ def test_in_evaluation_a_broken_file_never_makes_its_neighbour_count_twice(tmp_p
     config = configured(tmp_path, "data.cache=false", "data.max_bad_pct=10")
     data = load_data(config)
     jobs = [(i % 2, np.array([i])) for i in range(20)]  # one at a time, so that two of the batches have no good one
-    batches = list(loader(data, "train", jobs, config, inputs=BOTH[:1] * 2, train=False, epoch=0, workers=workers))
+    batches = list(Loader(data, "train", jobs, config, inputs=BOTH[:1] * 2, train=False, epoch=0, workers=workers))
     assert [(batch.keys, batch.task) for batch in batches] == [([f"manifest/{i}"], i % 2) for i in range(2, 20)]
 
 
@@ -228,7 +229,7 @@ def test_an_evaluation_of_nothing_but_broken_files_is_an_error(tmp_path: Path) -
     data = load_data(config)
     jobs = [(0, np.arange(5)), (0, np.arange(5, 20))]
     with refused("data", 20):
-        list(loader(data, "train", jobs, config, inputs=BOTH[:1], train=False, epoch=0, workers=0))
+        list(Loader(data, "train", jobs, config, inputs=BOTH[:1], train=False, epoch=0, workers=0))
 
 
 def test_workers_follow_the_setting_the_cores_and_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +289,7 @@ def test_speakers_are_numbered_by_those_of_training(tmp_path: Path) -> None:
     assert data.speakers == ("a", "b")
     assert data.splits["train"].speakers.tolist() == [1, 0, 1] and data.splits["val"].speakers.tolist() == [-1, 1]
     jobs = [(0, np.arange(3))]
-    batch = next(iter(loader(data, "train", jobs, configured(tmp_path), inputs=[("audio",)], train=True, epoch=1)))
+    batch = next(iter(Loader(data, "train", jobs, configured(tmp_path), inputs=[("audio",)], train=True, epoch=1)))
     assert batch.speakers is not None and batch.speakers.tolist() == [1, 0, 1]
 
 
@@ -319,7 +320,7 @@ def test_every_official_layout_loads_and_reads(tmp_path: Path, name: str) -> Non
     data = load_data(config)
     inputs = [i for i in (("image", "text"), ("audio", "text"), ("audio",)) if len(pool(data.tables["train"], i))]
     jobs = epoch_batches([pool(data.tables["train"], i) for i in inputs], [1.0] * len(inputs), 4, 0, 1)
-    batches = list(loader(data, "train", jobs, config, inputs=inputs, train=True, epoch=1, workers=0))
+    batches = list(Loader(data, "train", jobs, config, inputs=inputs, train=True, epoch=1, workers=0))
     assert len(batches) == len(jobs) > 0
     assert all(len(table) for table in data.tables.values())
     assert data.licences()[name]

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from datasets import load_data, pool
+from datasets import load_data
 from tests import trees
 from tests.data.test_data_faults import hanging
 from tests.project import ROOT
@@ -22,6 +22,7 @@ from tests.refusals import assert_names, refused
 from tests.test_doctor import PICTURES, WORDS, case_of, configured, opened, own_pictures, row
 from trimodal import doctor
 from trimodal.data import bad_samples, cache, probe
+from trimodal.data.batches import pool
 from trimodal.doctor import Case, Finding
 from trimodal.memory.devices import Fit
 from trimodal.training import resume, saving

@@ -243,7 +243,7 @@ def check_resume(case: Case) -> Iterator[Finding]:
 
 def check_data(case: Case) -> Iterator[Finding]:
     """What each set has, which files its lists name in vain, and whether each stage finds samples to train on."""
-    from datasets import pool
+    from trimodal.data.batches import pool
     from trimodal.evaluation import protocols
     from trimodal.training import validation
     from trimodal.training.stage import active_tasks
@@ -275,7 +275,8 @@ def check_data(case: Case) -> Iterator[Finding]:
 
 def _load(case: Case) -> dict[str, UserError]:
     """Read the sets that can be read; return why a run cannot read the others, by name of the set."""
-    from datasets import SPLITS, read_tables
+    from datasets import read_tables
+    from trimodal.data.samples import SPLITS
     from trimodal.training.run import read_data
 
     def fault(name: str, config: Config) -> UserError | None:
@@ -471,14 +472,15 @@ def _stage_steps(case: Case, row: StageConfig) -> Iterator[Finding]:
 def _step(title: str, run: "Run", stage: "Stage", number: int) -> Iterator[Finding]:
     import numpy as np
 
-    from datasets import loader, pool
+    from datasets import Loader
+    from trimodal.data.batches import pool
     from trimodal.training.loop import train_step
 
     task = stage.tasks[number]
     rows = np.random.default_rng(0).permutation(pool(run.data.tables["train"], task.inputs))[:STEP_SAMPLES]
     run.model.train()
     # one worker process: a file that hangs or crashes its reader does so there
-    batch = next(iter(loader(run.data, "train", [(0, rows)], run.config, inputs=[task.inputs], train=True, epoch=1,
+    batch = next(iter(Loader(run.data, "train", [(0, rows)], run.config, inputs=[task.inputs], train=True, epoch=1,
                              workers=1)))
     loss, parts, norm, finite = train_step(run, stage, number, batch).read()
     if finite and math.isfinite(loss):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from datasets import epoch_batches, load_data
 from tests import trees
-from tests.refusals import assert_names
+from tests.refusals import refused
 from tests.small_runs import RECIPE
 from trimodal.config import Config, load_config
 from trimodal.data.batches import VISIT, Batch, BatchReader, Split, crop_mel, pool, spec_augment
@@ -52,7 +52,7 @@ def split(folder: Path) -> Split:
 
 def read(split: Split, config: Config, rows: list[int], inputs: tuple[str, ...] = ("image", "text"), epoch: int = 1,
          train: bool = True) -> Batch:
-    batch = BatchReader(split, [(0, np.array(rows))], [inputs], config, train, epoch)[0].batch
+    batch = BatchReader(split, [(0, np.array(rows))], [inputs], config, train, epoch)[0][0]
     assert batch is not None
     return batch
 
@@ -277,7 +277,7 @@ def test_concepts_are_those_of_labels_and_captions(folder: Path) -> None:
 
 def test_a_pickled_reader_reads_the_same_and_is_small(split: Split, folder: Path) -> None:
     reader = BatchReader(split, [(0, np.array(first(split, BOTH[0])))], BOTH, configured(folder), True, 3)
-    one, other = reader[0].batch, pickle.loads(pickle.dumps(reader))[0].batch
+    one, other = reader[0][0], pickle.loads(pickle.dumps(reader))[0][0]
     assert one is not None and other is not None
     assert_equal(parts(one, 2), parts(other, 2))
 
@@ -302,18 +302,19 @@ def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Split, Conf
 
 def test_other_good_samples_stand_in_for_broken_ones(damaged: tuple[Split, Config]) -> None:
     split, config = damaged
-    found = BatchReader(split, [(0, np.array([1, 2, 7, 3]))], BOTH, config, True, 1)[0]
-    assert found.batch is not None and found.batch.sample_ids.tolist() == [1, 5, 6, 0]
-    assert [record["key"] for record in found.broken] == ["manifest/2", "manifest/7", "manifest/3"]
-    assert all(record["split"] == "train" and ".png" in record["reason"] for record in found.broken)
+    batch, broken = BatchReader(split, [(0, np.array([1, 2, 7, 3]))], BOTH, config, True, 1)[0]
+    assert batch is not None and batch.sample_ids.tolist() == [1, 5, 6, 0]
+    assert [record["key"] for record in broken] == ["manifest/2", "manifest/7", "manifest/3"]
+    assert all(record["split"] == "train" and ".png" in record["reason"] for record in broken)
 
 
 def test_evaluation_leaves_broken_samples_out(damaged: tuple[Split, Config]) -> None:
     split, config = damaged
     reader = BatchReader(split, [(0, np.array([1, 2, 7])), (0, np.array([2, 3]))], BOTH, config, False, 0)
-    assert reader[0].batch is not None and reader[0].batch.sample_ids.tolist() == [1]
-    assert reader[1].batch is None and not reader[1].problem, "a batch of broken ones alone is left out with them"
-    assert [len(reader[i].broken) for i in range(2)] == [2, 2]
+    (first, broken), (second, others) = reader[0], reader[1]
+    assert first is not None and first.sample_ids.tolist() == [1]
+    assert second is None, "a batch of broken ones alone is left out with them"
+    assert [len(broken), len(others)] == [2, 2]
 
 
 def test_a_pool_without_any_good_sample_is_a_problem(damaged: tuple[Split, Config]) -> None:
@@ -321,9 +322,8 @@ def test_a_pool_without_any_good_sample_is_a_problem(damaged: tuple[Split, Confi
     only_broken = dataclasses.replace(split, table=SampleTable.pack([
         dataclasses.replace(split.table[i], image=split.table[i].image if i in (2, 3, 7) else "") for i in range(8)]))
     only_broken = dataclasses.replace(only_broken, store=dataclasses.replace(split.store, table=only_broken.table))
-    found = BatchReader(only_broken, [(0, np.array([2]))], BOTH, config, True, 1)[0]
-    assert found.batch is None
-    assert_names(found.problem, 3, "image", "text", found.broken[0]["reason"])
+    with refused(3, "image", "text", only_broken.table.images[2]):
+        BatchReader(only_broken, [(0, np.array([2]))], BOTH, config, True, 1)[0]
 
 
 def test_adding_a_set_does_not_change_what_others_draw(folder: Path, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_no_sample_stands_twice_in_a_training_batch_whatever_is_broken(tmp_path:
     for seed in range(4):
         jobs = epoch_batches([np.arange(20)], [2.5], 4, seed=seed, epoch=1)
         for k in range(len(jobs)):
-            batch = BatchReader(split, jobs, BOTH[:1], config, True, 1)[k].batch
+            batch = BatchReader(split, jobs, BOTH[:1], config, True, 1)[k][0]
             assert batch is not None and len(batch.keys) == len(set(batch.keys)) == len(jobs[k][1])
             assert all(row >= 9 for row in batch.sample_ids.tolist())
             good = [row for row in (jobs[k][1] % VISIT).tolist() if row >= 9]
@@ -365,7 +365,7 @@ def test_a_training_batch_is_smaller_where_nobody_is_left_to_stand_in(tmp_path: 
     split, config = half_broken(tmp_path, 12, 3)
     for size, expected in ((12, 9), (8, 8), (6, 6)):
         jobs = epoch_batches([np.arange(12)], [1.0], size, seed=0, epoch=1)
-        batches = [BatchReader(split, jobs, BOTH[:1], config, True, 1)[k].batch for k in range(len(jobs))]
+        batches = [BatchReader(split, jobs, BOTH[:1], config, True, 1)[k][0] for k in range(len(jobs))]
         keys = [batch.keys for batch in batches if batch is not None]
         assert len(keys) == len(jobs) and all(len(set(own)) == len(own) for own in keys)
         assert [len(own) for own in keys][:1] == [min(expected, len(jobs[0][1]))]
@@ -376,7 +376,7 @@ def test_processes_that_share_a_batch_take_different_stand_ins_those_of_a_single
     jobs = epoch_batches([np.arange(20)], [3.0], 5, seed=0, epoch=1)
     shares = [[(task, indices[part]) for task, indices in jobs] for part in (slice(0, 2), slice(2, 5))]
     for k in range(len(jobs)):
-        alone = BatchReader(split, jobs, BOTH[:1], config, True, 1)[k].batch
-        parts_ = [BatchReader(split, own, BOTH[:1], config, True, 1, whole=jobs)[k].batch for own in shares]
+        alone = BatchReader(split, jobs, BOTH[:1], config, True, 1)[k][0]
+        parts_ = [BatchReader(split, own, BOTH[:1], config, True, 1, whole=jobs)[k][0] for own in shares]
         assert alone is not None and len(set(alone.keys)) == 5
         assert alone.keys == [key for part in parts_ if part is not None for key in part.keys]

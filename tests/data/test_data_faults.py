@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import run_training
-from datasets import Batch, Data, Loader, epoch_batches, load_data
+from datasets import Data, Loader, epoch_batches, load_data
 from tests import trees
 from tests.data.test_workers import ours
 from tests.refusals import assert_names, assert_told, refused
@@ -26,6 +26,7 @@ from tests.small_runs import RECIPE
 from tests.test_datasets import assert_equal, configured
 from trimodal.config import Config
 from trimodal.data import cache
+from trimodal.data.batches import Batch
 from trimodal.data.store import open_store
 
 pytestmark = pytest.mark.timed

@@ -9,7 +9,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from datasets import Data, load_data, loader
+from datasets import Data, Loader, load_data
 from model import TriModalModel
 from tests.refusals import assert_names, refused
 from tests.small_runs import RECIPE, float64
@@ -167,7 +167,7 @@ def test_an_untrained_model_says_what_chance_is_and_answers_concepts(synthetic, 
     assert figures["synthetic"].keys() == {"image-text", "audio-text", "image-concepts", "audio-concepts"}
     answers = encoded.answers["image"]
     assert answers.logits_NK.shape == answers.concepts_NK.shape == (32, 60)
-    batch, = loader(data, "test", [(0, answers.rows_N[-3:])], config, inputs=[("image", "text")],
+    batch, = Loader(data, "test", [(0, answers.rows_N[-3:])], config, inputs=[("image", "text")],
                     train=False, epoch=0)
     with torch.no_grad():
         expected = model(images=batch.images)["logits"].float()

@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datasets import Batch
 from model import TriModalModel
 from tests.narrow import make_batch, narrow_model, part_of, step_of
-from trimodal.data.batches import spec_augment
+from trimodal.data.batches import Batch, spec_augment
 from trimodal.objectives import build_objective
 from trimodal.objectives.base import learn
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets import Batch
 from model import TriModalModel
 from tests.narrow import VOCABULARY, largest_difference, make_batch, narrow_model, part_of, plainly, step_of
 from trimodal.config import TaskConfig
+from trimodal.data.batches import Batch
 from trimodal.memory.tracker import PeakMemory
 from trimodal.objectives import OBJECTIVES
 from trimodal.objectives.base import Objective, learn

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from datasets import Batch
 from model import TriModalModel
 from tests.narrow import make_batch, narrow_model, plainly, step_of
+from trimodal.data.batches import Batch
 from trimodal.objectives.contrastive import Positives, positives_of
 from trimodal.objectives.masked import TEXT_MASK_SHARE, hidden_words
 from trimodal.objectives.step import Share, kept_patches

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datasets import load_data, loader
+from datasets import Loader, load_data
 from tests.data.test_batches import configured
 from tests.refusals import assert_names, refused
 from tests.sets.test_manifest import assert_refused, everything, jsonl, many, media, sides, table
@@ -328,7 +328,7 @@ def test_a_missing_file_costs_one_sample_and_is_recorded_as_a_broken_one(folder:
     data = load_data(config)
     assert len(data.tables["train"]) == 40
     jobs = [(0, rows) for rows in np.arange(40).reshape(2, 20)]
-    batches = list(loader(data, "train", jobs, config, inputs=[("image", "text")], train=True, epoch=1))
+    batches = list(Loader(data, "train", jobs, config, inputs=[("image", "text")], train=True, epoch=1))
     assert len(batches[0].keys) == 20 and "manifest/sample 7" not in batches[0].keys, "another one stands in"
     (record,) = [json.loads(line) for line in bad_samples.path_of(config).read_text("utf-8").splitlines()]
     assert record["key"] == "manifest/sample 7" and str(folder / "many" / "7.png") in record["reason"]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datasets import Batch
 from tests.killing import OFTEN
 from tests.narrow import part_of
 from tests.ranks import in_ranks
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, batches, differing, records, step, weights
 from trimodal import checkpoint, distributed
+from trimodal.data.batches import Batch
 from trimodal.errors import TrainingError
 from trimodal.memory import devices
 from trimodal.training import loop

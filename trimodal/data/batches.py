@@ -1,10 +1,10 @@
-"""One split drawn into batches: captions, augmentation, noise, collation.
+"""Batches of one split: choice of captions, augmentation, noise, collation.
 
-Everything random about a sample (caption, crop, flip, masks, noise) is drawn from (seed, epoch, set, index, visit), so
-batches do not depend on workers, on neighbours or on where a run was resumed. There is no loader state to lose.
+All random numbers of a sample (caption, crop, flip, masks, noise) come from (seed, epoch, set, index, visit), so
+batches do not depend on workers, on other samples or on where a run was resumed. There is no loader state to lose.
 
     reader = BatchReader(split, jobs, inputs=[("image", "text")], config=config, train=True, epoch=1)
-    reader[0].batch.images
+    batch, broken = reader[0]
 
 Shape suffixes: B samples, C captions, L text tokens, T mel frames, M mels, S pixels.
 """
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,17 +95,13 @@ class Batch:
         return replace(self, **pinned, noise={name: value.pin_memory() for name, value in self.noise.items()})
 
 
-class Read(NamedTuple):
-    """What a worker hands over for one job."""
-
-    batch: Batch | None  # None: `problem`, or in evaluation no sample that can be read
-    broken: list[dict[str, str]]  # records of the broken samples met
-    problem: str = ""  # why the run cannot go on; raised by the loader, since workers add their traceback
+# A batch, None where in evaluation none of its samples can be read; and the records of its broken samples.
+Result = tuple[Batch | None, list[dict[str, str]]]
 
 
 @dataclass
-class _Drawn:
-    """One visit of a sample."""
+class _Visit:
+    """One visit of a sample, before collation."""
 
     row: int
     image_SS3: np.ndarray | None
@@ -117,7 +113,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class BatchReader:
-    """Item k holds the whole Batch of job k. The process that reads is told each row that it begins with `report`."""
+    """Item k is the batch of job k. `report` is called with the row of each sample before it is read."""
 
     split: Split
     jobs: Jobs
@@ -132,12 +128,12 @@ class BatchReader:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def work(self, k: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> Read:
-        """Item k, as a job of `workers`."""
+    def work(self, k: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> Result:
+        """Item k, as the `work` of workers."""
         return replace(self, skipped=skipped, report=report)[k]
 
     def name(self, k: int, row: int) -> str:
-        """Words for a row of job k, or for all of them."""
+        """Files of a sample of job k, or the keys of all its samples, for messages."""
         table, task = self.split.table, self.jobs[k][0]
         if row == NO_ITEM:
             return f"the batch of {sample_names(table, self.jobs[k][1] % VISIT)}"
@@ -145,63 +141,62 @@ class BatchReader:
         return " or ".join(dict.fromkeys(paths[name] for name in self.inputs[task] if paths.get(name))) or (
             sample_names(table, np.array([row])))
 
-    def __getitem__(self, k: int) -> Read:
+    def __getitem__(self, k: int) -> Result:
+        """Read, augment and collate the samples of job k.
+
+        Raises:
+            UserError: in training, no sample of the pool can be read; or the folder of a set is gone.
+        """
         task, inputs = self.jobs[k][0], tuple(self.inputs[self.jobs[k][0]])
         broken: list[dict[str, str]] = []
         with one_thread():
-            try:
-                found = self._draw_all(k, inputs, broken)
-            except UserError as error:
-                return Read(None, broken, str(error))
-            return Read(replace(self._collate(found, inputs), task=task) if found else None, broken)
+            visits = self._read_all(k, inputs, broken)
+            return replace(self._collate(visits, inputs), task=task) if visits else None, broken
 
-    def _draw_all(self, k: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> list[_Drawn]:
-        """The samples of job k that can be read, and in training others of the pool in the place of those that cannot:
+    def _read_all(self, k: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> list[_Visit]:
+        """Samples of job k that can be read; in training, other samples of the pool stand in for those that cannot,
         none of them twice. Where no other is left, the batch is smaller."""
-        places = [divmod(index, VISIT) for index in self.jobs[k][1].tolist()]
-        found = [self._try(row, visit, inputs, broken) for visit, row in places]
+        wanted = [divmod(index, VISIT) for index in self.jobs[k][1].tolist()]
+        found = [self._try(row, visit, inputs, broken) for visit, row in wanted]
         if self.train and None in found:
             taken: set[int] = set()
-            for place, (visit, row) in enumerate(places):
-                if found[place] is None:
-                    found[place] = self._stand_in(k, row, visit, inputs, taken)
+            found = [one or self._stand_in(k, row, visit, inputs, taken)
+                     for one, (visit, row) in zip(found, wanted, strict=True)]
             if not any(found):
-                raise UserError(f"data: no sample of a batch can be read, and none of the {len(self._pool(inputs))} "
+                raise UserError(f"data: no sample of a batch can be read, and none of the "
+                                f"{len(pool(self.split.table, inputs))} "
                                 f"with {' and '.join(inputs)} can stand in; the first: {broken[0]['reason']}")
         return [one for one in found if one is not None]
 
-    def _try(self, row: int, visit: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> _Drawn | None:
+    def _try(self, row: int, visit: int, inputs: tuple[str, ...], broken: list[dict[str, str]]) -> _Visit | None:
         try:
-            return self._draw(row, visit, inputs)
+            return self._read(row, visit, inputs)
         except BrokenSample as error:
             self.split.store.check_folders(row)
             broken.append(self.split.store.record(row, str(error)))
             return None
 
-    def _stand_in(self, k: int, row: int, visit: int, inputs: tuple[str, ...], taken: set[int]) -> _Drawn | None:
-        """A good sample that is not in the whole batch nor in `taken`, to which it is added; None if there is none.
+    def _stand_in(self, k: int, row: int, visit: int, inputs: tuple[str, ...], taken: set[int]) -> _Visit | None:
+        """A good sample that is neither in the whole batch nor in `taken`, to which it is added; None if there is none.
 
-        Each place of the batch asks samples of its own first: so the processes that share a batch take different ones
-        without a word, and the same ones as a single process does.
+        Each position of the batch tries samples of its own first, so that ranks that share a batch take different ones
+        without communication, and the same ones as a single process does.
         """
         whole = (self.whole or self.jobs)[k][1] % VISIT
-        others = np.setdiff1d(self._pool(inputs), whole)
+        others = np.setdiff1d(pool(self.split.table, inputs), whole)
         others = np.roll(others, -int(np.searchsorted(others, whole[0])))  # other ones for each batch
         own = np.arange(len(others)) % len(whole) == np.flatnonzero(whole == row)[0]
         for candidate in [*others[own].tolist(), *others[~own].tolist()]:
             if candidate not in taken:
                 try:
-                    drawn = self._draw(candidate, visit, inputs)
+                    found = self._read(candidate, visit, inputs)
                 except BrokenSample:
                     continue  # it is recorded in its own turn
                 taken.add(candidate)
-                return drawn
+                return found
         return None
 
-    def _pool(self, inputs: Sequence[str]) -> np.ndarray:
-        return pool(self.split.table, inputs)
-
-    def _draw(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Drawn:
+    def _read(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Visit:
         split, data = self.split, self.config.data
         self.report(row)
         if row in self.skipped:
@@ -223,7 +218,7 @@ class BatchReader:
                 mel_TM = crop_mel(mel_TM, int(data.audio_max_s * FRAME_RATE_HZ), rng)
                 if data.spec_augment and not split.store.is_generated(row):
                     mel_TM = spec_augment(mel_TM, rng)
-        return _Drawn(row, image_SS3, mel_TM, captions, noise, rng)
+        return _Visit(row, image_SS3, mel_TM, captions, noise, rng)
 
     def _choose_captions(self, row: int, rng: np.random.Generator) -> np.ndarray:
         offsets = self.split.table.caption_offsets
@@ -239,25 +234,25 @@ class BatchReader:
         flip = bool(data.flip and self.split.may_flip[row])
         return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
 
-    def _collate(self, drawn: list[_Drawn], inputs: tuple[str, ...]) -> Batch:
+    def _collate(self, visits: list[_Visit], inputs: tuple[str, ...]) -> Batch:
         self.report(NO_ITEM)
         table = self.split.table
-        rows = np.array([one.row for one in drawn], np.int64)
-        noise = {"path": np.stack([one.noise["path"] for one in drawn]),
-                 "drop_text": np.stack([one.noise["drop_text"] for one in drawn])}
+        rows = np.array([one.row for one in visits], np.int64)
+        noise = {"path": np.stack([one.noise["path"] for one in visits]),
+                 "drop_text": np.stack([one.noise["drop_text"] for one in visits])}
         columns = {"sample_ids": rows, "concepts": self._concepts(rows)}
         if "text" in inputs:
-            columns |= self._text(drawn, noise)
+            columns |= self._text(visits, noise)
         if "image" in inputs:
             size = self.config.model.image_size
-            columns["images"] = np.empty((len(drawn), 3, size, size), np.uint8)
-            for b, one in enumerate(drawn):
+            columns["images"] = np.empty((len(visits), 3, size, size), np.uint8)
+            for b, one in enumerate(visits):
                 assert one.image_SS3 is not None
                 columns["images"][b] = one.image_SS3.transpose(2, 0, 1)
             columns["image_ids"] = self.split.image_ids[rows]
-            noise["image"] = np.stack([one.noise["image"] for one in drawn])
+            noise["image"] = np.stack([one.noise["image"] for one in visits])
         if "audio" in inputs:
-            columns |= _sounds(drawn, noise)
+            columns |= _sounds(visits, noise)
             columns |= {"speakers": self.split.speakers[rows], "audio_ids": self.split.audio_ids[rows]}
         tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in columns.items()}
         return Batch(inputs=inputs, keys=[f"{table.sources[row]}/{table.keys[row]}" for row in rows.tolist()],
@@ -269,12 +264,12 @@ class BatchReader:
         hot[np.repeat(np.arange(len(rows)), np.diff(offsets)), self.split.concept_ids[positions]] = True
         return hot
 
-    def _text(self, drawn: list[_Drawn], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        captions = np.concatenate([one.captions for one in drawn])
+    def _text(self, visits: list[_Visit], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        captions = np.concatenate([one.captions for one in visits])
         ids_CL, mask_CL = pad_rows(self.split.token_ids, self.split.token_offsets, captions, self.split.pad_id)
-        noise["text"] = np.concatenate([one.noise["text"] for one in drawn])[:, :ids_CL.shape[1]].copy()
-        noise["path_text"] = np.concatenate([one.noise["path_text"] for one in drawn])
-        owners = np.repeat(np.arange(len(drawn)), [len(one.captions) for one in drawn])
+        noise["text"] = np.concatenate([one.noise["text"] for one in visits])[:, :ids_CL.shape[1]].copy()
+        noise["path_text"] = np.concatenate([one.noise["path_text"] for one in visits])
+        owners = np.repeat(np.arange(len(visits)), [len(one.captions) for one in visits])
         return {"input_ids": ids_CL, "attention_mask": mask_CL, "caption_owner": owners,
                 "caption_ids": self.split.caption_ids[captions]}
 
@@ -285,14 +280,14 @@ def sample_names(table: SampleTable, rows: np.ndarray, shown: int = 3) -> str:
     return ", ".join(names) + (f" and {len(rows) - shown} more" if len(rows) > shown else "")
 
 
-def _sounds(drawn: list[_Drawn], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    mels = [one.mel_TM for one in drawn if one.mel_TM is not None]
+def _sounds(visits: list[_Visit], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    mels = [one.mel_TM for one in visits if one.mel_TM is not None]
     lengths = np.array([len(mel_TM) for mel_TM in mels], np.int64)
     patches = math.ceil(lengths.max() / PATCH)
     audio_BTM = np.zeros((len(mels), patches * PATCH, NUM_MELS), np.float16)
     for b, mel_TM in enumerate(mels):
         audio_BTM[b, :len(mel_TM)] = mel_TM
-    noise["audio"] = np.stack([one.rng.random(patches * (NUM_MELS // PATCH), np.float32) for one in drawn])
+    noise["audio"] = np.stack([one.rng.random(patches * (NUM_MELS // PATCH), np.float32) for one in visits])
     return {"audio": audio_BTM, "audio_lengths": lengths}
 
 

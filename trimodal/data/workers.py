@@ -135,7 +135,7 @@ class Workers:
         self._hand_out()
         found = result.result()
         if isinstance(found, Failure):
-            raise RuntimeError(f"in a reading process: {found.traceback}")
+            raise found.error()
         return found
 
     def _hand_out(self) -> None:
@@ -266,7 +266,11 @@ def _finished(file: int, finish: Callable[[Any], Any] | None) -> Any:
 class Failure(NamedTuple):
     """An exception in a worker, to be raised in the main process."""
 
-    traceback: str
+    message: str
+    is_users: bool  # a UserError; else the message is a traceback
+
+    def error(self) -> Exception:
+        return UserError(self.message) if self.is_users else RuntimeError(f"in a reading process: {self.message}")
 
 
 class _Pickler(pickle.Pickler):
@@ -309,8 +313,10 @@ def _attempt(work: Work, job: int, skipped: Mapping[int, str], report: Callable[
         return work(job, skipped, report)
     except MemoryError:
         raise
+    except UserError as error:
+        return Failure(str(error), True)
     except Exception:
-        return Failure(traceback.format_exc())
+        return Failure(traceback.format_exc(), False)
 
 
 def _pickled(value: Any) -> int:

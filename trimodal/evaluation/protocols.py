@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from datasets import Batch, Data, Split, loader
+from datasets import Data, Loader
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config
+from trimodal.data.batches import Batch, Split
 from trimodal.data.splits import has_known_file
 from trimodal.errors import UserError
 from trimodal.evaluation import metrics, trials
@@ -108,7 +109,7 @@ def encode_split(model: Any, data: Data, split: str, config: Config, setting: Se
     was_training = model.training
     model.eval()
     try:
-        batches = loader(data, split, jobs, config, inputs=inputs, train=False, epoch=0) if jobs else iter(())
+        batches = Loader(data, split, jobs, config, inputs=inputs, train=False, epoch=0) if jobs else iter(())
         with torch.inference_mode():
             for batch in tqdm(batches, total=len(jobs), desc=f"evaluating {split}", unit="batch", disable=None):
                 gathered.add(batch, table.caption_offsets)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from datasets import Batch
+from trimodal.data.batches import Batch
 from trimodal.distributed import World
 from trimodal.objectives.base import Losses
 from trimodal.objectives.contrastive import positives_of

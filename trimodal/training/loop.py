@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from datasets import Batch, loader
+from datasets import Loader
 from trimodal import distributed
 from trimodal.config import Config, StageConfig, TaskConfig
+from trimodal.data.batches import Batch
 from trimodal.distributed import OutOfMemoryElsewhere, World
 from trimodal.errors import TrainingError, UserError
 from trimodal.evaluation import protocols
@@ -245,7 +246,7 @@ def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) 
     if not progress.epoch_step:
         progress.loss_sum, progress.losses = 0.0, 0
     start = min(progress.epoch_step, len(jobs))  # fewer where the effective batch has grown since
-    batches = loader(run.data, "train", own_jobs(run, jobs), run.config, start=start, whole=jobs,
+    batches = Loader(run.data, "train", own_jobs(run, jobs), run.config, start=start, whole=jobs,
                      inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
                      say=lambda line: run.tracker.event(line, progress.step))
     for (task, indices), batch in zip(jobs[start:], log.clock.waiting_for(batches), strict=True):

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor, nn
 
 import model as model_module
-from datasets import Batch
 from model import KERNELS_OF, TriModalModel
 from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
+from trimodal.data.batches import Batch
 from trimodal.memory import shapes
 from trimodal.memory import tracker as tracker_module
 from trimodal.memory.devices import EVALUATION, GIB, Fit

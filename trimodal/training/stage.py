@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from datasets import Batch, epoch_batches, pool
+from datasets import epoch_batches
 from trimodal.checkpoint import describe_mismatch
 from trimodal.config import Config, StageConfig, TaskConfig
+from trimodal.data.batches import Batch, pool
 from trimodal.data.samples import SampleTable
 from trimodal.distributed import World
 from trimodal.errors import UserError

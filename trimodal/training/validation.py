@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from datasets import Batch, epoch_batches, loader, pool
+from datasets import Loader, epoch_batches
 from trimodal.checkpoint import check_room, export, is_own, plain
 from trimodal.checkpoint import save as save_file
 from trimodal.config import FRAME_RATE_HZ, MODALITIES
+from trimodal.data.batches import Batch, pool
 from trimodal.errors import CheckpointError, UserError
 from trimodal.evaluation import protocols, report
 from trimodal.memory import devices
@@ -84,7 +85,7 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float | None, dict[str, flo
     A sample weighs the same whatever its task, so that a handful of sounds does not outvote thousands of pictures.
     Batches with nothing to compare or predict are left out; None if that is all of them.
     """
-    batches = loader(run.data, "val", validation_jobs(run, stage), run.config,
+    batches = Loader(run.data, "val", validation_jobs(run, stage), run.config,
                      inputs=[task.inputs for task in stage.tasks], train=False, epoch=0)
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}

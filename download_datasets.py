@@ -15,7 +15,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from trimodal.arguments import Parser, environment_needed, folder_name
-from trimodal.files import check_writable
+from trimodal.errors import UserError
 from trimodal.redaction import redact
 
 with environment_needed("requests", "tqdm", "numpy"):
@@ -25,7 +25,7 @@ with environment_needed("requests", "tqdm", "numpy"):
     from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
     from trimodal.download.http import Policy
     from trimodal.download.selection import Options
-    from trimodal.errors import UserError
+    from trimodal.files import check_writable
     from trimodal.sets import ALL, NEEDS_NOTHING, SOURCES
     from trimodal.sets.base import MIRRORS, Source
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from trimodal.arguments import Parser, environment_needed, folder_name
-from trimodal.files import check_writable
+from trimodal.errors import UserError
 from trimodal.openmp import bound_waiting
 from trimodal.redaction import command_line, redact
 
 with environment_needed():
     from trimodal.config import Config, config_from_dict
-    from trimodal.errors import UserError
+    from trimodal.files import check_writable
     from trimodal.sets import SETS, check_settings
 
 

@@ -46,8 +46,7 @@ SAFE = {
     "download.debian.fetch_by_apt": ("TemporaryDirectory", "a new folder"),
     "distributed.World.quiet": ("open(w)", "os.devnull"),
     "files.replacing": ("open(?) os.replace unlink", "NAME.PROCESS.tmp, over NAME: each caller stands in this table"),
-    "files.appearing": ("replacing", "with the next one as its way to rename"),
-    "files._rename_to_free": ("os.link os.rename unlink", "never over what is there; removes what it has just written"),
+    "files.rename_to_free": ("os.link os.rename", "never over what is there"),
     "files.set_aside": ("os.rename", "to a name that nothing has"),
     "files.remove_left": ("unlink", "NAME.PROCESS.tmp of replacing, where NAME is one of ours"),
     "files.settle":
@@ -56,9 +55,8 @@ SAFE = {
     "files.keep_beside": ("os.link open(x) os.replace", "to a name that nothing has, taken first"),
     "files.sync_file": ("open(rb+)", "writes nothing"),
     "files.sync_folder": ("os.open", "reads only"),
-    "files.locked": ("open(a) unlink", "NAME.lock, only when empty and no link"),
+    "files.locked": ("unlink", "NAME.lock, only when empty"),
     "download.holdings.Holdings.write_licence": ("replacing", "only over a text whose digest the marker knows"),
-    "doctor._output_folder": ("open(a)", "the lock of a run, nothing is written"),
     "doctor.check_memory": ("shutil.copytree", "kept plans, into the temporary folder"),
     "doctor.main": ("TemporaryDirectory", "a new folder"),
     "sets.inventory.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
@@ -75,7 +73,6 @@ SAFE = {
     "training.outputs.finish_going_back": ("unlink", "the note of that work"),
     "training.outputs._move": ("os.rename unlink", "to a name that nothing has; what was copied there whole goes"),
     "training.outputs._copy": ("replacing shutil.copyfileobj", "into a new folder abandoned_TIME"),
-    "data.cache._lock": ("open(a)", "a lock of ours, nothing is written"),
     "data.cache._make_entry":
         ("os.rename unlink", "an entry of the cache gets its name, under its lock; its journal goes"),
     "data.cache.PartialEntry.__init__":
@@ -86,8 +83,7 @@ SAFE = {
     "data.cache._open_to_append": ("os.open", "one of these two files, no link is followed"),
     "data.cache._remove_partial":
         ("unlink rmdir", "the files of a partial entry, by their names, and the folder when empty"),
-    "evaluation.report.write_new": ("unlink", "what it has just written"),
-    "training.run._claim": ("open(a)", "the lock of a run, nothing is written"),
+    "evaluation.report.write_new": ("replacing unlink", "never over what is there; removes what it has just written"),
     "download.unpack.clear_staging":
         ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
     "training.tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),

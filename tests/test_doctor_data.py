@@ -234,10 +234,10 @@ def test_an_earlier_run_is_refused_where_a_run_refuses_it(tmp_path: Path, option
 
 
 HOLDER = """
-import sys
+import pathlib, sys
 from trimodal import files
-lock = open(sys.argv[1], "a")
-assert files.take_lock(lock, of_process=True)
+lock = files.hold_lock(pathlib.Path(sys.argv[1]))
+assert lock
 print("held", flush=True)
 sys.stdin.read()
 """

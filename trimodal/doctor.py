@@ -368,8 +368,8 @@ def _output_folder(options: "Options", folder: Path) -> Iterator[Finding]:
                           "choose another --output-dir")
             return
     if (folder / run.LOCK).exists():
-        with open(folder / run.LOCK, "a", encoding="utf-8") as lock:
-            run.hold(lock, folder)
+        if lock := run.hold(folder):
+            lock.release()
     used = ", ".join(run.parts_in_use(folder))
     if used and not options.overwrite and not run.is_within(options.resume, folder):
         yield Finding("output folder", "fail", f"{folder}: holds an earlier run ({used})",

@@ -261,7 +261,7 @@ def test_steps_of_an_unfinished_epoch_count_as_done_where_fewer_are_left(small: 
 def test_a_folder_is_claimed_before_its_checkpoints_are_looked_at(small: SmallRuns, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     def look(config: Any, options: Options) -> None:
-        code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        code = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
         lock = str(tmp_path / run_module.LOCK)
         found = subprocess.run([sys.executable, "-c", code, lock], capture_output=True, text=True)
         assert "BlockingIOError" in found.stderr

@@ -29,7 +29,7 @@ from trimodal.config import NUM_MELS, Config
 from trimodal.data.samples import BrokenSample, offsets_of
 from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
 from trimodal.errors import UserError
-from trimodal.files import bytes_below, nearest_existing, replacing, sync_folder, take_lock
+from trimodal.files import bytes_below, hold_lock, nearest_existing, replacing, sync_folder
 
 Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
@@ -246,13 +246,12 @@ def open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fil
 @contextmanager
 def _lock(cache: Path) -> Iterator[None]:
     """One process at a time fills a cache; the system frees the lock when its holder dies."""
-    with (cache / LOCK).open("a") as file:
-        try:
-            take_lock(file, of_process=True)
-        except BlockingIOError:
-            print(f"Cache: waiting for another process that fills {cache}", flush=True)
-            take_lock(file, of_process=True, wait=True)
+    lock = hold_lock(cache / LOCK, lambda: print(f"Cache: waiting for another process that fills {cache}", flush=True))
+    try:
         yield
+    finally:
+        if lock:
+            lock.release()
 
 
 def _make_entry(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:

@@ -108,7 +108,8 @@ def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
     """
     policy = policy or Policy()
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(wanted.path, _Waiting(wanted.path.name, policy)):
+    waiting = f"{wanted.path.name}: another process is fetching it; waiting for that"
+    with locked(wanted.path, lambda: policy.progress.say(waiting), policy.pause):
         with contextlib.suppress(FileNotFoundError, Mismatch):
             if wanted.digests:
                 fetched = check_file(wanted, policy.progress)
@@ -116,20 +117,6 @@ def fetch(wanted: Wanted, policy: Policy | None = None) -> Fetched:
                     notes.forget(wanted.path)  # the note of a run that was killed just before it did so
                 return fetched
         return _from_any_server(wanted, policy)
-
-
-class _Waiting:
-    """Waits for another process that fetches the same file; says so once."""
-
-    def __init__(self, name: str, policy: Policy) -> None:
-        self._name, self._policy, self._said = name, policy, False
-
-    def __call__(self) -> None:
-        if not self._said:
-            self._policy.progress.say(f"{self._name}: another process is fetching it; waiting for that")
-        self._said = True
-        if self._policy.stop.wait(0.1):
-            raise Stopped
 
 
 def _from_any_server(wanted: Wanted, policy: Policy) -> Fetched:

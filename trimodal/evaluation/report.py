@@ -48,7 +48,7 @@ from typing import Any
 
 from trimodal import __version__
 from trimodal.evaluation.plots import flat_values, loss_curves, progress_curves, retrieval_grid
-from trimodal.files import appearing
+from trimodal.files import rename_to_free, replacing
 from trimodal.redaction import address, hide, redact, settings
 
 __all__ = ["format_table", "retrieval_grid", "write_report"]
@@ -201,7 +201,7 @@ def write_new(folder: Path, contents: Mapping[str, bytes]) -> bool:
     written = list[Path]()
     try:
         for name, content in contents.items():
-            with appearing(folder / name) as file:
+            with replacing(folder / name, rename=rename_to_free) as file:
                 file.write(content)
             written.append(folder / name)
     except OSError as error:

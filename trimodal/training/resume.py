@@ -34,7 +34,7 @@ def check_start(config: Config, options: Options) -> None:
     claim = claim_folder(Path(config.paths.output_dir), options)
     find_state(config, options)
     if claim.lock:
-        claim.lock.close()
+        claim.lock.release()
 
 
 def find_state(config: Config, options: Options) -> dict[str, Any] | None:

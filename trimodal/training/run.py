@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import BaseFileLock
 
 import model as model_module
 from datasets import Data, load_data
@@ -17,7 +18,7 @@ from trimodal.data.splits import file_hashes, has_known_file
 from trimodal.data.tokenizer import Tokenizer, load_word_table
 from trimodal.distributed import World
 from trimodal.errors import UserError
-from trimodal.files import check_writable, remove_left, take_lock
+from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.redaction import settings
 from trimodal.training import outputs
@@ -170,9 +171,9 @@ def parts_in_use(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Claim:
-    """On a folder, while it lives."""
+    """The lock of an output folder, held while it lives."""
 
-    lock: IO[str] | None  # of the main process; the others have none
+    lock: BaseFileLock | None  # of the main process, where the file system has locks
 
 
 def claim_folder(folder: Path, options: Options, world: World | None = None) -> Claim:
@@ -187,18 +188,18 @@ def claim_folder(folder: Path, options: Options, world: World | None = None) -> 
     return world.together(lambda: Claim(_claim(folder, options) if world.is_main else None))
 
 
-def _claim(folder: Path, options: Options) -> IO[str]:
+def _claim(folder: Path, options: Options) -> BaseFileLock | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a", encoding="utf-8")
+        lock = hold(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
-    hold(lock, folder)
     if place := outputs.finish_going_back(folder):
         print(f"{folder}: went back to an earlier checkpoint and was killed; what came after it is now in {place}")
     used = parts_in_use(folder)
     if used and not options.overwrite and not is_within(options.resume, folder):
-        lock.close()
+        if lock:
+            lock.release()
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). {_ways_on(options.resume)}")
     return lock
 
@@ -225,16 +226,16 @@ def is_within(resume: str | None, folder: Path) -> bool:
     return resume == "auto" or bool(resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
 
 
-def hold(lock: IO[str], folder: Path) -> None:
-    """Until the process ends, however it ends: the system frees the lock. Reading processes do not hold it as well."""
+def hold(folder: Path) -> BaseFileLock | None:
+    """Lock an output folder until the process ends, however it ends. Worker processes do not hold the lock."""
     try:
-        held = take_lock(lock, of_process=True)
+        lock = hold_lock(folder / LOCK)
     except BlockingIOError:
-        lock.close()
         raise UserError(f"{folder}: another process trains there at this moment; wait for it, stop it, or choose "
                         "another --output-dir") from None
-    if not held:
+    if not lock:
         print(f"{folder}: this file system has no locks: see to it that no second run uses it")
+    return lock
 
 
 def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> TriModalModel:

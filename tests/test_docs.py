@@ -22,6 +22,11 @@ from trimodal.sets import SETS
 
 CHINESE, ENGLISH = ROOT / "README.md", ROOT / "README_en.md"
 READMES = pytest.mark.parametrize("readme", [CHINESE, ENGLISH], ids=lambda path: path.name)
+DOCS = sorted(path for path in (ROOT / "docs").glob("*.md") if not path.stem.endswith("_en"))
+PAIRS = pytest.mark.parametrize("chinese", [CHINESE, *DOCS], ids=lambda path: path.name)
+MANUALS = pytest.mark.parametrize("manual", [CHINESE, ENGLISH, *sorted((ROOT / "docs").glob("*.md"))],
+                                  ids=lambda path: path.name)
+MOST_BYTES = 32_000  # of a README; the rest stands in docs/, by topic
 
 PROMISED = (  # what the first version of the documentation fixed, word for word
     "./run_all.sh --demo", "./run_all.sh --model-size base --batch-size 8 --epochs 50", "bash setup_environment.sh",
@@ -84,8 +89,18 @@ def _code(block: Block) -> list[str]:
     return tree_names(block) if is_tree(block) else without_comments(block.lines)
 
 
-def test_readmes_mirror_each_other() -> None:
-    assert mirror_problems(CHINESE.read_text("utf-8"), ENGLISH.read_text("utf-8")) == []
+def english(chinese: Path) -> Path:
+    return chinese.with_name(f"{chinese.stem}_en.md")
+
+
+@PAIRS
+def test_the_two_languages_mirror_each_other(chinese: Path) -> None:
+    assert mirror_problems(chinese.read_text("utf-8"), english(chinese).read_text("utf-8")) == []
+
+
+@READMES
+def test_a_readme_is_short(readme: Path) -> None:
+    assert readme.stat().st_size <= MOST_BYTES
 
 
 def test_mirror_gate_can_fail() -> None:
@@ -95,8 +110,13 @@ def test_mirror_gate_can_fail() -> None:
         "other headings", "other numbers in the tables", "other code block: ['ls']"]
 
 
-def test_each_readme_links_to_the_other() -> None:
-    assert "(README_en.md)" in CHINESE.read_text("utf-8") and "(README.md)" in ENGLISH.read_text("utf-8")
+@PAIRS
+def test_each_language_links_to_the_other_and_the_readme_to_both(chinese: Path) -> None:
+    other = english(chinese)
+    assert f"({other.name})" in chinese.read_text("utf-8") and f"({chinese.name})" in other.read_text("utf-8")
+    if chinese != CHINESE:
+        assert f"(docs/{chinese.name})" in CHINESE.read_text("utf-8")
+        assert f"(docs/{other.name})" in ENGLISH.read_text("utf-8")
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -155,13 +175,29 @@ def markdown_files() -> list[Path]:
 
 def link_problems(path: Path, text: str) -> list[str]:
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(text)) + re.findall(r'(?:src|href)="([^"]+)"', prose(text))
-    local = [target.split("#")[0] for target in targets if not re.match(r"\w+:|#", target)]
-    return [f"{path.name}: no {target}" for target in local if not (path.parent / target).exists()]
+    local = [target for target in targets if not re.match(r"\w+:", target)]
+    return [f"{path.name}: no {target}" for target in local if not _leads_somewhere(path, text, target)]
+
+
+def _leads_somewhere(path: Path, text: str, target: str) -> bool:
+    """Whether the file is there, and the heading in it."""
+    name, _, anchor = target.partition("#")
+    if name and not (path.parent / name).exists():
+        return False
+    within = (path.parent / name).read_text("utf-8") if name and anchor else text
+    return not anchor or anchor in {_anchor(title) for title in re.findall(r"^#+ (.*)", prose(within), re.MULTILINE)}
+
+
+def _anchor(title: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|`", r"\1", title).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
 
 
 def test_links_lead_somewhere() -> None:
     assert [problem for path in markdown_files() for problem in link_problems(path, path.read_text("utf-8"))] == []
-    assert link_problems(ROOT / "x.md", "[a](no.md#b) [b](https://x.org/y) [c](#d)") == ["x.md: no no.md"]
+    assert link_problems(ROOT / "x.md", "# D\n[a](no.md#b) [b](https://x.org/y) [c](#d) [e](#f)") == [
+        "x.md: no no.md#b", "x.md: no #f"]
 
 
 def missing_files(text: str) -> list[str]:
@@ -249,10 +285,10 @@ def _value_problems(flag: str, value: str) -> list[str]:
     return [] if foreign or value in (allowed or ()) else [f"{flag} takes no {value}"]
 
 
-@READMES
-def test_commands_are_real(readme: Path) -> None:
-    found = list(commands(readme.read_text("utf-8")))
-    assert len(found) > 8
+@MANUALS
+def test_commands_are_real(manual: Path) -> None:
+    found = list(commands(manual.read_text("utf-8")))
+    assert len(found) > (8 if "README" in manual.name else 0)
     assert [problem for words in found for problem in command_problems(words)] == []
 
 
@@ -288,19 +324,19 @@ def unknown_keys(text: str) -> list[str]:
     return [span[0] for span in named if span[2] != "py" and span[2] not in plain[span[1]]]
 
 
-@READMES
-def test_named_keys_exist(readme: Path) -> None:
-    assert unknown_keys(readme.read_text("utf-8")) == []
+@MANUALS
+def test_named_keys_exist(manual: Path) -> None:
+    assert unknown_keys(manual.read_text("utf-8")) == []
 
 
 def test_key_gate_can_fail() -> None:
     assert unknown_keys("`training.seed`, `model.py`, `training.sede=1`, `x.y`") == ["training.sede=1"]
 
 
-@READMES
-def test_yaml_blocks_are_valid_settings(readme: Path) -> None:
-    found = [block for block in blocks(readme.read_text("utf-8")) if block.language in ("yaml", "yml")]
-    assert found
+@MANUALS
+def test_yaml_blocks_are_valid_settings(manual: Path) -> None:
+    found = [block for block in blocks(manual.read_text("utf-8")) if block.language in ("yaml", "yml")]
+    assert found or "README" not in manual.name
     for block in found:
         config_from_dict(yaml.safe_load("\n".join(block.lines)))
 

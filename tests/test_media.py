@@ -131,7 +131,7 @@ def test_media_themselves_are_not_taken_for_something_else(tmp_path: Path, name:
     assert media.kind_of(str(path), "picture" if is_picture else "sound") == ""
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_en.md"])
+@pytest.mark.parametrize("readme", ["docs/datasets.md", "docs/datasets_en.md"])
 def test_the_readme_names_the_suffixes_of_all_videos(readme: str) -> None:
     text = " ".join((ROOT / readme).read_text("utf-8").split())
     assert " ".join(media.VIDEO_SUFFIXES) in text

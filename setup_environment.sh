@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Make venv/ with everything that the project needs. Running it again does nothing when all is there.
 #
-#   bash setup_environment.sh [--dev] [--torch-version X] [--dry-run]
+#   bash setup_environment.sh [--dev] [--latest] [--torch-version X] [--dry-run]
 #   source venv/bin/activate
 #
 #   --dev              also the tools that tests/run.sh needs (requirements-dev.txt)
+#   --latest           the newest packages within the ranges of requirements*.txt, not those that were tested together
+#                      (constraints.txt); also LATEST=yes. An environment that was made so stays so
 #   --torch-version X  a torch of your choice within the range of requirements.txt; also TORCH_VERSION=X
 #   --dry-run          say what would be done, and why; install nothing
 #
@@ -16,7 +18,8 @@ set -euo pipefail
 
 PYTHON=${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10} # first one that fits is taken
 VENV_DIR=${VENV_DIR:-venv}                                            # relative to this folder
-TORCH_VERSION=${TORCH_VERSION:-}                                      # empty: the newest that requirements.txt allows
+TORCH_VERSION=${TORCH_VERSION:-}                                      # empty: the one in constraints.txt
+LATEST=${LATEST:-no}
 TORCH_INDEX_URL=${TORCH_INDEX_URL-https://download.pytorch.org/whl/cpu} # empty: the default index, ask nobody
 PROBE_S=${PROBE_S:-5}                                                   # empty: 5 seconds
 CPU_DISK_GB=2
@@ -35,10 +38,11 @@ parse() {
         case $1 in
             --dev) DEV=yes ;;
             --dry-run) DRY_RUN=yes ;;
+            --latest) LATEST=yes ;;
             --torch-version) TORCH_VERSION=${2-nothing} && shift $(($# > 1)) ;;
             --torch-version=*) TORCH_VERSION=${1#*=} ;;
             -h | --help) usage && exit 0 ;;
-            *) die "unknown flag '$1'; known: --dev, --torch-version X, --dry-run, --help" ;;
+            *) die "unknown flag '$1'; known: --dev, --latest, --torch-version X, --dry-run, --help" ;;
         esac
         shift
     done
@@ -109,14 +113,15 @@ usable() {
         grep -qF -e "$VENV" -e "$(cd -P "$VENV" && pwd)" "$VENV/bin/activate"
 }
 
-# What the stamp records: digests of the requirement files, versions of Python and of the three torch packages.
+# What the stamp records: digests of the requirement files and of constraints.txt (or that it was left out), versions of Python and of the three torch packages.
 state() {
-    "$VENV_PYTHON" - <<'EOP'
-import hashlib, importlib.metadata, pathlib, platform
+    "$VENV_PYTHON" - "$LATEST" <<'EOP'
+import hashlib, importlib.metadata, pathlib, platform, sys
 def digest(*names):
     return hashlib.sha256(b"\0".join(pathlib.Path(name).read_bytes() for name in names)).hexdigest()
 print("requirements=" + digest("requirements.txt", "requirements-embeddings.txt"))
 print("dev=" + digest("requirements-dev.txt"))
+print("constraints=" + ("none" if sys.argv[1] == "yes" else digest("constraints.txt")))
 print("python=" + platform.python_version())
 found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
 print("torch=" + " ".join(found.get(name, "none") for name in ("torch", "torchvision", "torchaudio")))
@@ -147,7 +152,10 @@ complete() {
     local line now
     [ -f "$STAMP" ] && usable && torch_stays && now=$(state) || return 1
     while read -r line; do
-        case $DEV$line in nodev=*) continue ;; esac
+        case $DEV$line in
+            nodev=*) continue ;;
+            *constraints=*) [ "$LATEST" = yes ] || ! grep -qx constraints=none "$STAMP" || continue ;;
+        esac
         grep -qxF "$line" "$STAMP" || return 1
     done <<<"$now"
 }
@@ -160,28 +168,54 @@ check_disk() {
     [ "$free_gb" -ge "$1" ] || die "not enough disk: free some, or put the environment elsewhere: VENV_DIR=/other/disk/venv"
 }
 
-pip_install() {
+ask_pip() {
     local quiet=
     [ -t 1 ] || quiet=--quiet
-    "$VENV_PYTHON" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check "$@" || {
+    "$VENV_PYTHON" -m pip install ${quiet:+"$quiet"} --disable-pip-version-check "$@"
+}
+
+pip_install() {
+    ask_pip "$@" || {
         say "pip failed on: $* (its own lines above say why); running this script again goes on from here" >&2
         [ "$PLACE" != cpu ] || say "to do without the CPU index: TORCH_INDEX_URL= bash setup_environment.sh" >&2
         exit 1
     }
 }
 
+# Packages in the versions that were tested together, torch's aside: those stay as install_torch has left them.
+install_tested() {
+    local tested=$VENV/constraints.txt
+    if [ "$LATEST" = no ]; then
+        grep -v '^torch' constraints.txt >"$tested"
+        ask_pip -c "$tested" "$@" && return
+        say "the versions in constraints.txt are not all to be had for this Python and machine (pip's own lines above" \
+            "say which): taking the newest within the ranges of requirements*.txt"
+    fi
+    pip_install "$@"
+}
+
+# The torch packages of constraints.txt; fails where others are wanted, or these are not to be had.
+tested_torch() { # $@: options of pip
+    local spec specs=()
+    if [ -n "$TORCH_VERSION" ] || [ "$LATEST" = yes ]; then return 1; fi
+    while read -r spec; do specs+=("$spec"); done < <(grep '^torch' constraints.txt)
+    ask_pip "$@" "${specs[@]}" && return
+    say "the torch of constraints.txt is not to be had here: taking the newest that requirements.txt allows"
+    return 1
+}
+
 # All three from one place: a CPU-only torch beside the default index's torchvision does not even import.
 install_torch() {
-    local name specs=() index=()
+    local spec specs=() index=()
     "$VENV_PYTHON" -m pip uninstall --quiet --yes torch torchvision torchaudio 2>/dev/null
-    while read -r name; do specs+=("$name"); done < <(sed -n 's/[[:space:]]*#.*//; /^torch/p' requirements.txt)
-    if [ "$PLACE" = cpu ]; then
-        index=(--index-url "$TORCH_INDEX_URL")
-        [ -z "$TORCH_VERSION" ] || specs+=("torch==$TORCH_VERSION")
-    elif [ -n "$TORCH_VERSION" ]; then
-        specs+=("torch===$TORCH_VERSION") # === refuses another build (X+cpu) of the same version, from find-links say
+    if [ "$PLACE" = cpu ]; then index=(--index-url "$TORCH_INDEX_URL"); fi
+    if ! tested_torch ${index[@]+"${index[@]}"}; then
+        while read -r spec; do specs+=("$spec"); done < <(sed -n 's/[[:space:]]*#.*//; /^torch/p' requirements.txt)
+        # === refuses another build (X+cpu) of the same version, from find-links say
+        if [ -n "$TORCH_VERSION" ] && [ "$PLACE" = cpu ]; then specs+=("torch==$TORCH_VERSION"); fi
+        if [ -n "$TORCH_VERSION" ] && [ "$PLACE" != cpu ]; then specs+=("torch===$TORCH_VERSION"); fi
+        pip_install ${index[@]+"${index[@]}"} "${specs[@]}"
     fi
-    pip_install ${index[@]+"${index[@]}"} "${specs[@]}"
     if [ "$PLACE" = default ] && ! torch_stays; then
         read -r -a specs <<<"$(state | sed -n 's/^torch=//p')"
         say "a find-links or extra index brought other builds (${specs[*]}): taking the plain ones"
@@ -220,10 +254,10 @@ install() {
     local dev
     usable || make_environment
     torch_stays || install_torch
-    pip_install -r requirements.txt
+    install_tested -r requirements.txt
     pip_install --no-deps --require-hashes -r requirements-embeddings.txt
     if [ "$DEV" = yes ]; then
-        pip_install -r requirements-dev.txt
+        install_tested -r requirements-dev.txt
         dev=$(state | grep '^dev=')
     else
         dev=$(grep -s '^dev=' "$STAMP" || true)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+import trimodal
 from tests.project import ROOT
 from trimodal.config import SIZES, Config, config_from_dict, load_config
 from trimodal.errors import ConfigError
@@ -355,3 +356,12 @@ def test_python_blocks_parse_and_import_what_exists(readme: Path) -> None:
     assert found
     assert [problem for block in found for problem in python_problems("\n".join(block.lines))] == []
     assert python_problems("from trimodal.config import load_config, ghost") == ["trimodal.config has no ghost"]
+
+
+def test_the_changelog_names_imports_that_work() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    imports = re.findall(r"\| `((?:from|import) [^`]+)` \|$", text, re.MULTILINE)
+    assert len(imports) > 10
+    for line in imports:
+        exec(line, {})
+    assert f"\n## {trimodal.__version__} (" in text

@@ -17,8 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-import run_training
+from tests import constraints
 from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
 
@@ -28,7 +30,7 @@ Done = subprocess.CompletedProcess[str]
 
 
 def bash(script: str | Path, *arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> Done:
-    own = ("TORCH_VERSION", "VENV_DIR", "PYTHON", "PROBE_S")
+    own = ("TORCH_VERSION", "VENV_DIR", "PYTHON", "PROBE_S", "LATEST")
     clean = {key: value for key, value in os.environ.items() if key not in own}
     return subprocess.run(["bash", str(script), *arguments], cwd=cwd, env=clean | dict(env or {}), capture_output=True,
                           text=True, stdin=subprocess.DEVNULL)
@@ -75,7 +77,7 @@ def test_scripts_stop_at_the_first_failure(script: str) -> None:
 
 
 @pytest.mark.parametrize(("script", "words"), [
-    ("setup_environment.sh", ["--dev", "--torch-version", "--dry-run", "Disk:", "Time:", "Network:"]),
+    ("setup_environment.sh", ["--dev", "--latest", "--torch-version", "--dry-run", "Disk:", "Time:", "Network:"]),
     ("run_all.sh", ["--demo", "--model-size", "--batch-size", "--epochs", "--datasets", "--data-root", "Time:"])])
 def test_help(script: str, words: list[str], tmp_path: Path) -> None:
     run = bash(ROOT / script, "--help", cwd=tmp_path)
@@ -249,7 +251,7 @@ REQUIRED = ("requirements.txt", "requirements-embeddings.txt", "requirements-dev
 def installed(folder: Path) -> Path:
     """The set-up beside an environment whose packages are those of this one, whose pip only records its work, and
     whose torch packages are imported in no time."""
-    for name in ("setup_environment.sh", *REQUIRED):
+    for name in ("setup_environment.sh", "constraints.txt", *REQUIRED):
         shutil.copy(ROOT / name, folder)
     (folder / "venv" / "bin").mkdir(parents=True)
     (folder / "venv" / "bin" / "activate").write_text(f"VIRTUAL_ENV={folder}/venv\n")
@@ -279,6 +281,7 @@ def test_a_second_run_has_nothing_to_do_until_something_changes(tmp_path: Path) 
     assert first.returncode == 0, first.stderr
     asked = pip.read_text()
     assert [name for name in REQUIRED if f"-r {name}" not in asked] == [] and "torch" not in asked, "torch stays"
+    assert asked.count(f"-c {folder}/venv/constraints.txt") == 2, "tested versions, of all but the words and torch"
     pip.unlink()
     second = set_up(folder, "--dev")
     assert second.returncode == 0 and second.stdout.count("\n") == 1, second.stdout
@@ -290,6 +293,40 @@ def test_a_second_run_has_nothing_to_do_until_something_changes(tmp_path: Path) 
         file.write("# changed\n")
     assert set_up(folder).returncode == 0 and not pip.exists(), "not asked for"
     assert set_up(folder, "--dev").returncode == 0 and "-r requirements-dev.txt" in pip.read_text()
+
+
+def test_the_tested_versions_can_be_left_out(tmp_path: Path) -> None:
+    folder, pip = installed(tmp_path), tmp_path / "pip"
+    assert set_up(folder, "--latest").returncode == 0
+    assert "-r requirements.txt" in pip.read_text() and "-c " not in pip.read_text()
+    pip.unlink()
+    for arguments in (["--latest"], []):
+        assert set_up(folder, *arguments).stdout.count("\n") == 1 and not pip.exists(), "it stays so"
+    with (folder / "requirements.txt").open("a") as file:
+        file.write("# changed\n")
+    assert set_up(folder).returncode == 0 and "-c " in pip.read_text()
+    pip.unlink()
+    with (folder / "constraints.txt").open("a") as file:
+        file.write("# renewed\n")
+    assert set_up(folder).returncode == 0 and "-c " in pip.read_text()
+
+
+def test_where_the_tested_versions_are_not_to_be_had_the_ranges_are_taken(tmp_path: Path) -> None:
+    folder, pip = installed(tmp_path), tmp_path / "pip"
+    python = folder / "venv" / "bin" / "python"
+    python.write_text(python.read_text().replace('exit 0', 'case "$*" in *"-c "*) exit 1 ;; esac; exit 0'))
+    run = set_up(folder)
+    assert run.returncode == 0 and names(run.stdout, "constraints.txt", "requirements*.txt")
+    assert [("-c " in line) for line in pip.read_text().splitlines() if "-r requirements.txt" in line] == [True, False]
+
+
+def test_constraints_hold_all_that_is_required_within_its_range() -> None:
+    pins = {canonicalize_name(pin.name): pin for line in constraints.CONSTRAINTS.read_text("utf-8").splitlines()
+            if line and not line.startswith("#") for pin in [Requirement(line)]}
+    for wanted in constraints.required():
+        (pin,) = pins[canonicalize_name(wanted.name)].specifier
+        assert pin.operator == "==" and wanted.specifier.contains(pin.version), f"{wanted}: renew constraints.txt"
+    assert not [name for name in pins if constraints.OF_CUDA.match(name)]
 
 
 def test_an_environment_behind_a_link_is_used(tmp_path: Path) -> None:
@@ -439,46 +476,3 @@ def test_run_all_refuses_flags_before_the_set_up(project: Path, arguments: list[
         assert calls == []
         assert_refused(run, *named)
         shutil.rmtree(project / "venv", ignore_errors=True)  # the second time there is no environment yet
-
-
-# ---- run_training.py --check -------------------------------------------------------------------------------------
-
-
-def test_check_prints_where_and_what_of_the_full_job_and_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run_training.main(["--check"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["./data", "./outputs", "coco clotho audiocaps"]
-    assert run_training.main(["--check", "--config", str(ROOT / "recipes" / "demo.yaml")]) == 0
-    assert capsys.readouterr().out.splitlines() == ["./data", "./outputs/demo", "stamps"]
-
-
-@pytest.mark.parametrize(("arguments", "named"), [
-    (["--model-size", "huge"], ["model.size", "huge"]), (["--epochs", "none"], ["training.epochs", "none"]),
-    (["training.epoch=3"], ["training.epoch", "epochs"]), (["--datasets", "cocoa"], ["data.datasets", "cocoa"]),
-    (["--config", "none.yaml"], ["none.yaml"]),
-    (["--device", "tpu"], ["--device", "tpu"]), (["--resume", "none.pt"], ["--resume", "none.pt"]),
-    (["--overwrite", "--resume", "auto"], ["--overwrite", "--resume"]),
-    (["--output-dir", "file/out"], ["file/out", "Not a directory"]), (["--output-dir", ""], ["paths.output_dir"]),
-    (["--output-dir", "used", "--resume", "elsewhere.pt"], ["used", "checkpoints"]),
-    (["--datasets", "manifest", "data.manifest=none.jsonl"], ["none.jsonl"]),
-    (["--datasets", "manifest", "data.manifest=wrong.csv"], ["wrong.csv", "line 1", "imgae"])])
-def test_check_refuses_what_training_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-                                             capsys: pytest.CaptureFixture[str], named: list[str]) -> None:
-    (tmp_path / "file").write_text("in the way")
-    (tmp_path / "wrong.csv").write_text("imgae\na.png\n")
-    (tmp_path / "used" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "used" / "checkpoints" / "checkpoint_epoch_1.pt").write_bytes(b"x")
-    monkeypatch.chdir(tmp_path)
-    assert run_training.main(["--check", *arguments]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert_told(printed.err, *named)
-
-
-@pytest.mark.parametrize("arguments", [["word"], ["--epoch", "3"], ["--plan"], ["--doctor"], ["--json"]])
-def test_check_refuses_flags(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run_training.main(["--check", *arguments])
-    assert stop.value.code == 2
-    assert_told(capsys.readouterr().err, arguments[0])

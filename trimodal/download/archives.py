@@ -7,6 +7,7 @@ import bisect
 import contextlib
 import io
 import itertools
+import os
 import shutil
 import stat
 import struct
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from trimodal.download.progress import Bar
-from trimodal.download.remote import ByteSource, RemoteFile
+from trimodal.download.remote import RemoteFile
 from trimodal.sets.base import Rows
 
 CHUNK_BYTES = 1 << 18
@@ -115,29 +116,48 @@ def crc32_of(path: Path) -> int:
     return crc32
 
 
-class JoinedFile(ByteSource):
+class JoinedFile(io.RawIOBase):
     """The parts of an archive, on the disk or on a server, read as one seekable file."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        self._files = [part.open("rb", buffering=0) if isinstance(part, Path) else part for part in parts]
+        super().__init__()
+        self._parts = [part.open("rb", buffering=0) if isinstance(part, Path) else part for part in parts]
         sizes = (part.stat().st_size if isinstance(part, Path) else part.size for part in parts)
         self._ends = list(itertools.accumulate(sizes))
-        super().__init__(self._ends[-1])
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._ends[-1]}[whence]
+        self._position = max(0, base + offset)
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        number = bisect.bisect_right(self._ends, self.position)
-        if number == len(self._files):
+        number = bisect.bisect_right(self._ends, self._position)
+        if number == len(self._parts):
             return 0
-        start = self._ends[number - 1] if number else 0
-        self._files[number].seek(self.position - start)
-        data = self._files[number].read(min(len(buffer), self._ends[number] - self.position)) or b""
+        part, start = self._parts[number], self._ends[number - 1] if number else 0
+        if isinstance(part, RemoteFile):
+            data = part.read_at(self._position - start, len(buffer))
+        else:
+            part.seek(self._position - start)
+            data = part.read(len(buffer)) or b""
         buffer[: len(data)] = data
-        self.position += len(data)
+        self._position += len(data)
         return len(data)
 
     def close(self) -> None:
-        for file in self._files:
-            file.close()
+        for part in self._parts:
+            if not isinstance(part, RemoteFile):
+                part.close()
         super().close()
 
 

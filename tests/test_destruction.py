@@ -59,6 +59,7 @@ SAFE = {
     "download.holdings.Holdings.write_licence": ("replacing", "only over a text whose digest the marker knows"),
     "doctor.check_memory": ("shutil.copytree", "kept plans, into the temporary folder"),
     "doctor.main": ("TemporaryDirectory", "a new folder"),
+    "sets.emoji._render": ("replacing", "pictures that are not there"),
     "sets.inventory.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
     "sets.inventory.Listing.__init__":
         ("open(wt)", "in the hidden folder of lists, ARCHIVE.jsonl.gz.new; it goes to its name by settle"),

@@ -111,6 +111,8 @@ class Acquisition:
         """The cheap look: the marker, that no file of the lists is missing, and no clip is left to try."""
         if not self.holdings.marker.get("complete") or self.holdings.todo(sizes=False):
             return False
+        if any(found < number for _, found, number in self.holdings.made()):
+            return False
         return not (self._asks_youtube() and youtube.any_left(self.source, self.folder, self.options))
 
     def _asks_youtube(self) -> bool:
@@ -144,6 +146,8 @@ class Acquisition:
         self._finish_set()
 
     def _finish_set(self) -> None:
+        if self.source.finish and not self.holdings.todo(sizes=False):
+            self.source.finish(self.folder)
         marker = self.holdings.marker
         marker |= {"complete": not self.unavailable and not self.may_come,
                    "limited": self.selection.limited and self._more_without_limits(),

@@ -252,8 +252,13 @@ class Holdings:
                   f"{'further ' if row.place in first else ''}{row.place} named in {row.source}", row.found, row.listed)
                  for row in covered if first.get(row.place) is row or row.absent]
         unknown = partly.keys() - {row.place for row in covered}
-        return rows + [(place, inventory.count(self.folder / place, ""), number)
-                       for place, number in partly.items() if place in unknown]
+        return rows + self.made() + [(place, inventory.count(self.folder / place, ""), number)
+                                     for place, number in partly.items() if place in unknown]
+
+    def made(self) -> list[tuple[str, int, int]]:
+        """(place, files found, files expected) of what is made of the items when all of them are there."""
+        return [(f"{count.folder} {count.suffix}", inventory.count(self.folder / count.folder, count.suffix),
+                 count.number) for count in self.selection.source.made]
 
     def _by_needed(self, item: Item) -> bool:
         """Whether what is there of the item is the user's, who may have no more of it than training needs."""

@@ -45,6 +45,7 @@ from benchmarks.attention_memory import cpu_name
 from datasets import epoch_batches, load_data
 from tests import trees
 from tests.test_datasets import assert_equal, configured
+from trimodal.data import workers
 from trimodal.data.batches import BatchReader, pool
 from trimodal.data.workers import NO_ITEM, Workers, in_line
 
@@ -295,20 +296,21 @@ def check_kill_amid_handing_over(which: str, reader: BatchReader, expected: Sequ
         found = reader.work(job, skipped, report)
         if job == 3 and not mark.exists():
             mark.touch()
-            _die_amid_the_next_write()
+            _die_amid_handing_over()
         return found
 
     return equals(list(workers_of(which, reader, lambda line: None, work=work)), expected)
 
 
-def _die_amid_the_next_write() -> None:
-    pwrite = os.pwrite
+def _die_amid_handing_over() -> None:
+    """Kill this process when it has written half of a batch: to its memory file (ours), to the pipe (pebble's)."""
+    class HalfPickler:
+        def __init__(self, file: Any, protocol: int) -> None:
+            self.file = file
 
-    def half_pwrite(file: int, content: Any, start: int) -> int:
-        if len(content) > 1 << 20:
-            pwrite(file, content[: len(content) // 2], start)
+        def dump(self, value: Any) -> None:
+            self.file.write(bytes(1 << 20))
             os.kill(os.getpid(), signal.SIGKILL)
-        return pwrite(file, content, start)
 
     def half_send(self: Any, content: Any, write: Any = os.write) -> None:
         if len(content) > 1 << 20:
@@ -317,7 +319,7 @@ def _die_amid_the_next_write() -> None:
         while content:
             content = content[write(self.fileno(), content):]
 
-    os.pwrite = half_pwrite
+    workers._Pickler = HalfPickler  # type: ignore[assignment,misc]
     Connection._send = half_send  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Where the parts of a chained Ogg file lie, and which headers of WAV files are mended: see test_tracks for their
+"""Where the links of a chained Ogg file lie, and which WAV files state too few samples: see test_tracks for their
 sound."""
 
 import itertools
@@ -13,9 +13,9 @@ from trimodal.data import sound_files
 
 
 def links(path: Path) -> list[tuple[int, int]]:
-    found = sound_files.ogg(str(path))
-    assert not found.has_holes
-    return found.links(path.stat().st_size)
+    found, has_holes = sound_files.ogg_links(str(path))
+    assert not has_holes
+    return found
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
@@ -32,7 +32,7 @@ def test_holes_of_an_ogg(tmp_path: Path, subtype: str) -> None:
     for damaged in (content[:middle] + content[after:], content[: middle + 40] + bytes(9) + content[middle + 49:],
                     content[:middle] + b"junk" + content[middle:]):
         path.write_bytes(damaged)
-        assert sound_files.ogg(str(path)).has_holes
+        assert sound_files.ogg_links(str(path))[1]
 
 
 def test_parts_of_a_chained_ogg(tmp_path: Path) -> None:
@@ -48,12 +48,12 @@ def test_parts_of_a_chained_ogg(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
-def test_other_files_are_of_one_piece_and_not_mended(tmp_path: Path, name: str) -> None:
+def test_other_files_are_of_one_piece_and_state_all_their_samples(tmp_path: Path, name: str) -> None:
     path = str(trees.sound(tmp_path / name, trees.tone()))
-    assert links(Path(path)) == [] and sound_files.mended(path) == path
+    assert links(Path(path)) == [] and not sound_files.states_too_few_samples(path)
+    assert sound_files.mended_au(path) == path
 
 
-def test_a_header_that_states_too_little_is_mended(tmp_path: Path) -> None:
-    path = wav_stating(tmp_path / "a.wav", tones(1, 16_000), 0)
-    mended = sound_files.mended(str(path))
-    assert not isinstance(mended, str) and mended.read()[44:] == path.read_bytes()[44:]
+@pytest.mark.parametrize("stated_bytes", [0, 4096])
+def test_a_header_that_states_too_little_is_noticed(tmp_path: Path, stated_bytes: int) -> None:
+    assert sound_files.states_too_few_samples(str(wav_stating(tmp_path / "a.wav", tones(1, 16_000), stated_bytes)))

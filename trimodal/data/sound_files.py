@@ -1,32 +1,27 @@
-"""What libsndfile passes over in sound files: all parts but the first of a chained Ogg or a joined MP3 file, pages that
-are lost amid an Ogg file, and the samples of WAV, AIFF and AU files whose writer was killed before it wrote how many
-they are.
+"""The structure of sound files where decoders pass over it: the links of a chained Ogg file and its lost pages, the
+parts of a joined MP3 file, and WAV and AU files whose writer was killed before it wrote how many samples they hold.
 """
 
 import io
 import itertools
 import mmap
 import os
-import struct
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import IO, Any
 
-Source = str | IO[bytes] | io.RawIOBase
+Source = str | io.RawIOBase
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-_TO_THE_END = b"\xff\xff\xff\xff"  # as a size
 _PADDING_BYTES = 4096  # behind the samples of a WAV or MP3 file
 _FRAME_BYTES = 256  # of MP3, which hold its own header
 _MAX_CHUNKS = 1000  # before the samples
 
 
 class Stretch(io.RawIOBase):
-    """The bytes `first` to `last` of a file, some of them others, as a file of its own, of which only what is asked for
-    is ever in memory. `changes`: new bytes by their place in the file."""
+    """The bytes `first` to `last` of a file as a file of its own, of which only what is asked for is ever in memory.
+    With `head`, its first bytes are these."""
 
-    def __init__(self, path: str, first: int, last: int, changes: Mapping[int, bytes] | None = None) -> None:
-        self.file, self.first, self.size, self.changes = open(path, "rb"), first, last - first, changes or {}
+    def __init__(self, path: str, first: int, last: int, head: bytes = b"") -> None:
+        self.file, self.first, self.size, self.head = open(path, "rb"), first, last - first, head
         self.at = 0
 
     def readable(self) -> bool:
@@ -45,10 +40,8 @@ class Stretch(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self.file.seek(self.first + self.at)
         content = bytearray(self.file.read(max(0, min(len(buffer), self.size - self.at))))
-        for place, new in self.changes.items():
-            first, last = max(place, self.at), min(place + len(new), self.at + len(content))
-            if first < last:
-                content[first - self.at: last - self.at] = new[first - place: last - place]
+        head = self.head[self.at: self.at + len(content)]
+        content[: len(head)] = head
         buffer[: len(content)] = content
         self.at += len(content)
         return len(content)
@@ -58,35 +51,26 @@ class Stretch(io.RawIOBase):
         super().close()
 
 
-@dataclass(frozen=True)
-class Ogg:
-    """Where the parts of a chained file begin, and whether pages are lost or damaged amid one."""
-
-    begins: tuple[int, ...] = ()
-    has_holes: bool = False
-
-    def links(self, size: int) -> list[tuple[int, int]]:
-        """First and last byte of each part; none of a file of one piece."""
-        return list(itertools.pairwise([*self.begins, size])) if len(self.begins) > 1 else []
+# ---- Ogg and MP3 ---------------------------------------------------------------------------------------------------
 
 
-def ogg(path: str) -> Ogg:
-    """What the pages of an Ogg file tell, of which decoders show nothing; no parts of other files. A page that begins a
-    stream, after one that does not, begins a part."""
+def ogg_links(path: str) -> tuple[list[tuple[int, int]], bool]:
+    """First and last byte of each link of a chained Ogg file, none of a file of one piece; and whether pages are lost
+    or damaged amid one. A page that begins a stream, after one that does not, begins a link."""
     with open(path, "rb") as file:
         if file.read(4) != b"OggS":
-            return Ogg()
+            return [], False
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _told_by_pages(content)
+            return _links_of_pages(content)
 
 
-def _told_by_pages(content: mmap.mmap) -> Ogg:
+def _links_of_pages(content: mmap.mmap) -> tuple[list[tuple[int, int]], bool]:
     begins, next_page = list[int](), dict[bytes, int]()
     at, in_head, is_lost, has_holes = 0, False, False, False
     while 0 <= at <= len(content) - 27:
         page = content[at: at + 27 + content[at + 26]]
         page += content[at + len(page): at + len(page) + sum(page[27:])]
-        if page[:5] != b"OggS\0" or not _is_whole(page):
+        if page[:5] != b"OggS\0" or not _has_right_checksum(page):
             at, is_lost = content.find(b"OggS\0", at + 1), True
             continue
         begins_stream, stream, number = bool(page[5] & 2), page[14:18], int.from_bytes(page[18:22], "little")
@@ -96,11 +80,11 @@ def _told_by_pages(content: mmap.mmap) -> Ogg:
             has_holes |= is_lost or next_page.get(stream, number) != number
         in_head, is_lost, next_page[stream] = begins_stream, False, (number + 1) % (1 << 32)
         at += len(page)
-    return Ogg(tuple(begins), has_holes)
+    return list(itertools.pairwise([*begins, len(content)])) if len(begins) > 1 else [], has_holes
 
 
-def _is_whole(page: bytes) -> bool:
-    """Whether a page has the sum that it states: a CRC-32 as zlib's, but from the other end of each byte."""
+def _has_right_checksum(page: bytes) -> bool:
+    """Compare the checksum of an Ogg page: a CRC-32 as zlib's, but from the other end of each byte."""
     blank = page[:22] + bytes(4) + page[26:]
     found = zlib.crc32(blank.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return page[22:26].translate(_MIRRORED) == found.to_bytes(4, "big")
@@ -128,8 +112,8 @@ def _end_of_mp3(file: IO[bytes], first: int) -> int:
     flags = int.from_bytes(frame[at + 4: at + 8], "big")  # 1: it states how many frames, 2: how many bytes
     if at < 0 or not _is_frame(frame) or not flags & 2:
         return 0
-    place = at + 8 + 4 * (flags & 1)
-    length = int.from_bytes(frame[place: place + 4], "big")
+    length_at = at + 8 + 4 * (flags & 1)
+    length = int.from_bytes(frame[length_at: length_at + 4], "big")
     file.seek(first + length)
     begin = file.read(_PADDING_BYTES)
     follows = length >= _FRAME_BYTES and len(begin) == _PADDING_BYTES and (begin.startswith(b"ID3") or _is_frame(begin))
@@ -140,59 +124,33 @@ def _is_frame(begin: bytes) -> bool:
     return begin[:1] == b"\xff" and begin[1:2] >= b"\xe0"
 
 
-def mended(source: Source) -> Source:
-    """A WAV, AIFF or AU file with a header that says to read on to the end, where it states too little: that of a
-    writer that was killed states nothing, or what had come some time before."""
-    if not isinstance(source, str):
-        return source
-    with open(source, "rb") as file:
-        head, size = file.read(12), os.path.getsize(source)
-        mend = _HEADERS.get((head[:4], head[8:]), _HEADERS.get((head[:4], b"")))
-        changes = mend(file, size) if mend else {}
-    return Stretch(source, 0, size, changes) if changes else source
+# ---- files whose writer was killed ---------------------------------------------------------------------------------
 
 
-def _wav(file: IO[bytes], size: int) -> dict[int, bytes]:
-    """New bytes of the header by their place; none where it needs none."""
-    found = _samples_chunk(file)
-    if found is None or not _goes_on(file, *found, size):
-        return {}
-    return {4: _TO_THE_END, found[0] - 4: _TO_THE_END}
+def mended_au(path: str) -> Source:
+    """An AU file that states no samples, with a header that says to read to the end; any other file as it is."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[:4] != b".snd" or any(head[8:]):
+        return path
+    return Stretch(path, 0, os.path.getsize(path), head[:8] + b"\xff" * 4)
 
 
-def _wav_of_64_bits(file: IO[bytes], size: int) -> dict[int, bytes]:
-    """A chunk before all others states the sizes; without it the file is a usual one."""
-    file.seek(12)
-    name, stated = file.read(4), file.read(20)[12:]
-    found = _samples_chunk(file)
-    if name != b"ds64" or any(stated) or found is None or not _goes_on(file, found[0], 0, size):
-        return {}
-    return {0: b"RIFF" + _TO_THE_END, 12: b"JUNK", found[0] - 4: _TO_THE_END}
-
-
-def _au(file: IO[bytes], size: int) -> dict[int, bytes]:
-    file.seek(4)
-    first, stated = struct.unpack(">II", file.read(8))
-    return {8: _TO_THE_END} if not stated and size > first else {}
-
-
-def _aiff(file: IO[bytes], size: int) -> dict[int, bytes]:
-    file.seek(0)
-    head = file.read(_PADDING_BYTES)
-    common, samples = head.find(b"COMM"), head.find(b"SSND")
-    if min(common, samples) < 0 or len(head) < max(common + 16, samples + 16):
-        return {}
-    channels, frames, bits = struct.unpack_from(">HIH", head, common + 8)
-    if frames or not channels * bits or size <= samples + 16:
-        return {}
-    number = (size - samples - 16) // (channels * -(-bits // 8))
-    return {4: struct.pack(">I", size - 8), samples + 4: struct.pack(">I", size - samples - 8),
-            common + 10: struct.pack(">I", number)}
-
-
-_HEADERS: dict[tuple[bytes, bytes], Callable[[IO[bytes], int], dict[int, bytes]]] = {
-    (b"RIFF", b"WAVE"): _wav, (b"RF64", b"WAVE"): _wav_of_64_bits, (b".snd", b""): _au, (b"FORM", b"AIFF"): _aiff,
-    (b"FORM", b"AIFC"): _aiff}
+def states_too_few_samples(path: str) -> bool:
+    """Whether samples follow those that the header of a WAV or RF64 file states: its writer was killed, and the header
+    holds nothing, or what had come some time before."""
+    with open(path, "rb") as file:
+        head, size = file.read(12), os.path.getsize(path)
+        if head[8:] != b"WAVE" or head[:4] not in (b"RIFF", b"RF64"):
+            return False
+        found = _samples_chunk(file)
+        if found is None:
+            return False
+        first, stated = found
+        if head.startswith(b"RF64"):  # its sizes stand in a chunk before all others
+            file.seek(28)
+            stated = int.from_bytes(file.read(8), "little")
+        return _goes_on(file, first, stated, size)
 
 
 def _samples_chunk(file: IO[bytes]) -> tuple[int, int] | None:

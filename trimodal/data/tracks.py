@@ -2,8 +2,15 @@
 
     for piece in read("dog.ogg", start_s=2.0, duration_s=5.0): piece.samples, piece.rate_hz      # nearly always one
 
-Second 0 is where a player begins: the earliest start of any picture or sound track of the file. libsndfile reads first;
-where it gives nothing, less than the file states, or cannot jump, FFmpeg's libraries are tried.
+Second 0 is where a player begins: the earliest start of any picture or sound track of the file. libsndfile decodes
+first; where it opens nothing, delivers less than the file holds, or cannot jump, FFmpeg's libraries do:
+
+    chained Ogg, joined MP3          each part by itself, for libsndfile stops after the first
+    Ogg with lost pages              FFmpeg: libsndfile closes the gap
+    WAV whose writer was killed      FFmpeg, told to ignore the length in the header
+    Opus of an unstated rate         FFmpeg: libsndfile rounds it
+    Vorbis, MP3                      libsndfile from the start: its jumps are wrong
+    all else                         libsndfile, and FFmpeg where that fails or delivers less
 
 Legend: N samples, C channels.
 """
@@ -11,7 +18,6 @@ Legend: N samples, C channels.
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,14 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimodal import media
-from trimodal.data import sound_files
 from trimodal.data.samples import BrokenSample
-from trimodal.data.sound_files import Source
+from trimodal.data.sound_files import Source, Stretch, joined_mp3, mended_au, ogg_links, states_too_few_samples
 
 if TYPE_CHECKING:
     import soundfile
 
-# What may be decoded. Rate and channels, and the length where the file says it, are checked before anything is read.
+# What may be decoded. Rate and channels, and the length where the file states it, are checked before anything is read.
 MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 400_000
 MAX_CHANNELS = 64  # seventh-order ambisonics; the mean of more is no sound that anybody recorded
 MAX_SOUND_S = 3_600.0
@@ -36,9 +41,9 @@ GAP_S = 0.1  # time stamps may be so far off; beyond it the track has a gap, whi
 JUMP_S = 10.0  # further on no gap, but another clock, where a format may change it within a file
 CANCELLED = 0.01  # of the loudest channel's energy: a mean below it holds no sound, its channels cancel each other
 
-_BLOCK_VALUES = 1 << 20  # read at once, over all channels
+_BLOCK_VALUES = 1 << 20  # read by libsndfile at once, over all channels
+_BATCH = 1 << 15  # samples of FFmpeg's short frames that are passed on at once
 _SEEK_IS_WRONG = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  # in libsndfile 1.2: read from the start
-_HANDED_OVER = 1 << 15  # samples of each channel, by FFmpeg's libraries at once
 _OPUS_ROUNDED_HZ = (8_000, 12_000)  # what libsndfile takes for a rate that an Opus file does not state, too
 
 
@@ -50,12 +55,12 @@ class _Unreliable(Exception):
     """libsndfile opens a file and reads it wrongly."""
 
 
-class _Lost(Exception):
-    """A jump led to an unknown place."""
+class _JumpedTooFar(Exception):
+    """A jump led behind the start."""
 
 
 class _Damaged(Exception):
-    """libsndfile failed amid a stretch of so many seconds."""
+    """libsndfile failed within a stretch of so many seconds."""
 
     def __init__(self, stretch_s: float, error: Exception) -> None:
         super().__init__(stretch_s, error)
@@ -70,68 +75,46 @@ class Piece:
     rate_hz: int
 
 
-class Count:
-    """Takes in blocks [N, C] and counts their samples."""
+class Sink:
+    """Collects decoded blocks as mono: the mean of the channels, or one `channel`. With `keep` false it only counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: int | None = None, *, keep: bool = True) -> None:
+        self.channel, self.keep = channel, keep
         self.count, self.rate_hz = 0, 0
-
-    def expect(self, count: int, rate_hz: int) -> None:
-        """Raise BrokenSound where `count` samples are too many."""
-
-    def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        self.count, self.rate_hz = self.count + len(block_NC), rate_hz
-
-    def be_silent(self, count: int, rate_hz: int) -> None:
-        """As `add` of zeros."""
-        self.count, self.rate_hz = self.count + count, rate_hz
-
-
-class Energies(Count):
-    """Takes in blocks and holds the energy of each channel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of_channels = np.zeros(MAX_CHANNELS)
-
-    def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        super().add(block_NC, rate_hz)
-        self.of_channels[: block_NC.shape[1]] += (block_NC.astype(np.float64) ** 2).sum(axis=0)
-
-
-class Mono(Count):
-    """Takes in blocks and holds the mean of their channels, or one channel, with the energies that tell whether the
-    channels cancel each other."""
-
-    def __init__(self, channel: int | None = None) -> None:
-        super().__init__()
-        self.channel = channel
         self.blocks: list[np.ndarray] = []
-        self.energy = self.energy_of_all = 0.0  # of the mean, and of all channels
+        self.energy = 0.0  # of the mean
+        self.channel_energies = np.zeros(MAX_CHANNELS)
+
+    @property
+    def seconds(self) -> float:
+        return self.count / max(1, self.rate_hz)
 
     def expect(self, count: int, rate_hz: int) -> None:
+        """Raise BrokenSound where `count` samples are too many to keep."""
         most_s = min(MAX_SOUND_S, MAX_SAMPLES / rate_hz)
-        if count > most_s * rate_hz:
+        if self.keep and count > most_s * rate_hz:
             raise BrokenSound(f"is over {most_s:g} s long: give a start and a duration")
 
     def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
-        super().add(block_NC, rate_hz)
+        self.count, self.rate_hz = self.count + len(block_NC), rate_hz
         self.expect(self.count, rate_hz)
+        if not self.keep:
+            return
         channels = block_NC.shape[1]
         if self.channel is not None:
             self.blocks.append(block_NC[:, min(self.channel, channels - 1)].copy())
             return
-        mean_N = block_NC.mean(axis=1) if channels > 1 else block_NC[:, 0].copy()
-        self.blocks.append(mean_N)
+        self.blocks.append(block_NC.mean(axis=1) if channels > 1 else block_NC[:, 0].copy())
         if channels > 1:
+            mean_N = self.blocks[-1]
             self.energy += float(mean_N @ mean_N)
-            values = block_NC.ravel("K")  # without a copy
-            self.energy_of_all += float(values @ values)
+            self.channel_energies[:channels] += np.einsum("nc,nc->c", block_NC, block_NC, dtype=np.float64)
 
-    def be_silent(self, count: int, rate_hz: int) -> None:
-        super().be_silent(count, rate_hz)
+    def add_silence(self, count: int, rate_hz: int) -> None:
+        self.count, self.rate_hz = self.count + count, rate_hz
         self.expect(self.count, rate_hz)
-        self.blocks.append(np.zeros(count, np.float32))
+        if self.keep:
+            self.blocks.append(np.zeros(count, np.float32))
 
     def piece(self) -> Piece:
         samples = np.concatenate(self.blocks) if self.blocks else np.empty(0, np.float32)
@@ -141,71 +124,69 @@ class Mono(Count):
 def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece]:
     """The mean of the channels from `start_s` for `duration_s` (0: to the end); where that has below 1 % of the loudest
     channel's energy within the stretch, this channel. Silence stands before a track that begins late and in its gaps.
-    Several pieces, each with its rate, where parts of a chained Ogg or a joined MP3 file are; none where nothing is.
+    Several pieces, each with its rate, where a chained Ogg or a joined MP3 file has several parts; none where nothing
+    is.
 
     Raises:
         BrokenSound: beyond the bounds above, without sound track; without the path in the message.
         Exception: what decoders raise for damage.
     """
-    return [one.piece() for one in _mono(path, start_s, duration_s) if one.count]
+    return [sink.piece() for sink in _read_mono(path, start_s, duration_s) if sink.count]
 
 
-def _mono(path: str, start_s: float, duration_s: float) -> list[Mono]:
-    """One for each part of the file; `channel` is given where the channels cancel each other."""
-    found: list[Mono] = _read(path, start_s, duration_s, Mono)
-    of_mean = sum(one.energy for one in found)
-    if of_mean < CANCELLED * sum(one.energy_of_all for one in found):  # perhaps: all channels may have the energy of 64
-        parts = _read(path, start_s, duration_s, Energies)
-        energies = np.sum([one.of_channels for one in parts], axis=0)
-        if of_mean < CANCELLED * energies.max():
-            return _read(path, start_s, duration_s, lambda: Mono(int(energies.argmax())))
+def _read_mono(path: str, start_s: float, duration_s: float) -> list[Sink]:
+    """One sink for each part of the file; `channel` is given where the channels cancel each other."""
+    found = _read(path, start_s, duration_s, Sink)
+    energies = np.sum([sink.channel_energies for sink in found], axis=0)
+    if sum(sink.energy for sink in found) < CANCELLED * np.max(energies, initial=0.0):
+        return _read(path, start_s, duration_s, lambda: Sink(int(energies.argmax())))
     return found
 
 
 def count_samples(path: str) -> int:
     """How many samples can be decoded, however long the file is, in little memory."""
-    return sum(one.count for one in _read(path, 0.0, 0.0, Count))
+    return sum(sink.count for sink in _read(path, 0.0, 0.0, lambda: Sink(keep=False)))
 
 
 def peak(pieces: Sequence[Piece]) -> float:
-    """The largest value, not a number where one is none; without a copy."""
+    """The largest absolute value, NaN where one is NaN; without a copy."""
     return float(np.max([0.0, *(np.maximum(one.samples.max(), -one.samples.min()) for one in pieces)]))
 
 
 def oddities(path: str, start_s: float, duration_s: float) -> tuple[float, bool]:
-    """What strikes about a stretch that can be read: its largest value where the file stores floating-point numbers, 0
-    of all others; whether its channels cancel each other, so that one of them is taken."""
+    """What is odd about a stretch that can be read: its peak where the file stores floating-point numbers, 0 of all
+    others; whether its channels cancel each other, so that one of them is taken."""
     import soundfile
 
     try:
         stores_floats = soundfile.info(path).subtype in ("FLOAT", "DOUBLE")
     except soundfile.LibsndfileError:
         stores_floats = False
-    found = _mono(path, start_s, duration_s)
-    cancel = any(one.channel is not None for one in found)
-    return peak([one.piece() for one in found if one.count]) if stores_floats else 0.0, cancel
+    found = _read_mono(path, start_s, duration_s)
+    cancel = any(sink.channel is not None for sink in found)
+    return peak([sink.piece() for sink in found if sink.count]) if stores_floats else 0.0, cancel
 
 
 # ---- choice of the decoder -----------------------------------------------------------------------------------------
 
 
-def _read(path: str, start_s: float, duration_s: float, new: Callable[[], Any]) -> list[Any]:
-    """A sink made by `new` for each part of the file that the stretch touches, filled."""
-    ogg = sound_files.ogg(path)
-    links = ogg.links(os.path.getsize(path)) or sound_files.joined_mp3(path)
+def _read(path: str, start_s: float, duration_s: float, new_sink: Callable[[], Sink]) -> list[Sink]:
+    """A filled sink for each part of the file that the stretch touches."""
+    links, has_holes = ogg_links(path)
+    links = links or joined_mp3(path)
     if not links:
-        return [_read_link(path, start_s, duration_s, new, has_holes=ogg.has_holes)]
-    found, at_s, end_s = [], 0.0, start_s + duration_s if duration_s else math.inf
+        return [_read_link(path, start_s, duration_s, new_sink, has_holes=has_holes)]
+    found, at_s, end_s = list[Sink](), 0.0, start_s + duration_s if duration_s else math.inf
     for first, last in links:
-        link = sound_files.Stretch(path, first, last)
+        link = Stretch(path, first, last)
         length_s = _length_s(link)
         if at_s + length_s > start_s:
             own_start_s = max(0.0, start_s - at_s)
             own_end_s = min(end_s - at_s, length_s)
             own_duration_s = 0.0 if own_end_s == length_s else own_end_s - own_start_s
-            found.append(_read_link(link, own_start_s, own_duration_s, new, has_holes=ogg.has_holes))
+            found.append(_read_link(link, own_start_s, own_duration_s, new_sink, has_holes=has_holes))
             rate_hz = max(1, found[-1].rate_hz)
-            found[-1].expect(round(sum(map(_seconds, found)) * rate_hz), rate_hz)
+            found[-1].expect(round(sum(sink.seconds for sink in found) * rate_hz), rate_hz)
         at_s += length_s
         if at_s >= end_s:
             break
@@ -219,38 +200,37 @@ def _length_s(link: Source) -> float:
         found = soundfile.info(_rewound(link))
         return float(found.frames / found.samplerate)
     except soundfile.LibsndfileError:
-        count = _read_link(link, 0.0, 0.0, Count)
-        return _seconds(count)
+        return _read_link(link, 0.0, 0.0, lambda: Sink(keep=False)).seconds
 
 
-def _read_link(source: Source, start_s: float, duration_s: float, new: Callable[[], Any], *,
-               has_holes: bool = False) -> Any:
-    """By libsndfile, or by FFmpeg's libraries where it cannot, gives less than they do, or would close `has_holes`."""
+def _read_link(source: Source, start_s: float, duration_s: float, new_sink: Callable[[], Sink], *,
+               has_holes: bool = False) -> Sink:
+    """Decode one part by libsndfile, or by FFmpeg where that cannot, delivers less, or would close `has_holes`."""
     import soundfile
 
-    first, damage = new(), None
+    is_cut = False
+    if isinstance(source, str):
+        is_cut, source = states_too_few_samples(source), mended_au(source)
+    first = None if is_cut else new_sink()
+    damage = None
     try:
-        if _with_soundfile(source, start_s, duration_s, first) and not has_holes:
+        if first is not None and _with_soundfile(source, start_s, duration_s, first) and not has_holes:
             return first
     except _Damaged as error:
         damage = error
     except (soundfile.LibsndfileError, _Unreliable):
         first = None
     try:
-        second, heard_s = _with_av(source, start_s, duration_s, new)
+        second, decoded_s = _with_av(source, start_s, duration_s, new_sink, is_cut)
     except Exception:
         if damage:
             raise damage.error from None
         if first is None:
             raise
         return first
-    if damage and heard_s < damage.stretch_s - GAP_S:
+    if damage and decoded_s < damage.stretch_s - GAP_S:
         raise damage.error
-    return first if first and not damage and not has_holes and _seconds(first) >= _seconds(second) else second
-
-
-def _seconds(sink: Count) -> float:
-    return sink.count / max(1, sink.rate_hz)
+    return first if first and not damage and not has_holes and first.seconds >= second.seconds else second
 
 
 def _rewound(source: Source) -> Source:
@@ -275,11 +255,11 @@ def _bounds(start_s: float, duration_s: float, rate_hz: int) -> tuple[int, float
 # ---- libsndfile ----------------------------------------------------------------------------------------------------
 
 
-def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Count) -> bool:
+def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Sink) -> bool:
     """Fill `sink`; False where the file states more samples than came, or none at all."""
     import soundfile
 
-    with soundfile.SoundFile(sound_files.mended(_rewound(source))) as file:
+    with soundfile.SoundFile(_rewound(source)) as file:
         if not file.frames:
             return False
         if file.subtype == "OPUS" and file.samplerate in _OPUS_ROUNDED_HZ:
@@ -290,22 +270,19 @@ def _with_soundfile(source: Source, start_s: float, duration_s: float, sink: Cou
             return True
         _check_sound(file.samplerate, file.channels)
         sink.expect(last - first, file.samplerate)
-        if file.subtype not in _SEEK_IS_WRONG:
-            try:
-                file.seek(first)
-            except soundfile.LibsndfileError:
-                return _from_its_start(source, first, last, sink)
-        return _take(file, first, last, sink)
-
-
-def _from_its_start(source: Source, first: int, last: int, sink: Count) -> bool:
-    import soundfile
-
+        if file.subtype in _SEEK_IS_WRONG:
+            return _take(file, first, last, sink)
+        try:
+            file.seek(first)
+            return _take(file, first, last, sink)
+        except soundfile.LibsndfileError:
+            pass
     with soundfile.SoundFile(_rewound(source)) as file:
         return _take(file, first, last, sink)
 
 
-def _take(file: "soundfile.SoundFile", first: int, last: int, sink: Count) -> bool:
+def _take(file: "soundfile.SoundFile", first: int, last: int, sink: Sink) -> bool:
+    """Read from where the file is to `last`, and keep what is from `first` on."""
     import soundfile
 
     position = file.tell()
@@ -327,43 +304,45 @@ def _take(file: "soundfile.SoundFile", first: int, last: int, sink: Count) -> bo
 # ---- FFmpeg's libraries ----------------------------------------------------------------------------------------------
 
 
-def _with_av(source: Source, start_s: float, duration_s: float, new: Callable[[], Any]) -> tuple[Any, float]:
-    """A sink, filled, and how many seconds in it were decoded and are not the silence of a gap."""
+def _with_av(source: Source, start_s: float, duration_s: float, new_sink: Callable[[], Sink],
+             is_cut: bool) -> tuple[Sink, float]:
+    """A filled sink, and how many seconds of it were decoded and are not the silence of a gap."""
     import av
 
     if start_s > SETTLE_S:
-        with contextlib.suppress(av.FFmpegError, _Lost):  # some formats can be jumped in only amid a block
-            return _decoded(source, start_s, duration_s, new(), jump=True)
-    return _decoded(source, start_s, duration_s, new(), jump=False)
+        with contextlib.suppress(av.FFmpegError, _JumpedTooFar):  # some formats can be jumped in only amid a block
+            return _decode(source, start_s, duration_s, new_sink(), is_cut, jump=True)
+    return _decode(source, start_s, duration_s, new_sink(), is_cut, jump=False)
 
 
-def _decoded(source: Source, start_s: float, duration_s: float, sink: Any, *, jump: bool) -> tuple[Any, float]:
-    with media.open_container(_rewound(source), media.SOUND_FORMATS) as container:
+def _decode(source: Source, start_s: float, duration_s: float, sink: Sink, is_cut: bool, *,
+            jump: bool) -> tuple[Sink, float]:
+    options = {"ignore_length": "1"} if is_cut else {}
+    with media.open_container(_rewound(source), media.SOUND_FORMATS, **options) as container:
         if not container.streams.audio:
             raise BrokenSound("has no sound track")
         stream = container.streams.audio[0]
         _check_sound(stream.codec_context.sample_rate, stream.codec_context.channels)
         track = _Track(container, stream, sink)
         track.take(start_s, duration_s, jump=jump)
-        return sink, track.heard_s
+        return sink, track.decoded_s
 
 
 class _Track:
     """A sound track, decoded along the clock of its container."""
 
-    def __init__(self, container: Any, stream: Any, sink: Count) -> None:
+    def __init__(self, container: Any, stream: Any, sink: Sink) -> None:
         self.container, self.stream, self.sink = container, stream, sink
         self.zero_s = 0.0  # the clock at second 0
         self.position: int | None = None  # of the next sample; None: not known, after a jump
         self.first, self.end = 0, math.inf  # of the stretch
-        self.heard_s = 0.0  # decoded of the stretch
-        self.kept: list[np.ndarray] = []  # [C, N], not handed over yet
-        self.num_kept = 0
+        self.decoded_s = 0.0  # of the stretch
+        self.batch: list[np.ndarray] = []  # [C, N], not passed on yet
         self.changes_clock = container.format.name in ("mpegts", "mpeg")
-        self.resampler: tuple[Any, Any] = (None, None)  # and what it takes
+        self.resampler: tuple[Any, Any] = (None, None)  # and the format and layout that it takes
 
     def take(self, start_s: float, duration_s: float, *, jump: bool) -> None:
-        """Fill the sink. Raises _Lost where the jump to the start led behind it."""
+        """Fill the sink. Raises _JumpedTooFar where the jump to the start led behind it."""
         frames = self.container.decode(self.stream)
         head = next(frames, None)
         if head is None:
@@ -383,10 +362,10 @@ class _Track:
             if self.position is None:
                 self.position = self._at(frame, self.first + 1)
                 if self.position > self.first:
-                    raise _Lost
+                    raise _JumpedTooFar
             if not self._add(frame):
                 break
-        self.hand_over(rate_hz)
+        self._pass_on(rate_hz)
 
     def _at(self, frame: Any, otherwise: int) -> int:
         """Number of a frame's first sample, by the clock."""
@@ -400,30 +379,35 @@ class _Track:
             if self.position and self.changes_clock and late > JUMP_S * rate_hz:
                 self.zero_s += late / rate_hz
             else:
-                self._be_silent(late, frame)
+                self._add_silence(late, rate_hz)
         elif late < -GAP_S * rate_hz:
             self.zero_s += late / rate_hz  # another part follows, whose clock begins anew
         for block_CN in self._blocks(frame):
             first, last = self._overlap(block_CN.shape[1])
             if last > first:
-                self._keep(block_CN[:, first:last], rate_hz)
+                if self.batch and len(self.batch[0]) != len(block_CN):
+                    self._pass_on(rate_hz)
+                self.batch.append(block_CN[:, first:last])
+                if sum(block.shape[1] for block in self.batch) >= _BATCH:
+                    self._pass_on(rate_hz)
             self.position += block_CN.shape[1]
         return self.position < self.end
 
-    def _keep(self, block_CN: np.ndarray, rate_hz: int) -> None:
-        """Hand over what the sink needs, many frames at once: each call costs more than a frame's numbers."""
-        if self.kept and len(self.kept[0]) != len(block_CN):
-            self.hand_over(rate_hz)
-        self.kept.append(block_CN)
-        self.num_kept += block_CN.shape[1]
-        if self.num_kept >= _HANDED_OVER:
-            self.hand_over(rate_hz)
+    def _add_silence(self, count: int, rate_hz: int) -> None:
+        assert self.position is not None
+        first, last = self._overlap(count)
+        if last > first:
+            self._pass_on(rate_hz)
+            self.sink.add_silence(last - first, rate_hz)
+        self.position += count
 
-    def hand_over(self, rate_hz: int) -> None:
-        if self.kept:
-            self.heard_s += self.num_kept / rate_hz
-            self.sink.add(np.concatenate(self.kept, axis=1).T, rate_hz)
-            self.kept, self.num_kept = [], 0
+    def _pass_on(self, rate_hz: int) -> None:
+        """Give the sink many frames at once: each call costs more than a frame's numbers."""
+        if self.batch:
+            block_NC = np.concatenate(self.batch, axis=1).T
+            self.decoded_s += len(block_NC) / rate_hz
+            self.sink.add(block_NC, rate_hz)
+            self.batch = []
 
     def _blocks(self, frame: Any) -> list[np.ndarray]:
         """Float32 [C, N]; a track may change its layout within."""
@@ -433,14 +417,6 @@ class _Track:
         if self.resampler[1] != form:
             self.resampler = av.AudioResampler(format="fltp"), form
         return [part.to_ndarray() for part in self.resampler[0].resample(frame)]
-
-    def _be_silent(self, count: int, frame: Any) -> None:
-        assert self.position is not None
-        first, last = self._overlap(count)
-        if last > first:
-            self.hand_over(frame.sample_rate)
-            self.sink.be_silent(last - first, frame.sample_rate)
-        self.position += count
 
     def _overlap(self, count: int) -> tuple[int, int]:
         """Which of `count` samples at the position belong to the stretch."""

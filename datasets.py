@@ -1,4 +1,4 @@
-"""From data sets to batches: reading splits, the order of an epoch, and the loader (batches.py draws the batches).
+"""From data sets to batches: reading splits, the order of an epoch, and the loader.
 
     data = load_data(config)
     pools = [pool(data.tables["train"], ("image", "text"))]
@@ -24,12 +24,11 @@ import torch
 
 from trimodal.config import Config
 from trimodal.data import bad_samples
-from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Result, Split
-from trimodal.data.concepts import concept_names, concepts_of
-from trimodal.data.mirroring import may_mirror
-from trimodal.data.samples import SPLITS, SampleTable, normalise_caption, stable_hash
-from trimodal.data.splits import audio_ids, carve_val, image_ids
-from trimodal.data.store import Store, open_store
+from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Result, Split, prepare_split
+from trimodal.data.concepts import concept_names
+from trimodal.data.samples import SPLITS, SampleTable
+from trimodal.data.splits import carve_val
+from trimodal.data.store import open_store
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
 from trimodal.errors import UserError
@@ -109,7 +108,9 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
     if speakers is None:
         speakers = heard_speakers(train)
     stores = {name: open_store(table, config, fill=fill_cache) for name, table in tables.items()}
-    ready = {name: _prepare_split(store, config, tokenizer, concepts, speakers) for name, store in stores.items()}
+    english = {name for name, data_set in SETS.items() if data_set.english}
+    ready = {name: prepare_split(store, config, tokenizer, concepts, speakers, english)
+             for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
 
 
@@ -140,38 +141,6 @@ def read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]
         raise UserError(f"data.datasets: {', '.join(config.data.datasets)}: no training samples; add a set, or give "
                         "some lines of the manifest the split 'train'")
     return joined
-
-
-def _prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
-                   speakers: Sequence[str]) -> Split:
-    table = store.table
-    captions = [table.captions[i] for i in range(len(table.captions))]
-    token_ids, token_offsets = tokenizer.encode_flat(captions, config.model.context_length)
-    normalised = [normalise_caption(text) for text in captions]
-    concept_ids, concept_offsets = concepts_of(table, concepts)
-    set_hash, place = _seeds(table)
-    english = {name for name, data_set in SETS.items() if data_set.english}
-    numbers = {name: number for number, name in enumerate(speakers)}
-    by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
-    return Split(
-        table=table, store=store, pad_id=tokenizer.pad_id, set_hash=set_hash, place=place,
-        token_ids=token_ids, token_offsets=token_offsets,
-        caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
-        concept_ids=concept_ids, concept_offsets=concept_offsets,
-        may_flip=may_mirror(table, english) if config.data.flip else np.zeros(len(table), bool),
-        speakers=by_code[table.speakers.codes],
-        image_ids=image_ids(table), audio_ids=audio_ids(table),
-    )
-
-
-def _seeds(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
-    """Hash of each sample's set (32 bits) and its position within the set, int64 [n] each."""
-    codes = table.sources.codes
-    hashes = np.array([stable_hash(name) & 0xFFFFFFFF for name in table.sources.names], np.int64)
-    place = np.zeros(len(table), np.int64)
-    for code in range(len(hashes)):
-        place[codes == code] = np.arange(np.count_nonzero(codes == code))
-    return hashes[codes], place
 
 
 # ---- the order of an epoch ----------------------------------------------------------------------------------------

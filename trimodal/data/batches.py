@@ -10,7 +10,7 @@ Shape suffixes: B samples, C captions, L text tokens, T mel frames, M mels, S pi
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -20,16 +20,19 @@ import torch
 from torch import Tensor
 
 from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
+from trimodal.data.concepts import concepts_of
 from trimodal.data.images import augment, fit_eval
-from trimodal.data.samples import BrokenSample, SampleTable, ragged_take
+from trimodal.data.mirroring import may_mirror
+from trimodal.data.samples import BrokenSample, SampleTable, normalise_caption, ragged_take, stable_hash
+from trimodal.data.splits import audio_ids, image_ids
 from trimodal.data.store import Store
-from trimodal.data.tokenizer import pad_rows
+from trimodal.data.tokenizer import Tokenizer, pad_rows
 from trimodal.data.workers import NO_ITEM, report_nothing
 from trimodal.errors import UserError
 
 Jobs = Sequence[tuple[int, np.ndarray]]  # (task, sample indices) of each batch
 
-VISIT = 1 << 40  # index + n * VISIT in a job is the n-th repeated visit of a sample within an epoch: it draws anew
+VISIT = 1 << 40  # index + n * VISIT in a job is a sample's n-th repetition in an epoch, with its own random numbers
 PATCH = 16  # pixels, frames and mels of a patch's side
 PATH_DRAWS = 64  # uniforms for drop-path, more than any tower has blocks
 
@@ -45,7 +48,7 @@ class Split:
     store: Store
     pad_id: int
     set_hash: np.ndarray  # int64 [n], 32 bits of the hash of the sample's set
-    place: np.ndarray  # int64 [n], position within the set: other sets do not change a sample's draws
+    position: np.ndarray  # int64 [n], within the set: other sets do not change a sample's draws
     token_ids: np.ndarray  # int32, all captions one after another
     token_offsets: np.ndarray  # int64 [captions + 1]
     caption_ids: np.ndarray  # int64 [captions], equal for equal normalised captions
@@ -55,6 +58,38 @@ class Split:
     speakers: np.ndarray  # int64 [n], position in Data.speakers, -1 = none or not a speaker of train
     image_ids: np.ndarray  # int64 [n], equal for equal files; of samples without a picture equal to no other
     audio_ids: np.ndarray  # int64 [n], equal for the same stretch of equal files; without a sound equal to no other
+
+
+def prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
+                  speakers: Sequence[str], english: Collection[str]) -> Split:
+    """Tokenise captions and work out all that batches need of a split. `english`: names of sets in that language."""
+    table = store.table
+    captions = [table.captions[i] for i in range(len(table.captions))]
+    token_ids, token_offsets = tokenizer.encode_flat(captions, config.model.context_length)
+    normalised = [normalise_caption(text) for text in captions]
+    concept_ids, concept_offsets = concepts_of(table, concepts)
+    set_hash, position = _seeds(table)
+    numbers = {name: number for number, name in enumerate(speakers)}
+    by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
+    return Split(
+        table=table, store=store, pad_id=tokenizer.pad_id, set_hash=set_hash, position=position,
+        token_ids=token_ids, token_offsets=token_offsets,
+        caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
+        concept_ids=concept_ids, concept_offsets=concept_offsets,
+        may_flip=may_mirror(table, english) if config.data.flip else np.zeros(len(table), bool),
+        speakers=by_code[table.speakers.codes],
+        image_ids=image_ids(table), audio_ids=audio_ids(table),
+    )
+
+
+def _seeds(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
+    """Hash of each sample's set (32 bits) and its position within the set, int64 [n] each."""
+    codes = table.sources.codes
+    hashes = np.array([stable_hash(name) & 0xFFFFFFFF for name in table.sources.names], np.int64)
+    position = np.zeros(len(table), np.int64)
+    for code in range(len(hashes)):
+        position[codes == code] = np.arange(np.count_nonzero(codes == code))
+    return hashes[codes], position
 
 
 def pool(table: SampleTable, inputs: Sequence[str]) -> np.ndarray:
@@ -202,7 +237,7 @@ class BatchReader:
         if row in self.skipped:
             raise BrokenSample(self.skipped[row])
         seed, epoch = (self.config.training.seed, self.epoch) if self.train else (0, 0)
-        rng = np.random.default_rng([seed, epoch, int(split.set_hash[row]), int(split.place[row]), visit])
+        rng = np.random.default_rng([seed, epoch, int(split.set_hash[row]), int(split.position[row]), visit])
         noise = {"path": rng.random(PATH_DRAWS, np.float32), "drop_text": rng.random((), np.float32)}
         captions, image_SS3, mel_TM = np.empty(0, np.int64), None, None
         if "text" in inputs:

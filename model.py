@@ -8,7 +8,7 @@ Nothing in here draws a random number: patch subsets and drop-path arrive as arg
 never changes the mathematics.
 
 Shape suffixes: B samples, N tokens, K kept tokens or keys, Q queries, D width, H heads, E head width (D = H * E),
-P values of a patch, L text tokens, T mel frames, W audio windows, F embed_dim, C classes, Z depth of a tower.
+P values of a patch, L text tokens, T frames of M mels, X audio windows, F embed_dim, C classes, Z depth of a tower.
 `valid_BN` is True where a token is real; None means that all are.
 """
 
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from trimodal import checkpoint
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, config_from_dict
 from trimodal.errors import UserError
-from trimodal.inputs import checked_audio, checked_ids, checked_images
+from trimodal.inputs import check_audio, check_ids, check_images
 
 IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
@@ -280,12 +280,12 @@ class AudioEncoder(nn.Module):
 
     def _windows(self, patches_BNP: Tensor, valid_BN: Tensor, positions_ND: Tensor) -> Tokens:
         B, N, P = patches_BNP.shape
-        size = len(positions_ND)
-        pad = -N % size
-        x = F.pad(patches_BNP, (0, 0, 0, pad)).reshape(-1, size, P)  # (B * W, size, P)
-        valid = F.pad(valid_BN, (0, pad)).reshape(-1, size)
-        tokens = self.blocks(self.embed(x) + positions_ND, valid)
-        return Tokens(tokens.reshape(B, N + pad, -1)[:, :N], valid_BN)
+        K = len(positions_ND)  # patches of a window
+        padding = -N % K
+        patches_XKP = F.pad(patches_BNP, (0, 0, 0, padding)).reshape(-1, K, P)
+        valid_XK = F.pad(valid_BN, (0, padding)).reshape(-1, K)
+        tokens_XKD = self.blocks(self.embed(patches_XKP) + positions_ND, valid_XK)
+        return Tokens(tokens_XKD.reshape(B, N + padding, -1)[:, :N], valid_BN)
 
 
 class TextEncoder(nn.Module):
@@ -360,16 +360,31 @@ class TriModalModel(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S), uint8 or floats in 0..1 -> (B, F)."""
-        return self.features("image", self.image(checked_images(images)))
+        return self.features("image", self._encode(images=images)["image"])
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """(B, L) token ids and their mask -> (B, F)."""
-        ids_BL = checked_ids(input_ids, attention_mask, self.config.vocab_size)
-        return self.features("text", self.text(ids_BL, attention_mask))
+        return self.features("text", self._encode(input_ids=input_ids, attention_mask=attention_mask)["text"])
 
     def audio_features(self, audio: Tensor, audio_lengths: Tensor | None = None) -> Tensor:
         """(B, T, 80) log-mels of any T, lengths in frames (None: T counts) -> (B, F)."""
-        return self.features("audio", self.audio(checked_audio(audio, audio_lengths), audio_lengths))
+        return self.features("audio", self._encode(audio=audio, audio_lengths=audio_lengths)["audio"])
+
+    def _encode(self, images: Tensor | None = None, input_ids: Tensor | None = None,
+                attention_mask: Tensor | None = None, audio: Tensor | None = None,
+                audio_lengths: Tensor | None = None) -> dict[str, Tokens]:
+        """Check what is given, and encode it: the tokens by modality."""
+        encoded: dict[str, Tokens] = {}
+        if images is not None:
+            check_images(images)
+            encoded["image"] = self.image(images)
+        if input_ids is not None:
+            check_ids(input_ids, attention_mask, self.config.vocab_size)
+            encoded["text"] = self.text(input_ids, attention_mask)
+        if audio is not None:
+            check_audio(audio, audio_lengths)
+            encoded["audio"] = self.audio(audio, audio_lengths)
+        return encoded
 
     @torch.no_grad()
     def bound_temperatures(self) -> None:
@@ -401,14 +416,7 @@ class TriModalModel(nn.Module):
         Raises:
             ValueError: nothing is given, a shape does not fit, or numbers cannot be what is asked for (see inputs).
         """
-        encoded: dict[str, Tokens] = {}
-        if images is not None:
-            encoded["image"] = self.image(checked_images(images))
-        if input_ids is not None:
-            ids_BL = checked_ids(input_ids, attention_mask, self.config.vocab_size)
-            encoded["text"] = self.text(ids_BL, attention_mask)
-        if audio is not None:
-            encoded["audio"] = self.audio(checked_audio(audio, audio_lengths), audio_lengths)
+        encoded = self._encode(images, input_ids, attention_mask, audio, audio_lengths)
         if not encoded:
             raise ValueError("model: nothing given; pass at least one of images, input_ids, audio")
         sizes = {len(tokens.tokens_BND) for tokens in encoded.values()}
@@ -420,16 +428,9 @@ class TriModalModel(nn.Module):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's; a state of another size or another `embed_dim`, `num_classes` or vocabulary says so."""
-        own = self.state_dict()
-        other = [name for name, value in state_dict.items() if name in own and value.shape != own[name].shape]
-        missing = [name for name in own if name not in state_dict]
-        extra = [name for name in state_dict if name not in own]
-        if strict and (other or missing or extra):
-            example = (other or missing or extra)[0]
-            raise UserError(
-                f"model: these weights are of another model than '{self.config.size}' as created here ({example}: "
-                f"{len(other)} shapes differ, {len(missing)} are missing, {len(extra)} are unknown); "
-                "open the file with model.load_model(path), which reads its configuration")
+        if strict and (mismatch := checkpoint.describe_mismatch(state_dict, self.state_dict())):
+            raise UserError(f"model: these weights are of another model than '{self.config.size}' as created here "
+                            f"({mismatch}); open the file with model.load_model(path), which reads its configuration")
         return super().load_state_dict(state_dict, strict, assign)
 
 

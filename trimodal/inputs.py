@@ -1,10 +1,10 @@
 """What the model may be given, checked before it computes anything: shapes, number types, and numbers that cannot be
-what was meant, such as pictures from 0 to 255 as floats.
+what was meant, such as images from 0 to 255 as floats. Each function raises ValueError.
 
-    checked_images(images), checked_ids(input_ids, attention_mask, vocab_size), checked_audio(audio, audio_lengths)
+Training does not call these: its steps encode by the towers themselves. Numbers are looked at only where there are any
+(not in fake tensors, nor while a program is traced), and on a GPU that waits for them.
 
-Training does not come by here: its steps encode by the towers themselves. Numbers are looked at only where there are
-any (not in fake tensors, nor while a program is traced), and on a GPU that waits for them.
+Shape suffixes: B samples, S pixels of a side, L tokens, T frames.
 """
 
 import torch
@@ -12,89 +12,66 @@ from torch import Tensor
 
 from trimodal.config import NUM_MELS
 
-SIDE = 16  # sides of a picture are multiples of it
-LOWEST, HIGHEST = -0.5, 1.5  # of floats: bicubic and Lanczos overshoot 0 and 1 by less; standardised pictures by more
+PATCH = 16  # sides of an image are multiples of it
+IMAGE_RANGE = (-0.5, 1.5)  # of floats: bicubic and Lanczos overshoot 0 and 1 by less; standardised images by more
 # Of natural-log mel power: ours has a floor of -13.8, those of others down to -28, and the loudest sound that is read
 # comes to 40. Decibels, ten times as many for the same power less a factor of 2.3, go below.
-QUIETEST, LOUDEST = -40.0, 45.0
+LOG_MEL_RANGE = (-40.0, 45.0)
 
 
-def checked_images(images: Tensor) -> Tensor:
-    """The same pictures, if model.forward takes such.
-
-    Raises:
-        ValueError: another shape, integers other than uint8, or floats far beyond 0 to 1.
-    """
-    fits = images.ndim == 4 and images.shape[1] == 3 and not any(side % SIDE for side in images.shape[2:])
+def check_images(images: Tensor) -> None:
+    """Refuse images of another shape, integers other than uint8, and floats far beyond 0 to 1."""
+    fits = images.ndim == 4 and images.shape[1] == 3 and not any(side % PATCH for side in images.shape[2:])
     _check_shape("images", images, fits, "[B, 3, S, S] with S a multiple of 16")
-    if images.dtype == torch.uint8:
-        return images
     allowed = "expected uint8 from 0 to 255, or floats from 0 to 1 that are not standardised: the model does that"
-    if not images.is_floating_point():
+    if not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(f"model: images are {images.dtype}; {allowed}")
-    if has_numbers(images):
-        low, high = _numbers(*images.detach().aminmax())
-        if not (low >= LOWEST and high <= HIGHEST):  # neither is true of nan
-            raise ValueError(f"model: images are floats from {low:.4g} to {high:.4g}; {allowed}")
-    return images
+    if images.is_floating_point() and not _within(images, *IMAGE_RANGE):
+        raise ValueError(f"model: images are floats from {images.min():.4g} to {images.max():.4g}; {allowed}")
 
 
-def checked_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
-    """The same token ids, if model.forward takes such with such a mask.
-
-    Raises:
-        ValueError: another shape or number type, or an id that the vocabulary does not have.
-    """
-    _check_shape("input_ids", input_ids, input_ids.ndim == 2, "[B, L]")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(f"model: attention_mask has shape {list(attention_mask.shape)}, expected that of input_ids, "
-                         f"{list(input_ids.shape)}")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"model: input_ids are {input_ids.dtype}, expected int64 or int32")
-    if has_numbers(input_ids):
-        low, high = torch.stack(input_ids.aminmax()).tolist()
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"model: input_ids go from {low} to {high}, expected 0 to {vocab_size - 1}; take the "
-                             "tokenizer that the checkpoint holds")
-    return input_ids
+def check_ids(ids_BL: Tensor, mask_BL: Tensor | None, vocab_size: int) -> None:
+    """Refuse token ids of another shape or number type, a mask of another shape, and ids outside the vocabulary."""
+    _check_shape("input_ids", ids_BL, ids_BL.ndim == 2, "[B, L]")
+    if mask_BL is not None and mask_BL.shape != ids_BL.shape:
+        raise ValueError(f"model: attention_mask has shape {list(mask_BL.shape)}, expected that of input_ids, "
+                         f"{list(ids_BL.shape)}")
+    if ids_BL.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"model: input_ids are {ids_BL.dtype}, expected int64 or int32")
+    if not _within(ids_BL, 0, vocab_size - 1):
+        raise ValueError(f"model: input_ids go from {ids_BL.min()} to {ids_BL.max()}, expected 0 to {vocab_size - 1}; "
+                         "take the tokenizer that the checkpoint holds")
 
 
-def checked_audio(audio: Tensor, audio_lengths: Tensor | None) -> Tensor:
-    """The same log-mels, if model.forward takes such with such lengths; what stands behind these is not looked at.
-
-    Raises:
-        ValueError: another shape or number type, lengths that are no numbers of frames, or numbers that no log-mel has.
-    """
+def check_audio(audio: Tensor, lengths_B: Tensor | None) -> None:
+    """Refuse log-mels of another shape or number type, lengths that are no numbers of frames, and values that no
+    log-mel has; what stands behind the lengths is not looked at."""
     _check_shape("audio", audio, audio.ndim == 3 and audio.shape[2] == NUM_MELS, f"[B, T, {NUM_MELS}]")
     if not audio.is_floating_point():
         raise ValueError(f"model: audio is {audio.dtype}, expected floats: log-mels as audio.log_mel makes them")
     B, T, _ = audio.shape
-    if audio_lengths is not None and audio_lengths.shape != (B,):
-        raise ValueError(f"model: audio_lengths has shape {list(audio_lengths.shape)}, expected [{B}]: frames of each")
-    if not has_numbers(audio):
-        return audio
-    lengths_B = torch.full((B,), T, device=audio.device) if audio_lengths is None else audio_lengths
-    real_BT = torch.arange(T, device=audio.device) < lengths_B[:, None]
-    low, high = audio.detach().where(real_BT[:, :, None], 0.0).aminmax()
-    quietest, loudest, shortest, longest = _numbers(low, high, *lengths_B.aminmax())
-    if shortest < 1 or longest > T:
-        raise ValueError(f"model: audio_lengths go from {shortest:.0f} to {longest:.0f}, expected 1 to {T}: frames of "
-                         "10 ms of the audio given, without padding")
-    if not (quietest >= QUIETEST and loudest <= LOUDEST):
-        raise ValueError(f"model: audio holds numbers from {quietest:.4g} to {loudest:.4g}; expected natural-log mels "
-                         "as audio.log_mel makes them (-13.8 and above, not in decibels)")
-    return audio
+    real = audio
+    if lengths_B is not None:
+        if lengths_B.shape != (B,):
+            raise ValueError(f"model: audio_lengths has shape {list(lengths_B.shape)}, expected [{B}]: frames of each")
+        if not _within(lengths_B, 1, T):
+            raise ValueError(f"model: audio_lengths go from {lengths_B.min()} to {lengths_B.max()}, expected 1 to {T}: "
+                             "frames of 10 ms of the audio given, without padding")
+        real_BT = torch.arange(T, device=audio.device) < lengths_B[:, None]
+        real = audio.where(real_BT[:, :, None], 0.0)
+    if not _within(real, *LOG_MEL_RANGE):
+        raise ValueError(f"model: audio holds numbers from {real.min():.4g} to {real.max():.4g}; expected natural-log "
+                         "mels as audio.log_mel makes them (-13.8 and above, not in decibels)")
 
 
-def has_numbers(value: Tensor) -> bool:
-    """False of fake and meta tensors, and while torch.export, torch.compile or torch.jit follow a program."""
-    return (type(value) in (Tensor, torch.nn.Parameter) and value.device.type != "meta"
-            and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
-
-
-def _numbers(*values: Tensor) -> list[float]:
-    """Brought to the host together. In float32, since CPU autocast refuses to stack float16."""
-    return [float(value) for value in torch.stack([value.float() for value in values]).tolist()]
+def _within(values: Tensor, low: float, high: float) -> bool:
+    """Whether all numbers are from low to high, and none is nan. True of tensors that hold no numbers: fake and meta
+    tensors, and while torch.export, torch.compile or torch.jit follow a program."""
+    if (type(values) not in (Tensor, torch.nn.Parameter) or values.device.type == "meta"
+            or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return True
+    smallest, largest = values.detach().aminmax()
+    return bool((smallest >= low) & (largest <= high))
 
 
 def _check_shape(name: str, value: Tensor, fits: bool, allowed: str) -> None:

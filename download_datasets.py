@@ -16,14 +16,13 @@ from urllib.parse import urlsplit
 
 from trimodal.arguments import Parser, environment_needed, folder_name
 from trimodal.errors import UserError
-from trimodal.redaction import redact
 
 with environment_needed("requests", "tqdm", "numpy"):
     from trimodal.data.samples import SPLITS
     from trimodal.download import overview
     from trimodal.download import verify as verify_module
     from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Acquisition, Outcome
-    from trimodal.download.http import Policy
+    from trimodal.download.http import Policy, without_secrets
     from trimodal.download.selection import Options
     from trimodal.files import check_writable
     from trimodal.sets import ALL, NEEDS_NOTHING, SOURCES
@@ -56,10 +55,10 @@ def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOU
             return DONE
         outcomes = [_get(name, table, options, arguments.verify) for name in names]
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return MEND
     except OSError as error:
-        print(f"error: {redact(str(error.filename or 'the disk'))}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         return MEND
     except KeyboardInterrupt:
         print("\nstopped; what has arrived is kept, the same command goes on from there", file=sys.stderr)

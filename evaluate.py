@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 from trimodal.arguments import Parser, environment_needed, folder_name
 from trimodal.errors import UserError
 from trimodal.openmp import bound_waiting
-from trimodal.redaction import command_line, redact
 
 with environment_needed():
     from trimodal.config import Config, config_from_dict
@@ -101,7 +101,7 @@ def evaluate(options: argparse.Namespace) -> Path:
         protocols.mark_trained_on(encoded, data, config, known.cpu().numpy())
     print(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     run = {
-        "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
+        "kind": "evaluation", "command": shlex.join(["python", "evaluate.py", *options.arguments]),
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": model.config.size, "parameters": sum(p.numel() for p in model.parameters())},
         "config": config.to_dict(), "data": data.describe(), "device": str(device), "precision": precision.reason,
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluate(options)
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written", file=sys.stderr)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from trimodal.arguments import Parser, environment_needed
 from trimodal.errors import ReportedByMain, Stopped, TrainingError, UserError
 from trimodal.openmp import bound_waiting
-from trimodal.redaction import redact
 
 if TYPE_CHECKING:
     from trimodal.config import Config
@@ -124,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ReportedByMain:
         return 2
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -134,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except TrainingError as error:
         if is_main:
-            print(f"error: {redact(str(error))}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         if is_main:

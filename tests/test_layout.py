@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from tests.project import ROOT, module_name, product_files
 
-WITHOUT_TORCH = ("trimodal.config", "trimodal.errors", "trimodal.arguments", "trimodal.openmp", "trimodal.redaction",
+WITHOUT_TORCH = ("trimodal.config", "trimodal.errors", "trimodal.arguments", "trimodal.openmp",
                  "trimodal.evaluation.report", "trimodal.sets", "trimodal.download.http",
                  "trimodal.download.unpack", "trimodal.doctor",
                  "download_datasets", "run_training", "evaluate")

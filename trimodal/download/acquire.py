@@ -22,13 +22,12 @@ from trimodal.download import http, local_copies, notes, pipeline, readiness, un
 from trimodal.download.archives import ArchiveError, Part
 from trimodal.download.debian import fetch_by_apt
 from trimodal.download.holdings import LICENCE, Holdings
-from trimodal.download.http import Fetched, Mismatch, TransferError, Wanted
+from trimodal.download.http import Fetched, Mismatch, TransferError, Wanted, without_secrets
 from trimodal.download.local_files import LocalFiles
 from trimodal.download.remote import NoRange, RemoteFile
 from trimodal.download.selection import Options, Selection, as_published, fetch_bytes
 from trimodal.errors import UserError
 from trimodal.files import check_writable, locked, remove_left, replacing
-from trimodal.redaction import redact
 from trimodal.sets import inventory
 from trimodal.sets.base import File, Item, Source
 from trimodal.sets.lists import other_rows
@@ -73,7 +72,7 @@ class Acquisition:
         try:
             return work()
         except (UserError, TransferError, ArchiveError) as error:
-            detail = redact(str(error), self.selection.secrets)
+            detail = without_secrets(str(error), self.selection.secrets)
             if self.selection.key and re.search(r"answered 40[13]|web page", detail):
                 detail += f"; is {self.source.needs_key} right and still valid?"
             return Outcome(name=self.source.name, state="failed", detail=detail, next_command=again,
@@ -485,7 +484,7 @@ class Acquisition:
             raise UserError(f"{self.folder}: another download is at work here; wait for it or stop it") from None
 
     def say(self, text: str) -> None:
-        self.policy.progress.say(f"{self.source.name}: {redact(text, self.selection.secrets)}", sys.stdout)
+        self.policy.progress.say(f"{self.source.name}: {without_secrets(text, self.selection.secrets)}", sys.stdout)
 
 
 class _NotAvailable(Exception):

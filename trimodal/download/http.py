@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from trimodal.download import notes
 from trimodal.download.progress import Bar, Progress
 from trimodal.files import locked, same_bytes, settle, sha256_of, sync_file, sync_folder
-from trimodal.redaction import redact
 
 if TYPE_CHECKING:
     from requests import Response, Session
@@ -28,6 +27,16 @@ CHUNK_BYTES = 64 * 1024  # what a cut connection may cost
 USER_AGENT = "trimodal-trainer/0.1 (data set downloader; resumes by Range, obeys Retry-After)"
 RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_BACKOFF_S = 60.0
+
+_USER = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")  # and password, of an address
+_SECRET = re.compile(r"(?<=[?&])([\w-]*(?:key|token|password|secret|credential|signature))=[^\s&#'\"]*", re.IGNORECASE)
+
+
+def without_secrets(text: str, keys: Iterable[str] = ()) -> str:
+    """`text` without `keys`, users and passwords of addresses, and secret parameters of their queries."""
+    for key in filter(None, keys):
+        text = text.replace(key, "***").replace(quote(key, safe=""), "***")
+    return _SECRET.sub(r"\1=***", _USER.sub("***@", text))
 
 
 class TransferError(Exception):
@@ -134,7 +143,7 @@ def _from_any_server(wanted: Wanted, policy: Policy) -> Fetched:
     answers = "; ".join(problems) or "no address is known"
     if wanted.path.is_file():
         answers += f"; what is there now is another file and is left as it is ({wanted.path})"
-    raise TransferError(redact(f"{wanted.path.name}: {answers}", wanted.secrets))
+    raise TransferError(without_secrets(f"{wanted.path.name}: {answers}", wanted.secrets))
 
 
 def _from_server(wanted: Wanted, url: str, policy: Policy) -> Fetched:
@@ -185,7 +194,7 @@ class _Part:
     """The bytes of a file that have arrived from one server, and their hashes."""
 
     def __init__(self, wanted: Wanted, url: str, progress: Progress) -> None:
-        self.wanted, self.url = wanted, redact(url, wanted.secrets)
+        self.wanted, self.url = wanted, without_secrets(url, wanted.secrets)
         self.progress, self.bar = progress, Bar()
         self.path, _ = notes.names_beside(wanted.path)
         self.note = notes.read(wanted.path)

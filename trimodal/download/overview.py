@@ -6,9 +6,9 @@ from typing import Any
 
 from trimodal.download import verify
 from trimodal.download.acquire import Acquisition
+from trimodal.download.http import without_secrets
 from trimodal.download.selection import Options, fetch_bytes
 from trimodal.files import nearest_existing
-from trimodal.redaction import redact
 from trimodal.sets import NEEDS_NOTHING
 from trimodal.sets.base import Item, Source
 
@@ -83,7 +83,7 @@ def plan(name: str, table: Mapping[str, Source], options: Options) -> dict[str, 
 def _item(item: Item, work: Acquisition) -> dict[str, Any]:
     shards = sum(other.kind == "parquet" and other.into == item.into for other in work.selection.items)
     state = "there already" if work.holdings.present(item, True) else "in --local" if work.offers(item) else "to fetch"
-    urls = [redact(url) for file in item.files
+    urls = [without_secrets(url) for file in item.files
             for url in work.selection.addresses(file, hide_key=True) or ("(needs a key)",)]
     return {"name": item.name, "state": state, "bytes": item.size, "place": str(work.folder / item.into), "urls": urls,
             "more_like_it": shards - 1 if item.kind == "parquet" else 0}

@@ -4,10 +4,10 @@ The readers would know it better and take gigabytes and minutes for it: here eac
 """
 
 import itertools
+import shlex
 from pathlib import Path
 
 from trimodal.download.selection import Selection
-from trimodal.redaction import command_line
 from trimodal.sets.base import Source
 from trimodal.sets.lists import training_files
 
@@ -20,7 +20,7 @@ def next_command(selection: Selection) -> str:
     if not trainable(source, selection.folder):
         return selection.unlimited().command()
     recipe = ["--config", source.recipe] if source.recipe else ["--datasets", source.name]
-    return command_line(["python", "run_training.py", *recipe, "--data-root", str(selection.options.data_root)])
+    return shlex.join(["python", "run_training.py", *recipe, "--data-root", str(selection.options.data_root)])
 
 
 def trainable(source: Source, folder: Path) -> bool:

@@ -1,13 +1,13 @@
 """What the user asked for of a data set: which items, from which addresses, and the command that asks for it again."""
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from trimodal.download.http import Policy, Wanted
-from trimodal.redaction import command_line
+from trimodal.download.http import Policy, Wanted, without_secrets
 from trimodal.sets.base import GB, HF_HOST, File, Item, Source
 
 HF_MIRROR = "https://hf-mirror.com"
@@ -119,7 +119,7 @@ class Selection:
         words += ["--cookies", str(options.cookies)] if options.cookies and self.source.clips else []
         flags = {"--keep-archives": options.keep_archives, "--skip-existing": options.skip_existing,
                  "--insecure-tls": options.insecure_tls}
-        return command_line([*words, *(flag for flag, given in flags.items() if given)])
+        return without_secrets(shlex.join([*words, *(flag for flag, given in flags.items() if given)]))
 
 
 def peak_bytes(items: list[Item], keep_archives: bool, ahead: int) -> int:

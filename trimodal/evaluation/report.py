@@ -49,7 +49,6 @@ from typing import Any
 from trimodal import __version__
 from trimodal.evaluation.plots import flat_values, loss_curves, progress_curves, retrieval_grid
 from trimodal.files import rename_to_free, replacing
-from trimodal.redaction import address, hide, redact, settings
 
 __all__ = ["format_table", "retrieval_grid", "write_report"]
 
@@ -174,10 +173,8 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
                         for record in records if record.get("kind") == "validation"],
         "gallery": [{**row, "answers": [{name: answer[name] for name in ("caption", "score", "right")}
                                         for answer in row["answers"]]} for row in gallery],
-        "events": [redact(record["message"]) for record in records if record.get("kind") == "event"],
+        "events": [record["message"] for record in records if record.get("kind") == "event"],
     }
-    report |= {"config": settings(run.get("config") or {}) or None, "command": hide(run.get("command") or "") or None,
-               "checkpoint": address(run.get("checkpoint"))}
     plain: dict[str, Any] = _plain(report)
     return plain
 
@@ -199,11 +196,15 @@ def environment(run: Mapping[str, Any]) -> dict[str, Any]:
 def write_new(folder: Path, contents: Mapping[str, bytes]) -> bool:
     """Write files by name, all or none of them, and none over one that is there: then False."""
     written = list[Path]()
+
+    def rename(temporary: Path, path: Path) -> None:
+        rename_to_free(temporary, path)
+        written.append(path)
+
     try:
         for name, content in contents.items():
-            with replacing(folder / name, rename=rename_to_free) as file:
+            with replacing(folder / name, rename=rename) as file:
                 file.write(content)
-            written.append(folder / name)
     except OSError as error:
         for path in written:
             path.unlink()

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from trimodal.checkpoint import find_latest, load
 from trimodal.config import Config
 from trimodal.errors import CheckpointError, UserError
 from trimodal.memory.devices import choose_device
-from trimodal.redaction import HIDDEN, settings
 from trimodal.sets import SETS, read_split
 from trimodal.training.run import Options, claim_folder
 from trimodal.training.tracking import read_records
@@ -64,7 +62,7 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
         raise UserError(f"--resume: {path}: holds weights only, training cannot go on from it; "
                         "give a checkpoint_epoch_*.pt")
     stage_epochs(config, state)  # whether the stages still fit
-    changed = changes(state["config"], settings(config.to_dict()))
+    changed = changes(state["config"], config.to_dict())
     for line in changed:
         kept = " (not used: the words are those of the checkpoint)" if line.startswith(WORDS) else ""
         print(f"Changed since this checkpoint: {line}{kept}")
@@ -179,14 +177,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = dict(_flat(before)), dict(_flat(now))
     names = [name for name in {**old, **new} if not name.startswith("paths.") and name != "model.vocab_size"]
     return [f"{name}: {_shown(old, name)} -> {_shown(new, name)}" for name in names
-            if not _same(old.get(name), new.get(name))]
-
-
-def _same(old: Any, new: Any) -> bool:
-    """Where a part of what was saved is hidden, anything may stand there now."""
-    if isinstance(old, str) and isinstance(new, str) and HIDDEN in old:
-        return re.fullmatch(".*".join(map(re.escape, old.split(HIDDEN))), new, re.DOTALL) is not None
-    return bool(old == new)
+            if old.get(name) != new.get(name)]
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

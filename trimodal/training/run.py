@@ -20,7 +20,6 @@ from trimodal.distributed import World
 from trimodal.errors import UserError
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
-from trimodal.redaction import settings
 from trimodal.training import outputs
 from trimodal.training.tracking import SilentTracker, Tracker
 
@@ -116,7 +115,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     if state:
         outputs.adopt(folder, state["config"])
     back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)
-    outputs.write_settings(folder, outputs.settings_text(settings(config.to_dict())))
+    outputs.write_settings(folder, outputs.settings_text(config.to_dict()))
     run.tracker = Tracker(folder / "logs", progress.step)
     if back and not state:
         run.tracker.say(f"Started anew, for there is no checkpoint; what an earlier run has left is in {back}")
@@ -269,7 +268,7 @@ def description(run: Run) -> dict[str, Any]:
     """What a checkpoint needs to be used later, beside the weights, as plain data."""
     given = run.config.to_dict()
     return {
-        "config": settings(given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}}),
+        "config": given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}},
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),

@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from trimodal.files import keep_beside, replacing, say_kept
-from trimodal.redaction import redact, redacted
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
 EARLIER_EVENTS = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of releases that gave them no such end
@@ -62,7 +61,7 @@ class Tracker:
 
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(redact(message).encode("utf-8", "backslashreplace").decode("utf-8"))
+        tqdm.write(message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def event(self, message: str, step: int, **facts: Any) -> None:
         """Something a user should know: printed, and kept in the log, with `facts`, and in the report."""
@@ -72,7 +71,7 @@ class Tracker:
     def record(self, record: Mapping[str, Any]) -> None:
         """One line. A full disk costs records, not the run; it is said once."""
         try:
-            self.file.write(_line(redacted(_finite(record)) | _message(record)))
+            self.file.write(_line(_finite(record)))
             self.file.flush()
         except OSError as error:
             self._lost(error)
@@ -170,11 +169,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and "kind" in record]
-
-
-def _message(record: Mapping[str, Any]) -> dict[str, str]:
-    """Without values of the environment, as it is printed."""
-    return {"message": redact(record["message"])} if isinstance(record.get("message"), str) else {}
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -58,7 +58,15 @@ def busy_machine() -> dict[str, float]:
     return measured()
 
 
+def lines() -> dict[str, float]:
+    """Lines of all Python files but those of tests, benchmarks and findings."""
+    from tests.project import product_files
+
+    return {"python_lines": float(sum(path.read_text("utf-8").count("\n") for path in product_files()))}
+
+
 FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
+           "python_lines": Figure(13_000.0, lines, runs=1),
            "free_machine_cost": Figure(3.0, busy_machine, runs=5),
            "busy_machine_slowdown": Figure(2.5, busy_machine, runs=5)}
 
@@ -81,7 +89,7 @@ def measure(keys: Iterable[str], figures: dict[str, Figure], records: Path) -> l
 
 def record(key: str, values: list[float], limit: float | None, machine: str) -> dict[str, Any]:
     """The record of one key, from its value in each run."""
-    digits = [float(f"{value:.4g}") for value in (statistics.median(values), min(values), max(values))]
+    digits = [float(f"{value:.5g}") for value in (statistics.median(values), min(values), max(values))]
     return {**dict(zip(("median", "low", "high"), digits, strict=True)), "runs": len(values), "limit": limit,
             "command": f"python benchmarks/run.py {key}", "hardware": machine, "commit": commit(),
             "date": date.today().isoformat()}

@@ -1,9 +1,14 @@
 """The registry: settings meet the sets here, and nothing outside it knows a set by name."""
 
+import ast
+import re
+from dataclasses import fields
+
 import pytest
 
+from tests.project import ROOT, product_files
 from tests.refusals import refused
-from trimodal.config import load_config
+from trimodal.config import Config, DataConfig, load_config
 from trimodal.errors import ConfigError
 from trimodal.sets import SETS, check_settings
 
@@ -26,3 +31,34 @@ def test_a_mistake_in_the_settings_of_a_set_names_it(override: str, named: list[
 def test_settings_of_all_sets_together_are_good() -> None:
     config = load_config(None, [f"data.datasets=[{', '.join(SETS)}]", "data.manifest=list.csv"])
     assert check_settings(config) is config
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+SETTINGS = {f"data.{field.name}" for field in fields(DataConfig)}  # keys of config.yaml, which the user knows
+
+
+def set_names(source: str) -> list[str]:
+    """Identifiers and strings of `source` that hold the name of a set. Sentences and examples for people are none."""
+    tree = ast.parse(source)
+    words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    words += [word for node in ast.walk(tree) for name in ("id", "attr", "arg", "name")
+              if isinstance(word := getattr(node, name, None), str) and f"data.{word}" not in SETTINGS]
+    named = re.compile(rf"(?<![a-z])({'|'.join(SETS)})(?![a-z])", re.IGNORECASE)
+    return [word for word in words if " " not in word and word not in SETTINGS and named.search(word)]
+
+
+def test_nothing_but_the_registry_knows_a_set_by_name() -> None:
+    """The only exception is the default of `data.datasets`, with the other defaults."""
+    found = {name: words for path in product_files() if "sets" not in path.relative_to(ROOT).parts
+             if (words := set_names(path.read_text("utf-8"))) and (name := path.relative_to(ROOT).as_posix())}
+    assert found == {"trimodal/config.py": list(Config().data.datasets)}
+
+
+@pytest.mark.parametrize(("planted", "found"), [
+    ("if source.name == 'voxceleb': pass", ["voxceleb"]), ("root / 'voxceleb1/wav'", ["voxceleb1/wav"]),
+    ("STAMPS = 1", ["STAMPS"]),
+    ("from trimodal.sets import coco", ["coco"]), ("'''A set such as coco.'''", []), ("x.coco_split", []),
+    ("f'{root}/coco/x'", ["/coco/x"])])
+def test_the_gate_of_names_can_fail(planted: str, found: list[str]) -> None:
+    assert set_names(planted) == found

@@ -11,20 +11,19 @@ from typing import Any
 
 WRITE = 'write it as JSON: ["a dog", "a dog on grass"]'
 
-_QUOTED = r"""(?:np\.|numpy\.)?(?:str_\(\s*)?[bBuU]?["']"""
-_BEGINS = re.compile(rf"\s*(?:array\(\s*)?\[[\s\[({{]*{_QUOTED}")
-_BEGINS_OTHERWISE = re.compile(rf"\s*(?:[({{]|array\(|frozenset\(|set\()[\s\[({{]*{_QUOTED}")  # a tuple, set, dict
+_QUOTE = r"""(?:np\.|numpy\.)?(?:str_\(\s*)?[bBuU]?["']"""
+_BEGINS = re.compile(rf"\s*(?:array\(\s*)?\[[\s\[({{]*{_QUOTE}")
+_BEGINS_OTHERWISE = re.compile(rf"\s*(?:[({{]|array\(|frozenset\(|set\()[\s\[({{]*{_QUOTE}")  # a tuple, set, dict
 _ENDS = re.compile(r"""["')\]}]\s*[)\]}]\s*$|["']\s*,\s*\)\s*$""")
 _EMPTY = re.compile(r"\s*(?:\[\s*\]|\(\s*\)|\{\s*\}|set\(\))\s*")
-_OF_NO_TEXTS = re.compile(r"\s*\[[\s\d.,+\-\[\]naNonulTruefalsFi]+\]\s*")  # of numbers and of the words below
-_NO_TEXTS = {"nan", "none", "null", "true", "false", "inf", "-inf"}
+_NO_TEXT = r"(?:nan|none|null|true|false|[-+]?inf|[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)"
+_OF_NO_TEXTS = re.compile(rf"\s*\[[\s\[]*{_NO_TEXT}(?:[\s,\[\]]+{_NO_TEXT})*[\s,\]]*\]\s*", re.IGNORECASE)
 
 _ESCAPE = r"""\\(?:[\\'"abfnrtv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4})"""
 _TEXT = re.compile(rf"""'(?:[^'\\\0]|{_ESCAPE})*'|"(?:[^"\\\0]|{_ESCAPE})*\"""")
-_OPEN = re.compile(r"\s*([\[({])\s*")
-_CLOSE = {"[": "]", "(": ")", "{": "}"}
-_STR = re.compile(r"(?:np\.|numpy\.)?str_\(\s*")
-_BETWEEN = re.compile(r"\s*(,?)\s*")
+_ONE = rf"(?:(?:np\.|numpy\.)?str_\(\s*(?:{_TEXT.pattern})\)|{_TEXT.pattern})"
+_INSIDE = rf"(?:{_ONE}(?:\s*,\s*{_ONE})*\s*,?|{_ONE}(?:\s+{_ONE})*)"  # commas (Python) or blanks (numpy) between texts
+_WHOLE = re.compile(rf"\s*(?:\[\s*{_INSIDE}\s*\]|\(\s*{_INSIDE}\s*\)|\{{\s*{_INSIDE}\s*\}})\s*")
 
 
 def parse(text: str) -> list[str] | None:
@@ -37,14 +36,18 @@ def parse(text: str) -> list[str] | None:
     """
     if _EMPTY.fullmatch(text):
         return []
-    if _OF_NO_TEXTS.fullmatch(text) and all(map(_is_no_text, re.findall(r"[^\s,\[\]]+", text))):
+    if _OF_NO_TEXTS.fullmatch(text):
         raise ValueError(f"a list without texts; {WRITE}")
     if not (_BEGINS.match(text) or (_BEGINS_OTHERWISE.match(text) and _ENDS.search(text))):
         return None
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        return _python(text)
+        if not _WHOLE.fullmatch(text):
+            raise ValueError(_problem(text)) from None
+        # numpy breaks lines within a text, Python never does
+        return [str(ast.literal_eval(quoted.replace("\r", "\\r").replace("\n", "\\n")))
+                for quoted in _TEXT.findall(text)]
     if isinstance(found, list) and all(isinstance(one, str) for one in found):
         return found
     raise ValueError(f"a list within a list, or of other things than texts alone; {WRITE}")
@@ -68,57 +71,18 @@ def is_list(value: object) -> bool:
 
 
 def encodable(text: str) -> str:
-    """`text`; raises ValueError where it holds half of a surrogate pair, as JSON can write it."""
+    """`text`; raises ValueError where it holds half of a surrogate pair, as JSON can write it ("\\ud800")."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can write "\ud800"
+    except UnicodeEncodeError:
         raise ValueError("expected Unicode, not half of a surrogate pair") from None
     return text
 
 
-def _python(text: str) -> list[str]:
-    """Quoted texts between brackets, with commas (Python) or blanks (numpy) between them."""
-    opened = _OPEN.match(text)
-    if not opened:
-        raise ValueError(f"looks like the list of another program; {WRITE}")
-    found, separators, at = [], set[str](), opened.end()
-    while not text.startswith(_CLOSE[opened[1]], at):
-        wrapped = _STR.match(text, at)
-        quoted = _TEXT.match(text, wrapped.end() if wrapped else at)
-        if not quoted:
-            raise ValueError(_reason(text, at))
-        found.append(_unquoted(quoted[0]))
-        between = _BETWEEN.match(text, quoted.end() + text.startswith(")", quoted.end()) * bool(wrapped))
-        assert between
-        at = between.end()
-        if not text.startswith(_CLOSE[opened[1]], at):
-            separators.add(between[0].strip() or between[0][:1].replace("\n", " "))
-    if separators not in (set(), {","}, {" "}):
-        raise ValueError(f"looks like a list, but not all of its texts have a comma between them; {WRITE}")
-    if text[at + 1:].strip():
-        raise ValueError(f"looks like a list, but goes on behind its {_CLOSE[opened[1]]!r}; {WRITE}")
-    return found
-
-
-def _is_no_text(word: str) -> bool:
-    try:
-        return word.lower() in _NO_TEXTS or float(word) is not None
-    except ValueError:
-        return False
-
-
-def _unquoted(quoted: str) -> str:
-    """The text of a literal; numpy breaks lines within it, Python never does."""
-    return str(ast.literal_eval(quoted.replace("\r", "\\r").replace("\n", "\\n")))
-
-
-def _reason(text: str, at: int) -> str:
-    if text.startswith("...", at):
+def _problem(text: str) -> str:
+    unquoted = _TEXT.sub("", text)
+    if "..." in unquoted:
         return "numpy has left out texts of this list and written ... for them; write all, as JSON"
-    if text[at:at + 2].lower() in ("b'", 'b"'):
+    if re.match(r"[\s\[({]*[bB][\s,\])}]", unquoted):
         return f"holds bytes, not text; decode them, and {WRITE}"
-    if text[at:at + 1] in ("[", "(", "{"):
-        return f"a list within a list; {WRITE}"
-    near = " ".join(text[at:at + 20].split())
-    return f"looks like a list, but is none from {near!r} on; {WRITE}" if near else (
-        f"looks like a list, but has no end; {WRITE}")
+    return f"looks like a list of texts, but is none to its end, or one within another; {WRITE}"

@@ -79,12 +79,11 @@ def gathers(world: World) -> dict:
 def agreements(world: World) -> dict:
     weights = torch.full((3,), float(world.rank + 1))
     world.broadcast_tensors([weights])
-    world.barrier()
     return {
         "flags": [world.any_flag(False), world.any_flag(world.rank == 1), world.any_flag(True)],
         "on the device": [bool(world.all_true(torch.tensor(flag))) for flag in (True, world.rank != 1)],
         "sums": world.sum_scalars({"loss": 0.5, f"only_{world.rank}": float(world.rank)}),
-        "object": world.broadcast_object({"from": world.rank} if world.is_main else None),
+        "object": world.on_main(lambda: {"from": world.rank}),
         "weights": weights,
         "main": world.is_main,
     }
@@ -163,8 +162,7 @@ def test_alone_every_call_returns_its_input(monkeypatch):
     world.reduce_gradients([rows], [rows])
     world.broadcast_tensors([rows])
     assert torch.equal(rows.grad, torch.ones(3, 2)) and world.any_flag(True) and not world.any_flag(False)
-    assert world.sum_scalars({"a": 1.5}) == {"a": 1.5} and world.broadcast_object("x") == "x"
-    world.barrier()
+    assert world.sum_scalars({"a": 1.5}) == {"a": 1.5} and world.on_main(lambda: "x") == "x"
     world.stop()
     assert not torch.distributed.is_initialized()
 

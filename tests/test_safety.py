@@ -75,7 +75,7 @@ def seal(path: Path) -> Path:
         mark = good.comment[:-64]
     body = path.read_bytes()[:-2] + (len(mark) + 64).to_bytes(2, "little") + mark
     path.write_bytes(body + hashlib.sha256(body).hexdigest().encode())
-    checkpoint.verify(path)
+    assert checkpoint.is_own(path)
     return path
 
 

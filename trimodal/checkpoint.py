@@ -31,7 +31,6 @@ ROOM = 1.02  # times the bytes of the tensors
 
 _MARK = b"trimodal checkpoint, sha256 of the bytes before this line: "
 _COMMENT_BYTES = len(_MARK) + 64
-_ZIP_START, _ZIP_END, _ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22  # the end record, without a comment
 _EPOCH_FILE = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
@@ -181,8 +180,14 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     with _opened(path) as file:
-        has_digest = _check_digest(path, file)
-        state = _unpickled(path, file)
+        has_digest = _check(path, file)
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # a file made to deceive may provoke any error inside torch.load
+            raise CheckpointError(f"{path}: refused, more than tensors and numbers ({_reason(error)})") from None
     if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
         raise CheckpointError(f"{path}: not a checkpoint of this project (it names no schema)")
     if state["schema"] > SCHEMA:
@@ -212,7 +217,7 @@ def verify(path: str | Path) -> None:
         CheckpointError: not there, truncated, changed since it was written, or without our digest.
     """
     with _opened(Path(path)) as file:
-        if not _check_digest(Path(path), file):
+        if not _check(Path(path), file):
             raise CheckpointError(f"{path}: has no digest of this project, so damage to it would not be noticed; name "
                                   "it (--resume PATH) to take it all the same")
 
@@ -223,9 +228,9 @@ def is_own(path: str | Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     try:
-        with path.open("rb") as file:
-            return _last_bytes(file, _COMMENT_BYTES).startswith(_MARK)
-    except OSError:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment.startswith(_MARK)
+    except Exception:  # whatever zipfile says of a file that is no whole zip
         return False
 
 
@@ -242,43 +247,28 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path}: cannot be read ({_reason(error)})") from None
 
 
-def _check_digest(path: Path, file: BinaryIO) -> bool:
-    """Whether the open file has our digest, which then is right. Raises CheckpointError of anything damaged."""
-    size = file.seek(0, os.SEEK_END)
-    comment, end = _last_bytes(file, _COMMENT_BYTES), _last_bytes(file, _ZIP_END_BYTES)
-    file.seek(0)
-    start = file.read(len(_ZIP_START))
-    if comment.startswith(_MARK):
-        if _sha256(file, size - 64) != comment[len(_MARK):].decode("ascii", "replace"):
-            raise CheckpointError(f"{path}: damaged, its content is not what was written (the digest differs)")
-        return True
-    if start != _ZIP_START[:len(start)]:
-        raise CheckpointError(f"{path}: not a checkpoint of this project")
-    if not (end.startswith(_ZIP_END) and end.endswith(b"\0\0")):
-        raise CheckpointError(f"{path}: truncated or damaged, it ends after {size} bytes without its digest")
-    return False
+def _check(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file has our digest, which then is right.
 
-
-def _unpickled(path: Path, file: BinaryIO) -> Any:
-    """What torch's safe load makes of an open file whose parts, which torch does not compress, fit into it."""
+    Raises:
+        CheckpointError: no whole zip, changed since it was written, or with parts that claim more bytes than it has,
+            though torch compresses none.
+    """
     size = file.seek(0, os.SEEK_END)
     try:
         with zipfile.ZipFile(file) as archive:
-            claimed = sum(part.file_size for part in archive.infolist())
-        file.seek(0)
-        state = torch.load(file, map_location="cpu", weights_only=True) if claimed <= size else None
-    except MemoryError:
-        raise
-    except Exception as error:  # a file made to deceive may provoke any error inside zipfile and torch
-        raise CheckpointError(f"{path}: refused, it holds more than tensors and numbers ({_reason(error)})") from None
+            comment, claimed = archive.comment, sum(part.file_size for part in archive.infolist())
+    except Exception:  # whatever zipfile says of a file that is no whole zip
+        raise CheckpointError(f"{path}: no checkpoint of this project, or truncated or damaged: it ends after {size} "
+                              "bytes") from None
     if claimed > size:
         raise CheckpointError(f"{path}: refused, its parts claim {claimed:,} bytes, more than the file has")
-    return state
-
-
-def _last_bytes(file: BinaryIO, count: int) -> bytes:
-    file.seek(max(file.seek(0, os.SEEK_END) - count, 0))
-    return file.read(count)
+    file.seek(-2, os.SEEK_END)  # of a zip without a comment this is its length, 0: as torch.save writes it
+    if not comment and file.read() == b"\0\0":
+        return False
+    if not comment.startswith(_MARK) or _sha256(file, size - 64).encode() != comment[len(_MARK):]:
+        raise CheckpointError(f"{path}: damaged, its {size} bytes are not what was written (the digest differs)")
+    return True
 
 
 def _sha256(file: BinaryIO, size: int) -> str:

@@ -51,7 +51,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
@@ -159,7 +158,10 @@ class World:
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` gives on the main process, on every process; a mistake ends all."""
-        return self.broadcast_object(self.together(lambda: work() if self.is_main else None))  # type: ignore[return-value]
+        box = [self.together(lambda: work() if self.is_main else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)  # pickles, between our own processes only
+        return box[0]  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -184,24 +186,12 @@ class World:
         names = dict.fromkeys(name for one in everyones for name in one)
         return {name: sum(one.get(name, 0.0) for one in everyones) for name in names}
 
-    def broadcast_object(self, value: T) -> T:
-        """The main rank's `value`, on every rank. Any picklable object; it only travels between our own processes."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     @torch.no_grad()
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` (a new model's weights) by the main rank's: machines may round a start differently."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.any_flag(False)
 
     def has_lost_someone(self, error: BaseException) -> bool:
         """Whether `error` says that another process is gone: gloo's or NCCL's words for a connection that broke. Other
@@ -261,7 +251,7 @@ def start(device: torch.device | None = None) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
-    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+    return World(rank=rank, size=size, device=device)
 
 
 def _as_bytes(rows: Tensor, row_bytes: int) -> Tensor:

@@ -187,18 +187,17 @@ def test_the_cache_runs_no_code(tmp_path: Path, marker: Path, make: Callable[...
     opens()
 
 
-@pytest.mark.parametrize("change", ["more items", "wrong shape", "backwards", "too large", "unpacks to too much"])
+@pytest.mark.parametrize("change", ["more items", "wrong shape", "negative", "too large", "unpacks to too much"])
 def test_an_index_that_does_not_fit_is_refused_when_it_is_opened(tmp_path: Path, change: str) -> None:
     opens, entry = cached(tmp_path)
     with np.load(entry / "index.npz", allow_pickle=False) as index:
         arrays = dict(index)
     if change == "more items":
-        arrays |= {"offsets": np.append(arrays["offsets"], arrays["offsets"][-1]),
-                   "shapes": np.append(arrays["shapes"], [[0, 0]], 0).astype(np.int32)}
+        arrays["shapes"] = np.append(arrays["shapes"], [[0, 0]], 0).astype(np.int32)
     elif change == "wrong shape":
         arrays["shapes"][1] = (1, 1)
-    elif change == "backwards":
-        arrays["offsets"][1] *= -1
+    elif change == "negative":
+        arrays["shapes"][1] *= -1
     elif change == "too large":
         arrays["shapes"][2] = (2**31 - 1, 2**31 - 1)
     else:

@@ -151,33 +151,25 @@ class Entry:
         self._bytes: np.ndarray | None = None
         try:
             self._load_index(number)
-            whole = self._fits(number)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError, EOFError,
-                zipfile.BadZipFile, zlib.error):
-            whole = False
-        if not whole:
-            raise UserError(f"{folder}: this entry of the cache is damaged; delete it, and it will be made again")
+        except Exception as error:  # zipfile, numpy and json raise nearly any type for damage
+            raise UserError(f"{folder}: this entry of the cache is damaged ({type(error).__name__}: {error}); delete "
+                            "it, and it will be made again") from None
 
     def _load_index(self, number: int) -> None:
-        """Arrays of plain numbers and plain JSON: neither can run code."""
+        """Read arrays of plain numbers and plain JSON, neither of which can run code; raise ValueError where they do
+        not describe data.bin: `read` then takes nothing but whole images or log-mels from it."""
         with zipfile.ZipFile(self.folder / "index.npz") as archive:
             if sum(part.file_size for part in archive.infolist()) > 16 * number + 1000:  # 128 bytes before each array
                 raise ValueError("unpacks to more than an index takes")
         with np.load(self.folder / "index.npz", allow_pickle=False) as index:
-            self.offsets, self.shapes, self.is_image = index["offsets"], index["shapes"], bool(index["is_image"])
+            self.shapes, self.is_image = index["shapes"], bool(index["is_image"])
+        if (self.shapes.dtype, self.shapes.shape) != (np.int32, (number, 2)) or (self.shapes < 0).any():
+            raise ValueError(f"not the sizes of {number} items")
+        self.offsets = offsets_of(_bytes_of("image" if self.is_image else "sound", self.shapes.T.astype(np.int64)))
+        if self.offsets[-1] != (self.folder / DATA).stat().st_size:
+            raise ValueError(f"{DATA} has another size than the index states")
         broken = json.loads((self.folder / "broken.json").read_text(encoding="utf-8"))
         self.reasons = {int(number): str(reason) for number, reason in broken.items()}
-
-    def _fits(self, number: int) -> bool:
-        """Whether the index describes data.bin: `read` then takes nothing but whole pictures or sounds from it."""
-        offsets, shapes = self.offsets, self.shapes
-        if (offsets.dtype, offsets.shape) != (np.int64, (number + 1,)):
-            return False
-        if (shapes.dtype, shapes.shape) != (np.int32, (number, 2)):
-            return False
-        lengths, sizes = np.diff(offsets), _bytes_of("image" if self.is_image else "sound", shapes.T.astype(np.int64))
-        return bool(offsets[0] == 0 and (shapes >= 0).all() and np.array_equal(lengths, sizes)
-                    and offsets[-1] == (self.folder / "data.bin").stat().st_size)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_bytes": None}
@@ -194,7 +186,7 @@ class Entry:
 
     def _map(self) -> np.ndarray:
         try:
-            content = np.memmap(self.folder / "data.bin", np.uint8, mode="r")
+            content = np.memmap(self.folder / DATA, np.uint8, mode="r")
             problem = "" if content.nbytes == self.offsets[-1] else "it has shrunk"
         except (OSError, ValueError) as error:  # the second where it is empty
             problem = getattr(error, "strerror", None) or str(error)

@@ -120,8 +120,8 @@ def _pad(picture: np.ndarray) -> np.ndarray:
 
 
 def has_flawed_metadata(path: str) -> bool:
-    """Whether `path` is a picture that `decode_image` reads, though what it says beside its pixels is damaged: Pillow
-    alone refuses it, or cannot turn it upright."""
+    """Whether `decode_image` reads a picture whose metadata is damaged: Pillow alone refuses it, or cannot turn it
+    upright."""
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
             image.load()
@@ -135,7 +135,7 @@ def has_flawed_metadata(path: str) -> bool:
 
 
 def _read(path: str) -> np.ndarray:
-    """By its name a video or a picture, and where it is not what its name says, the other one."""
+    """Read a video or a picture, as the name says, and where that fails the other one."""
     first, second = (_read_video, _read_picture) if media.is_video(path) else (_read_picture, _read_video)
     try:
         return first(path)
@@ -180,16 +180,16 @@ def _decode(source: str | io.BytesIO, orientation: int | None = None) -> np.ndar
 
 
 def _orientation(image: Image.Image) -> int:
-    """What EXIF, else XMP tells; whatever else is wrong with them costs nothing."""
+    """The orientation that EXIF, else XMP states, 1 where none does; other damage in them is ignored."""
     block = image.info.get("exif")
-    if isinstance(block, bytes) and (found := metadata.orientation_of(block)) != metadata.UPRIGHT:
-        return found  # Pillow gives up at the first tag that lies
+    if isinstance(block, bytes) and (stated := metadata.orientation_of(block)) != metadata.UPRIGHT:
+        return stated  # Pillow gives up at the first tag that lies
     try:
-        told = image.getexif().get(metadata.ORIENTATION)
+        found = image.getexif().get(metadata.ORIENTATION)
     except Exception:  # Pillow raises nearly any type
         xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
         return metadata.orientation_in_xmp(xmp.encode() if isinstance(xmp, str) else xmp)
-    return told if isinstance(told, int) else metadata.UPRIGHT
+    return found if isinstance(found, int) else metadata.UPRIGHT
 
 
 def _pixels_alone(path: str, *, is_whole: bool = True) -> np.ndarray | None:

@@ -19,7 +19,7 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")  # chunks
 _END = b"\xff\xd9"
 _JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 _SOS, _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE  # segments of JPEG
-_ADOBE_BYTES = 12  # tell how its colours are stored
+_ADOBE_BYTES = 12  # of the segment that says how colours are stored
 _ZEROS = bytes(16)  # at the end of a file: a download that did not finish
 _SOF = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC))
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # that ends a scan
@@ -27,8 +27,8 @@ _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 def without(content: bytes) -> tuple[bytes, int] | None:
-    """A JPEG, PNG or TIFF file of nothing but what its pixels are made of, and the orientation that its metadata told;
-    None of other files, and where its parts cannot be told from each other."""
+    """Strip a JPEG, PNG or TIFF file of all but its pixels; return it and the orientation that its metadata stated.
+    None for other files, and where the file's structure is damaged."""
     try:
         if content.startswith(PNG):
             return _png(content)
@@ -42,7 +42,7 @@ def without(content: bytes) -> tuple[bytes, int] | None:
 
 
 def orientation_of(exif: bytes) -> int:
-    """The orientation, 1 to 8, that a block of EXIF tells by its first directory; 1 where it tells none."""
+    """The orientation, 1 to 8, in the first directory of a block of EXIF; 1 where it has none."""
     try:
         exif = re.sub(rb"\A(?:Exif\0\0)+", b"", exif)
         order = {b"II": "<", b"MM": ">"}[exif[:2]]

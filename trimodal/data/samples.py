@@ -30,7 +30,7 @@ class BrokenSample(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image, a sound, or both, with what is said about them."""
+    """An image, a sound, or both, with captions and labels."""
 
     key: str  # stable id, unique within (source, split)
     source: str  # name of the set: "coco", "clotho", ...

@@ -43,13 +43,13 @@ def file_key(path: str) -> str:
 
 
 def image_ids(table: SampleTable) -> np.ndarray:
-    """int64 [n]: the first row that has the same picture; of a sample without one, or with one that is drawn anew at
-    each visit, a number of its own."""
+    """int64 [n]: the first row that has the same image; a number of its own for a sample without one, or with one that
+    is generated anew at each visit."""
     return _first_rows(table.images, None)
 
 
 def audio_ids(table: SampleTable) -> np.ndarray:
-    """int64 [n]: as `image_ids`, of the same stretch of the same sound: start and duration are equal, too."""
+    """int64 [n]: as `image_ids`, for the same stretch of the same sound: start and duration are equal, too."""
     return _first_rows(table.audio, np.stack([table.start_s, table.duration_s], 1))
 
 
@@ -99,25 +99,27 @@ def carve_val(train: SampleTable) -> tuple[SampleTable, SampleTable]:
 
 
 def two_of_each_kind(sides: Sequence[str], kinds: Sequence[Counter[Hashable]]) -> list[str]:
-    """The sides of groups of samples, of which each has so many of each kind (see `carve_val`): where test or val has
-    fewer than two of a kind, further groups of train, in their order, as far as that is at most a fifth of the kind;
-    else what is there of it, and cannot be compared with anything, is train's.
+    """Move groups of samples between splits until test and val have two samples of a kind or none, see `carve_val`.
+
+    `sides` are the splits of the groups, `kinds` the number of samples of each kind in each group. Where test or val
+    has fewer than two of a kind, it takes further groups of train, in their order, up to a fifth of the kind; where
+    that does not suffice, its groups of such kinds, which can be compared with nothing, go to train.
     """
-    drawn, total = list(sides), sum(kinds, Counter[Hashable]())
+    chosen, total = list(sides), sum(kinds, Counter[Hashable]())
     for side in ("test", "val"):
-        held = sum((kinds[n] for n, one in enumerate(drawn) if one == side), Counter[Hashable]())
+        held = sum((kinds[n] for n, one in enumerate(chosen) if one == side), Counter[Hashable]())
         for kind in (kind for kind, number in total.items() if held[kind] < LEAST_VAL <= number // MOST_VAL_PART):
             more = []
-            for n in (n for n, one in enumerate(drawn) if one == "train" and kinds[n][kind]):
+            for n in (n for n, one in enumerate(chosen) if one == "train" and kinds[n][kind]):
                 if held[kind] < LEAST_VAL and held[kind] + kinds[n][kind] <= total[kind] // MOST_VAL_PART:
                     more.append(n)
                     held += kinds[n]
             for n in more:
-                drawn[n] = side
-        for n in (n for n, one in enumerate(drawn) if one == side):
+                chosen[n] = side
+        for n in (n for n, one in enumerate(chosen) if one == side):
             if all(held[kind] < LEAST_VAL for kind in kinds[n]):
-                drawn[n] = "train"
-    return drawn
+                chosen[n] = "train"
+    return chosen
 
 
 def group_numbers(table: SampleTable) -> np.ndarray:

@@ -41,7 +41,7 @@ class Store:
     folders: dict[tuple[Kind, int], str] = field(default_factory=dict)  # of the files of a set, once needed
 
     def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 [H, W, 3]: drawn with `rng` at the model's size, else with a short side of up to 8/7 of it."""
+        """uint8 [H, W, 3]: generated with `rng` at the model's size, else with a short side of up to 8/7 of it."""
         path = self.table.images[row]
         if generated.is_generated(path):
             rng = rng or np.random.default_rng(0)
@@ -62,7 +62,7 @@ class Store:
         return generated.is_generated(self.table.images[row] or self.table.audio[row])
 
     def record(self, row: int, reason: str) -> dict[str, str]:
-        """What bad_samples.jsonl says about a broken sample."""
+        """The line of bad_samples.jsonl for a broken sample."""
         table = self.table
         return {"key": f"{table.sources[row]}/{table.keys[row]}", "split": table.splits[row], "reason": reason}
 

@@ -7,7 +7,7 @@ first; where it opens nothing, delivers less than the file holds, or cannot jump
 
     chained Ogg, joined MP3          each part by itself, for libsndfile stops after the first
     Ogg with lost pages              FFmpeg: libsndfile closes the gap
-    WAV whose writer was killed      FFmpeg, told to ignore the length in the header
+    WAV whose writer was killed      FFmpeg, which can ignore the length in the header
     Opus of an unstated rate         FFmpeg: libsndfile rounds it
     Vorbis, MP3                      libsndfile from the start: its jumps are wrong
     all else                         libsndfile, and FFmpeg where that fails or delivers less

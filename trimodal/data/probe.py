@@ -15,7 +15,7 @@ from trimodal.config import Config
 from trimodal.data import cache, images, tracks
 from trimodal.data.batches import Split
 from trimodal.data.samples import BrokenSample
-from trimodal.data.store import Store
+from trimodal.data.store import Store, items_of
 
 FILES = 64  # images, and sounds, of each split that are decoded
 LOUD = 2.0  # full scale is 1; overshoots of a codec or a mix stay below twice that
@@ -74,13 +74,9 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
 def _some_files(store: Store, name: str, kind: cache.Kind) -> tuple[list[cache.Item], int]:
     """Files of a set, the same each time, and how many there are in all."""
     table = store.table
-    has = table.has_image if kind == "image" else table.has_audio
-    of_set = np.array(table.sources.names)[table.sources.codes] == name if len(table) else np.zeros(0, bool)
-    rows = [row for row in np.flatnonzero(has & of_set).tolist() if not store.is_generated(row)]
-    chosen = np.random.default_rng(0).permutation(len(rows))[:FILES].tolist()
-    paths = table.images if kind == "image" else table.audio
-    return [(paths[row], float(table.start_s[row]), float(table.duration_s[row])) for row in (rows[i] for i in chosen)
-            ], len(rows)
+    items = list(items_of(table, kind, table.sources.names.index(name)).values()) if name in table.sources.names else []
+    chosen = np.random.default_rng(0).permutation(len(items))[:FILES].tolist()
+    return [items[i] for i in chosen], len(items)
 
 
 def _examine(kind: cache.Kind, side: int, item: cache.Item) -> np.ndarray:

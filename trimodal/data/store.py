@@ -6,38 +6,25 @@
 Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from trimodal.config import Config
-from trimodal.data import bad_samples, generated
-from trimodal.data.cache import (
-    KINDS,
-    Entry,
-    Item,
-    Kind,
-    cache_side,
-    check_folder,
-    common_folder,
-    decode,
-    entry_folder,
-    open_entry,
-    predicted_bytes,
-)
+from trimodal.data import bad_samples, cache, generated
+from trimodal.data.cache import Entry, Item, Kind
 from trimodal.data.samples import SampleTable
 
 
 @dataclass(frozen=True)
 class Store:
-    """Pictures and sounds of the samples of one table, by row, the same whether they are cached or not."""
+    """Images and sounds of the samples of one table, by row, the same whether they are cached or not."""
 
     table: SampleTable
     image_size: int
     entries: list[Entry] = field(default_factory=list)
-    places: dict[Kind, np.ndarray] = field(default_factory=dict)  # int64 [n, 2]: entry (-1: none) and number in it
+    cached: dict[Kind, np.ndarray] = field(default_factory=dict)  # int64 [n, 2]: entry (-1: none) and number in it
     folders: dict[tuple[Kind, int], str] = field(default_factory=dict)  # of the files of a set, once needed
 
     def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -46,7 +33,7 @@ class Store:
         if generated.is_generated(path):
             rng = rng or np.random.default_rng(0)
             return generated.draw_image(generated.combination_of(path), self.image_size, rng)
-        return self._read("image", row, path)
+        return self._read("image", row)
 
     def mel(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
         """float16 [T, 80], the whole of the sample's stretch of sound."""
@@ -56,7 +43,7 @@ class Store:
 
             wave = generated.draw_sound(generated.combination_of(path), rng or np.random.default_rng(0))
             return log_mel(wave).astype(np.float16)
-        return self._read("sound", row, path)
+        return self._read("sound", row)
 
     def is_generated(self, row: int) -> bool:
         return generated.is_generated(self.table.images[row] or self.table.audio[row])
@@ -68,21 +55,35 @@ class Store:
 
     def check_folders(self, row: int) -> None:
         """Raise UserError where a sample cannot be read since the whole folder of its set is gone."""
-        table, code = self.table, int(self.table.sources.codes[row])
-        kinds: tuple[tuple[Kind, Any], ...] = (("image", table.images), ("sound", table.audio))
-        for kind, paths in kinds:
-            if paths[row] and not generated.is_generated(paths[row]):
+        code = int(self.table.sources.codes[row])
+        for kind in cache.KINDS:
+            if item_of(self.table, kind, row):
                 if (kind, code) not in self.folders:
-                    rows = np.flatnonzero(table.sources.codes == code).tolist()
-                    self.folders[kind, code] = common_folder(paths[r] for r in rows if paths[r])
-                check_folder(self.folders[kind, code])
+                    items = items_of(self.table, kind, code).values()
+                    self.folders[kind, code] = cache.common_folder(path for path, _, _ in items)
+                cache.check_folder(self.folders[kind, code])
 
-    def _read(self, kind: Kind, row: int, path: str) -> np.ndarray:
-        entry, number = self.places[kind][row].tolist() if kind in self.places else (-1, 0)
+    def _read(self, kind: Kind, row: int) -> np.ndarray:
+        entry, number = self.cached[kind][row].tolist() if kind in self.cached else (-1, 0)
         if entry >= 0:
             return self.entries[entry].read(number)
-        item = (path, float(self.table.start_s[row]), float(self.table.duration_s[row]))
-        return decode(kind, item, cache_side(self.image_size))
+        item = item_of(self.table, kind, row)
+        assert item is not None
+        return cache.decode(kind, item, cache.cache_side(self.image_size))
+
+
+def item_of(table: SampleTable, kind: Kind, row: int) -> Item | None:
+    """The file of a sample and its stretch; None where there is none, or it is generated."""
+    path = table.images[row] if kind == "image" else table.audio[row]
+    if not path or generated.is_generated(path):
+        return None
+    return (path, 0.0, 0.0) if kind == "image" else (path, float(table.start_s[row]), float(table.duration_s[row]))
+
+
+def items_of(table: SampleTable, kind: Kind, code: int) -> dict[int, Item]:
+    """The files of the samples of a set, by row."""
+    rows = np.flatnonzero(table.sources.codes == code).tolist()
+    return {row: item for row in rows if (item := item_of(table, kind, row))}
 
 
 def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Store:
@@ -90,53 +91,40 @@ def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Stor
     takes of it what is there.
 
     Raises:
-        UserError: more than `data.max_bad_pct` of a set's pictures or sounds cannot be read.
+        UserError: more than `data.max_bad_pct` of a set's images or sounds cannot be read.
     """
     store = Store(table, config.model.image_size)
     if not config.data.cache:
         return store
-    store.places.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})
-    for kind, name, rows, numbers, items in _groups(table):
-        entry = open_entry(kind, name, items, config, fill)
+    store.cached.update({kind: np.full((len(table), 2), -1, np.int64) for kind in cache.KINDS})
+    for kind, name, items in _entries(table):
+        numbers = {item: number for number, item in enumerate(dict.fromkeys(items.values()))}
+        entry = cache.open_entry(kind, name, list(numbers), config, fill)
         if entry:
-            store.places[kind][rows] = np.stack([np.full(len(rows), len(store.entries)), numbers], 1)
+            store.cached[kind][list(items)] = [(len(store.entries), numbers[item]) for item in items.values()]
             store.entries.append(entry)
-            _report(store, rows, [entry.reasons.get(number) for number in numbers.tolist()], f"{name}s", config)
+            broken = [store.record(row, entry.reasons[numbers[item]]) for row, item in items.items()
+                      if numbers[item] in entry.reasons]
+            if broken:
+                bad_samples.record(broken, config)
+                bad_samples.check(f"{name}s", len(broken), len(items), broken[0]["reason"], config)
     return store
 
 
 def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, float]]:
-    """Files and foretold bytes of each entry that `open_store` would make, by its name."""
-    return {name: (len(items), predicted_bytes(kind, items, config)) for kind, name, _, _, items in _groups(table)
-            if not entry_folder(kind, name, items, config).is_dir()}
+    """Files and predicted bytes of each entry that `open_store` would make, by its name."""
+    found = {}
+    for kind, name, by_row in _entries(table):
+        items = list(dict.fromkeys(by_row.values()))
+        if not cache.entry_folder(kind, name, items, config).is_dir():
+            found[name] = len(items), cache.predicted_bytes(kind, items, config)
+    return found
 
 
-def _groups(table: SampleTable) -> Iterator[tuple[Kind, str, np.ndarray, np.ndarray, list[Item]]]:
-    """For each entry its kind and name, the rows that have a file in it, each one's number there, and all files."""
-    for kind in KINDS:
+def _entries(table: SampleTable) -> Iterator[tuple[Kind, str, dict[int, Item]]]:
+    """For each entry its kind, its name, and the files of the samples, by row."""
+    for kind in cache.KINDS:
         for code, source in enumerate(table.sources.names):
-            rows, numbers, items = _files(table, kind, np.flatnonzero(table.sources.codes == code))
+            items = items_of(table, kind, code)
             if items:
-                yield kind, f"{source}-{table.splits[int(rows[0])]}-{kind}", rows, numbers, items
-
-
-def _files(table: SampleTable, kind: Kind, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[Item]]:
-    """Those of `rows` that have a file of `kind`, the number of each one's file, and the different files."""
-    paths = table.images if kind == "image" else table.audio
-    kept, numbers, known = [], [], dict[Item, int]()
-    for row in rows.tolist():
-        path = paths[row]
-        if not path or generated.is_generated(path):
-            continue
-        start, duration = (0.0, 0.0) if kind == "image" else (float(table.start_s[row]), float(table.duration_s[row]))
-        kept.append(row)
-        numbers.append(known.setdefault((path, start, duration), len(known)))
-    return np.array(kept, np.int64), np.array(numbers, np.int64), list(known)
-
-
-def _report(store: Store, rows: np.ndarray, reasons: Sequence[str | None], what: str, config: Config) -> None:
-    """List the broken ones of `rows` in bad_samples.jsonl, and stop where there are too many."""
-    records = [store.record(row, reason) for row, reason in zip(rows.tolist(), reasons, strict=True) if reason]
-    if records:
-        bad_samples.record(records, config)
-        bad_samples.check(what, len(records), len(rows), records[0]["reason"], config)
+                yield kind, f"{source}-{table.splits[next(iter(items))]}-{kind}", items

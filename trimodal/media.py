@@ -20,16 +20,26 @@ SOUND_FORMATS = f"{VIDEO_FORMATS},wav,w64,aiff,au,caf,flac,mp3,aac,ac3,amr,ape,w
 _HEAD_BYTES = 4096  # that tell what a file is
 _SHOWN = 40  # letters of a text
 _AGAIN = "fetch it again"
-_ARCHIVES = {b"PK\3\4": "zip", b"\x1f\x8b": "gzip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "rar",
-             b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
-_PICTURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
-_SOUNDS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3"}
-_OTHERS = {  # first bytes: what it is, and what to do
-    b"%PDF": "is a PDF document; save its pages as PNG", b"8BPS": "is a drawing of Photoshop; save it as PNG",
-    b"\xff\x0a": "is JPEG XL, which is not read here; convert it to JPEG or PNG",
-    b"\0\0\0\x0cJXL ": "is JPEG XL, which is not read here; convert it to JPEG or PNG",
-    b"\0\5\x16\7": "is a companion file of macOS (AppleDouble), which holds neither picture nor sound; delete it",
-    b"\x93NUMPY": "is an array of NumPy; save it as PNG or WAV", b"PAR1": "is a Parquet table; unpack what it holds"}
+Signature = tuple[int, bytes, str]  # where some bytes stand, the bytes, what they tell
+_TEXTS = (  # how files of text begin, blanks left out, in small letters
+    ((b"version https://git-lfs", b"version https://hawser"),
+     "is a Git LFS pointer and not the file itself; run: git lfs pull"),
+    ((b"/annex/objects", b"../.git/annex/objects", b".git/annex/objects"),
+     "is a pointer of git-annex and not the file itself; run: git annex get"))
+_ARCHIVES: tuple[Signature, ...] = (
+    (0, b"PK\3\4", "zip"), (0, b"\x1f\x8b", "gzip"), (0, b"7z\xbc\xaf\x27\x1c", "7z"), (0, b"Rar!\x1a\x07", "rar"),
+    (0, b"\xfd7zXZ\0", "xz"), (0, b"BZh", "bzip2"), (0, b"\x28\xb5\x2f\xfd", "zstd"), (257, b"ustar", "tar"))
+_OTHERS: tuple[Signature, ...] = (
+    (0, b"%PDF", "is a PDF document; save its pages as PNG"), (0, b"8BPS", "is a drawing of Photoshop; save it as PNG"),
+    (0, b"\xff\x0a", "is JPEG XL, which is not read here; convert it to JPEG or PNG"),
+    (0, b"\0\0\0\x0cJXL ", "is JPEG XL, which is not read here; convert it to JPEG or PNG"),
+    (0, b"\0\5\x16\7", "is a companion file of macOS (AppleDouble), which holds neither picture nor sound; delete it"),
+    (0, b"\x93NUMPY", "is an array of NumPy; save it as PNG or WAV"),
+    (0, b"PAR1", "is a Parquet table; unpack what it holds"))
+_PICTURES: tuple[Signature, ...] = (
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"GIF8", "GIF"), (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"), (8, b"WEBP", "WebP"))
+_SOUNDS: tuple[Signature, ...] = ((0, b"fLaC", "FLAC"), (0, b"OggS", "Ogg"), (0, b"ID3", "MP3"), (8, b"WAVE", "WAV"))
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -92,37 +102,35 @@ def kind_of(path: str, wanted: str) -> str:
         return f"is empty (0 bytes); {_AGAIN}"
     if not head.strip(b"\0"):
         return f"begins with nothing but zeros, as an unfinished download does; {_AGAIN}"
-    return _text(head) or _archive(head) or _other(head) or _picture(head, wanted) or _sound(head, wanted)
+    if archive := _find(head, _ARCHIVES):
+        return f"is an archive ({archive}); unpack it"
+    if told := _text(head) or _find(head, _OTHERS) or (_is_still(head) and _still(head, wanted)):
+        return told
+    medium, kind = ("picture", found) if (found := _find(head, _PICTURES)) else ("sound", _find(head, _SOUNDS))
+    return f"is a {medium} ({kind})" if kind and medium != wanted else ""
+
+
+def _find(head: bytes, signatures: tuple[Signature, ...]) -> str:
+    return next((what for start, magic, what in signatures if head.startswith(magic, start)), "")
 
 
 def _text(head: bytes) -> str:
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if begin.startswith((b"version https://git-lfs", b"version https://hawser")):
-        return "is a Git LFS pointer and not the file itself; run: git lfs pull"
-    if begin.startswith((b"/annex/objects", b"../.git/annex/objects", b".git/annex/objects")):
-        return "is a pointer of git-annex and not the file itself; run: git annex get"
+    if told := next((told for starts, told in _TEXTS if begin.startswith(starts)), ""):
+        return told
     if begin.startswith((b"<!doctype html", b"<html", b"<head")) or (begin.startswith(b"<") and b"<html" in begin):
         return f"is a web page (HTML), as a failed download leaves; {_AGAIN}"
     if begin.startswith(b"<") and b"<svg" in begin:
         return "is a drawing in SVG, which is not read here; convert it to PNG"
     try:
-        letters = head[: len(head) - 3 * (len(head) == _HEAD_BYTES)].decode()  # a letter may be cut
+        letters = head.decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:
+        if error.start < len(head) - 4:  # else a letter that the head cuts
             return ""
         letters = head[: error.start].decode()
     if any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in letters):
         return ""
     return f"is text ({' '.join(letters.split())[:_SHOWN]!r}); {_AGAIN}"
-
-
-def _archive(head: bytes) -> str:
-    kind = "tar" if head[257:262] == b"ustar" else _named(head, _ARCHIVES)
-    return f"is an archive ({kind}); unpack it" if kind else ""
-
-
-def _other(head: bytes) -> str:
-    return _named(head, _OTHERS)
 
 
 def is_still(path: str) -> bool:
@@ -135,30 +143,16 @@ def _is_still(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and (head[8:12] in _HEIF_BRANDS or b"avif" in head[8:64])
 
 
-def _picture(head: bytes, wanted: str) -> str:
-    if _is_still(head):
-        if b"avif" not in head[8:64]:
-            return "is HEIC, which is not read here; convert it to JPEG"
-        return "" if wanted == "picture" and _reads_avif() else (
-            "is AVIF, which the installed Pillow does not read; upgrade it, or convert the file to PNG"
-            if wanted == "picture" else "is a picture (AVIF)")
-    kind = "WebP" if head[8:12] == b"WEBP" else _named(head, _PICTURES)
-    return f"is a picture ({kind})" if kind and wanted != "picture" else ""
-
-
-def _sound(head: bytes, wanted: str) -> str:
-    kind = "WAV" if head[8:12] == b"WAVE" else _named(head, _SOUNDS)
-    return f"is a sound ({kind})" if kind and wanted != "sound" else ""
-
-
-def _reads_avif() -> bool:
+def _still(head: bytes, wanted: str) -> str:
     from PIL import features
 
-    return bool("avif" in features.get_supported_modules())
-
-
-def _named(head: bytes, kinds: dict[bytes, str]) -> str:
-    return next((kind for magic, kind in kinds.items() if head.startswith(magic)), "")
+    if b"avif" not in head[8:64]:
+        return "is HEIC, which is not read here; convert it to JPEG"
+    if wanted != "picture":
+        return "is a picture (AVIF)"
+    if "avif" in features.get_supported_modules():
+        return ""
+    return "is AVIF, which the installed Pillow does not read; upgrade it, or convert the file to PNG"
 
 
 def is_video(path: str | os.PathLike[str]) -> bool:

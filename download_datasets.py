@@ -4,7 +4,6 @@
 """
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from trimodal.arguments import Parser, environment_needed, folder_name
-from trimodal.errors import UserError
+from trimodal.errors import UserError, similar
 
 with environment_needed("requests", "tqdm", "numpy"):
     from trimodal.data.samples import SPLITS
@@ -85,7 +84,7 @@ def asked_for(arguments: argparse.Namespace, table: Mapping[str, Source],
                                ("--sounds", [arguments.sounds], ("mirror", "youtube"))):
         for word in given:
             if word not in known:
-                raise UserError(f"{flag}: {_unknown(word, known)}")
+                raise UserError(f"{flag}: {word!r} is unknown. {similar(word, known)}")
     options = Options(
         data_root=arguments.data_root, mirror=arguments.mirror, keep_archives=arguments.keep_archives,
         splits=tuple(dict.fromkeys(arguments.splits)), sounds=arguments.sounds,
@@ -163,14 +162,9 @@ def _names(given: Iterable[str], known: Iterable[str]) -> list[str]:
     names: list[str] = []
     for name in given:
         if name != "all" and name not in known:
-            raise UserError(f"--datasets: {_unknown(name, ['all', *known])}")
+            raise UserError(f"--datasets: {name!r} is unknown. {similar(name, ['all', *known])}")
         names += ALL if name == "all" else (name,)
     return list(dict.fromkeys(names))
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f"{name!r} is unknown; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
 
 
 def _with_name(given: Iterable[str], names: list[str], table: Mapping[str, Source]) -> list[str]:
@@ -231,7 +225,7 @@ def _subsets(given: Iterable[str], table: Mapping[str, Source]) -> dict[str, tup
         name, _, subset = text.partition(":")
         known = [f"{source.name}:{other}" for source in table.values() for other in source.subsets]
         if text not in known:
-            raise UserError(f"--also: {_unknown(text, known)}")
+            raise UserError(f"--also: {text!r} is unknown. {similar(text, known)}")
         found[name] = (*found.get(name, ()), subset)
     return found
 

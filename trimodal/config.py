@@ -352,9 +352,10 @@ def _problems(error: ValidationError, values: Any) -> list[str]:
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         key, text = _problem(problem, values)
-        if key in found:  # pydantic tells of each alternative by itself: a number, or else 'auto'
-            text = f"{found[key]} or {problem['ctx']['expected']}"
-        found[key] = text
+        if key not in found:
+            found[key] = text
+        elif problem["type"] == "literal_error":  # of several alternatives each comes by itself: a number, then 'auto'
+            found[key] += f" or {problem['ctx']['expected']}"
     return [f"{key}: {text}" for key, text in found.items()]
 
 

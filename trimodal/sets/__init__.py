@@ -5,7 +5,6 @@
 Adding a set: one module here, with a `SET` as `base` describes it.
 """
 
-import difflib
 import importlib
 import itertools
 import pkgutil
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from trimodal.config import Config
 from trimodal.data.samples import SPLITS, Sample
-from trimodal.errors import ConfigError, UserError
+from trimodal.errors import ConfigError, UserError, similar
 from trimodal.sets.base import DataSet, Source
 from trimodal.sets.reading import download_command, missing
 
@@ -40,9 +39,7 @@ def check_settings(config: Config) -> Config:
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, SETS, n=1)
-    return f"data.datasets: {name!r} is unknown; " + (
-        f"did you mean {close[0]!r}?" if close else f"known: {', '.join(SETS)}")
+    return f"data.datasets: {name!r} is unknown. {similar(name, SETS)}"
 
 
 def read_splits(name: str, splits: Sequence[str], config: Config) -> Iterator[Sample]:

@@ -8,7 +8,8 @@ to without that is taken, and counted.
 import os
 import stat
 import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,6 @@ from trimodal.data.splits import key_of
 
 SHOWN = 3  # missing files that are named
 MAX_FOLDERS = 64  # whose names are kept in memory
-MAX_KNOWN = 1_000_000  # names of files that are kept
-
 UNICODE, BACKSLASH, BLANKS = "another Unicode form", "backslashes", "blanks beside them"
 
 
@@ -26,41 +25,34 @@ class File(NamedTuple):
     number: int  # equal for equal files, whatever paths lead there
 
 
-@dataclass
 class Files:
     """What a list names, relative to `base`; nothing beyond `root` (without links, with "/" at its end)."""
 
-    base: Path
-    root: str
-    numbers: dict[str, int] = field(default_factory=dict)  # by what files are told apart by
-    missing: set[int] = field(default_factory=set)
-    shown: list[str] = field(default_factory=list)  # the first of them, and where they are named
-    written: dict[str, set[int]] = field(default_factory=dict)  # files that were found in spite of their writing, by it
-    example: dict[str, str] = field(default_factory=dict)  # of each such writing
-    folders: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # names by their NFC form
-    found: dict[str, File] = field(default_factory=dict)  # by name: lists of one caption a line name each file often
-    real: dict[str, str] = field(default_factory=dict)  # folders without links
+    def __init__(self, base: Path, root: str) -> None:
+        self.base, self.root = base, root
+        self.numbers: dict[str, int] = {}  # by what files are told apart by
+        self.missing: set[int] = set()
+        self.shown: list[str] = []  # the first of them, and where they are named
+        self.written: dict[str, set[int]] = {}  # files that were found in spite of their writing, by it
+        self.example: dict[str, str] = {}  # of each such writing
+        self._found: dict[str, File] = {}  # lists of one caption a line name each file often
+        self._real_folder = lru_cache(maxsize=1 << 16)(os.path.realpath)
+        self._names = lru_cache(maxsize=MAX_FOLDERS)(_names_by_form)
 
     def find(self, name: str, where: str) -> File:
-        """As `_find`, which each name is looked for by once, unless it is missing."""
-        if name not in self.found:
-            file = self._find(name, where)
-            if file.number in self.missing:
-                return file
-            if len(self.found) >= MAX_KNOWN:
-                self.found.clear()
-            self.found[name] = file
-        return self.found[name]
-
-    def _find(self, name: str, where: str) -> File:
         """The file of this name; one that is not there counts as missing, and `where` is kept of the first of them.
 
         Raises:
             ValueError: it lies outside `root`, or is no file.
         """
-        path = os.path.abspath(os.path.join(self.base, name))
+        if name not in self._found:
+            self._found[name] = self._find(name, where)
+        return self._found[name]
+
+    def _find(self, name: str, where: str) -> File:
         if "\0" in name:
             raise ValueError("expected a path")
+        path = os.path.abspath(os.path.join(self.base, name))
         found = _stat(path)
         if found is None:
             path, found = self._written_otherwise(name, path)
@@ -79,15 +71,8 @@ class Files:
                 "there without that, and taken" for way, files in self.written.items()]
 
     def _without_links(self, path: str) -> str:
-        """`os.path.realpath`, of each folder once."""
         folder, name = os.path.split(path)
-        if os.path.islink(path):
-            return os.path.realpath(path)
-        if folder not in self.real:
-            if len(self.real) >= MAX_KNOWN:
-                self.real.clear()
-            self.real[folder] = os.path.realpath(folder)
-        return os.path.join(self.real[folder], name)
+        return os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real_folder(folder), name)
 
     def _number(self, key: str) -> int:
         return self.numbers.setdefault(key, len(self.numbers))
@@ -101,22 +86,15 @@ class Files:
 
     def _written_otherwise(self, name: str, path: str) -> tuple[str, os.stat_result | None]:
         """The file that is there if the name is written otherwise; else `path` and None."""
-        slashes = name.replace("\\", "/") if os.sep == "/" else name
-        for other, ways in ((name, []), (name.strip(), [BLANKS]), (slashes, [BACKSLASH]),
-                            (slashes.strip(), [BLANKS, BACKSLASH])):
-            if ways and other == name:
-                continue
+        for other, ways in _other_writings(name):
             plain = os.path.abspath(os.path.join(self.base, other))
             for candidate, more in ((plain, []), (self._in_other_form(plain), [UNICODE])):
                 if candidate and (found := _stat(candidate)) and stat.S_ISREG(found.st_mode):
-                    self._count([*ways, *more], name, self._number(key_of(found, candidate)))
+                    for way in (*ways, *more):
+                        self.written.setdefault(way, set()).add(self._number(key_of(found, candidate)))
+                        self.example.setdefault(way, name)
                     return candidate, found
         return path, None
-
-    def _count(self, ways: list[str], name: str, number: int) -> None:
-        for way in ways:
-            self.written.setdefault(way, set()).add(number)
-            self.example.setdefault(way, name)
 
     def _in_other_form(self, path: str) -> str:
         """The path that differs in the Unicode form of its names alone; "" where there is none, or several."""
@@ -128,15 +106,6 @@ class Files:
         names = self._names(folder).get(unicodedata.normalize("NFC", name), []) if folder else []
         return os.path.join(folder, names[0]) if len(names) == 1 else ""
 
-    def _names(self, folder: str) -> dict[str, list[str]]:
-        if folder not in self.folders:
-            if len(self.folders) >= MAX_FOLDERS:
-                self.folders.clear()
-            self.folders[folder] = {}
-            for name in _listdir(folder):
-                self.folders[folder].setdefault(unicodedata.normalize("NFC", name), []).append(name)
-        return self.folders[folder]
-
     def _hint(self, name: str, path: str) -> str:
         """What may be wrong with the name of a missing file."""
         if "\\" in name and os.sep == "/":
@@ -146,11 +115,28 @@ class Files:
         if not os.path.isabs(name) and os.path.isfile(name):
             return f", which is in the current folder: relative paths start at {self.base}"
         folder, last = os.path.split(path)
-        names = self._names(folder) if os.path.isdir(folder) else {}
-        if len(names.get(unicodedata.normalize("NFC", last), [])) > 1:
+        names, wanted = self._names(folder), unicodedata.normalize("NFC", last)
+        if len(names.get(wanted, [])) > 1:
             return ", but several whose names are written in other Unicode forms"
-        close = next((one for one in names if one.lower() == unicodedata.normalize("NFC", last).lower()), "")
+        close = next((one for one in names if one.lower() == wanted.lower()), "")
         return f", but {names[close][0]!r}: capital and small letters differ" if close else ""
+
+
+def _other_writings(name: str) -> Iterator[tuple[str, list[str]]]:
+    """A name as it is, without what is taken for a way of writing it, and which that is."""
+    slashes = name.replace("\\", "/") if os.sep == "/" else name
+    yield name, []
+    for other, ways in ((name.strip(), [BLANKS]), (slashes, [BACKSLASH]), (slashes.strip(), [BLANKS, BACKSLASH])):
+        if other != name:
+            yield other, ways
+
+
+def _names_by_form(folder: str) -> dict[str, list[str]]:
+    """What is in a folder, by the NFC form of its name."""
+    names: dict[str, list[str]] = {}
+    for name in _listdir(folder):
+        names.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return names
 
 
 def _stat(path: str) -> os.stat_result | None:

@@ -203,7 +203,7 @@ def test_muon_is_its_formula(in_float64: None) -> None:
     start = [torch.randn(6, 4), torch.randn(6, 4), torch.randn(3, 5)]
     matrices = [nn.Parameter(w.clone()) for w in start]
     muon = Muon(matrices, 0.1, None)
-    muon.batch_elements = 24  # one matrix at a time, then all of a shape
+    muon.BATCH_ELEMENTS = 24  # one matrix at a time, then all of a shape
     moments = [torch.zeros_like(w) for w in start]
     for step in range(3):
         for p, w, m in zip(matrices, start, moments, strict=True):
@@ -217,7 +217,7 @@ def test_muon_is_its_formula(in_float64: None) -> None:
             w.copy_((1 - 0.5 * 0.1) * w - 0.5 * 0.2 * max(w.shape) ** 0.5 * x)
         muon.param_groups[0]["lr"] = 0.5
         muon.step()
-        muon.batch_elements = 2**24 if step else 24
+        muon.BATCH_ELEMENTS = 2**24 if step else 24
     for p, w in zip(matrices, start, strict=True):
         assert torch.allclose(p, w, rtol=0, atol=1e-12)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.refusals import assert_names, refused
-from tests.small_runs import SmallRuns, apart, batches, differing, float64, records, step, trained, weights
+from tests.small_runs import SmallRuns, batches, differing, float64, records, step, trained, weights
 from trimodal.memory import devices
 from trimodal.objectives import contrastive
 from trimodal.training import optimizer, validation
@@ -35,8 +35,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exce
             raise left.pop()
 
     owner, name = {"fusion": (run.model, "fuse"), "loss": (contrastive, "info_nce"),
-                   "clipping": (torch.nn.utils, "clip_grad_norm_"),
-                   "update": (optimizer, "orthogonalise")}.get(where, (run.model, "features"))
+                   "room for the update": (optimizer.Muon, "reserve")}.get(where, (run.model, "features"))
     method = getattr(owner, name)
 
     def failing(*given: Any) -> Any:
@@ -51,7 +50,8 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exce
 
 
 @pytest.mark.parametrize(("where", "error", "size"), [
-    ("encoding", MemoryError(), 32), ("loss", ON_DEVICE, 32), ("backward", ON_HOST, 16), ("fusion", ON_DEVICE, 16)])
+    ("encoding", MemoryError(), 32), ("loss", ON_DEVICE, 32), ("backward", ON_HOST, 16), ("fusion", ON_DEVICE, 16),
+    ("room for the update", ON_DEVICE, 16)])
 def test_out_of_memory_redoes_the_step_in_smaller_parts(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception,
         size: int) -> None:
@@ -88,52 +88,6 @@ def test_the_gradient_of_a_redone_step_is_that_of_the_undisturbed_one(
     assert len(records(tmp_path / "True", "event")) == 1
     assert not torch.equal(*found), "another order of additions"
     assert found[0].dtype == torch.float64 and (found[0] - found[1]).norm() <= 1e-12 * found[0].norm()
-
-
-@pytest.mark.parametrize("where", ["clipping", "update"])
-def test_out_of_memory_in_the_update_goes_on_where_it_stopped(
-        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """The gradients are complete: this step is that of the undisturbed run, the next ones go in smaller parts, so after
-    two the weights are those of a run that began with the smaller parts."""
-    undisturbed, _ = trained(small, tmp_path / "undisturbed", "align", 16, 1)
-    smaller, _ = trained(small, tmp_path / "smaller", "align", 8, 2)
-    run = small.open(tmp_path / "failing", micro_batch=16)
-    stage = small.stage(run, "align")
-    muon = stage.optimizer.parts["muon"]
-    assert isinstance(muon, optimizer.Muon)
-    elements = muon.batch_elements
-    fail_once(monkeypatch, run, where, ON_DEVICE)
-    first, second = batches(run, stage)[:2]
-    step(run, stage, first)
-    assert differing(run.model.state_dict(), undisturbed.model.state_dict()) == []
-    assert muon.batch_elements == elements // 4
-    assert run.fits["align"].micro_batch["image"] == 8 and len(records(tmp_path / "failing", "event")) == 1
-    step(run, stage, second)
-    assert apart(run.model, smaller.model) < 1e-12
-
-
-def test_out_of_memory_amid_the_update_updates_nothing_twice(
-        small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each of the places where Muon's update may fail; its first matrices are done by then."""
-    monkeypatch.setattr(optimizer.Muon, "BATCH_ELEMENTS", 2 * 8 * 8)  # one or two of nano's matrices at a time
-    expected = small.open(tmp_path / "expected", micro_batch=16)
-    stage = small.stage(expected, "align")
-    norm = step(expected, stage, batches(expected, stage)[0]).grad_norm
-    calls = [0]
-    orthogonalise = optimizer.orthogonalise
-
-    def failing(*given: Any) -> Any:
-        calls[0] += 1
-        if calls[0] in (2, 5, 14):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return orthogonalise(*given)
-
-    monkeypatch.setattr(optimizer, "orthogonalise", failing)
-    run = small.open(tmp_path / "failing", micro_batch=16)
-    stage = small.stage(run, "align")
-    assert torch.equal(step(run, stage, batches(run, stage)[0]).grad_norm, norm), "clipped once, when all was there"
-    assert len(records(tmp_path / "failing", "event")) == 3 and calls[0] > 14
-    assert apart(run.model, expected.model) < 1e-12
 
 
 def test_out_of_memory_in_validation_halves_and_goes_on(

@@ -74,15 +74,16 @@ def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Shar
     step = make_step(run, stage, batch, share, train=True)
     losses = compute_losses(stage, task, step, stage.optimizer.backward)
     run.world.reserve(stage.optimizer.parameters)
+    stage.optimizer.reserve()
     return losses
 
 
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
     """One optimizer step on one effective batch, of which `batch` is this process's share.
 
-    Out of memory before the gradients are complete, on any process: micro-batches halve and the same step is done again
-    by all. Nothing is drawn within a step, so there is no random state to restore and the mathematics stays the same.
-    Out of memory in the update: it goes on where it stopped, since the gradients are complete by then.
+    Out of memory, on any process: micro-batches halve and the same step is done again by all. Nothing is drawn within a
+    step, so there is no random state to restore and the mathematics stays the same. What the update will take is taken
+    beforehand, so it does not run out of memory when a part of the weights is new.
 
     Raises:
         UserError: out of memory at micro-batch 1; names what can be turned.
@@ -125,13 +126,7 @@ def update(run: Run, stage: Stage, loss_is_finite: Tensor | bool = True) -> tupl
     training = run.config.training
     lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
                training.warmup_pct, training.min_lr_pct)
-    while True:
-        try:
-            return stage.optimizer.step(lr, loss_is_finite)
-        except (RuntimeError, MemoryError) as error:
-            cause = devices.out_of_memory_cause(error)
-        stage.optimizer.take_less()
-        shrink(run, stage, cause, "the update goes on where it stopped, later steps")
+    return stage.optimizer.step(lr, loss_is_finite)
 
 
 # ---- an epoch ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,48 +71,57 @@ class Muon(torch.optim.Optimizer):
 
     An update has a root mean square of 0.2 times the rate, as AdamW's typically has, so that one learning rate serves
     both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves all as
-    it was. A matrix that has been updated gives up its gradient, so a step that ran out of memory goes on with those
-    that have one when it is called again.
+    it was. torch.optim.Muon has no such mask, and takes twice as long (benchmarks/muon.py).
     """
 
     MOMENTUM = 0.95
     BATCH_ELEMENTS = 2**24  # matrices of one shape go together, as many as this: bounds the memory of an update
+    COPIES = 6  # of a batch of matrices that an update holds at most
 
     def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype | None):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
         self.dtype = dtype
-        self.batch_elements = self.BATCH_ELEMENTS
         self.found_inf = torch.zeros(())
         for p in matrices:
             self.state[p] = {"momentum": torch.zeros_like(p)}
 
+    def reserve(self) -> None:
+        """Take the memory that the largest update needs and leave it to the allocator, so that running out of it
+        happens before anything is updated."""
+        sizes = [sum(p.numel() for p in batch) for group in self.param_groups for batch in self._batches(group)]
+        if sizes:
+            p = self.param_groups[0]["params"][0]
+            torch.empty(self.COPIES * max(sizes), dtype=p.dtype, device=p.device)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, all_of_shape in shapes.items():
-                count = max(1, self.batch_elements // shape.numel())
-                for i in range(0, len(all_of_shape), count):
-                    self._update(all_of_shape[i:i + count], group["lr"], group["weight_decay"])
+            for batch in self._batches(group):
+                self._update(batch, group["lr"], group["weight_decay"])
+
+    def _batches(self, group: dict[str, Any]) -> Iterator[list[nn.Parameter]]:
+        """Matrices of one shape that have a gradient, at most BATCH_ELEMENTS of numbers at a time."""
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+        for shape, all_of_shape in shapes.items():
+            count = max(1, self.BATCH_ELEMENTS // shape.numel())
+            for first in range(0, len(all_of_shape), count):
+                yield all_of_shape[first:first + count]
 
     def _update(self, same_shape: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """All that takes memory comes before the first write, so matrices are updated whole or not at all."""
         good = 1 - self.found_inf
         rate = lr * good
-        kept = 1 - rate * weight_decay
-        given_KMN = torch.stack([p.grad for p in same_shape])  # type: ignore[misc]
-        given_KMN = torch.where(self.found_inf == 0, given_KMN, 0.0)  # times 0 would leave nan
+        gradient_KMN = torch.stack([p.grad for p in same_shape])  # type: ignore[misc]
+        gradient_KMN = torch.where(self.found_inf == 0, gradient_KMN, 0.0)  # times 0 would leave nan
         moments = [self.state[p]["momentum"] for p in same_shape]
-        moment_KMN = torch.stack(moments).lerp_(given_KMN, (1 - self.MOMENTUM) * good)
-        update_KMN = orthogonalise(torch.lerp(given_KMN, moment_KMN, self.MOMENTUM), self.dtype)
+        moment_KMN = torch.stack(moments).lerp_(gradient_KMN, (1 - self.MOMENTUM) * good)
+        update_KMN = orthogonalise(torch.lerp(gradient_KMN, moment_KMN, self.MOMENTUM), self.dtype)
         update_KMN *= rate * 0.2 * max(same_shape[0].shape) ** 0.5
         for p, moment, new, update in zip(same_shape, moments, moment_KMN, update_KMN, strict=True):
             moment.copy_(new)
-            p.mul_(kept).sub_(update)
-            p.grad = None
+            p.mul_(1 - rate * weight_decay).sub_(update)
 
 
 class Optimizer:
@@ -138,8 +148,6 @@ class Optimizer:
             dtype = torch.bfloat16 if amp == torch.bfloat16 else None
             self.parts["muon"] = Muon(matrices, config.weight_decay, dtype)
         self.scaler = torch.amp.GradScaler(scaler_device) if scaler_device else None
-        self._clipped: tuple[Tensor, Tensor] | None = None  # norm and whether it is finite, of a step that has begun
-        self._unscaled: set[str] = set()
 
     @property
     def lr(self) -> float:
@@ -157,55 +165,48 @@ class Optimizer:
     def allocate(self) -> None:
         """Create the moments before the first step, so that running out of memory never leaves a step half done."""
         adamw = self.parts["adamw"]
-        for p in (p for group in adamw.param_groups for p in group["params"]):
+        for p in _parameters(adamw):
             if not adamw.state[p]:  # Muon makes its own
                 adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
                                   "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
+    def reserve(self) -> None:
+        """Take the memory that an update by the gradients that are there needs, and give it back."""
+        if isinstance(muon := self.parts.get("muon"), Muon):
+            muon.reserve()
+
     def step(self, lr: float, loss_is_finite: Tensor | bool = True) -> tuple[Tensor, Tensor]:
         """Clip and update, or leave everything as it was if loss or gradient is not finite; gradients are freed.
 
-        After an error for lack of memory call it again: it goes on where it stopped, Muon with fewer matrices at a time
-        (`take_less`), and nothing is updated twice.
-
         Returns the gradient's norm before clipping and whether it and the loss were finite, both on the device.
         """
-        if self._clipped is None:
-            norm = self._clip(lr)
-            self._clipped = norm, norm.isfinite() & loss_is_finite  # a loss of NaN may have finite gradients
-        norm, finite = self._clipped
+        unscaled = self._unscale()
+        norm = nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
+        finite = norm.isfinite() & loss_is_finite  # a loss of NaN may have finite gradients
         for part in self.parts.values():
             # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
             part.grad_scale, part.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+            for group in part.param_groups:
+                group["lr"] = lr
             part.step()
-            for p in (p for group in part.param_groups for p in group["params"]):
+            for p in _parameters(part):
                 p.grad = None
-        if self.scaler is not None and self._unscaled:  # it refuses to, after a step without any gradient
+        if self.scaler is not None and unscaled:
             self.scaler.update()
         self.zero_grad()
         return norm, finite
 
-    def _clip(self, lr: float) -> Tensor:
-        for name, part in self.parts.items():
-            for group in part.param_groups:
-                group["lr"] = lr
-            if self.scaler is not None and name not in self._unscaled and any(
-                    p.grad is not None for g in part.param_groups for p in g["params"]):
+    def _unscale(self) -> bool:
+        """Undo the loss scale of fp16; False if there was none, or no gradient, which the scaler does not take."""
+        parts = [part for part in self.parts.values() if any(p.grad is not None for p in _parameters(part))]
+        for part in parts:
+            if self.scaler is not None:
                 self.scaler.unscale_(part)
-                self._unscaled.add(name)
-        return nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
-
-    def take_less(self) -> None:
-        """Update fewer matrices at a time from now on."""
-        muon = self.parts.get("muon")
-        if isinstance(muon, Muon):
-            muon.batch_elements //= 4
+        return self.scaler is not None and bool(parts)
 
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
-        self._clipped = None
-        self._unscaled.clear()
 
     def fits(self, state: dict[str, dict]) -> bool:
         """Whether a saved state is of the same parts with as many parameters."""
@@ -228,6 +229,10 @@ class Optimizer:
                 group["weight_decay"] = decay
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 class MovingAverage:

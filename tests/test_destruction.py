@@ -89,7 +89,6 @@ SAFE = {
         ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
     "training.tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
     "training.tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),
-    "training.tracking.keep_events": ("replacing", "an event file with a name of ours"),
     "training.tracking.drop_events_after":
         ("replacing unlink", "our event files, by name or by what they hold, once one of them holds all that is kept"),
     "download.http._Part.store": ("open(ab)", "the part, at a name from notes.part_of"),

@@ -304,7 +304,7 @@ def test_before_a_download_a_start_is_tried_and_leaves_the_folder_free(tmp_path:
     case = case_of(tmp_path, stages=[WORDS, PICTURES], options=Options("cpu", str(trained)))
     resume.check_start(case.config, case.options)
     folder = Path(case.config.paths.output_dir)
-    assert os.listdir(folder) == [run_module.LOCK] and run_module.claim_folder(folder, case.options).lock
+    assert os.listdir(folder) == [run_module.LOCK] and run_module.claim_folder(folder, case.options)
     gone = trained.with_name("best_model.pt")
     with refused("--resume", gone):
         resume.check_start(case.config, Options("cpu", str(gone)))

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.refusals import assert_names
-from tests.training.test_tracking import scalars, step_record, validation_record
+from tests.training.test_tracking import step_record, validation_record
 from trimodal import checkpoint
 from trimodal.training import outputs
-from trimodal.training.tracking import EVENTS, Tracker
+from trimodal.training.tracking import Tracker
 
 
 def test_files_among_event_files_that_show_nothing_stay_and_are_not_named(
@@ -29,34 +28,6 @@ def test_files_among_event_files_that_show_nothing_stay_and_are_not_named(
     outputs.go_back(tmp_path, "checkpoint_epoch_1.pt", 1, 1)
     assert other.read_bytes() == b"of another program"
     assert capsys.readouterr().out == ""
-
-
-def test_event_files_of_earlier_releases_are_known_by_what_they_hold(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
-
-    tracker = Tracker(tmp_path / "logs")
-    for step in (1, 2, 3):
-        tracker.step(step_record(step))
-    tracker.validation(validation_record(3))
-    tracker.close()
-    [path] = (tmp_path / outputs.BOARD).iterdir()
-    earlier = path.rename(path.with_name(path.name.removesuffix(EVENTS)))  # as they were called
-    own = SummaryWriter(str(tmp_path / outputs.BOARD), filename_suffix=".1.1")
-    for tag in ("loss/train", "train/lr", "train/samples_per_s", "train/data_wait_pct", "my/curve"):
-        own.add_scalar(tag, 1.0, 3)
-    own.close()
-    SummaryWriter(str(tmp_path / outputs.BOARD), filename_suffix=".2.2").close()  # shows nothing
-    others = {other: other.read_bytes() for other in (tmp_path / outputs.BOARD).iterdir() if other != earlier}
-    for epoch in (1, 2):
-        checkpoint.save({"epoch": epoch}, tmp_path / "checkpoints" / f"checkpoint_epoch_{epoch}.pt")
-    place = outputs.go_back(tmp_path, "checkpoint_epoch_1.pt", 1, 2)
-    assert place and (place / outputs.BOARD / earlier.name).is_file() and not earlier.exists()
-    assert {other: other.read_bytes() for other in others} == others
-    told = capsys.readouterr().out
-    assert_names(told.rstrip("\n"), tmp_path, next(other.name for other in others if other.name.endswith(".1.1")))
-    assert ".2.2" not in told
-    assert {point[0] for point in scalars(tmp_path / "logs")["loss/align"]} == {1, 2}
 
 
 @pytest.mark.timed

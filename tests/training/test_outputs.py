@@ -38,15 +38,6 @@ def copy_of(whole: Path, folder: Path) -> Path:
     return folder
 
 
-def as_of_an_earlier_release(whole: Path, folder: Path) -> Path:
-    """Such a folder has no ledger, and its event files have no name of ours."""
-    copy_of(whole, folder)
-    (folder / outputs.LEDGER).unlink()
-    for path in (folder / outputs.BOARD).iterdir():
-        path.rename(path.with_name(path.name.removesuffix(EVENTS)))
-    return folder
-
-
 def digests(folder: Path) -> dict[str, str]:
     """Of all files below a folder, by their names."""
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -166,14 +157,14 @@ def test_rotation_neither_deletes_nor_counts_what_is_not_ours(tmp_path: Path) ->
 def test_settings_are_written_beside_those_that_the_user_has_changed(tmp_path: Path,
                                                                      capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.yaml"
-    assert [outputs.write_settings(tmp_path, text) for text in ("a: 1\n", "a: 2\n", "a: 2\n")] == [path] * 3
+    assert [outputs.write_settings(tmp_path, {"a": value}) for value in (1, 2, 2)] == [path] * 3
     assert path.read_text() == "a: 2\n" and capsys.readouterr().out == ""
     path.write_text("a: 3\n")
-    for text in ("a: 4\n", "a: 5\n"):
-        assert outputs.write_settings(tmp_path, text).name == "config_2.yaml"
+    for value in (4, 5):
+        assert outputs.write_settings(tmp_path, {"a": value}).name == "config_2.yaml"
     assert path.read_text() == "a: 3\n" and (tmp_path / "config_2.yaml").read_text() == "a: 5\n"
     assert_names(capsys.readouterr().out.splitlines()[0], path, "config_2.yaml")
-    assert outputs.write_settings(tmp_path, "a: 3\n") == path, "just what is there"
+    assert outputs.write_settings(tmp_path, {"a": 3}) == path, "just what is there"
 
 
 def test_a_log_with_lines_of_others_is_kept_as_it_was(tmp_path: Path) -> None:
@@ -218,7 +209,8 @@ def test_a_run_that_goes_back_keeps_what_lay_further_on(small: SmallRuns, whole:
         "checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt", "best_model.pt", "final_model.pt", "model.safetensors",
         "config.json")}
     assert {name for name in gone if name.startswith("reports/")} == {n for n in before if n.startswith("reports/")}
-    assert {name: before[name] for name in [*gone, "logs/metrics.jsonl", "config.yaml"]} == moved
+    [events] = (name for name in before if name.startswith(outputs.BOARD.as_posix()))
+    assert {name: before[name] for name in [*gone, "logs/metrics.jsonl", "config.yaml", events]} == moved
     last = checkpoint.load(folder / "checkpoints" / "checkpoint_epoch_2.pt")["progress"]["step"]
     assert [line for line in records(folder) if not line.get("resumed")] == [
         line for line in records(whole) if line["step"] <= last]
@@ -315,7 +307,7 @@ def test_going_back_that_is_killed_at_any_moment_is_finished_by_the_next_start(
         again = number % 3 == 0 and killed_at(2, lambda where=folder: outputs.finish_going_back(where),  # type: ignore
                                               monkeypatch)
         outputs.finish_going_back(folder)
-        for part in ("", *run.PARTS):
+        for part in ("", *run.FOLDERS):
             remove_left(folder / part, outputs.WRITTEN)
         found = {name: digest for name, digest in digests(folder).items() if not name.endswith(".tmp")}
         assert found in ([done] if number > 2 else [begun, done]), (number, again)
@@ -376,38 +368,3 @@ def test_the_event_files_of_a_run_that_went_back_hold_what_is_kept_alone(small: 
             found.setdefault(tag, []).extend(points)
     assert found == expected and any(tag.startswith("memory/") for tag in expected)
     assert all(path.name.endswith(EVENTS) for path in (folder / outputs.BOARD).iterdir())
-
-
-def test_what_an_earlier_release_wrote_into_a_folder_is_the_runs(small: SmallRuns, whole: Path, tmp_path: Path,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    folder = as_of_an_earlier_release(whole, tmp_path / "run")
-    before = digests(folder)
-    small.train(folder, *QUICK, "training.learning_rate=0.002", resume=str(
-        folder / "checkpoints" / "checkpoint_epoch_2.pt"))
-    assert ".before_" not in capsys.readouterr().out
-    [place] = folder.glob("abandoned_*")
-    moved = digests(place)
-    assert {name: before[name] for name in ("config.yaml", "checkpoints/model.safetensors", "checkpoints/config.json",
-                                            "checkpoints/final_model.pt")}.items() <= moved.items()
-    assert [path.name for path in folder.rglob("*.before_*")] == [] and not (folder / "config_2.yaml").exists()
-    assert "learning_rate: 0.002" in (folder / "config.yaml").read_text("utf-8")
-
-
-def test_a_run_of_an_earlier_release_is_thrown_away_whole(small: SmallRuns, whole: Path, tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    folder = as_of_an_earlier_release(whole, tmp_path / "run")
-    config = small.config(folder, *QUICK)
-    run.open_run(config, Options("cpu", overwrite=True), None).tracker.close()
-    assert not list((folder / "checkpoints").iterdir()) and not (folder / "config_2.yaml").exists()
-    assert "did not write" not in capsys.readouterr().out and len(list((folder / outputs.BOARD).iterdir())) == 1
-
-
-def test_settings_and_exports_that_were_changed_by_hand_are_nobodys_but_the_users(whole: Path, tmp_path: Path) -> None:
-    folder = copy_of(whole, tmp_path / "run")
-    (folder / outputs.LEDGER).unlink()
-    config, export = folder / "config.yaml", folder / "checkpoints" / "config.json"
-    config.write_text("# mine\n" + config.read_text("utf-8"), "utf-8")
-    export.write_text(export.read_text("utf-8").replace("\n", "\n ", 1), "utf-8")
-    outputs.adopt(folder, checkpoint.load(folder / "checkpoints" / "checkpoint_epoch_4.pt")["config"])
-    assert not outputs.is_listed(folder, config) and not outputs.is_listed(folder, export)
-    assert outputs.is_listed(folder, folder / "checkpoints" / "model.safetensors")

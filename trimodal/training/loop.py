@@ -273,7 +273,13 @@ def train(config: Config, options: Options) -> Path | None:
     world = distributed.start(devices.choose_device(options.device))
     try:
         with world.quiet(), Interruption() as interruption:
-            return run_stages(config, options, world, interruption)
+            folder = Path(config.paths.output_dir)
+            lock = world.together(lambda: claim_folder(folder, options) if world.is_main else None)
+            try:
+                return run_stages(config, options, world, interruption)
+            finally:
+                if lock:
+                    lock.release()
     except RuntimeError as error:
         if devices.is_out_of_memory(error):  # a step and the evaluation go on with less; what is beside them cannot
             raise UserError(devices.no_room(world.device, error)) from None
@@ -287,12 +293,11 @@ def train(config: Config, options: Options) -> Path | None:
 
 def run_stages(config: Config, options: Options, world: World, interruption: Interruption) -> Path | None:
     """`train`, as one of the processes of `world`."""
-    claim = claim_folder(Path(config.paths.output_dir), options, world)
     state = world.on_main(lambda: find_state(config, options))
     if report := world.on_main(lambda: finished_report(config, state)):
         print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")
         return report
-    run = open_run(config, options, state, world, claim=claim)
+    run = open_run(config, options, state, world)
     try:
         if not protocols.can_score(run.data, "test"):
             run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")

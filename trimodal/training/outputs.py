@@ -1,10 +1,9 @@
 """The output folder of a run: which of its files are the run's, what --overwrite removes, and where what lies further
 on goes when a run goes back to an earlier checkpoint.
 
-A file is the run's where nobody else can have made it: checkpoints hold our digest, event files have a name of ours or
-(of earlier releases) our curves alone, metrics.jsonl has our records alone, others are in a ledger by what was written.
-All else is the user's: no command deletes it, changes it or writes over it. What is in the way of a file of ours is
-kept beside it as NAME.before_DATE_TIME.
+A file is the run's where nobody else can have made it: checkpoints hold our digest, event files have a name of ours,
+metrics.jsonl has our records alone, others are in a ledger by what was written. All else is the user's: no command
+deletes it, changes it or writes over it. What is in the way of a file of ours is kept as NAME.before_DATE_TIME.
 """
 
 import contextlib
@@ -24,15 +23,7 @@ import yaml
 from trimodal import checkpoint
 from trimodal.errors import CheckpointError
 from trimodal.files import replacing, set_aside, sha256_of
-from trimodal.training.tracking import (
-    EVENTS,
-    drop_after,
-    event_files,
-    is_own_log,
-    keep_events,
-    read_records,
-    shows_points,
-)
+from trimodal.training.tracking import drop_after, drop_events_after, event_files, is_own_log, read_records
 
 LEDGER = ".written.json"  # digests of files that do not hold their own, by name
 GOING_BACK = ".going_back.json"  # what is being moved away, until it is
@@ -74,8 +65,9 @@ def is_listed(folder: Path, path: Path) -> bool:
     return bool(known) and path.is_file() and not path.is_symlink() and sha256_of(path) in known
 
 
-def write_settings(folder: Path, text: str) -> Path:
+def write_settings(folder: Path, config: Mapping[str, Any]) -> Path:
     """Write the settings of a run as config.yaml, or as config_2.yaml and so on where that is the user's; its path."""
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     number, path = 1, folder / "config.yaml"
     while os.path.lexists(path) and not is_listed(folder, path) and _text(path) != text:
         number += 1
@@ -87,37 +79,6 @@ def write_settings(folder: Path, text: str) -> Path:
         with replacing(path, "w") as file:
             file.write(text)
     return path
-
-
-def adopt(folder: Path, config: Mapping[str, Any]) -> None:
-    """Enter in the ledger what an earlier release, which kept none, wrote there: config.yaml where it says just what a
-    checkpoint's `config` does, and exports that are just those of final_model.pt."""
-    path = folder / "config.yaml"
-    if not is_listed(folder, path) and not path.is_symlink() and (text := _text(path)) and _says(text, config):
-        _list(folder, path.name, sha256_of(path))
-    paths = [folder / "checkpoints" / name for name in EXPORTS]
-    final = folder / "checkpoints" / "final_model.pt"
-    if checkpoint.is_own(final) and all(path.is_file() and not is_listed(folder, path) for path in paths):
-        state = {name: value for name, value in _facts(final).items() if name != "schema"}
-        exported = checkpoint.exported(state) if "model_state_dict" in state else ()
-        for path, content in zip(paths, exported, strict=False):
-            if not path.is_symlink() and path.stat().st_size == len(content) and path.read_bytes() == content:
-                _list(folder, path.relative_to(folder).as_posix(), sha256_of(path))
-
-
-def settings_text(config: Mapping[str, Any]) -> str:
-    """Settings as config.yaml holds them."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-
-
-def _says(text: str, config: Mapping[str, Any]) -> bool:
-    """Whether it is these settings as they are written down; a checkpoint holds as many words as the model has."""
-    try:
-        found = yaml.safe_load(text)
-        model = {**config["model"], "vocab_size": found["model"]["vocab_size"]}
-    except (yaml.YAMLError, LookupError, TypeError, RecursionError):
-        return False
-    return text == settings_text({**config, "model": model})
 
 
 def _text(path: Path) -> str | None:
@@ -161,62 +122,67 @@ def _files(folder: Path) -> list[Path]:
 
 def remove_run(folder: Path) -> None:
     """Delete the checkpoints and logs that runs have written there. What lies among them stays, and is named."""
-    newest = checkpoint.find_latest(folder / "checkpoints", say=lambda line: None)
-    adopt(folder, _facts(newest).get("config", {}) if newest else {})
     for path in own_files(folder):
         path.unlink(missing_ok=True)
     log = folder / LOG
     if os.path.lexists(log):
         set_aside(log)  # records are added to the file of this name
-    left = [path for name in ("checkpoints", "logs", BOARD) for path in _files(folder / name)
-            if path.name not in (OF_THE_DATA, BOARD.name)]
+    left = [path.relative_to(folder).as_posix() for name in ("checkpoints", "logs", BOARD)
+            for path in _files(folder / name) if path.name not in (OF_THE_DATA, BOARD.name)]
     if left:
-        print(f"{folder}: kept, since this project did not write it: {shown(folder, left)}")
-
-
-def shown(folder: Path, paths: list[Path]) -> str:
-    """Names within the folder, in one line."""
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        print(f"{folder}: kept, since this project did not write it: {', '.join(left[:SHOWN])}{more}")
 
 
 # ---- going back --------------------------------------------------------------------------------------------------
 
 
 def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.datetime | None = None) -> Path | None:
-    """Where a run has come further than the checkpoint called `name`, as other ones or its report tell: move these, and
-    what else came after its epoch and step, into a new folder abandoned_TIME; its path. Before the first step (`step`
-    0) so does a run whose checkpoints are gone. After a kill `finish_going_back` does the rest of it."""
-    later = checkpoint.later_than(folder / "checkpoints" / name)
-    records = read_records(folder / LOG)
-    has_ended = any(record["kind"] == "report" and record["step"] > step for record in records)
-    if not later and not has_ended and (step or not _has_results(folder, records)):
+    """Where a run has come further than the checkpoint called `name`, of this epoch and step: move what came after it
+    into a new folder abandoned_TIME; its path. After a kill `finish_going_back` does the rest of it.
+
+    It has come further if there are later checkpoints or a later report; before the first step (`step` 0), if it was at
+    the end of a stage or has saved its best weights.
+    """
+    checkpoints, records = folder / "checkpoints", read_records(folder / LOG)
+    reports = [record["file"] for record in records if record["kind"] == "report" and record["step"] > step]
+    later = [*checkpoint.later_than(checkpoints / name), *_later_models(checkpoints, epoch)]
+    has_results = any(record["kind"] == "stage" for record in records) or later
+    if not (checkpoint.later_than(checkpoints / name) or reports or (has_results and not step)):
         return None
-    paths = [*_later_models(folder, epoch, step), *_later_reports(folder, step), *event_files(folder / BOARD)]
+    later += [path for path in _files(checkpoints) if path.name in EXPORTS and is_listed(folder, path)]
+    stems = "|".join(re.escape(Path(file).stem) for file in reports)
+    later += [path for path in _files(folder / "reports")
+              if reports and re.fullmatch(rf"({stems})(_\w+)?\.(json|md|png)", path.name)]
     moment = (now or datetime.datetime.now()).replace(microsecond=0)
     while os.path.lexists(place := folder / moment.strftime("abandoned_%Y%m%d_%H%M%S")):
         moment += datetime.timedelta(seconds=1)
-    files = [path.relative_to(folder).as_posix() for path in [*paths, *later]]
+    files = [path.relative_to(folder).as_posix() for path in later]
     with replacing(folder / GOING_BACK, "w") as file:
         json.dump({"place": place.name, "step": step, "files": files}, file)
     return finish_going_back(folder)
 
 
-def _has_results(folder: Path, records: list[dict[str, Any]]) -> bool:
-    """Whether a run was at the end of a stage or has saved its best weights there."""
-    return any(checkpoint.is_own(folder / "checkpoints" / name) for name in ("best_model.pt", "final_model.pt")) or any(
-        record["kind"] == "stage" for record in records)
+def _later_models(checkpoints: Path, epoch: int) -> list[Path]:
+    """final_model.pt, and best_model.pt where it holds weights of a later epoch."""
+    best, final = checkpoints / "best_model.pt", checkpoints / "final_model.pt"
+    found = [final] if checkpoint.is_own(final) else []
+    if checkpoint.is_own(best):
+        with contextlib.suppress(CheckpointError):  # damaged: it stays
+            found += [best] if checkpoint.load(best)["epoch"] > epoch else []
+    return found
 
 
 def finish_going_back(folder: Path) -> Path | None:
-    """Do what is left of moving away what came after a checkpoint, if anything is; the place that it is moved to."""
+    """Do what is left of moving away what came after a checkpoint, if anything is; the place that it is moved to. Each
+    part can be done again after a kill: copies come first, then moves, then the logs are cut."""
     try:
         work = json.loads((folder / GOING_BACK).read_text("utf-8"))
     except FileNotFoundError:
         return None
     place, log = folder / work["place"], folder / LOG
-    for path in (log, *(path for path in folder.glob("config*.yaml") if is_listed(folder, path))):
+    settings = [path for path in folder.glob("config*.yaml") if is_listed(folder, path)]
+    for path in (log, *settings, *event_files(folder / BOARD)):
         target = place / path.relative_to(folder)
         if path.is_file() and not target.exists():
             _copy(path, target)
@@ -224,13 +190,7 @@ def finish_going_back(folder: Path) -> Path | None:
         _move(folder / name, place / name)
     if log.exists():
         drop_after(log, work["step"])
-    if moved := event_files(place / BOARD):
-        second = moved[0].name.split(".")[3]
-        keep_events(moved, folder / BOARD / f"events.out.tfevents.{second}.{place.name}{EVENTS}", work["step"])
-    ours = event_files(folder / BOARD)
-    others = [path for path in _files(folder / BOARD) if path not in ours and shows_points(path)]
-    if others:
-        print(f"{folder}: TensorBoard still shows event files that this project did not write: {shown(folder, others)}")
+    drop_events_after(folder / BOARD, work["step"])
     (folder / GOING_BACK).unlink()
     return place
 
@@ -255,32 +215,3 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as file, open(source, "rb") as original:
         shutil.copyfileobj(original, file)
-
-
-def _later_models(folder: Path, epoch: int, step: int) -> list[Path]:
-    """best_model.pt, the final one and its exports, where they are ours and hold weights of a later time."""
-    best, final, export = (folder / "checkpoints" / name for name in ("best_model.pt", "final_model.pt", "config.json"))
-    found = [best] if checkpoint.is_own(best) and _facts(best).get("epoch", 0) > epoch else []
-    found += [final] if checkpoint.is_own(final) and _step_of(_facts(final)) > step else []
-    if is_listed(folder, export) and _step_of(json.loads(export.read_text("utf-8"))) > step:
-        found += [path for name in EXPORTS if is_listed(folder, path := folder / "checkpoints" / name)]
-    return found
-
-
-def _facts(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint holds; nothing where it is damaged."""
-    try:
-        return checkpoint.load(path)
-    except CheckpointError:
-        return {}
-
-
-def _step_of(state: Mapping[str, Any]) -> int:
-    return int(state.get("progress", {}).get("step", 0))
-
-
-def _later_reports(folder: Path, step: int) -> list[Path]:
-    stems = {re.escape(Path(record["file"]).stem) for record in read_records(folder / LOG)
-             if record["kind"] == "report" and record["step"] > step}
-    return [path for path in _files(folder / "reports")
-            if any(re.fullmatch(rf"{stem}(_\w+)?\.(json|md|png)", path.name) for stem in stems)]

@@ -29,10 +29,10 @@ def check_start(config: Config, options: Options) -> None:
     for name in config.data.datasets:
         if SETS[name].reads_at_once:
             read_split(name, "train", config)
-    claim = claim_folder(Path(config.paths.output_dir), options)
+    lock = claim_folder(Path(config.paths.output_dir), options)
     find_state(config, options)
-    if claim.lock:
-        claim.lock.release()
+    if lock:
+        lock.release()
 
 
 def find_state(config: Config, options: Options) -> dict[str, Any] | None:

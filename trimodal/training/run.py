@@ -21,11 +21,11 @@ from trimodal.errors import UserError
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.training import outputs
-from trimodal.training.tracking import SilentTracker, Tracker
+from trimodal.training.tracking import Tracker
 
 Figure = Mapping[str, Any]  # of metrics.py
 
-PARTS = ("checkpoints", "logs", "reports")
+FOLDERS = ("checkpoints", "logs", "reports")
 LOCK = ".lock"
 @dataclass(frozen=True)
 class Options:
@@ -70,7 +70,6 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss (None: no validation), model_state_dict
     has_told_of_validation: bool = False  # that there is none
-    claim: "Claim | None" = None  # on the folder
     splits: dict[str, Any] = field(default_factory=dict)  # samples and digest of each, on the main process
     trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
 
@@ -84,19 +83,18 @@ class Run:
 
 
 def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None, *,
-             claim: "Claim | None" = None, data: Data | None = None) -> Run:
+             data: Data | None = None) -> Run:
     """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
-    writes to the folder. `claim`: what `claim_folder` gave, if that is done; `data`: what has been read already.
+    writes to the folder. `data`: what has been read already.
 
     Raises:
-        UserError: the folder is in use or cannot be written; no such device or data; the checkpoint does not fit.
+        UserError: the folder cannot be written; no such device or data; the checkpoint does not fit.
     """
     folder = Path(config.paths.output_dir)
     world = world or World(device=devices.choose_device(options.device))
     device = world.device
     precision = devices.choose_precision(device, config.training.use_amp)
-    claim = claim or claim_folder(folder, options, world)
-    world.together(lambda: _make_parts(folder) if world.is_main else None)
+    world.together(lambda: _make_folders(folder) if world.is_main else None)
     print(f"Device: {device}; {precision.reason}")
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     devices.use_deterministic(config.training.deterministic)
@@ -104,27 +102,25 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     held_gib = devices.held_gib(device)
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()
-    run = Run(config, folder, device, precision, data, model, SilentTracker(folder / "logs"), world, progress=progress,
-              claim=claim, held_gib=held_gib)
+    run = Run(config, folder, device, precision, data, model, Tracker(folder / "logs", writes=False), world,
+              progress=progress, held_gib=held_gib)
     if not world.is_main:
         return run
     if options.overwrite:
         outputs.remove_run(folder)  # not before all that could fail has been tried
-    for part in ("", *PARTS, outputs.BOARD):
-        remove_left(folder / part, outputs.WRITTEN)
-    if state:
-        outputs.adopt(folder, state["config"])
+    for name in ("", *FOLDERS, outputs.BOARD):
+        remove_left(folder / name, outputs.WRITTEN)
     back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)
-    outputs.write_settings(folder, outputs.settings_text(config.to_dict()))
+    outputs.write_settings(folder, config.to_dict())
     run.tracker = Tracker(folder / "logs", progress.step)
-    if back and not state:
-        run.tracker.say(f"Started anew, for there is no checkpoint; what an earlier run has left is in {back}")
     if state:
         run.best = state["best"]
         within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""
         moved = f"; what came after it is in {back}" if back else ""
         run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step}){moved}", progress.step,
                           resumed=True)
+    elif back:
+        run.tracker.say(f"Started anew, for there is no checkpoint; what an earlier run has left is in {back}")
     remember_splits(run, state)
     return run
 
@@ -168,31 +164,19 @@ def parts_in_use(folder: Path) -> list[str]:
     return [name for name, paths in parts.items() if any(path.exists() and path.stat().st_size for path in paths)]
 
 
-@dataclass(frozen=True)
-class Claim:
-    """The lock of an output folder, held while it lives."""
-
-    lock: BaseFileLock | None  # of the main process, where the file system has locks
-
-
-def claim_folder(folder: Path, options: Options, world: World | None = None) -> Claim:
-    """Make the folder and lock it, on the main process. Before the checkpoint is looked for: a run that is just
-    ending may still write one.
+def claim_folder(folder: Path, options: Options) -> BaseFileLock | None:
+    """Make the folder and lock it, until the lock is released or the process ends, however that ends. Before the
+    checkpoint is looked for: a run that is just ending may still write one. On the main process.
 
     Raises:
-        UserError: it cannot be written, another process trains in it, or a run is in it that is neither gone on with
-            nor thrown away.
+        UserError: it cannot be written, another process trains in it, or a run is in it that is neither resumed nor
+            overwritten.
     """
-    world = world or World()
-    return world.together(lambda: Claim(_claim(folder, options) if world.is_main else None))
-
-
-def _claim(folder: Path, options: Options) -> BaseFileLock | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
+        raise _not_writable(folder, error) from None
     if place := outputs.finish_going_back(folder):
         print(f"{folder}: went back to an earlier checkpoint and was killed; what came after it is now in {place}")
     used = parts_in_use(folder)
@@ -201,6 +185,11 @@ def _claim(folder: Path, options: Options) -> BaseFileLock | None:
             lock.release()
         raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). {_ways_on(options.resume)}")
     return lock
+
+
+def is_within(resume: str | None, folder: Path) -> bool:
+    """Whether --resume names the run in `folder`, and not another one."""
+    return resume == "auto" or bool(resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
 
 
 def _ways_on(resume: str | None) -> str:
@@ -212,17 +201,12 @@ def _ways_on(resume: str | None) -> str:
     return f"{path} is of another: go on {there}, or choose a new --output-dir"
 
 
-def _make_parts(folder: Path) -> None:
+def _make_folders(folder: Path) -> None:
     try:
-        for name in PARTS:
+        for name in FOLDERS:
             check_writable(folder / name)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
-
-
-def is_within(resume: str | None, folder: Path) -> bool:
-    """Whether it is the run in `folder` that is gone on with, and not another one."""
-    return resume == "auto" or bool(resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
+        raise _not_writable(folder, error) from None
 
 
 def hold(folder: Path) -> BaseFileLock | None:
@@ -235,6 +219,10 @@ def hold(folder: Path) -> BaseFileLock | None:
     if not lock:
         print(f"{folder}: this file system has no locks: see to it that no second run uses it")
     return lock
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir")
 
 
 def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> TriModalModel:

@@ -9,9 +9,8 @@ import contextlib
 import json
 import math
 import os
-import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,21 @@ from tqdm import tqdm
 from trimodal.files import keep_beside, replacing, say_kept
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
-EARLIER_EVENTS = re.compile(r"events\.out\.tfevents\.\d+\..+\.\d+\.\d+")  # of releases that gave them no such end
-OWN_TAGS = re.compile(r"(loss|parts|temperature|bias|validation|retrieval|memory|examples)/.+|"
-                      r"train/(lr|grad_norm|samples_per_s|data_wait_pct|memory_gib)")
-MARKS = {"train/data_wait_pct", "train/samples_per_s"}  # tags of each step, which no other program has
 
 
 class Tracker:
-    """Writes records of one run; what an earlier attempt left past `last_step` is dropped from both logs."""
+    """Writes records of one run; what an earlier attempt left past `last_step` is dropped from both logs. Processes
+    beside the main one have a tracker that does not write."""
 
-    def __init__(self, logs: Path, last_step: int = 0):
+    def __init__(self, logs: Path, last_step: int = 0, writes: bool = True):
+        self.path, self.writes = logs / "metrics.jsonl", writes
+        self.bar: Any = None
+        self.has_lost = False
+        if not writes:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         logs.mkdir(parents=True, exist_ok=True)
-        self.path = logs / "metrics.jsonl"
         if last_step or self.path.exists():
             drop_events_after(logs / "tensorboard", last_step)
         if self.path.exists():
@@ -43,12 +43,10 @@ class Tracker:
         self.file = open(self.path, "ab")
         self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10,
                                    filename_suffix=EVENTS)
-        self.bar: Any = None
-        self.has_lost = False
 
     def open_bar(self, total: int, done: int, description: str) -> None:
-        self.bar = tqdm(total=total, initial=done, desc=description, unit="sample", disable=None, dynamic_ncols=True,
-                        smoothing=0.1)
+        self.bar = tqdm(total=total, initial=done, desc=description, unit="sample", dynamic_ncols=True, smoothing=0.1,
+                        disable=None if self.writes else True)  # None: for terminals only
 
     def close_bar(self) -> None:
         if self.bar is not None:
@@ -61,7 +59,8 @@ class Tracker:
 
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(message.encode("utf-8", "backslashreplace").decode("utf-8"))
+        if self.writes:
+            tqdm.write(message.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def event(self, message: str, step: int, **facts: Any) -> None:
         """Something a user should know: printed, and kept in the log, with `facts`, and in the report."""
@@ -70,6 +69,8 @@ class Tracker:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line. A full disk costs records, not the run; it is said once."""
+        if not self.writes:
+            return
         try:
             self.file.write(_line(_finite(record)))
             self.file.flush()
@@ -78,15 +79,17 @@ class Tracker:
 
     def sync(self) -> None:
         """All records so far on the disk, before a checkpoint that follows them."""
-        with contextlib.suppress(OSError):
-            os.fsync(self.file.fileno())
+        if self.writes:
+            with contextlib.suppress(OSError):
+                os.fsync(self.file.fileno())
 
     def _show(self, method: str, *given: Any, **named: Any) -> None:
-        """A call of TensorBoard's writer, which has ended for good once it could not write."""
-        try:
-            getattr(self.board, method)(*given, **named)
-        except OSError as error:
-            self._lost(error)
+        """Call a method of TensorBoard's writer, which has ended for good once it could not write."""
+        if self.writes:
+            try:
+                getattr(self.board, method)(*given, **named)
+            except OSError as error:
+                self._lost(error)
 
     def _lost(self, error: OSError) -> None:
         if not self.has_lost:
@@ -128,38 +131,13 @@ class Tracker:
 
     def close(self) -> None:
         self.close_bar()
-        with contextlib.suppress(OSError):  # a full disk: what ends the run is told, and not this
-            self.file.close()
-        self._show("close")
+        if self.writes:
+            with contextlib.suppress(OSError):  # a full disk: what ends the run is told, and not this
+                self.file.close()
+            self._show("close")
 
 
-class SilentTracker(Tracker):
-    """Of the processes beside the main one: writes and shows nothing."""
-
-    def __init__(self, logs: Path):
-        self.path = logs / "metrics.jsonl"
-
-    def record(self, record: Mapping[str, Any]) -> None: ...
-
-    def step(self, record: Mapping[str, Any]) -> None: ...
-
-    def validation(self, record: Mapping[str, Any]) -> None: ...
-
-    def say(self, message: str) -> None: ...
-
-    def sync(self) -> None: ...
-
-    def advance(self, samples: int, loss: float) -> None: ...
-
-    def open_bar(self, total: int, done: int, description: str) -> None: ...
-
-    def close_bar(self) -> None: ...
-
-    def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None: ...
-
-    def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None: ...
-
-    def close(self) -> None: ...
+# ---- metrics.jsonl -------------------------------------------------------------------------------------------------
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -194,70 +172,50 @@ def drop_after(path: Path, last_step: int) -> None:
         file.writelines(map(_line, kept))
 
 
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN or infinity: None stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- event files ---------------------------------------------------------------------------------------------------
+
+
 def event_files(folder: Path) -> list[Path]:
     """The event files of ours, oldest first, as TensorBoard orders them: by name."""
-    return sorted(path for path in folder.glob("events.out.tfevents.*") if path.is_file() and not path.is_symlink()
-                  and (path.name.endswith(EVENTS) or _is_of_earlier_release(path)))
-
-
-def _is_of_earlier_release(path: Path) -> bool:
-    """Whether an event file without a name of ours holds what training writes at each step, and no other curves."""
-    if not EARLIER_EVENTS.fullmatch(path.name):
-        return False
-    tags = _tags(path)
-    return tags >= MARKS and all(OWN_TAGS.fullmatch(tag) for tag in tags)
-
-
-def _tags(path: Path) -> set[str]:
-    return {value.tag for _, event in _events(path) for value in event.summary.value}
-
-
-def shows_points(path: Path) -> bool:
-    """Whether TensorBoard shows anything of a file in its folder."""
-    return "tfevents" in path.name and path.is_file() and bool(_tags(path))
-
-
-def keep_events(sources: Iterable[Path], target: Path, last_step: int) -> None:
-    """Write an event file that holds what TensorBoard's reader shows of `sources` up to a step. The server behind its
-    page knows no purge_step: it shows all that any file in the folder holds."""
-    head, kept, _ = _shown(sources, last_step)
-    with replacing(target) as file:
-        file.writelines([head, *kept])
+    return sorted(path for path in folder.glob(f"events.out.tfevents.*{EVENTS}")
+                  if path.is_file() and not path.is_symlink())
 
 
 def drop_events_after(folder: Path, last_step: int) -> None:
-    """Leave the points up to a step in our event files of a folder, in one of them, where they hold any others."""
+    """Leave the points up to a step in our event files of a folder, in one of them, where they hold any others. The
+    server behind TensorBoard's page knows no purge_step: it shows all that any file in the folder holds."""
     files = event_files(folder)
-    head, kept, is_all = _shown(files, last_step)
-    if is_all:
-        return
-    target = files[0] if files[0].name.endswith(EVENTS) else files[0].with_name(files[0].name + EVENTS)
-    with replacing(target) as file:
-        file.writelines([head, *kept])
-    for path in files:
-        if path != target:
-            path.unlink()
-
-
-def _shown(sources: Iterable[Path], last_step: int) -> tuple[bytes, list[bytes], bool]:
-    """The head of an event file, what TensorBoard's reader shows of `sources` up to a step, and whether that is all."""
     head, kept, count = b"", dict[tuple[int, str], bytes](), 0
-    for path in sources:
+    for path in files:
         for frame, event in _events(path):
             if event.HasField("file_version"):
                 head = head or frame
-            elif event.HasField("session_log"):  # what an attempt before it left from there on counts no more
+            elif event.HasField("session_log"):  # a resumed run's purge_step: what came before it from there on
                 kept = {key: one for key, one in kept.items() if key[0] < event.step}
             else:
                 count += 1
                 if event.step <= last_step:
                     kept[event.step, " ".join(value.tag for value in event.summary.value)] = frame
-    return head, [kept[key] for key in sorted(kept)], len(kept) == count
+    if len(kept) == count:
+        return
+    with replacing(files[0]) as file:
+        file.writelines([head, *(kept[key] for key in sorted(kept))])
+    for path in files[1:]:
+        path.unlink()
 
 
 def _events(path: Path) -> Iterator[tuple[bytes, Any]]:
-    """The records of an event file, with their lengths and checksums, and what each says; up to one that was cut off or
-    damaged, where TensorBoard stops as well."""
+    """Each record of an event file, as bytes with its length and checksums and as a message; up to one that was cut off
+    or damaged, where TensorBoard stops as well."""
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import masked_crc32c
@@ -274,12 +232,3 @@ def _events(path: Path) -> Iterator[tuple[bytes, Any]]:
             except DecodeError:
                 return
             yield length + rest, event
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN or infinity: None stands for them."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         for turn in range(-1, args.turns):  # the first one warms up
             names = list(made)[turn % len(made):] + list(made)[:turn % len(made)]
             for name in names:
-                stage.optimizer.parts["muon"] = made[name]
+                stage.optimizer.optimizers["muon"] = made[name]
                 steps = [timed(lambda: train_step(run, stage, 0, batch).read()) for _ in range(args.steps)]
                 updates = []
                 for _ in range(args.steps):

@@ -179,9 +179,9 @@ def test_muon_takes_the_matrices_of_blocks_and_adamw_all_else() -> None:
     assert len(matrices) == 4 * blocks, "qkv, out, up, down of each block"
     assert all(name.split(".")[-2] in ("qkv", "out", "up", "down") for name in matrices)
     optimizer = Optimizer(model, TrainingConfig())
-    groups = [id(p) for part in optimizer.parts.values() for group in part.param_groups for p in group["params"]]
+    groups = [id(p) for part in optimizer.optimizers.values() for group in part.param_groups for p in group["params"]]
     assert sorted(groups) == sorted(names), "each parameter once"
-    assert list(Optimizer(model, TrainingConfig(optimizer="adamw")).parts) == ["adamw"]
+    assert list(Optimizer(model, TrainingConfig(optimizer="adamw")).optimizers) == ["adamw"]
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 40), (2, 40, 5)])
@@ -390,7 +390,7 @@ def test_settings_given_now_win_over_those_of_a_saved_state() -> None:
     train(toy, before, 0)
     now = Optimizer(toy, TrainingConfig(weight_decay=0.3, grad_clip_norm=0.5))
     now.load_state_dict(before.state_dict())
-    decays = {name: {group["weight_decay"] for group in part.param_groups} for name, part in now.parts.items()}
+    decays = {name: {group["weight_decay"] for group in part.param_groups} for name, part in now.optimizers.items()}
     assert decays == {"adamw": {0.3, 0.0}, "muon": {0.3}} and now.clip == 0.5
     assert now.state_dict()["adamw"]["state"][0]["step"] == 1, "but the moments are the saved ones"
 

@@ -159,22 +159,23 @@ def test_the_program_ends_with_3_when_told_to_stop(monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().err == "at step 7\n"
 
 
-def _open(small: SmallRuns, folder: Path, word: Connection) -> None:
-    run = small.open(folder)
-    word.send(run.progress.step)
+def _claim(folder: Path, word: Connection) -> None:
+    lock = run_module.claim_folder(folder, Options("cpu"))
+    word.send(lock is not None)
     word.recv()  # until it is killed
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(small: SmallRuns, tmp_path: Path) -> None:
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     ours, its = multiprocessing.Pipe()
-    process = forked.context().Process(target=_open, args=(small, tmp_path, its))
+    process = forked.context().Process(target=_claim, args=(tmp_path, its))
     process.start()
     its.close()
-    assert ours.recv() == 0
-    with refused(tmp_path, "--output-dir"):
-        small.open(tmp_path)
-    with refused(tmp_path, "--output-dir"):  # not even to throw it away
-        run_module.open_run(small.config(tmp_path), Options("cpu", overwrite=True), None)
+    assert ours.recv()
+    for options in (Options("cpu"), Options("cpu", overwrite=True)):  # not even to throw it away
+        with refused(tmp_path, "--output-dir"):
+            run_module.claim_folder(tmp_path, options)
     process.kill()
     process.join()
-    run_module.open_run(small.config(tmp_path), Options("cpu", overwrite=True), None).tracker.close()
+    lock = run_module.claim_folder(tmp_path, Options("cpu"))
+    assert lock is not None
+    lock.release()

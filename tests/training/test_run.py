@@ -301,11 +301,13 @@ def test_a_folder_in_which_only_setting_up_failed_is_not_in_use(small: SmallRuns
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "bad_samples.jsonl").write_text("{}\n")
     small.open(tmp_path).tracker.close()  # stopped before the first step: its log is empty
+    if lock := run_module.claim_folder(tmp_path, Options("cpu")):
+        lock.release()
     tracker = small.open(tmp_path).tracker
     tracker.event("a step", 1)
     tracker.close()
     with refused(tmp_path, "logs/metrics.jsonl") as refusal:
-        small.open(tmp_path)
+        run_module.claim_folder(tmp_path, Options("cpu"))
     assert "checkpoints" not in str(refusal.value), "there are none"
 
 

@@ -124,8 +124,12 @@ class Monitor:
 
 def contrasts_of(parts: Mapping[str, float], batch: Batch, loss: str) -> dict[str, tuple[float, float]]:
     """By pair the contrastive loss among a step's `parts`, and that of guessing. `loss`: infonce or sigmoid."""
-    return {pair: (value, guessing_loss(batch, pair.split("_"), loss)) for name, value in parts.items()
-            for kind, _, pair in [name.partition("_")] if kind == "contrastive"}
+    found = {}
+    for name, value in parts.items():
+        kind, _, pair = name.partition("_")
+        if kind == "contrastive":
+            found[pair] = (value, guessing_loss(batch, pair.split("_"), loss))
+    return found
 
 
 def guessing_loss(batch: Batch, inputs: list[str], loss: str) -> float:

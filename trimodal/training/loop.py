@@ -1,4 +1,4 @@
-"""Training: `train` runs the stages of config.yaml, `train_stage` its epochs, `train_step` one optimizer step.
+"""Training, from the whole to its parts: a run has stages, a stage epochs, an epoch steps of the optimizer.
 
 A stage is a row of the configuration; nothing here knows one by name. What a stage inherits: the model's weights, the
 run's clock and its step count. What it begins anew: its objectives' heads, the optimizer, the schedule.
@@ -23,7 +23,7 @@ from trimodal.evaluation import protocols
 from trimodal.memory import devices
 from trimodal.objectives.base import Losses
 from trimodal.objectives.contrastive import start_sigmoid
-from trimodal.objectives.step import Share
+from trimodal.objectives.step import Share, shared_batch
 from trimodal.training import budget
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
 from trimodal.training.fits import fit_stages
@@ -43,221 +43,13 @@ from trimodal.training.stage import (
     own_jobs,
     reduce_gradients,
     shrink,
-    whole_batch,
 )
 from trimodal.training.validation import ADD_TEST, NO_TEST, finish, show_examples, validate
 
 T = TypeVar("T")
 
 
-# ---- one step ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class StepResult:
-    """Device tensors, so that nobody waits for the device; `read` costs one synchronisation."""
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-    grad_norm: Tensor
-    finite: Tensor
-    inputs: Inputs  # to look for the cause where it is not finite
-
-    def read(self) -> tuple[float, dict[str, float], float, bool]:
-        loss, norm, finite, *parts = torch.stack(
-            [x.detach().float() for x in (self.loss, self.grad_norm, self.finite, *self.parts.values())]).tolist()
-        return loss, dict(zip(self.parts, parts, strict=True)), norm, bool(finite)
-
-
-def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> Losses:
-    """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
-    step = make_step(run, stage, batch, share, train=True)
-    losses = compute_losses(stage, task, step, stage.optimizer.backward)
-    run.world.reserve(stage.optimizer.parameters)
-    stage.optimizer.reserve()
-    return losses
-
-
-def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> StepResult:
-    """One optimizer step on one effective batch, of which `batch` is this process's share.
-
-    Out of memory, on any process: micro-batches halve and the same step is done again by all. Nothing is drawn within a
-    step, so there is no random state to restore and the mathematics stays the same. What the update will take is taken
-    beforehand, so it does not run out of memory when a part of the weights is new.
-
-    Raises:
-        UserError: out of memory at micro-batch 1; names what can be turned.
-    """
-    whole, share = whole_batch(run, stage, task, batch)
-    losses = None
-    while losses is None:
-        losses, cause = attempt(run.world, lambda: leave_gradients(run, stage, task, whole, share))
-        if losses is None:
-            stage.optimizer.zero_grad()
-            shrink(run, stage, cause)
-    loss = torch.zeros((), device=run.device) if losses.total is None else losses.total
-    reduce_gradients(run, stage)
-    norm, finite = update(run, stage, run.world.all_true(loss.isfinite()))
-    run.model.bound_temperatures()
-    if stage.average is not None:
-        stage.average.update(run.model.parameters(), finite)
-    return StepResult(loss, losses.parts, norm, finite, Inputs(task, batch, whole, share))
-
-
-def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
-    """What `work` gives, or None and the cause if it, or that of another process, ran out of memory.
-
-    Each process says once whether it did: here, or by the error that `World.agree_on_memory` raised within `work`.
-    """
-    try:
-        result = work()
-    except OutOfMemoryElsewhere as error:
-        return None, str(error)
-    except (RuntimeError, MemoryError) as error:
-        cause = devices.out_of_memory_cause(error)
-    else:
-        return (None, "another process of this run") if world.any_flag(False) else (result, "")
-    world.any_flag(True)
-    return None, cause
-
-
-def update(run: Run, stage: Stage, loss_is_finite: Tensor | bool = True) -> tuple[Tensor, Tensor]:
-    """The optimizer's update by the gradients that are there: their norm, and whether loss and norm are finite."""
-    training = run.config.training
-    lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
-               training.warmup_pct, training.min_lr_pct)
-    return stage.optimizer.step(lr, loss_is_finite)
-
-
-# ---- an epoch ----------------------------------------------------------------------------------------------------
-
-
-class StepLog:
-    """Reads each step's device tensors one step late, so that the device never waits for the host; logs every n-th,
-    counts bad steps, drives the progress bar."""
-
-    def __init__(self, run: Run, stage: Stage, epoch: int):
-        self.run, self.stage, self.epoch = run, stage, epoch
-        self.pending: tuple[StepResult, dict[str, Any]] | None = None
-        self.clock = devices.Clock()
-        self.samples = 0
-        self.start_s = time.perf_counter()
-        self.window_start = (self.start_s, 0)
-
-    @property
-    def speed(self) -> str:
-        """Of the epoch so far, in words."""
-        samples_per_s = self.samples / max(time.perf_counter() - self.start_s, 1e-9)
-        return f"{samples_per_s:.0f} samples/s  waiting {self.clock.wait_pct:.0f} %"
-
-    def add(self, result: StepResult, batch: Batch, samples: int) -> None:
-        """`samples`: of the whole effective batch, of which `batch` is this process's share."""
-        self.flush()
-        self.samples += samples
-        facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
-                 "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
-        if self._is_logged(facts):
-            facts |= self._scales()  # of this step, not of the next, at which they are read
-        self.pending = (result, facts)
-
-    def flush(self) -> None:
-        if self.pending is None:
-            return
-        (result, facts), self.pending = self.pending, None
-        loss, parts, norm, finite = result.read()
-        parts = self.run.world.sum_scalars({"loss": loss, **parts})
-        loss = parts.pop("loss")
-        self.run.tracker.advance(facts["samples"], loss)
-        facts |= {"loss": loss, "parts": parts, "grad_norm": norm}
-        if not finite:
-            self._skipped(result.inputs, facts)
-            return
-        self.stage.bad_in_a_row = 0
-        self.run.progress.loss_sum += loss
-        self.run.progress.losses += 1
-        if self._is_logged(facts):
-            self._write(facts)
-        contrasts = contrasts_of(parts, result.inputs.whole, self.run.config.training.contrastive_loss)
-        for line in self.stage.monitor.observe(facts["step"], facts["task"], Figures(loss, norm, contrasts)):
-            self.run.tracker.event(line, facts["step"])
-
-    def _is_logged(self, facts: dict[str, Any]) -> bool:
-        return facts["step"] % self.run.config.training.log_every_steps == 0
-
-    def _scales(self) -> dict[str, dict[str, Tensor]]:
-        """Temperatures, and biases where the loss has them, as tensors of the device."""
-        model = self.run.model
-        found = {"temperature": {pair: scale.detach().exp() for pair, scale in model.logit_scale.items()}}
-        if self.run.config.training.contrastive_loss == "sigmoid":
-            found["bias"] = {pair: value.detach().clone() for pair, value in model.logit_bias.items()}
-        return found
-
-    def _write(self, facts: dict[str, Any]) -> None:
-        now, (start, before) = time.perf_counter(), self.window_start
-        self.window_start = (now, self.samples)
-        for name in facts.keys() & {"temperature", "bias"}:
-            facts[name] = {pair: float(value) for pair, value in facts[name].items()}
-        self.run.tracker.step({
-            **facts, "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
-            "data_wait_pct": self.clock.wait_pct, "memory_gib": devices.peak_gib(self.run.device)[0]})
-
-    def _skipped(self, inputs: Inputs, facts: dict[str, Any]) -> None:
-        """Log a step that was not finite and changed nothing; many in a row end the run."""
-        self.stage.bad_in_a_row += 1
-        scaler = self.stage.optimizer.scaler
-        cause = report_skipped_step(self.run.world, self.run.tracker, find_cause(self.run, self.stage, inputs), facts,
-                                    scaler.get_scale() if scaler else None)
-        if self.stage.bad_in_a_row >= self.run.config.training.max_bad_steps:
-            raise TrainingError(f"stage {facts['stage']}, step {facts['step']}: {self.stage.bad_in_a_row} steps in a "
-                                f"row were not finite, in {cause}; last good checkpoint: {last_checkpoint(self.run)}. "
-                                "Lower --lr, or set training.use_amp=false")
-
-
-def find_cause(run: Run, stage: Stage, inputs: Inputs) -> Finding:
-    """Repeat a step that was not finite to find where that began. All processes do so together, each its share."""
-    step = make_step(run, stage, inputs.whole, inputs.share, train=True)
-
-    def repeat() -> Losses:
-        return compute_losses(stage, inputs.task, step, Tensor.backward)
-
-    try:
-        finding, problem = attempt(run.world, lambda: locate(step, stage.objectives, inputs, repeat))
-    except Exception as error:
-        if run.world.size > 1:
-            raise  # the others wait elsewhere now
-        finding, problem = None, repr(error)[:200]  # whatever it is, it does not end the run
-    stage.optimizer.zero_grad()
-    return finding or Finding("unknown", problem, inputs.own.keys)
-
-
-def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> StepLog:
-    """All optimizer steps of one epoch that are not done yet.
-
-    Raises:
-        Stopped: a signal asked for it, and the saver has saved.
-    """
-    run.model.train()
-    progress, log, jobs = run.progress, StepLog(run, stage, epoch), epoch_jobs(run, stage, epoch)
-    if not progress.epoch_step:
-        progress.loss_sum, progress.losses = 0.0, 0
-    start = min(progress.epoch_step, len(jobs))  # fewer where the effective batch has grown since
-    batches = Loader(run.data, "train", own_jobs(run, jobs), run.config, start=start, whole=jobs,
-                     inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
-                     say=lambda line: run.tracker.event(line, progress.step))
-    for (task, indices), batch in zip(jobs[start:], log.clock.waiting_for(batches), strict=True):
-        result = train_step(run, stage, task, batch)
-        progress.step += 1
-        progress.stage_step += 1
-        progress.epoch_step += 1
-        log.add(result, batch, len(indices))
-        if saver and progress.epoch_step < len(jobs):  # the last one's checkpoint is that of the epoch
-            saver.after_step(stage.row.name, stage.state_dict, log.flush)
-    log.flush()
-    progress.epoch, progress.epoch_step = epoch, 0
-    return log
-
-
-# ---- the run -----------------------------------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------------------------------------
 
 
 def train(config: Config, options: Options) -> Path | None:
@@ -325,6 +117,9 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         run.tracker.close()
 
 
+# ---- a stage ---------------------------------------------------------------------------------------------------------
+
+
 def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
                 saver: Saver) -> None:
     """The epochs of a stage that are not done yet; validates after each."""
@@ -341,19 +136,20 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
     begun = samples_of(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
     run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]) + begun, row.name)
     for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
+        is_last = epoch == epochs[-1]
         with saver.interruption.can_wait():
             log = train_epoch(run, stage, epoch, saver)
             if run.world.is_main:  # the others wait where they meet it next
                 encoded = validate(run, stage, log.speed)
                 run.progress.stage_s = time.perf_counter() - start_s
-                if epoch == epochs[-1]:  # before it is saved: a run that is killed in between then writes it again
+                if is_last:  # before it is saved: a run that is killed in between then writes it again
                     run.tracker.record({
                         "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
                         "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
                         **compare_memory(run, row.name), "samples": samples * len(epochs)})
-                if stage.contrasts and (epoch % run.config.training.save_every_epochs == 0 or epoch == epochs[-1]):
+                if stage.contrasts and (is_last or epoch % run.config.training.save_every_epochs == 0):
                     show_examples(run, encoded)
-            saver.after_epoch(row.name, stage.state_dict, is_last=epoch == epochs[-1])
+            saver.after_epoch(row.name, stage.state_dict, is_last=is_last)
     run.tracker.close_bar()
 
 
@@ -379,3 +175,204 @@ def compare_memory(run: Run, name: str) -> dict[str, float]:
     return {"peak_gib": measured.gib, "held_gib": run.held_gib}
 
 
+# ---- an epoch --------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> "StepLog":
+    """All optimizer steps of one epoch that are not done yet.
+
+    Raises:
+        Stopped: a signal asked for it, and the saver has saved.
+    """
+    run.model.train()
+    progress, log, jobs = run.progress, StepLog(run, stage, epoch), epoch_jobs(run, stage, epoch)
+    if not progress.epoch_step:
+        progress.loss_sum, progress.losses = 0.0, 0
+    start = min(progress.epoch_step, len(jobs))  # fewer where the effective batch has grown since
+    batches = Loader(run.data, "train", own_jobs(run, jobs), run.config, start=start, whole=jobs,
+                     inputs=[task.inputs for task in stage.tasks], train=True, epoch=epoch,
+                     say=lambda line: run.tracker.event(line, progress.step))
+    for (task, indices), batch in zip(jobs[start:], log.clock.waiting_for(batches), strict=True):
+        result = train_step(run, stage, task, batch)
+        progress.step += 1
+        progress.stage_step += 1
+        progress.epoch_step += 1
+        log.add(result, batch, len(indices))
+        if saver and progress.epoch_step < len(jobs):  # the last one's checkpoint is that of the epoch
+            saver.after_step(stage.row.name, stage.state_dict, log.flush)
+    log.flush()
+    progress.epoch, progress.epoch_step = epoch, 0
+    return log
+
+
+class StepLog:
+    """Reads each step's device tensors one step late, so that the device never waits for the host; logs every n-th,
+    counts bad steps, drives the progress bar."""
+
+    def __init__(self, run: Run, stage: Stage, epoch: int):
+        self.run, self.stage, self.epoch = run, stage, epoch
+        self.pending: tuple[StepResult, dict[str, Any]] | None = None
+        self.clock = devices.Clock()
+        self.samples = 0
+        self.start_s = time.perf_counter()
+        self.window_start = (self.start_s, 0)
+
+    @property
+    def speed(self) -> str:
+        """Of the epoch so far, in words."""
+        samples_per_s = self.samples / max(time.perf_counter() - self.start_s, 1e-9)
+        return f"{samples_per_s:.0f} samples/s  waiting {self.clock.wait_pct:.0f} %"
+
+    def add(self, result: "StepResult", batch: Batch, samples: int) -> None:
+        """`samples`: of the whole effective batch, of which `batch` is this process's share."""
+        self.flush()
+        self.samples += samples
+        facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
+                 "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
+        if self._is_logged(facts):
+            facts |= self._scales()  # of this step, not of the next, at which they are read
+        self.pending = (result, facts)
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (result, facts), self.pending = self.pending, None
+        loss, parts, norm, finite = result.read()
+        parts = self.run.world.sum_scalars({"loss": loss, **parts})
+        loss = parts.pop("loss")
+        self.run.tracker.advance(facts["samples"], loss)
+        facts |= {"loss": loss, "parts": parts, "grad_norm": norm}
+        if not finite:
+            self._skipped(result.inputs, facts)
+            return
+        self.stage.bad_in_a_row = 0
+        self.run.progress.loss_sum += loss
+        self.run.progress.losses += 1
+        if self._is_logged(facts):
+            self._write(facts)
+        contrasts = contrasts_of(parts, result.inputs.whole, self.run.config.training.contrastive_loss)
+        for line in self.stage.monitor.observe(facts["step"], facts["task"], Figures(loss, norm, contrasts)):
+            self.run.tracker.event(line, facts["step"])
+
+    def _is_logged(self, facts: dict[str, Any]) -> bool:
+        return facts["step"] % self.run.config.training.log_every_steps == 0
+
+    def _scales(self) -> dict[str, dict[str, Tensor]]:
+        """Temperatures, and biases where the loss has them, as tensors of the device."""
+        model = self.run.model
+        found = {"temperature": {pair: scale.detach().exp() for pair, scale in model.logit_scale.items()}}
+        if self.run.config.training.contrastive_loss == "sigmoid":
+            found["bias"] = {pair: value.detach().clone() for pair, value in model.logit_bias.items()}
+        return found
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        now, (start, before) = time.perf_counter(), self.window_start
+        self.window_start = (now, self.samples)
+        for name in facts.keys() & {"temperature", "bias"}:
+            facts[name] = {pair: float(value) for pair, value in facts[name].items()}
+        self.run.tracker.step({
+            **facts, "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
+            "data_wait_pct": self.clock.wait_pct, "memory_gib": devices.peak_gib(self.run.device)[0]})
+
+    def _skipped(self, inputs: Inputs, facts: dict[str, Any]) -> None:
+        """Log a step that was not finite and changed nothing; many in a row end the run."""
+        self.stage.bad_in_a_row += 1
+        scaler = self.stage.optimizer.scaler
+        cause = report_skipped_step(self.run.world, self.run.tracker, find_cause(self.run, self.stage, inputs), facts,
+                                    scaler.get_scale() if scaler else None)
+        if self.stage.bad_in_a_row >= self.run.config.training.max_bad_steps:
+            raise TrainingError(f"stage {facts['stage']}, step {facts['step']}: {self.stage.bad_in_a_row} steps in a "
+                                f"row were not finite, in {cause}; last good checkpoint: {last_checkpoint(self.run)}. "
+                                "Lower --lr, or set training.use_amp=false")
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> "StepResult":
+    """One optimizer step on one effective batch, of which `batch` is this process's share.
+
+    Out of memory, on any process: micro-batches halve and the same step is done again by all. Nothing is drawn within a
+    step, so there is no random state to restore and the mathematics stays the same. What the update will take is taken
+    beforehand, so it does not run out of memory when a part of the weights is new.
+
+    Raises:
+        UserError: out of memory at micro-batch 1; names what can be turned.
+    """
+    with_media = any(objective.encodes_others for _, _, objective in stage.objectives_of(task))
+    whole, share = shared_batch(run.world, batch, with_media=with_media)
+    losses = None
+    while losses is None:
+        losses, cause = attempt(run.world, lambda: leave_gradients(run, stage, task, whole, share))
+        if losses is None:
+            stage.optimizer.zero_grad()
+            shrink(run, stage, cause)
+    loss = torch.zeros((), device=run.device) if losses.total is None else losses.total
+    reduce_gradients(run, stage)
+    training = run.config.training
+    lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
+               training.warmup_pct, training.min_lr_pct)
+    norm, finite = stage.optimizer.step(lr, run.world.all_true(loss.isfinite()))
+    run.model.bound_temperatures()
+    if stage.average is not None:
+        stage.average.update(run.model.parameters(), finite)
+    return StepResult(loss, losses.parts, norm, finite, Inputs(task, batch, whole, share))
+
+
+@dataclass
+class StepResult:
+    """Device tensors, so that nobody waits for the device; `read` costs one synchronisation."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    grad_norm: Tensor
+    finite: Tensor
+    inputs: Inputs  # to look for the cause where it is not finite
+
+    def read(self) -> tuple[float, dict[str, float], float, bool]:
+        loss, norm, finite, *parts = torch.stack(
+            [x.detach().float() for x in (self.loss, self.grad_norm, self.finite, *self.parts.values())]).tolist()
+        return loss, dict(zip(self.parts, parts, strict=True)), norm, bool(finite)
+
+
+def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> Losses:
+    """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
+    step = make_step(run, stage, batch, share, train=True)
+    losses = compute_losses(stage, task, step, stage.optimizer.backward)
+    run.world.reserve(stage.optimizer.parameters)
+    stage.optimizer.reserve()
+    return losses
+
+
+def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
+    """What `work` gives, or None and the cause if it, or that of another process, ran out of memory.
+
+    Each process says once whether it did: here, or by the error that `World.agree_on_memory` raised within `work`.
+    """
+    try:
+        result = work()
+    except OutOfMemoryElsewhere as error:
+        return None, str(error)
+    except (RuntimeError, MemoryError) as error:
+        cause = devices.out_of_memory_cause(error)
+    else:
+        return (None, "another process of this run") if world.any_flag(False) else (result, "")
+    world.any_flag(True)
+    return None, cause
+
+
+def find_cause(run: Run, stage: Stage, inputs: Inputs) -> Finding:
+    """Repeat a step that was not finite to find where that began. All processes do so together, each its share."""
+    step = make_step(run, stage, inputs.whole, inputs.share, train=True)
+
+    def repeat() -> Losses:
+        return compute_losses(stage, inputs.task, step, Tensor.backward)
+
+    try:
+        finding, problem = attempt(run.world, lambda: locate(step, stage.objectives, inputs, repeat))
+    except Exception as error:
+        if run.world.size > 1:
+            raise  # the others wait elsewhere now
+        finding, problem = None, repr(error)[:200]  # whatever it is, it does not end the run
+    stage.optimizer.zero_grad()
+    return finding or Finding("unknown", problem, inputs.own.keys)

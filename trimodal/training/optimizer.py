@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
 
     An update has a root mean square of 0.2 times the rate, as AdamW's typically has, so that one learning rate serves
     both; the state is half of AdamW's. As in torch's fused optimizers, a true `found_inf` on the device leaves all as
-    it was. torch.optim.Muon has no such mask, and takes twice as long (benchmarks/muon.py).
+    it was; torch.optim.Muon has no such mask (benchmarks/muon.py compares them).
     """
 
     MOMENTUM = 0.95
@@ -142,29 +142,29 @@ class Optimizer:
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in given]  # type: ignore[attr-defined]
         # betas as for contrastive training (arXiv:2303.15343): 0.95 follows a loss whose scale changes faster
-        self.parts: dict[str, torch.optim.Optimizer] = {
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)}
         if matrices:
             dtype = torch.bfloat16 if amp == torch.bfloat16 else None
-            self.parts["muon"] = Muon(matrices, config.weight_decay, dtype)
+            self.optimizers["muon"] = Muon(matrices, config.weight_decay, dtype)
         self.scaler = torch.amp.GradScaler(scaler_device) if scaler_device else None
 
     @property
     def lr(self) -> float:
         """Rate of the latest step."""
-        return self.parts["adamw"].param_groups[0]["lr"]
+        return self.optimizers["adamw"].param_groups[0]["lr"]
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Moments of each parameter."""
-        return {p: state for part in self.parts.values() for p, state in part.state.items()}
+        return {p: state for one in self.optimizers.values() for p, state in one.state.items()}
 
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def allocate(self) -> None:
         """Create the moments before the first step, so that running out of memory never leaves a step half done."""
-        adamw = self.parts["adamw"]
+        adamw = self.optimizers["adamw"]
         for p in _parameters(adamw):
             if not adamw.state[p]:  # Muon makes its own
                 adamw.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -172,7 +172,7 @@ class Optimizer:
 
     def reserve(self) -> None:
         """Take the memory that an update by the gradients that are there needs, and give it back."""
-        if isinstance(muon := self.parts.get("muon"), Muon):
+        if isinstance(muon := self.optimizers.get("muon"), Muon):
             muon.reserve()
 
     def step(self, lr: float, loss_is_finite: Tensor | bool = True) -> tuple[Tensor, Tensor]:
@@ -183,13 +183,13 @@ class Optimizer:
         unscaled = self._unscale()
         norm = nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
         finite = norm.isfinite() & loss_is_finite  # a loss of NaN may have finite gradients
-        for part in self.parts.values():
+        for optimizer in self.optimizers.values():
             # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
-            part.grad_scale, part.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-            for group in part.param_groups:
+            optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+            for group in optimizer.param_groups:
                 group["lr"] = lr
-            part.step()
-            for p in _parameters(part):
+            optimizer.step()
+            for p in _parameters(optimizer):
                 p.grad = None
         if self.scaler is not None and unscaled:
             self.scaler.update()
@@ -198,34 +198,34 @@ class Optimizer:
 
     def _unscale(self) -> bool:
         """Undo the loss scale of fp16; False if there was none, or no gradient, which the scaler does not take."""
-        parts = [part for part in self.parts.values() if any(p.grad is not None for p in _parameters(part))]
-        for part in parts:
+        used = [one for one in self.optimizers.values() if any(p.grad is not None for p in _parameters(one))]
+        for optimizer in used:
             if self.scaler is not None:
-                self.scaler.unscale_(part)
-        return self.scaler is not None and bool(parts)
+                self.scaler.unscale_(optimizer)
+        return self.scaler is not None and bool(used)
 
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
 
     def fits(self, state: dict[str, dict]) -> bool:
-        """Whether a saved state is of the same parts with as many parameters."""
+        """Whether a saved state is of the same optimizers with as many parameters."""
         def shape(states: dict[str, dict]) -> dict[str, list[int]]:
-            return {name: [len(group["params"]) for group in part["param_groups"]]
-                    for name, part in states.items() if name != "scaler"}
+            return {name: [len(group["params"]) for group in optimizer["param_groups"]]
+                    for name, optimizer in states.items() if name != "scaler"}
 
         return shape(state) == shape(self.state_dict())
 
     def state_dict(self) -> dict[str, dict]:
-        return {**{name: part.state_dict() for name, part in self.parts.items()},
+        return {**{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
                 "scaler": self.scaler.state_dict() if self.scaler else {}}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Go on from the moments of `state`; the weight decay stays that of the settings given."""
-        for name, part in self.parts.items():
-            decays = [group["weight_decay"] for group in part.param_groups]
-            part.load_state_dict(state[name])
-            for group, decay in zip(part.param_groups, decays, strict=True):
+        for name, optimizer in self.optimizers.items():
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state[name])
+            for group, decay in zip(optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

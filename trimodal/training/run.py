@@ -1,4 +1,4 @@
-"""A run from its folder's point of view: open it fresh or resumed, save checkpoints, evaluate and report at the end."""
+"""A run: its folder locked and opened, fresh or resumed, and what its checkpoints describe."""
 
 import contextlib
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ from trimodal.memory import devices
 from trimodal.training import outputs
 from trimodal.training.tracking import Tracker
 
-Figure = Mapping[str, Any]  # of metrics.py
-
 FOLDERS = ("checkpoints", "logs", "reports")
 LOCK = ".lock"
+
+
 @dataclass(frozen=True)
 class Options:
     """What the command line says about a run beside its configuration."""
@@ -69,7 +69,7 @@ class Run:
     fits_asked: dict[str, str] = field(default_factory=dict)  # digests of the settings that `fits` obey
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss (None: no validation), model_state_dict
-    has_told_of_validation: bool = False  # that there is none
+    has_logged_no_validation: bool = False  # for lack of samples
     splits: dict[str, Any] = field(default_factory=dict)  # samples and digest of each, on the main process
     trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
 
@@ -134,8 +134,8 @@ def read_data(config: Config, state: Mapping[str, Any] | None, *, fill_cache: bo
 
 
 def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:
-    """Work out what checkpoints are to remember of the samples, and say what has changed since the one gone on from.
-    One of an earlier release remembers none of it, and nothing is said."""
+    """Set what checkpoints record of the samples, and log what has changed since the one resumed from, unless that is
+    of an earlier release, which recorded none of it."""
     root, tables = run.config.paths.data_root, run.data.tables
     run.splits = {name: {"samples": len(table), "digest": table.digest()} for name, table in tables.items()}
     run.trained_on = torch.from_numpy(file_hashes(tables["train"], root))
@@ -143,16 +143,16 @@ def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:
         return
     before = state["trained_on"].cpu()
     run.trained_on = torch.cat([before, run.trained_on]).unique()
-    told = []
+    changed = []
     for name, now in run.splits.items():
         known = state["splits"].get(name, {"samples": 0, "digest": ""})
         if now["digest"] != known["digest"]:
             count = 0 if name == "train" else int(has_known_file(tables[name], root, before.numpy()).sum())
-            told.append(f"{name} {known['samples']} -> {now['samples']}"
-                        + (f" ({count} of them were trained on)" if count else ""))
-    if told:
+            changed.append(f"{name} {known['samples']} -> {now['samples']}"
+                           + (f" ({count} of them were trained on)" if count else ""))
+    if changed:
         done = run.progress.epoch_step
-        run.tracker.event(f"Changed since this checkpoint: samples of {', '.join(told)}"
+        run.tracker.event(f"Changed since this checkpoint: samples of {', '.join(changed)}"
                           + (f"; the {done} steps of its unfinished epoch count as done" if done else ""),
                           run.progress.step)
 

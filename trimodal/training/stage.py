@@ -21,7 +21,7 @@ from trimodal.memory import devices
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import Losses, learn
 from trimodal.objectives.contrastive import loss_parameters
-from trimodal.objectives.step import Share, Step, shared_batch
+from trimodal.objectives.step import Share, Step
 from trimodal.training.diagnostics import Monitor
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 from trimodal.training.planner import apply_recompute, without_speaker
@@ -147,12 +147,6 @@ def own_jobs(run: Run, jobs: list[Any]) -> list[Any]:
         raise UserError(f"torchrun: {world.size} processes, but a step of some task has {least} samples; start at most "
                         f"{least}, or add data")
     return [(task, indices[world.share(len(indices))]) for task, indices in jobs]
-
-
-def whole_batch(run: Run, stage: Stage, task: int, batch: Batch) -> tuple[Batch, Share | None]:
-    """The whole effective batch of which this process has read its share."""
-    with_media = any(objective.encodes_others for _, _, objective in stage.objectives_of(task))
-    return shared_batch(run.world, batch, with_media=with_media)
 
 
 def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, *, train: bool) -> Step:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from trimodal.files import keep_beside, replacing, say_kept
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
+PER_STEP = ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib")  # curves train/NAME
 
 
 class Tracker:
@@ -99,32 +100,30 @@ class Tracker:
     def step(self, record: Mapping[str, Any]) -> None:
         """One training step, in both logs."""
         self.record({"kind": "step", **record})
-        stage, at = record["stage"], record["step"]
-        self._show("add_scalar", f"loss/{stage}", record["loss"], at)
-        for name, value in record["parts"].items():
-            self._show("add_scalar", f"parts/{stage}/{name}", value, at)
-        for name in ("temperature", "bias"):
-            for pair, value in record.get(name, {}).items():
-                self._show("add_scalar", f"{name}/{pair}", value, at)
-        for name in ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib"):
-            self._show("add_scalar", f"train/{name}", record[name], at)
+        stage = record["stage"]
+        self._curves(record["step"], {
+            f"loss/{stage}": record["loss"],
+            **{f"parts/{stage}/{name}": value for name, value in record["parts"].items()},
+            **{f"temperature/{pair}": value for pair, value in record["temperature"].items()},
+            **{f"bias/{pair}": value for pair, value in record.get("bias", {}).items()},  # of the sigmoid loss alone
+            **{f"train/{name}": record[name] for name in PER_STEP}})
 
     def validation(self, record: Mapping[str, Any]) -> None:
         self.record({"kind": "validation", **record})
-        stage, at = record["stage"], record["step"]
-        if record["loss"] is not None:  # else there is nothing to validate on
-            self._show("add_scalar", f"validation/{stage}/loss", record["loss"], at)
-        for name, value in record["parts"].items():
-            self._show("add_scalar", f"validation/{stage}/{name}", value, at)
-        for name, value in record["metrics"].items():
-            self._show("add_scalar", f"retrieval/{name}", value, at)
-            if name in record.get("chance", {}):
-                self._show("add_scalar", f"retrieval/{name}_chance", record["chance"][name], at)
+        loss = {} if record["loss"] is None else {"loss": record["loss"]}  # None: there is nothing to validate on
+        self._curves(record["step"], {
+            **{f"validation/{record['stage']}/{name}": value for name, value in {**loss, **record["parts"]}.items()},
+            **{f"retrieval/{name}": value for name, value in record["metrics"].items()},
+            **{f"retrieval/{name}_chance": value for name, value in record.get("chance", {}).items()}})
 
     def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None:
         """`measured_gib` is of what is planned; `process_gib` is all that was measured."""
-        for name, value in (("planned", planned_gib), ("measured", measured_gib), ("process", process_gib)):
-            self._show("add_scalar", f"memory/{stage}/{name}_gib", value, at)
+        values = {"planned": planned_gib, "measured": measured_gib, "process": process_gib}
+        self._curves(at, {f"memory/{stage}/{name}_gib": value for name, value in values.items()})
+
+    def _curves(self, step: int, points: Mapping[str, float]) -> None:
+        for name, value in points.items():
+            self._show("add_scalar", name, value, step)
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
         self._show("add_image", name, pixels_HWC, step, dataformats="HWC")

@@ -51,8 +51,8 @@ def validate(run: Run, stage: Stage, speed: str = "") -> protocols.Encoded | Non
                 (("metrics", "value"), ("chance", "chance"), ("candidates", "candidates"))}
     run.tracker.validation({"stage": name, "epoch": progress.epoch, "step": progress.step, "loss": loss,
                             "parts": parts, **recorded, "seconds": time.perf_counter() - start_s})
-    if loss is None and not run.has_told_of_validation:  # once, though every epoch of every stage finds it anew
-        run.has_told_of_validation = True
+    if loss is None and not run.has_logged_no_validation:  # once, though every epoch of every stage finds it anew
+        run.has_logged_no_validation = True
         run.tracker.event(f"[{name}] {NO_VAL}; {ADD_VAL}", progress.step)
     mean = progress.loss_sum / progress.losses if progress.losses else float("nan")
     validated = "" if loss is None else f"  validation {loss:.4f}{' *' if is_best else ''}"

@@ -183,34 +183,33 @@ class _Gathered:
     def add(self, batch: Batch, caption_offsets: np.ndarray) -> None:
         rows = batch.sample_ids.numpy()
         self.seen.update(rows.tolist())
+        given = {"image": (batch.images,), "audio": (batch.audio, batch.audio_lengths),
+                 "text": (batch.input_ids, batch.attention_mask)}
+        classify = self.setting.concepts and batch.concepts is not None and bool(batch.concepts.any())
         with torch.autocast(self.setting.device.type, self.setting.amp, enabled=self.setting.amp is not None):
-            if batch.images is not None:
-                self._keep("image", rows, batch, self._in_parts("image", self._image(batch), batch.images))
-            if batch.audio is not None:
-                assert batch.audio_lengths is not None
-                windows = -(-batch.audio.shape[1] // AUDIO_WINDOW_FRAMES)  # the size counts windows: long sounds fit
-                found = self._in_parts("audio", self._audio(batch), batch.audio, batch.audio_lengths, windows=windows)
-                self._keep("audio", rows, batch, found)
-            if batch.input_ids is not None:
-                assert batch.caption_owner is not None and batch.attention_mask is not None
-                found = self._in_parts("text", self._text, batch.input_ids, batch.attention_mask)
-                self._keep("text", rows[batch.caption_owner.numpy()], batch, found)
-                self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
+            for name, tensors in given.items():
+                inputs = [x for x in tensors if x is not None]
+                if inputs:
+                    found = self._in_micro_batches(name, inputs, classify and name != "text")
+                    owners = batch.caption_owner.numpy() if name == "text" else slice(None)  # type: ignore[union-attr]
+                    self._keep(name, rows[owners], batch, found)
+        if batch.input_ids is not None:
+            self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
 
-    def _in_parts(self, name: str, encode: Callable[..., dict[str, Tensor]], *inputs: Tensor,
-                  windows: int = 1) -> list[dict[str, Tensor]]:
-        """What `encode` makes of `inputs`, so many rows at a time; out of memory halves that for all that follows."""
+    def _in_micro_batches(self, name: str, inputs: list[Tensor], classify: bool) -> list[dict[str, Tensor]]:
+        """Encode so many rows at a time; out of memory halves that for all that follows."""
+        windows = -(-inputs[0].shape[1] // AUDIO_WINDOW_FRAMES) if name == "audio" else 1  # which the size counts
         found: list[dict[str, Tensor]] = []
         start = 0
         while start < len(inputs[0]):
             size = max(1, self.size[name] // windows)
             try:
-                found.append(encode(*(x[start:start + size] for x in inputs)))
+                found.append(self._encode(name, [x[start:start + size] for x in inputs], classify))
                 start += size
                 continue
             except (RuntimeError, MemoryError) as error:
                 cause = devices.out_of_memory_cause(error)
-            # outside of the handler, so that the failed part's tensors are let go
+            # outside of the handler, so that the failed micro-batch's tensors are let go
             devices.free_cached(self.setting.device)
             if size == 1:
                 raise UserError(f"evaluation: out of memory with one sample at a time ({cause}); free the device for "
@@ -218,6 +217,17 @@ class _Gathered:
             self.size = {known: max(1, value // 2) for known, value in self.size.items()}
             self.setting.less(max(self.size.values()), cause)
         return found
+
+    def _encode(self, name: str, inputs: list[Tensor], classify: bool) -> dict[str, Tensor]:
+        """Features of one micro-batch, and with `classify` what the fusion says of this modality alone."""
+        if name == "audio":  # no more padding than this micro-batch needs
+            frames = -(-int(inputs[1].max()) // 16) * 16
+            inputs = [inputs[0][:, :frames], inputs[1]]
+        inputs = [x.to(self.setting.device) for x in inputs]
+        if classify:
+            return self.model(images=inputs[0]) if name == "image" else self.model(audio=inputs[0],
+                                                                                  audio_lengths=inputs[1])
+        return {f"{name}_features": getattr(self.model, f"{name}_features")(*inputs)}
 
     def _keep(self, name: str, rows: np.ndarray, batch: Batch, found: list[dict[str, Tensor]]) -> None:
         self.rows[name].append(rows)
@@ -227,34 +237,6 @@ class _Gathered:
             known = batch.concepts.any(1)  # of a sample without any nobody knows which ones it lacks
             logits = torch.cat([part["logits"].float().cpu() for part in found])
             self.answers[name].append(Answers(logits[known], batch.concepts[known], rows[known.numpy()]))
-
-    def _classifies(self, batch: Batch) -> bool:
-        return self.setting.concepts and batch.concepts is not None and bool(batch.concepts.any())
-
-    def _image(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
-        classify = self._classifies(batch)
-
-        def encode(images: Tensor) -> dict[str, Tensor]:
-            images = images.to(self.setting.device)
-            return self.model(images=images) if classify else {"image_features": self.model.image_features(images)}
-
-        return encode
-
-    def _audio(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
-        classify = self._classifies(batch)
-
-        def encode(audio: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-            frames = min(-(-int(lengths.max()) // 16) * 16, audio.shape[1])  # no more padding than this part needs
-            audio, lengths = audio[:, :frames].to(self.setting.device), lengths.to(self.setting.device)
-            if classify:
-                return self.model(audio=audio, audio_lengths=lengths)
-            return {"audio_features": self.model.audio_features(audio, lengths)}
-
-        return encode
-
-    def _text(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        ids, mask = ids.to(self.setting.device), mask.to(self.setting.device)
-        return {"text_features": self.model.text_features(ids, mask)}
 
     def nonfinite(self, members: np.ndarray) -> dict[str, int]:
         """Items of `members` (bool, by row) whose features are not finite, by modality, where there are any."""

@@ -8,9 +8,11 @@ Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
 """
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,9 @@ def evaluate(options: argparse.Namespace) -> Path:
     config = configuration(options, state["config"])
     precision = devices.choose_precision(device, config.training.use_amp)
     print(f"Device: {device}; {precision.reason}")
-    folder = _reports_folder(config)
+    folder = Path(config.paths.output_dir) / "reports"
+    with writing_to(folder):  # at once: to find out after an hour that it cannot be written helps nobody
+        check_writable(folder)
     data = load_data(config, [options.split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
                      concepts=state["concepts"], speakers=state["speakers"])
     plan = planner.plan_evaluation(config, planner.Place(device.type, precision.dtype))
@@ -98,7 +102,7 @@ def evaluate(options: argparse.Namespace) -> Path:
                         "modalities, labels or speakers; choose another --split or other --datasets")
     known = state.get("trained_on")
     if isinstance(known, torch.Tensor) and options.split != "train":
-        protocols.mark_trained_on(encoded, data, config, known.cpu().numpy())
+        protocols.mark_trained_on(encoded, data, config, known.numpy())
     print(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     run = {
         "kind": "evaluation", "command": shlex.join(["python", "evaluate.py", *options.arguments]),
@@ -109,29 +113,20 @@ def evaluate(options: argparse.Namespace) -> Path:
     }
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, data, modality, config.report.gallery_queries)]
-    return _write(folder, run, config, gallery)
-
-
-def _write(folder: Path, run: dict[str, Any], config: Config, gallery: list[dict[str, Any]]) -> Path:
-    from trimodal.evaluation import report
-
-    try:
+    with writing_to(folder):
         _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=gallery)
-    except OSError as error:
-        raise UserError(f"{folder}: the report cannot be written ({error.strerror}); free space, or choose another "
-                        "--output-dir") from None
     print(f"Report: {markdown}")
     return markdown
 
 
-def _reports_folder(config: Config) -> Path:
-    """Made at once: to find out after an hour that it cannot be written helps nobody."""
-    folder = Path(config.paths.output_dir) / "reports"
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """An OSError within becomes one line that says what to do about the folder."""
     try:
-        check_writable(folder)
+        yield
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir") from None
-    return folder
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); free space, or choose another --output-dir"
+                        ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -120,6 +120,7 @@ def test_the_font_draws_what_it_has(root: Path) -> None:
     assert finish
     (root / emoji.PICTURES / "1f44b.png").unlink()
     before = {path.name: path.read_bytes() for path in (root / emoji.PICTURES).iterdir()}
+    (root / emoji.PICTURES / "1f44b.png.1.tmp").write_bytes(b"of a run that was killed")
     finish(root)
     after = {path.name: path.read_bytes() for path in (root / emoji.PICTURES).iterdir()}
     assert after.keys() == before.keys() | {"1f44b.png"} and before.items() <= after.items()

@@ -165,7 +165,8 @@ def _checks(work: Acquisition) -> Iterator[tuple[tuple[str, str], Check]]:
                 if item.kind == "parquet":
                     listed.add(place)
                 yield (item.name, place), partial(_check_file, work.folder / place, size, crc32)
-    places = set(work.holdings.marker.get("linked", {})) | {count.folder for count in work.source.partly}
+    counts = (*work.source.partly, *work.source.made)
+    places = set(work.holdings.marker.get("linked", {})) | {count.folder for count in counts}
     for place in sorted(places):
         for name, _ in inventory.tree(work.folder / place):
             if f"{place}/{name}" not in listed:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from trimodal.config import Config
 from trimodal.data.samples import Sample
 from trimodal.errors import UserError
-from trimodal.files import replacing
+from trimodal.files import remove_left, replacing
 from trimodal.sets.base import Count, DataSet, File, Item, Source
 from trimodal.sets.reading import download_command, draw_splits, existing, names_in, worded_captions
 
@@ -90,6 +90,7 @@ def _render(folder: Path) -> None:
                         "system's package libfribidi0")
     font = ImageFont.truetype(str(folder / FONT), FONT_PX)
     (folder / PICTURES).mkdir(exist_ok=True)
+    remove_left(folder / PICTURES, r"[-0-9a-f]+\.png")  # of a run that was killed
     there = names_in(folder / PICTURES)
     for emoji in emoji_in(folder):
         if emoji.file_name not in there and font.getbbox(emoji.text) == (0, 0, *PICTURE_PX):

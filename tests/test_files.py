@@ -2,14 +2,18 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.project import ROOT
 from trimodal import checkpoint
-from trimodal.files import BESIDE, is_set_aside, keep_beside, locked, remove_left, replacing, settle
+from trimodal.files import BESIDE, hold_lock, is_set_aside, keep_beside, locked, remove_left, replacing, settle
 
 
 @pytest.fixture
@@ -122,3 +126,40 @@ def test_a_file_of_the_name_of_a_lock_stays(tmp_path: Path) -> None:
     with locked(tmp_path / "a"), locked(tmp_path / "b"):
         pass
     assert contents(tmp_path) == {"a.lock": "of the user"}
+
+
+HOLDER = """
+import os, pathlib, sys, time
+from trimodal.files import hold_lock
+lock = hold_lock(pathlib.Path(sys.argv[1]))
+if os.fork() == 0:
+    time.sleep(60)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.timed
+def test_a_lock_goes_with_its_process_and_children_do_not_hold_it(tmp_path: Path) -> None:
+    place = tmp_path / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(place)], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True, start_new_session=True) as holder:
+        try:
+            assert holder.stdout and holder.stdout.readline() == "held\n"
+            with pytest.raises(BlockingIOError):
+                hold_lock(place)
+            said: list[str] = []
+            holder.kill()  # its child lives on
+            lock = hold_lock(place, lambda: said.append("waiting"))
+            assert lock and lock.is_locked and len(said) <= 1
+            lock.release()
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_threads_exclude_each_other_where_a_file_is_locked(tmp_path: Path) -> None:
+    with locked(tmp_path / "a"), pytest.raises(BlockingIOError), locked(tmp_path / "a"):
+        pass
+    with locked(tmp_path / "a"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -178,14 +178,16 @@ def nearest_existing(path: str | Path) -> Path:
 
 def hold_lock(place: Path, say_waiting: Callable[[], Any] | None = None, *, of_process: bool = True,
               pause: Callable[[float], Any] = time.sleep) -> BaseFileLock | None:
-    """Lock the file `place` until `release()`, or until this process ends, however it ends; child processes do not hold
-    it. Where another one holds it, call `say_waiting` once, then `pause` between tries. `of_process`: one process may
-    hold it several times; else its threads exclude each other as well. None: a file system without locks.
+    """Lock the file `place`, which stays, until `release()`, until what is returned is forgotten, or until this process
+    ends, however it ends; child processes do not hold it. Where another one holds it, call `say_waiting` once, then
+    `pause` between tries. `of_process`: one process may hold it several times; else its threads exclude each other as
+    well. None: a file system without locks.
 
     Raises:
         BlockingIOError: another one holds it, and there is no `say_waiting`.
     """
-    lock = FileLock(place, thread_local=False, fallback_to_soft=False, is_singleton=of_process)
+    lock = FileLock(_lock_file(place), thread_local=False, fallback_to_soft=False, preserve_lock_file=True,
+                    is_singleton=of_process)
     is_said = False
     while True:
         try:
@@ -208,8 +210,8 @@ def hold_lock(place: Path, say_waiting: Callable[[], Any] | None = None, *, of_p
 def locked(path: Path, say_waiting: Callable[[], Any] | None = None,
            pause: Callable[[float], Any] = time.sleep) -> Iterator[bool]:
     """Hold the lock `path`.lock against other processes and threads, see `hold_lock`; False where the file system has
-    no locks. The file goes at the end, unless it is one of the user's, which serves as well."""
-    place = path.with_name(f"{path.name}.lock")
+    no locks. The file goes at the end."""
+    place = _lock_file(path.with_name(f"{path.name}.lock"))
     lock = hold_lock(place, say_waiting, of_process=False, pause=pause)
     try:
         yield lock is not None
@@ -219,3 +221,9 @@ def locked(path: Path, say_waiting: Callable[[], Any] | None = None,
                 place.unlink()  # before the release: who waits sees that the file is gone, and makes another
         if lock:
             lock.release()
+
+
+def _lock_file(place: Path) -> Path:
+    """`place`, or NAME.lock where the user has a file of that name: some releases of filelock empty what they lock."""
+    is_of_user = place.is_file() and place.stat().st_size > 0
+    return _lock_file(place.with_name(f"{place.name}.lock")) if is_of_user else place

@@ -180,8 +180,8 @@ class Loader:
     pool stands in for a broken one, none of them twice in a batch, as far as there are such.
 
     A process that dies is replaced, and its batch read again; a sample at which one stays longer than `data.timeout_s`
-    counts as broken, from then on and in later runs of the folder. `say` hears a line for each such event. Batches are
-    functions of their jobs alone, so none of this changes the others.
+    counts as broken, from then on and in later runs of the folder. `say` receives a line for each such event. Batches
+    are functions of their jobs alone, so none of this changes the others.
 
     Iterating raises:
         UserError: more than `data.max_bad_pct` of the samples of `jobs` are broken, or all of a pool; the folder of a

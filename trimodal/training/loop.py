@@ -38,7 +38,7 @@ from trimodal.training.stage import (
     build_stage,
     compute_losses,
     epoch_jobs,
-    first_contrast,
+    first_contrastive_batch,
     make_step,
     own_jobs,
     reduce_gradients,
@@ -97,7 +97,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
         if begins_with_sigmoid(config, state):
-            start_sigmoid(run.model, first_contrast(config))
+            start_sigmoid(run.model, first_contrastive_batch(config))
         fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs, first = stage_epochs(config, state), 1
         saver = Saver(run, epochs, interruption)
@@ -292,9 +292,9 @@ class StepLog:
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> "StepResult":
     """One optimizer step on one effective batch, of which `batch` is this process's share.
 
-    Out of memory, on any process: micro-batches halve and the same step is done again by all. Nothing is drawn within a
-    step, so there is no random state to restore and the mathematics stays the same. What the update will take is taken
-    beforehand, so it does not run out of memory when a part of the weights is new.
+    Out of memory, on any process: micro-batches halve and the same step is done again by all. No random number is drawn
+    within a step, so there is no random state to restore and the mathematics stays the same. The memory of the update
+    is reserved with the gradients, so it is not short when some of the weights are updated and others not.
 
     Raises:
         UserError: out of memory at micro-batch 1; names what can be turned.
@@ -303,7 +303,7 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> "StepResult":
     whole, share = shared_batch(run.world, batch, with_media=with_media)
     losses = None
     while losses is None:
-        losses, cause = attempt(run.world, lambda: leave_gradients(run, stage, task, whole, share))
+        losses, cause = attempt(run.world, lambda: compute_gradients(run, stage, task, whole, share))
         if losses is None:
             stage.optimizer.zero_grad()
             shrink(run, stage, cause)
@@ -335,8 +335,8 @@ class StepResult:
         return loss, dict(zip(self.parts, parts, strict=True)), norm, bool(finite)
 
 
-def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> Losses:
-    """Loss and parts of a batch, gradients in the parameters; a function of its own, so that nothing else is left."""
+def compute_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Share | None) -> Losses:
+    """Loss of a batch, and gradients in the parameters. Its locals are freed before processes wait for each other."""
     step = make_step(run, stage, batch, share, train=True)
     losses = compute_losses(stage, task, step, stage.optimizer.backward)
     run.world.reserve(stage.optimizer.parameters)
@@ -345,9 +345,9 @@ def leave_gradients(run: Run, stage: Stage, task: int, batch: Batch, share: Shar
 
 
 def attempt(world: World, work: Callable[[], T]) -> tuple[T | None, str]:
-    """What `work` gives, or None and the cause if it, or that of another process, ran out of memory.
+    """Result of `work`, or None and the cause if it ran out of memory here or in another process.
 
-    Each process says once whether it did: here, or by the error that `World.agree_on_memory` raised within `work`.
+    Processes agree once on whether one did: here, or in `World.agree_on_memory` within `work`, which raises.
     """
     try:
         result = work()

@@ -188,7 +188,7 @@ def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again"
     run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {smaller}", at)
 
 
-def first_contrast(config: Config) -> int:
+def first_contrastive_batch(config: Config) -> int:
     """Effective batch of the first stage that contrasts; that of training where none does."""
     rows = [row for row in config.stages if any("contrastive" in task.objectives for task in row.tasks)]
     return config.effective_batch(rows[0]) if rows else config.training.effective_batch

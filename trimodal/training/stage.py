@@ -3,9 +3,9 @@
 A stage is a row of the configuration; nothing here knows one by name.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from datasets import epoch_batches
 from trimodal.checkpoint import describe_mismatch
 from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.data.batches import Batch, pool
-from trimodal.data.samples import SampleTable
 from trimodal.distributed import World
 from trimodal.errors import UserError
 from trimodal.memory import devices
@@ -71,20 +70,9 @@ class Stage:
             yield name, weights[name], self.objectives[f"{task}_{name}"]
 
 
-class Samples(Protocol):
-    """The part of `Data` that says which tasks there are samples for."""
-
-    @property
-    def tables(self) -> Mapping[str, SampleTable]: ...
-
-    @property
-    def speakers(self) -> Sequence[str]: ...
-
-    def names(self) -> list[str]: ...
-
-
-def active_tasks(row: StageConfig, data: Samples) -> tuple[list[TaskConfig], list[str]]:
-    """Tasks that have samples in an epoch, and a line about each that has none.
+def active_tasks(row: StageConfig, data: Any) -> tuple[list[TaskConfig], list[str]]:
+    """Tasks that have samples in an epoch, and a line about each that has none. `data`: of a run, or whatever has its
+    `tables`, `speakers` and `names()`.
 
     Raises:
         UserError: no task of the stage has samples.

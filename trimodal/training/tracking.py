@@ -129,11 +129,13 @@ class Tracker:
         self._show("add_image", name, pixels_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
+        """End both logs; what comes later is dropped."""
         self.close_bar()
         if self.writes:
             with contextlib.suppress(OSError):  # a full disk: what ends the run is told, and not this
                 self.file.close()
             self._show("close")
+        self.writes = False
 
 
 # ---- metrics.jsonl -------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from trimodal import checkpoint
 from trimodal.config import load_config
 from trimodal.data import cache
 from trimodal.data.images import MAX_PIXELS
-from trimodal.data.samples import SPLITS, BrokenSample, SampleTable
+from trimodal.data.samples import BrokenSample, SampleTable
 from trimodal.errors import CheckpointError, UserError
 from trimodal.sets.manifest import MAX_SECONDS, read_manifest
 from trimodal.sets.reading import MAX_CAPTION_CHARS
@@ -87,7 +87,7 @@ def read_sound(path: Path) -> None:
 
 
 def read_list(path: Path) -> None:
-    table = SampleTable.pack(sample for split in SPLITS for sample in read_manifest(path, split))
+    table = SampleTable.pack(read_manifest(path))
     must(len(table) > 0, "no samples")
     for sample in (table[i] for i in range(len(table))):
         for file in filter(None, (sample.image, sample.audio)):

@@ -214,7 +214,7 @@ def test_an_index_that_does_not_fit_is_refused_when_it_is_opened(tmp_path: Path,
 def test_a_manifest_runs_no_code(tmp_path: Path, marker: Path, name: str) -> None:
     path = as_pickle(tmp_path / name, marker)
     with unsprung(marker, path):
-        list(read_manifest(path, "train"))
+        list(read_manifest(path))
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:builtins.open", "!!python/object/new:builtins.open"])

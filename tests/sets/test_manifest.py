@@ -44,7 +44,7 @@ def table(folder: Path, text: str, name: str = "mine.csv", encoding: str = "utf-
 
 
 def everything(path: Path) -> list[Sample]:
-    return [sample for split in SPLITS for sample in read_manifest(path, split)]
+    return sorted(read_manifest(path), key=lambda sample: SPLITS.index(sample.split))
 
 
 def assert_refused(path: Path, line: int, *named: str | int) -> str:
@@ -105,7 +105,7 @@ def test_paths_start_at_the_manifest_and_absolute_ones_stand(folder: Path, monke
     lines = ({"image": "../pictures/a.png"}, {"image": str(folder / "pictures/c d.png")})
     monkeypatch.chdir(folder / "sounds")
     path = jsonl(folder / "lists", *lines)
-    images = {sample.image for split in SPLITS for sample in read_manifest(path, split, str(folder))}
+    images = {sample.image for sample in read_manifest(path, str(folder))}
     assert images == {str(folder / "pictures/a.png"), str(folder / "pictures/c d.png")}
 
 
@@ -338,7 +338,7 @@ def test_a_manifest_reaches_nothing_outside_its_folder(folder: Path, way: str) -
              "folder link": "pictures/a.png", "beside": "../lists2/a.png"}[way]
     path = jsonl(inside, {"image": "good.png"}, {"image": str(inside / "own" / "a.png")}, {"image": named})
     assert_refused(path, 3, "image", str(inside), "data.manifest_root=FOLDER")
-    assert len([s for split in SPLITS for s in read_manifest(path, split, str(folder))]) == 2, "two name one file"
+    assert len(list(read_manifest(path, str(folder)))) == 2, "two name one file"
 
 
 def test_a_manifest_that_is_itself_behind_a_link(folder: Path) -> None:
@@ -366,7 +366,7 @@ def test_wrong_files(folder: Path) -> None:
 def test_the_whole_file_is_checked_whichever_split_is_asked_for(folder: Path) -> None:
     path = jsonl(folder, FULL, {**FULL, "id": "two", "split": "train", "image": "none.png"})
     with refused(path, "line 2", "image"):
-        read_manifest(path, "val")
+        read_manifest(path)
 
 
 def test_small_tree(tmp_path: Path) -> None:

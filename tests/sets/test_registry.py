@@ -1,16 +1,22 @@
 """The registry: settings meet the sets here, and nothing outside it knows a set by name."""
 
 import ast
+import itertools
+import json
 import re
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import trees
 from tests.project import ROOT, product_files
 from tests.refusals import refused
 from trimodal.config import Config, DataConfig, load_config
+from trimodal.data.samples import SPLITS
 from trimodal.errors import ConfigError
-from trimodal.sets import SETS, check_settings
+from trimodal.sets import SETS, check_settings, read_splits
 
 
 def test_every_set_says_what_it_is() -> None:
@@ -31,6 +37,21 @@ def test_a_mistake_in_the_settings_of_a_set_names_it(override: str, named: list[
 def test_settings_of_all_sets_together_are_good() -> None:
     config = load_config(None, [f"data.datasets=[{', '.join(SETS)}]", "data.manifest=list.csv"])
     assert check_settings(config) is config
+
+
+def test_lists_that_several_splits_need_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, opened, load = trees.coco(tmp_path), [], json.load
+
+    def counted(file: Any, **settings: Any) -> Any:
+        opened.append(Path(file.name).relative_to(root).as_posix())
+        return load(file, **settings)
+
+    monkeypatch.setattr(json, "load", counted)
+    config = load_config(None, [f"paths.data_root={json.dumps(str(tmp_path))}"])
+    found = list(read_splits("coco", SPLITS, config))
+    assert [split for split, _ in itertools.groupby(found, key=lambda sample: sample.split)] == list(SPLITS)
+    assert sorted(opened) == ["annotations/dataset_coco.json", "annotations/instances_train2017.json",
+                              "annotations/instances_val2017.json"]
 
 
 # ---- names -------------------------------------------------------------------------------------------------------

@@ -46,15 +46,9 @@ HELD_OUT = {"test": 0.1, "val": 0.1}  # shares where no line names a split; the 
 NO_FILE = File("", -1)
 
 _log = logging.getLogger(__name__)
-_logged: set[tuple[Path, int, str]] = set()  # each split reads the list anew; its lines are logged once
 
 
-def read_manifest(path: Path, split: str, root: str | None = None, max_missing_pct: float = 0.0) -> Iterator[Sample]:
-    """The samples of one split, as `read_all`."""
-    return (sample for sample in read_all(path, root, max_missing_pct) if sample.split == split)
-
-
-def read_all(path: Path, root: str | None = None, max_missing_pct: float = 0.0) -> Iterator[Sample]:
+def read_manifest(path: Path, root: str | None = None, max_missing_pct: float = 0.0) -> Iterator[Sample]:
     """The samples of all splits, in the order of the lines, after the whole file is checked. Its pictures and sounds
     lie in the folder `root` (None: that of the manifest), links followed. What was understood otherwise than it is
     written, or is missing, is logged, a line each.
@@ -71,11 +65,13 @@ def read_all(path: Path, root: str | None = None, max_missing_pct: float = 0.0) 
     rows = [_Row.parse(where, given, reading) for where, given in _lines(reading)]
     if not rows:
         raise UserError(f"{path}: holds no samples; write one JSON object (or one CSV row below the header) a line")
-    _check_missing(reading, max_missing_pct)
+    lines = _check_missing(reading, max_missing_pct)
     if any(row.split for row in rows):
         _check_splits(rows)
+    lines += _notes(reading, rows)  # before lines of one file become one
     samples = _united(rows)
-    _tell(reading, rows, samples)
+    for line in lines:
+        _log.warning("manifest: %s", line)
     _name(samples, {row.key for row in rows})
     if not samples[0].split:
         _draw_splits(samples)
@@ -351,49 +347,38 @@ def _split(value: Any) -> str:
 # ---- from lines to samples ---------------------------------------------------------------------------------------
 
 
-def _check_missing(reading: _Reading, limit_pct: float) -> None:
-    """Raise where more of the files are missing than `limit_pct` allows; log fewer."""
+def _check_missing(reading: _Reading, limit_pct: float) -> list[str]:
+    """What to log of missing files; raises where they are more than `limit_pct` allows."""
     files = reading.files
     missing, total = len(files.missing), len(files.numbers)
     if not missing:
-        return
+        return []
     told = f"{missing:,} of {total:,} files are not there"
     more = f", and {missing - len(files.shown):,} more" if missing > len(files.shown) else ""
     if 100 * missing > limit_pct * total:
         raise UserError(f"{reading.path}: {told}, more than data.max_bad_pct={limit_pct:g} allows: "
                         f"{'; '.join(files.shown)}{more}; get the files, mend the list, or raise data.max_bad_pct")
-    _say(reading.path, f"{told} and count as broken: {'; '.join(files.shown)}{more}")
+    return [f"{told} and count as broken: {'; '.join(files.shown)}{more}"]
 
 
-def _tell(reading: _Reading, rows: list[_Row], samples: list[_Row]) -> None:
-    """Log what was understood otherwise than it is written."""
+def _notes(reading: _Reading, rows: list[_Row]) -> Iterator[str]:
+    """What was understood otherwise than it is written."""
     if reading.delimiter:
-        _say(reading.path, f"cells are parted by {reading.delimiter!r}, as the first line shows")
-    for line in (*columns.describe(reading.columns), *reading.files.describe()):
-        _say(reading.path, line)
+        yield f"cells are parted by {reading.delimiter!r}, as the first line shows"
+    yield from columns.describe(reading.columns)
+    yield from reading.files.describe()
     if joined := [label for row in rows for label in row.labels if any(sign in label for sign in ",;|")]:
-        _say(reading.path, f"{len(joined):,} labels hold a comma, a semicolon or a bar, such as {joined[0]!r:.60}: "
-                           "each is one label; several are a list, or in a CSV have ';' between them")
+        yield (f"{len(joined):,} labels hold a comma, a semicolon or a bar, such as {joined[0]!r:.60}: "
+               "each is one label; several are a list, or in a CSV have ';' between them")
     if empty := [name for row in rows for name in (*row.labels, row.speaker) if name.lower() in EMPTY_CELLS]:
-        _say(reading.path, f"{len(empty):,} labels and speakers look like empty cells that were saved as text, such as "
-                           f"{empty[0]!r}: leave these cells empty")
-    sizes: dict[tuple[int, int, float, float] | None, int] = {}
-    for row in rows if len(samples) < len(rows) else []:
-        sizes[row.unit()] = sizes.get(row.unit(), 0) + 1
-    shared = [size for unit, size in sizes.items() if unit and size > 1]
-    if shared:
-        _say(reading.path, f"{sum(shared):,} lines name {len(shared):,} file{'s' if len(shared) > 1 else ''} (or "
-                           "stretches): those of the same file and stretch are one sample with all their captions")
+        yield (f"{len(empty):,} labels and speakers look like empty cells that were saved as text, such as "
+               f"{empty[0]!r}: leave these cells empty")
+    if shared := [size for unit, size in Counter(row.unit() for row in rows).items() if unit and size > 1]:
+        yield (f"{sum(shared):,} lines name {len(shared):,} file{'s' if len(shared) > 1 else ''} (or "
+               "stretches): those of the same file and stretch are one sample with all their captions")
     if reading.lists:
-        _say(reading.path, f"{reading.lists:,} cell{'s' if reading.lists > 1 else ''} with a list, as JSON, Python, "
-                           "pandas or numpy write it: each of its texts counts")
-
-
-def _say(path: Path, line: str) -> None:
-    key = path, path.stat().st_mtime_ns, line
-    if key not in _logged:
-        _logged.add(key)
-        _log.warning("manifest: %s", line)
+        yield (f"{reading.lists:,} cell{'s' if reading.lists > 1 else ''} with a list, as JSON, Python, "
+               "pandas or numpy write it: each of its texts counts")
 
 
 def _united(rows: list[_Row]) -> list[_Row]:
@@ -472,7 +457,7 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
     settings = config.data
     if not settings.manifest:
         raise UserError(_NO_LIST)
-    found = list(read_all(Path(settings.manifest).absolute(), settings.manifest_root, settings.max_bad_pct))
+    found = list(read_manifest(Path(settings.manifest).absolute(), settings.manifest_root, settings.max_bad_pct))
     for split in splits:
         yield from (sample for sample in found if sample.split == split)
 

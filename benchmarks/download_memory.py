@@ -62,13 +62,13 @@ def transfer_of(files: int, size: int) -> Callable[[Path], Callable[[], None]]:
         def work() -> None:
             from functools import partial
 
-            from trimodal.download import http, pipeline
+            from trimodal.download import http
+            from trimodal.download.progress import in_threads
 
             tasks = ((i, partial(http.fetch, http.Wanted(
                 path=folder / f"{i}", urls=(f"http://127.0.0.1:{port}/{i}/{size}",), size=size))) for i in range(files))
-            for _, result in pipeline.results(tasks, files):
-                if isinstance(result, BaseException):
-                    raise result
+            for _, done in in_threads(tasks, files):
+                done.result()
         return work
     return prepare
 
@@ -82,14 +82,11 @@ def unpacking_of(kind: str, make: Callable[[Path], None]) -> Callable[[Path], Ca
 
         def work() -> None:
             from trimodal.download import unpack
-            from trimodal.sets import inventory
+            from trimodal.download.state import write_contents
             from trimodal.sets.audiocaps import ROWS
 
             contents = unpack.Contents(max_files=10**7, max_bytes=10**12, rows=ROWS)
-            with inventory.Listing(folder / "lists/x", {}) as listing:
-                for file in unpack.extract([path], kind, folder / "staging", contents):
-                    listing.add(*file)
-                listing.finish()
+            write_contents(folder, "x", unpack.extract([path], kind, folder / "staging", contents), {})
             unpack.move_into(folder / "staging", folder / "out")
         return work
     return prepare

@@ -20,8 +20,8 @@ MODE = re.compile(r"[rwaxbt+]{1,4}")
 
 # Module and function -> (its calls in their order, why they harm nothing of the user's).
 SAFE = {
-    "download.acquire.Acquisition._finish_set": ("rmdir", "the folder of archives, only when empty"),
-    "download.acquire.Acquisition._from_local":
+    "download.acquire._finish": ("rmdir", "the folder of archives, only when empty"),
+    "download.acquire._copied":
         ("replacing shutil.copyfileobj", "copies beside, then http.put, which keeps what differs"),
     "download.unpack._errors": ("shutil.rmtree", "the staging folder of this very archive, from staging_folder"),
     "download.unpack.move_into": ("shutil.rmtree", "the same folder, when everything in it has been moved"),
@@ -56,15 +56,14 @@ SAFE = {
     "files.sync_file": ("open(rb+)", "writes nothing"),
     "files.sync_folder": ("os.open", "reads only"),
     "files.locked": ("unlink", "NAME.lock, only when empty"),
-    "download.holdings.Holdings.write_licence": ("replacing", "only over a text whose digest the marker knows"),
+    "download.state.State.write_licence": ("replacing", "only over a text whose digest the marker knows"),
     "doctor.check_memory": ("shutil.copytree", "kept plans, into the temporary folder"),
     "doctor.main": ("TemporaryDirectory", "a new folder"),
     "sets.emoji._render": ("replacing", "pictures that are not there"),
-    "sets.inventory.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
-    "sets.inventory.Listing.__init__":
-        ("open(wt)", "in the hidden folder of lists, ARCHIVE.jsonl.gz.new; it goes to its name by settle"),
-    "sets.inventory.Listing.__exit__": ("unlink", "the same file"),
-    "download.local_copies._link": ("unlink symlink_to", "a link into a folder that --local named before"),
+    "download.state.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
+    "download.state.write_contents":
+        ("replacing open(wt)", "in the hidden folder of lists, beside ARCHIVE.jsonl.gz; it goes to its name by settle"),
+    "download.local._link": ("unlink symlink_to", "a link into a folder that --local named before"),
     "memory.devices.reset_peak": ("write_text", "a file of /proc"),
     "training.outputs._list": ("replacing", "the ledger of an output folder"),
     "training.outputs.write_settings": ("replacing", "only over what the ledger lists"),

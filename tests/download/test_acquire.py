@@ -13,9 +13,9 @@ import pytest
 from tests import miniature, packing, trees
 from tests.loopback import Loopback
 from tests.refusals import assert_names
-from trimodal.download.acquire import Acquisition, Outcome
+from trimodal.download.acquire import Outcome, acquire, open_job
 from trimodal.download.http import Policy
-from trimodal.download.selection import Options, peak_bytes
+from trimodal.download.selection import Options, Selection
 from trimodal.files import locked
 from trimodal.sets import SOURCES, inventory
 from trimodal.sets.base import Count, File, Item, Source
@@ -43,7 +43,7 @@ def serve(server: Loopback, pair: tuple[Source, dict[str, bytes]]) -> Source:
 
 
 def run(source: Source, settings: Options) -> Outcome:
-    return Acquisition(source, settings).run()
+    return acquire(source, settings)
 
 
 def small(server: Loopback, **files: bytes) -> Source:
@@ -157,7 +157,7 @@ def test_stopped_between_two_renames(server: Loopback, tmp_path: Path) -> None:
     run(source, options(tmp_path, server))
     (tmp_path / "data/coco" / inventory.MARKER).unlink()
     (tmp_path / "data/coco/val2017/b").unlink()
-    assert [item.name for item in Acquisition(source, options(tmp_path)).holdings.todo()] == ["val2017.zip"]
+    assert [item.name for item in open_job(source, options(tmp_path)).state.todo()] == ["val2017.zip"]
     assert run(source, options(tmp_path, server)).state == "done"
     assert (tmp_path / "data/coco/val2017/b").exists()
 
@@ -216,12 +216,13 @@ def test_space_is_checked_before_anything_is_fetched(server: Loopback, tmp_path:
     assert_names(outcome.detail, tmp_path / "data", "1,000,000,000.0 GB")
 
 
-def test_peak_bytes_counts_an_archive_only_while_it_is_needed() -> None:
+def test_peak_bytes_counts_an_archive_only_while_it_is_needed(tmp_path: Path) -> None:
     items = [Item(name=str(i), kind="zip", into="", unpacked=50, files=(File(name=str(i), urls=(), size=100),))
              for i in range(3)]
-    assert peak_bytes(items, False, 0) == 2 * 50 + 100 + 50
-    assert peak_bytes(items, False, 1) == 50 + 2 * 100 + 50  # the next one arrives while the second is unpacked
-    assert peak_bytes(items, True, 0) == 3 * 150
+    one = Selection(SOURCES["coco"], options(tmp_path, jobs=1))
+    assert one.peak_bytes(items) == 50 + 2 * 100 + 50  # the next one arrives while the second is unpacked
+    keeping = Selection(SOURCES["coco"], options(tmp_path, jobs=1, keep_archives=True))
+    assert keeping.peak_bytes(items) == 3 * 150
 
 
 def test_two_downloads_of_a_set_exclude_each_other(server: Loopback, tmp_path: Path) -> None:

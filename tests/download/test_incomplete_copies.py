@@ -26,6 +26,7 @@ from tests.download.test_known_trees import (
 )
 from tests.loopback import Loopback
 from tests.refusals import assert_names
+from trimodal.download.state import write_marker
 from trimodal.sets import inventory
 from trimodal.sets.base import Source
 
@@ -157,7 +158,7 @@ def test_links_of_an_earlier_release_are_renewed_where_they_lead_nowhere(
     assert run("--local", str(own)) == code
     marker = inventory.read_marker(run.root / name)
     del marker["linked_from"], marker["licence_sha256"]
-    inventory.write_marker(run.root / name, marker)
+    write_marker(run.root / name, marker)
     assert run("--skip-existing") == code
     assert run("--local", str(own.rename(tmp_path / "moved"))) == code
     assert samples(run.root, name) == samples(tmp_path / "true", name)

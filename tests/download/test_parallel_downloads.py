@@ -19,7 +19,7 @@ from tests.refusals import assert_names
 from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
 from trimodal.download import unpack
-from trimodal.download.acquire import Acquisition
+from trimodal.download.acquire import acquire, bytes_needed, open_job
 from trimodal.sets import SOURCES, inventory
 from trimodal.sets.base import File, Item, Source
 
@@ -158,10 +158,9 @@ def test_what_has_arrived_or_was_unpacked_needs_no_room_again(server: Loopback, 
     monkeypatch.undo()
     archive, staged = (next((tmp_path / "data/coco").glob(pattern)) for pattern in ("archives/*.zip", ".unpacking/*/*"))
     assert archive.stat().st_size > 200_000 and staged.stat().st_size == 200_000
-    work = Acquisition(source, options(tmp_path, server))
-    assert work.bytes_needed(list(source.items)) == 0
+    assert bytes_needed(open_job(source, options(tmp_path, server)), list(source.items)) == 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    outcome = work.run()
+    outcome = acquire(source, options(tmp_path, server))
     assert outcome.state == "done", outcome.detail
 
 

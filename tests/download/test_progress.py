@@ -1,17 +1,21 @@
-"""One display: a line for each file and one for all, with bytes, rate and time left; and nothing where nobody looks."""
+"""Work in several threads, and its display: a line for each file and one for all, with bytes, rate and time left."""
 
 import hashlib
 import io
 import re
+import subprocess
+import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.loopback import Loopback
+from tests.project import ROOT
 from trimodal.download import http, notes
 from trimodal.download.http import Policy, Wanted
-from trimodal.download.progress import Progress
+from trimodal.download.progress import Progress, in_threads
 
 
 class Terminal(io.StringIO):
@@ -96,8 +100,28 @@ def test_a_transfer_that_ends_late_adds_nothing_to_the_next_line() -> None:
 
 
 def test_notes_go_through_the_display(capsys: pytest.CaptureFixture[str]) -> None:
-    import sys
-
     Progress().say("a note", sys.stdout)
     Progress().say("a warning")
     assert capsys.readouterr() == ("a note\n", "a warning\n")
+
+
+# --- Several threads -------------------------------------------------------------------------------------------------
+
+
+def test_results_and_errors_come_with_their_keys() -> None:
+    found = dict(in_threads(((n, partial(divmod, 12, n)) for n in range(4)), 2))
+    assert [found[n].result()[0] for n in (1, 2, 3)] == [12, 6, 4]
+    assert isinstance(found[0].exception(), ZeroDivisionError) and list(in_threads([], 3)) == []
+
+
+def test_tasks_are_begun_only_where_there_is_room_and_before_a_result_is_looked_at() -> None:
+    begun = [threading.Event() for _ in range(100)]
+    ended = in_threads(((n, begun[n].set) for n in range(100)), 2)
+    for count, _ in zip(range(1, 6), ended, strict=False):
+        assert all(event.wait(60) for event in begun[:count + 2]) and not begun[count + 2].is_set()
+
+
+def test_a_call_that_hangs_does_not_keep_the_program_from_ending() -> None:
+    code = ("import time; from trimodal.download.progress import in_threads\n"
+            "for _ in in_threads([(1, lambda: time.sleep(10**6)), (2, lambda: 5)], 2): break")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)

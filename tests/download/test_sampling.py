@@ -12,7 +12,7 @@ from tests.loopback import Loopback
 from tests.refusals import refused
 from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
-from trimodal.download.acquire import Acquisition
+from trimodal.download.acquire import acquire
 from trimodal.download.http import Policy, TransferError, Wanted
 from trimodal.download.remote import PIECE_BYTES, NoRange, RemoteFile
 from trimodal.download.selection import Options
@@ -102,7 +102,7 @@ def counts(folder: Path, name: str) -> dict[str, int]:
 
 def test_a_sample_of_coco_has_pictures_of_each_side_and_can_be_trained_on(server: Loopback, tmp_path: Path) -> None:
     source = served(server, miniature.coco(tmp_path / "true"))
-    outcome = Acquisition(source, options(tmp_path, server, "coco", 2)).run()
+    outcome = acquire(source, options(tmp_path, server, "coco", 2))
     assert (outcome.state, outcome.code) == ("partial", 0), outcome.detail
     assert counts(tmp_path, "coco") == {"train": 2, "val": 2, "test": 2}
     assert not (tmp_path / "data/coco/archives").exists()
@@ -112,7 +112,7 @@ def test_a_sample_of_coco_has_pictures_of_each_side_and_can_be_trained_on(server
 def test_few_bytes_of_a_large_archive_are_fetched(server: Loopback, tmp_path: Path) -> None:
     noise = {f"val2017/{i:012d}.jpg": random.Random(i).randbytes(60_000) for i in range(40)}
     source = served(server, miniature.shrink("coco", {"val2017.zip": noise}, tmp_path))
-    assert Acquisition(source, options(tmp_path, server, "coco", 3)).run().code == 0
+    assert acquire(source, options(tmp_path, server, "coco", 3)).code == 0
     got = miniature.files_of(tmp_path / "data/coco")
     assert len(got) == 3 and all(noise[name] == data for name, data in got.items())
     assert server.bytes_sent < 40 * 60_000 / 2
@@ -121,26 +121,26 @@ def test_few_bytes_of_a_large_archive_are_fetched(server: Loopback, tmp_path: Pa
 def test_a_whole_set_after_a_sample_and_a_sample_after_a_whole_one(server: Loopback, tmp_path: Path) -> None:
     source = served(server, miniature.coco(tmp_path / "true"))
     sample, whole = options(tmp_path, server, "coco", 2), options(tmp_path, server, "coco", 0)
-    assert Acquisition(source, sample).run().state == "partial"
+    assert acquire(source, sample).state == "partial"
     assert inventory.read_marker(tmp_path / "data/coco")["limited"]
-    assert Acquisition(source, replace(sample, skip_existing=True)).run().state == "skipped"
-    assert Acquisition(source, replace(whole, skip_existing=True)).run().state == "done"
+    assert acquire(source, replace(sample, skip_existing=True)).state == "skipped"
+    assert acquire(source, replace(whole, skip_existing=True)).state == "done"
     assert miniature.files_of(tmp_path / "data/coco") == miniature.files_of(tmp_path / "true/coco")
     server.requests.clear()
-    assert Acquisition(source, sample).run().code == 0 and server.requests == []
+    assert acquire(source, sample).code == 0 and server.requests == []
     assert not inventory.read_marker(tmp_path / "data/coco")["limited"]
 
 
 def test_without_pieces_the_archive_comes_whole_and_a_sample_is_taken_out(server: Loopback, tmp_path: Path) -> None:
     source = served(server, miniature.coco(tmp_path / "true"))
     server.faults["/coco/val2017.zip"] = ["no-range"] * 2
-    assert Acquisition(source, options(tmp_path, server, "coco", 2)).run().code == 0
+    assert acquire(source, options(tmp_path, server, "coco", 2)).code == 0
     assert len(list((tmp_path / "data/coco/val2017").iterdir())) < 8
 
 
 def test_a_sample_of_clotho_is_the_first_of_each_archive(server: Loopback, tmp_path: Path) -> None:
     source = served(server, miniature.clotho(tmp_path / "true"))
-    assert Acquisition(source, options(tmp_path, server, "clotho", 2)).run().code == 0
+    assert acquire(source, options(tmp_path, server, "clotho", 2)).code == 0
     whole, got = miniature.files_of(tmp_path / "true/clotho"), miniature.files_of(tmp_path / "data/clotho")
     assert sum(name.endswith(".wav") for name in got) == 6 and all(whole[name] == data for name, data in got.items())
     assert "" not in server.ranges("/clotho/clotho_audio_development.7z")
@@ -148,7 +148,7 @@ def test_a_sample_of_clotho_is_the_first_of_each_archive(server: Loopback, tmp_p
 
 def test_a_sample_of_voxceleb_has_several_recordings_of_a_speaker(server: Loopback, tmp_path: Path) -> None:
     source = served(server, miniature.voxceleb(tmp_path / "true"))
-    assert Acquisition(source, options(tmp_path, server, "voxceleb", 3)).run().code == 0
+    assert acquire(source, options(tmp_path, server, "voxceleb", 3)).code == 0
     got = [path.parts[-3] for path in (tmp_path / "data/voxceleb/voxceleb1/wav").rglob("*.wav")]
     assert len(got) == 6 and len(set(got)) == 2
     many = [f"wav/id{speaker}/v/{i:03d}.wav" for speaker in range(5) for i in range(30)]
@@ -158,10 +158,10 @@ def test_a_sample_of_voxceleb_has_several_recordings_of_a_speaker(server: Loopba
 
 def test_a_sample_of_audiocaps_stops_at_enough_clips(server: Loopback, tmp_path: Path) -> None:
     source = served(server, miniature.audiocaps(tmp_path / "true", shards=True))
-    outcome = Acquisition(source, options(tmp_path, server, "audiocaps", 1)).run()
+    outcome = acquire(source, options(tmp_path, server, "audiocaps", 1))
     assert (outcome.state, outcome.code) == ("partial", 0)
     assert inventory.read_marker(tmp_path / "data/audiocaps")["counts"] == {"train": 1, "val": 1, "test": 1}
-    assert Acquisition(source, options(tmp_path, server, "audiocaps", 1)).run().code == 0
+    assert acquire(source, options(tmp_path, server, "audiocaps", 1)).code == 0
     assert len(trees.AUDIOCAPS["train"]) > 1
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from download_datasets import asked_for, parse
+from download_datasets import parse
 from trimodal.download.http import Policy
-from trimodal.download.selection import Options, Selection, fetch_bytes
+from trimodal.download.selection import Options, Selection, fetch_bytes, read_options
 from trimodal.sets import SOURCES
 from trimodal.sets.base import Item
 
@@ -61,10 +61,10 @@ def test_the_command_asks_for_the_same_again(tmp_path: Path, monkeypatch: pytest
              "audiocaps=http://127.0.0.1:9/x", "--local", str(tmp_path / "own"), "--splits", "val", "test", "--max-gb",
              "1.5", "--sample", "20", "--jobs", "2", "--sounds", "youtube", "--cookies", str(tmp_path / "cookies.txt"),
              "--keep-archives", "--skip-existing", "--insecure-tls"]
-    _, options = asked_for(parse(words), SOURCES, Policy())
+    _, options = read_options(parse(words), SOURCES, Policy())
     again = shlex.split(Selection(SOURCES["audiocaps"], options).command())
     assert again[:2] == ["python", "download_datasets.py"]
-    _, same = asked_for(parse(again[2:]), SOURCES, options.policy)
+    _, same = read_options(parse(again[2:]), SOURCES, options.policy)
     assert same == options
 
 

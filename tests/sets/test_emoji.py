@@ -13,7 +13,7 @@ from tests.loopback import Loopback
 from tests.refusals import refused
 from trimodal.config import Config, load_config
 from trimodal.data.samples import SPLITS, Sample
-from trimodal.download.acquire import Acquisition
+from trimodal.download.acquire import acquire
 from trimodal.download.http import Policy
 from trimodal.download.selection import Options
 from trimodal.sets import SOURCES, emoji, read_splits
@@ -103,8 +103,8 @@ def test_what_is_made_of_the_packages_is_made_once_and_again_where_it_is_gone(ro
     data = tmp_path / "data"
 
     def run(source: Source, *, skip_existing: bool = False) -> str:
-        return Acquisition(source, Options(data_root=data, base_urls={"emoji": server.url()}, policy=Policy(failures=1),
-                                           skip_existing=skip_existing)).run().state
+        return acquire(source, Options(data_root=data, base_urls={"emoji": server.url()}, policy=Policy(failures=1),
+                                       skip_existing=skip_existing)).state
 
     assert run(source) == "done" and len(calls) == 1
     assert run(source, skip_existing=True) == "skipped" and len(calls) == 1

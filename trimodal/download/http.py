@@ -377,14 +377,15 @@ def ask(session: "Session", url: str, policy: Policy, good: tuple[int, ...],
         headers: Mapping[str, str]) -> "Response":
     """The answer to one request, its body still to come. Raises NextServer where its status is none of `good`."""
     import requests
+    from urllib3 import exceptions as of
 
     try:
         response = session.get(url, headers=dict(headers), stream=True,
                                timeout=(policy.connect_timeout_s, policy.read_timeout_s))
     except requests.RequestException as error:
-        why, unreachable = _reason(error, policy), isinstance(error, requests.ConnectTimeout | requests.ConnectionError)
-        tries = f" ({policy.failures_to_connect + 1} tries)" if unreachable else ""
-        raise NextServer(why + tries, unreachable=unreachable) from None
+        unreachable = isinstance(_cause(error), of.ConnectTimeoutError | of.ProxyError)
+        number = 1 + (policy.failures_to_connect if unreachable else policy.failures)
+        raise NextServer(f"{_reason(error, policy)} ({number} tries)", unreachable=unreachable) from None
     if response.status_code in good:
         if response.headers.get("Content-Encoding", "identity").lower() in ("identity", ""):
             return response
@@ -396,11 +397,9 @@ def ask(session: "Session", url: str, policy: Policy, good: tuple[int, ...],
 
 def _reason(error: Exception, policy: Policy) -> str:
     """What went wrong, without the library's text, which holds addresses and with them keys."""
-    import requests
     from urllib3 import exceptions as of
 
-    cause: Any = error.args[0] if isinstance(error, requests.RequestException) and error.args else error
-    cause = cause.reason if isinstance(cause, of.MaxRetryError) else cause
+    cause = _cause(error)
     if not isinstance(cause, of.HTTPError):
         return f"cannot be used ({type(error).__name__})"
     certificate = "certificate" in str(cause).lower()
@@ -411,6 +410,15 @@ def _reason(error: Exception, policy: Policy) -> str:
         (of.ReadTimeoutError, f"sent nothing for {policy.read_timeout_s:.0f} s"),
         (of.SSLError, "shows a TLS certificate that is not accepted" if certificate else "cut the TLS connection"),
         (of.HTTPError, "cut the connection")) if isinstance(cause, kind))
+
+
+def _cause(error: Exception) -> Any:
+    """What urllib3 raised, where requests wrapped that."""
+    import requests
+    from urllib3.exceptions import MaxRetryError
+
+    cause = error.args[0] if isinstance(error, requests.RequestException) and error.args else error
+    return cause.reason if isinstance(cause, MaxRetryError) else cause
 
 
 def host_of(url: str) -> str:

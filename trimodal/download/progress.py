@@ -1,10 +1,43 @@
-"""One display of all that moves: on a terminal a line for each file (bytes, rate, time left) and one for all of them;
-elsewhere nothing. Safe to use from several threads."""
+"""Work in several threads, and one display of it: on a terminal a line for each file (bytes, rate, time left) and one
+for all of them; elsewhere nothing."""
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Iterator
-from typing import IO, Any
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, as_completed
+from typing import IO, Any, TypeVar
+
+K = TypeVar("K")
+R = TypeVar("R")
+
+
+def in_threads(tasks: Iterable[tuple[K, Callable[[], R]]], threads: int) -> Iterator[tuple[K, Future[R]]]:
+    """(key, ended call) of each task, as they end. So many run at a time: the next one is taken from `tasks` when the
+    result of one is asked for, so that no more than these run ahead."""
+    waiting = iter(tasks)
+    running = {_begin(call): key for key, call in itertools.islice(waiting, threads)}
+    while running:
+        ended = next(as_completed(running))
+        key = running.pop(ended)
+        for next_key, call in itertools.islice(waiting, 1):  # before the result is looked at, which may take long
+            running[_begin(call)] = next_key
+        yield key, ended
+
+
+def _begin(call: Callable[[], R]) -> Future[R]:
+    """Start the call in a thread that does not keep the program from ending, as those of an Executor would."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class Bar:

@@ -1,93 +1,199 @@
-"""Looks at what is there of a data set: a quick table of its parts (--status), or every byte of it (--verify)."""
+"""Looks at what is there of the data sets: --status and --dry-run, as data for --json and as text, and --verify."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimodal import media
-from trimodal.download import archives, http, pipeline, readiness
-from trimodal.download.acquire import ARCHIVES, DONE, FAILED, IN_PART, Acquisition, Outcome
-from trimodal.download.http import Mismatch, Wanted
-from trimodal.download.selection import as_published, fetch_bytes
-from trimodal.sets import inventory
-from trimodal.sets.base import File, Item
+from trimodal.download import acquire
+from trimodal.download.acquire import ARCHIVES, DONE, FAILED, IN_PART, Job, Outcome, open_job
+from trimodal.download.archives import crc32_of
+from trimodal.download.http import Mismatch, Wanted, check_file, without_secrets
+from trimodal.download.progress import in_threads
+from trimodal.download.selection import Options, as_published, fetch_bytes
+from trimodal.download.state import contents_path, entries, missing
+from trimodal.files import nearest_existing
+from trimodal.sets import NEEDS_NOTHING, inventory
+from trimodal.sets.base import File, Item, Source
 
 FIRST_FRAME_TELLS = (*media.VIDEO_SUFFIXES, ".m4a")  # of what there may be a million
 HAD = ("there", "in --local")  # states of what need not be fetched
-Check = Callable[[], tuple[str, str]]  # (damage, why it cannot be opened), "" for neither
+MOST_SHOWN = 40  # items that --dry-run lists one by one
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A row of --status: an item, all shards of one folder, or a folder of links."""
-
-    name: str
-    state: str  # there, in --local, missing, arriving, in part, broken, differs: not as published
-    files: int
-    size: int  # bytes that are on the disk
-    left: int  # bytes to fetch
-    about: str  # "about " where no size is published, and `left` is an estimate
+# --- --status --------------------------------------------------------------------------------------------------------
 
 
-def parts(work: Acquisition) -> list[Part]:
-    """The items asked for, and what else is linked; sizes and names are looked at, contents are not."""
+def status(name: str, table: Mapping[str, Source], options: Options) -> dict[str, Any]:
+    """What is there of one set, part by part; sizes and names are looked at, contents are not.
+
+    {"name", "folder", "parts": [{"name", "state", "files", "bytes", "bytes_to_fetch", "estimated"}], "parts_there",
+    "files", "bytes", "bytes_to_fetch", "estimated", "left_out"}; `estimated`: not all sizes are published, and
+    `left_out` says what --local has and what cannot be taken of it, and why.
+    """
+    left_out: list[str] = []
+    parts: list[dict[str, Any]] = []
+    if name in table:
+        job = open_job(table[name], options)
+        left_out = acquire.look(job)
+        parts = list(_parts(job))
+    return {"name": name, "folder": str(options.data_root / name), "parts": parts,
+            "parts_there": sum(part["state"] in HAD for part in parts),
+            **{key: sum(part[key] for part in parts) for key in ("files", "bytes", "bytes_to_fetch")},
+            "estimated": any(part["estimated"] for part in parts), "left_out": left_out}
+
+
+def _parts(job: Job) -> Iterator[dict[str, Any]]:
+    """The items asked for, all shards of a folder as one, and what else is linked."""
     groups: dict[str, list[Item]] = {}
-    for item in work.selection.items:
+    for item in job.selection.items:
         groups.setdefault(f"shards of {item.into}" if item.kind == "parquet" else item.name, []).append(item)
-    sizes = {place: [size for _, size in inventory.tree(work.folder / place)]
-             for place in work.holdings.further_links()}
-    return [*(_part(name, items, work) for name, items in groups.items()),
-            *(Part(name=place, state="there", files=len(found), size=sum(found), left=0, about="")
-              for place, found in sizes.items())]
+    for name, items in groups.items():
+        states = [_state(item, job) for item in items]
+        absent = [item for item, state in zip(items, states, strict=True) if state.name not in HAD]
+        yield {"name": name, "state": _state_of_all([state.name for state in states]),
+               "files": sum(state.files for state in states), "bytes": sum(state.size for state in states),
+               "bytes_to_fetch": fetch_bytes(absent),
+               "estimated": not all(file.size for item in absent for file in item.files)}
+    for place in job.state.further_links():
+        sizes = [size for _, size in inventory.tree(job.folder / place)]
+        yield {"name": place, "state": "there", "files": len(sizes), "bytes": sum(sizes), "bytes_to_fetch": 0,
+               "estimated": False}
 
 
-def _part(name: str, items: list[Item], work: Acquisition) -> Part:
-    states = [_state(item, work) for item in items]
-    had = [state for state, _, _ in states if state in HAD]
-    worst = next((state for wanted in ("broken", "differs", "arriving") for state, _, _ in states
-                  if state.startswith(wanted)), "")
-    state = worst or (had[0] if len(set(had)) == 1 and len(had) == len(items) else "missing" if not had
-                      else f"{len(had)} of {len(items)}")
-    absent = [item for item, (held, _, _) in zip(items, states, strict=True) if held not in HAD]
-    return Part(name=name, state=state, files=sum(files for _, files, _ in states),
-                size=sum(size for _, _, size in states), left=fetch_bytes(absent),
-                about="" if all(file.size for item in absent for file in item.files) else "about ")
+def _state_of_all(states: list[str]) -> str:
+    had = [state for state in states if state in HAD]
+    worst = [state for kind in ("broken", "differs", "arriving") for state in states if state.startswith(kind)]
+    if worst or not had:
+        return worst[0] if worst else states[0] if len(states) == 1 else "missing"
+    return had[0] if len(had) == len(states) and len(set(had)) == 1 else f"{len(had)} of {len(states)}"
 
 
-def _state(item: Item, work: Acquisition) -> tuple[str, int, int]:
-    """(state, files, bytes on the disk)."""
-    holdings = work.holdings
-    if item.kind == "plain" and holdings.differs(item):
-        return "differs", 1, (work.folder / item.into).stat().st_size
-    if holdings.present(item, True):
-        return "there", *holdings.extent(item)
-    record = holdings.items.get(item.name) or {}
+class _ItemState(NamedTuple):
+    name: str
+    files: int = 0
+    size: int = 0  # bytes on the disk
+
+
+def _state(item: Item, job: Job) -> _ItemState:
+    state, record = job.state, job.state.records.get(item.name) or {}
+    if item.kind == "plain" and state.differs(item):
+        return _ItemState("differs", 1, (job.folder / item.into).stat().st_size)
+    if state.present(item):
+        return _ItemState("there", *state.extent(item))
     if record.get("damaged"):
-        return f"broken: {len(record['damaged'])} damaged", record.get("files", 0), record.get("bytes", 0)
-    if work.offers(item):
-        return "in --local", 0, 0
+        return _ItemState(f"broken: {len(record['damaged'])} damaged", record.get("files", 0), record.get("bytes", 0))
+    if acquire.offers(job, item):
+        return _ItemState("in --local")
     if record.get("sample"):
-        return f"sample of {record['files']:,}", record["files"], record["bytes"]
+        return _ItemState(f"sample of {record['files']:,}", record["files"], record["bytes"])
     if record:
-        number = sum(1 for _ in _lost(item, work))
-        return f"broken: {number:,} missing or cut", record.get("files", 1) - number, 0
-    sizes = [path.stat().st_size for file in item.files for path in work.arrived(item, file) if path.is_file()]
-    return ("arriving" if sizes else "missing"), 0, sum(sizes)
+        lost = 1 if item.kind == "plain" else sum(
+            1 for _ in missing(job.folder / item.into, contents_path(job.folder, item.name), sizes=True))
+        return _ItemState(f"broken: {lost:,} missing or cut", record.get("files", 1) - lost)
+    sizes = [path.stat().st_size for file in item.files for path in acquire.arrived(job, item, file) if path.is_file()]
+    return _ItemState("arriving" if sizes else "missing", 0, sum(sizes))
 
 
-def _lost(item: Item, work: Acquisition) -> Iterator[str]:
-    if item.kind == "plain":
-        yield item.into
-    else:
-        yield from inventory.missing(work.folder / item.into, inventory.contents_path(work.folder, item.name),
-                                     sizes=True)
+def status_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The table of --status."""
+    rows = [("data set", "part", "state", "files", "on disk", "to fetch")]
+    for one in found:
+        there = f"{one['parts_there']} of {len(one['parts'])} there"
+        for part in (*one["parts"], {**one, "name": "all of it", "state": there}):
+            files = f"{part['files']:,}" if part["files"] or part["name"] == "all of it" else ""
+            about = "about " if part["estimated"] else ""
+            rows.append((one["name"], part["name"], part["state"], files, _gb(part["bytes"], "0"),
+                         about + _gb(part["bytes_to_fetch"], "0")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) if column < 3 else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+    yield from (f"{one['name']}: not linked: {sentence}" for one in found for sentence in one["left_out"])
 
 
-# --- Every byte ------------------------------------------------------------------------------------------------------
+# --- --dry-run -------------------------------------------------------------------------------------------------------
+
+
+def plan(name: str, table: Mapping[str, Source], options: Options) -> dict[str, Any]:
+    """What getting one set would do.
+
+    {"name", "title", "page", "licence", "note", "folder", "items": [{"name", "state": "there already", "in --local" or
+    "to fetch", "bytes", "place", "urls"}], "left_out_by_max_gb", "left_out", "one_of", "sample", "files_to_fetch",
+    "bytes_to_fetch", "bytes_needed", "bytes_free"}; bytes are 0 where no size is published, and of many shards the
+    first of each folder stands for the rest, whose number is `more_like_it`.
+    """
+    if name in NEEDS_NOTHING:
+        return {"name": name, "note": NEEDS_NOTHING[name], "items": [], "files_to_fetch": 0, "bytes_to_fetch": 0}
+    source, job = table[name], open_job(table[name], options)
+    left_out = acquire.look(job)
+    items, todo = job.selection.items, job.state.todo()[: 1 if source.one_of else None]
+    fetched = [item for item in todo if not acquire.offers(job, item)]
+    unpacked = [item for item in todo if not job.state.linked(item, job.state.offered)]
+    return {"name": name, "title": source.title, "page": source.page, "licence": source.licence, "note": source.note,
+            "folder": str(job.folder),
+            "items": [_item(item, job) for item in (items if len(items) < MOST_SHOWN else _without_like(items))],
+            "left_out_by_max_gb": [item.name for item in _without_like(job.selection.left_out)], "left_out": left_out,
+            "one_of": source.one_of, "sample": options.sample, "files_to_fetch": len(fetched),
+            "bytes_to_fetch": fetch_bytes(fetched), "bytes_needed": acquire.bytes_needed(job, unpacked),
+            "bytes_free": shutil.disk_usage(nearest_existing(options.data_root)).free}
+
+
+def _item(item: Item, job: Job) -> dict[str, Any]:
+    shards = sum(other.kind == "parquet" and other.into == item.into for other in job.selection.items)
+    there, offered = job.state.present(item), acquire.offers(job, item)
+    urls = [without_secrets(url) for file in item.files
+            for url in job.selection.addresses(file, hide_key=True) or ("(needs a key)",)]
+    return {"name": item.name, "state": "there already" if there else "in --local" if offered else "to fetch",
+            "bytes": item.size, "place": str(job.folder / item.into), "urls": urls,
+            "more_like_it": shards - 1 if item.kind == "parquet" else 0}
+
+
+def _without_like(items: Sequence[Item]) -> list[Item]:
+    """Of many shards the first one of each folder stands for the rest."""
+    firsts = {item.into: item for item in reversed(items) if item.kind == "parquet"}
+    return [item for item in items if item.kind != "parquet" or firsts[item.into] is item]
+
+
+def plan_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of --dry-run for one set."""
+    if "title" not in found:
+        yield f"{found['name']}: {found['note']}"
+        return
+    yield f"{found['name']}: {found['title']}, {found['page']}"
+    yield f"  licence: {found['licence']}"
+    if found["note"]:
+        yield f"  note: {found['note']}"
+    for item in found["items"]:
+        more = f" and {item['more_like_it']} more like it" if item["more_like_it"] else ""
+        yield f"  {item['name']}{more}: {_gb(item['bytes'])}, {item['state']}, to {item['place']}"
+        yield from (f"    {url}" for url in item["urls"])
+    yield from (f"  not linked: {sentence}" for sentence in found["left_out"])
+    if found["left_out_by_max_gb"]:
+        yield f"  left out by --max-gb: {', '.join(found['left_out_by_max_gb'])}"
+    if found["one_of"]:
+        yield "  one of these files is enough; they are tried in this order"
+    part = f", a sample of {found['sample']} files of each" if found["sample"] else ""
+    size = _gb(found["bytes_to_fetch"]) if found["files_to_fetch"] else "0"
+    yield (f"  to fetch: {found['files_to_fetch']} files or archives{part}, {size}; space "
+           f"needed: {_gb(found['bytes_needed'], '0')}, free: {_gb(found['bytes_free'])}")
+
+
+def plans_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of --dry-run."""
+    return chain.from_iterable(map(plan_lines, found))
+
+
+def _gb(size: int, none: str = "size not published") -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB" if size else none
+
+
+# --- --verify --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -97,119 +203,120 @@ class Findings:
     unreadable: list[str] = field(default_factory=list)  # as they came, and no decoder opens them
 
 
-def verify(work: Acquisition, threads: int = 0) -> Outcome:
+class _Check(NamedTuple):
+    """A file to look at. `compare` raises Mismatch or OSError where it differs from what came; None of the user's."""
+
+    item: str
+    name: str
+    path: Path
+    compare: Callable[[], Any] | None = None
+    is_media: bool = True
+
+
+def verify(source: Source, options: Options, threads: int = 0) -> Outcome:
     """Hash every file of the set again, and open it. Items with damage are marked: the next download mends them."""
-    return work.told(partial(_verify, work, threads or os.cpu_count() or 1))
+    job = open_job(source, options)
+    return acquire.reported(job, lambda: _verify(job, threads or os.cpu_count() or 1))
 
 
-def _verify(work: Acquisition, threads: int) -> Outcome:
+def _verify(job: Job, threads: int) -> Outcome:
     findings = Findings()
-    if not work.folder.is_dir():
-        return _verdict(work, findings)
-    with work.locked(), work.policy.progress.bar(f"verifying {work.source.name}", unit=" files") as bar:
-        for (item, name), result in pipeline.results(_checks(work), threads):
-            if isinstance(result, BaseException):
-                raise result
+    if not job.folder.is_dir():
+        return _verdict(job, findings)
+    with (acquire.one_at_a_time(job),
+          job.policy.progress.bar(f"verifying {job.selection.source.name}", unit=" files") as bar):
+        for check, done in in_threads(((check, partial(_look_at, check)) for check in _checks(job)), threads):
             bar.add(1)
             findings.files += 1
-            damage, problem = result
-            if damage and item:
-                findings.damaged.setdefault(item, []).append(name)
+            damage, problem = done.result()
+            if damage and check.item:
+                findings.damaged.setdefault(check.item, []).append(check.name)
             elif damage or problem:
-                findings.unreadable.append(name)
+                findings.unreadable.append(check.name)
             if damage or problem:
-                work.say(f"{name}: {damage or problem}")
-        _mark(work, findings.damaged)
-    return _verdict(work, findings)
+                job.say(f"{check.name}: {damage or problem}")
+        _mark(job, findings.damaged)
+    return _verdict(job, findings)
 
 
-def _mark(work: Acquisition, damaged: dict[str, list[str]]) -> None:
+def _look_at(check: _Check) -> tuple[str, str]:
+    """(damage, why it cannot be opened), "" for neither."""
+    try:
+        if check.compare:
+            check.compare()
+    except Mismatch as error:
+        return str(error), ""
+    except OSError as error:
+        return (error.strerror or str(error)).lower(), ""
+    return "", problem_of(check.path) if check.is_media else ""
+
+
+def _checks(job: Job) -> Iterator[_Check]:
+    """Of all files: those that an item brought, and those of the user."""
+    state, folder = job.state, job.folder
+    listed: set[str] = set()
+    for item in job.selection.items:
+        record = state.records.get(item.name)
+        if item.kind == "plain":
+            if record or state.differs(item):
+                came = _came(folder / item.into, record or {}, item.files[0])
+                yield _Check(item.name, item.into, came.path, partial(check_file, came), is_media=False)
+            continue
+        for file in item.files:
+            path = acquire.path_of(job, item, file)
+            if path.is_file():
+                yield _Check(item.name, f"{ARCHIVES}/{file.name}", path, partial(check_file, as_published(file, path)),
+                             is_media=False)
+        for name, size, crc32 in entries(contents_path(folder, item.name)) if record else ():
+            place = f"{item.into}/{name}".lstrip("/")
+            if item.kind == "parquet":
+                listed.add(place)
+            yield _Check(item.name, place, folder / place, partial(_compare_member, folder / place, size, crc32))
+    further = (*job.selection.source.partly, *job.selection.source.made)
+    for place in sorted({*state.marker.get("linked", {}), *(count.folder for count in further)}):
+        for name, _ in inventory.tree(folder / place):
+            if f"{place}/{name}" not in listed:
+                yield _Check("", f"{place}/{name}", folder / place / name)
+
+
+def _came(path: Path, record: Mapping[str, Any], file: File) -> Wanted:
+    """A list as it came, or as it is published."""
+    if not record.get("sha256"):
+        return as_published(file, path)
+    return Wanted(path=path, size=record["bytes"], digests=(f"sha256:{record['sha256'][0]}",))
+
+
+def _compare_member(path: Path, size: int, crc32: int | None) -> None:
+    found = path.stat().st_size
+    if found != size:
+        raise Mismatch(f"has {found:,} bytes instead of {size:,}")
+    if crc32 not in (None, crc32_of(path)):
+        raise Mismatch("has other bytes than those that came (CRC-32)")
+
+
+def _mark(job: Job, damaged: dict[str, list[str]]) -> None:
     """Write down what is damaged, and that what was so before no longer is."""
-    records = work.holdings.items
-    healed = [item.name for item in work.selection.items
+    records = job.state.records
+    healed = [item.name for item in job.selection.items
               if item.name not in damaged and records.get(item.name, {}).pop("damaged", None)]
     for name, files in damaged.items():
         records.setdefault(name, {})["damaged"] = files[:100]
     if damaged or healed:
-        inventory.write_marker(work.folder, work.holdings.marker)
+        job.state.save()
 
 
-def _verdict(work: Acquisition, findings: Findings) -> Outcome:
+def _verdict(job: Job, findings: Findings) -> Outcome:
     """Missing or damaged files are mended by a download; those that came as they are may be done without."""
     number = sum(map(len, findings.damaged.values()))
-    absent = [item.name for item in work.holdings.todo(sizes=False) if item.name not in findings.damaged]
+    absent = [item.name for item in job.state.todo(sizes=False) if item.name not in findings.damaged]
     detail = f"{findings.files - number:,} files are right"
     detail += f", {number:,} damaged" if number else ""
     detail += f", {len(findings.unreadable):,} cannot be opened" if findings.unreadable else ""
     detail += f", missing: {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}" if absent else ""
     code = FAILED if number or absent else IN_PART if findings.unreadable else DONE
-    return Outcome(name=work.source.name, detail=detail, code=code,
+    return Outcome(name=job.selection.source.name, detail=detail, code=code,
                    state="damaged" if number else "missing" if absent else "verified",
-                   next_command=work.selection.command() if code == FAILED else readiness.next_command(work.selection))
-
-
-def _checks(work: Acquisition) -> Iterator[tuple[tuple[str, str], Check]]:
-    """((item, name of the file), check) of all files: those that an item brought, and those of the user."""
-    listed: set[str] = set()
-    for item in work.selection.items:
-        record = work.holdings.items.get(item.name)
-        if item.kind == "plain" and (record or work.holdings.differs(item)):
-            yield (item.name, item.into), partial(_check_plain, work.folder / item.into, record or {}, item.files[0])
-        for file in item.files if item.kind != "plain" else ():
-            path, _ = work.arrived(item, file)
-            if path.is_file():
-                yield (item.name, f"{ARCHIVES}/{file.name}"), partial(_check_archive, path, file)
-        if item.kind != "plain" and record:
-            for name, size, crc32 in inventory.entries(inventory.contents_path(work.folder, item.name)):
-                place = f"{item.into}/{name}".lstrip("/")
-                if item.kind == "parquet":
-                    listed.add(place)
-                yield (item.name, place), partial(_check_file, work.folder / place, size, crc32)
-    counts = (*work.source.partly, *work.source.made)
-    places = set(work.holdings.marker.get("linked", {})) | {count.folder for count in counts}
-    for place in sorted(places):
-        for name, _ in inventory.tree(work.folder / place):
-            if f"{place}/{name}" not in listed:
-                yield ("", f"{place}/{name}"), partial(_check_own, work.folder / place / name)
-
-
-def _check_plain(path: Path, record: dict[str, Any], file: File) -> tuple[str, str]:
-    came = Wanted(path=path, size=record["bytes"], digests=(f"sha256:{record['sha256'][0]}",)) if record.get(
-        "sha256") else as_published(file, path)
-    try:
-        http.check_file(came)
-    except (Mismatch, OSError) as error:
-        return _why(error), ""
-    return "", ""
-
-
-def _check_archive(path: Path, file: File) -> tuple[str, str]:
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            http.check_file(as_published(file, path))
-        except Mismatch as error:
-            return str(error), ""
-    return "", ""
-
-
-def _check_file(path: Path, size: int, crc32: int | None) -> tuple[str, str]:
-    try:
-        found = path.stat().st_size
-        if found != size:
-            return f"has {found:,} bytes instead of {size:,}", ""
-        if crc32 is not None and archives.crc32_of(path) != crc32:
-            return "has other bytes than those that came (CRC-32)", ""
-    except OSError as error:
-        return _why(error), ""
-    return "", problem_of(path)
-
-
-def _check_own(path: Path) -> tuple[str, str]:
-    return "", problem_of(path)
-
-
-def _why(error: Exception) -> str:
-    return (error.strerror or str(error)).lower() if isinstance(error, OSError) else str(error)
+                   next_command=job.selection.command() if code == FAILED else job.state.next_command())
 
 
 def problem_of(path: Path) -> str:
@@ -219,11 +326,15 @@ def problem_of(path: Path) -> str:
     wanted = "picture" if suffix in media.PICTURE_SUFFIXES else "sound"
     try:
         if wanted == "picture" or (suffix in FIRST_FRAME_TELLS and _is_picture(path)):
-            _open_picture(path)
+            from trimodal.data.images import decode_image
+
+            decode_image(path)
         elif suffix in FIRST_FRAME_TELLS:
             return "" if _frames(path) else "holds neither sound nor picture"
         elif suffix in media.SOUND_SUFFIXES:
-            return "" if _samples(path) else "holds no sound"
+            from trimodal.data.tracks import count_samples
+
+            return "" if count_samples(str(path)) else "holds no sound"
     except Exception as error:  # decoders raise whatever they like
         reason = media.reason_of(error, str(path))
         return media.kind_of(str(path), wanted) or f"cannot be opened ({reason[:120]})"
@@ -235,26 +346,11 @@ def _is_picture(path: Path) -> bool:
     return not media.kind_of(str(path), "picture") and bool(media.kind_of(str(path), "sound"))
 
 
-def _open_picture(path: Path) -> None:
-    from trimodal.data.images import decode_image
-
-    decode_image(path)
-
-
-def _samples(path: Path) -> int:
-    from trimodal.data.tracks import count_samples
-
-    return count_samples(str(path))
-
-
 def _frames(path: Path) -> int:
+    """How many of the first sound and the first video stream have a frame."""
+    found = 0
     with media.open_container(str(path), media.SOUND_FORMATS) as container:
-        streams = [*container.streams.audio[:1], *container.streams.video[:1]]
-        return sum(1 for stream in streams for _ in _first(container, stream))
-
-
-def _first(container: Any, stream: Any) -> Iterator[Any]:
-    container.seek(0)
-    for frame in container.decode(stream):
-        yield frame
-        return
+        for stream in [*container.streams.audio[:1], *container.streams.video[:1]]:
+            container.seek(0)
+            found += next(iter(container.decode(stream)), None) is not None
+    return found

@@ -18,13 +18,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from trimodal.download import pipeline
 from trimodal.download.http import Policy, TransferError
-from trimodal.download.selection import Options
+from trimodal.download.progress import in_threads
+from trimodal.download.selection import Options, Selection
 from trimodal.errors import UserError
 from trimodal.files import keep_beside, replacing, settle
 from trimodal.media import WITH_SOUND
-from trimodal.sets.base import Source
 
 LEDGER, STAGING = "youtube.csv", ".clips"
 COLUMNS = ("clip", "status", "detail", "when")
@@ -45,120 +44,72 @@ _REASONS = tuple((status, re.compile(pattern, re.IGNORECASE)) for status, patter
 ))
 
 
-def fetch_clips(source: Source, folder: Path, options: Options, policy: Policy) -> int:
-    """Get what is missing in `folder`/SPLIT/YOUTUBEID_START.flac; returns how many may still come in a later run.
+def fetch_clips(selection: Selection, policy: Policy) -> int:
+    """Get what is missing in SPLIT/YOUTUBEID_START.flac of the set's folder; returns how many may still come in a later
+    run.
 
     Raises:
         UserError: yt-dlp or ffmpeg is missing, or YouTube takes this address for a bot.
         TransferError: YouTube asks to slow down.
     """
-    tool = find_tool()
+    tool, folder, name = _find_tool(), selection.folder, selection.source.name
     ledger = read_ledger(folder / LEDGER)
     if not _is_ledger(folder / LEDGER):
         kept = keep_beside(folder / LEDGER)
-        policy.progress.say(f"{source.name}: {folder / LEDGER} held other rows than those of this command; all of "
-                            f"it is kept as {kept}")
+        policy.progress.say(f"{name}: {folder / LEDGER} held other rows than those of this command; all of it is kept "
+                            f"as {kept}")
     with replacing(folder / LEDGER, "w") as file:  # one row a clip again
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows((clip, *row) for clip, row in ledger.items())
-    todo = list(_todo(source, folder, options, ledger))
     _clear_staging(folder)
     try:
-        return _fetch_all(tool, folder, todo, options, policy)
+        counts = _fetch_all(tool, selection, list(_todo(selection, ledger)), policy)
     finally:
         _clear_staging(folder)
+    came = ", ".join(f"{status} {n:,}" for status, n in counts.items()) or "nothing left to try"
+    policy.progress.say(f"{name}: from YouTube: {came}; all of it in {folder / LEDGER}")
+    return sum(n for status, n in counts.items() if status not in ("ok", *GONE, *BOUND))
 
 
-def _is_ledger(path: Path) -> bool:
-    """Whether writing what `read_ledger` gives loses nothing: no file, or its head and then rows, the last one maybe
-    cut."""
-    if not os.path.lexists(path):
-        return True
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        head, *rows = [*csv.reader(file)] or [[]]
-    return not path.is_symlink() and head in ([], list(COLUMNS)) and all(len(row) == len(COLUMNS) for row in rows[:-1])
-
-
-def _clear_staging(folder: Path) -> None:
-    """Remove what this and killed processes put there, and nothing else."""
-    staging = folder / STAGING
-    for left in [] if staging.is_symlink() or not staging.is_dir() else staging.iterdir():
-        if re.fullmatch(r"process-\d+", left.name):
-            shutil.rmtree(left, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        staging.rmdir()  # only when empty
-
-
-def find_tool() -> list[str]:
-    """The command of yt-dlp: the program, else the package."""
-    if shutil.which("yt-dlp"):
-        tool = ["yt-dlp"]
-    elif importlib.util.find_spec("yt_dlp"):
-        tool = [sys.executable, "-m", "yt_dlp"]
-    else:
-        raise UserError("--sounds youtube: needs the optional program yt-dlp; run: pip install yt-dlp")
-    if not shutil.which("ffmpeg"):
-        raise UserError("--sounds youtube: yt-dlp cuts clips with ffmpeg, which is not on PATH; install it")
-    return tool
-
-
-def read_ledger(path: Path) -> dict[str, tuple[str, str, str]]:
-    """Clip -> (status, detail, when); {} where there is none. A row that an interruption cut is left out."""
-    try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS) and row != list(COLUMNS)]
-    except FileNotFoundError:
-        return {}
-    return {clip: (status, detail, when) for clip, status, detail, when in rows}
-
-
-def status_of(said: str) -> str:
-    """One of bot, rate, age, geo, private, removed, and failed, which may be anything else."""
-    return next((status for status, pattern in _REASONS if pattern.search(said)), "failed")
-
-
-def any_left(source: Source, folder: Path, options: Options) -> bool:
+def any_left(selection: Selection) -> bool:
     """Whether a clip that is asked for is not there and may come, because it was never tried, or may fare better."""
-    return next(_todo(source, folder, options, read_ledger(folder / LEDGER)), None) is not None
+    return next(_todo(selection, read_ledger(selection.folder / LEDGER)), None) is not None
 
 
-def _todo(source: Source, folder: Path, options: Options,
-          ledger: Mapping[str, tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
+def _todo(selection: Selection, ledger: Mapping[str, tuple[str, str, str]]) -> Iterator[tuple[str, str]]:
     """(split, clip) of what is not there and may come, test and val first, as they are small."""
-    assert source.clips
+    options, folder, clips = selection.options, selection.folder, selection.source.clips
+    assert clips
     closed = GONE if options.cookies else (*GONE, *BOUND)
     for split in ("test", "val", "train"):
         if options.splits and split not in options.splits:
             continue
         there = {path.stem for path in (folder / split).glob("[!.]*") if path.suffix in WITH_SOUND}
-        open_clips = [clip for clip in source.clips(folder, split)
+        open_clips = [clip for clip in clips(folder, split)
                       if clip not in there and ledger.get(clip, ("",))[0] not in closed]
         most = max(0, options.sample - len(there)) if options.sample else None
         yield from ((split, clip) for clip in open_clips[:most])
 
 
-def _fetch_all(tool: list[str], folder: Path, todo: list[tuple[str, str]], options: Options, policy: Policy) -> int:
-    """How many did not come and may do so later."""
+def _fetch_all(tool: list[str], selection: Selection, todo: list[tuple[str, str]], policy: Policy) -> Counter[str]:
+    """Try all clips of `todo`, each with a row in the ledger; how many came to which status."""
+    folder, options = selection.folder, selection.options
     counts: Counter[str] = Counter()
-    in_a_row: Counter[str] = Counter()
+    in_a_row, last = 0, ""
     tasks = ((clip, partial(_fetch, tool, folder, split, clip, options)) for split, clip in todo)
-    with (folder / LEDGER).open("a", encoding="utf-8", newline="") as file, \
-            policy.progress.bar("clips from YouTube", len(todo), unit=" clips") as bar:
+    with ((folder / LEDGER).open("a", encoding="utf-8", newline="") as file,
+          policy.progress.bar("clips from YouTube", len(todo), unit=" clips") as bar):
         writer = csv.writer(file, lineterminator="\n")
-        for clip, result in pipeline.results(tasks, options.jobs or 1):
-            if isinstance(result, BaseException):
-                raise result
-            status, detail = result
+        for clip, done in in_threads(tasks, options.jobs or 1):
+            status, detail = done.result()
             writer.writerow((clip, status, detail, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())))
             file.flush()
             counts[status] += 1
-            in_a_row = Counter({status: in_a_row[status] + 1})
+            in_a_row, last = in_a_row + 1 if status == last else 1, status
             bar.add(1)
-            _give_up(status, in_a_row[status], policy)
-    policy.progress.say("from YouTube: " + (", ".join(f"{status} {n:,}" for status, n in counts.items())
-                                                       or "nothing left to try") + f"; all of it in {folder / LEDGER}")
-    return sum(n for status, n in counts.items() if status not in ("ok", *GONE, *BOUND))
+            _give_up(status, in_a_row, policy)
+    return counts
 
 
 def _give_up(status: str, in_a_row: int, policy: Policy) -> None:
@@ -209,3 +160,52 @@ def _has_sound(path: Path) -> bool:
     except soundfile.LibsndfileError:
         return False
 
+
+def _clear_staging(folder: Path) -> None:
+    """Remove what this and killed processes put there, and nothing else."""
+    staging = folder / STAGING
+    for left in [] if staging.is_symlink() or not staging.is_dir() else staging.iterdir():
+        if re.fullmatch(r"process-\d+", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        staging.rmdir()  # only when empty
+
+
+def _find_tool() -> list[str]:
+    """The command of yt-dlp: the program, else the package."""
+    if shutil.which("yt-dlp"):
+        tool = ["yt-dlp"]
+    elif importlib.util.find_spec("yt_dlp"):
+        tool = [sys.executable, "-m", "yt_dlp"]
+    else:
+        raise UserError("--sounds youtube: needs the optional program yt-dlp; run: pip install yt-dlp")
+    if not shutil.which("ffmpeg"):
+        raise UserError("--sounds youtube: yt-dlp cuts clips with ffmpeg, which is not on PATH; install it")
+    return tool
+
+
+def read_ledger(path: Path) -> dict[str, tuple[str, str, str]]:
+    """Clip -> (status, detail, when); {} where there is none. A row that an interruption cut is left out."""
+    rows = (row for row in _rows(path) if len(row) == len(COLUMNS) and row != list(COLUMNS))
+    return {clip: (status, detail, when) for clip, status, detail, when in rows}
+
+
+def _is_ledger(path: Path) -> bool:
+    """Whether writing what `read_ledger` gives loses nothing: no file, or its head and then rows, the last one maybe
+    cut."""
+    rows = _rows(path)
+    return (not path.is_symlink() and rows[:1] in ([], [list(COLUMNS)])
+            and all(len(row) == len(COLUMNS) for row in rows[1:-1]))
+
+
+def _rows(path: Path) -> list[list[str]]:
+    try:
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return [*csv.reader(file)]
+    except FileNotFoundError:
+        return []
+
+
+def status_of(said: str) -> str:
+    """One of bot, rate, age, geo, private, removed, and failed, which may be anything else."""
+    return next((status for status, pattern in _REASONS if pattern.search(said)), "failed")

@@ -16,8 +16,8 @@ from tests.loopback import Loopback
 from tests.project import ROOT
 from trimodal import sets as all_sets
 from trimodal.config import config_from_dict
-from trimodal.download import readiness
 from trimodal.download.http import Policy
+from trimodal.download.state import ENOUGH, trainable
 from trimodal.sets import SOURCES
 from trimodal.sets.base import Source
 from trimodal.sets.lists import training_files
@@ -130,11 +130,11 @@ def test_pictures_count_as_the_reader_takes_them(tmp_path: Path) -> None:
     root = trees.coco(tmp_path)
     config = config_from_dict({"paths": {"data_root": str(tmp_path)}})
     read = {Path(sample.image).name for sample in all_sets.read_split("coco", "train", config)}
-    assert set(training_files(SOURCES["coco"], root) or ()) == read and len(read) >= readiness.ENOUGH
+    assert set(training_files(SOURCES["coco"], root) or ()) == read and len(read) >= ENOUGH
     for path in (root / "train2017").iterdir():
         path.unlink()
     (root / "annotations/dataset_coco.json").unlink()
-    assert not readiness.trainable(SOURCES["coco"], root)
+    assert not trainable(SOURCES["coco"], root)
 
 
 def test_speakers_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_speakers_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
     wav = root / "voxceleb1/wav"
     (wav / "id10001").rename(wav / "id10271")
     (wav / "id10002").rename(wav / "id10272")
-    assert not readiness.trainable(SOURCES["voxceleb"], root)
+    assert not trainable(SOURCES["voxceleb"], root)
 
 
 def test_every_set_is_known() -> None:

@@ -9,21 +9,25 @@ import pytest
 
 from tests import trees
 from tests.refusals import refused
-from trimodal.download import local_copies
+from trimodal.download.local import link
 from trimodal.sets import SOURCES
 
 
 def link_voxceleb(local: Path, folder: Path, earlier: Sequence[Path] = ()) -> dict[str, int]:
-    copies = local_copies.find(SOURCES["voxceleb"], [], local)
-    local_copies.link(copies, folder, earlier)
+    find = SOURCES["voxceleb"].find_copies
+    assert find
+    copies = find(local, [])
+    link(copies, folder, earlier)
     return dict(copies.numbers)
 
 
 def link_audiocaps(local: Path, folder: Path, lists: Path) -> dict[str, int]:
     paths = [(split, path) for version in ("dataset", "dataset2.0") for split in ("train", "val", "test")
              if (path := lists / version / f"{split}.csv").is_file()]
-    copies = local_copies.find(SOURCES["audiocaps"], [], local, paths)
-    local_copies.link(copies, folder)
+    find = SOURCES["audiocaps"].find_copies
+    assert find
+    copies = find(local, paths)
+    link(copies, folder)
     return dict(copies.numbers)
 
 

@@ -14,6 +14,7 @@ from tests import trees
 from tests.refusals import refused
 from tests.small_runs import RECIPE
 from trimodal.config import Config, load_config
+from trimodal.data import bad_samples
 from trimodal.data.batches import VISIT, Batch, BatchReader, Split, crop_mel, pool, spec_augment
 from trimodal.data.images import fit_eval
 from trimodal.data.samples import Sample, SampleTable, normalise_caption, stable_hash
@@ -324,6 +325,7 @@ def test_a_pool_without_any_good_sample_is_a_problem(damaged: tuple[Split, Confi
     only_broken = dataclasses.replace(only_broken, store=dataclasses.replace(split.store, table=only_broken.table))
     with refused(3, "image", "text", only_broken.table.images[2]):
         BatchReader(only_broken, [(0, np.array([2]))], BOTH, config, True, 1)[0]
+    assert "manifest/2" in bad_samples.path_of(config).read_text("utf-8")
 
 
 def test_adding_a_set_does_not_change_what_others_draw(folder: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
+from trimodal.data import bad_samples
 from trimodal.data.concepts import concepts_of
 from trimodal.data.images import augment, fit_eval
 from trimodal.data.mirroring import may_mirror
@@ -198,6 +199,7 @@ class BatchReader:
             found = [one or self._stand_in(k, row, visit, inputs, taken)
                      for one, (visit, row) in zip(found, wanted, strict=True)]
             if not any(found):
+                bad_samples.record(broken, self.config)
                 raise UserError(f"data: no sample of a batch can be read, and none of the "
                                 f"{len(pool(self.split.table, inputs))} "
                                 f"with {' and '.join(inputs)} can stand in; the first: {broken[0]['reason']}")

@@ -45,12 +45,12 @@ class Wording:
             found.append(f"{_pct(self.unknown, self.words)} of the words ({self.unknown:,} of {self.words:,}) are not "
                          "in the model's vocabulary: for each of them it sees the same [UNK]")
         if self.empty:
-            told = ", ".join(f"{count:,} times {text!r}" for text, count in self.empty.most_common(3))
-            found.append(f"{self.empty.total():,} captions look like empty cells that were saved as text: {told}")
+            examples = ", ".join(f"{count:,} times {text!r}" for text, count in self.empty.most_common(3))
+            found.append(f"{self.empty.total():,} captions look like empty cells that were saved as text: {examples}")
         if self.odd:
-            told = ", ".join(f"{count:,} times {text!r}" for text, count in self.odd.most_common(3))
+            examples = ", ".join(f"{count:,} times {text!r}" for text, count in self.odd.most_common(3))
             found.append(f"{self.odd.total():,} captions look like numbers, names of files, several captions in one, "
-                         f"or text in a wrong encoding or with markup: {told}")
+                         f"or text in a wrong encoding or with markup: {examples}")
         return found
 
     def advice(self) -> str:

@@ -235,6 +235,8 @@ def test_a_mistake_names_the_place_the_value_and_what_is_allowed(override: str, 
     ("stages: []", ["stages"]),
     ("stages: [{name: a, share: 1, tasks: []}]", ["stages[0].tasks"]),
     ("model: {size: !!python/object/apply:os.getcwd []}", ["config.yaml"]),
+    ("model: {size: 2001-99-99}", ["config.yaml"]), ("model: {size: !!timestamp x}", ["config.yaml"]),
+    ("[" * 5_000, ["config.yaml"]), ("model: {embed_dim: 0x" + "f" * 5_000 + "}", ["model.embed_dim"]),
 ])
 def test_a_broken_file_is_named(tmp_path: Path, text: str, named: list[str]) -> None:
     error_of(path=write(tmp_path, text), named=named)

@@ -378,7 +378,14 @@ def _problem(problem: Mapping[str, Any], values: Any) -> tuple[str, str]:
         return key, text
     if kind == "dataclass_type":
         text = "should be a section of keys"
-    return key or "settings", f"{value!r:.100} {text[max(text.find('should'), 0):].replace('tuple', 'list')}"
+    return key or "settings", f"{_shown(value)} {text[max(text.find('should'), 0):].replace('tuple', 'list')}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.100}"
+    except ValueError:
+        return "a whole number of more digits than Python prints"
 
 
 def _keys_of(section: Iterable[str | int]) -> list[str]:
@@ -386,6 +393,10 @@ def _keys_of(section: Iterable[str | int]) -> list[str]:
     for name in section:
         found = found[0 if isinstance(name, int) else name]
     return list(found)
+
+
+# PyYAML lets through what its constructors raise, for impossible dates for example
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -406,7 +417,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file of settings") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or no UTF-8
+    except _YAML_ERRORS as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path}: should hold sections such as 'model:', not a {type(raw).__name__}")
@@ -428,7 +439,7 @@ def _apply_override(values: Any, override: str) -> None:
         raise ConfigError(f"{'.'.join(sections)}: is no section of keys; {override!r} cannot set one there")
     try:
         node[key] = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
+    except _YAML_ERRORS:
         node[key] = text
 
 

@@ -187,7 +187,8 @@ def load(path: str | Path) -> dict[str, Any]:
         except MemoryError:
             raise
         except Exception as error:  # a file made to deceive may provoke any error inside torch.load
-            raise CheckpointError(f"{path}: refused, more than tensors and numbers ({_reason(error)})") from None
+            raise CheckpointError(f"{path}: refused, it holds more than tensors and numbers, or is damaged "
+                                  f"({_reason(error)}); take another one") from None
     if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
         raise CheckpointError(f"{path}: not a checkpoint of this project (it names no schema)")
     if state["schema"] > SCHEMA:
@@ -260,14 +261,15 @@ def _check(path: Path, file: BinaryIO) -> bool:
             comment, claimed = archive.comment, sum(part.file_size for part in archive.infolist())
     except Exception:  # whatever zipfile says of a file that is no whole zip
         raise CheckpointError(f"{path}: no checkpoint of this project, or truncated or damaged: it ends after {size} "
-                              "bytes") from None
+                              "bytes; take another one") from None
     if claimed > size:
         raise CheckpointError(f"{path}: refused, its parts claim {claimed:,} bytes, more than the file has")
     file.seek(-2, os.SEEK_END)  # of a zip without a comment this is its length, 0: as torch.save writes it
     if not comment and file.read() == b"\0\0":
         return False
     if not comment.startswith(_MARK) or _sha256(file, size - 64).encode() != comment[len(_MARK):]:
-        raise CheckpointError(f"{path}: damaged, its {size} bytes are not what was written (the digest differs)")
+        raise CheckpointError(f"{path}: damaged, its {size} bytes are not what was written (the digest "
+                              "differs); take another one")
     return True
 
 

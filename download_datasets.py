@@ -17,7 +17,7 @@ with environment_needed("requests", "tqdm", "numpy"):
     from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Outcome, acquire
     from trimodal.download.http import Policy, without_secrets
     from trimodal.download.selection import Options, read_options
-    from trimodal.download.verify import plan, plans_lines, status, status_lines, verify
+    from trimodal.download.verify import plan, plan_lines, status, status_lines, verify
     from trimodal.sets import ALL, NEEDS_NOTHING, SOURCES
     from trimodal.sets.base import MIRRORS, Source
 
@@ -134,7 +134,7 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
 
 def _show(arguments: argparse.Namespace, names: list[str], table: Mapping[str, Source], options: Options) -> None:
     """Print what --status or --dry-run asks for, as a table, as lines, or as one JSON object."""
-    look, lines = (status, status_lines) if arguments.status else (plan, plans_lines)
+    look, lines = (status, status_lines) if arguments.status else (plan, plan_lines)
     found = [look(name, table, options) for name in names]
     for line in [json.dumps({"sets": found}, ensure_ascii=False)] if arguments.json else lines(found):
         print(line)

@@ -383,9 +383,11 @@ def ask(session: "Session", url: str, policy: Policy, good: tuple[int, ...],
         response = session.get(url, headers=dict(headers), stream=True,
                                timeout=(policy.connect_timeout_s, policy.read_timeout_s))
     except requests.RequestException as error:
-        unreachable = isinstance(_cause(error), of.ConnectTimeoutError | of.ProxyError)
+        cause = _cause(error)
+        unreachable = isinstance(cause, of.ConnectTimeoutError | of.ProxyError)
         number = 1 + (policy.failures_to_connect if unreachable else policy.failures)
-        raise NextServer(f"{_reason(error, policy)} ({number} tries)", unreachable=unreachable) from None
+        tries = f" ({number} tries)" if isinstance(cause, of.HTTPError) else ""
+        raise NextServer(_reason(error, policy) + tries, unreachable=unreachable) from None
     if response.status_code in good:
         if response.headers.get("Content-Encoding", "identity").lower() in ("identity", ""):
             return response

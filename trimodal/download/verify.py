@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -160,8 +159,12 @@ def _without_like(items: Sequence[Item]) -> list[Item]:
     return [item for item in items if item.kind != "parquet" or firsts[item.into] is item]
 
 
-def plan_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of --dry-run for one set."""
+def plan_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of --dry-run."""
+    return chain.from_iterable(map(_lines_of_plan, found))
+
+
+def _lines_of_plan(found: Mapping[str, Any]) -> Iterator[str]:
     if "title" not in found:
         yield f"{found['name']}: {found['note']}"
         return
@@ -184,23 +187,11 @@ def plan_lines(found: Mapping[str, Any]) -> Iterator[str]:
            f"needed: {_gb(found['bytes_needed'], '0')}, free: {_gb(found['bytes_free'])}")
 
 
-def plans_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The lines of --dry-run."""
-    return chain.from_iterable(map(plan_lines, found))
-
-
 def _gb(size: int, none: str = "size not published") -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB" if size else none
 
 
 # --- --verify --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Findings:
-    files: int = 0
-    damaged: dict[str, list[str]] = field(default_factory=dict)  # item -> files that are not as they came
-    unreadable: list[str] = field(default_factory=list)  # as they came, and no decoder opens them
 
 
 class _Check(NamedTuple):
@@ -220,23 +211,25 @@ def verify(source: Source, options: Options, threads: int = 0) -> Outcome:
 
 
 def _verify(job: Job, threads: int) -> Outcome:
-    findings = Findings()
+    damaged: dict[str, list[str]] = {}  # item -> files that are not as they came
+    unreadable: list[str] = []  # as they came, and no decoder opens them
+    files = 0
     if not job.folder.is_dir():
-        return _verdict(job, findings)
+        return _verdict(job, files, damaged, unreadable)
     with (acquire.one_at_a_time(job),
           job.policy.progress.bar(f"verifying {job.selection.source.name}", unit=" files") as bar):
         for check, done in in_threads(((check, partial(_look_at, check)) for check in _checks(job)), threads):
             bar.add(1)
-            findings.files += 1
+            files += 1
             damage, problem = done.result()
             if damage and check.item:
-                findings.damaged.setdefault(check.item, []).append(check.name)
+                damaged.setdefault(check.item, []).append(check.name)
             elif damage or problem:
-                findings.unreadable.append(check.name)
+                unreadable.append(check.name)
             if damage or problem:
                 job.say(f"{check.name}: {damage or problem}")
-        _mark(job, findings.damaged)
-    return _verdict(job, findings)
+        _mark(job, damaged)
+    return _verdict(job, files, damaged, unreadable)
 
 
 def _look_at(check: _Check) -> tuple[str, str]:
@@ -305,15 +298,15 @@ def _mark(job: Job, damaged: dict[str, list[str]]) -> None:
         job.state.save()
 
 
-def _verdict(job: Job, findings: Findings) -> Outcome:
+def _verdict(job: Job, files: int, damaged: Mapping[str, list[str]], unreadable: list[str]) -> Outcome:
     """Missing or damaged files are mended by a download; those that came as they are may be done without."""
-    number = sum(map(len, findings.damaged.values()))
-    absent = [item.name for item in job.state.todo(sizes=False) if item.name not in findings.damaged]
-    detail = f"{findings.files - number:,} files are right"
+    number = sum(map(len, damaged.values()))
+    absent = [item.name for item in job.state.todo(sizes=False) if item.name not in damaged]
+    detail = f"{files - number:,} files are right"
     detail += f", {number:,} damaged" if number else ""
-    detail += f", {len(findings.unreadable):,} cannot be opened" if findings.unreadable else ""
+    detail += f", {len(unreadable):,} cannot be opened" if unreadable else ""
     detail += f", missing: {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}" if absent else ""
-    code = FAILED if number or absent else IN_PART if findings.unreadable else DONE
+    code = FAILED if number or absent else IN_PART if unreadable else DONE
     return Outcome(name=job.selection.source.name, detail=detail, code=code,
                    state="damaged" if number else "missing" if absent else "verified",
                    next_command=job.selection.command() if code == FAILED else job.state.next_command())

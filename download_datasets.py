@@ -81,7 +81,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "file of it is looked at, and fetched again only if it is missing or wrong")
     add("--json", action="store_true", help="print the answer of --status or --dry-run as one JSON object on stdout, "
         '{"sets": [...]}, with sizes in bytes')
-    add("--jobs", default="", metavar="N", help="files that are fetched at a time (default: 4, of Clotho 1)")
+    fewer = ", ".join(f"{name} {source.at_once}" for name, source in SOURCES.items() if source.at_once < 4)
+    add("--jobs", default="", metavar="N",
+        help=f"files that are fetched at a time (default: 4; fewer where a server asks for it: {fewer})")
     add("--keep-archives", action="store_true", help="keep archives in NAME/archives after unpacking")
     _add_limits(parser)
     _add_origins(parser)
@@ -94,7 +96,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{name}:{subset}" for name, source in SOURCES.items() for subset in source.subsets
                     if subset not in source.defaults))
     add("--splits", nargs="+", default=[], metavar="SPLIT", help="only the archives that these splits need: "
-        f"{', '.join(SPLITS)} (Clotho, AudioCaps and VoxCeleb have archives by split)")
+        f"{', '.join(SPLITS)}; by split are those of "
+        + ", ".join(name for name, source in SOURCES.items() if any(item.splits for item in source.items)))
     add("--max-gb", default="", metavar="GB", help="fetch at most so much of each set: lists and small archives first")
     add("--sample", default="", metavar="N", help="for a small start, so many files of each archive; only their bytes "
         "are fetched where the server allows it")
@@ -107,11 +110,13 @@ def _add_origins(parser: argparse.ArgumentParser) -> None:
     add("--base-url", action="append", default=[], metavar="NAME=URL", help="fetch the files of a set from URL/FILE")
     add("--local", action="append", default=[], metavar="[NAME=]PATH", help="what you have already: an unpacked "
         "set, also as other tools leave it (linked, not copied), a folder of archives, or one archive")
-    add("--sounds", default="mirror", metavar="WHERE", help="where AudioCaps' sounds come from: mirror (a pinned copy) "
-        "or youtube (by the optional yt-dlp, with a ledger of every clip)")
+    add("--sounds", default="mirror", metavar="WHERE", help="where the sounds of "
+        + ", ".join(name for name, source in SOURCES.items() if source.clips) + " come from: mirror (a pinned copy) or "
+        "youtube (by the optional yt-dlp, with a ledger of every clip)")
     add("--cookies", default="", metavar="FILE", help="cookies of a browser, for --sounds youtube")
-    add("--insecure-tls", action="store_true", help="do not verify the certificate of VoxCeleb's own server, which is "
-        "at times out of date; digests are checked all the same")
+    add("--insecure-tls", action="store_true", help="do not verify the certificate of a server that wants a key "
+        f"({', '.join(name for name, source in SOURCES.items() if source.needs_key)}), which is at times out of date; "
+        "digests are checked all the same")
 
 
 def _get(name: str, table: Mapping[str, Source], options: Options, only_verify: bool) -> Outcome:

@@ -97,9 +97,9 @@ def run(options: argparse.Namespace, config: "Config") -> int:
 
         return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
     if options.plan:
-        from trimodal.training import forecast
+        from trimodal.training import plans
 
-        forecast.print_plan(config, options.device, as_json=options.json)
+        plans.print_plan(config, options.device, as_json=options.json)
         return 0
     from trimodal.training import loop, resume
 

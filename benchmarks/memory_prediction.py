@@ -5,7 +5,7 @@
 
 For each size, stage and micro-batch, of the task that the planner says takes most:
 
-- planned: the planner's own figure, two optimizer steps on fake tensors.
+- planned: the planner's own figure, an optimizer step on fake tensors.
 - tensors: the peak of all tensors, followed through two real steps (`Step`, losses, optimizer) on random values of the
   largest shapes: pictures, sounds of full length, captions without padding.
 - resident: what the process holds at its peak over two such steps that nothing follows, in a process of its own, less
@@ -42,7 +42,7 @@ from benchmarks.plan_choice import PLACE, Case, Key, Trainer
 from trimodal.config import SIZES, Config, load_config
 from trimodal.memory.devices import GIB, peak_gib, reset_peak
 from trimodal.memory.tracker import PeakMemory
-from trimodal.training.planner import TOWERS, StepPlan, without_speaker
+from trimodal.training.planner import TOWERS, step_usage, without_speaker
 
 TENSORS_LIMIT_PCT, RESIDENT_LIMIT_PCT = 2.0, 10.0
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # read when a process starts
@@ -101,7 +101,7 @@ def resident_gib(case: Case, micro_batch: int) -> float:
 
 
 def planned_gib(case: Case, micro_batch: int) -> float:
-    usage = StepPlan(case.config, case.row, case.task, case.fit(key_of(micro_batch)), PLACE).usage()
+    usage = step_usage(case.config, case.row, case.task, case.fit(key_of(micro_batch)), PLACE)
     assert usage is not None, "no limit, so there is a figure"
     return usage.peak_bytes / GIB
 

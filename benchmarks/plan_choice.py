@@ -46,17 +46,14 @@ from trimodal.memory.tracker import Usage
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
 from trimodal.objectives.step import Step
-from trimodal.training.budget import Limits, plan_fit
 from trimodal.training.optimizer import Optimizer
-from trimodal.training.planner import Place, StageMeasure, apply_recompute, largest_batch, stage_upper
+from trimodal.training.planner import Limits, Place, apply_recompute, largest_batch, plan_fit, stage_upper, step_usage
 
 LIMIT = 1.10
 SLOW = 1.3  # times the fastest: not run again after the first round
 RECOMPUTE = (0, 4, 2, 1)
 LINES_PCT = (100, 70, 50, 35, 25, 15, 8, 3, 0)
 PLACE = Place("cpu", None)
-NO_LIMIT = 1 << 60
-MARGIN_BYTES = 1 << 20  # two steps may take a little more than one
 
 Key = tuple[tuple[str, int, int], ...]  # tower, micro-batch, recompute, of the towers that a task uses
 
@@ -97,35 +94,23 @@ class Case:
 
 
 class Peaks:
-    """Measures a case's fits as the planner does, each once for all budgets: its search by one step, of each objective
-    alone where in parts, and what it chooses by two whole steps."""
+    """Measures a case's fits as the planner does, each once for all budgets."""
 
     def __init__(self, case: Case):
-        self.case, self.whole_steps, self.gradients = case, dict[Key, Usage | None](), dict[str, Usage | None]()
+        self.case, self.known = case, dict[Key, Usage]()
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
-        if limit_bytes is None:
-            key = self.case.key(fit)
-            if key not in self.whole_steps:
-                self.whole_steps[key] = self._measured(fit, None)
-            return self.whole_steps[key]
-        if str(fit) not in self.gradients:
-            self.gradients[str(fit)] = self._measured(fit, NO_LIMIT)
-        usage = self.gradients[str(fit)]
-        return usage if usage and usage.peak_bytes <= limit_bytes else None
+        key = self.case.key(fit)
+        if key not in self.known:
+            usage = step_usage(self.case.config, self.case.row, self.case.task, fit, PLACE)
+            assert usage is not None, "no limit, so there is a figure"
+            self.known[key] = usage
+        return self.known[key] if limit_bytes is None or self.known[key].peak_bytes <= limit_bytes else None
 
-    def _measured(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
-        """By a measure that knows nothing of larger micro-batches, whose figure it would give for smaller ones."""
-        return StageMeasure(self.case.config, self.case.row, [self.case.task], PLACE)(fit, limit_bytes)
-
-    def searched(self, key: Key) -> int:
-        usage = self(self.case.fit(key), NO_LIMIT)
-        assert usage is not None, "nothing is above it"
-        return usage.peak_bytes
-
-    def fits(self, key: Key, line_bytes: int) -> bool:
+    def peak_bytes(self, key: Key) -> int:
         usage = self(self.case.fit(key), None)
-        return usage is not None and usage.peak_bytes <= line_bytes
+        assert usage is not None
+        return usage.peak_bytes
 
     def chosen(self, line_bytes: int) -> Key:
         """The planner's choice where `line_bytes` are for tensors."""
@@ -191,10 +176,10 @@ class Line(NamedTuple):
 
 
 def lines_of(measure: Peaks) -> list[Line]:
-    peaks = {key: measure.searched(key) for key in tqdm(measure.case.sweep(), desc="peaks", disable=None)}
+    peaks = {key: measure.peak_bytes(key) for key in tqdm(measure.case.sweep(), desc="peaks", disable=None)}
     low, high, found = min(peaks.values()), max(peaks.values()), []
     for percent in LINES_PCT:
-        line = low + MARGIN_BYTES + (high - low) * percent // 100
+        line = low + (high - low) * percent // 100
         found.append(Line(percent, line, measure.chosen(line), [key for key, peak in peaks.items() if peak <= line]))
     return found
 
@@ -228,8 +213,7 @@ def compare(case: Case, rounds: int) -> list[float]:
     lines = lines_of(measure)
     seconds, ratios = timed(case, lines, rounds), []
     for line in lines:
-        by_time = sorted(line.fitting, key=lambda key: seconds[key])
-        fastest = next(key for key in by_time if measure.fits(key, line.line_bytes))
+        fastest = min(line.fitting, key=lambda key: seconds[key])
         ratios.append(seconds[line.chosen] / seconds[fastest])
         print(f"{case.row.name:8}  {'+'.join(case.task.inputs):10}  {line.percent:4}  {line.line_bytes / 2**20:5.0f}  "
               f"{len(line.fitting):7}  {ratios[-1]:5.2f}  {seconds[line.chosen] / min(seconds.values()):6.2f}  "

@@ -28,8 +28,7 @@ import torch
 
 from trimodal.config import SIZES, Config, load_config
 from trimodal.memory.devices import GIB
-from trimodal.training.budget import OverBudget, Plan
-from trimodal.training.planner import TOWERS, Place, plan_stages, without_speaker
+from trimodal.training.planner import TOWERS, OverBudget, Place, Plan, plan_stages, without_speaker
 
 BATCHES, LARGEST = (32, 1024, 4096), 8192
 PLACE = Place("cuda", torch.bfloat16)

@@ -33,8 +33,8 @@ SAFE = {
     "download.notes.remove_archive":
         ("unlink unlink", "an archive with our note and the digest of it, not to be kept; a lock that is empty"),
     "data.bad_samples.record": ("open(ab)", "adds lines"),
-    "training.budget._write_json":
-        ("replacing", "plan_KEY.json and the calibration: a name made of a digest, made again when it is gone"),
+    "training.planner.write_plan": ("replacing", "plan_KEY.json: a name made of a digest, made again when it is gone"),
+    "training.plans.calibrate": ("replacing", "the calibration, made again when it is gone"),
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
     "checkpoint.export": ("replacing", "exports, behind outputs.writing"),
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),

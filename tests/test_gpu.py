@@ -26,7 +26,7 @@ from tests.refusals import assert_names, assert_told
 from tests.small_runs import RECIPE, SmallRuns, batches, differing, records, step, weights
 from tests.test_attention import masks_of, naive_attention
 from trimodal.memory import devices
-from trimodal.training import budget, loop, saving, validation
+from trimodal.training import loop, plans, saving, validation
 from trimodal.training.run import Options
 
 pytestmark = pytest.mark.gpu
@@ -103,7 +103,7 @@ def test_attention_takes_a_fused_kernel_and_is_right(mask: str, dtype: torch.dty
 
 def test_a_run_keeps_its_budget_says_what_it_took_and_calibrates_later_plans(
         small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(budget, "LEAST_GIB", 0.0)  # these steps are small
+    monkeypatch.setattr(plans, "LEAST_GIB", 0.0)  # these steps are small
     report = small.train(tmp_path / "run", *LARGER, "memory.micro_batch=auto")
     found = json.loads(report.with_suffix(".json").read_text("utf-8"))
     lines = capsys.readouterr().out.splitlines()
@@ -116,8 +116,8 @@ def test_a_run_keeps_its_budget_says_what_it_took_and_calibrates_later_plans(
         assert stage["peak_gib"] + devices.CONTEXT_GIB["cuda"] <= 4
         figures = f"{planned:.2f} GiB", f"{stage['peak_gib']:.2f} GiB"
         assert [line for line in lines if f"[{stage['stage']}]" in line and all(one in line for one in figures)]
-    ratios = json.loads(budget.calibration_file().read_text("utf-8"))[name]
-    assert budget.calibration(torch.cuda.get_device_name()) == max(budget.LEAST_RATIO, *ratios)
+    ratios = json.loads(plans.calibration_file().read_text("utf-8"))[name]
+    assert plans.calibration(torch.cuda.get_device_name()) == max(plans.LEAST_RATIO, *ratios)
     assert not records(tmp_path / "run", "event"), "nothing ran out"
 
 

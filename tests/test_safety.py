@@ -30,7 +30,7 @@ from trimodal.data.tokenizer import Tokenizer, load_tokenizer, load_word_table
 from trimodal.errors import CheckpointError, ConfigError, UserError
 from trimodal.sets import inventory
 from trimodal.sets.manifest import read_manifest
-from trimodal.training import budget
+from trimodal.training import planner, plans
 
 
 class Trap:
@@ -250,12 +250,12 @@ def test_plans_and_notes_run_no_code(tmp_path: Path, marker: Path, capsys: pytes
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """What can be made again counts as missing; of a plan, which takes a while, a line says so."""
     path = as_pickle(tmp_path / "plan_k.json", marker)
-    assert budget.read_plan(tmp_path, "k") is None
+    assert planner.read_plan(path) is None
     [line] = capsys.readouterr().err.splitlines()
     assert_names(line, path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    as_pickle(budget.calibration_file(), marker)
-    assert budget.calibration("cpu") is None
+    as_pickle(plans.calibration_file(), marker)
+    assert plans.calibration("cpu") is None
     as_pickle(tmp_path / inventory.MARKER, marker)
     assert inventory.read_marker(tmp_path) == {}
     assert not marker.exists()

@@ -424,8 +424,8 @@ def _room_for_cache(data: "Data", config: Config) -> Iterator[Finding]:
 def check_memory(case: Case) -> Iterator[Finding]:
     """Open the run, with few samples in a batch, and plan the memory of each stage as it will be asked of the run."""
     from trimodal.memory.devices import GIB
-    from trimodal.training import budget, fits
     from trimodal.training.planner import plan_stages
+    from trimodal.training.plans import describe_towers, place_of, saved_fits, settings_of
     from trimodal.training.run import open_run
 
     with contextlib.suppress(OSError):  # what was planned before need not be planned again
@@ -433,14 +433,14 @@ def check_memory(case: Case) -> Iterator[Finding]:
     options = dataclasses.replace(case.options, resume=None, overwrite=False)
     run = open_run(case.trial, options, case.state, data=case.data)
     run.tracker.close()
-    config, tasks = fits.settings_of(run, case.trial), {name: tasks for name, (tasks, _) in case.tasks.items()}
+    config, tasks = settings_of(run, case.trial), {name: tasks for name, (tasks, _) in case.tasks.items()}
     case.run = run
     yield Finding("model", "ok", f"{config.model.size}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M "
                                  f"parameters; {len(run.data.concepts)} concepts, {len(run.data.speakers)} speakers")
-    plans = plan_stages(config, tasks, fits.place_of(run), fits.saved_fits(run, config, tasks, case.state))
+    plans = plan_stages(config, tasks, place_of(run), saved_fits(run, config, tasks, case.state))
     for name, plan in plans.items():
         yield Finding(f"memory: {name}", "ok", f"{plan.peak_bytes / GIB:.2f} GiB + {plan.allowance_bytes / GIB:.2f} "
-                      f"kept free, of {plan.budget_bytes / GIB:g}; micro-batch (of) {budget.describe_towers(plan)}")
+                      f"kept free, of {plan.budget_bytes / GIB:g}; micro-batch (of) {describe_towers(plan)}")
 
 
 def check_steps(case: Case) -> Iterator[Finding]:

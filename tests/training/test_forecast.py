@@ -13,8 +13,8 @@ from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import SmallRuns
 from trimodal.config import Config
 from trimodal.data import tokenizer
-from trimodal.training import fits, forecast
-from trimodal.training.budget import Plan
+from trimodal.training import plans
+from trimodal.training.planner import Plan
 from trimodal.training.stage import active_tasks
 
 STAGES = ("stages.align.tasks=[{inputs: [image, text], objectives: {contrastive: 1.0}}, {inputs: [audio, text], "
@@ -35,14 +35,14 @@ def own_list(folder: Path, speakers: int = 0, *, sounds: bool = True) -> Path:
 
 
 def foretold(config: Config, capsys: pytest.CaptureFixture[str]) -> dict[str, Plan]:
-    forecast.print_plan(config, "cpu", as_json=True)
-    return {name: Plan.from_dict(plan) for name, plan in json.loads(capsys.readouterr().out)["plans"].items()}
+    plans.print_plan(config, "cpu", as_json=True)
+    return {name: Plan(**plan) for name, plan in json.loads(capsys.readouterr().out)["plans"].items()}
 
 
 def planned(small: SmallRuns, folder: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """What training predicts, in GiB, and its fits."""
     run = small.open(folder, *overrides)
-    fits.fit_stages(run, {row.name: active_tasks(row, run.data)[0] for row in run.config.stages}, None)
+    plans.fit_stages(run, {row.name: active_tasks(row, run.data)[0] for row in run.config.stages}, None)
     return run.predicted_gib, run.fits
 
 
@@ -69,7 +69,7 @@ def test_speakers_take_memory_in_a_plan(small: SmallRuns, tmp_path: Path, capsys
 
 def test_tasks_without_samples_are_not_planned(small: SmallRuns, tmp_path: Path) -> None:
     manifest = own_list(tmp_path / "own", sounds=False)
-    known = forecast.foretell(small.config(tmp_path, "data.datasets=[manifest]", f"data.manifest={manifest}", STAGES))
+    known = plans.foretell(small.config(tmp_path, "data.datasets=[manifest]", f"data.manifest={manifest}", STAGES))
     assert {name: [task.inputs for task in tasks] for name, tasks in known.tasks.items()} == {
         "pretrain": [("image",), ("text",)], "align": [("image", "text")], "finetune": [("image", "text")]}
 
@@ -79,7 +79,7 @@ def test_of_sets_that_are_not_read_all_tasks_are_planned(small: SmallRuns, tmp_p
                                                          speakers: int) -> None:
     """They may not be there yet."""
     config = small.config(tmp_path, f"data.datasets={names}", f"paths.data_root={tmp_path}/none", STAGES)
-    known = forecast.foretell(config)
+    known = plans.foretell(config)
     assert known.speakers == speakers
     assert [set(task.objectives) for task in known.tasks["align"]] == [
         {"contrastive"}, {"contrastive", "speaker"} if speakers else {"contrastive"}]
@@ -88,7 +88,7 @@ def test_of_sets_that_are_not_read_all_tasks_are_planned(small: SmallRuns, tmp_p
 def test_speakers_of_a_list_are_counted_beside_sets_that_are_not_read(small: SmallRuns, tmp_path: Path) -> None:
     manifest = own_list(tmp_path / "own", 30)
     config = small.config(tmp_path, "data.datasets=[coco, manifest]", f"data.manifest={manifest}", STAGES)
-    known = forecast.foretell(config)
+    known = plans.foretell(config)
     assert known.speakers == 30 and "speaker" in known.tasks["align"][1].objectives
 
 
@@ -96,7 +96,7 @@ def test_a_list_that_training_refuses_is_refused(small: SmallRuns, tmp_path: Pat
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     lost = tmp_path / "lost.jsonl"
     with refused(lost):
-        forecast.foretell(small.config(tmp_path, "data.datasets=[manifest]", f"data.manifest={lost}"))
+        plans.foretell(small.config(tmp_path, "data.datasets=[manifest]", f"data.manifest={lost}"))
     assert run_training.main(["--plan", "--datasets", "manifest", "--output-dir", str(tmp_path),
                               f"data.manifest={lost}"]) == 2
     assert_told(capsys.readouterr().err, lost)
@@ -106,6 +106,6 @@ def test_words_that_are_not_here_are_not_fetched(small: SmallRuns, tmp_path: Pat
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tokenizer, "load_tokenizer", lambda _: pytest.fail("fetched"))
     config = small.config(tmp_path, "model.word_embeddings=hub:nobody/nothing")
-    assert forecast.foretell(config).config == config
+    assert plans.foretell(config).config == config
     [line] = capsys.readouterr().err.splitlines()
     assert_names(line, "hub:nobody/nothing", 135, "model.vocab_size")

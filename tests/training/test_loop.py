@@ -19,7 +19,7 @@ from tests.training.test_tracking import scalars
 from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.errors import ConfigError, TrainingError
 from trimodal.memory import devices
-from trimodal.training import budget, fits, loop, resume, validation
+from trimodal.training import loop, plans, resume, validation
 from trimodal.training import run as run_module
 from trimodal.training.run import Run
 from trimodal.training.saving import Saver
@@ -120,7 +120,7 @@ def test_a_vocabulary_beyond_the_settings_is_planned_as_large_as_it_is(small: Sm
     planned = []
     for rows in (1, 135):
         run = small.open(tmp_path / str(rows), f"model.vocab_size={rows}")
-        fits.fit_stages(run, {"pretrain": list(run.config.stages[0].tasks)}, None)
+        plans.fit_stages(run, {"pretrain": list(run.config.stages[0].tasks)}, None)
         planned.append(run.predicted_gib)
     assert planned[0] == planned[1]
 
@@ -411,10 +411,10 @@ def test_the_measured_peak_stands_beside_the_planned_one_and_calibrates_a_gpu(
     line = capsys.readouterr().out.splitlines()[-1]
     assert_names(line, "align", "2.00", "2.10")
     assert line.index("2.00") < line.index("2.10"), "the planned one, then the measured one"
-    assert budget.calibration("Some Card") is None, "its micro-batches are not those that were planned"
+    assert plans.calibration("Some Card") is None, "its micro-batches are not those that were planned"
     run.planned_fits = dict(run.fits)
     loop.compare_memory(run, "align")
-    assert budget.calibration("Some Card") == pytest.approx(1.05)
+    assert plans.calibration("Some Card") == pytest.approx(1.05)
 
 
 def test_on_a_cpu_the_measured_peak_is_of_what_is_planned(small: SmallRuns, tmp_path: Path,

@@ -18,7 +18,7 @@ from tests.training.test_run import QUICK, assert_same_run
 from tests.training.test_tracking import scalars
 from trimodal import checkpoint, doctor
 from trimodal.files import remove_left
-from trimodal.training import forecast, outputs, resume, run
+from trimodal.training import outputs, plans, resume, run
 from trimodal.training.run import Options
 from trimodal.training.tracking import EVENTS, Tracker
 
@@ -86,7 +86,7 @@ def test_no_command_touches_what_the_user_keeps_in_the_folder_of_a_run(small: Sm
 
     commands: dict[str, Callable[[], Any]] = {
         "a fresh start, refused": lambda: refused_start(small, folder),
-        "--plan": lambda: forecast.print_plan(config, "cpu"),
+        "--plan": lambda: plans.print_plan(config, "cpu"),
         "--doctor": lambda: doctor.main(config, "cpu", "auto"),
         "evaluate.py": evaluated,
         "--resume auto": lambda: small.train(folder, *QUICK, resume="auto"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ import run_training
 from model import TriModalModel
 from tests.refusals import assert_names, refused
 from tests.small_runs import STAGES, SmallRuns, batches
-from trimodal.config import PRESETS, SIZES, Config, StageConfig, load_config
+from trimodal.config import PRESETS, SIZES, Config, StageConfig, TaskConfig, load_config
 from trimodal.errors import UserError
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS, PeakMemory, Usage
-from trimodal.training import budget, loop, planner
-from trimodal.training.budget import Plan
-from trimodal.training.planner import Place, StepPlan
+from trimodal.training import loop, planner
+from trimodal.training.planner import Place, Plan
 
 CPU, CUDA = Place("cpu", None), Place("cuda", torch.bfloat16)
 
@@ -108,8 +106,7 @@ def test_a_batch_that_waits_on_the_host_takes_nothing_of_a_gpu(small: SmallRuns,
     """However large it is: 2,048 pictures here are more than all else together."""
     config = small.config(tmp_path / "run", "training.batch_size=2048", "model.image_size=224")
     row, fit = config.stages[1], Fit(dict.fromkeys(planner.TOWERS, 16), dict.fromkeys(planner.TOWERS, 1))
-    step = StepPlan(config, row, row.tasks[0], fit, CUDA)
-    on_gpu, on_cpu = step.usage(), dataclasses.replace(step, place=CPU).usage()
+    on_gpu, on_cpu = (planner.step_usage(config, row, row.tasks[0], fit, place) for place in (CUDA, CPU))
     assert on_gpu is not None and on_cpu is not None
     pictures = 2048 * 3 * 224 * 224
     assert on_gpu.by_tag["data"] == 0 and on_gpu.peak_bytes < pictures < on_cpu.by_tag["data"] < on_cpu.peak_bytes
@@ -138,11 +135,11 @@ def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(small: SmallRuns, tm
 
 def test_a_budget_that_nothing_fits_is_one_line(small: SmallRuns, tmp_path: Path) -> None:
     config = small.config(tmp_path / "run", "memory.budget_gb=0.55")
-    with refused("memory.budget_gb", "0.55 GiB", "image 32", "memory.micro_batch", error=budget.OverBudget) as stop:
+    with refused("memory.budget_gb", "0.55 GiB", "image 32", "memory.micro_batch", error=planner.OverBudget) as stop:
         planned(config, "finetune")
     assert isinstance(stop.value, UserError)
     smallest = small.config(tmp_path / "run", "memory.budget_gb=0.55", "memory.micro_batch=auto")
-    with refused("memory.budget_gb", "0.55 GiB", "image 1", error=budget.OverBudget) as stop:
+    with refused("memory.budget_gb", "0.55 GiB", "image 1", error=planner.OverBudget) as stop:
         planned(smallest, "finetune")
     assert "memory.micro_batch" not in str(stop.value), "it is auto already"
 
@@ -153,9 +150,9 @@ def test_a_budget_that_nothing_fits_is_one_line(small: SmallRuns, tmp_path: Path
 def test_plans_are_kept_until_something_that_matters_changes(small: SmallRuns, tmp_path: Path) -> None:
     traced = []
 
-    def counting(step: StepPlan, **options: Any) -> Any:
-        traced.append(step.row.name)
-        return step.usage(**options)
+    def counting(*step: Any, **options: Any) -> Usage | None:
+        traced.append(step)
+        return planner.step_usage(*step, **options)
 
     def plan(*overrides: str) -> tuple[Plan, int]:
         """Of the masked pretraining of texts, and how often a step was traced for it."""
@@ -164,17 +161,16 @@ def test_plans_are_kept_until_something_that_matters_changes(small: SmallRuns, t
         return planner.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], CPU, run=counting), len(traced)
 
     first, times = plan("memory.micro_batch=16")
-    assert times == 2 and first.micro_batch == dict.fromkeys(planner.TOWERS, 16), "a pinned size is not searched for"
+    assert times == 1 and first.micro_batch == dict.fromkeys(planner.TOWERS, 16), "a pinned size is not searched for"
     assert plan("memory.micro_batch=16") == (first, 0)
     assert plan("memory.micro_batch=16", "training.seed=5", "training.epochs=9", "training.learning_rate=0.1",
                 "stages.pretrain.share=7", "training.keep_checkpoints=1") == (first, 0), "none of these takes memory"
     other, times = plan("memory.micro_batch=8")
-    assert times == 2 and other.micro_batch == dict.fromkeys(planner.TOWERS, 8)
+    assert times == 1 and other.micro_batch == dict.fromkeys(planner.TOWERS, 8)
     for override in ("model.context_length=20", "training.captions_per_visit=2", "training.batch_size=16",
                      "training.ema_decay=0.9", "training.optimizer=adamw", "stages.pretrain.drop_path=0.1",
                      "memory.budget_gb=3"):
-        found = plan("memory.micro_batch=16", override)[1]
-        assert found == (1 if override == "training.batch_size=16" else 2), override  # all at once is run once
+        assert plan("memory.micro_batch=16", override)[1] == 1, override
         assert plan("memory.micro_batch=16", override)[1] == 0, override
 
 
@@ -204,100 +200,19 @@ def test_the_search_measures_anew_what_differs_in_what_its_step_uses(small: Smal
         assert least and more and more.peak_bytes > least.peak_bytes, f"{tower} recomputes nothing"
 
 
-@pytest.mark.parametrize("rows_bytes", [lambda n: 10 * n, lambda n: 300 * (n > 5) + n, lambda n: int(90 * n**0.5),
-                                        lambda n: n * n, lambda n: 20 * n if n < 64 else 600],
-                         ids=["straight", "with a jump", "flattening", "steeper", "less as a whole"])
-def test_what_is_implied_by_known_measurements_changes_no_choice(tmp_path: Path,
-                                                                 rows_bytes: Callable[[int], int]) -> None:
-    """Against a search that measures each task and objective of each fit that it tries."""
-    config = load_config(None, ["training.batch_size=16", f"paths.output_dir={tmp_path}"])
-    row = config.stages[2]
-    upper, runs = planner.stage_upper(config, row, CPU), []
-    scale = {"image": 3, "audio": 4, "text": 1, "fusion": 2}
-
-    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
-        runs.append(gradient_of)
-        towers = ("fusion",) if {"matching", "concepts"} & {*gradient_of} else step.task.inputs
-        peak = 1000 + max(scale[t] * rows_bytes(step.fit.micro_batch[t]) // (1 + 3 * step.fit.recompute[t])
-                          for t in towers) * (2 if "matching" in gradient_of else 1)
-        return None if limit_bytes is not None and peak > limit_bytes else Usage(peak, {})
-
-    for room in (5, 60, 300, 900, 2500, 20_000):
-        chosen: list[Fit | None] = []
-        times = []
-        limits = budget.Limits(int(CONTEXT_GIB["cpu"] * GIB) + 1000 + room, "cpu", 1.0)
-        for kind in (planner.StageMeasure, Forgetful):
-            runs.clear()
-            try:
-                chosen.append(budget.plan_fit(kind(config, row, tasks_of(row), CPU, usage), upper, limits).fit)
-            except budget.OverBudget:
-                chosen.append(None)
-            times.append(len(runs))
-        assert chosen[0] == chosen[1] and times[0] <= times[1], room
-
-
-class Forgetful(planner.StageMeasure):
-    """Measures all anew."""
-
-    def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
-        self.gradients.clear()
-        return super().__call__(fit, limit_bytes)
-
-
-def test_larger_parts_that_fit_and_smaller_ones_that_do_not_tell_of_others(tmp_path: Path) -> None:
-    config, runs = load_config(None, [f"paths.output_dir={tmp_path}"]), []
-    row = config.stages[1]
-
-    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
-        sizes = step.fit.micro_batch["image"], step.fit.micro_batch["text"]
-        runs.append(sizes)
-        return {(8, 8): Usage(50, {}), (16, 4): None}.get(sizes, Usage(30, {}))
-
-    measure = planner.StageMeasure(config, row, row.tasks[:1], CPU, usage)
-
-    def at(image: int, text: int, limit_bytes: int) -> tuple[int | None, bool]:
-        """The peak, and whether it was measured anew."""
-        runs.clear()
-        sizes = dict.fromkeys(planner.TOWERS, 1) | {"image": image, "text": text}
-        found = measure(Fit(sizes, dict.fromkeys(planner.TOWERS, 0)), limit_bytes)
-        return found and found.peak_bytes, bool(runs)
-
-    assert row.tasks[0].inputs == ("image", "text") and list(row.tasks[0].objectives) == ["contrastive"]
-    assert at(8, 8, 60) == (50, True)
-    assert at(8, 4, 60) == (50, False), "less of both"
-    assert at(16, 4, 60) == (None, True) and at(16, 8, 60) == (None, False), "more"
-    assert at(16, 2, 60) == (30, True), "of neither kind"
-    assert at(8, 4, 40) == (30, True), "the larger one is above this limit by now"
-
-
-def test_parts_that_take_too_much_do_not_tell_of_the_whole(tmp_path: Path) -> None:
-    """One part has no gradients of another beside it."""
-    config = load_config(None, ["training.batch_size=16", f"paths.output_dir={tmp_path}"])
-    row = config.stages[0]
-
-    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
-        peak = 500 if step.fit.micro_batch["image"] == 64 else 600
-        return None if limit_bytes is not None and peak > limit_bytes else Usage(peak, {})
-
-    measure = planner.StageMeasure(config, row, [task for task in row.tasks if task.inputs == ("image",)], CPU, usage)
-    half = Fit(dict.fromkeys(planner.TOWERS, 32), dict.fromkeys(planner.TOWERS, 0))
-    assert measure(half, 550) is None
-    assert measure(Fit(half.micro_batch | {"image": 64}, half.recompute), 550) == Usage(500, {})
-
-
 def test_the_task_that_passed_the_limit_is_the_first_to_be_run_at_the_next_fit(tmp_path: Path) -> None:
     config, runs = load_config(None, [f"paths.output_dir={tmp_path}"]), []
     row = config.stages[2]
 
-    def usage(step: StepPlan, *, limit_bytes: int | None = None, gradient_of: Sequence[str] = ()) -> Usage | None:
-        runs.append((step.task.inputs, *gradient_of))
-        return None if runs[-1][1:] == ("matching",) and step.task.inputs == ("audio", "text") else Usage(1, {})
+    def run(config: Config, row: StageConfig, task: TaskConfig, *rest: Any, limit_bytes: int) -> Usage | None:
+        runs.append(task.inputs)
+        return None if task.inputs == ("audio", "text") else Usage(1, {})
 
-    measure = planner.StageMeasure(config, row, tasks_of(row), CPU, usage)
+    measure = planner.StageMeasure(config, row, tasks_of(row), CPU, run)
     for size in (8, 4):
         runs.clear()
         assert measure(Fit(dict.fromkeys(planner.TOWERS, size), dict.fromkeys(planner.TOWERS, 0)), 5) is None
-    assert runs == [(("audio", "text"), "matching")], "known to be too much at 8, not at 4"
+    assert runs == [("audio", "text")]
 
 
 def test_speakers_take_memory_where_there_are_any(tmp_path: Path) -> None:
@@ -332,7 +247,7 @@ def test_plan_prints_every_stage_without_any_data(tmp_path: Path, capsys: pytest
     found = json.loads(capsys.readouterr().out)
     assert found["size"] == "nano" and found["device"] == "cuda" and found["effective_batch"]["align"] == 32
     assert list(found["plans"]) == ["pretrain", "align", "finetune", "evaluation"]
-    align = Plan.from_dict(found["plans"]["align"])
+    align = Plan(**found["plans"]["align"])
     assert align.fits and sum(align.by_tag.values()) == align.peak_bytes and align.recompute["image"] == 0
 
 
@@ -346,7 +261,7 @@ def test_json_is_of_a_plan_alone(capsys: pytest.CaptureFixture[str]) -> None:
 def test_processes_share_a_plan(small: SmallRuns, tmp_path: Path) -> None:
     """Each encodes its share beside the features of all, so that what it takes lies between half and all."""
     config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.batch_size=33")
-    alone, shared = (planned(config, "finetune", Place("cpu", None, processes=n)) for n in (1, 2))
+    alone, shared = (planned(config, "align", Place("cpu", None, processes=n)) for n in (1, 2))
     assert alone.upper["image"] == 33 and shared.upper == dict.fromkeys(planner.TOWERS, 17)
     ratio = shared.by_tag["activations"] / alone.by_tag["activations"]
     assert 0.4 < ratio < 0.9 and shared.by_tag["data"] == alone.by_tag["data"]

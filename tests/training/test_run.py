@@ -18,7 +18,7 @@ from tests.refusals import assert_names, refused
 from tests.small_runs import STAGES, SmallRuns, differing, records, without_times
 from trimodal import checkpoint
 from trimodal.config import load_config
-from trimodal.training import fits, loop, resume, saving, validation
+from trimodal.training import loop, plans, resume, saving, validation
 from trimodal.training import run as run_module
 from trimodal.training.run import Options
 
@@ -104,7 +104,7 @@ def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Pat
     smaller = {"micro_batch": dict.fromkeys(towers, 16), "recompute": dict.fromkeys(towers, 2)}
     run = run_module.open_run(config, Options("cpu", "auto"), {**state, "best": {}})
     tasks = {row.name: loop.active_tasks(row, run.data)[0] for row in config.stages}
-    fits.fit_stages(run, tasks, {**state, "fits": {**state["fits"], "finetune": smaller, "gone": smaller}})
+    plans.fit_stages(run, tasks, {**state, "fits": {**state["fits"], "finetune": smaller, "gone": smaller}})
     run.tracker.close()
     assert {name: vars(fit) for name, fit in run.fits.items()} == {**state["fits"], "finetune": smaller}
 

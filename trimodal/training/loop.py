@@ -24,10 +24,10 @@ from trimodal.memory import devices
 from trimodal.objectives.base import Losses
 from trimodal.objectives.contrastive import start_sigmoid
 from trimodal.objectives.step import Share, shared_batch
-from trimodal.training import budget
+from trimodal.training import plans
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
-from trimodal.training.fits import fit_stages
 from trimodal.training.optimizer import freeze, lr_at
+from trimodal.training.plans import fit_stages
 from trimodal.training.resume import begins_with_sigmoid, find_state, finished_report, stage_epochs
 from trimodal.training.run import Options, Run, claim_folder, last_checkpoint, open_run
 from trimodal.training.saving import Saver
@@ -171,7 +171,7 @@ def compare_memory(run: Run, name: str) -> dict[str, float]:
                         f"refuses it on {run.device}; set memory.micro_batch or a lower budget")
     as_planned = run.fits.get(name) == run.planned_fits.get(name)  # not where it has been made smaller since
     if run.device.type == "cuda" and as_planned:
-        budget.calibrate(devices.device_name(run.device), measured.gib, planned)
+        plans.calibrate(devices.device_name(run.device), measured.gib, planned)
     return {"peak_gib": measured.gib, "held_gib": run.held_gib}
 
 

@@ -1,65 +1,199 @@
-"""Plans the memory of every stage: its real training step, on fake tensors, before a run and for `--plan`.
+"""Plans the memory of every stage: its real training step, run on fake tensors, at micro-batches and recompute that
+fit a stated budget.
 
-The step is the one that trains (`losses`, `optimization`), over a batch of the largest shapes that the stage can meet:
-sounds of `data.audio_max_s`, captions of `model.context_length`. What a step reads off its data on the host (how many
+The step is the one that trains (`objectives`, `optimizer`), over a batch of the largest shapes that the stage can meet:
+audio of `data.audio_max_s`, captions of `model.context_length`. What a step reads off its data on the host (how many
 patches are kept, which words are hidden) is put at its worst case, since fake tensors have no values. At most
-`PARTS` micro-batches of each tower are run, beside inputs and features of full size: further ones free what they took.
+`MICRO_BATCHES` of each tower are run, beside inputs and features of full size: further ones free what they took. Under
+torchrun a plan is that of each process: its share of the batch, the features of all.
 
-Everything at once, the likeliest choice, is tried first, by two whole steps of each task. Where that takes too much,
-the search runs the gradients alone at each fit that it tries, and what it chooses for two whole steps. All of them end
-as soon as they take too much; what a larger or a smaller fit has told already is not run. Under torchrun a plan is that
-of each process: its share of the batch, the features of all.
+How a fit is chosen: a tower has a list of options, ordered by the forward passes that they cost (`Option.passes`): the
+whole batch at once with recompute of no block, of every 4th, every 2nd or all, and micro-batches of 256, 128, ... 1
+rows with recompute of no block or all. The first option at which all towers fit together is taken; then each tower by
+itself, the costliest first, takes the first option at which the step still fits. `benchmarks/plan_choice.py` compares
+the choice with the others that fit, run for real.
+
+A GPU needs more than its tensors: `CONTEXT_GIB` for the driver's context and libraries, and `FRAGMENTATION_PCT` of the
+tensors for gaps between blocks and kernel workspaces, or what earlier runs on the same machine have measured
+(`plans.calibration`). A plan leaves room for both: of 20 GiB, 17.5 are planned.
 """
 
 import contextlib
 import dataclasses
-import os
+import functools
+import hashlib
+import itertools
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from multiprocessing import get_context
-from operator import ge, le
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import model as model_module
+from datasets import Batch
 from model import KERNELS_OF, TriModalModel
 from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
-from trimodal.data.batches import Batch
+from trimodal.distributed import World
+from trimodal.errors import UserError
+from trimodal.files import replacing
 from trimodal.memory import shapes
-from trimodal.memory import tracker as tracker_module
-from trimodal.memory.devices import EVALUATION, GIB, Fit
-from trimodal.memory.tracker import OverLimit, Usage
+from trimodal.memory.devices import CONTEXT_GIB, EVALUATION, GIB, KNOBS, Fit, MicroBatch
+from trimodal.memory.tracker import HOST, OverLimit, Usage, loss_ends_at, phase, tracing
 from trimodal.objectives import OBJECTIVES, build_objective
-from trimodal.objectives.base import Objective, learn
+from trimodal.objectives.base import learn
 from trimodal.objectives.step import Share, Step
-from trimodal.training import budget
-from trimodal.training.budget import Limits, Plan
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 
-PARTS = 2
-_SOURCES = ("objectives/step", "objectives/base", "objectives/contrastive", "objectives/matching", "objectives/labels",
-            "objectives/masked", "memory/tracker", "memory/shapes", "memory/devices",
-            "training/planner", "training/optimizer")
-TOWERS = ("image", "audio", "text", "fusion")
+PLAN_VERSION = 1  # to be raised whenever a step takes other memory than before: kept plans then count no longer
+TOWERS = ("image", "audio", "text", "fusion")  # the costliest first
+MICRO_BATCHES = 2  # of each tower in a planned step
+WHOLE = sys.maxsize  # a micro-batch that is the whole batch
+SIZES = (256, 128, 64, 32, 16, 12, 8, 6, 4, 3, 2, 1)  # larger micro-batches fill a device no better
+RECOMPUTE = (0, 4, 2, 1)  # of every n-th block; 0: of none
+CALL_ROWS = 1.5  # a micro-batch costs as much as so many rows more: measured on a CPU (benchmarks/plan_choice.py)
+FRAGMENTATION_PCT = 10.0
 
-Tracing = Callable[[int | None], AbstractContextManager[tracker_module.PeakMemory]]
+Measure = Callable[[Fit, int | None], Usage | None]  # peak at a fit; None: more than that many bytes
+
+
+class OverBudget(UserError):
+    """Nothing fits, not even single samples."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step is planned to run."""
+    """Where a step is planned to run. The names of the fields are in the digests of `asked_of`."""
 
     device: str  # type of device
     amp: torch.dtype | None  # of autocast; None: float32
     num_speakers: int = 0
     processes: int = 1  # that share each effective batch
-    ratio: float | None = None  # budget.calibration of the device
+    ratio: float | None = None  # bytes that this machine's allocator took of each of the tensors, where it was measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a stage fits, and the memory that one of its steps is predicted to take."""
+
+    micro_batch: MicroBatch
+    recompute: dict[str, int]  # as in Fit
+    upper: MicroBatch  # rows of a whole effective batch (of this process); a tower at its upper is encoded once
+    peak_bytes: int  # of all tensors
+    by_tag: dict[str, int]  # what they are; sums to peak_bytes
+    allowance_bytes: int  # context and fragmentation, kept free
+    budget_bytes: int
+    device: str  # type of device that it is for
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes + self.allowance_bytes <= self.budget_bytes
+
+    @property
+    def fit(self) -> Fit:
+        return Fit(dict(self.micro_batch), dict(self.recompute))
+
+    @property
+    def in_parts(self) -> tuple[str, ...]:
+        """Towers that encode in several micro-batches."""
+        return tuple(tower for tower, size in self.micro_batch.items() if size < self.upper[tower])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a process may take on a type of device."""
+
+    budget_bytes: int
+    device: str = "cuda"
+    ratio: float | None = None  # as of Place
+    held_bytes: int = 0  # of what a run holds beside its steps
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What is left for tensors beside the context, gaps and workspaces."""
+        ratio = 1 + FRAGMENTATION_PCT / 100 if self.ratio is None else self.ratio
+        others = int(CONTEXT_GIB[self.device] * GIB) + self.held_bytes
+        return int(max(self.budget_bytes - others, 0) / ratio)
+
+
+# ---- choosing ----------------------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """How a tower may run: rows in memory at once, and every n-th block recomputed (0: none)."""
+
+    size: int
+    every: int
+
+    def passes(self, parts_are_free: bool) -> float:
+        """Forward passes of the tower in a step: a backward pass counts as two; micro-batches run forward again in it,
+        unless `parts_are_free`, as do recomputed blocks; small ones cost more for each row."""
+        is_part = self.size != WHOLE
+        again = (is_part and not parts_are_free) + (1 / self.every if self.every else 0)
+        return (3 + again) * (1 + (CALL_ROWS / self.size if is_part else 0))
+
+
+def options(pinned: int | None, may_recompute: bool, parts_are_free: bool) -> list[Option]:
+    """All options of a tower, from fast to slow. `pinned`: the user's own micro-batch."""
+    some = RECOMPUTE if may_recompute else (0,)
+    all_or_none = [every for every in some if every in (0, 1)]
+    found = [Option(size, every) for size in ([pinned] if pinned else [WHOLE, *SIZES])
+             for every in (some if size in (pinned, WHOLE) else all_or_none)]
+    return sorted(found, key=lambda option: option.passes(parts_are_free))
+
+
+def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinned: int | None = None,
+             may_recompute: bool = True, parts_are_free: bool = False) -> Plan:
+    """The fastest fit that keeps to the limits, as the head of this file orders them.
+
+    Args:
+        measure: runs a step at a fit; may stop, and return None, once more than the bytes given live.
+        upper: rows of each tower in an effective batch, the costliest tower first.
+        pinned: the user's own micro-batch of all towers.
+        may_recompute: whether blocks may be recomputed.
+        parts_are_free: no objective looks at the whole batch, so micro-batches are encoded once, as the whole is.
+
+    Raises:
+        OverBudget: nothing fits; names the knobs.
+    """
+    possible, limit = options(pinned, may_recompute, parts_are_free), limits.tensor_bytes
+    fits = [with_options(dict.fromkeys(upper, option), upper) for option in possible]
+    common = next((i for i, fit in enumerate(fits) if measure(fit, limit)), None)
+    if common is None:
+        plan = plan_of(fits[-1], measure, upper, limits)
+        advice = "set memory.micro_batch to auto, " if pinned else ""
+        tags = ", ".join(f"{tag} {size / GIB:.2f}" for tag, size in plan.by_tag.items() if size)
+        raise OverBudget(f"memory.budget_gb: of {limits.budget_bytes / GIB:.3g} GiB, {limit / GIB:.2f} are for tensors,"
+                         f" but at {fits[-1]} a step takes {plan.peak_bytes / GIB:.2f} ({tags}); {advice}{KNOBS}")
+    chosen = fits[common]
+    faster = [option for option in possible[:common] if option != (WHOLE, 1)]  # 256 rows take as long, and less
+    for tower in upper:
+        own = (with_options({tower: option}, upper, chosen) for option in faster)
+        chosen = next((fit for fit in own if measure(fit, limit)), chosen)
+    return plan_of(chosen, measure, upper, limits)
+
+
+def with_options(of: Mapping[str, Option], upper: Mapping[str, int], fit: Fit | None = None) -> Fit:
+    """`fit` with other options for some towers. Micro-batches are equal parts: 17 to 31 rows of 32 are two of 16."""
+    sizes, every = ({}, {}) if fit is None else (dict(fit.micro_batch), dict(fit.recompute))
+    for tower, option in of.items():
+        parts = -(-upper[tower] // min(option.size, upper[tower]))
+        sizes[tower], every[tower] = -(-upper[tower] // parts), option.every
+    return Fit(sizes, every)
+
+
+def plan_of(fit: Fit, measure: Measure, upper: Mapping[str, int], limits: Limits) -> Plan:
+    """The plan that `fit` is, whether it keeps to the budget or not."""
+    usage = measure(fit, None)
+    assert usage is not None, "a measurement without a limit ends with a figure"
+    return Plan(micro_batch=fit.micro_batch, recompute=fit.recompute, upper=dict(upper), peak_bytes=usage.peak_bytes,
+                by_tag=usage.by_tag, allowance_bytes=limits.budget_bytes - limits.tensor_bytes,
+                budget_bytes=limits.budget_bytes, device=limits.device)
+
+
+# ---- a step on fake tensors --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -77,7 +211,7 @@ class PlanStep(Step):
 
     def gather(self, features: Tensor, num_rows: int) -> Tensor:
         others = features.new_zeros(num_rows - len(features), features.shape[1])
-        return tracker_module.loss_ends_at(torch.cat([features, others]) if len(others) else features)
+        return loss_ends_at(torch.cat([features, others]) if len(others) else features)
 
 
 def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
@@ -102,77 +236,44 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, **columns)
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """A step of one task at one fit, or the part of it that some of its objectives make."""
-
-    config: Config
-    row: StageConfig
-    task: TaskConfig
-    fit: Fit
-    place: Place
-
-    @property
-    def is_whole(self) -> bool:
-        """As `Step.is_whole`: no tower of the task encodes in parts."""
-        upper = stage_upper(self.config, self.row, self.place)
-        return all(self.fit.micro_batch[tower] >= upper[tower] for tower in (*self.task.inputs, "fusion"))
-
-    def usage(self, *, limit_bytes: int | None = None, gradient_of: Sequence[str] | None = None,
-              tracing: Tracing = tracker_module.tracing) -> Usage | None:
-        """Bytes at the peak of two optimizer steps on fake tensors; None as soon as more than `limit_bytes` live.
-
-        `gradient_of`: only the gradients of these objectives, once and without the update, which takes as much at every
-        fit.
-        """
-        names = [name for name in OBJECTIVES if name in (gradient_of or self.task.objectives)]
-        try:
-            with kernels_of(self.place.device), tracing(limit_bytes) as tracker:
-                self._run(tracker, names, 0 if gradient_of else 2)
-            return tracker.usage()
-        except OverLimit:
-            return None
-
-    def _run(self, tracker: tracker_module.PeakMemory, names: Sequence[str], num_updates: int) -> None:
-        config, training = self.config, self.config.training
+def step_usage(config: Config, row: StageConfig, task: TaskConfig, fit: Fit, place: Place,
+               limit_bytes: int | None = None) -> Usage | None:
+    """Bytes at the peak of one optimizer step; None as soon as more than `limit_bytes` live."""
+    on_host, amp = place.device == "cpu", place.amp
+    upper = stage_upper(config, row, place)
+    with contextlib.suppress(OverLimit), kernels_of(place.device), tracing(limit_bytes) as tracker:
         model = TriModalModel(config.model)
-        freeze(model, self.row)
-        apply_recompute(model, self.fit)
-        objectives = [build_objective(name, model, self.task.inputs, self.place.num_speakers,
-                                      training.contrastive_loss) for name in names]
+        freeze(model, row)
+        apply_recompute(model, fit)
+        objectives = [build_objective(name, model, task.inputs, place.num_speakers, config.training.contrastive_loss)
+                      for name in OBJECTIVES if name in task.objectives]
         both = nn.ModuleDict({"model": model, "objectives": nn.ModuleList(objectives)})
         tracker.watch(both.parameters())
-        optimizer = Optimizer(both, training, self.place.amp)
+        optimizer = Optimizer(both, config.training, amp)
         optimizer.allocate()
-        average = MovingAverage(model, training.ema_decay) if training.ema_decay else None
+        average = MovingAverage(model, config.training.ema_decay) if config.training.ema_decay else None
         tracker.mark("optimizer", [list(state.values()) for state in optimizer.state.values()],
                      average.values if average else [])
-        batch = self._batch()
-        for _ in range(num_updates or 1):
-            learn(self._step(model, batch), [(1.0, objective) for objective in objectives],
-                  lambda loss: _backward(optimizer, loss))
-            if num_updates:
-                _, finite = optimizer.step(1e-4)
-                if average:
-                    average.update(model.parameters(), finite)
-
-    def _batch(self) -> Batch:
-        with tracker_module.phase("data" if self.place.device == "cpu" else tracker_module.HOST):
-            return largest_batch(self.config, self.row, self.task)
-
-    def _step(self, model: TriModalModel, batch: Batch) -> PlanStep:
-        amp, row = self.place.amp, self.row
-        return PlanStep(
-            model=model, batch=batch, device=torch.device("cpu"), micro_batch=self.fit.micro_batch,
+        with phase("data" if on_host else HOST):
+            batch = largest_batch(config, row, task)
+        step = PlanStep(
+            model=model, batch=batch, device=torch.device("cpu"), micro_batch=fit.micro_batch,
             autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
-            num_concepts=self.config.model.num_classes, share=self._share(), stage=row.name,
-            is_on_host=self.place.device == "cpu")
+            num_concepts=config.model.num_classes, world=World(size=place.processes), stage=row.name,
+            is_on_host=on_host, share=Share({tower: range(min(MICRO_BATCHES * fit.micro_batch[tower], rows))
+                                             for tower, rows in upper.items()}, first_media=0))
 
-    def _share(self) -> Share:
-        """The first micro-batches of the process with most rows; it holds all images and audio, as matching asks."""
-        upper = stage_upper(self.config, self.row, self.place)
-        return Share({tower: range(min(PARTS * self.fit.micro_batch[tower], rows)) for tower, rows in upper.items()}, 0)
+        def backward(loss: Tensor) -> None:
+            with phase("loss"):
+                optimizer.backward(loss)
+
+        learn(step, [(1.0, objective) for objective in objectives], backward)
+        _, finite = optimizer.step(1e-4)
+        if average:
+            average.update(model.parameters(), finite)
+        return tracker.usage()
+    return None
 
 
 @contextlib.contextmanager
@@ -185,9 +286,10 @@ def kernels_of(device: str) -> Iterator[None]:
         KERNELS_OF.reset(token)
 
 
-def _backward(optimizer: Optimizer, loss: Tensor) -> None:
-    with tracker_module.phase("loss"):
-        optimizer.backward(loss)
+def apply_recompute(model: TriModalModel, fit: Fit) -> None:
+    """Let the blocks of each tower be recomputed as the fit says."""
+    for tower, every in fit.recompute.items():
+        getattr(model, tower).blocks.recompute_every = every
 
 
 def stage_upper(config: Config, row: StageConfig, place: Place) -> dict[str, int]:
@@ -196,101 +298,68 @@ def stage_upper(config: Config, row: StageConfig, place: Place) -> dict[str, int
     return {tower: own * (config.training.captions_per_visit if tower == "text" else 1) for tower in TOWERS}
 
 
-def apply_recompute(model: TriModalModel, fit: Fit) -> None:
-    """Let the blocks of each tower be recomputed as the fit says."""
-    for tower, every in fit.recompute.items():
-        getattr(model, tower).blocks.recompute_every = every
-
-
 class StageMeasure:
-    """Runs the steps of a stage's tasks at a fit. What has been measured is kept, by what it uses of the fit; limits
-    never rise from call to call. `run` measures a step."""
+    """Measures the tasks of a stage at a fit, each anew only where the fit differs in a tower that the task uses."""
 
     def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place,
-                 run: Callable[..., Usage | None] = StepPlan.usage):
+                 run: Callable[..., Usage | None] = step_usage):
         self.config, self.row, self.tasks, self.place, self.run = config, row, list(tasks), place, run
-        self.costly = [(i, name) for i, task in enumerate(tasks) for name in task.objectives]  # the likeliest first
-        self.steps: dict[str, Usage | None] = {}
-        self.gradients: dict[str, dict[tuple[int, ...], Usage | None]] = {}
+        self.known: dict[str, Usage | None] = {}  # None: above the limit
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
-        """Usage of the task that takes most, over two steps; with a limit of its gradients, unless all is at once; None
-        if they pass it. Of gradients it may be that of larger micro-batches, if they keep to the limit."""
-        all_at_once = Fit(stage_upper(self.config, self.row, self.place), dict.fromkeys(TOWERS, 0))
-        whole_steps = limit_bytes is None or fit == all_at_once
+        """Peak of the task that takes most, None if it is above the limit. Limits never rise from call to call."""
         found = []
-        for i, names in self._runs(fit, whole_steps):
-            step = StepPlan(self.config, self.row, self.tasks[i], fit, self.place)
-            usage = (self._gradients(step, names, limit_bytes) if limit_bytes is not None and not whole_steps
-                     else self._steps(step, limit_bytes))
-            if usage is None:
-                self.costly.sort(key=lambda one: (one[0] != i, one[1] not in names))  # first at the next fit as well
+        for task in list(self.tasks):
+            fuses = any(OBJECTIVES[name].uses_fusion for name in task.objectives)
+            towers = (*task.inputs, "fusion") if fuses else task.inputs
+            key = str((task, [(fit.micro_batch[tower], fit.recompute[tower]) for tower in towers]))
+            if key not in self.known or (self.known[key] is None and limit_bytes is None):
+                self.known[key] = self.run(self.config, self.row, task, fit, self.place, limit_bytes=limit_bytes)
+            usage = self.known[key]
+            if usage is None or (limit_bytes is not None and usage.peak_bytes > limit_bytes):
+                self.tasks.sort(key=lambda other: other is not task)  # the first to be measured at the next fit
                 return None
             found.append(usage)
         return max(found, key=lambda usage: usage.peak_bytes)
 
-    def _runs(self, fit: Fit, whole_steps: bool) -> list[tuple[int, list[str]]]:
-        """Which task and objectives of it are run together. In parts the objectives follow each other, so gradients are
-        measured of each alone."""
-        runs: dict[tuple[int, str], list[str]] = {}
-        for i, name in self.costly:
-            together = whole_steps or StepPlan(self.config, self.row, self.tasks[i], fit, self.place).is_whole
-            runs.setdefault((i, "" if together else name), []).append(name)
-        return [(i, names) for (i, _), names in runs.items()]
 
-    def _steps(self, step: StepPlan, limit_bytes: int | None) -> Usage | None:
-        key = str((step.task, step.fit))
-        if self.steps.get(key) is None:  # not measured yet, or above a limit
-            self.steps[key] = self.run(step, limit_bytes=limit_bytes)
-        return _within(self.steps[key], limit_bytes)
-
-    def _gradients(self, step: StepPlan, names: Sequence[str], limit_bytes: int) -> Usage | None:
-        """Measured anew only when what is used of the fit has changed, and tells more than what is known."""
-        task, fit = step.task, step.fit
-        fusion = ("fusion",) if any(OBJECTIVES[name].uses_fusion for name in names) else ()
-        again = [fit.recompute[tower] for tower in (*task.inputs, *fusion)]
-        towers, upper = fusion or task.inputs, stage_upper(self.config, self.row, self.place)
-        whole = [fit.micro_batch[tower] == upper[tower] for tower in towers]  # may take less than two parts
-        known = self.gradients.setdefault(str((task, sorted(names), step.is_whole, again, whole)), {})
-        sizes = tuple(fit.micro_batch[tower] for tower in towers)
-        implied = _implied(known, sizes, limit_bytes)
-        if implied is None:
-            known[sizes] = self.run(step, limit_bytes=limit_bytes, gradient_of=names)
-            return known[sizes]
-        return known[implied] if _within(known[implied], limit_bytes) else None
+def encoding_usage(config: Config, tower: str, size: int, place: Place) -> Usage:
+    """Peak of one modality through its encoder, the fusion and the classifier, without gradients."""
+    S, L = config.model.image_size, config.model.context_length
+    with kernels_of(place.device), tracing() as tracker, torch.no_grad():
+        model = TriModalModel(config.model)
+        tracker.mark("parameters", list(model.parameters()))
+        given = {"image": {"images": torch.zeros(size, 3, S, S, dtype=torch.uint8)},
+                 "audio": {"audio": torch.zeros(size, AUDIO_WINDOW_FRAMES, NUM_MELS, dtype=torch.float16)},
+                 "text": {"input_ids": torch.zeros(size, L, dtype=torch.int64),
+                          "attention_mask": torch.zeros(size, L, dtype=torch.bool)}}[tower]
+        tracker.mark("data", given)
+        with torch.autocast("cpu", place.amp or torch.bfloat16, enabled=place.amp is not None):
+            model(**given)
+    return tracker.usage()
 
 
-def _implied(known: Mapping[tuple[int, ...], Usage | None], sizes: tuple[int, ...],
-             limit_bytes: int) -> tuple[int, ...] | None:
-    """The sizes known that tell whether these keep to the limit: no smaller ones that do, or no larger ones that do
-    not. What is chosen on their word is measured by whole steps."""
-    for other, usage in known.items():
-        if all(map(ge if _within(usage, limit_bytes) else le, other, sizes)):
-            return other
-    return None
+# ---- stages ------------------------------------------------------------------------------------------------------
 
 
-def _within(usage: Usage | None, limit_bytes: int | None) -> Usage | None:
-    return usage if usage and (limit_bytes is None or usage.peak_bytes <= limit_bytes) else None
+def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place,
+                fits: Mapping[str, Fit] | None = None) -> dict[str, Plan]:
+    """The plan of each stage that `tasks` names, in order, and of `evaluation`; those in `fits` are planned so.
 
-
-def _pays_for_parts(kind: type[Objective]) -> bool:
-    """Whether micro-batches are encoded more often than a whole batch: for contrast again in the backward pass, and for
-    the fusion beside it."""
-    return kind.is_of_whole_batch or kind.uses_fusion
-
-
-def limits(config: Config, place: Place) -> Limits:
-    """On a CPU the host's copy of the best weights so far is in the budget as well."""
-    held = 0
-    if place.device == "cpu":
-        with torch.device("meta"):
-            held = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
-    return Limits(int(config.budget_gb * GIB), place.device, place.ratio, held)
+    Raises:
+        OverBudget: nothing fits; names the knobs.
+    """
+    fits = fits or {}
+    try:
+        plans = {row.name: plan_stage(config, row, tasks[row.name], place, fits.get(row.name))
+                 for row in config.stages if tasks.get(row.name)}
+        return {**plans, EVALUATION: plan_evaluation(config, place, fits.get(EVALUATION))}
+    finally:
+        shapes.forget()
 
 
 def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place, fit: Fit | None = None,
-               run: Callable[..., Usage | None] = StepPlan.usage) -> Plan:
+               run: Callable[..., Usage | None] = step_usage) -> Plan:
     """A fit at which every task of the stage stays in the budget, from the cache if it was planned before.
 
     Args:
@@ -303,16 +372,71 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], pl
     def search() -> Plan:
         measure, upper = StageMeasure(config, row, tasks, place, run), stage_upper(config, row, place)
         if fit is not None:
-            return budget.plan_of(fit, measure, upper, limits(config, place))
-        return budget.plan_fit(measure, upper, limits(config, place), pinned=pinned,
-                               may_recompute=config.model.use_checkpoint,
-                               parts_are_free=not any(map(_pays_for_parts, kinds)))
+            return plan_of(fit, measure, upper, limits(config, place))
+        return plan_fit(measure, upper, limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint,
+                        parts_are_free=not any(kind.is_of_whole_batch or kind.uses_fusion for kind in kinds))
 
-    return _kept(config, _stage_facts(config, row, tasks), place, fit, search)
+    return from_cache(config, stage_facts(config, row, tasks), place, fit, search)
 
 
-def _stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
-    """What the plan of a stage depends on beside `_facts`. Rates, weights and seeds take no memory."""
+def plan_evaluation(config: Config, place: Place, fit: Fit | None = None) -> Plan:
+    """How many samples of each modality are encoded at a time: `evaluation.batch_size`, or what the budget allows; or
+    what `fit` says.
+
+    Clips are windows of the encoder's length. Out of memory the encoding halves its micro-batches by itself; a plan
+    spares that, and says beforehand what it takes.
+    """
+    usage_of = functools.cache(functools.partial(encoding_usage, config, place=place))
+
+    def measure(fit: Fit, limit_bytes: int | None) -> Usage | None:
+        usage = max(itertools.starmap(usage_of, fit.micro_batch.items()), key=lambda usage: usage.peak_bytes)
+        return usage if limit_bytes is None or usage.peak_bytes <= limit_bytes else None
+
+    def search() -> Plan:
+        upper = dict.fromkeys(TOWERS[:3], config.evaluation.batch_size)
+        if fit is not None:
+            return plan_of(fit, measure, upper, limits(config, place))
+        return plan_fit(measure, upper, limits(config, place), may_recompute=False)
+
+    return from_cache(config, evaluation_facts(config), place, fit, search)
+
+
+def limits(config: Config, place: Place) -> Limits:
+    """On a CPU the host's copy of the best weights so far is in the budget as well."""
+    held = 0
+    if place.device == "cpu":
+        with torch.device("meta"):
+            held = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
+    return Limits(int(config.budget_gb * GIB), place.device, place.ratio, held)
+
+
+def without_speaker(tasks: Iterable[TaskConfig]) -> list[TaskConfig]:
+    """The tasks less the objective of speakers, and less the tasks that have no other."""
+    return [dataclasses.replace(task, objectives={n: w for n, w in task.objectives.items() if n != "speaker"})
+            for task in tasks if set(task.objectives) != {"speaker"}]
+
+
+# ---- what plans depend on, and their cache -----------------------------------------------------------------------
+
+
+def asked_of(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place) -> dict[str, str]:
+    """For each stage that `tasks` names, and evaluation, a digest of all settings that its plan is asked to obey. What
+    this machine's allocator was measured to waste is no setting. Digests are kept in checkpoints."""
+    everywhere = common_facts(config, dataclasses.replace(place, ratio=None))
+    own = {row.name: stage_facts(config, row, tasks[row.name]) for row in config.stages if tasks.get(row.name)}
+    return {name: fingerprint(everywhere | facts)
+            for name, facts in (*own.items(), (EVALUATION, evaluation_facts(config)))}
+
+
+def common_facts(config: Config, place: Place) -> dict[str, Any]:
+    """What every plan depends on."""
+    model = {name: value for name, value in config.to_dict()["model"].items() if name != "word_embeddings"}
+    return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,
+            "place": dataclasses.asdict(place)}
+
+
+def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
+    """What the plan of a stage depends on beside `common_facts`. Rates, weights and seeds take no memory."""
     return {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
             "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
@@ -321,117 +445,44 @@ def _stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) 
             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
 
 
-def _evaluation_facts(config: Config) -> dict[str, Any]:
+def evaluation_facts(config: Config) -> dict[str, Any]:
     return {"evaluation": config.evaluation.batch_size}
 
 
-def _facts(config: Config, place: Place) -> dict[str, Any]:
-    """What every plan depends on."""
-    model = {name: value for name, value in config.to_dict()["model"].items() if name != "word_embeddings"}
-    return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,
-            "place": dataclasses.asdict(place)}
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """Digest of `facts` as JSON: the same for tuples and lists."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def asked_of(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place) -> dict[str, str]:
-    """For each stage that `tasks` names, and evaluation, a digest of all settings that its plan is asked to obey. What
-    this machine's allocator was measured to waste is no setting."""
-    everywhere = _facts(config, dataclasses.replace(place, ratio=None))
-    own = {row.name: _stage_facts(config, row, tasks[row.name]) for row in config.stages if tasks.get(row.name)}
-    return {name: budget.fingerprint(everywhere | facts)
-            for name, facts in (*own.items(), (EVALUATION, _evaluation_facts(config)))}
-
-
-def _kept(config: Config, facts: Mapping[str, Any], place: Place, fit: Fit | None, search: Callable[[], Plan]) -> Plan:
-    """A plan, or that of `fit`, from the cache in the output folder, or what `search` finds."""
-    everything = {**facts, **_facts(config, place), "fit": fit and dataclasses.asdict(fit)}
-    sources = [Path(model_module.__file__), *(Path(__file__).parents[1] / f"{name}.py" for name in _SOURCES)]
-    folder, key = Path(config.paths.output_dir) / "plans", budget.plan_key(everything, sources)
-    plan = budget.read_plan(folder, key)
+def from_cache(config: Config, facts: Mapping[str, Any], place: Place, fit: Fit | None,
+               search: Callable[[], Plan]) -> Plan:
+    """A plan that was kept in `plans/` of the output folder, or what `search` finds, which is then kept."""
+    key = fingerprint({**facts, **common_facts(config, place), "fit": fit and dataclasses.asdict(fit),
+                       "torch": torch.__version__, "version": PLAN_VERSION})
+    path = Path(config.paths.output_dir) / "plans" / f"plan_{key}.json"
+    plan = read_plan(path)
     if plan is None:
         plan = search()
         try:
-            budget.write_plan(folder, key, plan)
+            write_plan(path, plan)
         except OSError as error:
-            print(f"Plan: {folder} cannot be written ({error.strerror}), so the plan is not kept", file=sys.stderr)
+            print(f"Plan: {path.parent} cannot be written ({error.strerror}), so the plan is not kept", file=sys.stderr)
     return plan
 
 
-def plan_evaluation(config: Config, place: Place, fit: Fit | None = None) -> Plan:
-    """How many samples of each modality are encoded at a time: `evaluation.batch_size`, or what the budget allows; or
-    what `fit` says.
-
-    Sounds are windows of the encoder's length. Out of memory the encoding halves its parts by itself; a plan spares
-    that, and says beforehand what it takes.
-    """
-    towers = TOWERS[:3]
-
-    def measure(fit: Fit, limit_bytes: int | None) -> Usage | None:
-        found = [_encoding_usage(config, tower, fit.micro_batch[tower], place, limit_bytes) for tower in towers]
-        usages = [usage for usage in found if usage is not None]
-        return max(usages, key=lambda usage: usage.peak_bytes) if len(usages) == len(found) else None
-
-    def search() -> Plan:
-        upper = dict.fromkeys(towers, config.evaluation.batch_size)
-        if fit is not None:
-            return budget.plan_of(fit, measure, upper, limits(config, place))
-        return budget.plan_fit(measure, upper, limits(config, place), may_recompute=False)
-
-    return _kept(config, _evaluation_facts(config), place, fit, search)
-
-
-def _encoding_usage(config: Config, tower: str, size: int, place: Place, limit_bytes: int | None) -> Usage | None:
-    """Peak of one modality through its encoder, the fusion and the classifier, without gradients."""
-    S, L = config.model.image_size, config.model.context_length
+def read_plan(path: Path) -> Plan | None:
+    """A plan that `write_plan` kept, or None; a damaged file counts as none, since planning again takes seconds."""
     try:
-        with kernels_of(place.device), tracker_module.tracing(limit_bytes) as tracker, torch.no_grad():
-            model = TriModalModel(config.model)
-            tracker.mark("parameters", list(model.parameters()))
-            given = {"image": {"images": torch.zeros(size, 3, S, S, dtype=torch.uint8)},
-                     "audio": {"audio": torch.zeros(size, AUDIO_WINDOW_FRAMES, NUM_MELS, dtype=torch.float16)},
-                     "text": {"input_ids": torch.zeros(size, L, dtype=torch.int64),
-                              "attention_mask": torch.zeros(size, L, dtype=torch.bool)}}[tower]
-            tracker.mark("data", given)
-            with torch.autocast("cpu", place.amp or torch.bfloat16, enabled=place.amp is not None):
-                model(**given)
-        return tracker.usage()
-    except OverLimit:
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        print(f"Plan: {path} is damaged ({type(error).__name__}), so it is made again", file=sys.stderr, flush=True)
         return None
 
 
-def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place,
-                fits: Mapping[str, Fit] | None = None) -> dict[str, Plan]:
-    """The plan of each stage that `tasks` names, in order, and of `evaluation`; those in `fits` are planned so."""
-    fits = fits or {}
-    rows = [row for row in config.stages if tasks.get(row.name)]
-    work = [(config, row, tasks[row.name], place, fits.get(row.name)) for row in rows]
-    helpers = min(len(rows), os.cpu_count() or 1) - 1
-    try:
-        if helpers < 1 or max(config.effective_batch(row) for row in rows) <= budget.AMPLE_MICRO_BATCH:
-            found = [plan_stage(*one) for one in work]
-            evaluation = plan_evaluation(config, place, fits.get(EVALUATION))
-        else:
-            found, evaluation = _side_by_side(work, fits.get(EVALUATION), helpers)
-    finally:
-        shapes.forget()
-    return {row.name: plan for row, plan in zip(rows, found, strict=True)} | {EVALUATION: evaluation}
-
-
-def _side_by_side(work: Sequence[tuple[Config, StageConfig, Sequence[TaskConfig], Place, Fit | None]],
-                  evaluation_fit: Fit | None, helpers: int) -> tuple[list[Plan], Plan]:
-    """Long searches: the last stage, which tends to take longest, here at once; all else in other processes, which take
-    seconds to start."""
-    pool = ProcessPoolExecutor(helpers, get_context("spawn"))
-    try:
-        others = [pool.submit(plan_stage, *one) for one in reversed(work[:-1])][::-1]
-        config, _, _, place, _ = work[-1]
-        evaluation = pool.submit(plan_evaluation, config, place, evaluation_fit)
-        last = plan_stage(*work[-1])
-        return [*(other.result() for other in others), last], evaluation.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # where one stage does not fit, the others need not be waited for
-
-
-def without_speaker(tasks: Iterable[TaskConfig]) -> list[TaskConfig]:
-    """The tasks less the objective of speakers, and less the tasks that have no other."""
-    return [dataclasses.replace(task, objectives={n: w for n, w in task.objectives.items() if n != "speaker"})
-            for task in tasks if set(task.objectives) != {"speaker"}]
+def write_plan(path: Path, plan: Plan) -> None:
+    """Keep `plan` in a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "w") as file:
+        json.dump(dataclasses.asdict(plan), file, indent=1)

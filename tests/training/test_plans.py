@@ -15,7 +15,7 @@ from tests.small_runs import SmallRuns, records
 from trimodal.checkpoint import load
 from trimodal.memory import devices
 from trimodal.memory.devices import EVALUATION
-from trimodal.training import fits, resume
+from trimodal.training import plans, resume
 from trimodal.training import run as run_module
 from trimodal.training.run import Options, Run
 from trimodal.training.stage import active_tasks
@@ -29,7 +29,7 @@ def tasks_of(run: Run) -> dict[str, list[Any]]:
 
 def fitted(small: SmallRuns, folder: Path, state: dict[str, Any] | None, *overrides: str) -> Run:
     run = small.open(folder, *overrides)
-    fits.fit_stages(run, tasks_of(run), state)
+    plans.fit_stages(run, tasks_of(run), state)
     return run
 
 
@@ -105,11 +105,11 @@ def test_a_smaller_budget_makes_smaller_micro_batches(small: SmallRuns, tmp_path
     wide = ("memory.micro_batch=auto", "training.batch_size=128")
     run = small.open(tmp_path / "before", *wide)
     align = {"align": tasks_of(run)["align"][:1]}
-    fits.fit_stages(run, align, None)
+    plans.fit_stages(run, align, None)
     before = {"fits": {"align": dataclasses.asdict(run.fits["align"])}, "fits_asked": run.fits_asked}
     budget_gb = devices.CONTEXT_GIB["cpu"] + 0.8 * run.predicted_gib["align"]
     less = small.open(tmp_path / "now", *wide, f"memory.budget_gb={budget_gb}")
-    fits.fit_stages(less, align, before)
+    plans.fit_stages(less, align, before)
     assert micro_batches(less)["align"] < micro_batches(run)["align"] == 128
 
 
@@ -122,12 +122,12 @@ def test_the_memory_foretold_is_that_of_the_micro_batches_used(small: SmallRuns,
 def test_other_numbers_or_another_number_of_processes_are_planned_anew(small: SmallRuns, folder: Path,
                                                                        state: dict[str, Any]) -> None:
     run = fitted(small, folder, state)
-    config, tasks = fits.settings_of(run, run.config), tasks_of(run)
-    assert list(fits.saved_fits(run, config, tasks, state)) == NAMES
+    config, tasks = plans.settings_of(run, run.config), tasks_of(run)
+    assert list(plans.saved_fits(run, config, tasks, state)) == NAMES
     for changed in ({"precision": devices.Precision(torch.bfloat16, False, "as on a GPU")},
                     {"world": SimpleNamespace(size=2)}):
         other = dataclasses.replace(run, **changed)
-        assert fits.saved_fits(other, config, tasks, state) == {}
+        assert plans.saved_fits(other, config, tasks, state) == {}
 
 
 QUICK = ("training.save_every_minutes=0", "report.gallery_queries=0", "evaluation.max_validation=8")

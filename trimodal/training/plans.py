@@ -1,0 +1,244 @@
+"""The plans of a run: foretold for `--plan`, made or kept when it starts or resumes, printed, and calibrated by what
+its stages were measured to take."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets import heard_speakers, read_tables
+from trimodal.config import Config, TaskConfig, config_from_dict
+from trimodal.data import tokenizer
+from trimodal.data.samples import SampleTable
+from trimodal.distributed import place_in_world
+from trimodal.errors import UserError
+from trimodal.files import replacing
+from trimodal.memory import devices
+from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
+from trimodal.memory.tracker import TAGS
+from trimodal.training.planner import Place, Plan, asked_of, plan_stages, without_speaker
+from trimodal.training.run import Run
+from trimodal.training.stage import active_tasks
+
+VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound
+LISTED = {"manifest", "synthetic"}  # sets whose list is all that has to be read
+
+Tasks = Mapping[str, Sequence[TaskConfig]]  # of each stage
+
+
+# ---- a run that starts or resumes --------------------------------------------------------------------------------
+
+
+def fit_stages(run: Run, tasks: Tasks, state: Mapping[str, Any] | None) -> None:
+    """Give `run` the fit of each stage that `tasks` names and of its evaluation, and print them as they are used.
+
+    Raises:
+        OverBudget: nothing fits; names the knobs.
+    """
+    place, config = place_of(run), settings_of(run, run.config)
+    kept = saved_fits(run, config, tasks, state)
+    plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(config, tasks, place, kept))
+    print(format_plan(plans), flush=True)
+    if state is not None and (anew := [name for name in plans if name in state["fits"] and name not in kept]):
+        print(f"Planned anew, for settings other than the checkpoint's: {', '.join(anew)}")
+    run.fits = {name: found.fit for name, found in plans.items()}
+    run.fits_asked = asked_of(config, tasks, place)
+    run.predicted_gib = {name: found.peak_bytes / GIB for name, found in plans.items()}
+    run.planned_fits = dict(run.fits)
+
+
+def saved_fits(run: Run, config: Config, tasks: Tasks, state: Mapping[str, Any] | None) -> dict[str, Fit]:
+    """The fits of a checkpoint that was asked for the same as `config` asks for: memory, batch, tasks, device ...
+
+    A resumed run keeps its micro-batches, smaller ones than planned where it had run out of memory: another split would
+    round otherwise. A stage that is asked for something else is planned anew.
+    """
+    if state is None:
+        return {}
+    now, then = asked_of(config, tasks, place_of(run)), state.get("fits_asked") or _asked_then(run, state)
+    return {name: Fit(**fit) for name, fit in state["fits"].items() if name in now and now[name] == then.get(name)}
+
+
+def _asked_then(run: Run, state: Mapping[str, Any]) -> dict[str, str]:
+    """For a checkpoint of an earlier release: what its settings ask for, with these data on this machine."""
+    try:
+        config = config_from_dict(state["config"])
+        return asked_of(config, {row.name: active_tasks(row, run.data)[0] for row in config.stages}, place_of(run))
+    except UserError:  # a stage that these data hold nothing for
+        return {}
+
+
+def place_of(run: Run) -> Place:
+    """Where the steps of `run` are planned to run."""
+    return Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
+                 calibration(devices.device_name(run.device)))
+
+
+def settings_of(run: Run, config: Config) -> Config:
+    """`config`, whose model has as many words as that of `run`."""
+    return dataclasses.replace(config, model=run.model.config)
+
+
+# ---- --plan ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will find, as far as it is known: a configuration with as many words as there are, the tasks that each
+    stage trains, and the number of speakers."""
+
+    config: Config
+    tasks: Tasks
+    speakers: int
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """As `datasets.Data`, of the training samples that have been read."""
+
+    tables: dict[str, SampleTable]
+    speakers: tuple[str, ...]
+
+    def names(self) -> list[str]:
+        return sorted(self.tables["train"].sources.names)
+
+
+def foretell(config: Config) -> Forecast:
+    """What can be known before a run of `config` without opening a file of its sets but the lists of `LISTED` ones.
+
+    Of other sets nothing is read, as they may not be there yet: then each task is planned, and VoxCeleb has all of its
+    speakers.
+
+    Raises:
+        UserError: as a run would: a list cannot be read, or a stage has nothing to train.
+    """
+    listed = [name for name in config.data.datasets if name in LISTED]
+    with_words = _with_words(config)
+    lists = _read(config, listed)
+    speakers = len(lists.speakers) + (VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0)
+    if len(listed) == len(config.data.datasets):
+        return Forecast(with_words, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers)
+    tasks = {row.name: list(row.tasks) if speakers else without_speaker(row.tasks) for row in config.stages}
+    return Forecast(with_words, tasks, speakers)
+
+
+def _read(config: Config, names: list[str]) -> _Lists:
+    """The training samples of some of the sets."""
+    if not names:
+        return _Lists({"train": SampleTable.pack([])}, ())
+    part = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=tuple(names)))
+    table = read_tables(part, ["train"])["train"]
+    return _Lists({"train": table}, tuple(heard_speakers(table)))
+
+
+def _with_words(config: Config) -> Config:
+    """`config` with as many words as the tokenizer has, if that is on this machine."""
+    if tokenizer.needs_network(config.model):
+        print(f"Plan: {config.model.word_embeddings} is not on this machine yet, so {config.model.vocab_size} words "
+              "are planned for (model.vocab_size)", file=sys.stderr)
+        return config
+    size = max(tokenizer.load_tokenizer(config.model).vocab_size, config.model.vocab_size)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> None:
+    """`--plan`: for a CUDA device with bf16 unless another device is named or found. Under torchrun that of each
+    process, planned and printed by the first.
+
+    Raises:
+        UserError: as `foretell`; no such device.
+        OverBudget: nothing fits.
+    """
+    rank, processes = place_in_world()
+    if rank:
+        return
+    found = devices.choose_device(device_name)
+    device = "cuda" if device_name == "auto" else found.type
+    amp = devices.choose_precision(found, config.training.use_amp).dtype
+    if device == "cuda" and found.type != "cuda":
+        amp = torch.bfloat16 if config.training.use_amp else None
+    known = foretell(config)
+    place = Place(device, amp, known.speakers, processes, calibration(devices.device_name(found)))
+    plans = plan_stages(known.config, known.tasks, place)
+    precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
+    batches = {row.name: config.effective_batch(row) for row in config.stages}
+    if as_json:
+        shown = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
+        print(json.dumps({"size": config.model.size, "device": device, "precision": precision, "processes": processes,
+                          "effective_batch": batches, "plans": shown}, indent=1))
+        return
+    shared = f", of each of {processes} processes" if processes > 1 else ""
+    print(f"Plan for {device}, {precision}, effective batch {', '.join(f'{n} {size}' for n, size in batches.items())}"
+          f"{shared}")
+    print(format_plan(plans))
+
+
+def format_plan(plans: Mapping[str, Plan]) -> str:
+    """One aligned row for each stage, in GiB; the last lines explain it."""
+    header = ["stage", *TAGS, "peak", "allowance", "budget", "micro-batch (of), recompute"]
+    rows = [header]
+    for name, plan in plans.items():
+        figures = [*(plan.by_tag.get(tag, 0) for tag in TAGS), plan.peak_bytes, plan.allowance_bytes, plan.budget_bytes]
+        rows.append([name, *(f"{figure / GIB:.2f}" for figure in figures), describe_towers(plan)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:]), row[-1]]) for row in rows]
+    used = sorted({plan.device for plan in plans.values()})
+    context = ", ".join(f"{CONTEXT_GIB[device]} GiB of context on {device}" for device in used)
+    lines.append(f"GiB. Allowance: {context}{', the best weights so far' if 'cpu' in used else ''}, and gaps and "
+                 "workspaces. A tower whose micro-batch is the whole batch is encoded once; one in parts runs forward "
+                 "again in the backward pass; /n: so does every n-th block.")
+    return "\n".join(lines)
+
+
+def describe_towers(plan: Plan) -> str:
+    """"image 16 (32), audio 32 (32) /2, ...": micro-batch, of how many, and which blocks are recomputed."""
+    return ", ".join(f"{tower} {size} ({plan.upper[tower]})" + (f" /{n}" if (n := plan.recompute[tower]) else "")
+                     for tower, size in plan.micro_batch.items())
+
+
+# ---- calibration -------------------------------------------------------------------------------------------------
+
+LEAST_RATIO = 1.02  # an allocator that seemed to waste nothing may do so next time
+LEAST_GIB = 2.0  # of a plan; below it the workspaces that every process has, however small its steps, raise the ratio
+MANY_RATIOS = 20  # the newest stages' count
+
+
+def calibration_file() -> Path:
+    """Where this machine's ratios are kept for all runs: below XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimodal-trainer" / "memory_ratios.json"
+
+
+def _ratios() -> dict[str, list[float]]:
+    try:
+        found = json.loads(calibration_file().read_text(encoding="utf-8"))
+        return {str(name): [float(ratio) for ratio in ratios] for name, ratios in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def calibration(device_name: str) -> float | None:
+    """The largest ratio of measured to predicted peak among the newest stages run on devices of this name with this
+    torch, at least LEAST_RATIO; None: nothing has been measured here."""
+    ratios = _ratios().get(f"{device_name}, torch {torch.__version__}")
+    return max(LEAST_RATIO, *ratios) if ratios else None
+
+
+def calibrate(device_name: str, measured_gib: float, planned_gib: float) -> None:
+    """Keep a stage's ratio of measured to predicted peak for later plans, if its folder can be written and the stage
+    was large enough to tell."""
+    if planned_gib < LEAST_GIB:
+        return
+    known, name, path = _ratios(), f"{device_name}, torch {torch.__version__}", calibration_file()
+    known[name] = [*known.get(name, []), measured_gib / planned_gib][-MANY_RATIOS:]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, "w") as file:
+            json.dump(known, file, indent=1)
+    except OSError:
+        return  # a convenience: the next plan takes the general allowance

@@ -180,7 +180,7 @@ def test_a_full_disk(mistake: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     log = tmp_path / "out" / "logs" / "metrics.jsonl"
 
     def full(number: int) -> Callable[..., None]:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise OSError(number, os.strerror(number), str(log))
 
         return fail

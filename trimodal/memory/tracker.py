@@ -13,7 +13,7 @@ to the same byte.
 What is made under `phase(HOST)` waits in the host's memory while the step runs on a device, and is left out.
 `tracing(limit_bytes=...)` ends with `OverLimit` as soon as more than that lives, long before the step is through.
 
-A step says what it is doing by `phase`, `mark` and `loss_ends_at`, which do nothing when no tracker follows it.
+A step says what it is doing by `phase` and `loss_ends_at`, which do nothing when no tracker follows it.
 """
 
 import contextlib
@@ -179,13 +179,6 @@ def phase(tag: str) -> Iterator[None]:
         yield
     finally:
         tracker.tag = before
-
-
-def mark(tag: str, *trees: Any) -> None:
-    """`PeakMemory.mark` of the tracker that follows this run, if one does."""
-    tracker = _active_tracker()
-    if tracker is not None:
-        tracker.mark(tag, *trees)
 
 
 def loss_ends_at(features: Tensor) -> Tensor:

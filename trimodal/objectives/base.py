@@ -24,6 +24,7 @@ class Objective(nn.Module):
     `inputs`: the modalities that it looks at, in the order of INPUT_ORDER.
     """
 
+    tower = "fusion"  # whose micro-batches it is computed in
     is_of_whole_batch = False  # True: each process's loss is that of all rows; else of its own rows, to be summed
     uses_fusion = False  # encodes in the fusion's micro-batches
     encodes_others = False  # samples whose images and audio other processes have read
@@ -38,7 +39,7 @@ class Objective(nn.Module):
 
     def micro_batches(self, step: Step) -> Sequence[tuple[Any, ...]]:
         """Arguments of `loss` for each micro-batch, whose graph is freed before the next one is made."""
-        raise NotImplementedError
+        return [(rows,) for rows in step.micro_batches(self.tower)]
 
     def loss(self, step: Step, *micro_batch: Any) -> SumAndParts:
         """Sum of the loss over a micro-batch, and sums by name that are logged."""

@@ -29,9 +29,6 @@ class Concepts(Objective):
         labels_BV = step.batch.concepts
         return float(step.read(labels_BV.sum(), labels_BV.numel())) if step.num_concepts else 0.0
 
-    def micro_batches(self, step: Step) -> Sequence[tuple[slice]]:
-        return [(rows,) for rows in step.micro_batches("fusion")]
-
     def loss(self, step: Step, rows: slice) -> SumAndParts:
         with step.autocast():
             logits_BV = step.model.fuse(self._given(step, rows))[2]
@@ -63,6 +60,8 @@ def margin_logits(features_BF: Tensor, weight_VF: Tensor, labels_B: Tensor) -> T
 class Speaker(Objective):
     """Who speaks: an angular-margin softmax on audio_features, so that cosines of features verify speakers."""
 
+    tower = "audio"
+
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
         self.weight = nn.Parameter(torch.randn(max(num_speakers, 1), model.config.embed_dim) * 0.05)
@@ -70,9 +69,6 @@ class Speaker(Objective):
     def count(self, step: Step) -> float:
         speakers_B = step.batch.speakers
         return float(step.read((speakers_B != NO_SPEAKER).sum(), len(speakers_B)))
-
-    def micro_batches(self, step: Step) -> Sequence[tuple[slice]]:
-        return [(rows,) for rows in step.micro_batches("audio")]
 
     def loss(self, step: Step, rows: slice) -> SumAndParts:
         with step.autocast():

@@ -15,9 +15,10 @@ from trimodal.errors import UserError
 with environment_needed("requests", "tqdm", "numpy"):
     from trimodal.data.samples import SPLITS
     from trimodal.download.acquire import DONE, FAILED, IN_PART, MEND, Outcome, acquire
-    from trimodal.download.http import Policy, without_secrets
+    from trimodal.download.http import Policy
     from trimodal.download.selection import Options, read_options
     from trimodal.download.verify import plan, plan_lines, status, status_lines, verify
+    from trimodal.redaction import without_secrets
     from trimodal.sets import ALL, NEEDS_NOTHING, SOURCES
     from trimodal.sets.base import MIRRORS, Source
 

@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
 import argparse
 import contextlib
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from trimodal.arguments import Parser, environment_needed, folder_name
 from trimodal.errors import UserError
 from trimodal.openmp import bound_waiting
+from trimodal.redaction import command_line, settings, without_secrets
 
 with environment_needed():
     from trimodal.config import Config, config_from_dict
@@ -32,8 +32,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "Settings are those of the checkpoint; any key can be overridden: evaluation.batch_size=16 "
         "report.language=en")
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pt, or any other checkpoint")
-    parser.add_argument("--datasets", nargs="+", metavar="SET",
-                        help=f"any of {', '.join(SETS)} (default: those of the training)")
+    parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(SETS)} (default: as trained)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default test")
     parser.add_argument("--data-root", type=folder_name, metavar="DIR", default="./data",
                         help="folder of the data sets (default ./data)")
@@ -105,10 +104,11 @@ def evaluate(options: argparse.Namespace) -> Path:
         protocols.mark_trained_on(encoded, data, config, known.numpy())
     print(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     run = {
-        "kind": "evaluation", "command": shlex.join(["python", "evaluate.py", *options.arguments]),
+        "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": model.config.size, "parameters": sum(p.numel() for p in model.parameters())},
-        "config": config.to_dict(), "data": data.describe(), "device": str(device), "precision": precision.reason,
+        "config": settings(config.to_dict()), "data": data.describe(), "device": str(device),
+        "precision": precision.reason,
         "evaluation": {"split": options.split, "figures": figures, "facts": encoded.facts},
     }
     gallery = [row for modality in ("image", "audio")
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         evaluate(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; nothing was written", file=sys.stderr)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from trimodal.arguments import Parser, environment_needed
 from trimodal.errors import ReportedByMain, Stopped, TrainingError, UserError
 from trimodal.openmp import bound_waiting
+from trimodal.redaction import without_secrets
 
 if TYPE_CHECKING:
     from trimodal.config import Config
@@ -120,10 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
         with environment_needed():
             config = configuration(options)
         return run(options, config)
-    except ReportedByMain:
-        return 2
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, ReportedByMain) as error:
+        if not isinstance(error, ReportedByMain):
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except TrainingError as error:
         if is_main:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         if is_main:

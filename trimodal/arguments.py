@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+from trimodal.redaction import without_secrets
+
 
 class Parser(argparse.ArgumentParser):
     """Ends with exit code 2 and one line, without the usage; keeps the line breaks of descriptions."""
@@ -16,7 +18,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {without_secrets(message)}; see --help\n")
 
 
 def folder_name(name: str) -> str:

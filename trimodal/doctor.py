@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimodal.config import Config, StageConfig, TaskConfig
 from trimodal.errors import UserError
+from trimodal.redaction import without_secrets
 from trimodal.training.signals import Interruption
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def main(config: Config, device: str = "auto", resume: str | None = None, *, ove
         finally:
             width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NO_TERMINAL_WIDTH
             encoding = sys.stdout.encoding or "utf-8"  # which may not have all characters of file names
-            text = f"{format_table(findings, width)}\n{last}"
+            text = without_secrets(f"{format_table(findings, width)}\n{last}")
             print(text.encode(encoding, "backslashreplace").decode(encoding))
     return int(any(one.state == "fail" for one in findings))
 

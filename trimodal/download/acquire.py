@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from trimodal.download import http, notes, unpack, youtube
 from trimodal.download.archives import ArchiveError
 from trimodal.download.debian import fetch_by_apt
-from trimodal.download.http import Fetched, Mismatch, Policy, TransferError, Wanted, without_secrets
+from trimodal.download.http import Fetched, Mismatch, Policy, TransferError, Wanted
 from trimodal.download.local import LocalFiles, link
 from trimodal.download.progress import in_threads
 from trimodal.download.remote import NoRange, RemoteFile
@@ -29,6 +29,7 @@ from trimodal.download.selection import Options, Selection, as_published, fetch_
 from trimodal.download.state import CONTENTS, LICENCE, State, contents_path, write_contents
 from trimodal.errors import UserError
 from trimodal.files import check_writable, locked, remove_left, replacing
+from trimodal.redaction import without_secrets
 from trimodal.sets import inventory
 from trimodal.sets.base import File, Item, Source
 from trimodal.sets.lists import other_rows

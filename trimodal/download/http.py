@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from trimodal.download import notes
 from trimodal.download.progress import Bar, Progress
 from trimodal.files import locked, same_bytes, settle, sha256_of, sync_file, sync_folder
+from trimodal.redaction import without_secrets
 
 if TYPE_CHECKING:
     from requests import Response, Session
@@ -27,16 +28,6 @@ CHUNK_BYTES = 64 * 1024  # what a cut connection may cost
 USER_AGENT = "trimodal-trainer/0.1 (data set downloader; resumes by Range, obeys Retry-After)"
 RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_BACKOFF_S = 60.0
-
-_USER = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")  # and password, of an address
-_SECRET = re.compile(r"(?<=[?&])([\w-]*(?:key|token|password|secret|credential|signature))=[^\s&#'\"]*", re.IGNORECASE)
-
-
-def without_secrets(text: str, keys: Iterable[str] = ()) -> str:
-    """`text` without `keys`, users and passwords of addresses, and secret parameters of their queries."""
-    for key in filter(None, keys):
-        text = text.replace(key, "***").replace(quote(key, safe=""), "***")
-    return _SECRET.sub(r"\1=***", _USER.sub("***@", text))
 
 
 class TransferError(Exception):

@@ -3,7 +3,6 @@ command that asks for it again."""
 
 import argparse
 import os
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
 from trimodal.data.samples import SPLITS
-from trimodal.download.http import Policy, Wanted, without_secrets
+from trimodal.download.http import Policy, Wanted
 from trimodal.errors import UserError, similar
 from trimodal.files import check_writable
+from trimodal.redaction import command_line
 from trimodal.sets import ALL, NEEDS_NOTHING
 from trimodal.sets.base import GB, HF_HOST, MIRRORS, File, Item, Source
 
@@ -123,7 +123,7 @@ class Selection:
         words = ["python", "download_datasets.py", "--datasets", name, "--data-root", str(options.data_root),
                  *(word for flag, values in given.items() if values for word in (flag, *values)),
                  *(flag for flag, is_given in flags.items() if is_given)]
-        return without_secrets(shlex.join(words))
+        return command_line(words)
 
 
 def _within(items: list[Item], allowed: int) -> list[Item]:

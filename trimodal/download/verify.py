@@ -12,11 +12,12 @@ from trimodal import media
 from trimodal.download import acquire
 from trimodal.download.acquire import ARCHIVES, DONE, FAILED, IN_PART, Job, Outcome, open_job
 from trimodal.download.archives import crc32_of
-from trimodal.download.http import Mismatch, Wanted, check_file, without_secrets
+from trimodal.download.http import Mismatch, Wanted, check_file
 from trimodal.download.progress import in_threads
 from trimodal.download.selection import Options, as_published, fetch_bytes
 from trimodal.download.state import contents_path, entries, missing
 from trimodal.files import nearest_existing
+from trimodal.redaction import without_secrets
 from trimodal.sets import NEEDS_NOTHING, inventory
 from trimodal.sets.base import File, Item, Source
 

@@ -49,6 +49,7 @@ from typing import Any
 from trimodal import __version__
 from trimodal.evaluation.plots import flat_values, loss_curves, progress_curves, retrieval_grid
 from trimodal.files import rename_to_free, replacing
+from trimodal.redaction import without_secrets
 
 __all__ = ["format_table", "retrieval_grid", "write_report"]
 
@@ -175,6 +176,7 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
                                         for answer in row["answers"]]} for row in gallery],
         "events": [record["message"] for record in records if record.get("kind") == "event"],
     }
+    report["checkpoint"] = without_secrets(str(report["checkpoint"] or "")) or None
     plain: dict[str, Any] = _plain(report)
     return plain
 

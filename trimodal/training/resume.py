@@ -10,6 +10,7 @@ from trimodal.checkpoint import find_latest, load
 from trimodal.config import Config
 from trimodal.errors import CheckpointError, UserError
 from trimodal.memory.devices import choose_device
+from trimodal.redaction import settings
 from trimodal.sets import SETS, read_split
 from trimodal.training.run import Options, claim_folder
 from trimodal.training.tracking import read_records
@@ -62,7 +63,7 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
         raise UserError(f"--resume: {path}: holds weights only, training cannot go on from it; "
                         "give a checkpoint_epoch_*.pt")
     stage_epochs(config, state)  # whether the stages still fit
-    changed = changes(state["config"], config.to_dict())
+    changed = changes(state["config"], settings(config.to_dict()))
     for line in changed:
         kept = " (not used: the words are those of the checkpoint)" if line.startswith(WORDS) else ""
         print(f"Changed since this checkpoint: {line}{kept}")

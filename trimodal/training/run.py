@@ -20,6 +20,7 @@ from trimodal.distributed import World
 from trimodal.errors import UserError
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
+from trimodal.redaction import settings
 from trimodal.training import outputs
 from trimodal.training.tracking import Tracker
 
@@ -111,7 +112,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     for name in ("", *FOLDERS, outputs.BOARD):
         remove_left(folder / name, outputs.WRITTEN)
     back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)
-    outputs.write_settings(folder, config.to_dict())
+    outputs.write_settings(folder, settings(config.to_dict()))
     run.tracker = Tracker(folder / "logs", progress.step)
     if state:
         run.best = state["best"]
@@ -254,7 +255,7 @@ def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> 
 
 def description(run: Run) -> dict[str, Any]:
     """What a checkpoint needs to be used later, beside the weights, as plain data."""
-    given = run.config.to_dict()
+    given = settings(run.config.to_dict())
     return {
         "config": given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}},
         "tokenizer": run.data.tokenizer.to_json(),

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trimodal.files import keep_beside, replacing, say_kept
+from trimodal.redaction import without_secrets
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
 PER_STEP = ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib")  # curves train/NAME
@@ -61,12 +62,12 @@ class Tracker:
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
         if self.writes:
-            tqdm.write(message.encode("utf-8", "backslashreplace").decode("utf-8"))
+            tqdm.write(without_secrets(message).encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def event(self, message: str, step: int, **facts: Any) -> None:
         """Something a user should know: printed, and kept in the log, with `facts`, and in the report."""
         self.say(message)
-        self.record({"kind": "event", "step": step, "message": message, **facts})
+        self.record({"kind": "event", "step": step, "message": without_secrets(message), **facts})
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One line. A full disk costs records, not the run; it is said once."""

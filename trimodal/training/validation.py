@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from trimodal.errors import CheckpointError, UserError
 from trimodal.evaluation import protocols, report
 from trimodal.memory import devices
 from trimodal.objectives.base import Losses
+from trimodal.redaction import command_line, settings
 from trimodal.training import outputs
 from trimodal.training.run import Run, description
 from trimodal.training.stage import Stage, compute_losses, make_step, shrink
@@ -227,11 +227,11 @@ def finish(run: Run) -> Path:
     gallery = [row for modality in ("image", "audio")
                for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
     facts = {
-        "kind": "training", "command": shlex.join(["python", *sys.argv]),
+        "kind": "training", "command": command_line(["python", *sys.argv]),
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
         "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
-        "config": run.config.to_dict(), "data": run.data.describe(), "device": str(run.device),
+        "config": settings(run.config.to_dict()), "data": run.data.describe(), "device": str(run.device),
         "precision": run.precision.reason, "predicted_gib": run.predicted_gib,
         "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
     }

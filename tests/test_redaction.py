@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 import download_datasets
-from trimodal.download.http import without_secrets
+import run_training
+from tests.small_runs import SmallRuns
+from trimodal.redaction import command_line, settings, without_secrets
+from trimodal.training import loop
+from trimodal.training.run import Options
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -44,3 +48,31 @@ def test_what_a_download_prints_and_writes(capsys: pytest.CaptureFixture[str], t
     assert "***@127.0.0.1:9" in printed.out, "the command that is suggested"
     files = [path.read_text("utf-8") for path in tmp_path.rglob("*") if path.is_file()]
     assert not any("s3cr3t" in text for text in [*refusal, *plan, *printed, *files])
+
+
+def test_options_of_a_secret_name_lose_their_value_and_others_keep_it() -> None:
+    words = ["run.py", "--api-key", "abc", "x.own_token=d e", "--data-root", "/data/key=1.jpg", "--keys", "abc"]
+    assert command_line(words) == "run.py --api-key '***' 'x.own_token=*** e' --data-root /data/key=1.jpg --keys abc"
+
+
+def test_addresses_among_the_settings_lose_what_is_secret_and_paths_are_saved_as_given() -> None:
+    kept = {"data": {"manifest": "/my_key=1/a:b@c", "flip": True}, "stages": [1]}
+    assert settings({"paths": {"data_root": "https://anna:pw@host/x?token=a"}, **kept}) == {
+        "paths": {"data_root": "https://***@host/x?token=***"}, **kept}
+
+
+def test_a_whole_run_writes_none(small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a password in the address of a folder, and of a mistake in the command."""
+    folder = tmp_path / "https://anna:s3cr3t@host"
+    monkeypatch.setattr("sys.argv", ["run_training.py", "--output-dir", str(folder), "--own-token", "s3cr3t"])
+    loop.train(small.config(folder, "training.epochs=1", "report.gallery_queries=0"), Options("cpu"))
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*")
+            if path.is_file() and b"s3cr3t" in path.read_bytes()] == []
+
+
+def test_mistakes_in_a_command_hide_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_training.parse(["--own-token=s3cr3t"])
+    assert "s3cr3t" not in capsys.readouterr().err

@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python tests/old_run/write.py /tmp/old
 
 `/tmp/old` is a checkout of commit 9d618e6, whose modules lie flat in the root. No code of today runs here, so the files
-are what users of that release have. Its sizes were too large for a file that is committed, so the dimensions of
-today's test size `nano` are added to them; its vocabulary is tests/words.json. The data are drawn by the set
+are what users of that release have. Its sizes were too large for a file that is committed, so `tiny` has the dimensions
+of today's test size `nano`; its vocabulary is tests/words.json. The data are drawn by the set
 `synthetic`. The run has three stages and three epochs, and the files of its last steps are kept, so that one of them
 stands within the last epoch. tests/test_old_run.py says what must hold of it.
 """
@@ -22,7 +22,7 @@ NANO = (8, 2, 2, 2, 2, 1, 4, 4.0)
 RECIPE: dict[str, typing.Any] = {
     "data": {"datasets": ["synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "min_crop": 1.0,
              "flip": False, "audio_max_s": 0.5, "workers": 0},
-    "model": {"size": "nano", "image_size": 32, "context_length": 12, "embed_dim": 8, "num_classes": 60,
+    "model": {"size": "tiny", "image_size": 32, "context_length": 12, "embed_dim": 8, "num_classes": 60,
               "vocab_size": 135, "word_embeddings": "random"},
     "memory": {"micro_batch": 32},
     "training": {"epochs": 3, "batch_size": 32, "gradient_accumulation_steps": 1, "use_amp": False,
@@ -54,8 +54,7 @@ def main(checkout: str) -> None:
         import vocabulary
         from runs import Options
 
-        config.PRESETS["nano"] = config.Preset(**dict(zip(config.Preset.__dataclass_fields__, NANO, strict=True)))
-        config.ModelConfig.__annotations__["size"] = typing.Literal["tiny", "small", "base", "large", "nano"]
+        config.PRESETS["tiny"] = config.Preset(**dict(zip(config.Preset.__dataclass_fields__, NANO, strict=True)))
         config.ModelConfig.problems = lambda self: []  # of 1,000 words at least
         vocabulary._package_folder = words.resolve
         training.train(config.config_from_dict(RECIPE), Options("cpu"))

@@ -1,4 +1,4 @@
-"""Get the data sets: fetched, checked, unpacked into the layout that training reads. Run it again, and it goes on.
+"""Download data sets, verify them and unpack them into the layout that training reads. Run it again to resume.
 
     python download_datasets.py --datasets coco clotho audiocaps --data-root ./data
 """
@@ -32,8 +32,8 @@ EXAMPLES = """examples:
   python download_datasets.py --datasets coco clotho --sample 200
   python download_datasets.py --datasets all --status
   python download_datasets.py --datasets coco --local /data/coco2017 --dry-run --json
-exit code: 0 all that was asked for is there, 1 a transfer failed or files are missing or damaged, 2 something for you
-to mend, 3 what is there can be used, and the rest is not to be had (clips of AudioCaps that are gone), 130 stopped"""
+exit code: 0 everything is there, 1 a transfer failed or files are missing or damaged, 2 you need to do something, 3
+what is there can be used and the rest cannot be had any more (deleted clips of AudioCaps), 130 stopped"""
 
 
 def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOURCES,
@@ -65,26 +65,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: with code 2, after one line on stderr, for a flag that there is not or one without its value.
     """
-    parser = Parser("Get data sets: fetched, checked, unpacked.", EXAMPLES)
+    parser = Parser("Download data sets, verify and unpack them. Run it again to resume.", EXAMPLES)
     looks = parser.add_mutually_exclusive_group()
-    looks.add_argument("--dry-run", action="store_true", help="print files, bytes, servers and space needed; fetch "
-                       "nothing")
-    looks.add_argument("--status", action="store_true", help="print a table of what is there, missing or broken, and "
-                       "how big it is; fetch nothing")
-    looks.add_argument("--verify", action="store_true", help="read every file again, compare it with what came, open "
-                       "it, and name those that are broken; fetch nothing")
+    looks.add_argument("--dry-run", action="store_true", help="print files, sizes, servers and disk space "
+                       "needed; download nothing")
+    looks.add_argument("--status", action="store_true", help="print a table of what is complete, missing or broken, "
+                       "and its size; download nothing")
+    looks.add_argument("--verify", action="store_true", help="read every file again, compare it with what was "
+                       "downloaded, open it, and name those that are broken; download nothing")
     add = parser.add_argument
     add("--datasets", nargs="+", required=True, metavar="NAME",
         help=f"{', '.join(SOURCES)}, or all ({' '.join(ALL)}); {', '.join(NEEDS_NOTHING)} need no download")
     add("--data-root", type=lambda name: Path(folder_name(name)), default=Path("./data"), metavar="DIR",
         help="where the sets go (default: ./data)")
     add("--skip-existing", action="store_true", help="trust a complete set after a quick look; without this flag every "
-        "file of it is looked at, and fetched again only if it is missing or wrong")
+        "file of it is checked, and downloaded again only if it is missing or wrong")
     add("--json", action="store_true", help="print the answer of --status or --dry-run as one JSON object on stdout, "
         '{"sets": [...]}, with sizes in bytes')
     fewer = ", ".join(f"{name} {source.at_once}" for name, source in SOURCES.items() if source.at_once < 4)
     add("--jobs", default="", metavar="N",
-        help=f"files that are fetched at a time (default: 4; fewer where a server asks for it: {fewer})")
+        help=f"parallel transfers (default: 4; fewer where a server asks for it: {fewer})")
     add("--keep-archives", action="store_true", help="keep archives in NAME/archives after unpacking")
     _add_limits(parser)
     _add_origins(parser)
@@ -99,7 +99,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add("--splits", nargs="+", default=[], metavar="SPLIT", help="only the archives that these splits need: "
         f"{', '.join(SPLITS)}; by split are those of "
         + ", ".join(name for name, source in SOURCES.items() if any(item.splits for item in source.items)))
-    add("--max-gb", default="", metavar="GB", help="fetch at most so much of each set: lists and small archives first")
+    add("--max-gb", default="", metavar="GB", help="download at most so much of each set: lists and small "
+        "archives first")
     add("--sample", default="", metavar="N", help="for a small start, so many files of each archive; only their bytes "
         "are fetched where the server allows it")
 

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on any data set, by the protocols of training. `--help` is instant: torch loads later.
+"""Evaluate a checkpoint on any data set, with the protocols of training. `--help` is instant: torch loads later.
 
     python evaluate.py --checkpoint outputs/checkpoints/best_model.pt --datasets stamps
     python evaluate.py --checkpoint best_model.pt --datasets manifest --split val data.manifest=own.jsonl
@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="folder of the data sets (default ./data)")
     parser.add_argument("--output-dir", type=folder_name, metavar="DIR", default="./outputs", help="default ./outputs")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N samples of each set and kind, drawn by a "
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N samples of each set and kind, drawn with a "
                         "fixed seed (default: all)")
     options, rest = parser.parse_known_args(arguments)
     given = options.datasets or []  # argparse gives it the overrides that follow it, too

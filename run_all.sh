@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # From an empty folder to a trained, evaluated and reported model; running it again skips what is done.
 #
-#   ./run_all.sh --demo                                               small real set, tiny model, two CPU cores
+#   ./run_all.sh --demo                                               a small real data set, a tiny model, two CPU cores
 #   ./run_all.sh                                                      the full job: base, config.yaml's sets and epochs
 #   ./run_all.sh --model-size base --batch-size 8 --epochs 50         any flags of run_training.py
 #   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    sets and their folder, for download and training
 #   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
 #
-# --demo stands for --config recipes/demo.yaml --model-size tiny. --check, --plan and --doctor fetch no data and train
+# --demo stands for --config recipes/demo.yaml --model-size tiny. --check, --plan and --doctor download no data and train
 # nothing. Relative paths are relative to this folder. The variables of setup_environment.sh hold here too.
 #
 # Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job, days on one GPU.
@@ -93,7 +93,7 @@ main() {
         exit "$fetched"
     fi
 
-    say "[3/5] training: pictures, texts and sounds apart, then together (Ctrl-C is safe: run this again to go on)"
+    say "[3/5] training: images, text and audio separately, then together (Ctrl-C is safe: run this again to go on)"
     "$PYTHON_HERE" run_training.py "$@"
 
     say "[4/5] evaluation and report"

@@ -3,7 +3,7 @@
     python run_training.py --model-size base --batch-size 8 --epochs 100
     python run_training.py --config recipes/synthetic.yaml
     python run_training.py --resume outputs/checkpoints/checkpoint_epoch_50.pt
-    python run_training.py --check        # are flags and settings right? Trains nothing; so do --plan and --doctor
+    python run_training.py --check        # are flags and settings right? Like --plan and --doctor, it trains nothing
 
 Exit codes: 0 done, 1 the run could not go on or the doctor found a fault, 2 a mistake in what was asked for, 3 stopped
 by a signal after the step in hand, which is saved, 130 stopped at once.
@@ -44,20 +44,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         "training.gradient_accumulation_steps it is the effective batch")
     parser.add_argument("--epochs", metavar="N", help="epochs of all stages together (default 100)")
     parser.add_argument("--lr", metavar="RATE", help="peak learning rate (default 1e-4)")
-    parser.add_argument("--resume", metavar="PATH", help="a checkpoint_epoch_N.pt to go on from, or 'auto': the newest "
-                        "good one in the output folder, or a fresh start (default None)")
+    parser.add_argument("--resume", metavar="PATH", help="a checkpoint_epoch_N.pt to resume from, or 'auto': the "
+                        "newest intact one in the output folder, or a fresh start (default None)")
     parser.add_argument("--overwrite", action="store_true",
-                        help="delete what the earlier run in the output folder wrote; other files stay")
+                        help="delete what the earlier run wrote in the output folder; all other files stay")
     parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings (default config.yaml)")
-    parser.add_argument("--datasets", nargs="+", metavar="SET", help="data sets, by the names in config.yaml")
+    parser.add_argument("--datasets", nargs="+", metavar="SET", help="data sets, by their names in config.yaml")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--check", action="store_true", help="refuse what training would refuse before it reads data, "
-                         "else print data root, output folder and data sets, one a line, and stop")
-    instead.add_argument("--plan", action="store_true", help="print what each stage takes in memory, and stop")
-    instead.add_argument("--doctor", action="store_true", help="try all that a run needs, print what was found and "
-                         "what to do, and stop; changes nothing, but fetches words of the hub where they are not here")
-    parser.add_argument("--json", action="store_true", help="print what --plan finds as JSON")
+    instead.add_argument("--check", action="store_true", help="check flags, settings, device, output folder and "
+                         "checkpoint, print data root, output folder and data sets, one per line, and stop")
+    instead.add_argument("--plan", action="store_true", help="print the predicted memory of each stage, and stop")
+    instead.add_argument("--doctor", action="store_true", help="try everything that a run needs, print what was found "
+                         "and what to do, and stop; changes nothing, but downloads missing word embeddings of the hub")
+    parser.add_argument("--json", action="store_true", help="print the plan of --plan as JSON")
     options, rest = parser.parse_known_args(arguments)
     if options.json and not options.plan:
         parser.error("--json needs --plan")

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on any data set, with the protocols of training. `--help` is instant: torch loads later.
+"""Evaluate a checkpoint on any data set, with the protocols of training.
 
     python evaluate.py --checkpoint outputs/checkpoints/best_model.pt --datasets stamps
     python evaluate.py --checkpoint best_model.pt --datasets manifest --split val data.manifest=own.jsonl

@@ -1,4 +1,4 @@
-"""Train the tri-modal model: pretrain, align, finetune, evaluate, report. `--help` is instant: torch loads later.
+"""Train the tri-modal model: pretrain, align, finetune, evaluate, report.
 
     python run_training.py --model-size base --batch-size 8 --epochs 100
     python run_training.py --config recipes/synthetic.yaml

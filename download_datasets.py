@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--datasets", nargs="+", required=True, metavar="NAME",
         help=f"{', '.join(SOURCES)}, or all ({' '.join(ALL)}); {', '.join(NEEDS_NOTHING)} need no download")
     add("--data-root", type=lambda name: Path(folder_name(name)), default=Path("./data"), metavar="DIR",
-        help="where the sets go (default: ./data)")
+        help="folder of the data sets (default: ./data)")
     add("--skip-existing", action="store_true", help="trust a complete set after a quick look; without this flag every "
         "file of it is checked, and downloaded again only if it is missing or wrong")
     add("--json", action="store_true", help="print the answer of --status or --dry-run as one JSON object on stdout, "
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--also", nargs="+", action="extend", default=[], metavar="NAME:SUBSET", help="more of a set than its default: "
+    add("--also", nargs="+", action="extend", default=[], metavar="NAME:SUBSET", help="optional parts of a set: "
         + ", ".join(f"{name}:{subset}" for name, source in SOURCES.items() for subset in source.subsets
                     if subset not in source.defaults))
     add("--splits", nargs="+", default=[], metavar="SPLIT", help="only the archives that these splits need: "
@@ -101,20 +101,20 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         + ", ".join(name for name, source in SOURCES.items() if any(item.splits for item in source.items)))
     add("--max-gb", default="", metavar="GB", help="download at most so much of each set: lists and small "
         "archives first")
-    add("--sample", default="", metavar="N", help="for a small start, so many files of each archive; only their bytes "
-        "are fetched where the server allows it")
+    add("--sample", default="", metavar="N", help="for a small start, N files of each archive; only their bytes are "
+        "downloaded where the server allows it")
 
 
 def _add_origins(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--mirror", default="auto", metavar="WHICH", help=f"{', '.join(MIRRORS)} (default: auto, the official server "
         "first; hf obeys HF_ENDPOINT)")
-    add("--base-url", action="append", default=[], metavar="NAME=URL", help="fetch the files of a set from URL/FILE")
-    add("--local", action="append", default=[], metavar="[NAME=]PATH", help="what you have already: an unpacked "
-        "set, also as other tools leave it (linked, not copied), a folder of archives, or one archive")
+    add("--base-url", action="append", default=[], metavar="NAME=URL", help="download the files of a set from URL/FILE")
+    add("--local", action="append", default=[], metavar="[NAME=]PATH", help="what you already have: an unpacked "
+        "set, also in the layout of other tools (linked, not copied), a folder of archives, or one archive")
     add("--sounds", default="mirror", metavar="WHERE", help="where the sounds of "
         + ", ".join(name for name, source in SOURCES.items() if source.clips) + " come from: mirror (a pinned copy) or "
-        "youtube (by the optional yt-dlp, with a ledger of every clip)")
+        "youtube (by the optional yt-dlp, with a record of every clip)")
     add("--cookies", default="", metavar="FILE", help="cookies of a browser, for --sounds youtube")
     add("--insecure-tls", action="store_true", help="do not verify the certificate of a server that wants a key "
         f"({', '.join(name for name, source in SOURCES.items() if source.needs_key)}), which is at times out of date; "

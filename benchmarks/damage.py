@@ -29,7 +29,7 @@ SIDE = 64  # pixels of the drawn pictures
 
 
 def draw(number: int, mode: str = "RGB") -> Image.Image:
-    return Image.fromarray(generated.draw_image(97 * number, SIDE, np.random.default_rng(number))).convert(mode)
+    return Image.fromarray(generated.generate_image(97 * number, SIDE, np.random.default_rng(number))).convert(mode)
 
 
 def picture(form: str, number: int = 0, mode: str = "RGB", **options: Any) -> bytes:
@@ -41,7 +41,7 @@ def picture(form: str, number: int = 0, mode: str = "RGB", **options: Any) -> by
 def sound(form: str, subtype: str, rate_hz: int = SAMPLE_RATE_HZ, channels: int = 1) -> bytes:
     import soundfile
 
-    wave = generated.draw_sound(11, np.random.default_rng(0))[:SAMPLE_RATE_HZ]
+    wave = generated.generate_sound(11, np.random.default_rng(0))[:SAMPLE_RATE_HZ]
     out = io.BytesIO()
     soundfile.write(out, np.tile(wave[:, None], (1, channels)), rate_hz, format=form, subtype=subtype)
     return out.getvalue()
@@ -60,7 +60,7 @@ def video(pictures: bool, voice: bool) -> bytes:
             tracks.append((stream, [av.VideoFrame.from_image(draw(n)) for n in range(12)]))
         if voice:
             track = container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
-            wave = generated.draw_sound(11, np.random.default_rng(0))[None, :8 * 1024]
+            wave = generated.generate_sound(11, np.random.default_rng(0))[None, :8 * 1024]
             parts = [av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[:, i:i + 1024]), "fltp", "mono")
                      for i in range(0, wave.shape[1], 1024)]
             for i, part in enumerate(parts):

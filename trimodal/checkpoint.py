@@ -49,7 +49,7 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     content = {"schema": SCHEMA, "version": __version__} | plain(state)
-    with _named_if_it_fails(path), replacing(path, "w+b") as file:
+    with _errors_as_checkpoint_error(path), replacing(path, "w+b") as file:
         write_with_digest(content, cast(BinaryIO, file))
         if os.path.lexists(path) and not is_own(path):
             set_aside(path)
@@ -76,9 +76,9 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     weights, others = exported({"version": __version__, **state})
-    with _named_if_it_fails(path):
-        for place, content in ((path, weights), (path.with_name("config.json"), others)):
-            with replacing(place) as file:
+    with _errors_as_checkpoint_error(path):
+        for target, content in ((path, weights), (path.with_name("config.json"), others)):
+            with replacing(target) as file:
                 file.write(content)
 
 
@@ -155,8 +155,9 @@ def _plain_tensor(tensor: torch.Tensor, copy: bool) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _named_if_it_fails(path: Path) -> Iterator[None]:
-    """Make the folder of `path`; an OSError in here or in the block becomes a CheckpointError that says what to do."""
+def _errors_as_checkpoint_error(path: Path) -> Iterator[None]:
+    """Make the folder of `path` and run the block, which writes there. An OSError of either is raised again as a
+    CheckpointError that names `path` and says what to do."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield

@@ -112,7 +112,7 @@ class World:
                 parameter.grad /= self.size
 
     def any_flag(self, flag: bool) -> bool:
-        """True on every rank if it is on one: how ranks agree that a step ran out of memory, or is to stop."""
+        """Logical OR of the ranks' flags, the same on every rank: true if a rank ran out of memory, or is to stop."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
@@ -120,7 +120,7 @@ class World:
         return bool(flags.item())
 
     def all_true(self, flag: Tensor) -> Tensor:
-        """A flag on the device, true if it is on every rank; nobody waits for a GPU."""
+        """Logical AND of the ranks' flags, which stay on the device, so that the host does not wait for a GPU."""
         if self.size == 1:
             return flag
         everyones = flag.to(torch.int32)
@@ -264,7 +264,10 @@ def _from_bytes(raw: Tensor, like: Tensor) -> Tensor:
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of gradients, each at most BUCKET_BYTES or one tensor. Types may mix: concatenated they take the widest."""
+    """Group gradients, in order, into lists for one all-reduce each, of at most BUCKET_BYTES or one larger gradient.
+
+    A list may mix dtypes: `torch.cat` promotes them to the widest.
+    """
     bucket: list[Tensor] = []
     size = 0
     for gradient in gradients:

@@ -26,7 +26,7 @@ def test_pictures_show_what_their_captions_say(all_repetitions: bool) -> None:
     areas: dict[tuple[str, str], list[int]] = {}
     for combination in range(0, 1800, 1 if all_repetitions else 7):
         colour, shape, size, position, background = attributes(combination, IMAGE_ATTRIBUTES)
-        picture = generated.draw_image(combination, 64, rng).astype(float)
+        picture = generated.generate_image(combination, 64, rng).astype(float)
         assert picture.shape == (64, 64, 3)
         back = np.median(picture.reshape(-1, 3), 0)
         assert nearest(back, generated.BACKGROUNDS) == background
@@ -52,15 +52,15 @@ def nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]]) -> str:
 
 @pytest.mark.parametrize("size", [32, 64, 224])
 def test_draws_repeat_with_their_seed_and_differ_without(size: int) -> None:
-    one, same, other = (generated.draw_image(7, size, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    one, same, other = (generated.generate_image(7, size, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert one.dtype == np.uint8 and one.shape == (size, size, 3)
     assert np.array_equal(one, same) and not np.array_equal(one, other)
-    one, same, other = (generated.draw_sound(7, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    one, same, other = (generated.generate_sound(7, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert one.dtype == np.float32 and np.array_equal(one, same) and not np.array_equal(one, other[:len(one)])
 
 
 def test_shapes_and_sizes_differ_when_everything_else_is_equal() -> None:
-    pictures = [generated.draw_image(c, 64, np.random.default_rng(3)).astype(int)
+    pictures = [generated.generate_image(c, 64, np.random.default_rng(3)).astype(int)
                 for c in find({"c": "red", "p": "centre", "b": "grey"}, IMAGE_ATTRIBUTES)]
     assert len(pictures) == len(generated.SHAPES) * len(SIZES)
     for one, other in itertools.combinations(pictures, 2):
@@ -70,7 +70,7 @@ def test_shapes_and_sizes_differ_when_everything_else_is_equal() -> None:
 def test_sounds_are_short_loud_enough_and_as_long_as_they_say() -> None:
     rng = np.random.default_rng(0)
     for combination in range(384):
-        wave = generated.draw_sound(combination, rng)
+        wave = generated.generate_sound(combination, rng)
         seconds = len(wave) / SAMPLE_RATE_HZ
         assert (seconds < 1.5) if "short" in attributes(combination, SOUND_ATTRIBUTES) else (2 < seconds < 3)
         assert 0.1 < np.abs(wave).max() <= 1
@@ -81,7 +81,7 @@ def test_registers_do_not_overlap_and_contours_move_as_they_say() -> None:
     heard: dict[str, list[float]] = {}
     for combination in find({"timbre": "sine", "length": "long"}, SOUND_ATTRIBUTES):
         _, register, contour, _, _ = attributes(combination, SOUND_ATTRIBUTES)
-        pitches = pitch_track(generated.draw_sound(combination, rng))
+        pitches = pitch_track(generated.generate_sound(combination, rng))
         heard.setdefault(register, []).extend(pitches)
         first, last = np.log2(pitches[0]), np.log2(pitches[-1])
         half = np.log2(pitches[len(pitches) // 2])

@@ -3,7 +3,7 @@
 The cache has one entry for each set, split and kind: a folder with a flat file (uint8 images with a short side of up to
 8/7 of the model's, or float16 log-mels), an index, and the reasons of files that are broken. Its name holds a digest of
 file names, sizes, dates and settings, so that after any change the old entry is not found. It appears whole, by a
-rename, or not at all; a run that is killed while it fills an entry is gone on with, see `PartialEntry`.
+rename, or not at all; after a kill the next run goes on with the entry that was being filled, see `PartialEntry`.
 
 Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 """
@@ -36,9 +36,9 @@ Item = tuple[str, float, float]  # path, start_s, duration_s
 KINDS: tuple[Kind, ...] = ("image", "sound")
 
 FORMAT = 2  # counts up with every change of what an entry holds
-PROBES = 16  # files decoded first, to foretell the size of an entry
-CHUNK = 8  # files that a process decodes before it hands them over
-FEW = 64  # files whose size need not be foretold
+PROBES = 16  # files decoded first, to estimate the size of an entry
+CHUNK = 8  # files that a worker decodes before it hands them over
+FEW = 64  # an entry of at most so many files is written without an estimate
 GB = 1e9
 LOCK = ".filling.lock"  # not that of a run: the cache may lie in its folder
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
@@ -56,7 +56,7 @@ class _NoRoom(Exception):
 
 
 def cache_side(image_size: int) -> int:
-    """Short side of cached pictures: random crops of all but the smallest pictures still shrink."""
+    """Short side of cached images in pixels: 8/7 of the model's, so that random crops are still scaled down."""
     return round(image_size * 8 / 7)
 
 
@@ -77,7 +77,8 @@ def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
 
 
 def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[np.ndarray | str, None, None]:
-    """All of `items` in order, decoded by workers, which run only a few chunks ahead: that bounds the memory.
+    """Decode `items` with worker processes, and yield, in order, what `decode` returns for each, or, as a string, why a
+    file is broken. Workers run only a few chunks ahead, which bounds the memory.
 
     Raises:
         UserError: workers die again and again at one file, or the folder of the files is gone.
@@ -88,7 +89,8 @@ def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[n
 
 def read_all(read: Callable[[Item], np.ndarray], items: Sequence[Item],
              config: Config) -> Generator[np.ndarray | str, None, None]:
-    """What `read` returns for each of `items`, or why it raised BrokenSample; raises as `decode_all`."""
+    """Call `read` on each of `items` in worker processes, and yield, in order, what it returns, or the message of the
+    BrokenSample that it raises. Raises what `decode_all` does."""
     def work(job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[np.ndarray | str]:
         found: list[np.ndarray | str] = []
         for number in range(job * CHUNK, min((job + 1) * CHUNK, len(items))):
@@ -220,8 +222,10 @@ def entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -
 
 
 def open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fill: bool) -> Entry | None:
-    """The entry of `items`, made if need be; None where it is not there and `fill` is false, or, with a printed reason,
-    where there is no room for it."""
+    """Open the cache entry of `items` called `name`; with `fill`, decode and write it first where it is missing.
+
+    None where it is missing and `fill` is false, or where it cannot be written: then a line says why.
+    """
     folder = entry_folder(kind, name, items, config)
     if fill and not folder.is_dir():
         try:
@@ -380,14 +384,15 @@ class PartialEntry:
         _sync(self.journal)
 
     def _recover(self) -> None:
-        """Take over the stretches that are whole, and cut off what follows."""
+        """Keep what a killed process has completely written: the files of all journal lines up to the first that is
+        damaged or whose bytes are missing in `data.bin`. Both files are cut off behind them."""
         head = {"format": JOURNAL_FORMAT, "entry": self.folder.name.removesuffix(SUFFIX), "files": self.total}
         first, *lines = self.journal.readlines() or [b""]
         journal_bytes = data_bytes = 0
         if _parsed(first) == head:
             journal_bytes = len(first)
             for line in lines:
-                size = self._take(_parsed(line))
+                size = self._restore(_parsed(line))
                 if size is None:
                     break
                 journal_bytes, data_bytes = journal_bytes + len(line), data_bytes + size
@@ -397,8 +402,9 @@ class PartialEntry:
         if not journal_bytes:
             self._write_line(head)
 
-    def _take(self, record: Any) -> int | None:
-        """Bytes of a stretch whose bytes are there and right; None for any other."""
+    def _restore(self, record: Any) -> int | None:
+        """Add the files of one journal line to `shapes` and `reasons`; how many bytes of `data.bin` they are. None, and
+        nothing is added, where the line is damaged, or those bytes are missing or do not match its CRC-32."""
         try:
             shapes = [(int(first), int(second)) for first, second in record["shapes"]]
             reasons = {int(number): str(reason) for number, reason in record["reasons"].items()}

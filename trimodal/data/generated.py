@@ -3,7 +3,7 @@
 The path of such a sample is "SCHEME:NUMBER" instead of a file's. A combination is one value of each attribute; each
 visit jitters shade, place, size, pitch and noise.
 
-    picture = draw_image(combination_of("scheme:7"), size=64, rng=np.random.default_rng(0))
+    picture = generate_image(combination_of("scheme:7"), size=64, rng=np.random.default_rng(0))
 """
 
 import math
@@ -50,12 +50,12 @@ def combination_of(path: str) -> int:
 
 def attributes(combination: int, values: Sequence[Sequence[str]]) -> list[str]:
     """Attribute values of a combination, in the order of IMAGE_ATTRIBUTES or SOUND_ATTRIBUTES."""
-    places = np.unravel_index(combination, [len(v) for v in values])
-    return [names[int(place)] for names, place in zip(values, places, strict=True)]
+    indices = np.unravel_index(combination, [len(v) for v in values])
+    return [names[int(index)] for names, index in zip(values, indices, strict=True)]
 
 
-def draw_image(combination: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A picture of the combination, uint8 [size, size, 3], with smooth edges and pixel noise."""
+def generate_image(combination: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """An image with the attributes of a combination, uint8 [size, size, 3], with smooth edges and pixel noise."""
     colour, shape, big, position, background = attributes(combination, IMAGE_ATTRIBUTES)
     jitter = rng.uniform(-1, 1, 8)
     row, column = divmod(POSITIONS.index(position), 3)
@@ -76,8 +76,8 @@ def draw_image(combination: int, size: int, rng: np.random.Generator) -> np.ndar
     return picture
 
 
-def draw_sound(combination: int, rng: np.random.Generator) -> np.ndarray:
-    """A melody of the combination, float32 mono at 16 kHz, shorter than 3 s, within [-1, 1]."""
+def generate_sound(combination: int, rng: np.random.Generator) -> np.ndarray:
+    """A melody with the attributes of a combination, float32 mono at 16 kHz, shorter than 3 s, within [-1, 1]."""
     timbre, register, contour, tempo, length = attributes(combination, SOUND_ATTRIBUTES)
     tone_s, total_s = rng.uniform(*TEMPI[tempo]), rng.uniform(*LENGTHS[length])
     tones, points = max(round(total_s / tone_s), 3), round(tone_s * SAMPLE_RATE_HZ)

@@ -1,9 +1,9 @@
-"""Which pictures may be mirrored in training: those of which everything that is said stays true.
+"""Which images may be flipped horizontally in training: those whose captions and labels stay true of the mirror image.
 
     may_mirror(table, english_sets)     # bool [n]
 
-All captions have to be English: only there is it known which words mirroring makes false. A caption counts as English
-by its words, which needs no model of languages; where that is not certain, the picture is not mirrored.
+All captions have to be English, as only for English it is known which words mirroring makes false ("left", "reads").
+Lists of words decide whether a caption is English, without a language model; in doubt the image is not mirrored.
 """
 
 import functools
@@ -16,8 +16,9 @@ import numpy as np
 
 from trimodal.data.samples import SampleTable
 
-LOOKED_AT, FOREIGN_SHARE = 200, 0.2  # captions of such a set, for there are translations under the same names; and how
-# many of them may hold a word of another language
+# There are translations of English data sets under the same names. Of each set some captions are probed, and it counts
+# as translated where more than this share of them holds a word of another language.
+PROBED_CAPTIONS, FOREIGN_SHARE = 200, 0.2
 
 _WITHIN_NAME = re.compile(r"(?<=[a-z])(?=[A-Z])")  # "armLeft"
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
@@ -43,17 +44,15 @@ _SIDE_ELSEWHERE = re.compile(
 
 @functools.cache
 def _words() -> dict[str, frozenset[str]]:
-    """Word lists of mirroring_words.json: `english` words that are common in no other language in Latin letters,
-    `shared` ones that others have as well, which prove nothing, and `foreign` ones that make a caption another's."""
+    """The word lists of mirroring_words.json: "english" words that are common in no other language in Latin letters,
+    "shared" ones that other languages have too, and "foreign" ones that no English caption holds."""
     lists = json.loads(Path(__file__).with_name("mirroring_words.json").read_text("utf-8"))
     return {name: frozenset(words) for name, words in lists.items()}
 
 
 def may_mirror(table: SampleTable, english_sets: Collection[str]) -> np.ndarray:
-    """bool [n]: the sample has a picture, all its captions are English and stay true in a mirror, and so do its labels.
-
-    A sample without captions is judged by its labels alone: true where none of them names a side.
-    """
+    """For each sample, bool [n]: it has an image, its captions are English and stay true of the mirror image, and no
+    label names a side. `english_sets`: names of data sets whose captions are published in English."""
     allowed = table.has_image
     rows = np.flatnonzero(allowed & table.has_text)
     english = {name for code, name in enumerate(table.sources.names)
@@ -69,27 +68,36 @@ def may_mirror(table: SampleTable, english_sets: Collection[str]) -> np.ndarray:
 
 
 def _is_translated(table: SampleTable, rows: np.ndarray) -> bool:
-    """Whether many of some captions hold a word of another language; of English captions it is one in a hundred."""
-    some = rows[:: max(1, len(rows) // LOOKED_AT)]
-    texts = [table.captions[table.caption_offsets[row]].lower() for row in some.tolist()]
+    """Whether the captions of these samples (all of one data set) seem to be translated from English.
+
+    Looks at the first captions of evenly spaced samples. About one English caption in a hundred holds a word of
+    another language, far below FOREIGN_SHARE.
+    """
+    probed = rows[:: max(1, len(rows) // PROBED_CAPTIONS)]
+    texts = [table.captions[table.caption_offsets[row]].lower() for row in probed.tolist()]
     foreign = sum(not _words()["foreign"].isdisjoint(_WORD.findall(text)) for text in texts)
     return foreign > FOREIGN_SHARE * len(texts)
 
 
 def stays_true(caption: str, *, known_english: bool = False) -> bool:
-    """Whether a caption is English, and says nothing that the mirrored picture would not show. `known_english`: the set
-    is; of its captions only those with other characters are looked at, for there are translations of such sets."""
+    """Whether a caption is English, and names nothing that mirroring changes: a side, a direction, writing, numbers...
+
+    `known_english`: the caption's data set is English, so an ASCII caption counts as English without a look at its
+    words; one with other characters is still checked, as single captions may be translated.
+    """
     text = caption.lower()
     return not _FALSE_IN_A_MIRROR.search(text) and ((known_english and text.isascii()) or is_english(text))
 
 
 def names_no_side(label: str) -> bool:
+    """Whether a label, in any common language, names nothing that mirroring changes, such as left or right."""
     text = _WITHIN_NAME.sub(" ", label).lower()
     return not (_FALSE_IN_A_MIRROR.search(text) or _SIDE_ELSEWHERE.search(text))
 
 
 def is_english(text: str) -> bool:
-    """Whether half of the words are known to be English, one of them in no other language, and none is another's."""
+    """Whether a text looks English: at least half of its words are known to be, one of them is in no other language's
+    list, and none is foreign. A character outside ASCII, but for typographic quotes and dashes, makes it foreign."""
     text = text.lower().replace("\u2019", "'")
     words, lists = _WORD.findall(text), _words()
     if not text.isascii() and _OTHER_CHARACTERS.search(text):

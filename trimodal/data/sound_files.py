@@ -128,7 +128,8 @@ def _is_frame(begin: bytes) -> bool:
 
 
 def mended_au(path: str) -> Source:
-    """An AU file that states no samples, with a header that says to read to the end; any other file as it is."""
+    """`path`; of an AU file whose header states 0 bytes of samples, the same file behind a header that says that its
+    length is unknown, so that decoders read to the end."""
     with open(path, "rb") as file:
         head = file.read(12)
     if head[:4] != b".snd" or any(head[8:]):
@@ -137,8 +138,8 @@ def mended_au(path: str) -> Source:
 
 
 def states_too_few_samples(path: str) -> bool:
-    """Whether samples follow those that the header of a WAV or RF64 file states: its writer was killed, and the header
-    holds nothing, or what had come some time before."""
+    """Whether a WAV or RF64 file holds more samples than its header states: its writer was killed before it wrote the
+    final length, so the header says 0 or the length of some time before."""
     with open(path, "rb") as file:
         head, size = file.read(12), os.path.getsize(path)
         if head[8:] != b"WAVE" or head[:4] not in (b"RIFF", b"RF64"):
@@ -150,11 +151,12 @@ def states_too_few_samples(path: str) -> bool:
         if head.startswith(b"RF64"):  # its sizes stand in a chunk before all others
             file.seek(28)
             stated = int.from_bytes(file.read(8), "little")
-        return _goes_on(file, first, stated, size)
+        return _samples_follow(file, first, stated, size)
 
 
 def _samples_chunk(file: IO[bytes]) -> tuple[int, int] | None:
-    """Where the samples of a WAV file begin, and how many bytes of them it states."""
+    """Offset of the samples in a WAV file, and their length as its "data" chunk states it, both in bytes; None without
+    such a chunk among the first ones."""
     at = 12
     for _ in range(_MAX_CHUNKS):
         file.seek(at)
@@ -166,8 +168,9 @@ def _samples_chunk(file: IO[bytes]) -> tuple[int, int] | None:
     return None
 
 
-def _goes_on(file: IO[bytes], first: int, stated: int, size: int) -> bool:
-    """Whether samples follow those that are stated: neither another chunk nor a tag, nor a little padding."""
+def _samples_follow(file: IO[bytes], first: int, stated: int, size: int) -> bool:
+    """Whether a file of `size` bytes goes on with samples after the `stated` bytes of them from offset `first`: what
+    follows is neither another chunk nor a tag nor padding."""
     end = first + stated
     file.seek(min(end, size))
     begin = file.read(_PADDING_BYTES)
@@ -178,5 +181,6 @@ def _goes_on(file: IO[bytes], first: int, stated: int, size: int) -> bool:
 
 
 def _is_other(begin: bytes, size: int) -> bool:
+    """Whether `begin` is the begin of a RIFF chunk that fits a file of `size` bytes, or of an ID3 or APE tag."""
     is_chunk = begin[:4].isascii() and begin[:4].decode().isprintable() and int.from_bytes(begin[4:8], "little") <= size
     return is_chunk or begin.startswith((b"ID3", b"TAG", b"APETAGEX"))

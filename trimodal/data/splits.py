@@ -151,24 +151,26 @@ def group_numbers(table: SampleTable) -> np.ndarray:
 
 
 class Groups:
-    """Rows joined into groups (union-find)."""
+    """A partition of the rows 0 to `number` - 1 into groups (union-find), at first one for each row."""
 
     def __init__(self, number: int):
         self.parents, self.sizes = list(range(number)), [1] * number
 
     def root(self, row: int) -> int:
+        """The row that stands for the group of `row`: equal for two rows exactly if they are of one group."""
         while self.parents[row] != row:
             self.parents[row] = row = self.parents[self.parents[row]]
         return row
 
     def join(self, rows: Iterable[int]) -> None:
+        """Unite the groups of all `rows` (at least one) into one."""
         first, *others = sorted({self.root(row) for row in rows})
         for other in others:
             self.parents[other] = first
             self.sizes[first] += self.sizes[other]
 
     def size_of(self, rows: Iterable[int]) -> int:
-        """Samples of the group that `join` would make."""
+        """How many rows the group would have that `join(rows)` makes."""
         return sum(self.sizes[root] for root in {self.root(row) for row in rows})
 
 

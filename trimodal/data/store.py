@@ -19,7 +19,7 @@ from trimodal.data.samples import SampleTable
 
 @dataclass(frozen=True)
 class Store:
-    """Images and sounds of the samples of one table, by row, the same whether they are cached or not."""
+    """Images and log-mels of the samples of one table, by row, the same whether they are cached or not."""
 
     table: SampleTable
     image_size: int
@@ -28,20 +28,22 @@ class Store:
     folders: dict[tuple[Kind, int], str] = field(default_factory=dict)  # of the files of a set, once needed
 
     def image(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 [H, W, 3]: generated with `rng` at the model's size, else with a short side of up to 8/7 of it."""
+        """The image of a sample, uint8 [H, W, 3]: with a short side of up to 8/7 of the model's image size, or, of a
+        generated sample, made with `rng` (None: of seed 0) at the model's size."""
         path = self.table.images[row]
         if generated.is_generated(path):
             rng = rng or np.random.default_rng(0)
-            return generated.draw_image(generated.combination_of(path), self.image_size, rng)
+            return generated.generate_image(generated.combination_of(path), self.image_size, rng)
         return self._read("image", row)
 
     def mel(self, row: int, rng: np.random.Generator | None = None) -> np.ndarray:
-        """float16 [T, 80], the whole of the sample's stretch of sound."""
+        """Log-mel spectrogram of a sample's whole sound, or of the stretch that its start and duration name, float16
+        [T, 80]. The sound of a generated sample is made with `rng` (None: of seed 0)."""
         path = self.table.audio[row]
         if generated.is_generated(path):
             from trimodal.data.audio import log_mel
 
-            wave = generated.draw_sound(generated.combination_of(path), rng or np.random.default_rng(0))
+            wave = generated.generate_sound(generated.combination_of(path), rng or np.random.default_rng(0))
             return log_mel(wave).astype(np.float16)
         return self._read("sound", row)
 

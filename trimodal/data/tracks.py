@@ -76,13 +76,18 @@ class Piece:
 
 
 class Sink:
-    """Collects decoded blocks as mono: the mean of the channels, or one `channel`. With `keep` false it only counts."""
+    """Collects the decoded blocks of a file, or of one part of it, as one mono signal.
+
+    That is the mean of all channels, or channel number `channel` (the last one where a block has fewer). With `keep`
+    false, samples are counted but not stored.
+    """
 
     def __init__(self, channel: int | None = None, *, keep: bool = True) -> None:
         self.channel, self.keep = channel, keep
-        self.count, self.rate_hz = 0, 0
-        self.blocks: list[np.ndarray] = []
-        self.energy = 0.0  # of the mean
+        self.count, self.rate_hz = 0, 0  # samples of the mono signal so far
+        self.blocks: list[np.ndarray] = []  # float32 [N] each
+        # Sums of squares of the mean and of each channel, as channels of opposite phase cancel out in the mean.
+        self.mean_energy = 0.0
         self.channel_energies = np.zeros(MAX_CHANNELS)
 
     @property
@@ -90,12 +95,13 @@ class Sink:
         return self.count / max(1, self.rate_hz)
 
     def expect(self, count: int, rate_hz: int) -> None:
-        """Raise BrokenSound where `count` samples are too many to keep."""
+        """Raise BrokenSound where `count` samples at `rate_hz` are more than may be kept in memory."""
         most_s = min(MAX_SOUND_S, MAX_SAMPLES / rate_hz)
         if self.keep and count > most_s * rate_hz:
             raise BrokenSound(f"is over {most_s:g} s long: give a start and a duration")
 
     def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
+        """Append a decoded float32 block of N samples of C channels."""
         self.count, self.rate_hz = self.count + len(block_NC), rate_hz
         self.expect(self.count, rate_hz)
         if not self.keep:
@@ -107,7 +113,7 @@ class Sink:
         self.blocks.append(block_NC.mean(axis=1) if channels > 1 else block_NC[:, 0].copy())
         if channels > 1:
             mean_N = self.blocks[-1]
-            self.energy += float(mean_N @ mean_N)
+            self.mean_energy += float(mean_N @ mean_N)
             self.channel_energies[:channels] += np.einsum("nc,nc->c", block_NC, block_NC, dtype=np.float64)
 
     def add_silence(self, count: int, rate_hz: int) -> None:
@@ -122,10 +128,12 @@ class Sink:
 
 
 def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece]:
-    """The mean of the channels from `start_s` for `duration_s` (0: to the end); where that has below 1 % of the loudest
-    channel's energy within the stretch, this channel. Silence stands before a track that begins late and in its gaps.
-    Several pieces, each with its rate, where a chained Ogg or a joined MP3 file has several parts; none where nothing
-    is.
+    """Decode a file from `start_s` for `duration_s` (0: to the end) to mono.
+
+    Mono is the mean of the channels; where the mean has below 1 % of the energy of the loudest channel, it is that
+    channel. A track that begins late gets silence before it, and a gap in it silence for its length. The list has one
+    piece for each part of a chained Ogg or joined MP3 file that the stretch touches, as each has its own sampling rate,
+    and none where the file has no samples there.
 
     Raises:
         BrokenSound: beyond the bounds above, without sound track; without the path in the message.
@@ -135,10 +143,10 @@ def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece
 
 
 def _read_mono(path: str, start_s: float, duration_s: float) -> list[Sink]:
-    """One sink for each part of the file; `channel` is given where the channels cancel each other."""
+    """One sink of samples for each part of the file; sinks of a single channel where the mean cancels it out."""
     found = _read(path, start_s, duration_s, Sink)
     energies = np.sum([sink.channel_energies for sink in found], axis=0)
-    if sum(sink.energy for sink in found) < CANCELLED * np.max(energies, initial=0.0):
+    if sum(sink.mean_energy for sink in found) < CANCELLED * np.max(energies, initial=0.0):
         return _read(path, start_s, duration_s, lambda: Sink(int(energies.argmax())))
     return found
 

@@ -32,7 +32,7 @@ from trimodal.files import check_writable, locked, remove_left, replacing
 from trimodal.redaction import without_secrets
 from trimodal.sets import inventory
 from trimodal.sets.base import File, Item, Source
-from trimodal.sets.lists import other_rows
+from trimodal.sets.lists import row_count_note
 
 PACKAGES = {"parquet": "pyarrow", "7z": "py7zr"}  # what the standard library cannot unpack
 ARCHIVES, LOCK = "archives", ".download"
@@ -364,7 +364,7 @@ def _complete_item(job: Job, item: Item, fetched: Sequence[Fetched | RemoteFile]
                               "files": 1, "bytes": sum(file.size for file in here)}
     if item.kind != "plain":
         record = _unpack(job, item, [file.path if isinstance(file, Fetched) else file for file in fetched], record)
-    elif note := other_rows(here[0].path, 0 if here[0].checked else item.files[0].lines):
+    elif note := row_count_note(here[0].path, 0 if here[0].checked else item.files[0].lines):
         job.say(f"note: {item.name} {note}")
     job.state.records[item.name] = record
     job.state.save()

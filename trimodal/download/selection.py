@@ -82,10 +82,13 @@ class Selection:
         return Selection(self.source, replace(self.options, splits=(), max_gb=0.0, sample=0))
 
     def peak_bytes(self, items: Iterable[Item]) -> int:
-        """Disk that getting these items takes at most, archives included while they are needed: that of the item that
-        is unpacked, and those that arrive meanwhile."""
+        """Largest number of bytes on the disk at any moment while `items` are downloaded and unpacked in order.
+
+        At its peak the disk holds what is unpacked so far, the item that is being unpacked, its archive, and those of
+        the next `jobs` items, which are downloaded at the same time.
+        """
         if self.options.sample:
-            return 0  # little, and what it is shows only when it comes
+            return 0  # little, and its size is not known before it is downloaded
         items, held, peak = list(items), 0, 0
         archives = [0 if item.kind == "plain" else item.size or item.unpacked for item in items]
         for index, item in enumerate(items):

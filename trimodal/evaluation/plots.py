@@ -1,4 +1,4 @@
-"""Pictures of a report: curves of training, and grids of what a query finds. Labels are English.
+"""Figures of a report: curves of training, and grids of retrieval results. Labels are English.
 
     loss_curves(records), progress_curves(records)     # PNG as bytes, from the records of metrics.jsonl
     retrieval_grid(rows)                               # uint8 (H, W, 3), from protocols.examples
@@ -58,9 +58,9 @@ def progress_curves(records: Sequence[Record]) -> bytes | None:
     _by_stage(panels[2], steps, "step", "lr", "learning rate")
     _by_stage(panels[3], steps, "step", "samples_per_s", "speed (samples/s) and waiting for data (%, dashed)")
     panels[3].set_ylim(bottom=0)
-    places, waiting = _xy(steps, "step", "data_wait_pct")
+    x, waiting = _xy(steps, "step", "data_wait_pct")
     twin = panels[3].twinx()
-    twin.plot(places, smooth(waiting), linestyle="--", linewidth=0.9, color="grey")
+    twin.plot(x, smooth(waiting), linestyle="--", linewidth=0.9, color="grey")
     twin.set_ylim(0, max([10.0, *waiting]) * 1.1)
     twin.set_ylabel("waiting (%)", fontsize=8)
     return _png(figure)
@@ -144,8 +144,8 @@ def smooth(values: Sequence[float]) -> np.ndarray:
     """Running mean over a 20th of the curve, shorter at its ends, so that it starts and stops where the curve does."""
     half = len(values) // 40
     total = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    centres = np.arange(len(values))
+    low, high = np.maximum(centres - half, 0), np.minimum(centres + half + 1, len(values))
     return (total[high] - total[low]) / (high - low)
 
 
@@ -167,12 +167,13 @@ def _png(figure: Any) -> bytes:
 
 
 def retrieval_grid(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """One line a query: its words at the left, then its best answers, best first, the right ones framed in green.
+    """Draw retrieval results as one image: a row for each text query, with its text at the left, then the images or
+    sounds that rank best, best first, those that belong to the query framed in green.
 
     Args:
-        rows: {"query", "rank", "candidates", "modality", "answers": [{"picture", "caption", "score", "right"}]}. A
-            picture is uint8 (H, W, 3), or a log-mel (T, 80) at 100 frames a second, whose caption is then written
-            below.
+        rows: one dict for each query: "query" (text), "rank" (of the first right answer, from 1), "candidates" (how
+            many were ranked), "modality" of them, and "answers", each {"picture", "caption", "score", "right"}. A
+            picture is an image, uint8 (H, W, 3), or a log-mel (T, 80) at 100 frames a second, with its caption below.
 
     Returns:
         uint8 (H, W, 3).
@@ -188,10 +189,10 @@ def retrieval_grid(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
                             gridspec_kw={"width_ratios": [1.8, *[1] * columns]})
     for axes in cells.flat:
         axes.set_axis_off()
-    for row, (words, *places) in zip(rows, cells, strict=False):
-        words.text(0, 0.5, f"{_wrapped(row['query'], 30)}\nright one at rank {row['rank']} of {row['candidates']}",
-                   fontsize=9, va="center", color=RIGHT if row["rank"] == 1 else INK, family=_fonts())
-        for axes, answer in zip(places, row["answers"], strict=False):
+    for row, (query_axes, *answer_axes) in zip(rows, cells, strict=False):
+        query_axes.text(0, 0.5, f"{_wrapped(row['query'], 30)}\nright one at rank {row['rank']} of {row['candidates']}",
+                        fontsize=9, va="center", color=RIGHT if row["rank"] == 1 else INK, family=_fonts())
+        for axes, answer in zip(answer_axes, row["answers"], strict=False):
             _draw_answer(axes, answer)
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
@@ -201,6 +202,7 @@ def retrieval_grid(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def _draw_answer(axes: Any, answer: Mapping[str, Any]) -> None:
+    """Draw one answer of `retrieval_grid`: its image or log-mel, its cosine below, a green frame if it is right."""
     picture, score = answer["picture"], f"{round(answer['score'], 2) + 0.0:.2f}"  # never -0.00
     axes.set_axis_on()
     axes.set_xticks([])

@@ -133,7 +133,7 @@ def held_gib(device: torch.device) -> float:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start a new peak. Where the system cannot (not Linux, not CUDA) the peak stays that of the whole run."""
+    """Let `peak_gib` measure from now on. Where it cannot be reset (neither CUDA nor Linux), nothing happens."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

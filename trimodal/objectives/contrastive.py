@@ -41,8 +41,8 @@ class Positives:
     def of(owner_C: Tensor, ids_C: Tensor, files_B: Tensor) -> "Positives":
         """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them, and
         samples of equal id in `files_B` the same file: what one of them owns, all own."""
-        item_B = numbered(files_B)
-        return Positives(item_B[owner_C], numbered(ids_C), item_B)
+        item_B = dense_ids(files_B)
+        return Positives(item_B[owner_C], dense_ids(ids_C), item_B)
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "Positives":
         return replace(self, owner_C=move(self.owner_C), group_C=move(self.group_C), item_B=move(self.item_B))
@@ -77,8 +77,11 @@ def positives_of(batch: Any, inputs: Sequence[str]) -> Positives:
     return Positives.of(torch.arange(len(batch.sample_ids)), files(inputs[1]), files(inputs[0]))
 
 
-def numbered(ids_N: Tensor) -> Tensor:
-    """The ids replaced by numbers from 0 on, equal ones by the same. No shape depends on the values."""
+def dense_ids(ids_N: Tensor) -> Tensor:
+    """Replace ids by 0, 1, 2, ... in their ascending order, equal ones by equal numbers; int64 [N].
+
+    As the inverse of `torch.unique`, but no shape depends on the values, so that the planner's fake tensors can run it.
+    """
     sorted_N, order_N = ids_N.sort()
     rank_N = F.pad((sorted_N[1:] != sorted_N[:-1]).long().cumsum(0), (1, 0))
     return torch.empty_like(rank_N).scatter_(0, order_N, rank_N)

@@ -30,14 +30,16 @@ class Concepts(Objective):
         return float(step.read(labels_BV.sum(), labels_BV.numel())) if step.num_concepts else 0.0
 
     def loss(self, step: Step, rows: slice) -> SumAndParts:
+        """Binary cross-entropy of the micro-batch `rows`, summed over samples and concepts."""
         with step.autocast():
-            logits_BV = step.model.fuse(self._given(step, rows))[2]
+            logits_BV = step.model.fuse(self._fusion_inputs(step, rows))[2]
         target_BV = step.to_device(step.batch.concepts[rows]).to(logits_BV.dtype)
         used = step.num_concepts
         loss = F.binary_cross_entropy_with_logits(logits_BV[:, :used], target_BV[:, :used], reduction="sum")
         return loss, {"concepts": loss}
 
-    def _given(self, step: Step, rows: slice) -> dict[str, Any]:
+    def _fusion_inputs(self, step: Step, rows: slice) -> dict[str, Any]:
+        """Tokens by modality of a micro-batch. Beside another modality, most samples' text tokens are masked."""
         others = [name for name in self.inputs if name != "text"]
         given = {name: step.encode(name, rows) for name in others}
         if "text" in self.inputs:
@@ -67,10 +69,13 @@ class Speaker(Objective):
         self.weight = nn.Parameter(torch.randn(max(num_speakers, 1), model.config.embed_dim) * 0.05)
 
     def count(self, step: Step) -> float:
+        """How many samples of the effective batch have a known speaker."""
         speakers_B = step.batch.speakers
         return float(step.read((speakers_B != NO_SPEAKER).sum(), len(speakers_B)))
 
     def loss(self, step: Step, rows: slice) -> SumAndParts:
+        """Cross-entropy over the speakers with an angular margin (`margin_logits`), summed over the samples of the
+        micro-batch `rows` whose speaker is known."""
         with step.autocast():
             features_BF = step.model.features("audio", step.encode("audio", rows))
         labels_B = step.to_device(step.batch.speakers[rows])

@@ -208,7 +208,7 @@ def first_keys(batch: Any, inputs: Sequence[str]) -> Tensor:
 
 
 def pick(tokens: Any, rows: Tensor) -> Any:
-    """The same Tokens, of some rows."""
+    """`tokens` (a tuple of tensors or None, such as Tokens), reduced to some rows of each tensor."""
     return type(tokens)(*(None if part is None else part.index_select(0, rows) for part in tokens))
 
 
@@ -216,10 +216,10 @@ def pick(tokens: Any, rows: Tensor) -> Any:
 
 
 def shared_batch(world: World, batch: Any, *, with_media: bool) -> tuple[Any, Share | None]:
-    """The whole effective batch, of which `batch` holds this process's samples, and which rows those are.
+    """The whole effective batch, gathered from the ranks that each read a part of it, and which rows `batch` is of it.
 
-    All that is small is gathered: texts, labels, lengths, draws. Images and audio only `with_media`, for objectives
-    that encode other processes' samples; else they stay this process's own.
+    Gathered are texts, labels, lengths and `noise`. Images and audio are gathered only `with_media`, for objectives
+    that encode other ranks' samples; else the result holds this rank's own.
     """
     if world.size == 1:
         return batch, None
@@ -228,8 +228,8 @@ def shared_batch(world: World, batch: Any, *, with_media: bool) -> tuple[Any, Sh
              if f.name not in media and isinstance(value := getattr(batch, f.name), Tensor)}
     everyones = world.gather_objects((small, batch.noise))
     starts = [sum(len(one["sample_ids"]) for one, _ in everyones[:rank]) for rank in range(world.size)]
-    columns: dict[str, Any] = {name: joined([one[name] for one, _ in everyones]) for name in small}
-    noise = {name: joined([draws[name] for _, draws in everyones]) for name in batch.noise}
+    columns: dict[str, Any] = {name: concat_padded([one[name] for one, _ in everyones]) for name in small}
+    noise = {name: concat_padded([uniforms[name] for _, uniforms in everyones]) for name in batch.noise}
     samples = range(starts[world.rank], starts[world.rank] + len(batch.sample_ids))
     rows = dict.fromkeys(("image", "audio", "fusion"), samples)
     if batch.caption_owner is not None:
@@ -238,14 +238,14 @@ def shared_batch(world: World, batch: Any, *, with_media: bool) -> tuple[Any, Sh
         before = sum(map(len, owners[:world.rank]))
         rows["text"] = range(before, before + len(owners[world.rank]))
     if with_media:
-        columns |= {name: joined(world.gather_objects(getattr(batch, name))) for name in media}
+        columns |= {name: concat_padded(world.gather_objects(getattr(batch, name))) for name in media}
     return replace(batch, **columns, noise=noise), Share(rows, 0 if with_media else samples.start)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of all parts; where the second dimension differs, the shorter ones are padded with zeros."""
-    if parts[0].ndim == 1:
-        return torch.cat(list(parts))
-    longest = max(part.shape[1] for part in parts)
-    padding = (0,) * (2 * parts[0].ndim - 4)
-    return torch.cat([F.pad(part, (*padding, 0, longest - part.shape[1])) for part in parts])
+def concat_padded(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dimension; tensors with a shorter second one are padded with zeros at its end."""
+    if tensors[0].ndim == 1:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    later_dimensions = (0,) * (2 * tensors[0].ndim - 4)  # F.pad names the last dimension first
+    return torch.cat([F.pad(tensor, (*later_dimensions, 0, longest - tensor.shape[1])) for tensor in tensors])

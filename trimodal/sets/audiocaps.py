@@ -90,27 +90,30 @@ def names_of_clip(video: str, start: str) -> list[str]:
 
 
 def clips_in(path: Path) -> Iterator[str]:
-    """YOUTUBEID_START of each clip of a list, once."""
+    """YOUTUBEID_START of each clip that the CSV file at `path` names, once."""
     yield from dict.fromkeys(f"{row['youtube_id']}_{row['start_time']}" for row in rows(path, COLUMNS))
 
 
 def clips(folder: Path, split: str) -> Iterator[str]:
-    """Of each clip that the list of any version names, once."""
+    """YOUTUBEID_START of each clip of a split, once: those of version 1, then those that only version 2 names.
+
+    Where no version's list is there, opening that of version 1 raises FileNotFoundError.
+    """
     paths = [path for version in VERSIONS if (path := folder / version / f"{split}.csv").is_file()]
     yield from dict.fromkeys(clip for path in paths or [folder / VERSIONS[0] / f"{split}.csv"]
                              for clip in clips_in(path))
 
 
-def _further_clips(path: Path) -> Iterator[str]:
-    """Those that the first version does not name."""
-    first = path.parent.parent / VERSIONS[0] / path.name
-    known = set(clips_in(first)) if first.is_file() else set()
+def _clips_not_in_version_1(path: Path) -> Iterator[str]:
+    """YOUTUBEID_START of each clip that the CSV file at `path` names and version 1's of the same split does not."""
+    version_1 = path.parent.parent / VERSIONS[0] / path.name
+    known = set(clips_in(version_1)) if version_1.is_file() else set()
     yield from (clip for clip in clips_in(path) if clip not in known)
 
 
 def _lists(splits: Collection[str]) -> list[FileList]:
     return [FileList(place=split, path=f"{version}/{split}.csv", names=names)
-            for version, names in zip(VERSIONS, (clips_in, _further_clips), strict=True)
+            for version, names in zip(VERSIONS, (clips_in, _clips_not_in_version_1), strict=True)
             for split in SPLITS if split in splits]
 
 

@@ -37,8 +37,8 @@ _OTHERS = {
 }
 _MEANINGS = {column: column for column in COLUMNS} | {
     other: column for column, others in _OTHERS.items() for other in others.split()}
-SIDES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-         "testing": "test"}  # "dev" and "evaluation" are val in one set and something else in another
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+               "test": "test", "testing": "test"}  # "dev" and "evaluation" mean other splits in other data sets
 # What the file is tells its name's ending; where that does not (a video), this.
 _FILES = {**dict.fromkeys(("file_name", "filename", "filepath", "file_path", "file", "files"), "image"),
           **dict.fromkeys(("path", "paths"), "audio")}

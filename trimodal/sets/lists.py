@@ -1,4 +1,4 @@
-"""The files that a set's own lists name, compared with those on the disk: name by name, not only by their number."""
+"""The files that a data set's own lists name, compared with those on the disk: by name, not only by number."""
 
 import contextlib
 import csv
@@ -20,17 +20,17 @@ SHOWN = 10  # absent files that are named
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """How many of the files that `source` names are there, and the names of some that are not."""
+    """How many of the files that a list names are on the disk, and the names of some that are not."""
 
-    place: str
-    source: str
+    place: str  # folder of the files, below the data set's
+    source: str  # path of the list, below the data set's folder
     found: int
     listed: int
-    absent: tuple[str, ...]
+    absent: tuple[str, ...]  # at most SHOWN names
 
 
 def coverage(source: Source, folder: Path, splits: Collection[str] = SPLITS) -> Iterator[Coverage]:
-    """For each list of a set that is on the disk, beside a folder that it is of."""
+    """Compare each list of a data set with the folder of its files, where both are on the disk. `folder`: the set's."""
     for one in source.lists(splits) if source.lists else ():
         if (folder / one.path).is_file() and (folder / one.place).is_dir():
             is_there = looker(folder / one.place)
@@ -43,8 +43,8 @@ def coverage(source: Source, folder: Path, splits: Collection[str] = SPLITS) -> 
 
 
 def training_files(source: Source, folder: Path) -> Iterable[str] | None:
-    """What is there to train on, by name, as the reader would find it; no more is read than is asked. None of a set
-    that has no list: training itself will tell."""
+    """Names of the training files that are on the disk, found lazily one by one; None for a data set without lists,
+    where only its reader can find them."""
     if source.training_files:
         return _readable(source.training_files(folder))
     for one in source.lists(("train",)) if source.lists else ():
@@ -53,15 +53,16 @@ def training_files(source: Source, folder: Path) -> Iterable[str] | None:
 
 
 def _readable(names: Iterable[str]) -> Iterator[str]:
-    """The names of a list as far as it can be read; what is wrong with it training will tell."""
+    """`names` up to the first UserError, which is dropped here: training raises it again when it reads the list."""
     with contextlib.suppress(UserError):
         yield from names
 
 
 def looker(folder: Path) -> Callable[[str], bool]:
-    """A function that tells whether a name is there below `folder`, without suffix for one of any kind of sound.
+    """A function that says whether a file of some name is below `folder`; a name without suffix means a sound file of
+    any type. It remembers the folders that it has listed.
 
-    Names compare in one Unicode form: a Mac may have unpacked the files under the other one.
+    Names are compared in Unicode's composed form (NFC), as a Mac may have unpacked the files in the decomposed one.
     """
     look = lru_cache(maxsize=64)(lambda parent: frozenset(map(_composed, names_in(folder / parent))))
 
@@ -77,8 +78,11 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def other_rows(path: Path, published: int) -> str:
-    """A note where a list has another number of rows than is published (0: not known), else ""."""
+def row_count_note(path: Path, published: int) -> str:
+    """A note for the log where a list has another number of rows than its publisher states, else "".
+
+    Rows of a CSV file are counted without its header, of other files all lines. `published` 0: not known, no note.
+    """
     if not published:
         return ""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:

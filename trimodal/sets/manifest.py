@@ -312,16 +312,18 @@ def _cell(meaning: str, cell: str) -> str:
     return cell if meaning in ("image", "audio", "file", "text") else cell.strip()
 
 
-# ---- values ------------------------------------------------------------------------------------------------------
+# ---- values: one of a sample's keys each, checked; ValueError says what was expected ---------------------------------
 
 
 def _file(name: Any, where: str, files: Files) -> File:
+    """The image or sound file of this path; `where` (file and line) names it in messages."""
     if not isinstance(name, str):
         raise ValueError("expected a path")
     return files.find(name, where)
 
 
 def _seconds(value: Any) -> float:
+    """A start or a duration: a number, or a text of one, from 0 to MAX_SECONDS."""
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -332,13 +334,15 @@ def _seconds(value: Any) -> float:
 
 
 def _word(value: Any) -> str:
+    """A label, a speaker or an id: a text that is not blank, or a whole number, as text without blanks around it."""
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise ValueError("expected a text or a whole number")
     return written_lists.encodable(str(value).strip())
 
 
 def _split(value: Any) -> str:
-    split = columns.SIDES.get(value.strip().lower()) if isinstance(value, str) else None
+    """"train", "val" or "test" for a name of a split, whatever its case, such as "Training" or "validation"."""
+    split = columns.SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
     if not split:
         raise ValueError(f"expected one of {', '.join(SPLITS)}")
     return split

@@ -122,7 +122,12 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
 
 def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
                 saver: Saver) -> None:
-    """The epochs of a stage that are not done yet; validates after each."""
+    """Train a stage for those of its epochs that a resumed run has not done yet; after each, validate and save.
+
+    Args:
+        epochs: the stage's epochs, numbered from 1 across all stages of the run.
+        state: the checkpoint that the run resumes from, if it does.
+    """
     stage = build_stage(run, row, tasks, len(epochs))
     if run.progress.epoch >= epochs[0] or run.progress.epoch_step:
         assert state is not None, "only a resumed run begins inside a stage"
@@ -132,28 +137,30 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
     start_s = time.perf_counter() - run.progress.stage_s
     devices.free_cached(run.device)  # else what the stage before took would count as this one's
     devices.reset_peak(run.device)
-    samples = samples_of(epoch_jobs(run, stage, 1))
-    begun = samples_of(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
-    run.tracker.open_bar(samples * len(epochs), samples * (run.progress.epoch + 1 - epochs[0]) + begun, row.name)
+    per_epoch = num_samples(epoch_jobs(run, stage, 1))
+    done = per_epoch * (run.progress.epoch + 1 - epochs[0])
+    done += num_samples(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
+    run.tracker.open_bar(per_epoch * len(epochs), done, row.name)
     for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
         is_last = epoch == epochs[-1]
         with saver.interruption.can_wait():
             log = train_epoch(run, stage, epoch, saver)
-            if run.world.is_main:  # the others wait where they meet it next
+            if run.world.is_main:  # the other ranks go on to their next collective operation and wait there
                 encoded = validate(run, stage, log.speed)
                 run.progress.stage_s = time.perf_counter() - start_s
-                if is_last:  # before it is saved: a run that is killed in between then writes it again
+                if is_last:  # before the checkpoint: a run that is killed between the two writes the record again
                     run.tracker.record({
                         "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
                         "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
-                        **compare_memory(run, row.name), "samples": samples * len(epochs)})
+                        **compare_memory(run, row.name), "samples": per_epoch * len(epochs)})
                 if stage.contrasts and (is_last or epoch % run.config.training.save_every_epochs == 0):
                     show_examples(run, encoded)
             saver.after_epoch(row.name, stage.state_dict, is_last=is_last)
     run.tracker.close_bar()
 
 
-def samples_of(jobs: list[Any]) -> int:
+def num_samples(jobs: list[Any]) -> int:
+    """How many samples these batches, from `epoch_jobs`, hold together."""
     return sum(len(indices) for _, indices in jobs)
 
 

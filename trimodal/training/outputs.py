@@ -121,12 +121,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def remove_run(folder: Path) -> None:
-    """Delete the checkpoints and logs that runs have written there. What lies among them stays, and is named."""
+    """Delete the checkpoints and logs that runs have written into `folder` (--overwrite). Other files in the same
+    subfolders stay, and a line names them."""
     for path in own_files(folder):
         path.unlink(missing_ok=True)
     log = folder / LOG
     if os.path.lexists(log):
-        set_aside(log)  # records are added to the file of this name
+        set_aside(log)  # one that is not ours, or not only ours: the new run would append its records to it
     left = [path.relative_to(folder).as_posix() for name in ("checkpoints", "logs", BOARD)
             for path in _files(folder / name) if path.name not in (OF_THE_DATA, BOARD.name)]
     if left:

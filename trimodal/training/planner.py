@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from datasets import Batch
 from model import KERNELS_OF, TriModalModel
 from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
+from trimodal.data.batches import PATH_DRAWS
 from trimodal.distributed import World
 from trimodal.errors import UserError
 from trimodal.files import replacing
@@ -215,12 +216,14 @@ class PlanStep(Step):
 
 
 def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
-    """A batch of the largest shapes of this task, with no meaningful values."""
+    """A batch of zeros in the largest shapes that a step of this task can have: sounds of `data.audio_max_s`, for each
+    sample `training.captions_per_visit` captions of `model.context_length` tokens."""
     B = config.effective_batch(row)
     C, L = B * config.training.captions_per_visit, config.model.context_length
+    # Frames, up to a multiple of the 16 that a patch spans, as batches are padded.
     T = min(-(-int(config.data.audio_max_s * FRAME_RATE_HZ) // 16) * 16, AUDIO_WINDOW_FRAMES)
     S, zeros = config.model.image_size, torch.zeros
-    noise = {"path": zeros(B, 64), "drop_text": zeros(B)}
+    noise = {"path": zeros(B, PATH_DRAWS), "drop_text": zeros(B)}
     columns: dict[str, Any] = {"concepts": zeros(B, config.model.num_classes, dtype=torch.bool)}
     if "image" in task.inputs:
         columns["images"] = zeros(B, 3, S, S, dtype=torch.uint8)
@@ -232,7 +235,7 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     if "text" in task.inputs:
         columns |= {"input_ids": zeros(C, L, dtype=torch.int64), "attention_mask": zeros(C, L, dtype=torch.bool),
                     "caption_owner": zeros(C, dtype=torch.int64), "caption_ids": zeros(C, dtype=torch.int64)}
-        noise |= {"text": zeros(C, L), "path_text": zeros(C, 64)}
+        noise |= {"text": zeros(C, L), "path_text": zeros(C, PATH_DRAWS)}
     return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, **columns)
 
 
@@ -323,19 +326,21 @@ class StageMeasure:
         return max(found, key=lambda usage: usage.peak_bytes)
 
 
-def encoding_usage(config: Config, tower: str, size: int, place: Place) -> Usage:
-    """Peak of one modality through its encoder, the fusion and the classifier, without gradients."""
+def encoding_usage(config: Config, tower: str, num_samples: int, place: Place) -> Usage:
+    """Peak memory of one forward pass of `num_samples` samples of one modality, as evaluation encodes them: through its
+    tower, the fusion and the classifier, without gradients, on fake tensors."""
     S, L = config.model.image_size, config.model.context_length
     with kernels_of(place.device), tracing() as tracker, torch.no_grad():
         model = TriModalModel(config.model)
         tracker.mark("parameters", list(model.parameters()))
-        given = {"image": {"images": torch.zeros(size, 3, S, S, dtype=torch.uint8)},
-                 "audio": {"audio": torch.zeros(size, AUDIO_WINDOW_FRAMES, NUM_MELS, dtype=torch.float16)},
-                 "text": {"input_ids": torch.zeros(size, L, dtype=torch.int64),
-                          "attention_mask": torch.zeros(size, L, dtype=torch.bool)}}[tower]
-        tracker.mark("data", given)
+        B = num_samples
+        inputs = {"image": {"images": torch.zeros(B, 3, S, S, dtype=torch.uint8)},
+                  "audio": {"audio": torch.zeros(B, AUDIO_WINDOW_FRAMES, NUM_MELS, dtype=torch.float16)},
+                  "text": {"input_ids": torch.zeros(B, L, dtype=torch.int64),
+                           "attention_mask": torch.zeros(B, L, dtype=torch.bool)}}[tower]
+        tracker.mark("data", inputs)
         with torch.autocast("cpu", place.amp or torch.bfloat16, enabled=place.amp is not None):
-            model(**given)
+            model(**inputs)
     return tracker.usage()
 
 

@@ -110,26 +110,26 @@ class _Lists:
 
 
 def foretell(config: Config) -> Forecast:
-    """What can be known before a run of `config` without opening a file of its sets but the lists of `LISTED` ones.
+    """What the plans of a run depend on, found without opening files of its data sets but for lists of `LISTED` ones.
 
-    Of other sets nothing is read, as they may not be there yet: then each task is planned, and VoxCeleb has all of its
-    speakers.
+    Other sets may not be downloaded yet and are not read: with one of them every task is planned, and VoxCeleb counts
+    with all its speakers.
 
     Raises:
         UserError: as a run would: a list cannot be read, or a stage has nothing to train.
     """
     listed = [name for name in config.data.datasets if name in LISTED]
-    with_words = _with_words(config)
+    config = _with_vocab_size(config)
     lists = _read(config, listed)
     speakers = len(lists.speakers) + (VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0)
     if len(listed) == len(config.data.datasets):
-        return Forecast(with_words, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers)
+        return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers)
     tasks = {row.name: list(row.tasks) if speakers else without_speaker(row.tasks) for row in config.stages}
-    return Forecast(with_words, tasks, speakers)
+    return Forecast(config, tasks, speakers)
 
 
 def _read(config: Config, names: list[str]) -> _Lists:
-    """The training samples of some of the sets."""
+    """The training samples of the data sets called `names`, from their lists."""
     if not names:
         return _Lists({"train": SampleTable.pack([])}, ())
     part = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=tuple(names)))
@@ -137,8 +137,9 @@ def _read(config: Config, names: list[str]) -> _Lists:
     return _Lists({"train": table}, tuple(heard_speakers(table)))
 
 
-def _with_words(config: Config) -> Config:
-    """`config` with as many words as the tokenizer has, if that is on this machine."""
+def _with_vocab_size(config: Config) -> Config:
+    """`config` with `model.vocab_size` raised to the size of the tokenizer's vocabulary, as a run will do; where the
+    tokenizer is not on this machine yet, `config` as it is, and a line on stderr says so."""
     if tokenizer.needs_network(config.model):
         print(f"Plan: {config.model.word_embeddings} is not on this machine yet, so {config.model.vocab_size} words "
               "are planned for (model.vocab_size)", file=sys.stderr)

@@ -184,7 +184,7 @@ def claim_folder(folder: Path, options: Options) -> BaseFileLock | None:
     if used and not options.overwrite and not is_within(options.resume, folder):
         if lock:
             lock.release()
-        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). {_ways_on(options.resume)}")
+        raise UserError(f"{folder}: holds an earlier run ({', '.join(used)}). {_advice(options.resume)}")
     return lock
 
 
@@ -193,13 +193,16 @@ def is_within(resume: str | None, folder: Path) -> bool:
     return resume == "auto" or bool(resume and Path(resume).resolve().parent == (folder / "checkpoints").resolve())
 
 
-def _ways_on(resume: str | None) -> str:
-    """What can be done where a folder holds an earlier run, and not the one of the checkpoint `resume`."""
+def _advice(resume: str | None) -> str:
+    """The end of an error message: which options help where the output folder already holds a run.
+
+    `resume`: the value of --resume, None without it; a path is that of a checkpoint of another run.
+    """
     if not resume:
         return "Continue it with --resume auto, delete it with --overwrite, or choose another --output-dir"
     path = Path(resume)
-    there = f"with --output-dir {path.parent.parent}" if path.parent.name == "checkpoints" else "in its own folder"
-    return f"{path} is of another: go on {there}, or choose a new --output-dir"
+    where = f"with --output-dir {path.parent.parent}" if path.parent.name == "checkpoints" else "in its own folder"
+    return f"{path} is of another: go on {where}, or choose a new --output-dir"
 
 
 def _make_folders(folder: Path) -> None:

@@ -33,9 +33,9 @@ class Stage:
 
     row: StageConfig
     tasks: list[TaskConfig]
-    objectives: nn.ModuleDict  # "task/objective" -> head parameters, if any
+    objectives: nn.ModuleDict  # "TASKNUMBER_OBJECTIVE" -> the objective, whose parameters are its heads
     optimizer: Optimizer
-    average: MovingAverage | None
+    average: MovingAverage | None  # of the model's weights
     steps: int = 0  # optimizer steps of the whole stage
     bad_in_a_row: int = 0  # steps whose gradient was not finite
     monitor: Monitor = field(default_factory=Monitor)
@@ -96,7 +96,11 @@ def active_tasks(row: StageConfig, data: Any) -> tuple[list[TaskConfig], list[st
 
 
 def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int) -> Stage:
-    """Heads, optimizer and average of a stage, with fresh state."""
+    """A stage before its first step, which lasts `epochs` epochs.
+
+    Freezes and recomputes in `run.model` what the stage's settings and plan say. New are the objectives' heads (of the
+    training seed, the main rank's on all), the optimizer, the moving average of the weights, and the monitor.
+    """
     torch.manual_seed(run.config.training.seed)
     freeze(run.model, row)
     apply_recompute(run.model, run.fits[row.name])
@@ -106,8 +110,8 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
         for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
     run.world.broadcast_tensors([*run.model.state_dict().values(), *objectives.state_dict().values()])
     training = run.config.training
-    both = nn.ModuleDict({"model": run.model, "objectives": objectives})
-    optimizer = Optimizer(both, training, run.precision.dtype, run.device.type if run.precision.use_scaler else None)
+    trained = nn.ModuleDict({"model": run.model, "objectives": objectives})
+    optimizer = Optimizer(trained, training, run.precision.dtype, run.device.type if run.precision.use_scaler else None)
     optimizer.allocate()
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
     stage = Stage(row, tasks, objectives, optimizer, average)
@@ -117,7 +121,7 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
 
 
 def epoch_jobs(run: Run, stage: Stage, epoch: int) -> list[Any]:
-    """The batches of an epoch: (task, indices), a pure function of the seed and the epoch."""
+    """The batches of an epoch: (number of the task, indices of its samples); a pure function of seed and epoch."""
     pools = [pool(run.data.tables["train"], task.inputs) for task in stage.tasks]
     return epoch_batches(pools, [task.passes for task in stage.tasks], run.config.effective_batch(stage.row),
                          run.config.training.seed, epoch)

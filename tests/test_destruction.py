@@ -30,8 +30,8 @@ SAFE = {
     "download.unpack._merge": ("os.replace", "to a name that nothing has; single files go by settle"),
     "download.notes.write": ("replacing", "a name that is free or holds a note of ours"),
     "download.notes.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
-    "download.notes.remove_archive":
-        ("unlink unlink", "an archive with our note and the digest of it, not to be kept; a lock that is empty"),
+    "download.notes.remove_archive": ("unlink", "an archive with our note and the digest of it, not to be kept"),
+    "download.notes.remove_lock": ("unlink", "a lock that is empty"),
     "data.bad_samples.record": ("open(ab)", "adds lines"),
     "training.planner.write_plan": ("replacing", "plan_KEY.json: a name made of a digest, made again when it is gone"),
     "training.plans.calibrate": ("replacing", "the calibration, made again when it is gone"),

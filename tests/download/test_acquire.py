@@ -151,6 +151,15 @@ def test_what_a_killed_run_left_is_gone_in_the_end(server: Loopback, tmp_path: P
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_the_lock_of_a_list_that_a_killed_run_left_is_gone_in_the_end(server: Loopback, tmp_path: Path) -> None:
+    source = serve(server, miniature.clotho(tmp_path / "true"))
+    run(source, options(tmp_path, server))
+    item = next(item for item in source.items if item.kind == "plain")
+    lock = tmp_path / "data/clotho" / f"{item.into}.lock"
+    lock.touch()
+    assert run(source, options(tmp_path, server)).state == "done" and not lock.exists()
+
+
 def test_stopped_between_two_renames(server: Loopback, tmp_path: Path) -> None:
     """The list of contents is there, a part of the files is not: the item counts as missing."""
     source = small(server, a=b"1", b=b"")

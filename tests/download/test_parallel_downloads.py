@@ -169,6 +169,6 @@ def test_without_locks_the_user_is_told(server: Loopback, tmp_path: Path, monkey
     source = several(server, 1, tmp_path)
     assert run(source, options(tmp_path / "locked", server)).state == "done"
     without = capsys.readouterr().out
-    monkeypatch.setattr("trimodal.files.hold_lock", lambda *given: None)
+    monkeypatch.setattr("trimodal.files.hold_lock", lambda *given, **more: None)
     assert run(source, options(tmp_path, server)).state == "done"
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(without.splitlines()), "once"

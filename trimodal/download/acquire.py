@@ -26,7 +26,7 @@ from trimodal.download.local import LocalFiles, link
 from trimodal.download.progress import in_threads
 from trimodal.download.remote import NoRange, RemoteFile
 from trimodal.download.selection import Options, Selection, as_published, fetch_bytes
-from trimodal.download.state import CONTENTS, LICENCE, State, contents_path, write_contents
+from trimodal.download.state import LICENCE, State, contents_path, write_contents
 from trimodal.errors import UserError
 from trimodal.files import check_writable, locked, remove_left, replacing
 from trimodal.redaction import without_secrets
@@ -186,13 +186,14 @@ def _finish(job: Job) -> None:
         job.say(f"{folder / LICENCE}: is a file of yours, and is left as it is")
     state.save()
     unpack.clear_staging(folder, selection.source)
-    contents = "|".join(re.escape(contents_path(folder, item.name).name) for item in selection.items)
-    remove_left(folder / CONTENTS, contents)
-    lists = [item.into for item in selection.items if item.kind == "plain"]
-    for name in (inventory.MARKER, youtube.LEDGER, LICENCE, *lists):
-        remove_left((folder / name).parent, re.escape(Path(name).name))
+    written = [folder / name for name in (inventory.MARKER, youtube.LEDGER, LICENCE)]
     for item in selection.items:
+        written.append(folder / item.into if item.kind == "plain" else contents_path(folder, item.name))
+        if item.kind == "plain":
+            notes.remove_lock(folder / item.into)
         _remove_archives(job, item)
+    for path in written:
+        remove_left(path.parent, re.escape(path.name))
     with contextlib.suppress(OSError):
         (folder / ARCHIVES).rmdir()  # only when empty
 

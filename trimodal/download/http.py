@@ -288,6 +288,13 @@ def check_file(wanted: Wanted, progress: Progress | None = None) -> Fetched:
     return _compare(wanted, wanted.digests, size, hashes)
 
 
+def is_right(wanted: Wanted) -> bool:
+    """Whether `wanted.path` can be read and has one of the digests; False where none is known."""
+    with contextlib.suppress(Mismatch, OSError):
+        return bool(wanted.digests and check_file(wanted))
+    return False
+
+
 def _new_hashes(wanted: Wanted) -> dict[str, Any]:
     """SHA-256, which the marker holds of every file, and MD5 where only that is published."""
     names = {"sha256", *(digest.partition(":")[0] for digest in wanted.digests)}

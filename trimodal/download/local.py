@@ -1,14 +1,13 @@
 """What the user has already, named by --local: archives and lists to use as if they had just arrived, and unpacked
 copies of a set, also as other tools leave them, to link into the layout that the readers expect. Never changed."""
 
-import contextlib
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from trimodal.download.http import Mismatch, check_file
+from trimodal.download.http import is_right
 from trimodal.download.selection import Selection, as_published
 from trimodal.errors import UserError
 from trimodal.media import WITH_SOUND
@@ -48,7 +47,7 @@ class LocalFiles:
             path.parent.name.lower(), path.parent.name.lower())]
         if not as_published(file, self.path).digests:
             return next(iter(likely), None)
-        right = next((path for path in paths if _is(path, file)), None)
+        right = next((path for path in paths if is_right(as_published(file, path))), None)
         if likely and not right:
             self.differing[file.name] = likely[0]
         return right
@@ -71,7 +70,7 @@ class LocalFiles:
             UserError: it is none of them.
         """
         for item in self.source.items:
-            if self.path and _is(self.path, item.files[0]):
+            if self.path and is_right(as_published(item.files[0], self.path)):
                 return item
         known = ", ".join(f"{item.name} (sha256 {item.files[0].sha256})" for item in self.source.items)
         raise UserError(f"{self.path}: is another release than those that were verified, or damaged; known: {known}")
@@ -130,12 +129,6 @@ class LocalFiles:
                  and not (self.selection.folder / place).parent.is_symlink()]
         return Copies(links=tuple(links), left_out=(*copies.left_out, *left_out),
                       numbers={split: number for split, number in numbers.items() if split not in few})
-
-
-def _is(path: Path, file: File) -> bool:
-    with contextlib.suppress(Mismatch, OSError):
-        return bool(check_file(as_published(file, path)))
-    return False
 
 
 def _has_sounds(folder: Path) -> bool:

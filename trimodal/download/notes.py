@@ -90,7 +90,12 @@ def remove_archive(path: Path, sha256: str = "") -> bool:
             return True
         path.unlink()
     forget(path)
+    remove_lock(path)
+    return False
+
+
+def remove_lock(path: Path) -> None:
+    """Remove the lock of `path`, an empty file, that `files.locked` of a killed process left."""
     lock = path.with_name(f"{path.name}.lock")
     if lock.is_file() and not lock.is_symlink() and not lock.stat().st_size:
         lock.unlink(missing_ok=True)
-    return False

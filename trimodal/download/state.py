@@ -5,7 +5,6 @@ and CRC-32 of each file) is written before its files are renamed into place: an 
 list with files missing, and an item counts as there only when nothing of its list is missing.
 """
 
-import contextlib
 import gzip
 import hashlib
 import itertools
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimodal.data.samples import SPLITS
-from trimodal.download.http import Mismatch, Wanted, check_file
+from trimodal.download.http import Wanted, is_right
 from trimodal.download.selection import Selection, as_published
 from trimodal.errors import UserError
 from trimodal.files import keep_beside, replacing, settle, sha256_of
@@ -82,7 +81,8 @@ class State:
         if sample and item.kind == "parquet" and inventory.count(self.folder / item.into, "") >= sample:
             return True  # other shards, or this one, brought enough
         if item.kind == "plain":
-            return record is not None and _came(self.folder / item.into, record, sizes)
+            came = self.as_it_came(item)
+            return bool(record) and (is_right(came) if sizes else came.size == inventory.size_of(came.path))
         contents = contents_path(self.folder, item.name)
         if next(missing(self.folder / item.into, contents, sizes=sizes), None) is not None:
             return False
@@ -109,17 +109,19 @@ class State:
     def differs(self, item: Item) -> bool:
         """Whether there is a file with bytes in it where a list belongs, which neither came by this command nor is the
         published one."""
-        path = self.folder / item.into
-        if not path.is_file() or not path.stat().st_size or _came(path, self.records.get(item.name) or {}, True):
-            return False
-        return not self.is_published(item)
+        came = self.as_it_came(item)
+        return inventory.size_of(came.path) > 0 and not is_right(came) and not self.is_published(item)
 
     def is_published(self, item: Item) -> bool:
         """Whether a list is there and has the digest that is published of it."""
-        wanted = as_published(item.files[0], self.folder / item.into)
-        with contextlib.suppress(Mismatch, FileNotFoundError, IsADirectoryError):
-            return bool(wanted.digests and check_file(wanted))
-        return False
+        return is_right(as_published(item.files[0], self.folder / item.into))
+
+    def as_it_came(self, item: Item) -> Wanted:
+        """A list with the size and digest that it had when it came, or where it did not, with the published ones."""
+        path, record = self.folder / item.into, self.records.get(item.name) or {}
+        if not record.get("sha256"):
+            return as_published(item.files[0], path)
+        return Wanted(path=path, size=record["bytes"], digests=(f"sha256:{record['sha256'][0]}",))
 
     def extent(self, item: Item) -> tuple[int, int]:
         """(files, bytes) of an item that is there. Of shards whose sounds are linked the first one stands for all."""
@@ -331,15 +333,6 @@ def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
         keep_beside(path)
     with replacing(path, "w") as file:
         file.write(json.dumps(marker, indent=1, ensure_ascii=False) + "\n")
-
-
-def _came(path: Path, record: Mapping[str, Any], thorough: bool) -> bool:
-    """Whether the file is as the record of the item says; by its size alone unless `thorough`."""
-    if not path.is_file() or path.stat().st_size != record.get("bytes"):
-        return False
-    with contextlib.suppress(Mismatch, KeyError, IndexError):
-        return not thorough or bool(check_file(Wanted(path=path, digests=(f"sha256:{record['sha256'][0]}",))))
-    return False
 
 
 def _is_behind_link(place: Path, folder: Path) -> bool:

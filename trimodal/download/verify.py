@@ -12,18 +12,17 @@ from trimodal import media
 from trimodal.download import acquire
 from trimodal.download.acquire import ARCHIVES, DONE, FAILED, IN_PART, Job, Outcome, open_job
 from trimodal.download.archives import crc32_of
-from trimodal.download.http import Mismatch, Wanted, check_file
+from trimodal.download.http import Mismatch, check_file
 from trimodal.download.progress import in_threads
 from trimodal.download.selection import Options, as_published, fetch_bytes
 from trimodal.download.state import contents_path, entries, missing
 from trimodal.files import nearest_existing
 from trimodal.redaction import without_secrets
 from trimodal.sets import NEEDS_NOTHING, inventory
-from trimodal.sets.base import File, Item, Source
+from trimodal.sets.base import Item, Source
 
 FIRST_FRAME_TELLS = (*media.VIDEO_SUFFIXES, ".m4a")  # of what there may be a million
 HAD = ("there", "in --local")  # states of what need not be fetched
-MOST_SHOWN = 40  # items that --dry-run lists one by one
 
 
 # --- --status --------------------------------------------------------------------------------------------------------
@@ -50,10 +49,7 @@ def status(name: str, table: Mapping[str, Source], options: Options) -> dict[str
 
 def _parts(job: Job) -> Iterator[dict[str, Any]]:
     """The items asked for, all shards of a folder as one, and what else is linked."""
-    groups: dict[str, list[Item]] = {}
-    for item in job.selection.items:
-        groups.setdefault(f"shards of {item.into}" if item.kind == "parquet" else item.name, []).append(item)
-    for name, items in groups.items():
+    for name, items in _grouped(job.selection.items).items():
         states = [_state(item, job) for item in items]
         absent = [item for item, state in zip(items, states, strict=True) if state.name not in HAD]
         yield {"name": name, "state": _state_of_all([state.name for state in states]),
@@ -64,6 +60,14 @@ def _parts(job: Job) -> Iterator[dict[str, Any]]:
         sizes = [size for _, size in inventory.tree(job.folder / place)]
         yield {"name": place, "state": "there", "files": len(sizes), "bytes": sum(sizes), "bytes_to_fetch": 0,
                "estimated": False}
+
+
+def _grouped(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Items by name, all shards of a folder in one group."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(f"shards of {item.into}" if item.kind == "parquet" else item.name, []).append(item)
+    return groups
 
 
 def _state_of_all(states: list[str]) -> str:
@@ -125,39 +129,33 @@ def plan(name: str, table: Mapping[str, Source], options: Options) -> dict[str, 
 
     {"name", "title", "page", "licence", "note", "folder", "items": [{"name", "state": "there already", "in --local" or
     "to fetch", "bytes", "place", "urls"}], "left_out_by_max_gb", "left_out", "one_of", "sample", "files_to_fetch",
-    "bytes_to_fetch", "bytes_needed", "bytes_free"}; bytes are 0 where no size is published, and of many shards the
-    first of each folder stands for the rest, whose number is `more_like_it`.
+    "bytes_to_fetch", "bytes_needed", "bytes_free"}; bytes are 0 where no size is published, and of shards the first
+    of each folder stands for the rest, whose number is `more_like_it`.
     """
     if name in NEEDS_NOTHING:
         return {"name": name, "note": NEEDS_NOTHING[name], "items": [], "files_to_fetch": 0, "bytes_to_fetch": 0}
     source, job = table[name], open_job(table[name], options)
     left_out = acquire.look(job)
-    items, todo = job.selection.items, job.state.todo()[: 1 if source.one_of else None]
+    todo = job.state.todo()[: 1 if source.one_of else None]
     fetched = [item for item in todo if not acquire.offers(job, item)]
     unpacked = [item for item in todo if not job.state.linked(item, job.state.offered)]
     return {"name": name, "title": source.title, "page": source.page, "licence": source.licence, "note": source.note,
             "folder": str(job.folder),
-            "items": [_item(item, job) for item in (items if len(items) < MOST_SHOWN else _without_like(items))],
-            "left_out_by_max_gb": [item.name for item in _without_like(job.selection.left_out)], "left_out": left_out,
-            "one_of": source.one_of, "sample": options.sample, "files_to_fetch": len(fetched),
+            "items": [_item(items, job) for items in _grouped(job.selection.items).values()],
+            "left_out_by_max_gb": [items[0].name for items in _grouped(job.selection.left_out).values()],
+            "left_out": left_out, "one_of": source.one_of, "sample": options.sample, "files_to_fetch": len(fetched),
             "bytes_to_fetch": fetch_bytes(fetched), "bytes_needed": acquire.bytes_needed(job, unpacked),
             "bytes_free": shutil.disk_usage(nearest_existing(options.data_root)).free}
 
 
-def _item(item: Item, job: Job) -> dict[str, Any]:
-    shards = sum(other.kind == "parquet" and other.into == item.into for other in job.selection.items)
+def _item(items: Sequence[Item], job: Job) -> dict[str, Any]:
+    item = items[0]
     there, offered = job.state.present(item), acquire.offers(job, item)
     urls = [without_secrets(url) for file in item.files
             for url in job.selection.addresses(file, hide_key=True) or ("(needs a key)",)]
     return {"name": item.name, "state": "there already" if there else "in --local" if offered else "to fetch",
             "bytes": item.size, "place": str(job.folder / item.into), "urls": urls,
-            "more_like_it": shards - 1 if item.kind == "parquet" else 0}
-
-
-def _without_like(items: Sequence[Item]) -> list[Item]:
-    """Of many shards the first one of each folder stands for the rest."""
-    firsts = {item.into: item for item in reversed(items) if item.kind == "parquet"}
-    return [item for item in items if item.kind != "parquet" or firsts[item.into] is item]
+            "more_like_it": len(items) - 1}
 
 
 def plan_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -202,7 +200,6 @@ class _Check(NamedTuple):
     name: str
     path: Path
     compare: Callable[[], Any] | None = None
-    is_media: bool = True
 
 
 def verify(source: Source, options: Options, threads: int = 0) -> Outcome:
@@ -242,7 +239,7 @@ def _look_at(check: _Check) -> tuple[str, str]:
         return str(error), ""
     except OSError as error:
         return (error.strerror or str(error)).lower(), ""
-    return "", problem_of(check.path) if check.is_media else ""
+    return "", problem_of(check.path)
 
 
 def _checks(job: Job) -> Iterator[_Check]:
@@ -253,14 +250,14 @@ def _checks(job: Job) -> Iterator[_Check]:
         record = state.records.get(item.name)
         if item.kind == "plain":
             if record or state.differs(item):
-                came = _came(folder / item.into, record or {}, item.files[0])
-                yield _Check(item.name, item.into, came.path, partial(check_file, came), is_media=False)
+                came = state.as_it_came(item)
+                yield _Check(item.name, item.into, came.path, partial(check_file, came))
             continue
         for file in item.files:
             path = acquire.path_of(job, item, file)
             if path.is_file():
-                yield _Check(item.name, f"{ARCHIVES}/{file.name}", path, partial(check_file, as_published(file, path)),
-                             is_media=False)
+                published = as_published(file, path)
+                yield _Check(item.name, f"{ARCHIVES}/{file.name}", path, partial(check_file, published))
         for name, size, crc32 in entries(contents_path(folder, item.name)) if record else ():
             place = f"{item.into}/{name}".lstrip("/")
             if item.kind == "parquet":
@@ -271,13 +268,6 @@ def _checks(job: Job) -> Iterator[_Check]:
         for name, _ in inventory.tree(folder / place):
             if f"{place}/{name}" not in listed:
                 yield _Check("", f"{place}/{name}", folder / place / name)
-
-
-def _came(path: Path, record: Mapping[str, Any], file: File) -> Wanted:
-    """A list as it came, or as it is published."""
-    if not record.get("sha256"):
-        return as_published(file, path)
-    return Wanted(path=path, size=record["bytes"], digests=(f"sha256:{record['sha256'][0]}",))
 
 
 def _compare_member(path: Path, size: int, crc32: int | None) -> None:

@@ -4,13 +4,13 @@
 #   ./run_all.sh --demo                                               a small real data set, a tiny model, two CPU cores
 #   ./run_all.sh                                                      the full job: base, config.yaml's sets and epochs
 #   ./run_all.sh --model-size base --batch-size 8 --epochs 50         any flags of run_training.py
-#   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    sets and their folder, for download and training
+#   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    data sets and their folder
 #   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
 #
 # --demo stands for --config recipes/demo.yaml --model-size tiny. --check, --plan and --doctor download no data and train
-# nothing. Relative paths are relative to this folder. The variables of setup_environment.sh hold here too.
+# nothing. Relative paths are relative to this folder. The variables of setup_environment.sh apply here too.
 #
-# Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job, days on one GPU.
+# Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job needs a GPU.
 # Disk:    the environment (setup_environment.sh) and the data (README.md lists each set's size).
 # Network: for the installation and the data only.
 set -euo pipefail
@@ -88,12 +88,12 @@ main() {
     # shellcheck disable=SC2086 # one word for each set
     "$PYTHON_HERE" download_datasets.py --datasets $names --data-root "$data_root" --skip-existing || fetched=$?
     if [ "$fetched" = 3 ]; then
-        say "some files are not to be had any more; training goes on with those that are there"
+        say "some files can no longer be downloaded; training continues with those that are there"
     elif [ "$fetched" != 0 ]; then
         exit "$fetched"
     fi
 
-    say "[3/5] training: images, text and audio separately, then together (Ctrl-C is safe: run this again to go on)"
+    say "[3/5] training: images, text and audio separately, then together (Ctrl-C is safe: run this again to continue)"
     "$PYTHON_HERE" run_training.py "$@"
 
     say "[4/5] evaluation and report"

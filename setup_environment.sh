@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Make venv/ with everything that the project needs. Running it again does nothing when all is there.
+# Create venv/ with everything that the project needs. Running it again does nothing if everything is there.
 #
 #   bash setup_environment.sh [--dev] [--latest] [--torch-version X] [--dry-run]
 #   source venv/bin/activate
 #
 #   --dev              also the tools that tests/run.sh needs (requirements-dev.txt)
 #   --latest           the newest packages within the ranges of requirements*.txt, not those that were tested together
-#                      (constraints.txt); also LATEST=yes. An environment that was made so stays so
+#                      (constraints.txt); also LATEST=yes. An environment created this way stays so
 #   --torch-version X  a torch of your choice within the range of requirements.txt; also TORCH_VERSION=X
 #   --dry-run          say what would be done, and why; install nothing
 #
-# Time:    1 to 5 minutes at 100 Mbit/s and up, under 2 s when all is there.
+# Time:    1 to 5 minutes at 100 Mbit/s and up, under 2 s if everything is there.
 # Disk:    about 2 GB with a CPU-only torch, about 7 GB with the default index's torch (it brings CUDA).
-# Network: pip's own configuration (index, extra indexes, find-links, constraints) holds. Where there is no NVIDIA
-#          GPU, TORCH_INDEX_URL is asked for a CPU-only torch, PROBE_S seconds at most; no answer: the default index.
+# Network: pip's own configuration (index, extra indexes, find-links, constraints) applies. Without an NVIDIA GPU,
+#          torch comes from the CPU-only index TORCH_INDEX_URL, or, if it gives no answer within PROBE_S seconds,
+#          from the default index.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10} # first one that fits is taken
@@ -176,7 +177,7 @@ ask_pip() {
 
 pip_install() {
     ask_pip "$@" || {
-        say "pip failed on: $* (its own lines above say why); running this script again goes on from here" >&2
+        say "pip failed on: $* (its own lines above say why); running this script again continues from here" >&2
         [ "$PLACE" != cpu ] || say "to do without the CPU index: TORCH_INDEX_URL= bash setup_environment.sh" >&2
         exit 1
     }
@@ -188,19 +189,19 @@ install_tested() {
     if [ "$LATEST" = no ]; then
         grep -v '^torch' constraints.txt >"$tested"
         ask_pip -c "$tested" "$@" && return
-        say "the versions in constraints.txt are not all to be had for this Python and machine (pip's own lines above" \
+        say "the versions in constraints.txt are not all available for this Python and machine (pip's own lines above" \
             "say which): taking the newest within the ranges of requirements*.txt"
     fi
     pip_install "$@"
 }
 
-# The torch packages of constraints.txt; fails where others are wanted, or these are not to be had.
+# The torch packages of constraints.txt; fails where others are wanted, or these are not available.
 tested_torch() { # $@: options of pip
     local spec specs=()
     if [ -n "$TORCH_VERSION" ] || [ "$LATEST" = yes ]; then return 1; fi
     while read -r spec; do specs+=("$spec"); done < <(grep '^torch' constraints.txt)
     ask_pip "$@" "${specs[@]}" && return
-    say "the torch of constraints.txt is not to be had here: taking the newest that requirements.txt allows"
+    say "the torch of constraints.txt is not available here: taking the newest that requirements.txt allows"
     return 1
 }
 

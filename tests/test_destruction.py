@@ -40,8 +40,6 @@ SAFE = {
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),
     "download.youtube.fetch_clips":
         ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),
-    "download.youtube._clear_staging":
-        ("shutil.rmtree rmdir", "process-NUMBER in our staging folder, and that folder when empty"),
     "download.youtube._fetch_all": ("open(a)", "adds rows to the ledger"),
     "download.debian.fetch_by_apt": ("TemporaryDirectory", "a new folder"),
     "distributed.World.quiet": ("open(w)", "os.devnull"),
@@ -84,8 +82,8 @@ SAFE = {
     "data.cache._remove_partial":
         ("unlink rmdir", "the files of a partial entry, by their names, and the folder when empty"),
     "evaluation.report.write_new": ("replacing unlink", "never over what is there; removes what it has just written"),
-    "download.unpack.clear_staging":
-        ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST in our staging folder, and that folder when empty"),
+    "download.unpack.remove_below": ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST and, of clips, process-NUMBER in "
+                                     "our staging folders, and these folders when empty"),
     "training.tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
     "training.tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),
     "training.tracking.drop_events_after":

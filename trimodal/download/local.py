@@ -54,11 +54,7 @@ class LocalFiles:
 
     def whole(self, item: Item) -> Path | None:
         """The user's copy of an archive that is published in parts, put together."""
-        if not self.path or not item.whole_md5:
-            return None
-        if self.path.is_file():
-            return self.path if self.path.name == item.name else None
-        return next(iter(self._by_name.get(item.name.lower(), [])), None)
+        return next(iter(self._by_name.get(item.name.lower(), [])), None) if item.whole_md5 else None
 
     def has(self, item: Item) -> bool:
         return bool(self.whole(item)) or all(self.file(item, file) for file in item.files)
@@ -78,7 +74,8 @@ class LocalFiles:
     @cached_property
     def _by_name(self) -> dict[str, list[Path]]:
         """Name in lower case -> files of this name, whatever the case, the least deep first."""
-        assert self.path
+        if not self.path or self.path.is_file():
+            return {self.path.name.lower(): [self.path]} if self.path else {}
         names = {PurePosixPath(file.name).name.lower() for item in self.source.items for file in item.files}
         names |= {item.name.lower() for item in self.source.items if item.whole_md5}
         found: dict[str, list[Path]] = {}

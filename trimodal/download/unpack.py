@@ -178,27 +178,36 @@ def staging_folder(folder: Path, item: Item, archive: str) -> Path:
 
 def staged_bytes(folder: Path, source: Source) -> int:
     """Bytes of what is unpacked in the staging folders of the set already."""
-    return sum(map(bytes_below, _staging_folders(folder, source)))
+    return sum(map(bytes_below, _left_in(folder / STAGING, _names(source))))
 
 
 def clear_staging(folder: Path, source: Source) -> None:
     """Remove the staging folders that this command, or one that was killed, left; what else is beside them stays."""
-    for left in _staging_folders(folder, source):
+    remove_below(folder / STAGING, _names(source))
+
+
+def remove_below(staging: Path, names: str) -> None:
+    """Remove what lies in the folder `staging` under names that the regular expression `names` matches, and the folder
+    when it is empty then. Links, and what lies behind them, stay."""
+    for left in _left_in(staging, names):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        (folder / STAGING).rmdir()  # only when empty
+        staging.rmdir()  # only when empty
 
 
-def _staging_folders(folder: Path, source: Source) -> list[Path]:
-    """Also files and folders that earlier releases made there."""
-    if (folder / STAGING).is_symlink() or not (folder / STAGING).is_dir():
+def _left_in(staging: Path, names: str) -> list[Path]:
+    if staging.is_symlink() or not staging.is_dir():
         return []
-    names = "|".join(re.escape(item.name) for item in source.items)
-    ours = re.compile(rf"({names})-([0-9a-f]{{16}}|(?=-))(-\d+)?(\.writing|\.\d+\.old)?")
-    return [path for path in (folder / STAGING).iterdir() if ours.fullmatch(path.name) and not path.is_symlink()]
+    return [path for path in staging.iterdir() if re.fullmatch(names, path.name) and not path.is_symlink()]
+
+
+def _names(source: Source) -> str:
+    """Of staging folders, and of the files and folders that earlier releases made there."""
+    items = "|".join(re.escape(item.name) for item in source.items)
+    return rf"({items})-([0-9a-f]{{16}}|(?=-))(-\d+)?(\.writing|\.\d+\.old)?"
 
 
 def move_into(staging: Path, target: Path, tell: Callable[[Path], Any] = lambda kept: None) -> None:

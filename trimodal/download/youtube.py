@@ -4,7 +4,6 @@ The ledger, youtube.csv in the set's folder, has a row a try: clip, status, deta
 Videos that were removed or are private are never tried again; those bound to an age or a country only with cookies.
 """
 
-import contextlib
 import csv
 import importlib.util
 import os
@@ -21,11 +20,13 @@ from pathlib import Path
 from trimodal.download.http import Policy, TransferError
 from trimodal.download.progress import in_threads
 from trimodal.download.selection import Options, Selection
+from trimodal.download.unpack import remove_below
 from trimodal.errors import UserError
 from trimodal.files import keep_beside, replacing, settle
 from trimodal.media import WITH_SOUND
 
 LEDGER, STAGING = "youtube.csv", ".clips"
+OURS = r"process-\d+"  # folders in that for staging
 COLUMNS = ("clip", "status", "detail", "when")
 CLIP_S = 10
 TIMEOUT_S = 300
@@ -62,11 +63,11 @@ def fetch_clips(selection: Selection, policy: Policy) -> int:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows((clip, *row) for clip, row in ledger.items())
-    _clear_staging(folder)
+    remove_below(folder / STAGING, OURS)  # of processes that were killed
     try:
         counts = _fetch_all(tool, selection, list(_todo(selection, ledger)), policy)
     finally:
-        _clear_staging(folder)
+        remove_below(folder / STAGING, OURS)
     came = ", ".join(f"{status} {n:,}" for status, n in counts.items()) or "nothing left to try"
     policy.progress.say(f"{name}: from YouTube: {came}; all of it in {folder / LEDGER}")
     return sum(n for status, n in counts.items() if status not in ("ok", *GONE, *BOUND))
@@ -159,16 +160,6 @@ def _has_sound(path: Path) -> bool:
         return soundfile.info(path).frames > 0
     except soundfile.LibsndfileError:
         return False
-
-
-def _clear_staging(folder: Path) -> None:
-    """Remove what this and killed processes put there, and nothing else."""
-    staging = folder / STAGING
-    for left in [] if staging.is_symlink() or not staging.is_dir() else staging.iterdir():
-        if re.fullmatch(r"process-\d+", left.name):
-            shutil.rmtree(left, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        staging.rmdir()  # only when empty
 
 
 def _find_tool() -> list[str]:

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -31,6 +31,7 @@ from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
 from trimodal.errors import UserError
 from trimodal.files import bytes_below, hold_lock, nearest_existing, replacing, sync_folder
 
+T = TypeVar("T")  # what reading one file gives
 Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
 KINDS: tuple[Kind, ...] = ("image", "sound")
@@ -43,7 +44,6 @@ GB = 1e9
 LOCK = ".filling.lock"  # not that of a run: the cache may lie in its folder
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
 JOURNAL, DATA, SUFFIX = "journal.jsonl", "data.bin", ".tmp"  # of an entry that is being filled
-JOURNAL_FORMAT = 1
 STRETCH_BYTES, STRETCH_S = 64_000_000, 10.0  # at most so much is lost by a kill
 _OWN_FILES = re.compile(r"(journal\.jsonl|data\.bin|index\.npz|broken\.json)(\.\S+\.tmp)?")
 
@@ -87,12 +87,11 @@ def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[n
     return read_all(lambda item: decode(kind, item, side), items, config)
 
 
-def read_all(read: Callable[[Item], np.ndarray], items: Sequence[Item],
-             config: Config) -> Generator[np.ndarray | str, None, None]:
+def read_all(read: Callable[[Item], T], items: Sequence[Item], config: Config) -> Generator[T | str, None, None]:
     """Call `read` on each of `items` in worker processes, and yield, in order, what it returns, or the message of the
     BrokenSample that it raises. Raises what `decode_all` does."""
-    def work(job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[np.ndarray | str]:
-        found: list[np.ndarray | str] = []
+    def work(job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[T | str]:
+        found: list[T | str] = []
         for number in range(job * CHUNK, min((job + 1) * CHUNK, len(items))):
             report(number)
             try:
@@ -281,7 +280,7 @@ def _make_entry(folder: Path, kind: Kind, items: Sequence[Item], config: Config)
 
 def _fill(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
     """Decode what is missing in a partial entry; raises _NoRoom where that takes more than `room` bytes."""
-    entry = PartialEntry(folder, kind, len(items))
+    entry = PartialEntry(folder, kind)
     name, kept, kept_bytes = folder.name.rsplit("-", 1)[0], len(entry.shapes), entry.size
     if kept:
         print(f"Cache: {name}: going on from {kept} of {len(items)} files", flush=True)
@@ -318,14 +317,14 @@ def _no_room(needed: float, room: float, config: Config) -> _NoRoom:
 class PartialEntry:
     """The folder ENTRY.tmp of an entry that is being filled, by one process at a time.
 
-    Decoded files are appended to `data.bin`; `journal.jsonl` holds a head that names the entry, then a line for each
-    stretch of files, written once their bytes are on the disk: at most STRETCH_BYTES or STRETCH_S are lost by a kill.
-    `shapes` and `reasons` (of broken files, by number) are of the files so far.
+    Decoded files are appended to `data.bin`; `journal.jsonl` holds a line for each stretch of files, written once their
+    bytes are on the disk: at most STRETCH_BYTES or STRETCH_S are lost by a kill. `shapes` and `reasons` (of broken
+    files, by number) are of the files so far.
     """
 
-    def __init__(self, folder: Path, kind: Kind, total: int):
-        """Open `folder`, made if need be, with what is whole in it. `total`: files of the entry. Raises OSError."""
-        self.folder, self.kind, self.total = folder, kind, total
+    def __init__(self, folder: Path, kind: Kind):
+        """Open `folder`, made if need be, with what is whole in it. Raises OSError."""
+        self.folder, self.kind = folder, kind
         self.shapes, self.reasons = list[tuple[int, int]](), dict[int, str]()
         folder.mkdir(exist_ok=True)
         for path in folder.glob(f"*{SUFFIX}"):  # of a kill while the index was written
@@ -374,58 +373,42 @@ class PartialEntry:
         first = self._journalled
         if len(self.shapes) > first:
             _sync(self.data)
-            self._write_line({"shapes": self.shapes[first:], "crc32": self._crc, "reasons": {
+            line = json.dumps({"shapes": self.shapes[first:], "crc32": self._crc, "reasons": {
                 number: reason for number, reason in self.reasons.items() if number >= first}})
+            self.journal.write(line.encode() + b"\n")
+            _sync(self.journal)
             self._since_s, self._crc = time.monotonic(), 0
             self._journalled, self._stretch_start = len(self.shapes), self.size
-
-    def _write_line(self, record: dict[str, Any]) -> None:
-        self.journal.write(json.dumps(record).encode() + b"\n")
-        _sync(self.journal)
 
     def _recover(self) -> None:
         """Keep what a killed process has completely written: the files of all journal lines up to the first that is
         damaged or whose bytes are missing in `data.bin`. Both files are cut off behind them."""
-        head = {"format": JOURNAL_FORMAT, "entry": self.folder.name.removesuffix(SUFFIX), "files": self.total}
-        first, *lines = self.journal.readlines() or [b""]
         journal_bytes = data_bytes = 0
-        if _parsed(first) == head:
-            journal_bytes = len(first)
-            for line in lines:
-                size = self._restore(_parsed(line))
-                if size is None:
-                    break
-                journal_bytes, data_bytes = journal_bytes + len(line), data_bytes + size
+        for line in self.journal.readlines():
+            size = self._restore(line)
+            if size is None:
+                break
+            journal_bytes, data_bytes = journal_bytes + len(line), data_bytes + size
         for file, length in ((self.data, data_bytes), (self.journal, journal_bytes)):
             file.seek(length)
             file.truncate()
-        if not journal_bytes:
-            self._write_line(head)
 
-    def _restore(self, record: Any) -> int | None:
+    def _restore(self, line: bytes) -> int | None:
         """Add the files of one journal line to `shapes` and `reasons`; how many bytes of `data.bin` they are. None, and
-        nothing is added, where the line is damaged, or those bytes are missing or do not match its CRC-32."""
+        nothing is added, where the line is damaged or cut, or those bytes are missing or do not match its CRC-32."""
         try:
+            record = json.loads(line)
             shapes = [(int(first), int(second)) for first, second in record["shapes"]]
             reasons = {int(number): str(reason) for number, reason in record["reasons"].items()}
             size = sum(_bytes_of(self.kind, shape) for shape in shapes)
-            if min(map(min, shapes)) < 0 or len(self.shapes) + len(shapes) > self.total:
+            content = self.data.read(size)
+            if line[-1:] != b"\n" or len(content) != size or zlib.crc32(content) != record["crc32"]:
                 return None
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             return None
-        content = self.data.read(size)
-        if len(content) != size or zlib.crc32(content) != record.get("crc32"):
-            return None
         self.shapes += shapes
         self.reasons |= reasons
-        return size
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:  # a kill within the line, or damage
-        return None
+        return int(size)
 
 
 def _open_to_append(path: Path) -> BinaryIO:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from trimodal import media
 from trimodal.data import metadata
@@ -119,21 +119,6 @@ def _pad(picture: np.ndarray) -> np.ndarray:
     return square
 
 
-def has_flawed_metadata(path: str) -> bool:
-    """Whether `decode_image` reads a picture whose metadata is damaged: Pillow alone refuses it, or cannot turn it
-    upright."""
-    try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            image.load()
-            ImageOps.exif_transpose(image)
-        return False
-    except Exception:  # Pillow raises nearly any type
-        with contextlib.suppress(BrokenImage):
-            _read_picture(path)
-            return True
-    return False
-
-
 def _read(path: str) -> np.ndarray:
     """Read a video or a picture, as the name says, and where that fails the other one."""
     first, second = (_read_video, _read_picture) if media.is_video(path) else (_read_picture, _read_video)
@@ -155,10 +140,7 @@ def _read_picture(path: str) -> np.ndarray:
     if os.path.getsize(path) > MAX_FILE_BYTES:
         raise BrokenImage(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
     if metadata.is_unfinished(path):
-        found = _pixels_alone(path, is_whole=False)
-        if found is None:
-            raise BrokenImage("has zeros in place of its last rows, as an unfinished download; fetch it again")
-        return found
+        raise BrokenImage("has zeros in place of its last rows, as an unfinished download; fetch it again")
     try:
         return _decode(path)
     except (BrokenImage, MemoryError):
@@ -192,25 +174,15 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else metadata.UPRIGHT
 
 
-def _pixels_alone(path: str, *, is_whole: bool = True) -> np.ndarray | None:
-    """The picture by what its pixels are made of alone, without metadata; None where these do not do, or are not all
-    there."""
+def _pixels_alone(path: str) -> np.ndarray | None:
+    """The picture by what its pixels are made of alone, without metadata; None where these do not do."""
     with open(path, "rb") as file:
         if not file.read(len(metadata.PNG)).startswith((metadata.JPEG, metadata.PNG, *metadata.TIFF)):
             return None
         file.seek(0)
-        bare, orientation = metadata.without(file.read()) or (b"", metadata.UPRIGHT)
-    if is_whole and (found := _attempt(bare, orientation)) is not None:
-        return found
-    if not bare.startswith(metadata.JPEG) or not metadata.has_all_scans(bare):
-        return None
-    first, second = (_attempt(one, orientation) for one in metadata.endings(bare))
-    return first if first is not None and second is not None and np.array_equal(first, second) else None
-
-
-def _attempt(content: bytes, orientation: int) -> np.ndarray | None:
+        found = metadata.without(file.read())
     try:
-        return _decode(io.BytesIO(content), orientation)
+        return _decode(io.BytesIO(found[0]), found[1]) if found else None
     except BrokenImage:
         raise
     except (OSError, SyntaxError, ValueError):

@@ -1,6 +1,6 @@
 """Decode a sample of a data set's files before a run does: which are broken, and what is odd about the others.
 
-Odd are sounds far above full scale, sounds whose channels cancel each other, and images with damage beside the pixels.
+Odd are sounds far above full scale, and sounds whose channels cancel each other.
 """
 
 import re
@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimodal.config import Config
-from trimodal.data import cache, images, tracks
+from trimodal.data import cache, tracks
 from trimodal.data.batches import Split
-from trimodal.data.samples import BrokenSample
 from trimodal.data.store import Store, items_of
 
 FILES = 64  # images, and sounds, of each split that are decoded
@@ -24,8 +23,7 @@ NAMED, REASONS = 3, 8  # files named for each reason, reasons named
 
 class Oddity(NamedTuple):
     peak: float  # of a sound that is stored as floating-point numbers and is above `LOUD`; else 0
-    cancels: float  # 1 for a sound whose channels cancel each other: the loudest is taken
-    flawed: float  # 1 for an image with damage beside its pixels: it is read without what is damaged
+    cancels: bool  # its channels cancel each other: the loudest is taken
 
 
 @dataclass
@@ -63,8 +61,8 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
             bad = [(item[0], reason.removeprefix(f"{item[0]}: ")) for item, reason in zip(items, results, strict=True)
                    if isinstance(reason, str)]
             found.broken += bad
-            found.odd += [(item[0], Oddity(*map(float, row))) for item, row in zip(items, results, strict=True)
-                          if not isinstance(row, str)]
+            found.odd += [(item[0], oddity) for item, oddity in zip(items, results, strict=True)
+                          if isinstance(oddity, Oddity)]
             found.worst_pct = max(found.worst_pct, 100 * len(bad) / len(items))
             found.counts.append(f"{len(items):,} of {total:,} {split} {kind}s read"
                                 + (f", {len(bad)} broken" if bad else ""))
@@ -79,20 +77,15 @@ def _some_files(store: Store, name: str, kind: cache.Kind) -> tuple[list[cache.I
     return [items[i] for i in chosen], len(items)
 
 
-def _examine(kind: cache.Kind, side: int, item: cache.Item) -> np.ndarray:
-    """Decode a file as for the cache and return its `Oddity` as float64 [3].
+def _examine(kind: cache.Kind, side: int, item: cache.Item) -> Oddity:
+    """Decode a file as for the cache; say what is odd about it.
 
     Raises:
         BrokenSample: it cannot be decoded.
     """
     cache.decode(kind, item, side)
-    try:
-        if kind == "image":
-            return np.array((0, 0, images.has_flawed_metadata(item[0])), np.float64)
-        peak, cancels = tracks.oddities(*item)
-    except Exception as error:  # decoders raise whatever they like
-        raise BrokenSample(str(error)) from None
-    return np.array((peak if peak > LOUD else 0, cancels, 0), np.float64)
+    peak, cancels = tracks.oddities(*item) if kind == "sound" else (0.0, False)
+    return Oddity(peak if peak > LOUD else 0.0, cancels)
 
 
 def by_reason(broken: Sequence[tuple[str, str]]) -> list[str]:
@@ -111,13 +104,9 @@ def describe(odd: Sequence[tuple[str, Oddity]]) -> Iterator[tuple[str, str]]:
     """Yield (what is odd, what to do) for each oddity that one of the files (path, oddity) has."""
     loud = [(path, one.peak) for path, one in odd if one.peak]
     cancels = [path for path, one in odd if one.cancels]
-    flawed = [path for path, one in odd if one.flawed]
     if loud:
         yield (f"{len(loud)} sounds far louder than full scale, which is 1: {loud[0][0]} (peak {loud[0][1]:,.6g})",
                "scale sounds of floating-point numbers to -1 to 1 (those of 16 bits by 1/32,768)")
     if cancels:
         yield (f"{len(cancels)} sounds with channels that cancel each other, of which the loudest is taken: "
                f"{cancels[0]}", "save these sounds with one channel")
-    if flawed:
-        yield (f"{len(flawed)} images with damage beside the pixels (metadata, end of file), read without: {flawed[0]}",
-               "save these images anew where they stand the wrong way up")

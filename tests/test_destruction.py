@@ -69,7 +69,7 @@ SAFE = {
         ("unlink", "files that hold our digest, have our name, hold our curves alone or stand in the ledger"),
     "training.outputs.go_back": ("replacing", "its own note of the work"),
     "training.outputs.finish_going_back": ("unlink", "the note of that work"),
-    "training.outputs._move": ("os.rename unlink", "to a name that nothing has; what was copied there whole goes"),
+    "training.outputs._move": ("shutil.move", "into a new folder abandoned_TIME"),
     "training.outputs._copy": ("replacing shutil.copyfileobj", "into a new folder abandoned_TIME"),
     "data.cache._make_entry":
         ("os.rename unlink", "an entry of the cache gets its name, under its lock; its journal goes"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimodal.training import tracking
 from trimodal.training.tracking import Tracker, read_records
 
 
@@ -114,7 +113,9 @@ def test_a_fresh_start_drops_all_of_an_attempt_before_it(tmp_path: Path) -> None
 
 def points(folder: Path) -> dict[str, list[int]]:
     """Steps of all points in all event files, one by one: the server behind TensorBoard's page shows them all."""
-    return {path.name: [event.step for _, event in tracking._events(path) for _ in event.summary.value]
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    return {path.name: [event.step for event in LegacyEventFileLoader(str(path)).Load() for _ in event.summary.value]
             for path in (folder / "tensorboard").iterdir()}
 
 

@@ -8,7 +8,6 @@ deletes it, changes it or writes over it. What is in the way of a file of ours i
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -186,6 +185,7 @@ def finish_going_back(folder: Path) -> Path | None:
     for path in (log, *settings, *event_files(folder / BOARD)):
         target = place / path.relative_to(folder)
         if path.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
             _copy(path, target)
     for name in work["files"]:
         _move(folder / name, place / name)
@@ -197,22 +197,12 @@ def finish_going_back(folder: Path) -> Path | None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Whole, to another disk as well; what has been moved or copied before is not there, or goes."""
-    if not os.path.lexists(source):
-        return
-    if not os.path.lexists(target):
+    """Whole, to another disk as well; what has been moved before is not there."""
+    if os.path.lexists(source):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(source, target)
-            return
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-        _copy(source, target)
-    source.unlink()
+        shutil.move(source, target, copy_function=_copy)
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _copy(source: str | Path, target: str | Path) -> None:
     with replacing(target) as file, open(source, "rb") as original:
         shutil.copyfileobj(original, file)

@@ -9,8 +9,7 @@ import contextlib
 import json
 import math
 import os
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,42 +194,27 @@ def event_files(folder: Path) -> list[Path]:
 def drop_events_after(folder: Path, last_step: int) -> None:
     """Leave the points up to a step in our event files of a folder, in one of them, where they hold any others. The
     server behind TensorBoard's page knows no purge_step: it shows all that any file in the folder holds."""
-    files = event_files(folder)
-    head, kept, count = b"", dict[tuple[int, str], bytes](), 0
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    files, count = event_files(folder), 0
+    heads: list[Any] = []
+    kept: dict[tuple[int, str], Any] = {}
     for path in files:
-        for frame, event in _events(path):
+        for event in LegacyEventFileLoader(str(path)).Load():  # ends where a record is cut off or damaged
             if event.HasField("file_version"):
-                head = head or frame
+                heads.append(event)
             elif event.HasField("session_log"):  # a resumed run's purge_step: what came before it from there on
                 kept = {key: one for key, one in kept.items() if key[0] < event.step}
             else:
                 count += 1
                 if event.step <= last_step:
-                    kept[event.step, " ".join(value.tag for value in event.summary.value)] = frame
+                    kept[event.step, " ".join(value.tag for value in event.summary.value)] = event
     if len(kept) == count:
         return
     with replacing(files[0]) as file:
-        file.writelines([head, *(kept[key] for key in sorted(kept))])
+        writer = RecordWriter(file)
+        for event in (*heads[:1], *(kept[key] for key in sorted(kept))):
+            writer.write(event.SerializeToString())
     for path in files[1:]:
         path.unlink()
-
-
-def _events(path: Path) -> Iterator[tuple[bytes, Any]]:
-    """Each record of an event file, as bytes with its length and checksums and as a message; up to one that was cut off
-    or damaged, where TensorBoard stops as well."""
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import masked_crc32c
-
-    with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size
-        while len(length := file.read(12)) == 12 and struct.unpack("<I", length[8:])[0] == masked_crc32c(length[:8]):
-            size = struct.unpack_from("<Q", length)[0] + 4
-            left -= 12 + size
-            if left < 0 or len(rest := file.read(size)) < size:
-                return
-            try:
-                event = Event.FromString(rest[:-4])
-            except DecodeError:
-                return
-            yield length + rest, event

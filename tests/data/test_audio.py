@@ -14,7 +14,8 @@ from tests.ranks import in_ranks
 from tests.refusals import refused
 from tests.small_runs import float64
 from trimodal.data import audio, tracks
-from trimodal.data.audio import BrokenSound, decode_audio, log_mel
+from trimodal.data.audio import decode_audio, log_mel
+from trimodal.data.samples import BrokenSample
 
 
 def melody(rate_hz: int, seconds: float = 2.0) -> np.ndarray:
@@ -136,7 +137,7 @@ def test_tiny_duration_is_not_the_whole_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.wav", "a.m4a"])
 def test_start_after_the_end(tmp_path: Path, name: str) -> None:
     path = trees.sound(tmp_path / name, trees.tone(1.0))
-    with refused(path, 5, error=BrokenSound):
+    with refused(path, 5, error=BrokenSample):
         decode_audio(path, 5.0, 1.0)
 
 
@@ -151,14 +152,14 @@ def write_raw(path: Path, samples: np.ndarray, rate_hz: int = 16_000, subtype: s
 @pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.flac"])
 def test_zero_length(tmp_path: Path, name: str) -> None:
     path = trees.sound(tmp_path / name, np.zeros(0, np.float32))
-    with refused(path, 0, error=BrokenSound):  # no samples from 0 s on, or, of FLAC, a file of 0 bytes
+    with refused(path, 0, error=BrokenSample):  # no samples from 0 s on, or, of FLAC, a file of 0 bytes
         decode_audio(path)
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.ogg", "a.m4a"])
 def test_silence(tmp_path: Path, name: str) -> None:
     samples = np.zeros(12_000, np.float32)
-    with refused(trees.sound(tmp_path / name, samples, 44_100), error=BrokenSound):
+    with refused(trees.sound(tmp_path / name, samples, 44_100), error=BrokenSample):
         decode_audio(tmp_path / name)
     trees.sound(tmp_path / name, samples + trees.tone(12_000 / 44_100, 44_100), 44_100)
     assert len(decode_audio(tmp_path / name)) > 4_000, "it is the silence that is refused"
@@ -174,7 +175,7 @@ def test_one_step_of_16_bits_is_not_silence(tmp_path: Path) -> None:
 def test_values_that_are_not_sound(tmp_path: Path, value: float) -> None:
     samples = np.full(1_000, 0.1)
     samples[500] = value
-    with refused(tmp_path / "a.wav", f"{value:g}", error=BrokenSound):
+    with refused(tmp_path / "a.wav", f"{value:g}", error=BrokenSample):
         decode_audio(write_raw(tmp_path / "a.wav", samples))
 
 
@@ -184,7 +185,7 @@ def test_rate_bounds(tmp_path: Path, rate_hz: int, good: bool) -> None:
     if good:
         assert abs(len(decode_audio(path)) - 16_000) <= 1
     else:
-        with refused(path, rate_hz, error=BrokenSound):
+        with refused(path, rate_hz, error=BrokenSample):
             decode_audio(path)
 
 
@@ -192,7 +193,7 @@ def test_rate_bounds(tmp_path: Path, rate_hz: int, good: bool) -> None:
 def test_length_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     path = trees.sound(tmp_path / name, trees.tone(3.0))
     monkeypatch.setattr(tracks, "MAX_SOUND_S", 2.5)
-    with refused(path, 2.5, error=BrokenSound):
+    with refused(path, 2.5, error=BrokenSample):
         decode_audio(path)
     assert len(decode_audio(path, 1.0, 1.0)) == 16_000
     assert len(decode_audio(path, 1.0)) > 30_000  # what is read is bounded, not the file
@@ -204,7 +205,7 @@ def test_length_is_checked_before_anything_is_read(tmp_path: Path, name: str) ->
     which would be 14 MB."""
     path = write_raw(tmp_path / name, np.zeros(3_601_000), 1_000, "PCM_U8" if name == "a.wav" else "PCM_16")
     tracemalloc.start()
-    with refused(path, 3_600, error=BrokenSound):
+    with refused(path, 3_600, error=BrokenSample):
         decode_audio(path)
     largest = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -214,7 +215,7 @@ def test_length_is_checked_before_anything_is_read(tmp_path: Path, name: str) ->
 def test_high_rates_may_be_less_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracks, "MAX_SAMPLES", 96_000)
     assert len(decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 48_000), 48_000))) == 32_000
-    with refused(tmp_path / "a.wav", 1, error=BrokenSound):
+    with refused(tmp_path / "a.wav", 1, error=BrokenSample):
         decode_audio(trees.sound(tmp_path / "a.wav", trees.tone(2.0, 96_000), 96_000))
 
 
@@ -224,7 +225,7 @@ def test_channel_bound(tmp_path: Path, channels: int, good: bool) -> None:
     if good:
         assert np.abs(decode_audio(path) - trees.tone(0.1)).max() < 1e-3
     else:
-        with refused(path, 65, 1, 64, error=BrokenSound):
+        with refused(path, 65, 1, 64, error=BrokenSample):
             decode_audio(path)
 
 
@@ -244,7 +245,7 @@ def test_what_lies_before_a_start_is_not_kept(tmp_path: Path, monkeypatch: pytes
 def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
     trees.sound(tmp_path / "other.mkv", trees.tone())
     (tmp_path / "a.mp4").write_text(text)
-    with refused(tmp_path / "a.mp4", error=BrokenSound):
+    with refused(tmp_path / "a.mp4", error=BrokenSample):
         decode_audio(tmp_path / "a.mp4")
 
 
@@ -252,7 +253,7 @@ def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"no sound at all", bytes(4096)])
 def test_not_a_sound(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with refused(tmp_path / name, error=BrokenSound):
+    with refused(tmp_path / name, error=BrokenSample):
         decode_audio(tmp_path / name)
 
 
@@ -260,7 +261,7 @@ def test_picture_missing_file_and_folder(tmp_path: Path) -> None:
     trees.picture(tmp_path / "a.png")
     trees.video(tmp_path / "a.mp4", [(9, 9, 9)] * 3)
     for path in (tmp_path / "a.png", tmp_path / "a.mp4", tmp_path / "a.wav", tmp_path):
-        with refused(path, error=BrokenSound):
+        with refused(path, error=BrokenSample):
             decode_audio(path)
 
 
@@ -277,7 +278,7 @@ def test_damage_at_any_place_raises_nothing_but_broken_sound(tmp_path: Path, nam
         try:
             decode_audio(path)
             outcomes.add("decoded")
-        except BrokenSound as error:
+        except BrokenSample as error:
             assert str(error).startswith(f"{path}: ")
             outcomes.add("broken")
     assert "broken" in outcomes

@@ -14,7 +14,8 @@ from PIL import Image
 from tests import trees
 from tests.refusals import assert_names, refused
 from trimodal.data import images
-from trimodal.data.images import BrokenImage, augment, decode_image, fit_eval, resize_for_cache
+from trimodal.data.images import augment, decode_image, fit_eval, resize_for_cache
+from trimodal.data.samples import BrokenSample
 
 RED = (220, 40, 40)
 
@@ -81,7 +82,7 @@ def test_16_bit_grey_keeps_its_range(tmp_path: Path) -> None:
 
 def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "a.tiff")
-    with refused(tmp_path / "a.tiff", error=BrokenImage):
+    with refused(tmp_path / "a.tiff", error=BrokenSample):
         decode_image(tmp_path / "a.tiff")
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "a.tiff")
     assert decode_image(tmp_path / "a.tiff").shape == (2, 2, 3)
@@ -119,7 +120,7 @@ def test_truncated_picture(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     Image.fromarray(noise).save(path)
     assert decode_image(path).shape == (64, 64, 3)
-    with refused(trees.truncate(path), error=BrokenImage):
+    with refused(trees.truncate(path), error=BrokenSample):
         decode_image(path)
 
 
@@ -127,13 +128,13 @@ def test_truncated_picture(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("name", ["a.png", "a.mp4"])
 def test_not_a_picture(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with refused(tmp_path / name, error=BrokenImage):
+    with refused(tmp_path / name, error=BrokenSample):
         decode_image(tmp_path / name)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "a.png", tmp_path):
-        with refused(path, error=BrokenImage):
+        with refused(path, error=BrokenSample):
             decode_image(path)
 
 
@@ -149,7 +150,7 @@ def test_damage_at_any_place_raises_nothing_but_broken_image(tmp_path: Path) -> 
         try:
             decode_image(path)
             outcomes.add("decoded")
-        except BrokenImage as error:
+        except BrokenSample as error:
             assert_names(str(error), path)
             outcomes.add("broken")
     assert "broken" in outcomes
@@ -160,7 +161,7 @@ def test_pixel_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     assert decode_image(path).shape == (20, 50, 3)
     monkeypatch.setattr(images, "MAX_PIXELS", 999)
-    with refused(path, 50, 20, error=BrokenImage):
+    with refused(path, 50, 20, error=BrokenSample):
         decode_image(path)
 
 
@@ -172,7 +173,7 @@ def test_huge_header_is_refused_before_memory_is_taken(tmp_path: Path, side: int
     chunks = [header, b"IDAT" + zlib.compress(bytes(100)), b"IEND"]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks))
-    with refused(tmp_path / "a.png", error=BrokenImage) as caught:
+    with refused(tmp_path / "a.png", error=BrokenSample) as caught:
         decode_image(tmp_path / "a.png")
     assert {str(side), str(side**2)} & set(re.findall(r"\d+", str(caught.value)))  # ours, or Pillow's own
 
@@ -183,7 +184,7 @@ def test_strips_are_refused(tmp_path: Path, size: tuple[int, int], good: bool) -
     if good:
         assert decode_image(path).shape == (size[1], size[0], 3)
     else:
-        with refused(path, *size, 100, error=BrokenImage):
+        with refused(path, *size, 100, error=BrokenSample):
             decode_image(path)
 
 
@@ -195,7 +196,7 @@ def test_a_file_beyond_any_picture_is_not_read(tmp_path: Path, monkeypatch: pyte
     assert decode_image(path).shape == (30, 40, 3)
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 8_000_000)
     tracemalloc.start()
-    with refused(path, "8,000,001", "8,000,000", error=BrokenImage):
+    with refused(path, "8,000,001", "8,000,000", error=BrokenSample):
         decode_image(path)
     largest = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -218,7 +219,7 @@ def test_only_formats_that_are_named_are_tried(tmp_path: Path) -> None:
     """EPS would be handed to Ghostscript."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
-    with refused(tmp_path / "a.png", error=BrokenImage):
+    with refused(tmp_path / "a.png", error=BrokenSample):
         decode_image(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "GIF")
     assert decode_image(tmp_path / "a.png").shape == (8, 8, 3), "a wrong suffix is no obstacle"
@@ -275,7 +276,7 @@ def test_rotation_turns_the_right_way(tmp_path: Path) -> None:
 def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
     trees.video(tmp_path / "other.avi", [RED] * 3)
     (tmp_path / "a.mp4").write_text(text)
-    with refused(tmp_path / "a.mp4", error=BrokenImage):
+    with refused(tmp_path / "a.mp4", error=BrokenSample):
         decode_image(tmp_path / "a.mp4")
 
 
@@ -283,7 +284,7 @@ def test_bounds_hold_for_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = trees.video(tmp_path / "a.mp4", [RED] * 9)
     assert decode_image(path).shape == (32, 64, 3)
     monkeypatch.setattr(images, "MAX_PIXELS", 64 * 32 - 1)
-    with refused(path, 64, 32, error=BrokenImage):
+    with refused(path, 64, 32, error=BrokenSample):
         decode_image(path)
 
 
@@ -303,7 +304,7 @@ def test_frames_larger_than_the_video_says_are_not_decoded(tmp_path: Path, monke
             container.mux(packet)
     assert decode_image(tmp_path / "a.avi").shape == (320, 640, 3)
     monkeypatch.setattr(images, "MAX_PIXELS", 64 * 32)
-    with refused(tmp_path / "a.avi", error=BrokenImage) as caught:
+    with refused(tmp_path / "a.avi", error=BrokenSample) as caught:
         decode_image(tmp_path / "a.avi")
     assert "640" not in str(caught.value)
 
@@ -313,13 +314,13 @@ def test_a_video_without_key_frames_is_not_read_for_ever(tmp_path: Path, monkeyp
     monkeypatch.setattr(images, "MAX_SKIPPED_FRAMES", 10)
     assert decode_image(path).shape == (32, 64, 3)
     monkeypatch.setattr(images, "MAX_SKIPPED_FRAMES", 9)
-    with refused(path, 9, error=BrokenImage):
+    with refused(path, 9, error=BrokenSample):
         decode_image(path)
 
 
 def test_sound_alone_has_no_picture(tmp_path: Path) -> None:
     trees.sound(tmp_path / "a.mp4", trees.tone())
-    with refused(tmp_path / "a.mp4", error=BrokenImage):
+    with refused(tmp_path / "a.mp4", error=BrokenSample):
         decode_image(tmp_path / "a.mp4")
 
 

@@ -12,7 +12,8 @@ from PIL import Image, PngImagePlugin
 
 from tests.refusals import refused
 from trimodal.data import metadata
-from trimodal.data.images import BrokenImage, decode_image
+from trimodal.data.images import decode_image
+from trimodal.data.samples import BrokenSample
 
 XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
@@ -196,7 +197,7 @@ def test_a_jpeg_whose_last_rows_are_missing_is_broken(tmp_path: Path, way: dict[
     content = encoded("JPEG", **way)
     for lost in [*range(20, 400, 19), len(content) // 2]:
         (tmp_path / "a.jpg").write_bytes(content[:-lost] + (bytes(lost) if filled else b""))
-        with refused(tmp_path / "a.jpg", error=BrokenImage):
+        with refused(tmp_path / "a.jpg", error=BrokenSample):
             decode_image(tmp_path / "a.jpg")
 
 
@@ -206,7 +207,7 @@ def test_a_png_that_was_cut_is_read_where_all_pixels_are_there(tmp_path: Path) -
         assert np.array_equal(read(tmp_path / "a.png", content[:-lost]), noise())
     for lost in (40, 200, len(content) // 2):
         (tmp_path / "a.png").write_bytes(content[:-lost])
-        with refused(tmp_path / "a.png", error=BrokenImage):
+        with refused(tmp_path / "a.png", error=BrokenSample):
             decode_image(tmp_path / "a.png")
 
 
@@ -218,7 +219,7 @@ def test_a_tiff_that_was_cut_has_no_other_pixels(tmp_path: Path, compression: st
     for lost in (1, 2, 4, 20, 100, 200):
         try:
             found = read(tmp_path / "a.tif", content[:-lost])
-        except BrokenImage:
+        except BrokenSample:
             continue
         assert np.array_equal(found, noise())
 
@@ -228,7 +229,7 @@ def test_damaged_pixels_are_not_mended(tmp_path: Path) -> None:
     content = bytearray(encoded("PNG"))
     content[content.index(b"IDAT") + 60] ^= 1
     (tmp_path / "a.png").write_bytes(content)
-    with refused(tmp_path / "a.png", error=BrokenImage):
+    with refused(tmp_path / "a.png", error=BrokenSample):
         decode_image(tmp_path / "a.png")
 
 

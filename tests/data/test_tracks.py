@@ -13,7 +13,8 @@ import soundfile
 from tests import trees
 from tests.refusals import refused
 from trimodal.data import sound_files, tracks
-from trimodal.data.audio import BrokenSound, decode_audio
+from trimodal.data.audio import decode_audio
+from trimodal.data.samples import BrokenSample
 
 RATE_HZ = 48_000
 SECONDS = 8
@@ -255,7 +256,7 @@ def test_all_of_joined_mp3_files_is_read(tmp_path: Path, kind: str, tag: bytes) 
 def test_all_parts_of_a_chained_ogg_together_may_be_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.ogg").write_bytes(ogg(tones(3, 16_000), 16_000) * 3)
     monkeypatch.setattr(tracks, "MAX_SOUND_S", 5.0)
-    with refused(tmp_path / "a.ogg", "over 5 s", error=BrokenSound):
+    with refused(tmp_path / "a.ogg", "over 5 s", error=BrokenSample):
         decode_audio(tmp_path / "a.ogg")
     assert len(decode_audio(tmp_path / "a.ogg", 2.0, 5.0)) == 80_000
     assert tracks.count_samples(str(tmp_path / "a.ogg")) == 144_000
@@ -264,7 +265,7 @@ def test_all_parts_of_a_chained_ogg_together_may_be_too_long(tmp_path: Path, mon
 def test_a_clock_that_leaps_by_years_costs_neither_time_nor_memory(tmp_path: Path) -> None:
     path = container(tmp_path / "a.mkv", "pcm_s16le", picture="mpeg4", late_s=3e8)
     assert tracks.count_samples(str(path)) == (3e8 + SECONDS) * RATE_HZ
-    with refused(path, "over 3600 s", error=BrokenSound):
+    with refused(path, "over 3600 s", error=BrokenSample):
         decode_audio(path)
 
 

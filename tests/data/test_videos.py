@@ -9,7 +9,8 @@ import pytest
 from tests import trees
 from tests.refusals import refused
 from trimodal import media
-from trimodal.data.images import BrokenImage, decode_image
+from trimodal.data.images import decode_image
+from trimodal.data.samples import BrokenSample
 
 FRAMES = 50
 
@@ -153,6 +154,6 @@ def test_a_video_without_its_suffix_and_a_picture_with_it(tmp_path: Path, name: 
 def test_a_broken_video_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix.upper()}"
     path.write_bytes(np.random.default_rng(0).bytes(9_000))
-    with refused(path, error=BrokenImage) as caught:
+    with refused(path, error=BrokenSample) as caught:
         decode_image(path)
     assert str(caught.value).count(str(path)) == 1

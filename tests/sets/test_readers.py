@@ -14,8 +14,8 @@ from tests import trees
 from tests.refusals import assert_names, refused
 from trimodal.config import Config, load_config
 from trimodal.data.audio import decode_audio, log_mel
-from trimodal.data.images import BrokenImage, decode_image
-from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption
+from trimodal.data.images import decode_image
+from trimodal.data.samples import SPLITS, BrokenSample, Sample, SampleTable, normalise_caption
 from trimodal.sets import download_command, read_split
 from trimodal.sets.reading import draw_splits
 
@@ -186,7 +186,7 @@ def test_coco_pictures(tmp_path: Path) -> None:
     assert (grey[..., 0] == grey[..., 1]).all() and grey.shape == (48, 64, 3)
     assert decode_image(by_id[trees.COCO_CMYK]).shape == (48, 64, 3)
     assert decode_image(by_id[trees.COCO_TURNED]).shape == (64, 48, 3)
-    with refused(by_id[trees.COCO_TRUNCATED], error=BrokenImage):  # a reader decodes nothing: the loader finds it
+    with refused(by_id[trees.COCO_TRUNCATED], error=BrokenSample):  # a reader decodes nothing: the loader finds it
         decode_image(by_id[trees.COCO_TRUNCATED])
 
 

@@ -7,7 +7,6 @@ Legend: S samples at 16 kHz, T mel frames (10 ms).
 """
 
 import math
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +15,10 @@ import numpy as np
 import torch
 import torchaudio.transforms
 
-from trimodal import media
 from trimodal.config import NUM_MELS, SAMPLE_RATE_HZ
 from trimodal.data import tracks
-from trimodal.data.tracks import BrokenSound, Piece
-
-__all__ = ["BrokenSound", "decode_audio", "log_mel", "near_rate"]
+from trimodal.data.samples import BrokenSample, decoding
+from trimodal.data.tracks import Piece
 
 HOP = 160  # samples: 10 ms
 WINDOW = 400  # samples: 25 ms
@@ -44,20 +41,12 @@ def decode_audio(path: str | Path, start_s: float = 0.0, duration_s: float = 0.0
     `duration_s`, the result is shorter.
 
     Raises:
-        BrokenSound: no such file, not a sound, no samples from `start_s` on, silent, not finite, or beyond the bounds
+        BrokenSample: no such file, not a sound, no samples from `start_s` on, silent, not finite, or beyond the bounds
             of `tracks` (1 to 400 kHz, 64 channels, an hour, 173 million samples).
     """
-    if not os.path.isfile(path):
-        raise BrokenSound(f"{path}: no such file")
-    try:
+    with decoding(str(path), "sound"):
         pieces = tracks.read(str(path), start_s, duration_s)
         _check_samples(pieces, start_s)
-    except BrokenSound as error:
-        raise BrokenSound(f"{path}: {media.kind_of(str(path), 'sound') or error}") from None
-    except Exception as error:  # damaged files make the decoders raise nearly any type
-        if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
-            raise  # FFmpeg's own says that the file asks for absurd sizes
-        raise BrokenSound(f"{path}: {media.problem_of(str(path), error, 'sound')}") from None
     parts = [_resample(piece.samples, piece.rate_hz) for piece in pieces]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -83,12 +72,12 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
 
 def _check_samples(pieces: Sequence[Piece], start_s: float) -> None:
     if not pieces:
-        raise BrokenSound(f"holds no samples from {start_s:g} s on")
+        raise BrokenSample(f"holds no samples from {start_s:g} s on")
     peak = tracks.peak(pieces)
     if not peak <= MAX_PEAK:
-        raise BrokenSound(f"holds values that are not sound (peak {peak:g})")
+        raise BrokenSample(f"holds values that are not sound (peak {peak:g})")
     if peak < SILENCE_PEAK:
-        raise BrokenSound("is silent")
+        raise BrokenSample("is silent")
 
 
 def _resample(samples: np.ndarray, rate_hz: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from trimodal import media
 from trimodal.data import metadata
-from trimodal.data.samples import BrokenSample
+from trimodal.data.samples import BrokenSample, decoding
 
 # What may be decoded. All of it is checked before memory is taken for pixels.
 MAX_PIXELS = 89_000_000  # just below the size at which Pillow warns; 267 MB as RGB
@@ -37,28 +37,16 @@ _TRANSPOSITIONS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpo
                                  start=2))  # by the tag of EXIF that undoes
 
 
-class BrokenImage(BrokenSample):
-    """A file that holds no usable picture. The message begins with the path."""
-
-
 def decode_image(path: str | Path) -> np.ndarray:
     """Decode `path` to uint8 [H, W, 3], RGB, upright: EXIF orientation applied, transparency over white, CMYK, palette,
     grey and 16-bit pixels converted. Of an animation the first frame; of a video (by suffix) the middle one.
 
     Raises:
-        BrokenImage: no such file, not a picture of PICTURE_FORMATS, no video, truncated, or beyond the bounds
+        BrokenSample: no such file, not a picture of PICTURE_FORMATS, no video, truncated, or beyond the bounds
             above.
     """
-    if not os.path.isfile(path):
-        raise BrokenImage(f"{path}: no such file")
-    try:
+    with decoding(str(path), "picture"):
         return _read(str(path))
-    except BrokenImage as error:
-        raise BrokenImage(f"{path}: {error}") from None
-    except Exception as error:  # damaged files make the decoders raise nearly any type
-        if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
-            raise  # FFmpeg's own says that the file asks for absurd sizes
-        raise BrokenImage(f"{path}: {media.problem_of(str(path), error, 'picture')}") from None
 
 
 def resize_for_cache(picture: np.ndarray, short_side: int) -> np.ndarray:
@@ -124,7 +112,7 @@ def _read(path: str) -> np.ndarray:
     first, second = (_read_video, _read_picture) if media.is_video(path) else (_read_picture, _read_video)
     try:
         return first(path)
-    except BrokenImage:
+    except BrokenSample:
         raise
     except Exception as error:
         if isinstance(error, MemoryError):
@@ -138,12 +126,12 @@ def _read(path: str) -> np.ndarray:
 def _read_picture(path: str) -> np.ndarray:
     """Of several frames only the first is ever decoded, so their number needs no bound."""
     if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise BrokenImage(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
+        raise BrokenSample(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
     if metadata.is_unfinished(path):
-        raise BrokenImage("has zeros in place of its last rows, as an unfinished download; fetch it again")
+        raise BrokenSample("has zeros in place of its last rows, as an unfinished download; fetch it again")
     try:
         return _decode(path)
-    except (BrokenImage, MemoryError):
+    except (BrokenSample, MemoryError):
         raise
     except Exception:
         found = _pixels_alone(path)
@@ -183,7 +171,7 @@ def _pixels_alone(path: str) -> np.ndarray | None:
         found = metadata.without(file.read())
     try:
         return _decode(io.BytesIO(found[0]), found[1]) if found else None
-    except BrokenImage:
+    except BrokenSample:
         raise
     except (OSError, SyntaxError, ValueError):
         return None
@@ -191,7 +179,7 @@ def _pixels_alone(path: str) -> np.ndarray | None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise BrokenImage("has floating-point pixels of unknown range: save it with 8 or 16 bits")
+        raise BrokenSample("has floating-point pixels of unknown range: save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):  # `convert` would cut these off at 255
         grey = np.clip(np.asarray(image, np.float64) * (255 / 65535), 0, 255)
         image = Image.fromarray(np.rint(grey).astype(np.uint8))
@@ -205,9 +193,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise BrokenImage(f"has {width} x {height} pixels, over {MAX_PIXELS / 1e6:.0f} million")
+        raise BrokenSample(f"has {width} x {height} pixels, over {MAX_PIXELS / 1e6:.0f} million")
     if max(width, height) > MAX_SIDES_RATIO * min(width, height):
-        raise BrokenImage(f"has {width} x {height} pixels, one side over {MAX_SIDES_RATIO} times the other")
+        raise BrokenSample(f"has {width} x {height} pixels, one side over {MAX_SIDES_RATIO} times the other")
 
 
 # ---- videos ---------------------------------------------------------------------------------------------------------
@@ -235,9 +223,9 @@ def _read_video(path: str) -> np.ndarray:
             if not at_s < middle_s:  # or no frame has a time
                 break
             if skipped == MAX_SKIPPED_FRAMES:
-                raise BrokenImage(f"has no key frame within {skipped:,} frames before its middle")
+                raise BrokenSample(f"has no key frame within {skipped:,} frames before its middle")
         if found is None:
-            raise BrokenImage("holds no frame that can be decoded")
+            raise BrokenSample("holds no frame that can be decoded")
         return _upright(found, stream)
 
 
@@ -247,7 +235,7 @@ def _open_video(path: str) -> Iterator[tuple[Any, Any]]:
     with media.open_container(path, media.VIDEO_FORMATS) as container:
         stream = media.picture_track(container)
         if stream is None:
-            raise BrokenImage("has no picture track")
+            raise BrokenSample("has no picture track")
         _check_size(stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames may be larger than stated
         yield container, stream

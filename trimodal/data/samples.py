@@ -10,12 +10,16 @@ would be copied page by page as their reference counts change.
 import dataclasses
 import hashlib
 import itertools
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+
+from trimodal import media
 
 SPLITS = ("train", "val", "test")
 # An empty cell of a table that was made text before it was saved; in small letters.
@@ -26,6 +30,21 @@ _BLANKS = re.compile(r"\s+")
 
 class BrokenSample(ValueError):
     """A file that cannot be read; the message is its path and the reason."""
+
+
+@contextmanager
+def decoding(path: str, wanted: str) -> Iterator[None]:
+    """Raise what fails within as a BrokenSample that says why `path` is no "picture" or "sound", as `wanted`."""
+    if not os.path.isfile(path):
+        raise BrokenSample(f"{path}: no such file")
+    try:
+        yield
+    except BrokenSample as error:
+        raise BrokenSample(f"{path}: {media.kind_of(path, wanted) or error}") from None
+    except Exception as error:  # damaged files make the decoders raise nearly any type
+        if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
+            raise  # FFmpeg's own says that the file asks for absurd sizes
+        raise BrokenSample(f"{path}: {media.problem_of(path, error, wanted)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +106,7 @@ class Strings:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> str:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+        index = range(len(self))[index]
         return self.buffer[self.offsets[index]:self.offsets[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
     @property
@@ -201,9 +218,7 @@ class SampleTable:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+        index = range(len(self))[index]
         labels = range(self.label_offsets[index], self.label_offsets[index + 1])
         return Sample(
             key=self.keys[index], source=self.sources[index], split=self.splits[index],

@@ -46,10 +46,6 @@ _SEEK_IS_WRONG = ("VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")  
 _OPUS_ROUNDED_HZ = (8_000, 12_000)  # what libsndfile takes for a rate that an Opus file does not state, too
 
 
-class BrokenSound(BrokenSample):
-    """A file that holds no usable sound. The message begins with the path."""
-
-
 class _Unreliable(Exception):
     """libsndfile opens a file and reads it wrongly."""
 
@@ -94,10 +90,10 @@ class Sink:
         return self.count / max(1, self.rate_hz)
 
     def expect(self, count: int, rate_hz: int) -> None:
-        """Raise BrokenSound where `count` samples at `rate_hz` are more than may be kept in memory."""
+        """Raise BrokenSample where `count` samples at `rate_hz` are more than may be kept in memory."""
         most_s = min(MAX_SOUND_S, MAX_SAMPLES / rate_hz)
         if self.keep and count > most_s * rate_hz:
-            raise BrokenSound(f"is over {most_s:g} s long: give a start and a duration")
+            raise BrokenSample(f"is over {most_s:g} s long: give a start and a duration")
 
     def add(self, block_NC: np.ndarray, rate_hz: int) -> None:
         """Append a decoded float32 block of N samples of C channels."""
@@ -135,7 +131,7 @@ def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece
     and none where the file has no samples there.
 
     Raises:
-        BrokenSound: beyond the bounds above, without sound track; without the path in the message.
+        BrokenSample: beyond the bounds above, without sound track; without the path in the message.
         Exception: what decoders raise for damage.
     """
     return [sink.piece() for sink in _read_mono(path, start_s, duration_s) if sink.count]
@@ -242,9 +238,9 @@ def _rewound(source: Source) -> Source:
 
 def _check_sound(rate_hz: int, channels: int) -> None:
     if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
-        raise BrokenSound(f"has a sample rate of {rate_hz} Hz, outside {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+        raise BrokenSample(f"has a sample rate of {rate_hz} Hz, outside {MIN_RATE_HZ} to {MAX_RATE_HZ}")
     if not 1 <= channels <= MAX_CHANNELS:
-        raise BrokenSound(f"has {channels} channels, outside 1 to {MAX_CHANNELS}")
+        raise BrokenSample(f"has {channels} channels, outside 1 to {MAX_CHANNELS}")
 
 
 def _bounds(start_s: float, duration_s: float, rate_hz: int) -> tuple[int, float]:
@@ -318,7 +314,7 @@ def _with_av(source: Source, start_s: float, duration_s: float, new_sink: Callab
 def _decode(source: Source, start_s: float, duration_s: float, sink: Sink, *, jump: bool) -> tuple[Sink, float]:
     with media.open_container(_rewound(source), media.SOUND_FORMATS) as container:
         if not container.streams.audio:
-            raise BrokenSound("has no sound track")
+            raise BrokenSample("has no sound track")
         stream = container.streams.audio[0]
         _check_sound(stream.codec_context.sample_rate, stream.codec_context.channels)
         track = _Track(container, stream, sink)
@@ -356,7 +352,7 @@ class _Track:
             frames, self.position = itertools.chain([head], frames), 0
         for frame in frames:
             if frame.sample_rate != rate_hz:
-                raise BrokenSound(f"changes its sample rate from {rate_hz} to {frame.sample_rate} Hz")
+                raise BrokenSample(f"changes its sample rate from {rate_hz} to {frame.sample_rate} Hz")
             if self.position is None:
                 self.position = self._at(frame, self.first + 1)
                 if self.position > self.first:

@@ -135,7 +135,7 @@ class Workers:
         self._hand_out()
         found = result.result()
         if isinstance(found, Failure):
-            raise found.error()
+            raise found.error
         return found
 
     def _hand_out(self) -> None:
@@ -264,13 +264,9 @@ def _finished(file: int, finish: Callable[[Any], Any] | None) -> Any:
 
 
 class Failure(NamedTuple):
-    """An exception in a worker, to be raised in the main process."""
+    """What a worker returns in place of a result."""
 
-    message: str
-    is_users: bool  # a UserError; else the message is a traceback
-
-    def error(self) -> Exception:
-        return UserError(self.message) if self.is_users else RuntimeError(f"in a reading process: {self.message}")
+    error: Exception  # to be raised in the main process
 
 
 class _Pickler(pickle.Pickler):
@@ -314,9 +310,9 @@ def _attempt(work: Work, job: int, skipped: Mapping[int, str], report: Callable[
     except MemoryError:
         raise
     except UserError as error:
-        return Failure(str(error), True)
+        return Failure(UserError(str(error)))
     except Exception:
-        return Failure(traceback.format_exc(), False)
+        return Failure(RuntimeError(f"in a reading process: {traceback.format_exc()}"))
 
 
 def _pickled(value: Any) -> int:

@@ -106,7 +106,7 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
     if concepts is None:
         concepts = concept_names(train, config.model.num_classes)
     if speakers is None:
-        speakers = heard_speakers(train)
+        speakers = speakers_with_sound(train)
     stores = {name: open_store(table, config, fill=fill_cache) for name, table in tables.items()}
     english = {name for name, data_set in SETS.items() if data_set.english}
     ready = {name: prepare_split(store, config, tokenizer, concepts, speakers, english)
@@ -114,8 +114,8 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
 
 
-def heard_speakers(train: SampleTable) -> list[str]:
-    """Names of the speakers of whom there is a sound to train with."""
+def speakers_with_sound(train: SampleTable) -> list[str]:
+    """Names, sorted, of the speakers in the training split who have at least one sound."""
     return sorted(set(train.speakers.select(np.flatnonzero(train.has_audio)).names) - {""})
 
 

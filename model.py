@@ -214,7 +214,7 @@ class ImageEncoder(nn.Module):
         return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, rows * columns, self.patch_dim), None
 
     def positions(self, images: Tensor) -> Tensor:
-        """(N, D). Coordinates are scaled to a 14 x 14 grid, so that a place keeps its code at every image size."""
+        """(N, D). Coordinates are scaled to a 14 x 14 grid, so that a point keeps its code at every image size."""
         rows, columns = (torch.arange(s // IMAGE_PATCH, device=images.device) for s in images.shape[2:])
         codes_ND = grid_codes((rows + 0.5) * 14 / len(rows), (columns + 0.5) * 14 / len(columns), self.dim)
         return codes_ND.to(self.embed.weight.dtype)
@@ -289,7 +289,7 @@ class AudioEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Bidirectional transformer (arXiv:1810.04805) on a factorised word table (arXiv:1909.11942)."""
+    """Bidirectional transformer (arXiv:1810.04805) on factorised token embeddings (arXiv:1909.11942)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -427,7 +427,8 @@ class TriModalModel(nn.Module):
         return outputs
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's; a state of another size or another `embed_dim`, `num_classes` or vocabulary says so."""
+        """Load a state dict as nn.Module does; the error for one of another size, `embed_dim`, `num_classes` or
+        vocabulary names what differs."""
         if strict and (mismatch := checkpoint.describe_mismatch(state_dict, self.state_dict())):
             raise UserError(f"model: these weights are of another model than '{self.config.size}' as created here "
                             f"({mismatch}); open the file with model.load_model(path), which reads its configuration")
@@ -475,7 +476,7 @@ def count_parameters(size: str) -> dict[str, int]:
 
 
 def _apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """In the number type of the layer, which is half in a model that was made so; at least float32 comes back."""
+    """Run `layer` in the dtype of its parameters, which may be half precision; the result is at least float32."""
     return at_least_float32(layer(x.to(next(layer.parameters()).dtype)))
 
 

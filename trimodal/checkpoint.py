@@ -56,7 +56,8 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
 
 
 def write_with_digest(content: Mapping[str, Any], file: BinaryIO) -> None:
-    """What `save` puts into a file that is open for writing and reading, whatever `content` holds."""
+    """Write `content` with `torch.save`, and the SHA-256 of these bytes as the comment of the zip. `file` is open for
+    writing and reading; unlike `save`, this does not check that `content` can be loaded safely."""
     try:
         torch.save(content, cast(IO[bytes], file))
     except RuntimeError as error:  # torch hides a full disk behind a complaint about positions
@@ -83,7 +84,7 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
 
 
 def exported(state: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """What `export` writes of this state: the weights, and all else."""
+    """The contents of the two files that `export` writes: the weights as safetensors, and all else as JSON."""
     import safetensors.torch
 
     others = plain({name: value for name, value in state.items() if name != "model_state_dict"})
@@ -275,7 +276,7 @@ def _check(path: Path, file: BinaryIO) -> bool:
 
 
 def _sha256(file: BinaryIO, size: int) -> str:
-    """Of the first `size` bytes; the file is left open behind them."""
+    """SHA-256, in hex, of the first `size` bytes of a file; its position is behind them afterwards."""
     digest = hashlib.sha256()
     file.seek(0)
     while size and (block := file.read(min(size, 1 << 22))):

@@ -157,7 +157,7 @@ class World:
         raise ReportedByMain(problems[first])
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the main process, on every process; a mistake ends all."""
+        """Call `work` on the main rank only, and return its result on every rank; an error there ends all ranks."""
         box = [self.together(lambda: work() if self.is_main else None)]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0)  # pickles, between our own processes only

@@ -19,7 +19,7 @@ from trimodal.objectives import OBJECTIVES
 from trimodal.objectives.base import Objective, learn
 from trimodal.objectives.contrastive import pair_scale, positives_of
 from trimodal.objectives.labels import TEXT_DROP_SHARE
-from trimodal.objectives.masked import hidden_words
+from trimodal.objectives.masked import hidden_tokens
 from trimodal.objectives.matching import hard_negatives
 from trimodal.objectives.step import Step, first_keys
 from trimodal.training.stage import Stage, compute_losses
@@ -315,7 +315,7 @@ def test_words_are_predicted_from_the_table(model: TriModalModel) -> None:
     objective, step = objective_of(model, "masked", "text"), plainly(model, batch)
     ids = batch.input_ids
     assert ids is not None and batch.attention_mask is not None
-    hidden = hidden_words(batch.attention_mask, batch.noise["text"])
+    hidden = hidden_tokens(batch.attention_mask, batch.noise["text"])
     with torch.no_grad():
         states = model.text(ids.masked_fill(hidden, 3), batch.attention_mask).tokens_BND
         total = 0.0

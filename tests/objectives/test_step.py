@@ -12,7 +12,7 @@ from model import TriModalModel
 from tests.narrow import make_batch, narrow_model, plainly, step_of
 from trimodal.data.batches import Batch
 from trimodal.objectives.contrastive import Positives, positives_of
-from trimodal.objectives.masked import TEXT_MASK_SHARE, hidden_words
+from trimodal.objectives.masked import TEXT_MASK_SHARE, hidden_tokens
 from trimodal.objectives.step import Share, kept_patches
 
 OWNER, IDS = [0, 0, 1, 2, 2, 3], [7, 8, 7, 9, 9, 5]  # samples 0 and 1 share a caption, 2 has the same one twice
@@ -155,18 +155,18 @@ def real(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def test_hidden_words_are_inner_ones() -> None:
+def test_hidden_tokens_are_inner_ones() -> None:
     lengths = [1, 2, 3, 4, 8, 9]
-    hidden = hidden_words(real(lengths), torch.zeros(6, 9))
+    hidden = hidden_tokens(real(lengths), torch.zeros(6, 9))
     assert hidden.sum(1).tolist() == [0, 0, 1, 2, 6, 7], "zeros hide whatever may be hidden"
     for row, length in zip(hidden.tolist(), lengths, strict=True):
         assert not row[0] and not any(row[length - 1:])
-    assert not hidden_words(real(lengths), torch.full((6, 9), TEXT_MASK_SHARE)).any()
+    assert not hidden_tokens(real(lengths), torch.full((6, 9), TEXT_MASK_SHARE)).any()
 
 
 def test_the_stated_share_of_words_is_hidden() -> None:
     uniform = torch.rand(500, 22, generator=torch.Generator().manual_seed(0))
-    hidden = hidden_words(real([22] * 500), uniform)
+    hidden = hidden_tokens(real([22] * 500), uniform)
     assert hidden[:, 1:-1].float().mean() == pytest.approx(TEXT_MASK_SHARE, abs=0.02)
     assert torch.equal(hidden[:, 1:-1], uniform[:, 1:-1] < TEXT_MASK_SHARE)
 

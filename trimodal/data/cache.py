@@ -118,7 +118,8 @@ def read_all(read: Callable[[Item], T], items: Sequence[Item], config: Config) -
 
 
 def _bytes_of(kind: Kind, shape: Any) -> Any:
-    """Of a decoded file of some shape, or of several, whose first and second sizes are `shape`."""
+    """Bytes that a decoded file takes in `data.bin`: `shape` is (height, width) of an image or (frames, 80) of a
+    log-mel; of two arrays, those of several files, it is an array."""
     return shape[0] * (shape[1] * 3 if kind == "image" else NUM_MELS * np.dtype(np.float16).itemsize)
 
 

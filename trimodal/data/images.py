@@ -124,7 +124,10 @@ def _read(path: str) -> np.ndarray:
 
 
 def _read_picture(path: str) -> np.ndarray:
-    """Of several frames only the first is ever decoded, so their number needs no bound."""
+    """Decode an image file, uint8 [H, W, 3]; where its metadata are damaged, its pixels alone.
+
+    Of an animation only the first frame is decoded, so the number of frames needs no bound.
+    """
     if os.path.getsize(path) > MAX_FILE_BYTES:
         raise BrokenSample(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
     if metadata.is_unfinished(path):
@@ -163,7 +166,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _pixels_alone(path: str) -> np.ndarray | None:
-    """The picture by what its pixels are made of alone, without metadata; None where these do not do."""
+    """Decode a JPEG, PNG or TIFF file after its metadata are removed; None where it is of another format or its pixels
+    cannot be decoded or are incomplete."""
     with open(path, "rb") as file:
         if not file.read(len(metadata.PNG)).startswith((metadata.JPEG, metadata.PNG, *metadata.TIFF)):
             return None

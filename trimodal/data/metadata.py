@@ -124,7 +124,8 @@ def _jpeg(content: bytes) -> tuple[bytes, int] | None:
 
 
 def _tiff(content: bytes) -> tuple[bytes, int]:
-    """With only the tags of pixels in its first directory, and no other directories; its pixels stay in their place."""
+    """A TIFF file without metadata, and its orientation: of its directories only the first is kept, and of that only
+    the tags that describe pixels. All bytes of pixels keep their offsets."""
     order = "<" if content.startswith(TIFF[0]) else ">"
     (first,) = struct.unpack_from(order + "I", content, 4)
     (count,) = struct.unpack_from(order + "H", content, first)

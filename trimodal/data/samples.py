@@ -155,7 +155,7 @@ class Names:
         return *Strings.pack(used).hashed(), recoded[self.codes]
 
     def select(self, indices: np.ndarray) -> "Names":
-        """Those at `indices`; names that none of them has are left out."""
+        """The entries at `indices`, in that order; names that none of them uses are dropped."""
         used, codes = np.unique(self.codes[indices], return_inverse=True)
         return Names(codes.astype(np.int32), tuple(self.names[code] for code in used.tolist()))
 

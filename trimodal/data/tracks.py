@@ -157,8 +157,9 @@ def peak(pieces: Sequence[Piece]) -> float:
 
 
 def oddities(path: str, start_s: float, duration_s: float) -> tuple[float, bool]:
-    """What is odd about a stretch that can be read: its peak where the file stores floating-point numbers, 0 of all
-    others; whether its channels cancel each other, so that one of them is taken."""
+    """Two things worth a warning about a sound that can be decoded: its largest absolute value where the file stores
+    floating-point samples, which may be above 1 (0.0 for other files), and whether `read` takes a single channel of it,
+    as the mean of the channels cancels out."""
     import soundfile
 
     try:

@@ -252,7 +252,8 @@ class _SevenZip(Archive):
                 yield Member(file.filename, file.uncompressed or 0, file.crc32, regular)
 
     def extract(self, accepted: Iterable[tuple[str, Member]], folder: Path, bar: Bar) -> Iterator[Written]:
-        """In one go, since the members lie in one compressed stream, and from the beginning; under their own names."""
+        """Unpack the accepted members below `folder`, which is emptied first, under the names that they have in the
+        archive; all in one call, as they share one compressed stream."""
         files = list(accepted)
         shutil.rmtree(folder)
         folder.mkdir()

@@ -433,7 +433,7 @@ def content_range(headers: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _body_length(headers: Mapping[str, str]) -> int:
-    """Of the Content-Length, 0 where it is not told or not readable."""
+    """The Content-Length header in bytes, 0 where it is missing or no number."""
     text = headers.get("Content-Length", "").strip()
     return int(text) if text.isdecimal() else 0
 

@@ -92,7 +92,7 @@ class Progress:
             yield Bar(line, self._overall if transfer else None, there)
 
     def already_there(self, size: int) -> None:
-        """Of what was to come, so much need not."""
+        """Take `size` bytes off the total of the overall bar: they are on the disk already."""
         if self._overall is not None:
             _grow(self._overall, -size)
 

@@ -274,7 +274,8 @@ class State:
                 *self._rows_of_lists(covered), *self.made()]
 
     def made(self) -> list[Row]:
-        """Of what is made of the items when all of them are there."""
+        """Rows of the table for files that are made from the downloaded items, such as unpacked stamps: how many there
+        are, and how many there should be."""
         return [Row(f"{count.folder} {count.suffix}", inventory.count(self.folder / count.folder, count.suffix),
                     count.number) for count in self.selection.source.made]
 

@@ -243,7 +243,7 @@ def _look_at(check: _Check) -> tuple[str, str]:
 
 
 def _checks(job: Job) -> Iterator[_Check]:
-    """Of all files: those that an item brought, and those of the user."""
+    """The checks to run, one for each file of a data set: lists, archives, unpacked files, and the user's."""
     state, folder = job.state, job.folder
     listed: set[str] = set()
     for item in job.selection.items:
@@ -326,7 +326,7 @@ def problem_of(path: Path) -> str:
 
 
 def _is_picture(path: Path) -> bool:
-    """By its first bytes, whatever its name says, as in training."""
+    """Whether a file is an image by its first bytes, whatever its name says, as training reads it."""
     return not media.kind_of(str(path), "picture") and bool(media.kind_of(str(path), "sound"))
 
 

@@ -146,8 +146,7 @@ def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ..
 
 
 def can_score(data: Data, split: str) -> bool:
-    """False where the samples of a split cannot give any figure: all of them need two pictures or two sounds, which one
-    file twice is not."""
+    """Whether the samples of a split give any metric: each metric needs at least two different images or sounds."""
     kinds, own = chosen_rows(data, split, None), data.splits[split]
     return any(len(np.unique(np.concatenate([[], *(ids[rows] for kind, rows in kinds.items() if name in kind)]))) > 1
                for name, ids in (("image", own.image_ids), ("audio", own.audio_ids)))
@@ -343,7 +342,7 @@ def _paired(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pa
 
 
 def _first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Place of the first of each id, ascending, and which of these places each has."""
+    """Indices, ascending, of the first occurrence of each id, and for each of the N ids which of these it equals."""
     _, first, group_N = np.unique(ids_N, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return first[order], np.argsort(order)[group_N]
@@ -381,7 +380,8 @@ def _rows(features: Tensor, rows: np.ndarray) -> Tensor:
 
 
 def _concepts(encoded: Encoded, modality: str, members: np.ndarray, options: metrics.Options) -> dict[str, Figure]:
-    """What the classifier says of each file once; its concepts are those of all samples that have it."""
+    """Mean average precision of the concept classifier on one modality alone, each file once. A file's concepts are
+    those of all samples that share it."""
     answers = encoded.answers.get(modality)
     if answers is None:
         return {}
@@ -431,11 +431,14 @@ def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
 
 @torch.inference_mode()
 def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: int = 5) -> list[dict[str, Any]]:
-    """What a few captions find among all pictures ("image") or sounds ("audio") of the split, for the gallery.
+    """Retrieval results of `queries` captions among all images (`modality` "image") or sounds ("audio") of a split.
 
-    The captions are different first ones of samples drawn by a fixed seed. Each gives {"query", "source", "modality",
-    "rank" (of the best right answer, ties against the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or
-    log-mel float16 (T, 80), "caption", "score", "right"}]}, best answer first.
+    The captions are different, each the first of a file, and chosen at random by a fixed seed.
+
+    Returns:
+        For each caption {"query", "source", "modality", "rank" (of the best right answer, from 1, ties counted against
+        the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or log-mel float16 (T, 80), "caption",
+        "score", "right"}]}, with the `found` best answers, best first.
     """
     table = data.tables[encoded.split]
     p = _paired(encoded, (modality, "text"), np.ones(len(table), bool))

@@ -301,7 +301,7 @@ def format_notes(figures: Mapping[str, Any], facts: Mapping[str, Mapping[str, An
 
 
 def _distinct(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Without "all" where it is one set alone."""
+    """The figures by data set, without "all" where these equal those of a single set."""
     return {name: pairs for name, pairs in figures.items()
             if name != "all" or all(pairs != other for key, other in figures.items() if key != "all")}
 
@@ -327,7 +327,8 @@ def _summary(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
 
 
 def _origin(best: Mapping[str, Any], say: Mapping[str, str]) -> str | None:
-    """Where weights come from; of a checkpoint of training, which chose nothing, None."""
+    """A sentence on the epoch that the evaluated weights are of and why it was chosen; None where there was no choice,
+    as for a checkpoint of training."""
     if best.get("epoch") is None:
         return None
     if best.get("loss") is None:
@@ -440,7 +441,7 @@ def _table(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line that cannot end a cell or begin HTML."""
+    """A value as text for a cell of a Markdown table: on one line, with "|" and "<" escaped; "-" for nothing."""
     text = "-" if value is None or value == "" else str(value)
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 

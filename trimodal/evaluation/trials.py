@@ -1,6 +1,6 @@
 """Speaker trials: which pairs of utterances are compared, from a published list or drawn from what is there.
 
-    pairs_T2, about = listed_trials(keys, names, audio_ids, folder, SETS[name].trials)  # places in keys; words on them
+    pairs_T2, about = listed_trials(keys, names, audio_ids, folder, SETS[name].trials)  # indices into keys; a sentence
 
 Shape suffix: T trials.
 """
@@ -38,16 +38,19 @@ def read_trials(path: Path) -> list[tuple[bool, str, str]]:
 
 def listed_trials(keys: Sequence[str], names: np.ndarray, ids: np.ndarray, root: Path,
                   published: Trials) -> tuple[np.ndarray, str]:
-    """Pairs of places in `keys` from the first published list below `root` that has any of the utterances, and which
-    list it is; `own_trials` where there is none.
+    """Speaker trials from the first published list below `root` that names a pair of these N utterances; `own_trials`
+    where there is no such list.
 
     Args:
-        keys: of the utterances. names: of their speakers. ids: equal for equal files and stretches.
+        keys: keys of the N utterances. names: of their speakers. ids: int64, equal for equal files and stretches.
+
+    Returns:
+        int64 (T, 2), indices into `keys`; a sentence that says which list it is.
 
     Raises:
-        UserError: a line of a list is none, or says of two utterances what their speakers do not.
+        UserError: a line of a list is damaged, or contradicts the speakers of its two utterances.
     """
-    place = {key: n for n, key in enumerate(keys)}
+    index = {key: n for n, key in enumerate(keys)}
     empty = []
     for path in (root / name for name in published.lists):
         if not path.is_file():
@@ -55,7 +58,7 @@ def listed_trials(keys: Sequence[str], names: np.ndarray, ids: np.ndarray, root:
         trials, name = read_trials(path), path.relative_to(root).as_posix()
         pairs = []
         for same, one, other in trials:
-            first, second = place.get(published.key(one)), place.get(published.key(other))
+            first, second = index.get(published.key(one)), index.get(published.key(other))
             if first is not None and second is not None:
                 if same != (names[first] == names[second]):
                     raise UserError(f"{path}: says {int(same)} of {one} and {other}, which are of {names[first]} and "
@@ -69,16 +72,17 @@ def listed_trials(keys: Sequence[str], names: np.ndarray, ids: np.ndarray, root:
 
 
 def own_trials(names: np.ndarray, ids: np.ndarray, why: str) -> tuple[np.ndarray, str]:
-    """All pairs among at most SPEAKER_UTTERANCES utterances, UTTERANCES_EACH a speaker, drawn by a fixed seed. Of equal
-    files one counts: nobody fails to verify a file by itself."""
+    """All pairs among at most SPEAKER_UTTERANCES utterances, at most UTTERANCES_EACH of a speaker, chosen at random by
+    a fixed seed; a sentence on them, which begins with `why`. Of equal files only the first counts, as a file paired
+    with itself is no trial."""
     order = np.random.default_rng(SAMPLING_SEED).permutation(len(names))
     order = order[np.isin(order, np.unique(ids, return_index=True)[1])]
     by_speaker: dict[str, list[int]] = {}
-    for place in order.tolist():
-        own = by_speaker.setdefault(str(names[place]), [])
+    for index in order.tolist():
+        own = by_speaker.setdefault(str(names[index]), [])
         if len(own) < UTTERANCES_EACH:
-            own.append(place)
-    drawn = np.array([place for own in by_speaker.values() for place in own][:SPEAKER_UTTERANCES], np.int64)
-    first, second = np.triu_indices(len(drawn), k=1)
-    return np.stack([drawn[first], drawn[second]], axis=1), (
-        f"{why}: all {len(first)} pairs of {len(drawn)} utterances drawn by seed {SAMPLING_SEED}")
+            own.append(index)
+    chosen = np.array([index for own in by_speaker.values() for index in own][:SPEAKER_UTTERANCES], np.int64)
+    first, second = np.triu_indices(len(chosen), k=1)
+    return np.stack([chosen[first], chosen[second]], axis=1), (
+        f"{why}: all {len(first)} pairs of {len(chosen)} utterances drawn by seed {SAMPLING_SEED}")

@@ -121,7 +121,8 @@ def _describe(values: Any, parts: list[Any], tensors: list[Tensor]) -> bool:
 
 
 def _varies(func: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether shapes follow from values, or change in place. Of indexing only where a mask says what is taken."""
+    """Whether an operator's output shape depends on values of its inputs (indexing with a mask does), or it changes a
+    shape in place."""
     if func is torch.ops.aten.index.Tensor:
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
     return bool(VARYING.intersection(func.tags))

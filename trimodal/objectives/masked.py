@@ -1,7 +1,7 @@
-"""Masked pretraining: predict the patches of images and audio, and the words of captions, that are hidden.
+"""Masked pretraining: predict the hidden patches of images and audio, and the hidden tokens of captions.
 
 Shape suffixes: B samples, C captions, K kept patches, N patches, D width, P values of a patch, L text tokens,
-M hidden words, R width of the word table, V vocabulary.
+M hidden text tokens, R width of the token embedding table, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trimodal.objectives.base import Objective, SumAndParts
 from trimodal.objectives.step import Step, kept_counts
 
-TEXT_MASK_SHARE = 0.25  # of the words
+TEXT_MASK_SHARE = 0.25  # of a caption's tokens
 
 
 def patch_error(predicted_BNP: Tensor, target_BNP: Tensor, hidden_BN: Tensor) -> Tensor:
@@ -25,8 +25,9 @@ def patch_error(predicted_BNP: Tensor, target_BNP: Tensor, hidden_BN: Tensor) ->
     return ((predicted_BNP - target_BNP).square().mean(-1) * hidden_BN).sum()  # of float32 targets: float32
 
 
-def hidden_words(mask_CL: Tensor, uniform_CL: Tensor) -> Tensor:
-    """Which tokens are hidden: TEXT_MASK_SHARE of the real ones between the first and the last; (C, L)."""
+def hidden_tokens(mask_CL: Tensor, uniform_CL: Tensor) -> Tensor:
+    """Which text tokens are hidden: on average TEXT_MASK_SHARE of those between the first and the last real one of a
+    caption ([CLS] and [SEP]); bool (C, L)."""
     inner_CL = mask_CL & F.pad(mask_CL[:, 1:], (0, 1))  # a real token follows
     inner_CL[:, 0] = False
     return inner_CL & (uniform_CL < TEXT_MASK_SHARE)
@@ -34,7 +35,7 @@ def hidden_words(mask_CL: Tensor, uniform_CL: Tensor) -> Tensor:
 
 class Masked(Objective):
     """Predict what is hidden: patches of images and audio (arXiv:2111.06377, arXiv:2207.06405; the encoder sees
-    kept patches only), words of captions (arXiv:1810.04805, with the word table as output layer)."""
+    kept patches only), tokens of captions (arXiv:1810.04805, with the input embeddings as output layer)."""
 
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
@@ -50,7 +51,7 @@ class Masked(Objective):
     def _hidden_count(self, step: Step, name: str) -> int:
         if name == "text":
             mask_CL = step.batch.attention_mask
-            return step.read(hidden_words(mask_CL, step.batch.noise["text"]).sum(), mask_CL.numel())
+            return step.read(hidden_tokens(mask_CL, step.batch.noise["text"]).sum(), mask_CL.numel())
         counts_B = step.patch_counts(name, slice(None))
         hidden_B = counts_B - kept_counts(counts_B, step.keep.get(name, 1.0))
         return step.read(hidden_B.sum(), step.batch.noise[name].numel())
@@ -59,7 +60,7 @@ class Masked(Objective):
         return [(name, rows) for name in self.inputs for rows in step.micro_batches(name)]
 
     def loss(self, step: Step, name: str, rows: slice) -> SumAndParts:
-        loss = self._words(step, rows) if name == "text" else self._patches(step, name, rows)
+        loss = self._text_tokens(step, rows) if name == "text" else self._patches(step, name, rows)
         return loss, {f"masked_{name}": loss}
 
     def _patches(self, step: Step, name: str, rows: slice) -> Tensor:
@@ -74,19 +75,20 @@ class Masked(Objective):
         hidden = ~seen if valid is None else ~seen & valid
         return patch_error(predicted, target, hidden)
 
-    def _words(self, step: Step, rows: slice) -> Tensor:
+    def _text_tokens(self, step: Step, rows: slice) -> Tensor:
+        """Cross-entropy of predicting the hidden tokens of the captions `rows`, summed over them."""
         batch = step.batch
         mask_CL = batch.attention_mask[rows]
-        hidden_CL = hidden_words(mask_CL, batch.noise["text"][rows])
+        hidden_CL = hidden_tokens(mask_CL, batch.noise["text"][rows])
         most = int(mask_CL.numel() * TEXT_MASK_SHARE * 1.5) + 1  # a draw is rarely above its mean by half
-        places_M2 = torch.nonzero_static(hidden_CL, size=step.read(hidden_CL.sum(), most))
-        caption_M, token_M = step.to_device(places_M2).unbind(1)
+        indices_M2 = torch.nonzero_static(hidden_CL, size=step.read(hidden_CL.sum(), most))
+        caption_M, token_M = step.to_device(indices_M2).unbind(1)
         ids_CL = step.to_device(batch.input_ids[rows])
         with step.autocast():
             shown_CL = ids_CL.masked_fill(step.to_device(hidden_CL), step.mask_id)
             states_CLD, _ = step.model.text(shown_CL, step.to_device(mask_CL), step.path_scales("text", rows))
-            words_MR = self.heads["text"](states_CLD[caption_M, token_M])
-            logits_MV = words_MR @ step.model.text.words.weight.T
+            predicted_MR = self.heads["text"](states_CLD[caption_M, token_M])
+            logits_MV = predicted_MR @ step.model.text.words.weight.T
         logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
         return F.cross_entropy(logits_MV, ids_CL[caption_M, token_M], reduction="sum")
 

@@ -19,8 +19,8 @@ HARD_KEY_COLUMN, HARD_QUERY_COLUMN = 62, 63  # columns of the "path" uniforms, b
 
 def hard_negatives(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: Mask,
                    uniform_Q: Tensor) -> tuple[Tensor, Tensor]:
-    """For each query one wrong key drawn with probability softmax(similarity) (arXiv:2107.07651) by inverting the
-    distribution at `uniform_Q`; and whether the query has any wrong key. (Q,) int64, (Q,) bool.
+    """Sample one wrong key for each query with probability softmax(similarity) (arXiv:2107.07651), by inverting the
+    cumulative distribution at `uniform_Q`; and whether the query has any wrong key. (Q,) int64, (Q,) bool.
 
     Probabilities are whole multiples of 2^-48: their sums are exact, in whatever order a device adds them.
     """
@@ -67,7 +67,8 @@ class Matching(Objective):
         return keys.cpu(), queries.cpu(), (some & also).cpu()
 
     def micro_batches(self, step: Step) -> Sequence[tuple[Tensor, ...]]:
-        """Of some samples: their rows, wrong keys, wrong queries, whether these exist, and their first keys."""
+        """Arguments of `loss` for the samples of each micro-batch: their rows, wrong keys, wrong queries, whether these
+        exist, and their first keys."""
         columns = (torch.arange(step.num_rows("fusion")), *self.negatives(step), first_keys(step.batch, self.inputs))
         return [tuple(column[rows] for column in columns) for rows in step.micro_batches("fusion")]
 

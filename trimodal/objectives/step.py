@@ -172,7 +172,8 @@ class Step:
 
     @torch.no_grad()
     def detached_features(self, modality: str) -> Tensor:
-        """As `features`, without their graph; not computed again if an earlier objective of the step has."""
+        """Features of the whole batch as `features` returns them, without their graph. Those that an earlier objective
+        of this step has computed are used again."""
         return self.known_features[modality] if modality in self.known_features else self.features(modality)
 
     def gather(self, features: Tensor, num_rows: int) -> Tensor:

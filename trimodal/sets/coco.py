@@ -164,7 +164,8 @@ def _lists(splits: Collection[str]) -> list[FileList]:
 
 
 def training_files(folder: Path) -> Iterable[str]:
-    """By Karpathy's list where it is there, as training does; the pictures of its sides lie in both folders."""
+    """File names of the training images that are on the disk: of Karpathy's training split where its list is there,
+    whose images lie in train2017 and val2017, else of train2017."""
     if (folder / KARPATHY).is_file():
         listed = karpathy_captions(folder / KARPATHY)["train"]
     else:
@@ -217,9 +218,10 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
 
 
 def _captions_of_2017(root: Path, parts: Sequence[str], config: Config) -> dict[str, Captions]:
-    """By split: val2017 is test, and 5 % of train2017, at most 5,000, are val.
+    """Captions by split and image id, without Karpathy's list: val2017 is test, and 5 % of train2017, at most 5,000
+    images, are val.
 
-    Image ids are drawn, not files on disk, so a half-copied folder changes no side.
+    Val is chosen among the image ids of the list, not the files on the disk, so an incomplete folder changes no split.
     """
     found: dict[str, Captions] = {"train": {}, "val": {}, "test": {}}
     for part in parts:

@@ -56,8 +56,8 @@ class Emoji(NamedTuple):
 
 
 def emoji_in(folder: Path) -> list[Emoji]:
-    """Whatever has a name, in the order of the lists, without variants that differ in the colour of the skin alone;
-    letters and signs that the font has no picture of are among them.
+    """All emoji that Unicode's lists name, in the order of the lists, with their names and keywords; without variants
+    of skin tone, but with letters and signs that the font has no image of.
 
     Raises:
         UserError: a list is damaged.
@@ -67,11 +67,11 @@ def emoji_in(folder: Path) -> list[Emoji]:
     for path in (folder / name for name in NAMES):
         try:
             for node in ElementTree.parse(path).getroot().iter("annotation"):
-                text, said = node.attrib["cp"], node.text or ""
+                text, description = node.attrib["cp"], node.text or ""
                 if node.get("type") == "tts":
-                    names[text] = said
+                    names[text] = description
                 else:
-                    keywords[text] = said.replace(" | ", ", ")
+                    keywords[text] = description.replace(" | ", ", ")
         except (ElementTree.ParseError, KeyError) as error:
             raise UserError(f"{path}: damaged ({error}); rename it and download the set again") from None
     return [Emoji(text, name, keywords.get(text, "")) for text, name in names.items() if not _SKIN_TONES.search(text)]
@@ -101,7 +101,7 @@ def _render(folder: Path) -> None:
 
 
 def _training_files(folder: Path) -> Iterator[str]:
-    """Of the pictures all but a few, which may be those kept for validation and test."""
+    """Names of image files that are there to train on: all but the first 3, as few images may all be val and test."""
     return itertools.islice((name for name in sorted(names_in(folder / PICTURES)) if name.endswith(".png")), 3, None)
 
 

@@ -157,7 +157,7 @@ class _Row:
         return (*files, self.start_s, self.duration_s) if max(files) >= 0 else None
 
     def add(self, other: "_Row") -> None:
-        """What another line says about the same files."""
+        """Add the captions, labels, speaker and id of another line on the same files. Raises where speakers differ."""
         if self.speaker and other.speaker and self.speaker != other.speaker:
             _clash(other, f"speaker {other.speaker!r}, but {self.speaker!r} on {_line(self.where)}, which names the "
                           "same file and stretch")
@@ -179,7 +179,7 @@ def _line(where: str) -> str:
 
 
 def _lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line stands, and its values by meaning."""
+    """Read the list line by line: (file and line for messages, values by the meaning of their column or key)."""
     path = reading.path
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"data.manifest: {path}: unknown kind of file; allowed: {', '.join(SUFFIXES)}")
@@ -386,7 +386,8 @@ def _notes(reading: _Reading, rows: list[_Row]) -> Iterator[str]:
 
 
 def _united(rows: list[_Row]) -> list[_Row]:
-    """One row for all those of one unit, the first; raise where two others give the same id."""
+    """Merge the rows that name the same files and stretch into the first of them. Raises UserError where rows that
+    differ in these have the same id."""
     first: dict[tuple[int, int, float, float], _Row] = {}
     ids: dict[str, tuple[_Row, str]] = {}
     united = []

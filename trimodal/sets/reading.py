@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def names_in(folder: Path) -> frozenset[str]:
-    """Of what is in the folder; none where there is no such folder."""
+    """Names of the files and folders in `folder`; none where it is no folder or cannot be read."""
     try:
         return frozenset(os.listdir(folder))
     except OSError:
@@ -88,7 +88,7 @@ def worded_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def draw_splits(units: Iterable[str], test: int, val: int) -> dict[str, str]:
-    """Unit -> split, for `test` and `val` units drawn from the distinct `units`, the rest train.
+    """Assign each of the distinct `units` to a split at random: `test` and `val` of them to these, the rest to train.
 
     A shuffle of the sorted units by NumPy's `RandomState`, whose stream is frozen: the same on every machine, for ever.
     """

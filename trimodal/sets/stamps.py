@@ -89,7 +89,7 @@ def _audible(path: str) -> bool:
 
 
 def _training_files(folder: Path) -> Iterator[str]:
-    """Of the captioned stamps all but a few, which may be those kept for validation and test."""
+    """Keys of stamps that are there to train on: all but the first 3, as few stamps may all be val and test."""
     return itertools.islice((stamp.key for stamp in _stamps(folder)), 3, None)
 
 

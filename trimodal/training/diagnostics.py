@@ -38,7 +38,7 @@ NEAR_CHANCE = 0.98  # of the loss of guessing: a model that has learnt anything 
 
 
 class Figures(NamedTuple):
-    """Of one step of one task, over all processes."""
+    """The figures of one step of one task, over all ranks, that the monitor watches."""
 
     loss: float
     norm: float  # of the gradient, before clipping
@@ -123,7 +123,8 @@ class Monitor:
 
 
 def contrasts_of(parts: Mapping[str, float], batch: Batch, loss: str) -> dict[str, tuple[float, float]]:
-    """By pair the contrastive loss among a step's `parts`, and that of guessing. `loss`: infonce or sigmoid."""
+    """For each pair of modalities, the contrastive loss among a step's `parts`, and what random guessing would have on
+    this batch. `loss`: infonce or sigmoid."""
     found = {}
     for name, value in parts.items():
         kind, _, pair = name.partition("_")

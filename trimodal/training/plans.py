@@ -1,5 +1,5 @@
-"""The plans of a run: foretold for `--plan`, made or kept when it starts or resumes, printed, and calibrated by what
-its stages were measured to take."""
+"""The memory plans of a run: predicted for `--plan`, made or kept when it starts or resumes, printed, and calibrated by
+the measured peaks of its stages."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from datasets import heard_speakers, read_tables
+from datasets import read_tables, speakers_with_sound
 from trimodal.config import Config, TaskConfig, config_from_dict
 from trimodal.data import tokenizer
 from trimodal.data.samples import SampleTable
@@ -81,7 +81,7 @@ def place_of(run: Run) -> Place:
 
 
 def settings_of(run: Run, config: Config) -> Config:
-    """`config`, whose model has as many words as that of `run`."""
+    """`config` with the model settings of `run`, whose vocabulary size is final."""
     return dataclasses.replace(config, model=run.model.config)
 
 
@@ -90,17 +90,17 @@ def settings_of(run: Run, config: Config) -> Config:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will find, as far as it is known: a configuration with as many words as there are, the tasks that each
-    stage trains, and the number of speakers."""
+    """What the plans of a run depend on, as far as it is known before it: the configuration, the tasks that each stage
+    will train, and the number of speakers."""
 
-    config: Config
+    config: Config  # with the vocabulary size of the tokenizer
     tasks: Tasks
     speakers: int
 
 
 @dataclass(frozen=True)
 class _Lists:
-    """As `datasets.Data`, of the training samples that have been read."""
+    """The part of `datasets.Data` that `active_tasks` needs: samples of the lists that have been read."""
 
     tables: dict[str, SampleTable]
     speakers: tuple[str, ...]
@@ -134,7 +134,7 @@ def _read(config: Config, names: list[str]) -> _Lists:
         return _Lists({"train": SampleTable.pack([])}, ())
     part = dataclasses.replace(config, data=dataclasses.replace(config.data, datasets=tuple(names)))
     table = read_tables(part, ["train"])["train"]
-    return _Lists({"train": table}, tuple(heard_speakers(table)))
+    return _Lists({"train": table}, tuple(speakers_with_sound(table)))
 
 
 def _with_vocab_size(config: Config) -> Config:

@@ -88,14 +88,15 @@ def _judged_otherwise(config: Config, state: Mapping[str, Any], changed: Sequenc
 
 
 def _refuse_to_start_anew(folder: Path) -> None:
-    """Where there are checkpoints but none can be read: going on from nothing would delete them."""
+    """Raise UserError where `folder` has checkpoints of which none can be read, as a fresh run would replace them."""
     if damaged := sorted(folder.glob("checkpoint_epoch_*.pt")):
         raise UserError(f"--resume auto: none of the {len(damaged)} checkpoints in {folder} can be read; see to the "
                         "disk, or start anew with --overwrite or in another --output-dir")
 
 
 def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
-    """What best_model.pt in the checkpoint's folder holds, if it was known by then: a later one will be found anew."""
+    """The best weights so far, from best_model.pt beside the checkpoint `path` of `epoch`; {} where that file cannot be
+    read, or is of a later epoch: then a line says that the best are chosen anew."""
     try:
         state = load(path.with_name("best_model.pt"))
     except CheckpointError as error:

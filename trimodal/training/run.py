@@ -39,16 +39,15 @@ class Options:
 
 @dataclass
 class Progress:
-    """Where a run is: whole epochs done over all stages, steps since its start, steps and time in this stage, steps of
-    the epoch in progress, and the sum and count of their losses."""
+    """How far a run has come; saved in its checkpoints."""
 
-    epoch: int = 0
-    step: int = 0
-    stage_step: int = 0
+    epoch: int = 0  # whole epochs done, over all stages
+    step: int = 0  # optimizer steps since the run's start
+    stage_step: int = 0  # and since that of the stage
     stage_s: float = 0.0
-    epoch_step: int = 0
-    loss_sum: float = 0.0
-    losses: int = 0
+    epoch_step: int = 0  # steps of the epoch in progress
+    loss_sum: float = 0.0  # of those steps
+    losses: int = 0  # how many of them it sums
 
 
 @dataclass

@@ -56,7 +56,9 @@ class Saver:
         self._writing: Future[None] | None = None
 
     def after_step(self, stage: str, state: StageState, flush: Callable[[], None]) -> None:
-        """Within an epoch. `flush` completes the records of the steps so far.
+        """Save a checkpoint after a step within an epoch, where a signal asked for it or it is time for one.
+
+        `flush` completes the records of the steps so far.
 
         Raises:
             Stopped: a signal asked for it.

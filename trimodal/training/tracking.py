@@ -69,7 +69,8 @@ class Tracker:
         self.record({"kind": "event", "step": step, "message": without_secrets(message), **facts})
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """One line. A full disk costs records, not the run; it is said once."""
+        """Append a record to metrics.jsonl as one line. Where the disk is full the record is dropped and the run
+        goes on; a line says so once."""
         if not self.writes:
             return
         try:

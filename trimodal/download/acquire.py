@@ -6,7 +6,6 @@ the next run finds what is whole by the marker, the lists of contents and the .p
 
 import contextlib
 import errno
-import importlib.util
 import re
 import shutil
 import sys
@@ -34,7 +33,6 @@ from trimodal.sets import inventory
 from trimodal.sets.base import File, Item, Source
 from trimodal.sets.lists import row_count_note
 
-PACKAGES = {"parquet": "pyarrow", "7z": "py7zr"}  # what the standard library cannot unpack
 ARCHIVES, LOCK = "archives", ".download"
 MOST_PROBLEMS = 3  # files that no server gives, after which no further one is tried
 DONE, FAILED, MEND, IN_PART = 0, 1, 2, 3  # exit codes: of these the first of 1, 2, 3 that any set has
@@ -101,8 +99,8 @@ def reported(job: Job, work: Callable[[], Outcome]) -> Outcome:
             detail += "; what has arrived is kept, free some space and run again"
     finally:
         job.policy.stop.set()  # threads that are still at work end
-    return Outcome(name=selection.source.name, state="failed", detail=detail, next_command=selection.command(),
-                   code=code)
+    return Outcome(name=selection.source.name, state="failed", detail=detail, code=code,
+                   next_command=selection.command())
 
 
 @contextlib.contextmanager
@@ -124,9 +122,8 @@ def one_at_a_time(job: Job) -> Iterator[None]:
 def _get_missing(job: Job) -> Outcome:
     selection, state, source = job.selection, job.state, job.selection.source
     for item in filter(state.kept, selection.items):
-        why = "" if selection.options.skip_existing else ", in a folder behind a link of yours"
-        job.say(f"{item.into}: differs from the published file{why}, and is left as it is; rename it to have the "
-                "published one fetched")
+        job.say(f"{item.into}: differs from the published file, and is left as it is; rename it to have the published "
+                "one fetched")
     if not job.local.path:
         state.check_links()
     if selection.options.skip_existing and _is_complete(job):
@@ -188,10 +185,12 @@ def _finish(job: Job) -> None:
     unpack.clear_staging(folder, selection.source)
     written = [folder / name for name in (inventory.MARKER, youtube.LEDGER, LICENCE)]
     for item in selection.items:
-        written.append(folder / item.into if item.kind == "plain" else contents_path(folder, item.name))
         if item.kind == "plain":
+            written.append(folder / item.into)
             notes.remove_lock(folder / item.into)
-        _remove_archives(job, item)
+        else:
+            written.append(contents_path(folder, item.name))
+            _remove_archives(job, item)
     for path in written:
         remove_left(path.parent, re.escape(path.name))
     with contextlib.suppress(OSError):
@@ -301,7 +300,7 @@ def _obtain(job: Job, items: Sequence[Item]) -> None:
     What no server gives is told at the end: the others are fetched before, up to MOST_PROBLEMS.
     """
     for item in items:
-        _check_package(item)
+        unpack.check_package(item)
         job.state.check_places(item)
     problems: list[str] = []
     calls = {item.name: _calls(job, item) for item in items}
@@ -337,9 +336,9 @@ def _obtain_all(job: Job, items: list[Item]) -> None:
         try:
             if job.local.path or item.kind not in ("zip", "7z"):
                 raise NoRange
-            _check_package(item)
-            _complete_item(job, item, [RemoteFile(_wanted(job, file, Path(file.name), job.selection.addresses(file)),
-                                                  job.policy) for file in item.files])
+            unpack.check_package(item)
+            _complete_item(job, item, [RemoteFile(_wanted(job, file, Path(file.name)), job.policy)
+                                       for file in item.files])
         except NoRange:
             _obtain(job, [item])
 
@@ -429,7 +428,7 @@ def _calls(job: Job, item: Item) -> list[Callable[[], Fetched]]:
 def _get(job: Job, item: Item, file: File) -> Fetched:
     """The file from the user's copy, the system's package tool or a server, checked."""
     path, progress = path_of(job, item, file), job.policy.progress
-    wanted = _wanted(job, file, path, job.selection.addresses(file))
+    wanted = _wanted(job, file, path)
     if item.kind == "plain":
         if job.state.is_published(item):
             notes.forget(path)  # of a run that was killed just before it did so
@@ -444,7 +443,7 @@ def _get(job: Job, item: Item, file: File) -> Fetched:
             return http.check_file(wanted, progress)
     elif local:
         fetched = _check_local(job, replace(wanted, path=local))
-        return fetched if item.kind != "plain" else _copied(job, local, wanted, fetched)
+        return _copied(job, fetched, wanted) if item.kind == "plain" else fetched
     if not wanted.urls and job.local.path:
         raise _NotAvailable
     wanted = replace(wanted, keep_note=item.kind != "plain")
@@ -457,9 +456,9 @@ def _get(job: Job, item: Item, file: File) -> Fetched:
     return http.fetch(wanted, job.policy)
 
 
-def _wanted(job: Job, file: File, path: Path, urls: tuple[str, ...]) -> Wanted:
+def _wanted(job: Job, file: File, path: Path) -> Wanted:
     keyed = tuple(urlsplit(url).hostname or "" for _, url in file.urls if "{key}" in url)
-    return replace(as_published(file, path), urls=urls, secrets=job.selection.secrets,
+    return replace(as_published(file, path), urls=job.selection.addresses(file), secrets=job.selection.secrets,
                    unverified_hosts=keyed if job.selection.options.insecure_tls else ())
 
 
@@ -470,23 +469,16 @@ def _check_local(job: Job, wanted: Wanted) -> Fetched:
         raise UserError(f"{wanted.path}: {error}; it is damaged or another release") from None
 
 
-def _copied(job: Job, local: Path, wanted: Wanted, fetched: Fetched) -> Fetched:
+def _copied(job: Job, found: Fetched, wanted: Wanted) -> Fetched:
     """The user's list, copied to where it belongs; archives are read where they are."""
     wanted.path.parent.mkdir(parents=True, exist_ok=True)
-    with local.open("rb") as source, replacing(
+    with found.path.open("rb") as source, replacing(
             wanted.path, rename=lambda copy, _: http.put(copy, wanted, job.policy.progress.say)) as copy:
         shutil.copyfileobj(source, copy)
-    return replace(fetched, path=wanted.path)
+    return replace(found, path=wanted.path)
 
 
 # --- Checks beforehand -----------------------------------------------------------------------------------------------
-
-
-def _check_package(item: Item) -> None:
-    package = PACKAGES.get(item.kind)
-    if package and importlib.util.find_spec(package) is None:
-        hint = ", or name sounds that you have: --local FOLDER" if item.kind == "parquet" else ""
-        raise UserError(f"{item.name} is unpacked by the optional package {package}: pip install {package}{hint}")
 
 
 def bytes_needed(job: Job, items: list[Item]) -> int:

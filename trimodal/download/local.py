@@ -92,7 +92,7 @@ class LocalFiles:
         if not self.path or not self.path.is_dir():
             return Copies()
         local, lists = Path(os.path.abspath(self.path)), self._lists()  # links that the user made inside are kept
-        if self.source.clips and not lists and _has_sounds(local):
+        if self.source.clips and not lists and inventory.has(local, WITH_SOUND):
             return Copies(left_out=(
                 f"sounds in {self.path}: the lists of captions tell which clips they are; a download fetches those "
                 "first, and counts the clips that are here then",))
@@ -126,10 +126,6 @@ class LocalFiles:
                  and not (self.selection.folder / place).parent.is_symlink()]
         return Copies(links=tuple(links), left_out=(*copies.left_out, *left_out),
                       numbers={split: number for split, number in numbers.items() if split not in few})
-
-
-def _has_sounds(folder: Path) -> bool:
-    return any(name.lower().endswith(WITH_SOUND) for _, names in inventory.walk(folder) for name in names)
 
 
 def link(copies: Copies, folder: Path, earlier: Collection[Path] = ()) -> list[str]:

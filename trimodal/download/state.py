@@ -192,7 +192,7 @@ class State:
         if not shards or self.marker.get("linked") or (self.folder / ledger).exists() or any(
                 name in self.records or contents_path(self.folder, name).exists() for name in shards):
             return False
-        return any(name.lower().endswith(WITH_SOUND) for _, names in inventory.walk(self.folder) for name in names)
+        return inventory.has(self.folder, WITH_SOUND)
 
     # --- Links of the user's ---------------------------------------------------------------------------------------
 

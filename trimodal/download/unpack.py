@@ -6,6 +6,7 @@ refused. What it says that it holds is compared with bounds and with the free di
 
 import contextlib
 import errno
+import importlib.util
 import lzma
 import os
 import re
@@ -26,6 +27,7 @@ from trimodal.files import bytes_below, settle
 from trimodal.sets.base import Item, Rows, Source
 
 STAGING = ".unpacking"
+PACKAGES = {"parquet": "pyarrow", "7z": "py7zr"}  # what the standard library cannot unpack
 # What the decoders raise for damage; they also raise an OSError, without a number.
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 
@@ -131,6 +133,14 @@ def destination(name: str, rules: Rules) -> str | None:
         if not pattern.endswith("/") and not rest:
             return into
     return None
+
+
+def check_package(item: Item) -> None:
+    """Raise a UserError where the package that unpacks the item is not installed."""
+    package = PACKAGES.get(item.kind)
+    if package and importlib.util.find_spec(package) is None:
+        hint = ", or name sounds that you have: --local FOLDER" if item.kind == "parquet" else ""
+        raise UserError(f"{item.name} is unpacked by the optional package {package}: pip install {package}{hint}")
 
 
 def check_free(folder: Path, needed: int, what: str) -> None:

@@ -42,6 +42,11 @@ def count(folder: Path, suffix: str) -> int:
     return sum(name.endswith(suffix) for _, names in walk(folder) for name in names)
 
 
+def has(folder: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file in the folder or below it ends in one of the `suffixes`, in upper or lower case."""
+    return any(name.lower().endswith(suffixes) for _, names in walk(folder) for name in names)
+
+
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files in order) of `folder` and all below it, folders that the user linked in too.
 

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -66,7 +66,7 @@ class Columns:
         found: dict[str, Any] = {}
         names: dict[str, str] = {}
         for (name, value), meaning in zip(raw.items(), self.meanings, strict=True):
-            if value is None or value == "":
+            if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             if not meaning:
                 self._check_index(name, value)
@@ -103,6 +103,8 @@ class Columns:
 
 def understand(names: Sequence[str], where: str) -> Columns:
     """Raises UserError, which begins with `where`, for an unknown name, and for two names of one meaning."""
+    if (twin := twin_of(names)) is not None:
+        raise UserError(f"{where}: {twin!r:.60} is given twice")
     meanings = []
     of: dict[str, str] = {}
     for name in names:
@@ -115,6 +117,11 @@ def understand(names: Sequence[str], where: str) -> Columns:
             raise UserError(f"{where}: {other!r:.60} and {name!r:.60} are two columns for {meaning}; leave one out")
         meanings.append(meaning)
     return Columns(tuple(names), tuple(meanings))
+
+
+def twin_of(names: Iterable[str]) -> str | None:
+    """A name that is given twice, if any is."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def meaning_of(name: str) -> str | None:

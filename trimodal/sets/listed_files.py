@@ -11,9 +11,10 @@ import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trimodal.data.splits import key_of
+from trimodal.sets.reading import names_in
 
 SHOWN = 3  # missing files that are named
 MAX_FOLDERS = 64  # whose names are kept in memory
@@ -39,40 +40,57 @@ class Files:
         self._real_folder = lru_cache(maxsize=1 << 16)(os.path.realpath)
         self._names = lru_cache(maxsize=MAX_FOLDERS)(_names_by_form)
 
-    def find(self, name: str, where: str) -> File:
+    def find(self, name: Any, where: str) -> File:
         """The file of this name; one that is not there counts as missing, and `where` is kept of the first of them.
 
         Raises:
-            ValueError: it lies outside `root`, or is no file.
+            ValueError: it is no path, lies outside `root`, or is no file.
         """
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError("expected a path")
         if name not in self._found:
             self._found[name] = self._find(name, where)
         return self._found[name]
 
     def _find(self, name: str, where: str) -> File:
-        if "\0" in name:
-            raise ValueError("expected a path")
+        for path, ways in self._candidates(name):
+            found = _stat(path)
+            if found and stat.S_ISREG(found.st_mode):
+                self._check_inside(path)
+                number = self._number(key_of(found, path))
+                for way in ways:
+                    self.written.setdefault(way, set()).add(number)
+                    self.example.setdefault(way, name)
+                return File(path, number)
         path = os.path.abspath(os.path.join(self.base, name))
-        found = _stat(path)
-        if found is None:
-            path, found = self._written_otherwise(name, path)
-        if not self._without_links(path).startswith(self.root):
+        self._check_inside(path)
+        if os.path.exists(path):
+            raise ValueError("is a folder, not a file" if os.path.isdir(path) else "is not a file")
+        return File(path, self._miss(name, path, where))
+
+    def _check_inside(self, path: str) -> None:
+        folder, name = os.path.split(path)
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real_folder(folder), name)
+        if not real.startswith(self.root):
             raise ValueError(f"lies outside {self.root} (links followed); put it there, or name a folder that holds "
                              "all files: data.manifest_root=FOLDER")
-        if found is None:
-            return File(path, self._miss(name, path, where))
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("is not a file" if not stat.S_ISDIR(found.st_mode) else "is a folder, not a file")
-        return File(path, self._number(key_of(found, path)))
+
+    def _candidates(self, name: str) -> Iterator[tuple[str, list[str]]]:
+        """Paths that a name may stand for, the exact one first, and what is taken for a way of writing in each."""
+        slashes = name.replace("\\", "/") if os.sep == "/" else name
+        writings: dict[str, list[str]] = {name: []}
+        for writing, ways in ((name.strip(), [BLANKS]), (slashes, [BACKSLASH]), (slashes.strip(), [BLANKS, BACKSLASH])):
+            writings.setdefault(writing, ways)
+        for writing, ways in writings.items():
+            path = os.path.abspath(os.path.join(self.base, writing))
+            yield path, ways
+            if other_form := self._in_other_form(path):
+                yield other_form, [*ways, UNICODE]
 
     def describe(self) -> list[str]:
         """A line for each way of writing in spite of which files were found."""
         return [f"{len(files):,} file names are written with {way}, such as {self.example[way]!r:.100}: the files are "
                 "there without that, and taken" for way, files in self.written.items()]
-
-    def _without_links(self, path: str) -> str:
-        folder, name = os.path.split(path)
-        return os.path.realpath(path) if os.path.islink(path) else os.path.join(self._real_folder(folder), name)
 
     def _number(self, key: str) -> int:
         return self.numbers.setdefault(key, len(self.numbers))
@@ -83,18 +101,6 @@ class Files:
             self.shown.append(f"{where}: no such file ({path:.200}){self._hint(name, path)}")
         self.missing.add(number)
         return number
-
-    def _written_otherwise(self, name: str, path: str) -> tuple[str, os.stat_result | None]:
-        """The file that is there if the name is written otherwise; else `path` and None."""
-        for other, ways in _other_writings(name):
-            plain = os.path.abspath(os.path.join(self.base, other))
-            for candidate, more in ((plain, []), (self._in_other_form(plain), [UNICODE])):
-                if candidate and (found := _stat(candidate)) and stat.S_ISREG(found.st_mode):
-                    for way in (*ways, *more):
-                        self.written.setdefault(way, set()).add(self._number(key_of(found, candidate)))
-                        self.example.setdefault(way, name)
-                    return candidate, found
-        return path, None
 
     def _in_other_form(self, path: str) -> str:
         """The path that differs in the Unicode form of its names alone; "" where there is none, or several."""
@@ -108,10 +114,6 @@ class Files:
 
     def _hint(self, name: str, path: str) -> str:
         """What may be wrong with the name of a missing file."""
-        if "\\" in name and os.sep == "/":
-            return ", nor one with '/' for its backslashes"
-        if "://" in name:
-            return ", which is an address: download it, and name the file"
         if not os.path.isabs(name) and os.path.isfile(name):
             return f", which is in the current folder: relative paths start at {self.base}"
         folder, last = os.path.split(path)
@@ -122,19 +124,10 @@ class Files:
         return f", but {names[close][0]!r}: capital and small letters differ" if close else ""
 
 
-def _other_writings(name: str) -> Iterator[tuple[str, list[str]]]:
-    """A name as it is, without what is taken for a way of writing it, and which that is."""
-    slashes = name.replace("\\", "/") if os.sep == "/" else name
-    yield name, []
-    for other, ways in ((name.strip(), [BLANKS]), (slashes, [BACKSLASH]), (slashes.strip(), [BLANKS, BACKSLASH])):
-        if other != name:
-            yield other, ways
-
-
 def _names_by_form(folder: str) -> dict[str, list[str]]:
     """What is in a folder, by the NFC form of its name."""
     names: dict[str, list[str]] = {}
-    for name in _listdir(folder):
+    for name in sorted(names_in(Path(folder))):
         names.setdefault(unicodedata.normalize("NFC", name), []).append(name)
     return names
 
@@ -144,10 +137,3 @@ def _stat(path: str) -> os.stat_result | None:
         return os.stat(path)
     except (OSError, ValueError):
         return None
-
-
-def _listdir(folder: str) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))
-    except OSError:
-        return []

@@ -19,11 +19,11 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 from trimodal.config import Config, DataConfig
 from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample, stable_hash
@@ -62,14 +62,14 @@ def read_manifest(path: Path, root: str | None = None, max_missing_pct: float = 
             files are not there. Those of fewer are samples that cannot be read.
     """
     reading = _Reading(path, Files(path.parent, os.path.join(os.path.realpath(root or path.parent), "")))
-    rows = [_Row.parse(where, given, reading) for where, given in _lines(reading)]
+    rows = list(_rows(reading))
     if not rows:
         raise UserError(f"{path}: holds no samples; write one JSON object (or one CSV row below the header) a line")
     lines = _check_missing(reading, max_missing_pct)
     if any(row.split for row in rows):
-        _check_splits(rows)
+        _check_splits(reading, rows)
     lines += _notes(reading, rows)  # before lines of one file become one
-    samples = _united(rows)
+    samples = _united(reading, rows)
     for line in lines:
         _log.warning("manifest: %s", line)
     _name(samples, {row.key for row in rows})
@@ -85,16 +85,24 @@ class _Reading:
     path: Path
     files: Files
     between: str = ""  # what parts the labels of a cell
-    columns: list[Columns] = field(default_factory=list)
+    columns: dict[tuple[str, ...], Columns] = field(default_factory=dict)  # by their names
     delimiter: str = ""  # another one than the file's name tells
     lists: int = 0  # cells that another program wrote a list into
+
+    def error(self, line: int, message: object) -> UserError:
+        return UserError(f"{self.path}, line {line}: {message}")
+
+    def understand(self, names: tuple[str, ...], line: int) -> Columns:
+        if names not in self.columns:
+            self.columns[names] = columns.understand(names, f"{self.path}, line {line}")
+        return self.columns[names]
 
 
 @dataclass(slots=True)
 class _Row:
     """One checked line; `key` and `split` are filled in later where the line does not give them."""
 
-    where: str  # "file, line N", for errors
+    line: int
     key: str
     split: str
     image: File
@@ -107,38 +115,33 @@ class _Row:
     name: str  # the default id
 
     @staticmethod
-    def parse(where: str, given: dict[str, Any], reading: _Reading) -> "_Row":
+    def parse(line: int, given: dict[str, Any], reading: _Reading) -> "_Row":
+        """The row of these values by meaning; raises ValueError for one that is not allowed."""
         def take(column: str, convert: Callable[[Any], Any], empty: Any) -> Any:
             if column not in given:
                 return empty
             try:
                 value = convert(given[column])
             except ValueError as error:
-                raise UserError(f"{where}: {column}: {error}, got {given[column]!r:.200}") from None
+                raise ValueError(f"{column}: {error}, got {given[column]!r:.200}") from None
             reading.lists += column in ("text", "labels") and written_lists.is_list(given[column])
             return value
 
         def file(column: str) -> File:
-            return take(column, lambda name: _file(name, f"{_line(where)}: {column}", reading.files), NO_FILE)
+            return take(column, lambda name: reading.files.find(name, f"line {line}: {column}"), NO_FILE)
 
-        row = _Row(
-            where=where, key=take("id", _word, ""), split=take("split", _split, ""),
-            image=file("image"), audio=file("audio"),
-            start_s=take("start", _seconds, 0.0), duration_s=take("duration", _seconds, 0.0),
-            captions=worded_captions(take("text", written_lists.texts, ()), where),
+        captions = worded_captions(take("text", written_lists.texts, ()), "text")
+        image, audio, start_s = file("image"), file("audio"), take("start", _seconds, 0.0)
+        if not (image.path or audio.path or captions):
+            raise ValueError("nothing to learn from; give an image, an audio file or a text")
+        if not audio.path and ("start" in given or "duration" in given):
+            raise ValueError("start and duration need an audio file")
+        name = str(given.get("image") or given.get("audio") or captions[0])
+        return _Row(
+            line=line, key=take("id", _word, ""), split=take("split", _split, ""), image=image, audio=audio,
+            start_s=start_s, duration_s=take("duration", _seconds, 0.0), captions=captions,
             labels=tuple(dict.fromkeys(take("labels", partial(written_lists.texts, between=reading.between), ()))),
-            speaker=take("speaker", _word, ""), name="")
-        row._check(given)
-        return row
-
-    def _check(self, given: dict[str, Any]) -> None:
-        if not (self.image.path or self.audio.path or self.captions):
-            raise UserError(f"{self.where}: nothing to learn from; give an image, an audio file or a text")
-        if not self.audio.path and ("start" in given or "duration" in given):
-            raise UserError(f"{self.where}: start and duration need an audio file")
-        self.name = str(given.get("image") or given.get("audio") or self.captions[0])
-        if "start" in given:
-            self.name += f"@{self.start_s:g}"
+            speaker=take("speaker", _word, ""), name=f"{name}@{start_s:g}" if "start" in given else name)
 
     def media(self) -> dict[File, str]:
         """Files that must not stand on two sides, and their column. A whole file, since stretches of one may overlap,
@@ -156,170 +159,110 @@ class _Row:
         files = self.image.number, self.audio.number
         return (*files, self.start_s, self.duration_s) if max(files) >= 0 else None
 
-    def add(self, other: "_Row") -> None:
-        """Add the captions, labels, speaker and id of another line on the same files. Raises where speakers differ."""
-        if self.speaker and other.speaker and self.speaker != other.speaker:
-            _clash(other, f"speaker {other.speaker!r}, but {self.speaker!r} on {_line(self.where)}, which names the "
-                          "same file and stretch")
-        self.key, self.speaker = self.key or other.key, self.speaker or other.speaker
-        self.captions += other.captions
-        self.labels = tuple(dict.fromkeys((*self.labels, *other.labels)))
-
     def sample(self) -> Sample:
         return Sample(key=self.key, source="manifest", split=self.split, image=self.image.path, audio=self.audio.path,
                       start_s=self.start_s, duration_s=self.duration_s, captions=self.captions, labels=self.labels,
                       speaker=self.speaker)
 
 
-def _line(where: str) -> str:
-    return where.rpartition(", ")[2]
-
-
 # ---- lines -------------------------------------------------------------------------------------------------------
 
 
-def _lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the list line by line: (file and line for messages, values by the meaning of their column or key)."""
-    path = reading.path
-    if path.suffix.lower() not in SUFFIXES:
+def _rows(reading: _Reading) -> Iterator[_Row]:
+    """Read and check the list line by line."""
+    path, suffix = reading.path, reading.path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise UserError(f"data.manifest: {path}: unknown kind of file; allowed: {', '.join(SUFFIXES)}")
+    read = _json_lines if suffix == ".jsonl" else _csv_lines
     try:
-        if path.suffix.lower() == ".jsonl":
-            yield from _json_lines(reading)
-        else:
-            yield from _csv_lines(reading)
-    except FileNotFoundError:
-        raise UserError(f"data.manifest: {path}: no such file") from None
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for line, raw, meant in read(reading, _bounded(file, reading)):
+                try:
+                    row = _Row.parse(line, meant.given(raw), reading)
+                except ValueError as error:
+                    raise reading.error(line, error) from None
+                yield row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"data.manifest: {path}: cannot be read ({error.strerror})") from None
 
 
-def _given(where: str, raw: dict[str, Any], meant: Columns) -> dict[str, Any]:
-    try:
-        return meant.given(raw)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def _json_lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    meant: dict[tuple[str, ...], Columns] = {}
-    with reading.path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(_bounded(file, reading.path), 1):
-            where = f"{reading.path}, line {number}"
-            if not line.strip():
-                continue
-            raw = _json(where, line.rstrip(), partial(_no_twins, where))
-            if not isinstance(raw, dict):
-                raise UserError(f'{where}: expected an object such as {{"image": "1.jpg"}}, got {line.strip()[:40]}')
-            names = tuple(raw)
-            if names not in meant:
-                meant[names] = columns.understand(names, where)
-                reading.columns.append(meant[names])
-            yield where, _given(where, raw, meant[names])
-
-
-def _bounded(file: TextIO, path: Path) -> Iterator[str]:
+def _bounded(file: TextIO, reading: _Reading) -> Iterator[str]:
     """The lines of `file`, none of which is read further than it may go."""
     if os.fstat(file.fileno()).st_size > MAX_BYTES:
-        raise UserError(f"{path}: is larger than {MAX_BYTES / 1e9:g} GB; split it into several lists")
-    for number in itertools.count(1):
-        line = file.readline(MAX_LINE_CHARS + 1)
-        if not line:
-            return
+        raise UserError(f"{reading.path}: is larger than {MAX_BYTES / 1e9:g} GB; split it into several lists")
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_CHARS + 1), ""), 1):
         if len(line) > MAX_LINE_CHARS or number > MAX_LINES:
-            raise UserError(f"{path}, line {number}: over {MAX_LINE_CHARS:,} characters in a line, or {MAX_LINES:,} "
-                            "lines; one line is one sample")
+            raise reading.error(number, f"over {MAX_LINE_CHARS:,} characters in a line, or {MAX_LINES:,} lines; one "
+                                        "line is one sample")
         yield line
 
 
-def _json(where: str, text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=hook)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise UserError(f"{where}: brackets are nested too deeply") from None
-    except UserError:
-        raise
-    except ValueError:
-        raise UserError(f"{where}: a whole number of thousands of digits") from None
+def _json_lines(reading: _Reading, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any], Columns]]:
+    """Number of each line, its values by column, and what these columns mean."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line.rstrip(), object_pairs_hook=_without_twins)
+        except json.JSONDecodeError as error:
+            raise reading.error(number, f"not valid JSON: {error.msg} at column {error.colno}") from None
+        except RecursionError:
+            raise reading.error(number, "brackets are nested too deeply") from None
+        except ValueError as error:
+            raise reading.error(number, error) from None
+        if not isinstance(raw, dict):
+            raise reading.error(number, f'expected an object such as {{"image": "1.jpg"}}, got {line.strip()[:40]}')
+        yield number, raw, reading.understand(tuple(raw), number)
 
 
-def _no_twins(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twin = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise UserError(f"{where}: {twin!r} is given twice")
-    return found
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`pairs` as a dict; raises ValueError where a key is given twice."""
+    if (twin := columns.twin_of(key for key, _ in pairs)) is not None:
+        raise ValueError(f"{twin!r:.60} is given twice")
+    return dict(pairs)
 
 
-def _csv_lines(reading: _Reading) -> Iterator[tuple[str, dict[str, Any]]]:
-    path, row_chars, number = reading.path, 0, 0
+def _csv_lines(reading: _Reading, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any], Columns]]:
+    """Number of each row's first line, its values by column, and what the columns mean."""
+    first, usual = next(lines, ""), DELIMITERS[reading.path.suffix.lower()]
+    delimiter = columns.delimiter_of(first, usual)
+    reading.between, reading.delimiter = ";", delimiter if delimiter != usual else ""
+    blanks, sign, row_chars = columns.has_blanks(first, delimiter), re.escape(delimiter), 0
+    loose = re.compile(rf'{sign} +"(?!["{sign}\r\n]|$).*')
 
-    def lines(first: list[str], file: Iterator[str]) -> Iterator[str]:
-        nonlocal row_chars, number
-        for line in itertools.chain(first, file):
-            if loose and (found := loose.search(line)):
-                raise UserError(f"{path}, line {number + 1}: blanks before a quote, near {found[0]!r:.40}: it would be "
-                                "part of the text; leave the blanks out, or write them in the first line as well")
+    def checked() -> Iterator[str]:
+        nonlocal row_chars
+        for number, line in enumerate(itertools.chain([first], lines), 1):
+            if not blanks and (found := loose.search(line)):
+                raise reading.error(number, f"blanks before a quote, near {found[0]!r:.40}: it would be part of the "
+                                            "text; leave the blanks out, or write them in the first line as well")
             row_chars += len(line)
             if row_chars > MAX_LINE_CHARS:
-                raise UserError(f"{path}, line {number}: over {MAX_LINE_CHARS:,} characters in a row; is a quote never "
-                                "closed?")
-            number += 1
+                raise reading.error(number, f"over {MAX_LINE_CHARS:,} characters in a row; is a quote never closed?")
             yield line
 
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        every = _bounded(file, path)
-        first = next(every, "")
-        usual = DELIMITERS[path.suffix.lower()]
-        delimiter = columns.delimiter_of(first, usual)
-        reading.between, reading.delimiter = ";", delimiter if delimiter != usual else ""
-        blanks = columns.has_blanks(first, delimiter)
-        sign = re.escape(delimiter)
-        loose = None if blanks else re.compile(rf'{sign} +"(?!["{sign}\r\n]|$).*')
-        reader = csv.reader(lines([first], every), delimiter=delimiter, strict=True, skipinitialspace=blanks)
-        try:
-            meant = _header(reading, next(reader, []))
-            before = number
-            for cells in reader:
-                where, before, row_chars = f"{path}, line {before + 1}", number, 0
-                if len(cells) != len(meant.names) and cells:
-                    raise UserError(f"{where}: {len(cells)} cells, but the header has {len(meant.names)} columns"
-                                    " (a text that holds the delimiter needs quotes)")
-                if meant.has_swallowed(cells, delimiter):
-                    raise UserError(f"{where}: a cell goes on over the lines behind it, which look like samples; is a "
-                                    "quote never closed?")
-                if cells:
-                    yield where, _given(where, {name: _cell(meaning, cell) for name, meaning, cell in zip(
-                        meant.names, meant.meanings, cells, strict=True)}, meant)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {number}: not valid CSV: {error}") from None
-
-
-def _header(reading: _Reading, names: list[str]) -> Columns:
-    where = f"{reading.path}, line 1"
-    stripped = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(names)]
-    _no_twins(where, [(name, None) for name in stripped])
-    reading.columns.append(columns.understand(stripped, where))
-    return reading.columns[0]
-
-
-def _cell(meaning: str, cell: str) -> str:
-    """The value of a cell. File names may begin or end with blanks."""
-    return cell if meaning in ("image", "audio", "file", "text") else cell.strip()
+    reader = csv.reader(checked(), delimiter=delimiter, strict=True, skipinitialspace=blanks)
+    try:
+        header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(next(reader, []))]
+        meant, end = reading.understand(tuple(header), 1), reader.line_num
+        for cells in reader:
+            number, end, row_chars = end + 1, reader.line_num, 0
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise reading.error(number, f"{len(cells)} cells, but the header has {len(header)} columns (a text "
+                                            "that holds the delimiter needs quotes)")
+            if meant.has_swallowed(cells, delimiter):
+                raise reading.error(number, "a cell goes on over the lines behind it, which look like samples; is a "
+                                            "quote never closed?")
+            yield number, dict(zip(header, cells, strict=True)), meant
+    except csv.Error as error:
+        raise reading.error(reader.line_num, f"not valid CSV: {error}") from None
 
 
 # ---- values: one of a sample's keys each, checked; ValueError says what was expected ---------------------------------
-
-
-def _file(name: Any, where: str, files: Files) -> File:
-    """The image or sound file of this path; `where` (file and line) names it in messages."""
-    if not isinstance(name, str):
-        raise ValueError("expected a path")
-    return files.find(name, where)
 
 
 def _seconds(value: Any) -> float:
@@ -369,7 +312,7 @@ def _notes(reading: _Reading, rows: list[_Row]) -> Iterator[str]:
     """What was understood otherwise than it is written."""
     if reading.delimiter:
         yield f"cells are parted by {reading.delimiter!r}, as the first line shows"
-    yield from columns.describe(reading.columns)
+    yield from columns.describe(list(reading.columns.values()))
     yield from reading.files.describe()
     if joined := [label for row in rows for label in row.labels if any(sign in label for sign in ",;|")]:
         yield (f"{len(joined):,} labels hold a comma, a semicolon or a bar, such as {joined[0]!r:.60}: "
@@ -385,21 +328,29 @@ def _notes(reading: _Reading, rows: list[_Row]) -> Iterator[str]:
                "pandas or numpy write it: each of its texts counts")
 
 
-def _united(rows: list[_Row]) -> list[_Row]:
-    """Merge the rows that name the same files and stretch into the first of them. Raises UserError where rows that
-    differ in these have the same id."""
+def _united(reading: _Reading, rows: list[_Row]) -> list[_Row]:
+    """Merge the rows that name the same files and stretch into the first of them.
+
+    Raises:
+        UserError: rows that differ in these have the same id, or rows that do not have two speakers.
+    """
     first: dict[tuple[int, int, float, float], _Row] = {}
-    ids: dict[str, tuple[_Row, str]] = {}
+    ids: dict[str, tuple[_Row, int]] = {}
     united = []
     for row in rows:
         unit = row.unit()
         one = first.setdefault(unit, row) if unit else row
-        if row.key and (other := ids.setdefault(row.key, (one, row.where)))[0] is not one:
-            _clash(row, f"id {row.key!r} is already used on {_line(other[1])}; ids are unique")
+        if row.key and (other := ids.setdefault(row.key, (one, row.line)))[0] is not one:
+            raise reading.error(row.line, f"id {row.key!r} is already used on line {other[1]}; ids are unique")
         if one is row:
             united.append(row)
-        else:
-            one.add(row)
+            continue
+        if one.speaker and row.speaker and one.speaker != row.speaker:
+            raise reading.error(row.line, f"speaker {row.speaker!r}, but {one.speaker!r} on line {one.line}, which "
+                                          "names the same file and stretch")
+        one.key, one.speaker = one.key or row.key, one.speaker or row.speaker
+        one.captions += row.captions
+        one.labels = tuple(dict.fromkeys((*one.labels, *row.labels)))
     return united
 
 
@@ -415,29 +366,23 @@ def _name(rows: list[_Row], taken: set[str]) -> None:
                 taken.add(key)
 
 
-def _check_splits(rows: list[_Row]) -> None:
+def _check_splits(reading: _Reading, rows: list[_Row]) -> None:
     side: dict[int, _Row] = {}
     for row in rows:
         if not row.split:
-            _clash(row, f"no split, though other lines have one; give {', '.join(SPLITS)}, on all lines or on none")
+            raise reading.error(row.line, f"no split, though other lines have one; give {', '.join(SPLITS)}, on all "
+                                          "lines or on none")
         for file, column in row.media().items():
             first = side.setdefault(file.number, row)
             if first.split != row.split:
-                _clash(row, f"{column} {file.path} is in {row.split!r} here and in {first.split!r} on "
-                            f"{_line(first.where)}; no file, nor parts of one, may be on two sides")
-
-
-def _clash(row: _Row, message: str) -> NoReturn:
-    raise UserError(f"{row.where}: {message}")
+                raise reading.error(row.line, f"{column} {file.path} is in {row.split!r} here and in {first.split!r} "
+                                              f"on line {first.line}; no file, nor parts of one, may be on two sides")
 
 
 def _draw_splits(rows: list[_Row]) -> None:
     """Order the groups of rows that belong together by a hash of their first id, and cut the shares off its head; of
     few rows as many as can be compared, or none."""
-    groups: dict[int, list[_Row]] = {}
-    for row, root in zip(rows, _roots(rows), strict=True):
-        groups.setdefault(root, []).append(row)
-    ordered = sorted(groups.values(), key=lambda group: stable_hash(min(row.key for row in group)))
+    ordered = sorted(_connected(rows), key=lambda group: stable_hash(min(row.key for row in group)))
     ends = [("test", HELD_OUT["test"]), ("val", sum(HELD_OUT.values())), ("train", 1.0)]
     sides = [next(name for name, end in ends if place < round(end * len(ordered))) for place in range(len(ordered))]
     counts = Counter((side, kind) for side, group in zip(sides, ordered, strict=True) for row in group
@@ -449,29 +394,32 @@ def _draw_splits(rows: list[_Row]) -> None:
             row.split = split
 
 
-def _roots(rows: list[_Row]) -> list[int]:
-    """For each row the number of a row that stands for all rows connected to it by shared media."""
-    groups, first = Groups(len(rows)), dict[int, int]()
+def _connected(rows: list[_Row]) -> Collection[list[_Row]]:
+    """Groups of rows that shared media connect."""
+    joined, first = Groups(len(rows)), dict[int, int]()
     for i, row in enumerate(rows):
         for file in row.media():
-            groups.join((first.setdefault(file.number, i), i))
-    return [groups.root(i) for i in range(len(rows))]
+            joined.join((first.setdefault(file.number, i), i))
+    groups: dict[int, list[_Row]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(joined.root(i), []).append(row)
+    return groups.values()
 
 
 def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
     settings = config.data
-    if not settings.manifest:
-        raise UserError(_NO_LIST)
+    assert settings.manifest, "see _problems"
     found = list(read_manifest(Path(settings.manifest).absolute(), settings.manifest_root, settings.max_bad_pct))
     for split in splits:
         yield from (sample for sample in found if sample.split == split)
 
 
 def _problems(settings: DataConfig) -> list[str]:
-    return [_NO_LIST] if "manifest" in settings.datasets and not settings.manifest else []
+    if "manifest" not in settings.datasets or settings.manifest:
+        return []
+    return ["data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here"]
 
 
-_NO_LIST = "data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here"
 SET = DataSet(
     name="manifest", order=8, licence="the user's own files", read=_read, problems=_problems, english=False,
     splits="as the manifest says, else 80, 10 and 10 % by id", reads_at_once=True,

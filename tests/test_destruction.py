@@ -36,7 +36,7 @@ SAFE = {
     "training.planner.write_plan": ("replacing", "plan_KEY.json: a name made of a digest, made again when it is gone"),
     "training.plans.calibrate": ("replacing", "the calibration, made again when it is gone"),
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
-    "checkpoint.export": ("replacing", "exports, behind outputs.writing"),
+    "checkpoint.export": ("replacing replacing", "exports, behind outputs.writing"),
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),
     "download.youtube.fetch_clips":
         ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),

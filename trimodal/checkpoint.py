@@ -75,22 +75,16 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier files are unchanged.
     """
-    path = Path(path)
-    weights, others = exported({"version": __version__, **state})
-    with _errors_as_checkpoint_error(path):
-        for target, content in ((path, weights), (path.with_name("config.json"), others)):
-            with replacing(target) as file:
-                file.write(content)
-
-
-def exported(state: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """The contents of the two files that `export` writes: the weights as safetensors, and all else as JSON."""
     import safetensors.torch
 
-    others = plain({name: value for name, value in state.items() if name != "model_state_dict"})
-    weights = {name: value.contiguous() for name, value in plain(state["model_state_dict"]).items()}
+    path, others = Path(path), plain({"version": __version__, **state})
+    weights = {name: value.contiguous() for name, value in others.pop("model_state_dict").items()}
     text = json.dumps(others, ensure_ascii=False, indent=1, default=_written_tensor)
-    return safetensors.torch.save(weights, {"format": "pt"}), text.encode()
+    with _errors_as_checkpoint_error(path):
+        with replacing(path) as file:
+            file.write(safetensors.torch.save(weights, {"format": "pt"}))
+        with replacing(path.with_name("config.json"), "w") as file:
+            file.write(text)
 
 
 def _written_tensor(value: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ LEDGER = ".written.json"  # digests of files that do not hold their own, by name
 GOING_BACK = ".going_back.json"  # what is being moved away, until it is
 BOARD = Path("logs", "tensorboard")
 LOG = Path("logs", "metrics.jsonl")
-MODELS = re.compile(r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt")
+MODELS = re.compile(r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt")  # names of a run's checkpoints
 EXPORTS = ("model.safetensors", "config.json")
 WRITTEN = "|".join((MODELS.pattern, r"model\.safetensors", r"config(_\d+)?\.(json|yaml)",
                     r"metrics\.jsonl", r"report_\d{8}_\d{6}\w*\.(json|md|png)", r"\.\w+\.json",
@@ -95,15 +95,10 @@ def _ledger(folder: Path) -> dict[str, list[str]]:
     return {}
 
 
-def is_model(name: str) -> bool:
-    """Whether a run calls its checkpoints so."""
-    return MODELS.fullmatch(name) is not None
-
-
 def own_files(folder: Path) -> list[Path]:
     """Checkpoints and logs that runs have written into an output folder."""
     checkpoints, logs = folder / "checkpoints", folder / "logs"
-    found = [path for path in _files(checkpoints) if is_model(path.name) and checkpoint.is_own(path)]
+    found = [path for path in _files(checkpoints) if MODELS.fullmatch(path.name) and checkpoint.is_own(path)]
     found += [path for name in EXPORTS if is_listed(folder, path := checkpoints / name)]
     found += event_files(folder / BOARD)
     found += [path for path in logs.glob("bad_step_*.pt") if checkpoint.is_own(path)]  # of earlier releases

@@ -159,7 +159,7 @@ def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:
 
 def parts_in_use(folder: Path) -> list[str]:
     """What an earlier run has left in an output folder."""
-    models = [path for path in folder.glob("checkpoints/*") if outputs.is_model(path.name)]
+    models = [path for path in folder.glob("checkpoints/*") if outputs.MODELS.fullmatch(path.name)]
     parts = {"checkpoints": models, "logs/metrics.jsonl": [folder / outputs.LOG]}
     return [name for name, paths in parts.items() if any(path.exists() and path.stat().st_size for path in paths)]
 

@@ -196,10 +196,8 @@ def first_recalls(figures: Mapping[str, Figure]) -> str:
 def show_examples(run: Run, encoded: protocols.Encoded | None) -> None:
     """A grid of what a few validation captions find, as a picture in TensorBoard."""
     for modality in ("image", "audio"):
-        if encoded is not None and modality in encoded.items and "text" in encoded.items:
-            rows = protocols.examples(encoded, run.data, modality, queries=4)
-            if rows:
-                run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
+        if encoded and (rows := protocols.examples(encoded, run.data, modality, queries=4)):
+            run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
 
 
 # ---- the end of the run ------------------------------------------------------------------------------------------

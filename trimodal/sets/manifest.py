@@ -408,18 +408,18 @@ def _connected(rows: list[_Row]) -> Collection[list[_Row]]:
 
 def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
     settings = config.data
-    assert settings.manifest, "see _problems"
+    if not settings.manifest:
+        raise UserError(_NO_LIST)
     found = list(read_manifest(Path(settings.manifest).absolute(), settings.manifest_root, settings.max_bad_pct))
     for split in splits:
         yield from (sample for sample in found if sample.split == split)
 
 
 def _problems(settings: DataConfig) -> list[str]:
-    if "manifest" not in settings.datasets or settings.manifest:
-        return []
-    return ["data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here"]
+    return [_NO_LIST] if "manifest" in settings.datasets and not settings.manifest else []
 
 
+_NO_LIST = "data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here"
 SET = DataSet(
     name="manifest", order=8, licence="the user's own files", read=_read, problems=_problems, english=False,
     splits="as the manifest says, else 80, 10 and 10 % by id", reads_at_once=True,

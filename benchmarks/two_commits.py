@@ -19,6 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trimodal.openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 from benchmarks.attention_memory import cpu_name
 from benchmarks.run import commit
 from tests.project import ROOT

@@ -75,14 +75,6 @@ def test_the_gate_sees_a_command_that_loads_torch_first(tmp_path: Path) -> None:
     assert {"run_training.py", "evaluate.py", "benchmarks/plans.py"} <= set(scripts())
 
 
-def test_the_main_script_of_all_bounds_its_own_look_at_the_settings() -> None:
-    """In `run_all.sh`, a Python program on standard input."""
-    program = (ROOT / "run_all.sh").read_text("utf-8").partition("<<'EOP'\n")[2].partition("\nEOP\n")[0]
-    lines = program.splitlines()
-    assert lines.index("    bound_waiting(lambda line: None)  # training says it") < next(
-        number for number, line in enumerate(lines) if "loads torch" in line)
-
-
 @pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "ACTIVE"),
                                              ("KMP_BLOCKTIME", "infinite")])
 def test_what_the_user_has_chosen_stays(tmp_path: Path, name: str, value: str) -> None:

@@ -52,7 +52,7 @@ def test_what_a_download_prints_and_writes(capsys: pytest.CaptureFixture[str], t
 
 def test_options_of_a_secret_name_lose_their_value_and_others_keep_it() -> None:
     words = ["run.py", "--api-key", "abc", "x.own_token=d e", "--data-root", "/data/key=1.jpg", "--keys", "abc"]
-    assert command_line(words) == "run.py --api-key '***' 'x.own_token=*** e' --data-root /data/key=1.jpg --keys abc"
+    assert command_line(words) == "run.py --api-key '***' 'x.own_token=***' --data-root /data/key=1.jpg --keys abc"
 
 
 def test_addresses_among_the_settings_lose_what_is_secret_and_paths_are_saved_as_given() -> None:

@@ -43,4 +43,4 @@ def similar(name: str, known: Iterable[str]) -> str:
     """End of a message about a name that is unknown: the known one that is most like it, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}"

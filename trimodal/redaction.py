@@ -14,9 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 HIDDEN = "***"
-_NAME = r"[\w.-]*(?:key|token|password|passwd|secret|credentials?|signature)"
+_NAME = r"[\w-]*(?:key|token|password|passwd|secret|credentials?|signature)"
 _USER = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^/?#\s'\"<>]*@", re.IGNORECASE)  # Path("a://b") is a:/b
-_ASSIGNED = re.compile(rf"(?<![\w./])({_NAME})=[^\s&#'\",;<>]+", re.IGNORECASE)  # in a query, of an option
+_ASSIGNED = re.compile(rf"(?<![\w./-])({_NAME})=[^\s&#'\",;<>]+", re.IGNORECASE)  # in a query, of an option
 
 
 def without_secrets(text: str, keys: Iterable[str] = ()) -> str:
@@ -28,8 +28,11 @@ def without_secrets(text: str, keys: Iterable[str] = ()) -> str:
 
 def command_line(words: Sequence[str]) -> str:
     """`words` as a shell takes them, without the values of secret options."""
-    shown = [HIDDEN if re.fullmatch(rf"--{_NAME}", before, re.IGNORECASE) else without_secrets(word)
-             for before, word in zip(["", *words], words, strict=False)]
+    shown = []
+    for before, word in zip(["", *words], words, strict=False):
+        name = re.fullmatch(rf"((?:--|[\w.]+\.)?{_NAME})=.*", word, re.IGNORECASE | re.DOTALL)
+        is_value = re.fullmatch(rf"--{_NAME}", before, re.IGNORECASE)
+        shown.append(HIDDEN if is_value else f"{name[1]}={HIDDEN}" if name else without_secrets(word))
     return shlex.join(shown)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from trimodal import media
 from trimodal.data import metadata
@@ -163,6 +163,20 @@ def _orientation(image: Image.Image) -> int:
         xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
         return metadata.orientation_in_xmp(xmp.encode() if isinstance(xmp, str) else xmp)
     return found if isinstance(found, int) else metadata.UPRIGHT
+
+
+def has_flawed_metadata(path: str) -> bool:
+    """Whether `decode_image` reads an image that Pillow alone refuses, or cannot turn upright."""
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image)
+        return False
+    except Exception:  # Pillow raises nearly any type
+        with contextlib.suppress(BrokenSample):
+            _read_picture(path)
+            return True
+    return False
 
 
 def _pixels_alone(path: str) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """Decode a sample of a data set's files before a run does: which are broken, and what is odd about the others.
 
-Odd are sounds far above full scale, and sounds whose channels cancel each other.
+Odd are sounds far above full scale, sounds whose channels cancel each other, and images with damaged metadata.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trimodal.config import Config
-from trimodal.data import cache, tracks
+from trimodal.data import cache, images, tracks
 from trimodal.data.batches import Split
 from trimodal.data.store import Store, items_of
 
@@ -22,8 +22,9 @@ NAMED, REASONS = 3, 8  # files named for each reason, reasons named
 
 
 class Oddity(NamedTuple):
-    peak: float  # of a sound that is stored as floating-point numbers and is above `LOUD`; else 0
-    cancels: bool  # its channels cancel each other: the loudest is taken
+    peak: float = 0.0  # of a sound that is stored as floating-point numbers and is above `LOUD`; else 0
+    cancels: bool = False  # the channels of a sound cancel each other: the loudest is taken
+    flawed: bool = False  # the metadata of an image are damaged: it is read without them
 
 
 @dataclass
@@ -84,7 +85,9 @@ def _examine(kind: cache.Kind, side: int, item: cache.Item) -> Oddity:
         BrokenSample: it cannot be decoded.
     """
     cache.decode(kind, item, side)
-    peak, cancels = tracks.oddities(*item) if kind == "sound" else (0.0, False)
+    if kind == "image":
+        return Oddity(flawed=images.has_flawed_metadata(item[0]))
+    peak, cancels = tracks.oddities(*item)
     return Oddity(peak if peak > LOUD else 0.0, cancels)
 
 
@@ -104,9 +107,13 @@ def describe(odd: Sequence[tuple[str, Oddity]]) -> Iterator[tuple[str, str]]:
     """Yield (what is odd, what to do) for each oddity that one of the files (path, oddity) has."""
     loud = [(path, one.peak) for path, one in odd if one.peak]
     cancels = [path for path, one in odd if one.cancels]
+    flawed = [path for path, one in odd if one.flawed]
     if loud:
         yield (f"{len(loud)} sounds far louder than full scale, which is 1: {loud[0][0]} (peak {loud[0][1]:,.6g})",
                "scale sounds of floating-point numbers to -1 to 1 (those of 16 bits by 1/32,768)")
     if cancels:
         yield (f"{len(cancels)} sounds with channels that cancel each other, of which the loudest is taken: "
                f"{cancels[0]}", "save these sounds with one channel")
+    if flawed:
+        yield (f"{len(flawed)} images with damage beside the pixels (metadata), read without: {flawed[0]}",
+               "save these images anew where they stand the wrong way up")

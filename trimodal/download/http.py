@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from trimodal import __version__
 from trimodal.download import notes
 from trimodal.download.progress import Bar, Progress
 from trimodal.files import locked, same_bytes, settle, sha256_of, sync_file, sync_folder
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 64 * 1024  # what a cut connection may cost
 # Some hosts turn away the default agents of HTTP libraries; a name of our own is what they ask for.
-USER_AGENT = "trimodal-trainer/0.1 (data set downloader; resumes by Range, obeys Retry-After)"
+USER_AGENT = f"trimodal-trainer/{__version__} (data set downloader; resumes by Range, obeys Retry-After)"
 RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 LONGEST_BACKOFF_S = 60.0
 

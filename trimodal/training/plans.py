@@ -22,12 +22,10 @@ from trimodal.files import replacing
 from trimodal.memory import devices
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS
+from trimodal.sets import SETS
 from trimodal.training.planner import Place, Plan, asked_of, plan_stages, without_speaker
 from trimodal.training.run import Run
 from trimodal.training.stage import active_tasks
-
-VOXCELEB_SPEAKERS = 7205  # training speakers of both releases: an upper bound
-LISTED = {"manifest", "synthetic"}  # sets whose list is all that has to be read
 
 Tasks = Mapping[str, Sequence[TaskConfig]]  # of each stage
 
@@ -110,18 +108,19 @@ class _Lists:
 
 
 def foretell(config: Config) -> Forecast:
-    """What the plans of a run depend on, found without opening files of its data sets but for lists of `LISTED` ones.
+    """What the plans of a run depend on, read from the lists of those data sets whose samples are known without a
+    download (`DataSet.reads_at_once`).
 
-    Other sets may not be downloaded yet and are not read: with one of them every task is planned, and VoxCeleb counts
-    with all its speakers.
+    Other sets may not be here yet and are not read: with one of them every task is planned, and each counts with all
+    the speakers that it has.
 
     Raises:
         UserError: as a run would: a list cannot be read, or a stage has nothing to train.
     """
-    listed = [name for name in config.data.datasets if name in LISTED]
+    listed = [name for name in config.data.datasets if SETS[name].reads_at_once]
     config = _with_vocab_size(config)
     lists = _read(config, listed)
-    speakers = len(lists.speakers) + (VOXCELEB_SPEAKERS if "voxceleb" in config.data.datasets else 0)
+    speakers = len(lists.speakers) + sum(SETS[name].speakers for name in config.data.datasets)
     if len(listed) == len(config.data.datasets):
         return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers)
     tasks = {row.name: list(row.tasks) if speakers else without_speaker(row.tasks) for row in config.stages}

@@ -27,7 +27,7 @@ SAFE = {
     "download.unpack.move_into": ("shutil.rmtree", "the same folder, when everything in it has been moved"),
     "download.archives._write": ("open(wb)", "within that staging folder"),
     "download.archives._SevenZip.extract": ("shutil.rmtree", "that staging folder"),
-    "download.unpack._merge": ("os.replace", "to a name that nothing has; single files go by settle"),
+    "download.unpack._merge": ("os.replace", "to a name that nothing has; single files go by replace_with_backup"),
     "download.notes.write": ("replacing", "a name that is free or holds a note of ours"),
     "download.notes.forget": ("unlink unlink", "the part and the note, only where the note is ours"),
     "download.notes.remove_archive": ("unlink", "an archive with our note and the digest of it, not to be kept"),
@@ -47,10 +47,10 @@ SAFE = {
     "files.rename_to_free": ("os.link os.rename", "never over what is there"),
     "files.set_aside": ("os.rename", "to a name that nothing has"),
     "files.remove_left": ("unlink", "NAME.PROCESS.tmp of replacing, where NAME is one of ours"),
-    "files.settle":
+    "files.replace_with_backup":
         ("unlink os.replace",
          "what differs and is not ours has a second name by then; the new file goes where both are equal"),
-    "files.keep_beside": ("os.link open(x) os.replace", "to a name that nothing has, taken first"),
+    "files.back_up": ("os.link open(x) os.replace", "to a name that nothing has, taken first"),
     "files.sync_file": ("open(rb+)", "writes nothing"),
     "files.sync_folder": ("os.open", "reads only"),
     "files.locked": ("unlink", "NAME.lock, only when empty"),
@@ -60,7 +60,7 @@ SAFE = {
     "sets.emoji._render": ("replacing", "pictures that are not there"),
     "download.state.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
     "download.state.write_contents":
-        ("replacing open(wt)", "in the hidden folder of lists, beside ARCHIVE.jsonl.gz; it goes to its name by settle"),
+        ("replacing open(wt)", "in the hidden folder of lists, beside ARCHIVE.jsonl.gz; then replace_with_backup"),
     "download.local._link": ("unlink symlink_to", "a link into a folder that --local named before"),
     "memory.devices.reset_peak": ("write_text", "a file of /proc"),
     "training.outputs._list": ("replacing", "the ledger of an output folder"),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.project import ROOT
 from trimodal import checkpoint
-from trimodal.files import BESIDE, hold_lock, is_set_aside, keep_beside, locked, remove_left, replacing, settle
+from trimodal.files import BESIDE, back_up, hold_lock, is_set_aside, locked, remove_left, replace_with_backup, replacing
 
 
 @pytest.fixture
@@ -87,29 +87,30 @@ def test_what_differs_gets_a_second_name_each_time_another(tmp_path: Path, links
     told: list[Path] = []
     place = put(tmp_path / "list.csv", "one")
     for text in ("two", "three", "three"):  # within one second; the last one is there already
-        settle(put(tmp_path / "new", text), place, tell=told.append)
+        replace_with_backup(put(tmp_path / "new", text), place, announce=told.append)
     assert contents(tmp_path) == {"list.csv": "three", "list.csv*": "one", "list.csv**": "two"}
     assert [path.read_text("utf-8") for path in told] == ["one", "two"]
 
 
-@pytest.mark.parametrize(("there", "ours", "left"), [("", False, {"a": "new"}), ("old", True, {"a": "new"}),
+@pytest.mark.parametrize(("there", "may_overwrite", "left"), [("", False, {"a": "new"}), ("old", True, {"a": "new"}),
                                                      ("old", False, {"a": "new", "a*": "old"})])
-def test_what_is_empty_or_ours_is_replaced(tmp_path: Path, there: str, ours: bool, left: dict[str, str]) -> None:
-    settle(put(tmp_path / "b", "new"), put(tmp_path / "a", there), ours=lambda: ours)
+def test_what_is_empty_or_ours_is_replaced(tmp_path: Path, there: str, may_overwrite: bool,
+                                           left: dict[str, str]) -> None:
+    replace_with_backup(put(tmp_path / "b", "new"), put(tmp_path / "a", there), may_overwrite=lambda: may_overwrite)
     assert contents(tmp_path) == left
 
 
 def test_a_second_name_that_a_killed_process_gave_is_enough(tmp_path: Path) -> None:
-    first = keep_beside(put(tmp_path / "a", "of the user"))
-    assert keep_beside(tmp_path / "a") == first
-    settle(put(tmp_path / "b", "new"), tmp_path / "a")
+    first = back_up(put(tmp_path / "a", "of the user"))
+    assert back_up(tmp_path / "a") == first
+    replace_with_backup(put(tmp_path / "b", "new"), tmp_path / "a")
     assert contents(tmp_path) == {"a": "new", "a*": "of the user"}
 
 
 def test_a_folder_is_no_file_to_make_way(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError):
-        settle(put(tmp_path / "b", "new"), tmp_path / "a")
+        replace_with_backup(put(tmp_path / "b", "new"), tmp_path / "a")
     assert (tmp_path / "a").is_dir() and (tmp_path / "b").exists()
 
 

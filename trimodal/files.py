@@ -79,36 +79,57 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def settle(new: Path, place: Path, *, ours: Callable[[], bool] = lambda: False,
-           tell: Callable[[Path], None] = lambda kept: None) -> Path | None:
-    """Give the file `new` the name `place`, and keep what is there under another name, which is told before `place`
-    changes and returned. What is empty, or `ours` by what the caller knows, is replaced; what has the same bytes stays,
-    and `new` goes. A link is never followed: it is what is kept.
+def replace_with_backup(new: Path, path: Path, *, may_overwrite: Callable[[], bool] = lambda: False,
+                        announce: Callable[[Path], None] = lambda kept: None) -> Path | None:
+    """Rename the file `new` to `path`, after giving a file that is already there a backup name (see `back_up`).
+
+    No backup is made of an empty file, nor where `may_overwrite()` is true, as for a file that this project wrote: it
+    is replaced. Where `path` already holds the same bytes, it stays as it is and `new` is deleted. A link at `path` is
+    backed up as a link, whatever it leads to.
+
+    Args:
+        may_overwrite: only called where something else than `new` is at `path`.
+        announce: called with the path of the backup, before anything at `path` changes.
+
+    Returns:
+        The path of the backup, or None where none was made.
 
     Raises:
-        OSError: `place` is a folder, among others.
+        IsADirectoryError: `path` is a folder.
     """
     kept = None
-    if os.path.lexists(place):
-        if same_bytes(new, place):
+    if os.path.lexists(path):
+        if same_bytes(new, path):
             new.unlink()
             return None
-        if not ours() and (place.is_symlink() or place.stat().st_size):
-            kept = keep_beside(place, tell)
-    os.replace(new, place)
+        if not may_overwrite() and (path.is_symlink() or path.stat().st_size):
+            kept = back_up(path, announce)
+    os.replace(new, path)
     return kept
 
 
-def keep_beside(path: Path, tell: Callable[[Path], None] = lambda kept: None) -> Path:
-    """Give a file a second name in its folder, NAME.before_DATE_TIME, that nothing has yet; its first one is free to be
-    taken by `os.replace`. Where the file system knows no second names, the file is moved."""
+def back_up(path: Path, announce: Callable[[Path], None] = lambda kept: None) -> Path:
+    """Hard-link a file to a new name in its folder, NAME.before_DATE_TIME, so that `os.replace` over it loses nothing.
+
+    Where the file system has no hard links, the file is moved to that name. If an earlier process made the link and was
+    killed before it replaced the file, that link is used. A symbolic link is itself backed up, not what it leads to.
+
+    Args:
+        announce: called with the new path before it is made; not called for the link of an earlier process.
+
+    Returns:
+        The path of the backup.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
+    """
     if path.is_dir() and not path.is_symlink():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     for other in path.parent.glob("*.before_*") if path.lstat().st_nlink > 1 else ():
         if is_set_aside(other.name, path.name) and os.path.samestat(other.lstat(), path.lstat()):
             return other  # of a process that was killed before it took the first name
     kept = _free_name(path)
-    tell(kept)
+    announce(kept)
     try:
         os.link(path, kept, follow_symlinks=False)
     except (OSError, NotImplementedError):
@@ -118,7 +139,7 @@ def keep_beside(path: Path, tell: Callable[[Path], None] = lambda kept: None) ->
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file, link or folder that is not ours and in the way as `keep_beside` does, and say so; its new path."""
+    """Rename a file, link or folder to NAME.before_DATE_TIME and print that; returns its new path."""
     place = _free_name(path)
     os.rename(path, place)
     say_kept(path, place)
@@ -138,7 +159,7 @@ def _free_name(path: Path) -> Path:
 
 
 def is_set_aside(name: str, of: str = "") -> bool:
-    """Whether a file of this name had to make way, for one of the name `of` where it is given."""
+    """Whether `name` is a backup name, NAME.before_DATE_TIME; where `of` is given, of the file called `of`."""
     match = SET_ASIDE.search(name)
     return match is not None and of in ("", name[: match.start()])
 
@@ -176,18 +197,27 @@ def nearest_existing(path: str | Path) -> Path:
     return next(one for one in (path, *path.parents) if one.exists())
 
 
-def hold_lock(place: Path, say_waiting: Callable[[], Any] | None = None, *, of_process: bool = True,
+def hold_lock(path: Path, say_waiting: Callable[[], Any] | None = None, *, reentrant: bool = True,
               pause: Callable[[float], Any] = time.sleep) -> BaseFileLock | None:
-    """Lock the file `place`, which stays, until `release()`, until what is returned is forgotten, or until this process
-    ends, however it ends; child processes do not hold it. Where another one holds it, call `say_waiting` once, then
-    `pause` between tries. `of_process`: one process may hold it several times; else its threads exclude each other as
-    well. None: a file system without locks.
+    """Take an exclusive lock on the file `path`, waiting while another process holds it.
+
+    The lock ends with `release()`, when the returned object is garbage-collected, or when this process ends, even if it
+    is killed. Child processes do not inherit it. The lock file is created where it is missing and is not deleted; a
+    file of the user's of that name is left alone, and NAME.lock is locked instead.
+
+    Args:
+        say_waiting: called once if another process holds the lock; None: do not wait but raise.
+        reentrant: True: this process may take the lock again while it holds it; False: its threads exclude each other.
+        pause: called with the seconds to wait between tries.
+
+    Returns:
+        The lock, or None on a file system without locks.
 
     Raises:
-        BlockingIOError: another one holds it, and there is no `say_waiting`.
+        BlockingIOError: the lock is held elsewhere, and `say_waiting` is None.
     """
-    lock = FileLock(_lock_file(place), thread_local=False, fallback_to_soft=False, preserve_lock_file=True,
-                    is_singleton=of_process)
+    lock = FileLock(_lock_file(path), thread_local=False, fallback_to_soft=False, preserve_lock_file=True,
+                    is_singleton=reentrant)
     is_said = False
     while True:
         try:
@@ -195,7 +225,7 @@ def hold_lock(place: Path, say_waiting: Callable[[], Any] | None = None, *, of_p
             return lock
         except Timeout:
             if say_waiting is None:
-                raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(place)) from None
+                raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from None
         except OSError as error:
             if error.errno in NO_LOCKS:
                 return None
@@ -209,10 +239,15 @@ def hold_lock(place: Path, say_waiting: Callable[[], Any] | None = None, *, of_p
 @contextlib.contextmanager
 def locked(path: Path, say_waiting: Callable[[], Any] | None = None,
            pause: Callable[[float], Any] = time.sleep) -> Iterator[bool]:
-    """Hold the lock `path`.lock against other processes and threads, see `hold_lock`; False where the file system has
-    no locks. The file goes at the end."""
+    """Hold the lock file `path`.lock for the length of the block, against other processes and threads (`hold_lock`).
+
+    Yields True, or False where the file system has no locks. The lock file is deleted at the end if it is empty.
+
+    Raises:
+        BlockingIOError: the lock is held elsewhere, and `say_waiting` is None.
+    """
     place = _lock_file(path.with_name(f"{path.name}.lock"))
-    lock = hold_lock(place, say_waiting, of_process=False, pause=pause)
+    lock = hold_lock(place, say_waiting, reentrant=False, pause=pause)
     try:
         yield lock is not None
     finally:
@@ -224,6 +259,7 @@ def locked(path: Path, say_waiting: Callable[[], Any] | None = None,
 
 
 def _lock_file(place: Path) -> Path:
-    """`place`, or NAME.lock where the user has a file of that name: some releases of filelock empty what they lock."""
+    """`place`, or NAME.lock where `place` is a file with content, taken to be the user's: some releases of filelock
+    empty the file that they lock."""
     is_of_user = place.is_file() and place.stat().st_size > 0
     return _lock_file(place.with_name(f"{place.name}.lock")) if is_of_user else place

@@ -391,7 +391,7 @@ def _unpack(job: Job, item: Item, parts: Sequence[Path | RemoteFile], record: di
         parts, item.kind, staging, contents, job.policy.progress), record)
     kept: list[Path] = []
     try:
-        unpack.move_into(staging, job.folder.resolve() / item.into, tell=kept.append)
+        unpack.move_into(staging, job.folder.resolve() / item.into, announce=kept.append)
     finally:
         if kept:
             job.say(f"{item.name}: {len(kept):,} files that were there differ from its own and are kept, the first as "

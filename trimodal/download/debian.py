@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trimodal.download import notes
 from trimodal.download.http import Fetched, Mismatch, TransferError, Wanted, check_file
-from trimodal.files import settle
+from trimodal.files import replace_with_backup
 
 TIMEOUT_S = 3600
 
@@ -39,5 +39,5 @@ def fetch_by_apt(package: str, wanted: Wanted) -> Fetched:
             raise TransferError(f"{name}: apt-get gives another release than the one verified here: it {error}"
                                 ) from None
         notes.write(wanted.path, {"url": "apt:", "whole": fetched.sha256})
-        settle(found[0], wanted.path)
+        replace_with_backup(found[0], wanted.path)
     return replace(fetched, path=wanted.path)

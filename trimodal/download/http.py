@@ -1,7 +1,7 @@
 """Fetch a file over HTTP: resumed where it stopped, checked while it arrives, there whole or not at all.
 
 While NAME arrives its bytes are in NAME.part, and a note beside it says where they come from (notes.py). NAME appears
-when size and digest are right; another file of that name is kept under a new one (files.settle).
+when size and digest are right; another file of that name is kept under a new one (files.replace_with_backup).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from trimodal import __version__
 from trimodal.download import notes
 from trimodal.download.progress import Bar, Progress
-from trimodal.files import locked, same_bytes, settle, sha256_of, sync_file, sync_folder
+from trimodal.files import locked, replace_with_backup, same_bytes, sha256_of, sync_file, sync_folder
 from trimodal.redaction import without_secrets
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _receive(session: "Session", url: str, part: "_Part", policy: Policy) -> Non
         try:
             head = next(chunks, b"")
             _refuse_page(response, head if response.status_code == 200 else b"")
-            part.store(response, part.start_of_body(response), itertools.chain([head], chunks), policy.stop)
+            part.store(response, part.body_offset(response), itertools.chain([head], chunks), policy.stop)
         except requests.RequestException as error:
             raise _Interrupted(_reason(error, policy)) from None
     if part.size < part.total:
@@ -199,7 +199,7 @@ class _Part:
             self.restart()
 
     def _validator(self) -> str:
-        """What If-Range takes: a strong ETag, else the date."""
+        """The value for the If-Range header: the noted ETag if it is a strong one, else the noted Last-Modified."""
         etag = str(self.note.get("etag") or "")
         return str(self.note.get("last_modified") or "") if etag.startswith("W/") or not etag else etag
 
@@ -214,8 +214,14 @@ class _Part:
         self.size, self.hashes = 0, _new_hashes(self.wanted)
         self.bar.restart()
 
-    def start_of_body(self, response: "Response") -> int:
-        """Where the body of this answer belongs in the file."""
+    def body_offset(self, response: "Response") -> int:
+        """The offset in the file, in bytes, of the first byte of the body of `response`: 0, or the bytes already here.
+
+        Raises:
+            NextServer: the server offers a file of another size than the published one.
+            _Interrupted: the body starts elsewhere (status 416 has none), or the file on the server changed since the
+                first bytes were stored. What was stored is deleted, so that the next request asks for the whole file.
+        """
         first, total = content_range(response.headers)
         if response.status_code == 200:
             first, total = 0, _body_length(response.headers)
@@ -268,13 +274,13 @@ class _Part:
 
 
 def put(new: Path, wanted: Wanted, say: Callable[[str], Any]) -> None:
-    """Give the file `new`, which is whole, its name. What is there is replaced if an earlier call put it there, else
-    kept under another name, which is said."""
-    def tell(kept: Path) -> None:
+    """Rename the complete file `new` to `wanted.path`. A file already there is overwritten if its digest is
+    `wanted.replaces`, the one that an earlier call put there; any other is backed up first, and `say` gets a line."""
+    def announce(kept: Path) -> None:
         hint = "" if wanted.keep_note else "; to use yours, give it back its name and add --skip-existing"
         say(f"{wanted.path.name}: what was there is another file than the published one, and is kept as {kept}{hint}")
 
-    settle(new, wanted.path, tell=tell, ours=lambda: bool(
+    replace_with_backup(new, wanted.path, announce=announce, may_overwrite=lambda: bool(
         wanted.replaces and wanted.path.is_file() and sha256_of(wanted.path) == wanted.replaces))
 
 

@@ -23,8 +23,10 @@ _WITH_LISTS = {"csv_files_v1": "dataset", "csv_files_v2": "dataset2.0"}  # aac-d
 
 
 class LocalFiles:
-    """What `path`, a folder, a single file or None for nothing, has of the set in `selection`. `by_hand`: it is the
-    set's own folder, in which somebody put sounds, and which nobody named."""
+    """The files of a data set that the user already has at `path`: a folder, a single file, or None for nothing.
+
+    `by_hand`: `path` is the set's own folder, where the user put sounds without naming it with --local.
+    """
 
     def __init__(self, selection: Selection, path: Path | None, by_hand: bool = False) -> None:
         self.selection, self.source, self.path, self.by_hand = selection, selection.source, path, by_hand
@@ -99,7 +101,7 @@ class LocalFiles:
         if not self.source.find_copies:
             return Copies() if self.source.one_of else _find_folders(self.selection.items, local)
         found = self.source.find_copies(local, lists)
-        return self._mostly(found) if self.by_hand else found
+        return self._without_sparse_splits(found) if self.by_hand else found
 
     def _lists(self) -> list[tuple[str, Path]]:
         """(split, path) of the lists that name clips: those in the set's folder, else the user's; earlier versions
@@ -112,10 +114,13 @@ class LocalFiles:
                  for item in plain]
         return [(PurePosixPath(item.into).stem, path) for item, path in zip(plain, paths, strict=True) if path]
 
-    def _mostly(self, copies: Copies) -> Copies:
-        """Of clips that nobody named: the splits of which MOSTLY_PCT are there. Of others it tells how to take them.
+    def _without_sparse_splits(self, copies: Copies) -> Copies:
+        """`copies` less the splits of which fewer than MOSTLY_PCT per cent of the published clips are there.
 
-        No link is made in a folder behind a link of the user's: training finds the sounds in it as they are."""
+        For clips that lie in the set's folder though --local did not name them. Each split that is dropped and has some
+        clips adds a sentence to `left_out`, which says how to use these clips all the same. Links into a folder that is
+        itself a link of the user's are dropped as well: training reads the sounds in it directly.
+        """
         published = {count.folder: count.number for count in self.source.partly}
         numbers = {split: copies.numbers.get(split, 0) for split in published}
         few = [split for split, number in numbers.items() if 100 * number < MOSTLY_PCT * published[split]]

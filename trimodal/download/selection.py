@@ -50,7 +50,7 @@ def as_published(file: File, path: Path) -> Wanted:
 
 
 def fetch_bytes(items: Iterable[Item]) -> int:
-    """What these items take to fetch; where no size is published, what they unpack to stands in."""
+    """The bytes to download for these items: the published size of each, else its size when unpacked."""
     return sum(item.size or item.unpacked for item in items)
 
 
@@ -97,7 +97,15 @@ class Selection:
         return peak
 
     def addresses(self, file: File, *, hide_key: bool = False) -> tuple[str, ...]:
-        """Where to ask, in order, under --base-url, --mirror and the key. For what the mirror lacks: as by `auto`."""
+        """The URLs to download `file` from, in the order in which they are tried.
+
+        With --base-url it is that address alone, followed by the file's name. Else they are the published URLs of the
+        server that --mirror names, or, where the file has none there, those that --mirror auto would try. URLs that
+        need a key are left out where the user gave none. Hugging Face's host is replaced by its mirror (--mirror
+        hf-mirror) or by HF_ENDPOINT.
+
+        `hide_key`: write *** in place of the key, to print the URLs. Empty where no URL is left.
+        """
         if base := self.options.base_urls.get(self.source.name):
             return (f"{base}/{file.name}",)
         usable = [(name, url) for name, url in file.urls if self.key or "{key}" not in url]
@@ -130,8 +138,11 @@ class Selection:
 
 
 def _within(items: list[Item], allowed: int) -> list[Item]:
-    """Those that come to no more than `allowed` bytes to fetch: lists and small archives first, of shards the first
-    ones of each split in turn."""
+    """The items to download within a total of `allowed` bytes, in their given order.
+
+    Chosen greedily: lists first, then archives by size and the shards of each split from the first one on. An item that
+    is too large for what is left is skipped.
+    """
     def rank(item: Item) -> tuple[int, int]:
         if item.kind == "parquet":
             return 1, sum(other.into == item.into for other in items[: items.index(item)])

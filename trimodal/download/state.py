@@ -22,7 +22,7 @@ from trimodal.data.samples import SPLITS
 from trimodal.download.http import Wanted, is_right
 from trimodal.download.selection import Selection, as_published
 from trimodal.errors import UserError
-from trimodal.files import keep_beside, replacing, settle, sha256_of
+from trimodal.files import back_up, replace_with_backup, replacing, sha256_of
 from trimodal.media import WITH_SOUND
 from trimodal.sets import inventory, lists
 from trimodal.sets.base import Count, Item, Source
@@ -294,8 +294,13 @@ class State:
             yield Row(f"{folder.rstrip('.')} {suffix}".strip(), sum(found.values()), number)
 
     def _rows_of_lists(self, covered: list[lists.Coverage]) -> Iterator[Row]:
-        """Of lists that name what is not there; of sets that are never whole, of all splits. Where two versions of a
-        list name files of one folder, the later one adds to the first."""
+        """One row for each list that names missing files, and one for each split of a set that is hardly ever complete.
+
+        Such are clips from YouTube, many of which are gone (`Source.partly`): every split gets a row that says how many
+        are here. The row comes from the first of the lists in `covered` that name files of the split's folder,
+        and a later version of the list gets a row "further ..." where files that it names are missing; without a list
+        the row compares the files in the folder with the published number. `covered`: see `coverage`.
+        """
         splits = self.selection.options.splits or SPLITS
         partly = {count.folder: count.number for count in self.selection.source.partly if count.folder in splits}
         first = {one.place: one for one in reversed(covered) if one.place in partly}
@@ -331,7 +336,7 @@ def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
     """Write the marker, whole or not at all; a file of its name that is none is kept under another one."""
     path = folder / inventory.MARKER
     if os.path.lexists(path) and not inventory.read_marker(folder):
-        keep_beside(path)
+        back_up(path)
     with replacing(path, "w") as file:
         file.write(json.dumps(marker, indent=1, ensure_ascii=False) + "\n")
 
@@ -357,7 +362,7 @@ def write_contents(folder: Path, item: str, entries: Iterable[tuple[str, int, in
     files = size = 0
 
     def rename(new: Path, place: Path) -> None:
-        settle(new, place, ours=lambda: bool(read_record(place)))
+        replace_with_backup(new, place, may_overwrite=lambda: bool(read_record(place)))
 
     with replacing(path, rename=rename) as raw, gzip.open(raw, "wt", encoding="utf-8", compresslevel=3) as out:
         for entry in entries:

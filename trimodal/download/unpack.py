@@ -23,7 +23,7 @@ from typing import Any
 from trimodal.download.archives import Archive, ArchiveError, Member, Part, Written, open_archive
 from trimodal.download.progress import Progress
 from trimodal.errors import UserError
-from trimodal.files import bytes_below, settle
+from trimodal.files import bytes_below, replace_with_backup
 from trimodal.sets.base import Item, Rows, Source
 
 STAGING = ".unpacking"
@@ -215,24 +215,25 @@ def _left_in(staging: Path, names: str) -> list[Path]:
 
 
 def _names(source: Source) -> str:
-    """Of staging folders, and of the files and folders that earlier releases made there."""
+    """A regular expression for the names of staging folders, and of what earlier releases made beside them."""
     items = "|".join(re.escape(item.name) for item in source.items)
     return rf"({items})-([0-9a-f]{{16}}|(?=-))(-\d+)?(\.writing|\.\d+\.old)?"
 
 
-def move_into(staging: Path, target: Path, tell: Callable[[Path], Any] = lambda kept: None) -> None:
-    """Rename everything in `staging` into `target`, whole folders where the name is free. A file that is there and
-    differs is kept under another name, which is told; one of the same bytes stays. Done twice, or after an interruption
-    at any moment, the end is the same.
+def move_into(staging: Path, target: Path, announce: Callable[[Path], Any] = lambda kept: None) -> None:
+    """Move everything in `staging` into `target`: whole folders where the name is free, else file by file.
+
+    A file already there that differs is backed up first, and `announce` is called with the backup's path; one of the
+    same bytes stays. After an interruption at any moment, another call completes the move.
 
     Raises:
         UserError: a folder and a file have the same name, or a folder of the target is a link.
     """
-    _merge(staging, target, tell)
+    _merge(staging, target, announce)
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def _merge(staging: Path, target: Path, tell: Callable[[Path], Any]) -> None:
+def _merge(staging: Path, target: Path, announce: Callable[[Path], Any]) -> None:
     if target.is_symlink():
         raise UserError(f"{target}: is a link to a folder of yours, which is left alone; remove the link first")
     if not target.exists():
@@ -244,8 +245,8 @@ def _merge(staging: Path, target: Path, tell: Callable[[Path], Any]) -> None:
     for source in sorted(staging.iterdir()):
         place = target / source.name
         if source.is_dir():
-            _merge(source, place, tell)
+            _merge(source, place, announce)
         elif place.is_dir():
             raise UserError(f"{place}: is a folder where a file of the data set belongs; move it away")
         else:
-            settle(source, place, tell=tell)
+            replace_with_backup(source, place, announce=announce)

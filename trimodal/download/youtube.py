@@ -22,7 +22,7 @@ from trimodal.download.progress import in_threads
 from trimodal.download.selection import Options, Selection
 from trimodal.download.unpack import remove_below
 from trimodal.errors import UserError
-from trimodal.files import keep_beside, replacing, settle
+from trimodal.files import back_up, replace_with_backup, replacing
 from trimodal.media import WITH_SOUND
 
 LEDGER, STAGING = "youtube.csv", ".clips"
@@ -56,7 +56,7 @@ def fetch_clips(selection: Selection, policy: Policy) -> int:
     tool, folder, name = _find_tool(), selection.folder, selection.source.name
     ledger = read_ledger(folder / LEDGER)
     if not _is_ledger(folder / LEDGER):
-        kept = keep_beside(folder / LEDGER)
+        kept = back_up(folder / LEDGER)
         policy.progress.say(f"{name}: {folder / LEDGER} held other rows than those of this command; all of it is kept "
                             f"as {kept}")
     with replacing(folder / LEDGER, "w") as file:  # one row a clip again
@@ -149,7 +149,7 @@ def _fetch(tool: list[str], folder: Path, split: str, clip: str, options: Option
     if not _has_sound(path):
         return "failed", "holds no sound"
     (folder / split).mkdir(exist_ok=True)
-    settle(path, folder / split / path.name)
+    replace_with_backup(path, folder / split / path.name)
     return "ok", ""
 
 

@@ -59,7 +59,7 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is none of a data set: see `walk`, and `files.settle`."""
+    """Whether a file or folder of this name is none of a data set: see `walk`, and `files.replace_with_backup`."""
     return name.startswith(".") or is_set_aside(name)
 
 

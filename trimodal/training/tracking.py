@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trimodal.files import keep_beside, replacing, say_kept
+from trimodal.files import back_up, replacing, say_kept
 from trimodal.redaction import without_secrets
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
@@ -169,7 +169,7 @@ def drop_after(path: Path, last_step: int) -> None:
     path = Path(os.path.realpath(path))
     kept = [record for record in read_records(path) if record.get("step", 0) <= last_step]
     if not is_own_log(path):
-        keep_beside(path, partial(say_kept, path))
+        back_up(path, partial(say_kept, path))
     with replacing(path) as file:
         file.writelines(map(_line, kept))
 

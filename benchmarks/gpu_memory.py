@@ -44,7 +44,7 @@ from trimodal.config import SIZES, Config, StageConfig, load_config
 from trimodal.memory import devices
 from trimodal.memory.devices import GIB
 from trimodal.training.loop import train_step
-from trimodal.training.planner import TOWERS, Place, Plan, plan_stages, without_speaker
+from trimodal.training.planner import TOWERS, DeviceSetup, Plan, plan_stages, without_speaker
 from trimodal.training.run import Options, Run, open_run
 from trimodal.training.stage import build_stage
 from trimodal.training.tracking import read_records
@@ -86,9 +86,9 @@ def configured(size: str, effective_batch: int, folder: Path) -> Config:
         f"paths.output_dir={folder / f'{size}_{effective_batch}'}", "model.word_embeddings=random", "data.workers=0"])
 
 
-def plans_of(config: Config, place: Place) -> dict[str, Plan]:
+def plans_of(config: Config, setup: DeviceSetup) -> dict[str, Plan]:
     tasks = {row.name: without_speaker(row.tasks) for row in config.stages}
-    return plan_stages(config, tasks, place)
+    return plan_stages(config, tasks, setup)
 
 
 def measured(run: Run, row: StageConfig, plan: Plan, steps: int) -> Row:
@@ -129,13 +129,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args(argv)
     device = devices.choose_device("cuda")
-    place = Place("cuda", devices.choose_precision(device, True).dtype)
-    print(f"{date.today()}, torch {torch.__version__}, {devices.device_name(device)}, {str(place.amp)[6:]}\n{HEADER}",
+    setup = DeviceSetup("cuda", devices.choose_precision(device, True).dtype)
+    print(f"{date.today()}, torch {torch.__version__}, {devices.device_name(device)}, {str(setup.amp)[6:]}\n{HEADER}",
           flush=True)
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         configs = [configured(size, batch, Path(name)) for size in args.sizes
                    for batch in args.batches or (*BATCHES, *([LARGEST] if size == "large" else []))]
-        plans = [pool.submit(plans_of, config, place) for config in configs]
+        plans = [pool.submit(plans_of, config, setup) for config in configs]
         for config, found in zip(configs, plans, strict=True):
             with redirect_stdout(sys.stderr):
                 run = open_run(config, Options("cuda"), None)

@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.attention_memory import cpu_name
-from benchmarks.plan_choice import PLACE, Case, Key, Trainer
+from benchmarks.plan_choice import SETUP, Case, Key, Trainer
 from trimodal.config import SIZES, Config, load_config
 from trimodal.memory.devices import GIB, peak_gib, reset_peak
 from trimodal.memory.tracker import PeakMemory
@@ -101,7 +101,7 @@ def resident_gib(case: Case, micro_batch: int) -> float:
 
 
 def planned_gib(case: Case, micro_batch: int) -> float:
-    usage = step_usage(case.config, case.row, case.task, case.fit(key_of(micro_batch)), PLACE)
+    usage = step_usage(case.config, case.row, case.task, case.fit(key_of(micro_batch)), SETUP)
     assert usage is not None, "no limit, so there is a figure"
     return usage.peak_bytes / GIB
 

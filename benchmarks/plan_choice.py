@@ -47,13 +47,21 @@ from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
 from trimodal.objectives.step import Step
 from trimodal.training.optimizer import Optimizer
-from trimodal.training.planner import Limits, Place, apply_recompute, largest_batch, plan_fit, stage_upper, step_usage
+from trimodal.training.planner import (
+    DeviceSetup,
+    Limits,
+    apply_recompute,
+    largest_batch,
+    plan_fit,
+    stage_upper,
+    step_usage,
+)
 
 LIMIT = 1.10
 SLOW = 1.3  # times the fastest: not run again after the first round
 RECOMPUTE = (0, 4, 2, 1)
 LINES_PCT = (100, 70, 50, 35, 25, 15, 8, 3, 0)
-PLACE = Place("cpu", None)
+SETUP = DeviceSetup("cpu", None)
 
 Key = tuple[tuple[str, int, int], ...]  # tower, micro-batch, recompute, of the towers that a task uses
 
@@ -68,7 +76,7 @@ class Case:
 
     @property
     def upper(self) -> dict[str, int]:
-        return stage_upper(self.config, self.row, PLACE)
+        return stage_upper(self.config, self.row, SETUP)
 
     @property
     def towers(self) -> list[str]:
@@ -102,7 +110,7 @@ class Peaks:
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
         key = self.case.key(fit)
         if key not in self.known:
-            usage = step_usage(self.case.config, self.case.row, self.case.task, fit, PLACE)
+            usage = step_usage(self.case.config, self.case.row, self.case.task, fit, SETUP)
             assert usage is not None, "no limit, so there is a figure"
             self.known[key] = usage
         return self.known[key] if limit_bytes is None or self.known[key].peak_bytes <= limit_bytes else None

@@ -28,10 +28,10 @@ import torch
 
 from trimodal.config import SIZES, Config, load_config
 from trimodal.memory.devices import GIB
-from trimodal.training.planner import TOWERS, OverBudget, Place, Plan, plan_stages, without_speaker
+from trimodal.training.planner import TOWERS, DeviceSetup, OverBudget, Plan, plan_stages, without_speaker
 
 BATCHES, LARGEST = (32, 1024, 4096), 8192
-PLACE = Place("cuda", torch.bfloat16)
+SETUP = DeviceSetup("cuda", torch.bfloat16)
 
 
 def configured(size: str, effective_batch: int, folder: str) -> Config:
@@ -42,7 +42,7 @@ def configured(size: str, effective_batch: int, folder: str) -> Config:
 
 def plans_of(config: Config) -> dict[str, Plan]:
     tasks = {row.name: without_speaker(row.tasks) for row in config.stages}
-    return plan_stages(config, tasks, PLACE)
+    return plan_stages(config, tasks, SETUP)
 
 
 def cell(plan: Plan) -> str:

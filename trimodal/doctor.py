@@ -224,7 +224,7 @@ def check_device(case: Case) -> Iterator[Finding]:
     case.device = device
     yield Finding("device", "ok", f"{devices.device_name(device)}, {precision.reason}; {cpu_cores()} CPU cores, "
                                   f"{torch.get_num_threads()} threads")
-    free, total = devices.free_gib(device)
+    free, total = devices.free_and_total_gib(device)
     short = free < case.config.budget_gb
     yield Finding("device memory", "warn" if short else "ok",
                   f"{free:.1f} of {total:.1f} GiB are free, the budget is {case.config.budget_gb:g}",
@@ -426,7 +426,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
     """Open the run, with few samples in a batch, and plan the memory of each stage as it will be asked of the run."""
     from trimodal.memory.devices import GIB
     from trimodal.training.planner import plan_stages
-    from trimodal.training.plans import describe_towers, place_of, saved_fits, settings_of
+    from trimodal.training.plans import describe_towers, saved_fits, settings_of, setup_of
     from trimodal.training.run import open_run
 
     with contextlib.suppress(OSError):  # what was planned before need not be planned again
@@ -438,7 +438,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
     case.run = run
     yield Finding("model", "ok", f"{config.model.size}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M "
                                  f"parameters; {len(run.data.concepts)} concepts, {len(run.data.speakers)} speakers")
-    plans = plan_stages(config, tasks, place_of(run), saved_fits(run, config, tasks, case.state))
+    plans = plan_stages(config, tasks, setup_of(run), saved_fits(run, config, tasks, case.state))
     for name, plan in plans.items():
         yield Finding(f"memory: {name}", "ok", f"{plan.peak_bytes / GIB:.2f} GiB + {plan.allowance_bytes / GIB:.2f} "
                       f"kept free, of {plan.budget_bytes / GIB:g}; micro-batch (of) {describe_towers(plan)}")

@@ -15,7 +15,7 @@ from trimodal.memory import shapes
 from trimodal.memory import tracker as tracker_module
 from trimodal.memory.devices import Fit
 from trimodal.training import planner
-from trimodal.training.planner import Place, step_usage
+from trimodal.training.planner import DeviceSetup, step_usage
 
 F = torch.ops.aten
 
@@ -34,7 +34,7 @@ def _nothing_known() -> Iterator[None]:
     shapes.forget()
 
 
-FLOAT, BF16 = Place("cpu", None), Place("cuda", torch.bfloat16)
+FLOAT, BF16 = DeviceSetup("cpu", None), DeviceSetup("cuda", torch.bfloat16)
 
 
 BRIEFLY = [("pretrain", 0, (FLOAT, 32, 0)), ("pretrain", 1, (FLOAT, 8, 2)), ("align", 0, (BF16, 8, 1)),
@@ -46,15 +46,15 @@ BRIEFLY = [("pretrain", 0, (FLOAT, 32, 0)), ("pretrain", 1, (FLOAT, 8, 2)), ("al
       for stage, task in (("pretrain", 0), ("pretrain", 1), ("align", 0), ("finetune", 0))
       for how in ((FLOAT, 8, 2), (BF16, 32, 0), (BF16, 32, 1), (BF16, 5, 1)) if (stage, task, how) not in BRIEFLY)])
 def test_a_step_takes_the_same_bytes(small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str,
-                                     task: int, how: tuple[Place, int, int]) -> None:
+                                     task: int, how: tuple[DeviceSetup, int, int]) -> None:
     """By FakeTensorMode alone, while shapes become known, and when they are."""
-    place, size, every = how
+    setup, size, every = how
     config = small.config(tmp_path, "training.ema_decay=0.9")
     row = next(row for row in config.stages if row.name == stage)
     fit = Fit(dict.fromkeys(planner.TOWERS, size), dict.fromkeys(planner.TOWERS, every))
-    found = [step_usage(config, row, row.tasks[task], fit, place) for _ in range(2)]
+    found = [step_usage(config, row, row.tasks[task], fit, setup) for _ in range(2)]
     monkeypatch.setattr(planner, "tracing", plain_tracing)
-    assert found == 2 * [step_usage(config, row, row.tasks[task], fit, place)]
+    assert found == 2 * [step_usage(config, row, row.tasks[task], fit, setup)]
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], object]] = {

@@ -101,7 +101,7 @@ def test_captions_of_one_file_are_right_for_all_its_samples(modality: str, files
 
 def test_positives_move_to_the_device() -> None:
     moved = Positives.of(torch.tensor(OWNER), torch.tensor(IDS), torch.arange(4)).to(lambda t: t.to("meta"))
-    assert moved.owner_C.is_meta and moved.group_C.is_meta and moved.item_B.is_meta
+    assert moved.file_C.is_meta and moved.group_C.is_meta and moved.file_B.is_meta
 
 
 def test_images_and_sounds_match_by_file() -> None:

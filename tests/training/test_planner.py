@@ -18,18 +18,18 @@ from trimodal.errors import UserError
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS, PeakMemory, Usage
 from trimodal.training import loop, planner
-from trimodal.training.planner import Place, Plan
+from trimodal.training.planner import DeviceSetup, Plan
 
-CPU, CUDA = Place("cpu", None), Place("cuda", torch.bfloat16)
+CPU, CUDA = DeviceSetup("cpu", None), DeviceSetup("cuda", torch.bfloat16)
 
 
 def tasks_of(row: StageConfig) -> list[planner.TaskConfig]:
     return planner.without_speaker(row.tasks)
 
 
-def planned(config: Config, name: str, place: Place = CPU) -> Plan:
+def planned(config: Config, name: str, setup: DeviceSetup = CPU) -> Plan:
     row = next(row for row in config.stages if row.name == name)
-    return planner.plan_stage(config, row, tasks_of(row), place)
+    return planner.plan_stage(config, row, tasks_of(row), setup)
 
 
 # ---- the truth ---------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_a_batch_that_waits_on_the_host_takes_nothing_of_a_gpu(small: SmallRuns,
     """However large it is: 2,048 pictures here are more than all else together."""
     config = small.config(tmp_path / "run", "training.batch_size=2048", "model.image_size=224")
     row, fit = config.stages[1], Fit(dict.fromkeys(planner.TOWERS, 16), dict.fromkeys(planner.TOWERS, 1))
-    on_gpu, on_cpu = (planner.step_usage(config, row, row.tasks[0], fit, place) for place in (CUDA, CPU))
+    on_gpu, on_cpu = (planner.step_usage(config, row, row.tasks[0], fit, setup) for setup in (CUDA, CPU))
     assert on_gpu is not None and on_cpu is not None
     pictures = 2048 * 3 * 224 * 224
     assert on_gpu.by_tag["data"] == 0 and on_gpu.peak_bytes < pictures < on_cpu.by_tag["data"] < on_cpu.peak_bytes
@@ -127,9 +127,9 @@ def test_what_a_stage_freezes_takes_neither_gradients_nor_moments(small: SmallRu
 def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(small: SmallRuns, tmp_path: Path) -> None:
     config = small.config(tmp_path / "run", "memory.budget_gb=4")
     weights = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
-    found = planner.limits(config, Place("cpu", None, ratio=1.0)).tensor_bytes
+    found = planner.limits(config, DeviceSetup("cpu", None, ratio=1.0)).tensor_bytes
     assert found == 3 * GIB - weights
-    on_gpu = planner.limits(config, Place("cuda", None, ratio=1.0)).tensor_bytes
+    on_gpu = planner.limits(config, DeviceSetup("cuda", None, ratio=1.0)).tensor_bytes
     assert on_gpu == 4 * GIB - int(CONTEXT_GIB["cuda"] * GIB)
 
 
@@ -220,7 +220,7 @@ def test_speakers_take_memory_where_there_are_any(tmp_path: Path) -> None:
                                 f"paths.output_dir={tmp_path}"])
     row = config.stages[0]
     audio = [task for task in row.tasks if task.inputs == ("audio",)]
-    few, many = (planner.plan_stage(config, row, audio, Place("cpu", None, count)) for count in (1, 7205))
+    few, many = (planner.plan_stage(config, row, audio, DeviceSetup("cpu", None, count)) for count in (1, 7205))
     weights = 7204 * 512 * 4  # and as much in gradients, twice in moments
     assert many.by_tag["parameters"] - few.by_tag["parameters"] == pytest.approx(weights, rel=0.01)
     assert many.by_tag["optimizer"] - few.by_tag["optimizer"] == pytest.approx(2 * weights, rel=0.01)
@@ -261,7 +261,7 @@ def test_json_is_of_a_plan_alone(capsys: pytest.CaptureFixture[str]) -> None:
 def test_processes_share_a_plan(small: SmallRuns, tmp_path: Path) -> None:
     """Each encodes its share beside the features of all, so that what it takes lies between half and all."""
     config = small.config(tmp_path / "run", "memory.micro_batch=auto", "training.batch_size=33")
-    alone, shared = (planned(config, "align", Place("cpu", None, processes=n)) for n in (1, 2))
+    alone, shared = (planned(config, "align", DeviceSetup("cpu", None, processes=n)) for n in (1, 2))
     assert alone.upper["image"] == 33 and shared.upper == dict.fromkeys(planner.TOWERS, 17)
     ratio = shared.by_tag["activations"] / alone.by_tag["activations"]
     assert 0.4 < ratio < 0.9 and shared.by_tag["data"] == alone.by_tag["data"]
@@ -270,7 +270,7 @@ def test_processes_share_a_plan(small: SmallRuns, tmp_path: Path) -> None:
 def test_a_gpu_holds_no_more_of_the_batch_than_what_is_encoded(small: SmallRuns, tmp_path: Path) -> None:
     config = small.config(tmp_path / "run", "memory.micro_batch=8", "model.image_size=64")
     row = next(row for row in config.stages if row.name == "align")
-    host, gpu = (planner.plan_stage(config, row, row.tasks[:1], place) for place in (CPU, Place("cuda", None)))
+    host, gpu = (planner.plan_stage(config, row, row.tasks[:1], setup) for setup in (CPU, DeviceSetup("cuda", None)))
     assert gpu.by_tag["data"] == 0 and host.by_tag["data"] > 32 * 3 * 64 * 64
     assert gpu.peak_bytes < host.peak_bytes
 

@@ -153,7 +153,7 @@ def can_score(data: Data, split: str) -> bool:
 
 
 def _facts(data: Data, split: str, limit: int | None, gathered: "_Gathered") -> dict[str, dict[str, Any]]:
-    """Of each set: samples used, samples there are, broken ones, and features that are not finite."""
+    """Count for each data set the samples used, all samples, the broken ones, and the features that are not finite."""
     table, facts = data.tables[split], {}
     part, whole = (np.concatenate([np.empty(0, np.int64), *chosen_rows(data, split, most).values()])
                    for most in (limit, None))
@@ -322,23 +322,31 @@ def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Items of two modalities whose samples have both; of the first modality one item for each file."""
+    """Which items of a second modality belong to which of a first: N and M items, as int64 indices into their `Items`.
 
-    left: np.ndarray  # places of the first modality's items
-    right: np.ndarray  # places of the second's
-    owners: np.ndarray  # of each on the right, which on the left belongs to it
-    ids: np.ndarray  # of those on the right, see Items
+    Only items of samples that have both modalities. Of the first modality each file stands once, however many samples
+    share it; of the second every item of those samples stands.
+    """
+
+    first_N: np.ndarray  # indices of the first modality's items
+    second_M: np.ndarray  # indices of the second modality's items
+    owners_M: np.ndarray  # for each of the second, the position in first_N of the item that belongs to it
+    ids_M: np.ndarray  # `Items.ids_N` of the second: equal for equal captions or files
 
 
-def _paired(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pairs:
+def _pair_items(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pairs:
+    """Match the encoded items of the two modalities in `pair` by their samples, merging equal files of the first.
+
+    `members`: True at the table rows of the samples to use. Empty where a modality of the pair was not encoded.
+    """
     if not set(pair) <= encoded.items.keys():
         return _Pairs(*np.empty((4, 0), np.int64))
     first, second = (encoded.items[name] for name in pair)
-    left = np.flatnonzero(members[first.rows_N] & np.isin(first.rows_N, second.rows_N))
-    right = np.flatnonzero(members[second.rows_N] & np.isin(second.rows_N, first.rows_N))
-    owners = np.searchsorted(first.rows_N[left], second.rows_N[right])
-    kept, group = _first_of_each(first.ids_N[left])
-    return _Pairs(left[kept], right, group[owners], second.ids_N[right])
+    first_N = np.flatnonzero(members[first.rows_N] & np.isin(first.rows_N, second.rows_N))
+    second_M = np.flatnonzero(members[second.rows_N] & np.isin(second.rows_N, first.rows_N))
+    owners_M = np.searchsorted(first.rows_N[first_N], second.rows_N[second_M])
+    kept, file_N = _first_of_each(first.ids_N[first_N])
+    return _Pairs(first_N[kept], second_M, file_N[owners_M], second.ids_N[second_M])
 
 
 def _first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -354,21 +362,21 @@ def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.
 
     A file that stands in several samples is one, for which all their captions are right.
     """
-    p = _paired(encoded, pair, members)
-    if len(p.left) < 2:
+    p = _pair_items(encoded, pair, members)
+    if len(p.first_N) < 2:
         return {}
-    first, second = (_rows(encoded.items[name].features_NF, places) for name, places in zip(pair, (p.left, p.right),
-                                                                                            strict=True))
+    first, second = (_rows(encoded.items[name].features_NF, indices)
+                     for name, indices in zip(pair, (p.first_N, p.second_M), strict=True))
     texts = pair[1] == "text"
-    _, ids = np.unique(p.ids, return_inverse=True)
-    counted, _ = _first_of_each(p.owners * (ids.max() + 1) + ids if texts else ids)
+    _, ids = np.unique(p.ids_M, return_inverse=True)
+    counted, _ = _first_of_each(p.owners_M * (ids.max() + 1) + ids if texts else ids)
     order = np.concatenate([counted, np.setdiff1d(np.arange(len(ids)), counted)])
-    figures = metrics.retrieval(first, _rows(second, counted), torch.from_numpy(p.owners[order]),
+    figures = metrics.retrieval(first, _rows(second, counted), torch.from_numpy(p.owners_M[order]),
                                 torch.from_numpy(ids[order]), names=pair, options=options)
     if texts:
-        times = data.tables[encoded.split].caption_times[encoded.captions_C[p.right]]
-        each = np.repeat(np.arange(len(p.right)), times)  # equal captions of one clip are so many queries there
-        of_papers = metrics.retrieval(first, _rows(second, each), torch.from_numpy(p.owners[each]), names=pair,
+        times = data.tables[encoded.split].caption_times[encoded.captions_C[p.second_M]]
+        each = np.repeat(np.arange(len(p.second_M)), times)  # equal captions of one clip are so many queries there
+        of_papers = metrics.retrieval(first, _rows(second, each), torch.from_numpy(p.owners_M[each]), names=pair,
                                       options=options)
         figures = {name + suffix: found[name] for name in figures
                    for suffix, found in (("", figures), (PER_CAPTION, of_papers))}
@@ -441,26 +449,26 @@ def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: i
         "score", "right"}]}, with the `found` best answers, best first.
     """
     table = data.tables[encoded.split]
-    p = _paired(encoded, (modality, "text"), np.ones(len(table), bool))
-    if not len(p.left):
+    p = _pair_items(encoded, (modality, "text"), np.ones(len(table), bool))
+    if not len(p.first_N):
         return []
-    gallery = _rows(encoded.items[modality].features_NF, p.left)
-    rows_G = encoded.items[modality].rows_N[p.left]
-    relation = metrics.Relation(torch.from_numpy(p.owners), torch.from_numpy(p.ids), len(p.left))
-    firsts = np.unique(p.owners, return_index=True)[1]  # one caption a file, and each wording once
-    firsts = firsts[np.unique(p.ids[firsts], return_index=True)[1]]
+    gallery = _rows(encoded.items[modality].features_NF, p.first_N)
+    rows_G = encoded.items[modality].rows_N[p.first_N]
+    relation = metrics.Relation(torch.from_numpy(p.owners_M), torch.from_numpy(p.ids_M), len(p.first_N))
+    firsts = np.unique(p.owners_M, return_index=True)[1]  # one caption a file, and each wording once
+    firsts = firsts[np.unique(p.ids_M[firsts], return_index=True)[1]]
     chosen = np.sort(np.random.default_rng(SAMPLING_SEED).permutation(firsts)[:queries])
     out = []
     for c in chosen.tolist():
-        query_F = _rows(encoded.items["text"].features_NF, p.right[c:c + 1])[0]
+        query_F = _rows(encoded.items["text"].features_NF, p.second_M[c:c + 1])[0]
         scores_G = (gallery @ query_F).nan_to_num(-2.0, -2.0, -2.0).cpu()
-        right_G = relation.tile(slice(0, len(p.left)), slice(c, c + 1))[:, 0]
+        right_G = relation.tile(slice(0, len(p.first_N)), slice(c, c + 1))[:, 0]
         reached = scores_G[right_G].max() - metrics.rounding(scores_G.dtype)
         rank = 1 + int((scores_G[~right_G] >= reached).sum())
         best = scores_G.sort(descending=True, stable=True).indices[:found].tolist()
-        source = table.sources[rows_G[p.owners[c]]]
-        out.append({"query": table.captions[encoded.captions_C[p.right[c]]], "source": source,
-                    "modality": modality, "rank": rank, "candidates": len(p.left),
+        source = table.sources[rows_G[p.owners_M[c]]]
+        out.append({"query": table.captions[encoded.captions_C[p.second_M[c]]], "source": source,
+                    "modality": modality, "rank": rank, "candidates": len(p.first_N),
                     "answers": [{"picture": _picture(data, encoded.split, modality, int(rows_G[g])),
                                  "caption": (table.captions_of(int(rows_G[g])) or ("",))[0],
                                  "score": float(scores_G[g]), "right": bool(right_G[g])} for g in best]})

@@ -292,8 +292,15 @@ def format_table(figures: Mapping[str, Any]) -> str:
 
 
 def format_notes(figures: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> str:
-    """What a reader of the table must know, a line a set: a part of it only, files left out, bad features, trials, or
-    that there are no figures of it."""
+    """Notes to print below the table of figures: one line for each data set that needs one, each after a line break.
+
+    A set needs one where only a part of its samples was used, samples are broken or were trained on, features were not
+    finite, speakers were verified on trials, or no figure could be computed. In English.
+
+    Args:
+        figures: {set: figures}, as `protocols.score` returns.
+        facts: {set: facts}, as in `protocols.Encoded`; see `_note` for the keys.
+    """
     say = {key: words["en"] for key, words in PHRASES.items()}
     return "".join(f"\n{name}: {_note(own, say, name in figures)}" for name, own in facts.items()
                    if name not in figures or own["samples"] < own["of"] or own["subset_seed"] is not None
@@ -352,11 +359,21 @@ def _figures(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
     return "\n\n".join(part for part in parts if part) if len(parts) > 2 else f"{parts[0]}\n\n{say['nothing']}"
 
 
-def _note(facts: Mapping[str, Any] | None, say: Mapping[str, str], some: bool = True) -> str:
-    """What a reader of the figures must know: a part of the set only, files left out, bad features, which trials."""
+def _note(facts: Mapping[str, Any] | None, say: Mapping[str, str], has_figures: bool = True) -> str:
+    """The note on one data set, as sentences: how many samples were used, and what limits its figures.
+
+    Args:
+        facts: of `protocols.Encoded` for this set; read are "samples", "of", "subset_seed", "broken", "trained_on",
+            "nonfinite" and "trials".
+        say: the phrases in the language of the report.
+        has_figures: False: a sentence says that the set has none.
+
+    Returns:
+        "" where there are no facts.
+    """
     if not facts:
         return ""
-    words = [say["samples"].format(**facts)] + ([] if some else [say["no_figures"]])
+    words = [say["samples"].format(**facts)] + ([] if has_figures else [say["no_figures"]])
     if facts.get("subset_seed") is not None:
         words.append(say["subset"].format(**facts))
     if facts.get("broken"):

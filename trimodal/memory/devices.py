@@ -122,8 +122,12 @@ def peak_gib(device: torch.device) -> Peak:
 
 
 def held_gib(device: torch.device) -> float:
-    """What is in `peak_gib` and no plan counts, asked before a model is made: Python, libraries and the data read so
-    far. 0 on CUDA, whose allocator holds tensors alone; where the system tells its peak only, that so far."""
+    """The memory in GiB that this process takes now, to be subtracted from a later `peak_gib`: plans do not count it.
+
+    Call it before a model is made, when the memory is that of Python, the libraries and the data read so far. On CUDA
+    it is 0, since `peak_gib` counts the allocator's memory alone. Elsewhere it is the resident memory; where the system
+    only reports a peak (not Linux), that peak.
+    """
     if device.type == "cuda":
         return 0.0
     with contextlib.suppress(OSError, StopIteration):
@@ -262,9 +266,9 @@ def _grow_segments() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def free_gib(device: torch.device) -> tuple[float, float]:
-    """What is free of the device's memory and how much there is, in GiB; elsewhere than on CUDA of the machine's, or of
-    what a container may take."""
+def free_and_total_gib(device: torch.device) -> tuple[float, float]:
+    """The free and the total memory of `device` in GiB. For other devices than CUDA it is that of the machine, or of
+    the container (cgroup) where its limit is lower."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free / GIB, total / GIB

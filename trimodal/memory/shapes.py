@@ -18,10 +18,10 @@ VARYING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torc
 
 
 class _Output(NamedTuple):
-    """One tensor of a result: a new one, a view of a tensor given, or that tensor itself."""
+    """How to make one tensor of a result: as a new tensor, as a view of an input tensor, or as that input itself."""
 
-    given: int = -1  # place among the tensors given, of the one whose storage it has; -1: its own
-    shape: tuple[int, ...] | None = None  # None: the tensor given
+    given: int = -1  # index of the input tensor whose storage it shares; -1: it has its own
+    shape: tuple[int, ...] | None = None  # None: it is that input itself
     stride: tuple[int, ...] = ()
     offset: int = 0
     dtype: torch.dtype = torch.float32
@@ -87,7 +87,7 @@ class Shapes:
         if not unchanged or _varies(func, tensors) or func in self.mode.lift_fns or kind not in (None, list, tuple):
             return None
         found = list(result) if kind else [] if result is None else [result]
-        outputs = [_output(tensor, tensors) for tensor in found]
+        outputs = [_describe_output(tensor, tensors) for tensor in found]
         known = _Result(kind, tuple(output for output in outputs if output is not None))
         return known if len(known.outputs) == len(found) and self._makes(known, found, tensors) else None
 
@@ -128,8 +128,14 @@ def _varies(func: Any, tensors: Sequence[Tensor]) -> bool:
     return bool(VARYING.intersection(func.tags))
 
 
-def _output(tensor: Any, tensors: Sequence[Tensor]) -> _Output | None:
-    """None for what is no plain fake tensor, or may share its storage with several."""
+def _describe_output(tensor: Any, tensors: Sequence[Tensor]) -> _Output | None:
+    """How to make `tensor`, a result of an operation, again from the operation's input `tensors`: as one of them, as a
+    view of one of them, or as a new tensor.
+
+    Returns:
+        None where that is not known: `tensor` is no plain fake tensor on a CPU, or shares its storage with several
+        inputs.
+    """
     if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.fake_device != CPU:
         return None
     own = tensor.untyped_storage()._cdata

@@ -27,46 +27,54 @@ Mask = Callable[[Tensor], Tensor]  # of the queries at some rows (Q), which keys
 
 @dataclass(frozen=True)
 class Positives:
-    """Which keys are right for which queries: those that share a group, of which a query may have several.
+    """Which captions are positives of which samples: those with the same text as a caption of the sample's file.
 
-    `item_B` numbers the different files among the samples, `owner_C` names the file of each caption, `group_C` the
-    caption's group. Masks are made for the rows asked for, so that nothing here grows with B * C.
+    Two samples of one file have the same positives, and equal captions are positives of the same files. Masks are made
+    for the rows asked for, so that nothing here grows with B * C. In image-audio contrast sounds stand for captions.
     """
 
-    owner_C: Tensor
-    group_C: Tensor
-    item_B: Tensor
+    file_C: Tensor  # number of the file that each caption belongs to
+    group_C: Tensor  # equal for equal captions
+    file_B: Tensor  # number of each sample's file, equal for equal files
 
     @staticmethod
-    def of(owner_C: Tensor, ids_C: Tensor, files_B: Tensor) -> "Positives":
-        """Caption c belongs to sample owner_C[c]; captions of equal id are the same caption, whoever owns them, and
-        samples of equal id in `files_B` the same file: what one of them owns, all own."""
-        item_B = dense_ids(files_B)
-        return Positives(item_B[owner_C], dense_ids(ids_C), item_B)
+    def of(sample_C: Tensor, ids_C: Tensor, files_B: Tensor) -> "Positives":
+        """The positives of a batch of B samples with C captions.
+
+        Args:
+            sample_C: index in the batch of the sample that each caption belongs to.
+            ids_C: equal for captions of equal text, whichever sample they belong to.
+            files_B: equal for samples of the same file: a caption of one is a caption of all.
+        """
+        file_B = dense_ids(files_B)
+        return Positives(file_B[sample_C], dense_ids(ids_C), file_B)
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "Positives":
-        return replace(self, owner_C=move(self.owner_C), group_C=move(self.group_C), item_B=move(self.item_B))
+        return replace(self, file_C=move(self.file_C), group_C=move(self.group_C), file_B=move(self.file_B))
 
     def of_samples(self, rows: Tensor) -> Tensor:
-        """(Q, C) for samples as queries: captions of a group of which the sample's file owns one."""
-        own_QC = self.owner_C == self.item_B[rows][:, None]
+        """(Q, C) mask for the samples `rows` as queries: captions equal to one of the sample's file."""
+        own_QC = self.file_C == self.file_B[rows][:, None]
         return any_by_number(own_QC, self.group_C, len(self.group_C))[:, self.group_C]
 
     def of_captions(self, rows: Tensor) -> Tensor:
-        """(Q, B) for captions as queries: samples whose file owns a caption of the same group."""
+        """(Q, B) mask for the captions `rows` as queries: samples whose file has an equal caption."""
         same_QC = self.group_C == self.group_C[rows][:, None]
-        return any_by_number(same_QC, self.owner_C, len(self.item_B))[:, self.item_B]
+        return any_by_number(same_QC, self.file_C, len(self.file_B))[:, self.file_B]
 
     def count(self) -> int:
-        """Right pairs of all samples and captions."""
-        owned = torch.stack([self.owner_C, self.group_C]).unique(dim=1)  # one of each group that a file owns
-        samples, captions = self.item_B.bincount(), self.group_C.bincount()
+        """How many (sample, caption) pairs are positives, among all B * C."""
+        owned = torch.stack([self.file_C, self.group_C]).unique(dim=1)  # one of each group that a file has
+        samples, captions = self.file_B.bincount(), self.group_C.bincount()
         return int((samples[owned[0]] * captions[owned[1]]).sum())
 
 
 def positives_of(batch: Any, inputs: Sequence[str]) -> Positives:
-    """Which of the second input belong to which of the first: captions are told apart by their text, images and audio
-    by their file, and where a batch does not say which that is by their sample. On the host."""
+    """The positives of `batch` for the pair of modalities `inputs`, as CPU tensors.
+
+    Captions are the same if their text is; images and sounds are the same if their file is, or, where the batch holds
+    no ids of files, their sample.
+    """
     def files(name: str) -> Tensor:
         found = batch.image_ids if name == "image" else batch.audio_ids
         return batch.sample_ids if found is None else found

@@ -133,11 +133,21 @@ def remove_run(folder: Path) -> None:
 
 
 def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.datetime | None = None) -> Path | None:
-    """Where a run has come further than the checkpoint called `name`, of this epoch and step: move what came after it
-    into a new folder abandoned_TIME; its path. After a kill `finish_going_back` does the rest of it.
+    """Move the files that a run wrote after the checkpoint `name` into a new folder abandoned_TIME, before the run
+    resumes from that checkpoint.
 
-    It has come further if there are later checkpoints or a later report; before the first step (`step` 0), if it was at
-    the end of a stage or has saved its best weights.
+    Checkpoints, exports and reports are moved; settings and logs are copied, and the logs then cut after `step`.
+    Nothing happens unless the run has got further than the checkpoint: there is a later checkpoint or a report of a
+    later step, or, where `step` is 0, the run had ended a stage or saved its best or final weights. The work is noted
+    in a file first, so that after a kill `finish_going_back` completes it.
+
+    Args:
+        folder: the run's output folder.
+        name: file name of the checkpoint in folder/checkpoints; `epoch` and `step` are those of its weights.
+        now: the time in the new folder's name; a second later where that is taken.
+
+    Returns:
+        The new folder, or None where nothing came after the checkpoint.
     """
     checkpoints, records = folder / "checkpoints", read_records(folder / LOG)
     reports = [record["file"] for record in records if record["kind"] == "report" and record["step"] > step]
@@ -169,8 +179,11 @@ def _later_models(checkpoints: Path, epoch: int) -> list[Path]:
 
 
 def finish_going_back(folder: Path) -> Path | None:
-    """Do what is left of moving away what came after a checkpoint, if anything is; the place that it is moved to. Each
-    part can be done again after a kill: copies come first, then moves, then the logs are cut."""
+    """Complete the move that `go_back` noted in `folder`; returns the folder moved to, or None where none is noted.
+
+    Every part can be repeated after a kill: first logs and settings are copied, then files are moved, then the logs are
+    cut, and the note is deleted last.
+    """
     try:
         work = json.loads((folder / GOING_BACK).read_text("utf-8"))
     except FileNotFoundError:

@@ -65,14 +65,18 @@ class OverBudget(UserError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a step is planned to run. The names of the fields are in the digests of `asked_of`."""
+class DeviceSetup:
+    """The device type, precision, number of ranks and allocator calibration that a plan is made for.
 
-    device: str  # type of device
+    Do not rename a field: the names are hashed into `settings_digests`, which checkpoints hold, and into the file names
+    of cached plans.
+    """
+
+    device: str  # torch.device.type, such as "cuda"
     amp: torch.dtype | None  # of autocast; None: float32
-    num_speakers: int = 0
-    processes: int = 1  # that share each effective batch
-    ratio: float | None = None  # bytes that this machine's allocator took of each of the tensors, where it was measured
+    num_speakers: int = 0  # classes of the speaker objective
+    processes: int = 1  # ranks that share each effective batch
+    ratio: float | None = None  # calibration: measured over predicted peak memory; None: not measured on this device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +108,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may take on a type of device."""
+    """The memory budget of one process, and what of it is not left for the tensors of a step."""
 
     budget_bytes: int
     device: str = "cuda"
-    ratio: float | None = None  # as of Place
+    ratio: float | None = None  # as in DeviceSetup
     held_bytes: int = 0  # of what a run holds beside its steps
 
     @property
     def tensor_bytes(self) -> int:
-        """What is left for tensors beside the context, gaps and workspaces."""
+        """Bytes left for tensors: the budget less the device context and `held_bytes`, divided by the calibration
+        ratio, or by 1 + FRAGMENTATION_PCT % where none was measured."""
         ratio = 1 + FRAGMENTATION_PCT / 100 if self.ratio is None else self.ratio
         others = int(CONTEXT_GIB[self.device] * GIB) + self.held_bytes
         return int(max(self.budget_bytes - others, 0) / ratio)
@@ -239,16 +244,16 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, **columns)
 
 
-def step_usage(config: Config, row: StageConfig, task: TaskConfig, fit: Fit, place: Place,
+def step_usage(config: Config, row: StageConfig, task: TaskConfig, fit: Fit, setup: DeviceSetup,
                limit_bytes: int | None = None) -> Usage | None:
     """Bytes at the peak of one optimizer step; None as soon as more than `limit_bytes` live."""
-    on_host, amp = place.device == "cpu", place.amp
-    upper = stage_upper(config, row, place)
-    with contextlib.suppress(OverLimit), kernels_of(place.device), tracing(limit_bytes) as tracker:
+    on_host, amp = setup.device == "cpu", setup.amp
+    upper = stage_upper(config, row, setup)
+    with contextlib.suppress(OverLimit), kernels_of(setup.device), tracing(limit_bytes) as tracker:
         model = TriModalModel(config.model)
         freeze(model, row)
         apply_recompute(model, fit)
-        objectives = [build_objective(name, model, task.inputs, place.num_speakers, config.training.contrastive_loss)
+        objectives = [build_objective(name, model, task.inputs, setup.num_speakers, config.training.contrastive_loss)
                       for name in OBJECTIVES if name in task.objectives]
         both = nn.ModuleDict({"model": model, "objectives": nn.ModuleList(objectives)})
         tracker.watch(both.parameters())
@@ -263,7 +268,7 @@ def step_usage(config: Config, row: StageConfig, task: TaskConfig, fit: Fit, pla
             model=model, batch=batch, device=torch.device("cpu"), micro_batch=fit.micro_batch,
             autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
-            num_concepts=config.model.num_classes, world=World(size=place.processes), stage=row.name,
+            num_concepts=config.model.num_classes, world=World(size=setup.processes), stage=row.name,
             is_on_host=on_host, share=Share({tower: range(min(MICRO_BATCHES * fit.micro_batch[tower], rows))
                                              for tower, rows in upper.items()}, first_media=0))
 
@@ -295,18 +300,18 @@ def apply_recompute(model: TriModalModel, fit: Fit) -> None:
         getattr(model, tower).blocks.recompute_every = every
 
 
-def stage_upper(config: Config, row: StageConfig, place: Place) -> dict[str, int]:
+def stage_upper(config: Config, row: StageConfig, setup: DeviceSetup) -> dict[str, int]:
     """Rows of each tower in one process's share of an effective batch."""
-    own = -(-config.effective_batch(row) // place.processes)
+    own = -(-config.effective_batch(row) // setup.processes)
     return {tower: own * (config.training.captions_per_visit if tower == "text" else 1) for tower in TOWERS}
 
 
 class StageMeasure:
     """Measures the tasks of a stage at a fit, each anew only where the fit differs in a tower that the task uses."""
 
-    def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place,
+    def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], setup: DeviceSetup,
                  run: Callable[..., Usage | None] = step_usage):
-        self.config, self.row, self.tasks, self.place, self.run = config, row, list(tasks), place, run
+        self.config, self.row, self.tasks, self.setup, self.run = config, row, list(tasks), setup, run
         self.known: dict[str, Usage | None] = {}  # None: above the limit
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
@@ -317,7 +322,7 @@ class StageMeasure:
             towers = (*task.inputs, "fusion") if fuses else task.inputs
             key = str((task, [(fit.micro_batch[tower], fit.recompute[tower]) for tower in towers]))
             if key not in self.known or (self.known[key] is None and limit_bytes is None):
-                self.known[key] = self.run(self.config, self.row, task, fit, self.place, limit_bytes=limit_bytes)
+                self.known[key] = self.run(self.config, self.row, task, fit, self.setup, limit_bytes=limit_bytes)
             usage = self.known[key]
             if usage is None or (limit_bytes is not None and usage.peak_bytes > limit_bytes):
                 self.tasks.sort(key=lambda other: other is not task)  # the first to be measured at the next fit
@@ -326,11 +331,11 @@ class StageMeasure:
         return max(found, key=lambda usage: usage.peak_bytes)
 
 
-def encoding_usage(config: Config, tower: str, num_samples: int, place: Place) -> Usage:
+def encoding_usage(config: Config, tower: str, num_samples: int, setup: DeviceSetup) -> Usage:
     """Peak memory of one forward pass of `num_samples` samples of one modality, as evaluation encodes them: through its
     tower, the fusion and the classifier, without gradients, on fake tensors."""
     S, L = config.model.image_size, config.model.context_length
-    with kernels_of(place.device), tracing() as tracker, torch.no_grad():
+    with kernels_of(setup.device), tracing() as tracker, torch.no_grad():
         model = TriModalModel(config.model)
         tracker.mark("parameters", list(model.parameters()))
         B = num_samples
@@ -339,7 +344,7 @@ def encoding_usage(config: Config, tower: str, num_samples: int, place: Place) -
                   "text": {"input_ids": torch.zeros(B, L, dtype=torch.int64),
                            "attention_mask": torch.zeros(B, L, dtype=torch.bool)}}[tower]
         tracker.mark("data", inputs)
-        with torch.autocast("cpu", place.amp or torch.bfloat16, enabled=place.amp is not None):
+        with torch.autocast("cpu", setup.amp or torch.bfloat16, enabled=setup.amp is not None):
             model(**inputs)
     return tracker.usage()
 
@@ -347,7 +352,7 @@ def encoding_usage(config: Config, tower: str, num_samples: int, place: Place) -
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
-def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place,
+def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], setup: DeviceSetup,
                 fits: Mapping[str, Fit] | None = None) -> dict[str, Plan]:
     """The plan of each stage that `tasks` names, in order, and of `evaluation`; those in `fits` are planned so.
 
@@ -356,15 +361,15 @@ def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place
     """
     fits = fits or {}
     try:
-        plans = {row.name: plan_stage(config, row, tasks[row.name], place, fits.get(row.name))
+        plans = {row.name: plan_stage(config, row, tasks[row.name], setup, fits.get(row.name))
                  for row in config.stages if tasks.get(row.name)}
-        return {**plans, EVALUATION: plan_evaluation(config, place, fits.get(EVALUATION))}
+        return {**plans, EVALUATION: plan_evaluation(config, setup, fits.get(EVALUATION))}
     finally:
         shapes.forget()
 
 
-def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], place: Place, fit: Fit | None = None,
-               run: Callable[..., Usage | None] = step_usage) -> Plan:
+def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], setup: DeviceSetup,
+               fit: Fit | None = None, run: Callable[..., Usage | None] = step_usage) -> Plan:
     """A fit at which every task of the stage stays in the budget, from the cache if it was planned before.
 
     Args:
@@ -375,23 +380,23 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], pl
     kinds = [OBJECTIVES[name] for task in tasks for name in task.objectives]
 
     def search() -> Plan:
-        measure, upper = StageMeasure(config, row, tasks, place, run), stage_upper(config, row, place)
+        measure, upper = StageMeasure(config, row, tasks, setup, run), stage_upper(config, row, setup)
         if fit is not None:
-            return plan_of(fit, measure, upper, limits(config, place))
-        return plan_fit(measure, upper, limits(config, place), pinned=pinned, may_recompute=config.model.use_checkpoint,
+            return plan_of(fit, measure, upper, limits(config, setup))
+        return plan_fit(measure, upper, limits(config, setup), pinned=pinned, may_recompute=config.model.use_checkpoint,
                         parts_are_free=not any(kind.is_of_whole_batch or kind.uses_fusion for kind in kinds))
 
-    return from_cache(config, stage_facts(config, row, tasks), place, fit, search)
+    return from_cache(config, stage_facts(config, row, tasks), setup, fit, search)
 
 
-def plan_evaluation(config: Config, place: Place, fit: Fit | None = None) -> Plan:
+def plan_evaluation(config: Config, setup: DeviceSetup, fit: Fit | None = None) -> Plan:
     """How many samples of each modality are encoded at a time: `evaluation.batch_size`, or what the budget allows; or
     what `fit` says.
 
     Clips are windows of the encoder's length. Out of memory the encoding halves its micro-batches by itself; a plan
     spares that, and says beforehand what it takes.
     """
-    usage_of = functools.cache(functools.partial(encoding_usage, config, place=place))
+    usage_of = functools.cache(functools.partial(encoding_usage, config, setup=setup))
 
     def measure(fit: Fit, limit_bytes: int | None) -> Usage | None:
         usage = max(itertools.starmap(usage_of, fit.micro_batch.items()), key=lambda usage: usage.peak_bytes)
@@ -400,19 +405,20 @@ def plan_evaluation(config: Config, place: Place, fit: Fit | None = None) -> Pla
     def search() -> Plan:
         upper = dict.fromkeys(TOWERS[:3], config.evaluation.batch_size)
         if fit is not None:
-            return plan_of(fit, measure, upper, limits(config, place))
-        return plan_fit(measure, upper, limits(config, place), may_recompute=False)
+            return plan_of(fit, measure, upper, limits(config, setup))
+        return plan_fit(measure, upper, limits(config, setup), may_recompute=False)
 
-    return from_cache(config, evaluation_facts(config), place, fit, search)
+    return from_cache(config, evaluation_facts(config), setup, fit, search)
 
 
-def limits(config: Config, place: Place) -> Limits:
-    """On a CPU the host's copy of the best weights so far is in the budget as well."""
+def limits(config: Config, setup: DeviceSetup) -> Limits:
+    """The memory that a step may take on the device of `setup`. On a CPU the copy of the best weights so far, which a
+    run keeps in host memory, takes part of the budget as well."""
     held = 0
-    if place.device == "cpu":
+    if setup.device == "cpu":
         with torch.device("meta"):
             held = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
-    return Limits(int(config.budget_gb * GIB), place.device, place.ratio, held)
+    return Limits(int(config.budget_gb * GIB), setup.device, setup.ratio, held)
 
 
 def without_speaker(tasks: Iterable[TaskConfig]) -> list[TaskConfig]:
@@ -424,24 +430,31 @@ def without_speaker(tasks: Iterable[TaskConfig]) -> list[TaskConfig]:
 # ---- what plans depend on, and their cache -----------------------------------------------------------------------
 
 
-def asked_of(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], place: Place) -> dict[str, str]:
-    """For each stage that `tasks` names, and evaluation, a digest of all settings that its plan is asked to obey. What
-    this machine's allocator was measured to waste is no setting. Digests are kept in checkpoints."""
-    everywhere = common_facts(config, dataclasses.replace(place, ratio=None))
+def settings_digests(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], setup: DeviceSetup) -> dict[str, str]:
+    """A digest of the settings that each plan depends on: of every stage that has tasks in `tasks`, and of evaluation.
+
+    Where two digests of a stage are equal, its micro-batches and recompute may be used again: checkpoints hold these
+    digests under "fits_asked". The allocator calibration (`setup.ratio`) is left out, since it is measured, not set.
+
+    Returns:
+        {stage, or EVALUATION: digest}.
+    """
+    everywhere = common_facts(config, dataclasses.replace(setup, ratio=None))
     own = {row.name: stage_facts(config, row, tasks[row.name]) for row in config.stages if tasks.get(row.name)}
     return {name: fingerprint(everywhere | facts)
             for name, facts in (*own.items(), (EVALUATION, evaluation_facts(config)))}
 
 
-def common_facts(config: Config, place: Place) -> dict[str, Any]:
-    """What every plan depends on."""
+def common_facts(config: Config, setup: DeviceSetup) -> dict[str, Any]:
+    """The settings that all plans depend on: model, preset, memory budget and device, as plain data for a digest."""
     model = {name: value for name, value in config.to_dict()["model"].items() if name != "word_embeddings"}
     return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,
-            "place": dataclasses.asdict(place)}
+            "place": dataclasses.asdict(setup)}
 
 
 def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
-    """What the plan of a stage depends on beside `common_facts`. Rates, weights and seeds take no memory."""
+    """The further settings that the plan of stage `row` depends on, as plain data for a digest. Learning rates, loss
+    weights and seeds are not among them, since they take no memory."""
     return {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
             "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
@@ -459,10 +472,10 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def from_cache(config: Config, facts: Mapping[str, Any], place: Place, fit: Fit | None,
+def from_cache(config: Config, facts: Mapping[str, Any], setup: DeviceSetup, fit: Fit | None,
                search: Callable[[], Plan]) -> Plan:
     """A plan that was kept in `plans/` of the output folder, or what `search` finds, which is then kept."""
-    key = fingerprint({**facts, **common_facts(config, place), "fit": fit and dataclasses.asdict(fit),
+    key = fingerprint({**facts, **common_facts(config, setup), "fit": fit and dataclasses.asdict(fit),
                        "torch": torch.__version__, "version": PLAN_VERSION})
     path = Path(config.paths.output_dir) / "plans" / f"plan_{key}.json"
     plan = read_plan(path)

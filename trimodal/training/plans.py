@@ -23,7 +23,7 @@ from trimodal.memory import devices
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS
 from trimodal.sets import SETS
-from trimodal.training.planner import Place, Plan, asked_of, plan_stages, without_speaker
+from trimodal.training.planner import DeviceSetup, Plan, plan_stages, settings_digests, without_speaker
 from trimodal.training.run import Run
 from trimodal.training.stage import active_tasks
 
@@ -39,42 +39,51 @@ def fit_stages(run: Run, tasks: Tasks, state: Mapping[str, Any] | None) -> None:
     Raises:
         OverBudget: nothing fits; names the knobs.
     """
-    place, config = place_of(run), settings_of(run, run.config)
+    setup, config = setup_of(run), settings_of(run, run.config)
     kept = saved_fits(run, config, tasks, state)
-    plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(config, tasks, place, kept))
+    plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(config, tasks, setup, kept))
     print(format_plan(plans), flush=True)
     if state is not None and (anew := [name for name in plans if name in state["fits"] and name not in kept]):
         print(f"Planned anew, for settings other than the checkpoint's: {', '.join(anew)}")
     run.fits = {name: found.fit for name, found in plans.items()}
-    run.fits_asked = asked_of(config, tasks, place)
+    run.fits_asked = settings_digests(config, tasks, setup)
     run.predicted_gib = {name: found.peak_bytes / GIB for name, found in plans.items()}
     run.planned_fits = dict(run.fits)
 
 
 def saved_fits(run: Run, config: Config, tasks: Tasks, state: Mapping[str, Any] | None) -> dict[str, Fit]:
-    """The fits of a checkpoint that was asked for the same as `config` asks for: memory, batch, tasks, device ...
+    """The fits in the checkpoint `state` that may be used again: of stages whose `settings_digests` are unchanged.
 
-    A resumed run keeps its micro-batches, smaller ones than planned where it had run out of memory: another split would
-    round otherwise. A stage that is asked for something else is planned anew.
+    A resumed run keeps its micro-batches, even where it had made them smaller than planned after running out of memory:
+    other micro-batches would round differently. Stages whose settings changed are missing, and are planned anew.
+
+    Returns:
+        {stage, or EVALUATION: fit}; empty where `state` is None.
     """
     if state is None:
         return {}
-    now, then = asked_of(config, tasks, place_of(run)), state.get("fits_asked") or _asked_then(run, state)
+    now = settings_digests(config, tasks, setup_of(run))
+    then = state.get("fits_asked") or _digests_of_earlier_release(run, state)
     return {name: Fit(**fit) for name, fit in state["fits"].items() if name in now and now[name] == then.get(name)}
 
 
-def _asked_then(run: Run, state: Mapping[str, Any]) -> dict[str, str]:
-    """For a checkpoint of an earlier release: what its settings ask for, with these data on this machine."""
+def _digests_of_earlier_release(run: Run, state: Mapping[str, Any]) -> dict[str, str]:
+    """`settings_digests` of the configuration in the checkpoint `state`, for releases that kept no digests in it.
+
+    Computed with the tasks that the data of `run` allow and with its device. Empty where a stage of that configuration
+    has nothing to train on these data.
+    """
     try:
         config = config_from_dict(state["config"])
-        return asked_of(config, {row.name: active_tasks(row, run.data)[0] for row in config.stages}, place_of(run))
+        tasks = {row.name: active_tasks(row, run.data)[0] for row in config.stages}
+        return settings_digests(config, tasks, setup_of(run))
     except UserError:  # a stage that these data hold nothing for
         return {}
 
 
-def place_of(run: Run) -> Place:
-    """Where the steps of `run` are planned to run."""
-    return Place(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
+def setup_of(run: Run) -> DeviceSetup:
+    """The device, precision, ranks and calibration of `run`, to plan its stages for."""
+    return DeviceSetup(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
                  calibration(devices.device_name(run.device)))
 
 
@@ -164,8 +173,8 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> No
     if device == "cuda" and found.type != "cuda":
         amp = torch.bfloat16 if config.training.use_amp else None
     known = foretell(config)
-    place = Place(device, amp, known.speakers, processes, calibration(devices.device_name(found)))
-    plans = plan_stages(known.config, known.tasks, place)
+    setup = DeviceSetup(device, amp, known.speakers, processes, calibration(devices.device_name(found)))
+    plans = plan_stages(known.config, known.tasks, setup)
     precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
     batches = {row.name: config.effective_batch(row) for row in config.stages}
     if as_json:

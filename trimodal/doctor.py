@@ -147,7 +147,7 @@ def examine(config: Config, folder: Path, device: str, resume: str | None,
 
 @dataclass
 class Case:
-    """What the checks have found out so far, each for those after it."""
+    """What the checks share: options, and what earlier checks have loaded for the later ones."""
 
     config: Config  # as asked for, without the data sets that cannot be read
     options: "Options"

@@ -77,21 +77,26 @@ def second_0(container: Any, first_s: float | None) -> float:
 
 
 def reason_of(error: Exception, path: str) -> str:
-    """What a decoder's error says, on one line and without the file's name."""
-    said = getattr(error, "strerror", None) or str(error)
+    """The message of a decoder's error on one line, with "it" for the file's name; the error's class if it has none."""
+    message = getattr(error, "strerror", None) or str(error)
     for name in (repr(path), path):
-        said = said.replace(name, "it")
-    return " ".join(said.split()) or type(error).__name__
+        message = message.replace(name, "it")
+    return " ".join(message.split()) or type(error).__name__
 
 
 def problem_of(path: str, error: Exception, wanted: str) -> str:
-    """Why a file is no "picture" or "sound", as `wanted`: what it is instead and what to do, else what the decoder
-    said."""
+    """Why a file could not be decoded as `wanted`, "picture" or "sound": what it is instead (see `kind_of`), else the
+    message of the decoder's error."""
     return kind_of(path, wanted) or f"cannot be decoded ({reason_of(error, path)})"
 
 
 def kind_of(path: str, wanted: str) -> str:
-    """What a file is by its first bytes, and what to do; "" where it looks like what is `wanted`, or like nothing."""
+    """What a file is by its first bytes, if not a `wanted` ("picture" or "sound"), and what to do about it.
+
+    Returns:
+        A phrase such as "is an archive (zip); unpack it"; "" where the file looks like what is wanted, or is of no
+        known kind.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -103,8 +108,8 @@ def kind_of(path: str, wanted: str) -> str:
         return f"begins with nothing but zeros, as an unfinished download does; {_AGAIN}"
     if archive := _find(head, _ARCHIVES):
         return f"is an archive ({archive}); unpack it"
-    if told := _text(head) or _find(head, _OTHERS) or (_is_still(head) and _still(head, wanted)):
-        return told
+    if phrase := _text(head) or _find(head, _OTHERS) or (_is_still(head) and _still(head, wanted)):
+        return phrase
     medium, kind = ("picture", found) if (found := _find(head, _PICTURES)) else ("sound", _find(head, _SOUNDS))
     return f"is a {medium} ({kind})" if kind and medium != wanted else ""
 
@@ -115,8 +120,8 @@ def _find(head: bytes, signatures: tuple[Signature, ...]) -> str:
 
 def _text(head: bytes) -> str:
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if told := next((told for starts, told in _TEXTS if begin.startswith(starts)), ""):
-        return told
+    if phrase := next((phrase for starts, phrase in _TEXTS if begin.startswith(starts)), ""):
+        return phrase
     if begin.startswith((b"<!doctype html", b"<html", b"<head")) or (begin.startswith(b"<") and b"<html" in begin):
         return f"is a web page (HTML), as a failed download leaves; {_AGAIN}"
     if begin.startswith(b"<") and b"<svg" in begin:

@@ -29,7 +29,7 @@ class Oddity(NamedTuple):
 
 @dataclass
 class Probe:
-    """What was found in the files of one set; a run judges each split and kind by itself."""
+    """The result of decoding some files of one data set: which are broken, and which are odd."""
 
     counts: list[str] = field(default_factory=list)  # "64 of 785 train images read, 2 broken"
     broken: list[tuple[str, str]] = field(default_factory=list)  # path and reason
@@ -37,14 +37,14 @@ class Probe:
     worst_pct: float = 0.0  # highest percentage of broken files of a split and kind
 
     def lines(self, limit_pct: float) -> list[str]:
-        """What was read, what is odd, and which files are broken and why."""
+        """Lines to print: the files that were read, what is odd about them, and the broken ones by reason."""
         found = [*self.counts, *(line for line, _ in describe(self.odd))]
         if self.broken:
             found += [f"a run allows {limit_pct:g} % of each to be broken; these are:", *by_reason(self.broken)]
         return found
 
     def advice(self) -> list[str]:
-        """What to do about odd files."""
+        """One remedy for each kind of odd file that was found."""
         return [remedy for _, remedy in describe(self.odd)]
 
 

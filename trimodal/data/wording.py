@@ -54,7 +54,7 @@ class Wording:
         return found
 
     def advice(self) -> str:
-        """What to do about those that are many; "" where nothing is."""
+        """What to do about empty cells, and about other problems where many captions have them; "" for nothing."""
         found = []
         if self.cut >= MANY * max(self.captions, 1):
             found.append("a larger model.context_length, or shorter captions")

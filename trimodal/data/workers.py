@@ -264,7 +264,7 @@ def _finished(file: int, finish: Callable[[Any], Any] | None) -> Any:
 
 
 class Failure(NamedTuple):
-    """What a worker returns in place of a result."""
+    """Returned by a worker, in place of a result, if its job raised an exception."""
 
     error: Exception  # to be raised in the main process
 

@@ -84,7 +84,8 @@ def acquire(source: Source, options: Options) -> Outcome:
 
 
 def reported(job: Job, work: Callable[[], Outcome]) -> Outcome:
-    """What `work` returns; of what a user, a server or a disk did wrong an outcome that says it."""
+    """Run `work` and return its outcome; an error of the user, a server or the disk becomes an outcome "failed" whose
+    detail is the error's message, without secrets."""
     selection = job.selection
     try:
         return work()
@@ -297,7 +298,10 @@ def _adopted(job: Job, item: Item) -> bool:
 def _obtain(job: Job, items: Sequence[Item]) -> None:
     """Fetch these items, several files at a time, and unpack each as soon as all of it is there.
 
-    What no server gives is told at the end: the others are fetched before, up to MOST_PROBLEMS.
+    After an error the other files are still fetched, until there are MOST_PROBLEMS errors.
+
+    Raises:
+        TransferError: some files could not be fetched or unpacked; holds the messages of all errors.
     """
     for item in items:
         unpack.check_package(item)
@@ -419,7 +423,8 @@ def path_of(job: Job, item: Item, file: File) -> Path:
 
 
 def _calls(job: Job, item: Item) -> list[Callable[[], Fetched]]:
-    """What has to be done to have the files of an item."""
+    """One call for each file of an item, which gets the file and checks it; a single one where the user has the item
+    whole."""
     if whole := job.local.whole(item):
         return [partial(_check_local, job, Wanted(path=whole, digests=(f"md5:{item.whole_md5}",)))]
     return [partial(_get, job, item, file) for file in item.files]

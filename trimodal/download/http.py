@@ -403,7 +403,7 @@ def ask(session: "Session", url: str, policy: Policy, good: tuple[int, ...],
 
 
 def _reason(error: Exception, policy: Policy) -> str:
-    """What went wrong, without the library's text, which holds addresses and with them keys."""
+    """A phrase for a connection error, in our own words: the library's text holds URLs, and these the user's key."""
     from urllib3 import exceptions as of
 
     cause = _cause(error)
@@ -420,7 +420,7 @@ def _reason(error: Exception, policy: Policy) -> str:
 
 
 def _cause(error: Exception) -> Any:
-    """What urllib3 raised, where requests wrapped that."""
+    """The urllib3 exception that an exception of requests wraps; `error` itself where it wraps none."""
     import requests
     from urllib3.exceptions import MaxRetryError
 

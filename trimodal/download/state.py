@@ -124,7 +124,8 @@ class State:
         return Wanted(path=path, size=record["bytes"], digests=(f"sha256:{record['sha256'][0]}",))
 
     def extent(self, item: Item) -> tuple[int, int]:
-        """(files, bytes) of an item that is there. Of shards whose sounds are linked the first one stands for all."""
+        """(number of files, bytes) on the disk of an item that is there. Where the user's sounds are linked in place of
+        shards, the first shard of a folder counts all of them and the others none."""
         if not self.linked(item) and item.name not in self.adoptable:
             record = self.records.get(item.name) or {}
             return record.get("files", 0), record.get("bytes", 0)
@@ -162,7 +163,8 @@ class State:
         return len(files)
 
     def _complete_files(self, item: Item) -> list[tuple[str, int]]:
-        """(place, bytes) of the files of an archive that somebody else unpacked; none unless they look complete."""
+        """(path below the set's folder, bytes) of the files of an archive that the user unpacked; empty unless they are
+        complete by their number and likely so by their size."""
         record = self.records.get(item.name, {})
         known = bool(item.needed) or (bool(item.counts) and all(count.number for count in item.counts))
         came = contents_path(self.folder, item.name).is_file() and not record.get("adopted")  # unpacked in part
@@ -176,7 +178,8 @@ class State:
         return files if all(sizes) and 2 * sum(sizes) >= item.unpacked else []
 
     def _largest(self, count: Count) -> list[tuple[str, int]]:
-        """(place, bytes) of the files that are counted, in the form of which most are there."""
+        """(path below the set's folder, bytes) of the files that `count` describes; where it allows several folders or
+        suffixes, of the one with most files."""
         forms = ([(f"{folder}/{name}", size) for name, size in inventory.tree(self.folder / folder, suffix)
                   if count.holds is None or count.holds(name)] for folder, suffix in count.places)
         return max(forms, key=len)

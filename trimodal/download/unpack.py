@@ -36,9 +36,9 @@ Rules = tuple[tuple[str, str], ...]  # what is taken out, and where it goes: see
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What is taken out of an archive, and the most that this may come to.
+    """Which members to unpack from an archive, and limits on their number and size.
 
-    `choose` is given the names of all members that the rules let through, and returns those to take.
+    `choose` is given the names of all members that `rules` let through, and returns those to unpack.
     """
 
     max_files: int

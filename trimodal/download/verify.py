@@ -29,8 +29,9 @@ HAD = ("there", "in --local")  # states of what need not be fetched
 
 
 def status(name: str, table: Mapping[str, Source], options: Options) -> dict[str, Any]:
-    """What is there of one set, part by part; sizes and names are looked at, contents are not.
+    """The answer of --status for one set: what is on the disk of each part, by names and sizes, without reading files.
 
+    Returns:
     {"name", "folder", "parts": [{"name", "state", "files", "bytes", "bytes_to_fetch", "estimated"}], "parts_there",
     "files", "bytes", "bytes_to_fetch", "estimated", "left_out"}; `estimated`: not all sizes are published, and
     `left_out` says what --local has and what cannot be taken of it, and why.
@@ -125,7 +126,7 @@ def status_lines(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def plan(name: str, table: Mapping[str, Source], options: Options) -> dict[str, Any]:
-    """What getting one set would do.
+    """The answer of --dry-run for one set: what a download would fetch, from where, and whether the disk has room.
 
     {"name", "title", "page", "licence", "note", "folder", "items": [{"name", "state": "there already", "in --local" or
     "to fetch", "bytes", "place", "urls"}], "left_out_by_max_gb", "left_out", "one_of", "sample", "files_to_fetch",

@@ -52,8 +52,11 @@ class Relation:
     """Which captions are right for which samples: a sample's own, and any with the same text as one of them."""
 
     def __init__(self, owners_N: Tensor, texts_N: Tensor, num_samples: int, num_captions: int | None = None):
-        """`owners_N` gives the sample of each caption, `texts_N` an id that equal texts share. Asked for are the first
-        `num_captions`, all without it: the others only tell what is right for which sample."""
+        """Take the sample (`owners_N`) and an id of the text (`texts_N`) of N captions.
+
+        `num_captions`: only the first so many are columns of a mask; the rest only define, by their texts, which of
+        these are right for which sample. None: all N are columns.
+        """
         distinct, texts_N = torch.unique(texts_N, return_inverse=True)
         self.texts_C = texts_N[:num_captions]
         self.num_samples = num_samples
@@ -176,7 +179,7 @@ class _Search:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """By how much two scores may differ that count as equal: the rounding of a scalar product of unit vectors."""
+    """The tolerance within which two scores count as equal: the rounding of a dot product of unit vectors."""
     return 8 * torch.finfo(dtype).eps
 
 

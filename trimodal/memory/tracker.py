@@ -41,7 +41,7 @@ class Usage(NamedTuple):
 
 
 class OverLimit(Exception):
-    """More bytes live than the tracker was told to allow."""
+    """More bytes are live than the tracker's limit."""
 
 
 class _Block:
@@ -169,7 +169,7 @@ def tracing(limit_bytes: int | None = None) -> Iterator[PeakMemory]:
 
 @contextlib.contextmanager
 def phase(tag: str) -> Iterator[None]:
-    """What is allocated inside counts as `tag`. Does nothing in a run that no tracker follows, so steps may keep it."""
+    """Count what is allocated in the block as `tag`. Without an active tracker, as in training, it does nothing."""
     tracker = _active_tracker()
     if tracker is None:
         yield

@@ -34,7 +34,8 @@ class Objective(nn.Module):
         self.inputs = tuple(sorted(inputs, key=INPUT_ORDER.index))
 
     def count(self, step: Step) -> float:
-        """What the sum over the whole effective batch is divided by; 0: nothing to learn here."""
+        """The number that the loss, summed over the whole effective batch, is divided by; 0: the batch has nothing for
+        this objective."""
         raise NotImplementedError
 
     def micro_batches(self, step: Step) -> Sequence[tuple[Any, ...]]:

@@ -191,8 +191,11 @@ def loss_parameters(model: Any) -> list[nn.Parameter]:
 
 
 def start_sigmoid(model: Any, effective_batch: int) -> None:
-    """Where the sigmoid loss begins: scale 10 and the log odds that one of `effective_batch` keys is right as bias,
-    which for the 32,768 of arXiv:2303.15343 is its -10."""
+    """Set the initial scale and bias of the sigmoid loss of every pair in `model`.
+
+    The scale is 10; the bias is the log odds that one of `effective_batch` keys is right, about -10 for the batch of
+    32,768 in arXiv:2303.15343, which uses -10.
+    """
     with torch.no_grad():
         for scale, bias in zip(model.logit_scale.values(), model.logit_bias.values(), strict=True):
             scale.fill_(math.log(10.0))

@@ -26,8 +26,10 @@ def patch_error(predicted_BNP: Tensor, target_BNP: Tensor, hidden_BN: Tensor) ->
 
 
 def hidden_tokens(mask_CL: Tensor, uniform_CL: Tensor) -> Tensor:
-    """Which text tokens are hidden: on average TEXT_MASK_SHARE of those between the first and the last real one of a
-    caption ([CLS] and [SEP]); bool (C, L)."""
+    """Mask of the text tokens to hide, bool (C, L): each but [CLS], [SEP] and padding with probability TEXT_MASK_SHARE.
+
+    `mask_CL`: True at real tokens; `uniform_CL`: random numbers from 0 to 1, one for each token.
+    """
     inner_CL = mask_CL & F.pad(mask_CL[:, 1:], (0, 1))  # a real token follows
     inner_CL[:, 0] = False
     return inner_CL & (uniform_CL < TEXT_MASK_SHARE)

@@ -198,7 +198,7 @@ def kept_patches(uniform_BN: Tensor, counts_B: Tensor, keep: float,
 
 
 def kept_counts(counts_B: Tensor, keep: float) -> Tensor:
-    """How many of so many patches are kept: at least one."""
+    """How many of `counts_B` real patches to keep in each row: the share `keep`, rounded up, at least one; int64."""
     return (counts_B * keep).ceil().long().clamp(min=1)
 
 

@@ -62,7 +62,7 @@ def read_splits(name: str, splits: Sequence[str], config: Config) -> Iterator[Sa
 
 
 def read_split(name: str, split: str, config: Config) -> Iterator[Sample]:
-    """As `read_splits`, of one split."""
+    """The samples of one split of the set `name`; raises as `read_splits` does."""
     return read_splits(name, (split,), config)
 
 

@@ -86,8 +86,11 @@ def _lists(splits: Collection[str]) -> list[FileList]:
 
 
 def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
-    """The release has a few recordings on two sides, told by their names or Freesound ids: they are left out of the
-    earlier of train, val, test."""
+    """The samples of `splits`, each with a recording and its captions.
+
+    The release has a few recordings in two splits (the same name or Freesound id). They stay in the later one, of
+    train, val, test, and are left out of the earlier.
+    """
     first = min(map(SPLITS.index, splits))
     captions = {split: list(rows(existing(root / _captions_of(split), config), ("file_name", *CAPTIONS)))
                 for split in splits}

@@ -50,10 +50,10 @@ _NUMBERS = re.compile(r"[-+]?\d+(\.0)?")
 
 @dataclass
 class Columns:
-    """What each column means: one of COLUMNS, "file" (told by each file's name) or "" (left out)."""
+    """The columns of a list, and the meaning of each; counts which names were taken for which meaning."""
 
     names: tuple[str, ...]
-    meanings: tuple[str, ...]
+    meanings: tuple[str, ...]  # of COLUMNS; "file": image or audio, by the ending of each cell; "": left out
     taken: Counter[tuple[str, str]] = field(default_factory=Counter)  # lines, by name and what it was taken for
     left_out: Counter[str] = field(default_factory=Counter)  # cells that hold something, by name
 
@@ -135,7 +135,10 @@ def meaning_of(name: str) -> str | None:
 
 
 def delimiter_of(header: str, usual: str) -> str:
-    """What parts the cells: `usual`, unless its names are all unknown and those of another one are all known."""
+    """The delimiter of the cells in the line `header`.
+
+    It is `usual`, unless no name that this gives is known, while another of DELIMITERS gives several, all known.
+    """
     if any(map(meaning_of, _cells(header, usual))):
         return usual
     for other in DELIMITERS:

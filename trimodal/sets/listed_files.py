@@ -27,7 +27,10 @@ class File(NamedTuple):
 
 
 class Files:
-    """What a list names, relative to `base`; nothing beyond `root` (without links, with "/" at its end)."""
+    """Looks up the files that a list names, and counts those that are missing.
+
+    Relative names start at `base`. A file outside `root`, a real path that ends in "/", is refused.
+    """
 
     def __init__(self, base: Path, root: str) -> None:
         self.base, self.root = base, root
@@ -113,7 +116,7 @@ class Files:
         return os.path.join(folder, names[0]) if len(names) == 1 else ""
 
     def _hint(self, name: str, path: str) -> str:
-        """What may be wrong with the name of a missing file."""
+        """The end of an error message on a missing file: a likely mistake in its name, or ""."""
         if not os.path.isabs(name) and os.path.isfile(name):
             return f", which is in the current folder: relative paths start at {self.base}"
         folder, last = os.path.split(path)
@@ -125,7 +128,7 @@ class Files:
 
 
 def _names_by_form(folder: str) -> dict[str, list[str]]:
-    """What is in a folder, by the NFC form of its name."""
+    """{NFC form of a name: names in the folder that have this form}."""
     names: dict[str, list[str]] = {}
     for name in sorted(names_in(Path(folder))):
         names.setdefault(unicodedata.normalize("NFC", name), []).append(name)

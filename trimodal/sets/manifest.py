@@ -295,7 +295,11 @@ def _split(value: Any) -> str:
 
 
 def _check_missing(reading: _Reading, limit_pct: float) -> list[str]:
-    """What to log of missing files; raises where they are more than `limit_pct` allows."""
+    """Count the files that the list names and that do not exist; returns lines to log, none if all exist.
+
+    Raises:
+        UserError: more than `limit_pct` per cent of the files are missing.
+    """
     files = reading.files
     missing, total = len(files.missing), len(files.numbers)
     if not missing:
@@ -309,7 +313,8 @@ def _check_missing(reading: _Reading, limit_pct: float) -> list[str]:
 
 
 def _notes(reading: _Reading, rows: list[_Row]) -> Iterator[str]:
-    """What was understood otherwise than it is written."""
+    """Lines to log on what a reader may not expect: delimiters and columns that were guessed, labels that look wrong,
+    lines merged into one sample."""
     if reading.delimiter:
         yield f"cells are parted by {reading.delimiter!r}, as the first line shows"
     yield from columns.describe(list(reading.columns.values()))

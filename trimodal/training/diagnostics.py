@@ -123,8 +123,10 @@ class Monitor:
 
 
 def contrasts_of(parts: Mapping[str, float], batch: Batch, loss: str) -> dict[str, tuple[float, float]]:
-    """For each pair of modalities, the contrastive loss among a step's `parts`, and what random guessing would have on
-    this batch. `loss`: infonce or sigmoid."""
+    """{pair: (contrastive loss of the step, loss of random guessing on this batch)}, for the pairs in `parts`.
+
+    `parts`: losses of the step by name, of which those called contrastive_PAIR are used; `loss`: infonce or sigmoid.
+    """
     found = {}
     for name, value in parts.items():
         kind, _, pair = name.partition("_")
@@ -158,7 +160,7 @@ SHOWN = 3  # samples named in a line
 
 
 class Inputs(NamedTuple):
-    """What a step was computed from; references only."""
+    """The task and batches that a step was computed from; references, no copies."""
 
     task: int
     own: Batch  # that this process has read
@@ -168,12 +170,11 @@ class Inputs(NamedTuple):
 
 @dataclass
 class Finding:
-    """What first stops being finite: a key of WHERE ("": nothing does), what is put into its words, and the keys of the
-    samples concerned, all where they cannot be told."""
+    """Where a step first stops being finite, and for which samples."""
 
-    kind: str
-    name: str
-    keys: list[str]
+    kind: str  # a key of WHERE; "": everything is finite
+    name: str  # fills the {} of that sentence
+    keys: list[str]  # of the samples concerned; of all samples where that is not known
 
 
 def locate(step: Step, objectives: nn.ModuleDict, inputs: Inputs,

@@ -165,8 +165,14 @@ def num_samples(jobs: list[Any]) -> int:
 
 
 def compare_memory(run: Run, name: str) -> dict[str, float]:
-    """What the stage's record holds of memory in GiB: its measured peak, and the part of it that was held before the
-    model was made. The rest is shown beside the planned peak; on CUDA it calibrates this machine's plans."""
+    """Print and log the measured peak memory of stage `name` beside the planned one, and calibrate later plans by it.
+
+    Memory taken before the model was made is subtracted before the two are compared. Only CUDA is calibrated, and only
+    by a stage that ran as planned, without smaller micro-batches after it had run out of memory.
+
+    Returns:
+        {"peak_gib": the measured peak, "held_gib": the part of it from before the model}, for the stage's record.
+    """
     measured, planned = devices.peak_gib(run.device), run.predicted_gib[name]
     comparable = max(measured.gib - run.held_gib, 0.0)
     less = f", less {run.held_gib:.2f} GiB held before the model was made" if run.held_gib else ""
@@ -186,7 +192,7 @@ def compare_memory(run: Run, name: str) -> dict[str, float]:
 
 
 def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> "StepLog":
-    """All optimizer steps of one epoch that are not done yet.
+    """Do the optimizer steps of one epoch that are not done yet: all, or after a resume those that are left.
 
     Raises:
         Stopped: a signal asked for it, and the saver has saved.
@@ -226,12 +232,12 @@ class StepLog:
 
     @property
     def speed(self) -> str:
-        """Of the epoch so far, in words."""
+        """Samples per second and share of time spent waiting for data since the epoch's start, as text."""
         samples_per_s = self.samples / max(time.perf_counter() - self.start_s, 1e-9)
         return f"{samples_per_s:.0f} samples/s  waiting {self.clock.wait_pct:.0f} %"
 
     def add(self, result: "StepResult", batch: Batch, samples: int) -> None:
-        """`samples`: of the whole effective batch, of which `batch` is this process's share."""
+        """Log a step. `samples`: number of the whole effective batch, of which `batch` is this process's share."""
         self.flush()
         self.samples += samples
         facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
@@ -297,11 +303,11 @@ class StepLog:
 
 
 def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> "StepResult":
-    """One optimizer step on one effective batch, of which `batch` is this process's share.
+    """Do one optimizer step on one effective batch, of which `batch` is this process's share.
 
-    Out of memory, on any process: micro-batches halve and the same step is done again by all. No random number is drawn
+    If any process runs out of memory, all halve their micro-batches and repeat the step. No random number is drawn
     within a step, so there is no random state to restore and the mathematics stays the same. The memory of the update
-    is reserved with the gradients, so it is not short when some of the weights are updated and others not.
+    is reserved with the gradients, so that it cannot run out when only some of the weights are updated.
 
     Raises:
         UserError: out of memory at micro-batch 1; names what can be turned.

@@ -30,7 +30,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about a run beside its configuration."""
+    """The options of the command line that are not settings of the configuration."""
 
     device: str = "auto"
     resume: str | None = None  # a checkpoint's path, or "auto": the newest good one, or a fresh start
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """What lives as long as the run."""
+    """The state of a training run over all its stages."""
 
     config: Config
     folder: Path
@@ -158,7 +158,7 @@ def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:
 
 
 def parts_in_use(folder: Path) -> list[str]:
-    """What an earlier run has left in an output folder."""
+    """Which of "checkpoints" and "logs/metrics.jsonl" an earlier run has left, not empty, in the output folder."""
     models = [path for path in folder.glob("checkpoints/*") if outputs.MODELS.fullmatch(path.name)]
     parts = {"checkpoints": models, "logs/metrics.jsonl": [folder / outputs.LOG]}
     return [name for name, paths in parts.items() if any(path.exists() and path.stat().st_size for path in paths)]
@@ -256,7 +256,8 @@ def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> 
 
 
 def description(run: Run) -> dict[str, Any]:
-    """What a checkpoint needs to be used later, beside the weights, as plain data."""
+    """The settings, tokenizer, class names and splits to save beside the weights, as plain data, so that a checkpoint
+    can be used without the data set."""
     given = settings(run.config.to_dict())
     return {
         "config": given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}},

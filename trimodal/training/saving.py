@@ -77,10 +77,11 @@ class Saver:
         self._stop(asked)
 
     def save(self, stage: str, state: StageState) -> None:
-        """best_model.pt where it has changed, then the checkpoint; then what has been outlived is deleted.
+        """Write best_model.pt if it has changed, then the checkpoint, then delete checkpoints that need not be kept.
 
-        In this order a kill between them loses nothing: what follows is done again and finds the same best weights. A
-        disk that is full costs this checkpoint, not the run: earlier files stay whole, and the run says so.
+        In this order a kill in between loses nothing: the resumed run repeats the steps and finds the same best
+        weights. If the disk is full, this checkpoint is missing and a message says so, but the run continues and
+        earlier files stay whole. Only the main process writes.
         """
         if not self.run.world.is_main:
             return
@@ -97,7 +98,7 @@ class Saver:
         self.spent_s += self._last_s - start_s
 
     def wait(self) -> None:
-        """Until what is being written is on the disk."""
+        """Wait until the files that are being written in the background are on the disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self._report(writing.result)

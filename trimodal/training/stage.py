@@ -29,7 +29,7 @@ from trimodal.training.run import Run
 
 @dataclass
 class Stage:
-    """What lives as long as a stage."""
+    """The state of one stage while it trains: its tasks, their heads, the optimizer and the averaged weights."""
 
     row: StageConfig
     tasks: list[TaskConfig]
@@ -128,7 +128,7 @@ def epoch_jobs(run: Run, stage: Stage, epoch: int) -> list[Any]:
 
 
 def own_jobs(run: Run, jobs: list[Any]) -> list[Any]:
-    """Of each batch the samples that this process reads and encodes.
+    """Reduce each (task, indices) of a batch to this rank's share of the indices, which it reads and encodes.
 
     Raises:
         UserError: a batch has fewer samples than there are processes.

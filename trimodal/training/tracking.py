@@ -80,7 +80,7 @@ class Tracker:
             self._lost(error)
 
     def sync(self) -> None:
-        """All records so far on the disk, before a checkpoint that follows them."""
+        """Flush all records to the disk (fsync), so that no checkpoint is newer than its records."""
         if self.writes:
             with contextlib.suppress(OSError):
                 os.fsync(self.file.fileno())
@@ -118,7 +118,11 @@ class Tracker:
             **{f"retrieval/{name}_chance": value for name, value in record.get("chance", {}).items()}})
 
     def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None:
-        """`measured_gib` is of what is planned; `process_gib` is all that was measured."""
+        """Add the memory of a stage to TensorBoard at step `at`.
+
+        `measured_gib` is comparable with the plan: without the memory taken before the model was made, which
+        `process_gib` includes.
+        """
         values = {"planned": planned_gib, "measured": measured_gib, "process": process_gib}
         self._curves(at, {f"memory/{stage}/{name}_gib": value for name, value in values.items()})
 

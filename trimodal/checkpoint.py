@@ -196,7 +196,13 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def load_export(path: str | Path) -> dict[str, Any]:
-    """What `export` wrote, as one dict. Raises CheckpointError where one of the two files is missing or damaged."""
+    """Read the weights that `export` wrote to `path` (safetensors) and the config.json beside them, as one dict.
+
+    The weights are under "model_state_dict".
+
+    Raises:
+        CheckpointError: one of the two files is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -315,7 +321,7 @@ def rotate(folder: str | Path, keep_last: int, keep_every: int = 10) -> list[Pat
 
 
 def later_than(path: str | Path) -> list[Path]:
-    """Each `checkpoint_epoch_*.pt` of ours beside `path` that lies further on than it."""
+    """The `checkpoint_epoch_*.pt` beside `path` that this project wrote and whose epoch or step is later."""
     path = Path(path)
     return [other for other in _by_age(path.parent) if _position(other) > _position(path) and is_own(other)]
 

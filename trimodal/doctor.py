@@ -211,7 +211,7 @@ def check_word_embeddings(case: Case) -> Iterator[Finding]:
 
 
 def check_device(case: Case) -> Iterator[Finding]:
-    """What is computed on, in which precision, and whether the memory budget is free there."""
+    """The device and precision that a run will use, and whether as much memory as its budget is free."""
     import torch
 
     from trimodal.data.workers import cpu_cores
@@ -232,7 +232,7 @@ def check_device(case: Case) -> Iterator[Finding]:
 
 
 def check_resume(case: Case) -> Iterator[Finding]:
-    """The checkpoint to go on from, with whose vocabulary, concepts and speakers the data are read."""
+    """The checkpoint that --resume names: the data are read with its vocabulary, concepts and speakers."""
     from trimodal.training.resume import find_state
 
     if case.options.resume is not None:
@@ -242,7 +242,7 @@ def check_resume(case: Case) -> Iterator[Finding]:
 
 
 def check_data(case: Case) -> Iterator[Finding]:
-    """What each set has, which files its lists name in vain, and whether each stage finds samples to train on."""
+    """The samples of each data set, files missing from its lists, and whether each stage has samples to train on."""
     from trimodal.data.batches import pool
     from trimodal.evaluation import protocols
     from trimodal.training import validation
@@ -309,7 +309,7 @@ def _logged(name: str) -> Iterator[list[str]]:
 
 
 def _captions(data: "Data", config: Config) -> Iterator[Finding]:
-    """What is odd about the captions, and how many samples share a file."""
+    """Captions that look wrong, and how many samples share a file."""
     import numpy as np
 
     from trimodal.data import wording

@@ -241,7 +241,7 @@ def open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fil
 
 @contextmanager
 def _lock(cache: Path) -> Iterator[None]:
-    """One process at a time fills a cache; the system frees the lock when its holder dies."""
+    """Hold the lock of a cache, so that one process at a time fills it; the system frees it if the holder dies."""
     lock = hold_lock(cache / LOCK, lambda: print(f"Cache: waiting for another process that fills {cache}", flush=True))
     try:
         yield

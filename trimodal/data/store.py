@@ -124,7 +124,7 @@ def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, 
 
 
 def _entries(table: SampleTable) -> Iterator[tuple[Kind, str, dict[int, Item]]]:
-    """For each entry its kind, its name, and the files of the samples, by row."""
+    """Yield (kind, name, {row of a sample: its file}) of each cache entry that the samples of `table` need."""
     for kind in cache.KINDS:
         for code, source in enumerate(table.sources.names):
             items = items_of(table, kind, code)

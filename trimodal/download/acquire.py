@@ -238,8 +238,8 @@ def offers(job: Job, item: Item) -> bool:
 
 
 def _look_in_own_folder(job: Job, fetch_lists: bool = False) -> Sequence[str]:
-    """Sounds that somebody put into the set's folder, however named and arranged, count as if --local named it where
-    they are most of a split. Returns what is left out, and why."""
+    """Use sounds that the user put into the set's folder as if --local had named that folder, if they are most of a
+    split. Returns a sentence for each split that has too few."""
     if job.local.path or job.selection.asks_youtube or not job.state.has_sounds_by_hand(youtube.LEDGER):
         return ()
     own = LocalFiles(job.selection, job.folder.resolve(), by_hand=True)

@@ -60,31 +60,31 @@ class Setting:
 
 @dataclass(frozen=True)
 class Items:
-    """What was encoded of one modality."""
+    """The features of N items of one modality, and the samples that they belong to."""
 
     features_NF: Tensor
     rows_N: np.ndarray  # row of each item's sample in the split's table, ascending
-    ids_N: np.ndarray  # int64, equal for equal files (of a sound: and stretches), for captions of equal words
+    ids_N: np.ndarray  # int64, equal for the same file (and stretch of a sound), or for captions of equal text
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the classifier says of the items whose concepts are known, given that one modality. On the host."""
+    """Logits of the concept classifier, given one modality alone, for N items whose concepts are known; on the CPU."""
 
     logits_NK: Tensor
-    concepts_NK: Tensor  # bool
-    rows_N: np.ndarray
+    concepts_NK: Tensor  # bool, the right answers
+    rows_N: np.ndarray  # as in Items
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of a split, and what part of it they are."""
+    """The features of a split, and facts on how many of its samples were encoded."""
 
     split: str
     items: dict[str, Items]  # by modality; of text, one item a caption
     answers: dict[str, Answers]  # by modality
     captions_C: np.ndarray  # row of each caption in the table's captions
-    facts: dict[str, dict[str, Any]]  # by set, as plain JSON; `score` adds how speakers were tried
+    facts: dict[str, dict[str, Any]]  # by set, as plain JSON; `score` adds the speaker trials used
 
 
 # ---- encoding ----------------------------------------------------------------------------------------------------

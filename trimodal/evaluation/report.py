@@ -238,8 +238,11 @@ def _png(pixels: Any) -> bytes:
 
 
 def _stages(records: Sequence[Mapping[str, Any]], predicted_gib: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One entry a stage, in order; one that was not finished has no totals. A stage that went on has several records of
-    its end, each of them of all that it has done so far: the last one counts."""
+    """The rows of the table of stages, in the order in which they ran (keys: see "stages" at the top of this file).
+
+    A stage that was not finished has no totals. One that was continued after its end has several records of its end,
+    each with the totals so far: the largest count.
+    """
     found = []
     for stage in dict.fromkeys(record["stage"] for record in records if record.get("kind") in ("step", "stage")):
         own = [record for record in records if record.get("stage") == stage]

@@ -42,7 +42,10 @@ SHOWN = 5  # names in one line
 
 @contextlib.contextmanager
 def writing(folder: Path, *names: str) -> Iterator[None]:
-    """The block writes these files of an output folder. What is there and not ours is set aside before."""
+    """Let the block write the files `names` of an output folder, and record their digests in its ledger afterwards.
+
+    Before the block, a file of such a name that the ledger does not list (the user's, say) is renamed by `set_aside`.
+    """
     for path in (folder / name for name in names):
         if os.path.lexists(path) and not is_listed(folder, path):
             set_aside(path)

@@ -390,8 +390,9 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], se
 
 
 def plan_evaluation(config: Config, setup: DeviceSetup, fit: Fit | None = None) -> Plan:
-    """How many samples of each modality are encoded at a time: `evaluation.batch_size`, or what the budget allows; or
-    what `fit` says.
+    """The plan of evaluation: how many samples of each modality are encoded at a time, and the memory that this takes.
+
+    It is `evaluation.batch_size`, or fewer where the budget is too small; if `fit` is given, it is what `fit` says.
 
     Clips are windows of the encoder's length. Out of memory the encoding halves its micro-batches by itself; a plan
     spares that, and says beforehand what it takes.

@@ -165,8 +165,13 @@ def parts_in_use(folder: Path) -> list[str]:
 
 
 def claim_folder(folder: Path, options: Options) -> BaseFileLock | None:
-    """Make the folder and lock it, until the lock is released or the process ends, however that ends. Before the
-    checkpoint is looked for: a run that is just ending may still write one. On the main process.
+    """Create the output folder, lock it against other runs, and check that this run may write into it.
+
+    Call it on the main process, before a checkpoint to resume from is looked for: a run that is just ending may still
+    write one.
+
+    Returns:
+        The lock, held until its `release()` or the end of the process; None on a file system without locks.
 
     Raises:
         UserError: it cannot be written, another process trains in it, or a run is in it that is neither resumed nor

@@ -43,8 +43,9 @@ _SOUNDS: tuple[Signature, ...] = ((0, b"fLaC", "FLAC"), (0, b"OggS", "Ogg"), (0,
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def open_container(source: str | IO[bytes] | io.RawIOBase, formats: str) -> Any:
-    """The container (av.container.InputContainer) of a file that is of one of FFmpeg's `formats`.
+def open_container(source: str | IO[bytes] | io.RawIOBase, formats: str, **options: str) -> Any:
+    """The container (av.container.InputContainer) of a file that is of one of FFmpeg's `formats`; `options` are those
+    of its demuxers.
 
     Raises:
         ValueError: it is of another format; and what FFmpeg raises for damage.
@@ -52,7 +53,7 @@ def open_container(source: str | IO[bytes] | io.RawIOBase, formats: str) -> Any:
     import av
 
     try:
-        return av.open(source, metadata_errors="ignore", options={"format_whitelist": formats})
+        return av.open(source, metadata_errors="ignore", options={"format_whitelist": formats, **options})
     except av.ArgumentError:  # which a format that is not in the list gets
         raise ValueError("of a format that is not read here") from None
 

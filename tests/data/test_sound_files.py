@@ -1,4 +1,5 @@
-"""Where the links of a chained Ogg file lie: see test_tracks for their sound."""
+"""Where the links of a chained Ogg file lie, and which WAV files state too few samples: see test_tracks for their
+sound."""
 
 import itertools
 from pathlib import Path
@@ -7,26 +8,31 @@ import numpy as np
 import pytest
 
 from tests import trees
-from tests.data.test_tracks import ogg, tones
-from trimodal.data.sound_files import ogg_links
+from tests.data.test_tracks import ogg, tones, wav_stating
+from trimodal.data import sound_files
 
 
 def links(path: Path) -> list[tuple[int, int]]:
-    return ogg_links(str(path))
+    found, has_holes = sound_files.ogg_links(str(path))
+    assert not has_holes
+    return found
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
-def test_a_damaged_ogg_is_of_one_piece(tmp_path: Path, subtype: str) -> None:
+def test_holes_of_an_ogg(tmp_path: Path, subtype: str) -> None:
     path, noise = tmp_path / "a.ogg", np.random.default_rng(0).normal(0, 0.1, 96_000)
     content = ogg(noise, 16_000, subtype)
     pages = [at for at in range(len(content)) if content.startswith(b"OggS\0", at)]
-    last, middle, after = pages[-1], pages[len(pages) // 2], pages[len(pages) // 2 + 1]
+    last, middle = pages[-1], pages[len(pages) // 2]
+    after = pages[len(pages) // 2 + 1]
     assert len(pages) > 4
-    for damaged in (content, content + b"TAG" + bytes(125), content[:-9], content[: last + 9],
-                    content[:middle] + content[after:], content[: middle + 40] + bytes(9) + content[middle + 49:],
+    for whole in (content, content + b"TAG" + bytes(125), content[:-9], content[: last + 9]):
+        path.write_bytes(whole)
+        assert links(path) == []
+    for damaged in (content[:middle] + content[after:], content[: middle + 40] + bytes(9) + content[middle + 49:],
                     content[:middle] + b"junk" + content[middle:]):
         path.write_bytes(damaged)
-        assert links(path) == []
+        assert sound_files.ogg_links(str(path))[1]
 
 
 def test_parts_of_a_chained_ogg(tmp_path: Path) -> None:
@@ -42,5 +48,12 @@ def test_parts_of_a_chained_ogg(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3"])
-def test_other_files_are_of_one_piece(tmp_path: Path, name: str) -> None:
-    assert links(trees.sound(tmp_path / name, trees.tone())) == []
+def test_other_files_are_of_one_piece_and_state_all_their_samples(tmp_path: Path, name: str) -> None:
+    path = str(trees.sound(tmp_path / name, trees.tone()))
+    assert links(Path(path)) == [] and not sound_files.states_too_few_samples(path)
+    assert sound_files.mended_au(path) == path
+
+
+@pytest.mark.parametrize("stated_bytes", [0, 4096])
+def test_a_header_that_states_too_little_is_noticed(tmp_path: Path, stated_bytes: int) -> None:
+    assert sound_files.states_too_few_samples(str(wav_stating(tmp_path / "a.wav", tones(1, 16_000), stated_bytes)))

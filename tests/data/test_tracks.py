@@ -139,14 +139,16 @@ def wav_stating(path: Path, samples: np.ndarray, stated_bytes: int, tail: bytes 
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "IMA_ADPCM"])
-def test_a_wav_whose_writer_was_killed_is_read_to_its_end(tmp_path: Path, subtype: str) -> None:
-    path = wav_stating(tmp_path / "a.wav", tones(4, 16_000), 0, subtype=subtype)
+@pytest.mark.parametrize("stated_bytes", [0, 4096])
+def test_a_wav_whose_writer_was_killed_is_read_to_its_end(tmp_path: Path, stated_bytes: int, subtype: str) -> None:
+    path = wav_stating(tmp_path / "a.wav", tones(4, 16_000), stated_bytes, subtype=subtype)
     assert len(decode_audio(path)) / 16_000 == pytest.approx(4, abs=0.05)
     assert seconds_of(decode_audio(path, 2.0, 2.0)) == pytest.approx([2, 2, 3, 3], abs=0.15)
 
 
 @pytest.mark.parametrize(("form", "mark", "places"), [
-    ("AIFF", b"COMM", range(10, 14)), ("W64", b"data", range(16, 24))])
+    ("RF64", b"ds64", range(8, 32)), ("AU", b".snd", range(8, 12)), ("AIFF", b"COMM", range(10, 14)),
+    ("W64", b"data", range(16, 24))])
 def test_other_files_whose_writer_was_killed_are_read_to_their_end(
         tmp_path: Path, form: str, mark: bytes, places: range) -> None:
     soundfile.write(tmp_path / "a.sound", tones(4, 16_000), 16_000, format=form, subtype="PCM_16")

@@ -107,6 +107,21 @@ def _pad(picture: np.ndarray) -> np.ndarray:
     return square
 
 
+def has_flawed_metadata(path: str) -> bool:
+    """Whether `decode_image` reads a picture whose metadata is damaged: Pillow alone refuses it, or cannot turn it
+    upright."""
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image)
+        return False
+    except Exception:  # Pillow raises nearly any type
+        with contextlib.suppress(BrokenSample):
+            _read_picture(path)
+            return True
+    return False
+
+
 def _read(path: str) -> np.ndarray:
     """Read a video or a picture, as the name says, and where that fails the other one."""
     first, second = (_read_video, _read_picture) if media.is_video(path) else (_read_picture, _read_video)
@@ -131,7 +146,10 @@ def _read_picture(path: str) -> np.ndarray:
     if os.path.getsize(path) > MAX_FILE_BYTES:
         raise BrokenSample(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
     if metadata.is_unfinished(path):
-        raise BrokenSample("has zeros in place of its last rows, as an unfinished download; fetch it again")
+        found = _pixels_alone(path, is_whole=False)
+        if found is None:
+            raise BrokenSample("has zeros in place of its last rows, as an unfinished download; fetch it again")
+        return found
     try:
         return _decode(path)
     except (BrokenSample, MemoryError):
@@ -165,30 +183,25 @@ def _orientation(image: Image.Image) -> int:
     return found if isinstance(found, int) else metadata.UPRIGHT
 
 
-def has_flawed_metadata(path: str) -> bool:
-    """Whether `decode_image` reads an image that Pillow alone refuses, or cannot turn upright."""
-    try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
-            image.load()
-            ImageOps.exif_transpose(image)
-        return False
-    except Exception:  # Pillow raises nearly any type
-        with contextlib.suppress(BrokenSample):
-            _read_picture(path)
-            return True
-    return False
-
-
-def _pixels_alone(path: str) -> np.ndarray | None:
-    """Decode a JPEG, PNG or TIFF file after its metadata are removed; None where it is of another format or its pixels
-    cannot be decoded or are incomplete."""
+def _pixels_alone(path: str, *, is_whole: bool = True) -> np.ndarray | None:
+    """Decode a JPEG, PNG or TIFF file after its metadata are removed; None where it is of another format, or its pixels
+    cannot be decoded or are incomplete. `is_whole` False: a JPEG file whose end is known to be missing."""
     with open(path, "rb") as file:
         if not file.read(len(metadata.PNG)).startswith((metadata.JPEG, metadata.PNG, *metadata.TIFF)):
             return None
         file.seek(0)
-        found = metadata.without(file.read())
+        bare, orientation = metadata.without(file.read()) or (b"", metadata.UPRIGHT)
+    if is_whole and (found := _attempt(bare, orientation)) is not None:
+        return found
+    if not bare.startswith(metadata.JPEG) or not metadata.has_all_scans(bare):
+        return None
+    first, second = (_attempt(one, orientation) for one in metadata.endings(bare))
+    return first if first is not None and second is not None and np.array_equal(first, second) else None
+
+
+def _attempt(content: bytes, orientation: int) -> np.ndarray | None:
     try:
-        return _decode(io.BytesIO(found[0]), found[1]) if found else None
+        return _decode(io.BytesIO(content), orientation)
     except BrokenSample:
         raise
     except (OSError, SyntaxError, ValueError):

@@ -1,11 +1,13 @@
 """Pictures whose pixels are whole though something beside them is not: what is left of a file of JPEG, PNG or TIFF
-without its metadata, how it is turned, and whether the download of a JPEG file did not finish.
+without its metadata, how it is turned, and whether a JPEG file that was cut lacks anything but its end.
 """
 
 import re
 import struct
 import zlib
 from collections.abc import Iterator
+
+import numpy as np
 
 ORIENTATION = 0x0112  # the tag of EXIF
 UPRIGHT = 1
@@ -19,6 +21,8 @@ _JFIF = b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 _SOS, _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE  # segments of JPEG
 _ADOBE_BYTES = 12  # of the segment that says how colours are stored
 _ZEROS = bytes(16)  # at the end of a file: a download that did not finish
+_SOF = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC))
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # that ends a scan
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
@@ -56,6 +60,34 @@ def orientation_of(exif: bytes) -> int:
 def orientation_in_xmp(xmp: bytes) -> int:
     found = _IN_XMP.search(xmp)
     return int(found[1]) if found else UPRIGHT
+
+
+def endings(jpeg: bytes) -> tuple[bytes, bytes]:
+    """Two files that a JPEG file without its end may have been: their pixels are equal only where all of them are made
+    of what is there, and none is filled in."""
+    whole = jpeg.rstrip(b"\xff") if jpeg.endswith(b"\xff") else jpeg
+    known = whole.rstrip(b"\0") if whole.endswith(_ZEROS) else whole
+    other = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)  # 255 would begin a marker
+    restarts = (row.tobytes() + bytes((0xFF, 0xD0 + number % 8)) for number, row in enumerate(other))
+    return whole + _END, known + b"".join(restarts) + _END
+
+
+def has_all_scans(jpeg: bytes) -> bool:
+    """Whether the scans of a JPEG file without metadata, the last one perhaps cut, refine all coefficients of all its
+    components to the last bit."""
+    lacking: set[tuple[int, int]] = set()
+    at = 2
+    while 2 <= at < len(jpeg) - 4 and jpeg[at + 1] != _END[1]:
+        marker, end = jpeg[at + 1], at + 2 + int.from_bytes(jpeg[at + 2: at + 4], "big")
+        data = jpeg[at + 4: end]
+        if marker in _SOF and len(data) >= 6 + 3 * data[5]:
+            lacking = {(data[6 + 3 * number], place) for number in range(data[5]) for place in range(64)}
+        elif marker == _SOS and len(data) == 4 + 2 * data[0] and data[-1] & 15 == 0:
+            refined = range(data[-3], data[-2] + 1)
+            lacking -= {(data[1 + 2 * number], place) for number in range(data[0]) for place in refined}
+        found = _MARKER.search(jpeg, end) if marker == _SOS else None
+        at = end if marker != _SOS else found.start() if found else -1
+    return not lacking
 
 
 def is_unfinished(path: str) -> bool:

@@ -6,7 +6,8 @@ Second 0 is where a player begins: the earliest start of any picture or sound tr
 first; where it opens nothing, delivers less than the file holds, or cannot jump, FFmpeg's libraries do:
 
     chained Ogg, joined MP3          each part by itself, for libsndfile stops after the first
-    WAV that states no samples       FFmpeg, which reads to the end: its writer was killed
+    Ogg with lost pages              FFmpeg: libsndfile closes the gap
+    WAV whose writer was killed      FFmpeg, which can ignore the length in the header
     Opus of an unstated rate         FFmpeg: libsndfile rounds it
     Vorbis, MP3                      libsndfile from the start: its jumps are wrong
     all else                         libsndfile, and FFmpeg where that fails or delivers less
@@ -25,7 +26,7 @@ import numpy as np
 
 from trimodal import media
 from trimodal.data.samples import BrokenSample
-from trimodal.data.sound_files import Source, Stretch, joined_mp3, ogg_links
+from trimodal.data.sound_files import Source, Stretch, joined_mp3, mended_au, ogg_links, states_too_few_samples
 
 if TYPE_CHECKING:
     import soundfile
@@ -176,9 +177,10 @@ def oddities(path: str, start_s: float, duration_s: float) -> tuple[float, bool]
 
 def _read(path: str, start_s: float, duration_s: float, new_sink: Callable[[], Sink]) -> list[Sink]:
     """A filled sink for each part of the file that the stretch touches."""
-    links = ogg_links(path) or joined_mp3(path)
+    links, has_holes = ogg_links(path)
+    links = links or joined_mp3(path)
     if not links:
-        return [_read_link(path, start_s, duration_s, new_sink)]
+        return [_read_link(path, start_s, duration_s, new_sink, has_holes=has_holes)]
     found, at_s, end_s = list[Sink](), 0.0, start_s + duration_s if duration_s else math.inf
     for first, last in links:
         link = Stretch(path, first, last)
@@ -187,7 +189,7 @@ def _read(path: str, start_s: float, duration_s: float, new_sink: Callable[[], S
             own_start_s = max(0.0, start_s - at_s)
             own_end_s = min(end_s - at_s, length_s)
             own_duration_s = 0.0 if own_end_s == length_s else own_end_s - own_start_s
-            found.append(_read_link(link, own_start_s, own_duration_s, new_sink))
+            found.append(_read_link(link, own_start_s, own_duration_s, new_sink, has_holes=has_holes))
             rate_hz = max(1, found[-1].rate_hz)
             found[-1].expect(round(sum(sink.seconds for sink in found) * rate_hz), rate_hz)
         at_s += length_s
@@ -206,29 +208,34 @@ def _length_s(link: Source) -> float:
         return _read_link(link, 0.0, 0.0, lambda: Sink(keep=False)).seconds
 
 
-def _read_link(source: Source, start_s: float, duration_s: float, new_sink: Callable[[], Sink]) -> Sink:
-    """Decode one part by libsndfile, or by FFmpeg where that cannot or delivers less."""
+def _read_link(source: Source, start_s: float, duration_s: float, new_sink: Callable[[], Sink], *,
+               has_holes: bool = False) -> Sink:
+    """Decode one part by libsndfile, or by FFmpeg where that cannot, delivers less, or would close `has_holes`."""
     import soundfile
 
-    first, opens, damage = new_sink(), True, None
+    is_cut = False
+    if isinstance(source, str):
+        is_cut, source = states_too_few_samples(source), mended_au(source)
+    first = None if is_cut else new_sink()
+    damage = None
     try:
-        if _with_soundfile(source, start_s, duration_s, first):
+        if first is not None and _with_soundfile(source, start_s, duration_s, first) and not has_holes:
             return first
     except _Damaged as error:
         damage = error
     except (soundfile.LibsndfileError, _Unreliable):
-        opens = False
+        first = None
     try:
-        second, decoded_s = _with_av(source, start_s, duration_s, new_sink)
+        second, decoded_s = _with_av(source, start_s, duration_s, new_sink, is_cut)
     except Exception:
         if damage:
             raise damage.error from None
-        if not opens:
+        if first is None:
             raise
         return first
     if damage and decoded_s < damage.stretch_s - GAP_S:
         raise damage.error
-    return first if opens and not damage and first.seconds >= second.seconds else second
+    return first if first and not damage and not has_holes and first.seconds >= second.seconds else second
 
 
 def _rewound(source: Source) -> Source:
@@ -302,18 +309,21 @@ def _take(file: "soundfile.SoundFile", first: int, last: int, sink: Sink) -> boo
 # ---- FFmpeg's libraries ----------------------------------------------------------------------------------------------
 
 
-def _with_av(source: Source, start_s: float, duration_s: float, new_sink: Callable[[], Sink]) -> tuple[Sink, float]:
+def _with_av(source: Source, start_s: float, duration_s: float, new_sink: Callable[[], Sink],
+             is_cut: bool) -> tuple[Sink, float]:
     """A filled sink, and how many seconds of it were decoded and are not the silence of a gap."""
     import av
 
     if start_s > SETTLE_S:
         with contextlib.suppress(av.FFmpegError, _JumpedTooFar):  # some formats can be jumped in only amid a block
-            return _decode(source, start_s, duration_s, new_sink(), jump=True)
-    return _decode(source, start_s, duration_s, new_sink(), jump=False)
+            return _decode(source, start_s, duration_s, new_sink(), is_cut, jump=True)
+    return _decode(source, start_s, duration_s, new_sink(), is_cut, jump=False)
 
 
-def _decode(source: Source, start_s: float, duration_s: float, sink: Sink, *, jump: bool) -> tuple[Sink, float]:
-    with media.open_container(_rewound(source), media.SOUND_FORMATS) as container:
+def _decode(source: Source, start_s: float, duration_s: float, sink: Sink, is_cut: bool, *,
+            jump: bool) -> tuple[Sink, float]:
+    options = {"ignore_length": "1"} if is_cut else {}
+    with media.open_container(_rewound(source), media.SOUND_FORMATS, **options) as container:
         if not container.streams.audio:
             raise BrokenSample("has no sound track")
         stream = container.streams.audio[0]

@@ -83,8 +83,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json", action="store_true", help="print the answer of --status or --dry-run as one JSON object on stdout, "
         '{"sets": [...]}, with sizes in bytes')
     fewer = ", ".join(f"{name} {source.at_once}" for name, source in SOURCES.items() if source.at_once < 4)
-    add("--jobs", default="", metavar="N",
-        help=f"parallel transfers (default: 4; fewer where a server asks for it: {fewer})")
+    add("--jobs", default="", metavar="N", help=f"parallel transfers (default: 4; fewer as servers ask: {fewer})")
     add("--keep-archives", action="store_true", help="keep archives in NAME/archives after unpacking")
     _add_limits(parser)
     _add_origins(parser)
@@ -99,8 +98,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add("--splits", nargs="+", default=[], metavar="SPLIT", help="only the archives that these splits need: "
         f"{', '.join(SPLITS)}; by split are those of "
         + ", ".join(name for name, source in SOURCES.items() if any(item.splits for item in source.items)))
-    add("--max-gb", default="", metavar="GB", help="download at most so much of each set: lists and small "
-        "archives first")
+    add("--max-gb", default="", metavar="GB", help="at most so much of each set: lists and small archives first")
     add("--sample", default="", metavar="N", help="for a small start, N files of each archive; only their bytes are "
         "downloaded where the server allows it")
 

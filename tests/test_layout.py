@@ -225,6 +225,12 @@ def test_folders_of_the_root_alone_are_left_out_of_the_checks(name: str, is_lint
     assert any(re.search(pattern, name) for pattern in json.loads(excluded)) != is_linted, "mypy's"
 
 
+def test_commands_parse_call_and_return() -> None:
+    """What they do stands in the package."""
+    assert {name: lines for name in sorted(COMMANDS) if (ROOT / f"{name}.py").exists()
+            and (lines := (ROOT / f"{name}.py").read_text("utf-8").count("\n")) >= 150} == {}
+
+
 def test_no_large_file() -> None:
     assert [str(path) for path in tracked() if path.stat().st_size > MAX_FILE_BYTES] == []
 

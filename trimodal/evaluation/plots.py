@@ -1,16 +1,16 @@
-"""Figures of a report: curves of training, and grids of retrieval results. Labels are English.
+"""Pictures of a report: curves of training, and grids of what a query finds. Labels are English: fonts have those.
 
     loss_curves(records), progress_curves(records)     # PNG as bytes, from the records of metrics.jsonl
     retrieval_grid(rows)                               # uint8 (H, W, 3), from protocols.examples
 
-matplotlib loads only when something is drawn; its global state is not touched.
+Grids are drawn by Pillow, since they are made while training: matplotlib would take 40 MB of the budget. matplotlib and
+Pillow load only when something is drawn; no global state of either is touched.
 """
 
 import functools
 import io
 import itertools
-import textwrap
-import warnings
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +18,11 @@ import numpy as np
 
 Record = Mapping[str, Any]
 
-INK, FAINT, RIGHT = "#1e1e1e", "#787878", "#14963c"
-CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei",
-             "Droid Sans Fallback")
+INK, FAINT, RIGHT, FRAME = (30, 30, 30), (120, 120, 120), (20, 150, 60), (205, 205, 205)
+THUMB, GAP, MARGIN, TEXT_WIDTH, SMALL, LARGE = 132, 14, 16, 230, 12, 15  # pixels
+MEL_COLOURS = np.array([(8, 6, 30), (75, 15, 110), (185, 50, 90), (245, 130, 40), (252, 250, 165)], np.float64)
+CJK_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "msyh.ttc", "PingFang.ttc",
+             "simhei.ttf", "DroidSansFallback.ttf")
 
 
 # ---- curves ------------------------------------------------------------------------------------------------------
@@ -58,9 +60,9 @@ def progress_curves(records: Sequence[Record]) -> bytes | None:
     _by_stage(panels[2], steps, "step", "lr", "learning rate")
     _by_stage(panels[3], steps, "step", "samples_per_s", "speed (samples/s) and waiting for data (%, dashed)")
     panels[3].set_ylim(bottom=0)
-    x, waiting = _xy(steps, "step", "data_wait_pct")
+    places, waiting = _xy(steps, "step", "data_wait_pct")
     twin = panels[3].twinx()
-    twin.plot(x, smooth(waiting), linestyle="--", linewidth=0.9, color="grey")
+    twin.plot(places, smooth(waiting), linestyle="--", linewidth=0.9, color="grey")
     twin.set_ylim(0, max([10.0, *waiting]) * 1.1)
     twin.set_ylabel("waiting (%)", fontsize=8)
     return _png(figure)
@@ -144,8 +146,8 @@ def smooth(values: Sequence[float]) -> np.ndarray:
     """Running mean over a 20th of the curve, shorter at its ends, so that it starts and stops where the curve does."""
     half = len(values) // 40
     total = np.concatenate([[0.0], np.cumsum(values)])
-    centres = np.arange(len(values))
-    low, high = np.maximum(centres - half, 0), np.minimum(centres + half + 1, len(values))
+    places = np.arange(len(values))
+    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     return (total[high] - total[low]) / (high - low)
 
 
@@ -167,68 +169,139 @@ def _png(figure: Any) -> bytes:
 
 
 def retrieval_grid(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Draw retrieval results as one image: a row for each text query, with its text at the left, then the images or
-    sounds that rank best, best first, those that belong to the query framed in green.
+    """One line a query: its words at the left, then its best answers, best first, the right ones framed in green.
 
     Args:
-        rows: one dict for each query: "query" (text), "rank" (of the first right answer, from 1), "candidates" (how
-            many were ranked), "modality" of them, and "answers", each {"picture", "caption", "score", "right"}. A
-            picture is an image, uint8 (H, W, 3), or a log-mel (T, 80) at 100 frames a second, with its caption below.
+        rows: {"query", "rank", "candidates", "modality", "answers": [{"picture", "caption", "score", "right"}]}. A
+            picture is uint8 (H, W, 3), or a log-mel (T, 80) at 100 frames a second, whose caption is then written
+            below.
 
     Returns:
-        uint8 (H, W, 3).
+        uint8 (H, W, 3); a line of words where there are no rows.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image, ImageDraw
 
-    columns = max((len(row["answers"]) for row in rows), default=1)
-    figure = _figure(2.2 + 1.35 * columns, 0.4 + 1.75 * max(len(rows), 1))
-    kind = {"image": "images", "audio": "sounds"}.get(rows[0]["modality"] if rows else "", "")
-    title = f"Best answers among {rows[0]['candidates']} {kind}, cosine below each; right ones in green" if rows else ""
-    figure.suptitle(title or "Nothing to show", fontsize=9, color=FAINT)
-    cells = figure.subplots(max(len(rows), 1), columns + 1, squeeze=False,
-                            gridspec_kw={"width_ratios": [1.8, *[1] * columns]})
-    for axes in cells.flat:
-        axes.set_axis_off()
-    for row, (query_axes, *answer_axes) in zip(rows, cells, strict=False):
-        query_axes.text(0, 0.5, f"{_wrapped(row['query'], 30)}\nright one at rank {row['rank']} of {row['candidates']}",
-                        fontsize=9, va="center", color=RIGHT if row["rank"] == 1 else INK, family=_fonts())
-        for axes, answer in zip(answer_axes, row["answers"], strict=False):
-            _draw_answer(axes, answer)
-    canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # no font with Chinese letters here: boxes are drawn
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+    columns = max((len(row["answers"]) for row in rows), default=0)
+    width = 2 * MARGIN + TEXT_WIDTH + columns * (THUMB + GAP)
+    heights = [_row_height(row) for row in rows]
+    image = Image.new("RGB", (max(width, 420), 2 * MARGIN + 30 + sum(heights)), "white")
+    draw = ImageDraw.Draw(image)
+    kind = {"image": "pictures", "audio": "sounds"}.get(rows[0]["modality"] if rows else "", "")
+    title = (f"Best answers among {rows[0]['candidates']} {kind}, cosine below each; a green frame marks a right one"
+             if rows else "")
+    draw.text((MARGIN, MARGIN), title or "Nothing to show", FAINT, font(SMALL))
+    top = MARGIN + 30
+    for row, height in zip(rows, heights, strict=True):
+        _draw_row(image, draw, row, top)
+        top += height
+    return np.asarray(image)
 
 
-def _draw_answer(axes: Any, answer: Mapping[str, Any]) -> None:
-    """Draw one answer of `retrieval_grid`: its image or log-mel, its cosine below, a green frame if it is right."""
-    picture, score = answer["picture"], f"{round(answer['score'], 2) + 0.0:.2f}"  # never -0.00
-    axes.set_axis_on()
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if picture.ndim == 3:
-        axes.imshow(picture)
-        axes.set_xlabel(score, fontsize=8)
-    else:  # a log-mel: time to the right, low tones at the bottom
-        mel_TM = picture.astype(np.float32)
-        axes.imshow(mel_TM.T, origin="lower", aspect="auto", cmap="inferno", vmin=np.percentile(mel_TM, 5))
-        axes.set_xlabel(f"{score}   {len(picture) / 100:.1f} s\n{_wrapped(answer['caption'], 22)}", fontsize=7,
-                        family=_fonts())
-    for side in axes.spines.values():
-        side.set(color=RIGHT if answer["right"] else FAINT, linewidth=3 if answer["right"] else 0.6)
+def _draw_row(image: Any, draw: Any, row: Mapping[str, Any], top: int) -> None:
+    words = wrap(row["query"], LARGE, TEXT_WIDTH - GAP, 6)
+    _write(draw, (MARGIN, top), words, INK, LARGE)
+    place = f"right one at rank {row['rank']} of {row['candidates']}"
+    _write(draw, (MARGIN, top + len(words) * (LARGE + 4) + 4), [place], RIGHT if row["rank"] == 1 else FAINT, SMALL)
+    for column, answer in enumerate(row["answers"]):
+        left = MARGIN + TEXT_WIDTH + column * (THUMB + GAP)
+        picture = _thumb(answer["picture"])
+        image.paste(picture, (left, top))
+        outline, line = (RIGHT, 4) if answer["right"] else (FRAME, 1)
+        draw.rectangle((left - line, top - line, left + picture.width - 1 + line, top + picture.height - 1 + line),
+                       outline=outline, width=line)
+        _write(draw, (left, top + picture.height + 7), _below(answer), RIGHT if answer["right"] else FAINT, SMALL)
 
 
-def _wrapped(text: str, width: int) -> str:
-    """`text` in lines of `width` letters, or half as many Chinese ones; six lines at most."""
-    width = width if text.isascii() else width // 2
-    return "\n".join(textwrap.wrap(text.replace("$", "\\$"), width, max_lines=6, placeholder="...")) or " "
+def _row_height(row: Mapping[str, Any]) -> int:
+    words = len(wrap(row["query"], LARGE, TEXT_WIDTH - GAP, 6)) * (LARGE + 4) + 4 + SMALL + 4
+    answers = [_thumb_size(answer["picture"])[1] + 7 + len(_below(answer)) * (SMALL + 4) for answer in row["answers"]]
+    return max([words, *answers]) + GAP
 
 
-@functools.cache
-def _fonts() -> list[str]:
-    """matplotlib's own font, which has the letters of Europe, then those with Chinese ones that are installed."""
-    from matplotlib.font_manager import fontManager
+def _below(answer: Mapping[str, Any]) -> list[str]:
+    """Lines below an answer: its score, and of a sound its length and caption."""
+    score = f"{round(answer['score'], 2) + 0.0:.2f}"  # never -0.00
+    if answer["picture"].ndim == 3:
+        return [score]
+    return [f"{score}   {len(answer['picture']) / 100:.1f} s", *wrap(answer["caption"], SMALL, THUMB, 3)]
 
-    installed = {font.name for font in fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+
+def _thumb_size(picture: np.ndarray) -> tuple[int, int]:
+    return (THUMB, THUMB) if picture.ndim == 3 else (THUMB, THUMB * 5 // 8)
+
+
+def _thumb(picture: np.ndarray) -> Any:
+    """The whole picture, within a square; of a log-mel its spectrogram, low tones at the bottom."""
+    from PIL import Image
+
+    size = _thumb_size(picture)
+    if picture.ndim == 2:
+        return Image.fromarray(_spectrogram(picture)).resize(size, Image.Resampling.BILINEAR)
+    scale = THUMB / max(picture.shape[:2])
+    shape = tuple(max(1, round(side * scale)) for side in (picture.shape[1], picture.shape[0]))
+    square = Image.new("RGB", size, (245, 245, 245))
+    square.paste(Image.fromarray(picture).resize(shape, Image.Resampling.LANCZOS),
+                 ((THUMB - shape[0]) // 2, (THUMB - shape[1]) // 2))
+    return square
+
+
+def _spectrogram(mel_TM: np.ndarray) -> np.ndarray:
+    """uint8 (M, T, 3), from dark to bright between its 5th percentile and its maximum."""
+    image_MT = np.flipud(mel_TM.astype(np.float64).T)
+    low, high = np.percentile(image_MT, 5), image_MT.max()
+    level_MT = np.clip((image_MT - low) / max(high - low, 1e-6), 0, 1) * (len(MEL_COLOURS) - 1)
+    stops = np.arange(len(MEL_COLOURS))
+    return np.stack([np.interp(level_MT, stops, channel) for channel in MEL_COLOURS.T], axis=-1).astype(np.uint8)
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def wrap(text: str, size: int, width: int, max_lines: int) -> list[str]:
+    """`text` in lines of at most `width` pixels, broken between words, Chinese characters, or else anywhere; what does
+    not fit in `max_lines` is cut off with dots."""
+    shown = font(size, text)
+    words = re.findall(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+|\s+", text.strip())
+    pieces = [piece for word in words for piece in ([word] if shown.getlength(word) <= width else word)]
+    lines = [""]
+    for piece in (" " if piece.isspace() else piece for piece in pieces):
+        if shown.getlength((lines[-1] + piece).rstrip()) <= width:
+            lines[-1] += piece
+        else:
+            lines.append(piece)
+    lines = [line.strip() for line in lines if line.strip()]
+    if len(lines) <= max_lines:
+        return lines
+    last = lines[max_lines - 1]
+    while last and shown.getlength(last + "...") > width:
+        last = last[:-1]
+    return [*lines[:max_lines - 1], last.rstrip() + "..."]
+
+
+def _write(draw: Any, place: tuple[int, int], lines: Sequence[str], colour: tuple[int, int, int], size: int) -> None:
+    shown = font(size, "".join(lines))
+    for n, line in enumerate(lines):
+        draw.text((place[0], place[1] + n * (size + 4)), line, colour, shown)
+
+
+def font(size: int, text: str = "") -> Any:
+    """The font that shows `text`."""
+    return _font(size, not text.isascii())
+
+
+@functools.lru_cache(maxsize=8)
+def _font(size: int, wide: bool) -> Any:
+    """Pillow's own font, which has English letters; for others the first one found with Chinese characters, else
+    matplotlib's, which has those of Europe."""
+    from PIL import ImageFont
+
+    for name in CJK_FONTS if wide else ():
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    if not wide:
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

@@ -274,8 +274,9 @@ def test_a_process_that_starts_late_has_more_time() -> None:
 
 
 def test_a_process_that_stands_still_at_no_place_is_replaced() -> None:
+    """It names none, so wherever the signal finds it, it is at none."""
     said: list[str] = []
-    iterator = iter(results(squares, 30, count=1, timeout_s=1.0, say=said.append))
+    iterator = iter(results(lambda job, skipped, report: job**2, 30, count=1, timeout_s=1.0, say=said.append))
     assert next(iterator) == 0
     os.kill(ours()[0], signal.SIGSTOP)
     assert list(iterator) == [job**2 for job in range(1, 30)]

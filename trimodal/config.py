@@ -256,6 +256,7 @@ class DataConfig:
     coco_split: Literal["auto", "karpathy", "2017"] = "auto"
     audiocaps_version: Literal[1, 2] = 1
     stamps_symbols: StrictBool = True
+    emoji_language: Literal["en", "zh"] = "en"
     synthetic_images: Annotated[Int, Field(ge=128, le=1800)] = 1800
     synthetic_sounds: Annotated[Int, Field(ge=128, le=384)] = 384
 

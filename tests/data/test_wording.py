@@ -27,6 +27,8 @@ def test_nothing_is_told_of_captions_that_are_read_whole(tmp_path: Path) -> None
     found = look(tmp_path, "a black background", "alternating black", "black " * 10)
     assert (found.captions, found.words) == (3, 3 + 2 + 10)
     assert found.lines() == [] and found.advice() == ""
+    data = load_data(configured(tmp_path))
+    assert not any(wording.warning(split, data.tokenizer) for split in data.splits.values())
 
 
 def test_cut_captions_are_counted(tmp_path: Path) -> None:
@@ -49,6 +51,9 @@ def test_unknown_words_are_counted_and_the_language_told(tmp_path: Path, caption
     (line,) = found.lines()
     assert_names(line, f"{unknown} of {words}", "[UNK]")
     assert_names(found.advice(), advised)
+    data = load_data(configured(tmp_path))
+    said = [wording.warning(split, data.tokenizer) for split in data.splits.values()]
+    assert_names(" ".join(said), "[UNK]", advised)
 
 
 def test_a_few_unknown_words_are_told_without_advice(tmp_path: Path) -> None:

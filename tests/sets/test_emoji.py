@@ -23,6 +23,9 @@ SYSTEM_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 NAMED = {"\U0001F436": ("dog face", "dog | face | pet"), "\U0001F431": ("cat face", "cat | face | pet"),
          "\U0001F44B": ("waving hand", "hand | wave"), "\U0001F44B\U0001F3FB": ("waving hand: light skin tone", "hand"),
          "_": ("low line", "dash | line")}
+CHINESE = {"\U0001F436": ("狗脸", "宠物 | 狗 | 狗脸"), "\U0001F431": ("猫脸", "猫 | 猫脸"),
+           "\U0001F44B": ("挥手", "手"), "_": ("低线", "横线")}
+CHINESE_FLAGS = {"\U0001F1F3\U0001F1F4": ("旗: 挪威", "旗"), "\U0001F1E7\U0001F1FB": ("旗: 布韦岛", "旗")}
 FLAGS = {"\U0001F1F3\U0001F1F4": ("flag: Norway", "flag"), "\U0001F1E7\U0001F1FB": ("flag: Bouvet Island", "flag")}
 
 
@@ -36,8 +39,8 @@ def xml(named: dict[str, tuple[str, str]]) -> str:
 def root(tmp_path: Path) -> Path:
     """The set with six small pictures, of which the flags are equal, and one that only has a name."""
     folder = tmp_path / "emoji"
-    for name, named in zip(emoji.NAMES, (NAMED, FLAGS), strict=True):
-        (folder / name).parent.mkdir(parents=True)
+    for name, named in zip(emoji.LISTS, (NAMED, FLAGS, CHINESE, CHINESE_FLAGS), strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(xml(named), "utf-8")
     (folder / emoji.FONT).write_bytes(b"not read")
     (folder / emoji.PICTURES).mkdir()
@@ -48,12 +51,13 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def setting(root: Path, max_bad_pct: float = 100) -> Config:
-    return load_config(None, [f"paths.data_root={str(root.parent)!r}", f"data.max_bad_pct={max_bad_pct}"])
+def setting(root: Path, max_bad_pct: float = 100, language: str = "en") -> Config:
+    return load_config(None, [f"paths.data_root={str(root.parent)!r}", f"data.max_bad_pct={max_bad_pct}",
+                              f"data.emoji_language={language}"])
 
 
-def read(root: Path) -> list[Sample]:
-    return list(read_splits("emoji", SPLITS, setting(root)))
+def read(root: Path, language: str = "en") -> list[Sample]:
+    return list(read_splits("emoji", SPLITS, setting(root, language=language)))
 
 
 def test_names_and_keywords_are_captions_and_shades_of_skin_are_left_out(root: Path) -> None:
@@ -61,6 +65,23 @@ def test_names_and_keywords_are_captions_and_shades_of_skin_are_left_out(root: P
     assert captions == {"1f436": ("dog face", "dog, face, pet"), "1f431": ("cat face", "cat, face, pet"),
                         "1f44b": ("waving hand", "hand, wave"),
                         "1f1f3-1f1f4": ("flag: Norway", "flag", "flag: Bouvet Island", "flag")}
+
+
+def test_chinese_names_are_captions_of_the_same_samples(root: Path) -> None:
+    english, chinese = read(root), read(root, "zh")
+    assert [replace(sample, captions=()) for sample in chinese] == [replace(sample, captions=()) for sample in english]
+    assert {sample.key: sample.captions for sample in chinese} == {
+        "1f436": ("狗脸", "宠物、狗、狗脸"), "1f431": ("猫脸", "猫、猫脸"), "1f44b": ("挥手", "手"),
+        "1f1f3-1f1f4": ("旗: 挪威", "旗", "旗: 布韦岛", "旗")}
+    with refused("data.emoji_language", "'de'", "'en'", "'zh'"):
+        setting(root, language="de")
+    (root / "annotations/zh.xml").write_text(xml({"_": CHINESE["_"]}), "utf-8")
+    with refused(root / "annotations/zh.xml", repr("\U0001F436")):
+        read_splits("emoji", ["train"], setting(root, language="zh"))
+    (root / "annotations/zh.xml").unlink()
+    assert read(root) == english  # English needs its own lists alone
+    with refused(root / "annotations/zh.xml", "--datasets emoji"):
+        read_splits("emoji", ["train"], setting(root, language="zh"))
 
 
 def test_sides_follow_from_the_names_alone(root: Path) -> None:
@@ -73,8 +94,8 @@ def test_sides_follow_from_the_names_alone(root: Path) -> None:
 def test_missing_pictures_and_damaged_lists_are_told(root: Path) -> None:
     with refused(root / emoji.PICTURES, 5, f"{emoji.NUMBER:,}", "--datasets emoji"):
         read_splits("emoji", ["train"], setting(root, 5))
-    (root / emoji.NAMES[1]).write_text("<ldml>", "utf-8")
-    with refused(root / emoji.NAMES[1]):
+    (root / emoji.ENGLISH[1]).write_text("<ldml>", "utf-8")
+    with refused(root / emoji.ENGLISH[1]):
         read_splits("emoji", ["train"], setting(root))
 
 
@@ -96,7 +117,8 @@ def test_what_is_made_of_the_packages_is_made_once_and_again_where_it_is_gone(ro
     font, names = SOURCES["emoji"].items
     source, served = miniature.shrink("emoji", {
         font.name: {font.rules[0][0]: b"a font"},
-        names.name: {where: (root / name).read_bytes() for where, name in names.rules[:2]}}, tmp_path)
+        names.name: {where: (root / name).read_bytes() for where, name in names.rules if name in emoji.LISTS}},
+        tmp_path)
     made = replace(source.made[0], number=5)
     source = replace(source, finish=draw, made=(made,))
     server.files |= {f"/{name}": data for name, data in served.items()}

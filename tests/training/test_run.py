@@ -17,7 +17,7 @@ import model as model_module
 from tests.refusals import assert_names, refused
 from tests.small_runs import STAGES, SmallRuns, differing, records, without_times
 from trimodal import checkpoint
-from trimodal.config import load_config
+from trimodal.config import Config, config_from_dict, load_config
 from trimodal.training import loop, plans, resume, saving, validation
 from trimodal.training import run as run_module
 from trimodal.training.run import Options
@@ -471,3 +471,11 @@ def test_a_full_disk_at_the_very_end_is_one_line(small: SmallRuns, whole: Path, 
         small.train(folder, *QUICK, resume="auto")
     assert sorted((folder / "checkpoints").iterdir()) == before, "nothing half written"
     assert not [line for line in records(folder, "report") if (folder / "reports" / line["file"]).exists()]
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default() -> None:
+    before = Config().to_dict()
+    del before["data"]["emoji_language"], before["report"]
+    assert resume.changes(before, Config().to_dict()) == []
+    now = config_from_dict({"data": {"emoji_language": "zh"}}).to_dict()
+    assert resume.changes(before, now) == ["data.emoji_language: en -> zh"]

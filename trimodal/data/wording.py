@@ -16,6 +16,7 @@ from trimodal.data.tokenizer import Tokenizer
 
 SHOWN = 60  # characters of a caption
 MANY = 0.05  # a share that is worth a warning
+SOME = 1_000  # captions that tell the language of all
 
 # Nothing but numbers and signs; the name of a file; several captions in one; traces of a wrong encoding, of markup.
 _ODD = re.compile(r"[\W\d_]+$|\S+\.(?:txt|json|xml|jpe?g|png|wav|flac|mp3)$|'[^']*'$"
@@ -42,8 +43,7 @@ class Wording:
             found.append(f"{_pct(self.cut, self.captions)} of the captions ({self.cut:,} of {self.captions:,}) are "
                          f"longer than the {self.context_length} tokens that the model reads, and are cut there")
         if self.unknown:
-            found.append(f"{_pct(self.unknown, self.words)} of the words ({self.unknown:,} of {self.words:,}) are not "
-                         "in the model's vocabulary: for each of them it sees the same [UNK]")
+            found.append(_unknown_line(self.unknown, self.words))
         if self.empty:
             examples = ", ".join(f"{count:,} times {text!r}" for text, count in self.empty.most_common(3))
             found.append(f"{self.empty.total():,} captions look like empty cells that were saved as text: {examples}")
@@ -59,8 +59,7 @@ class Wording:
         if self.cut >= MANY * max(self.captions, 1):
             found.append("a larger model.context_length, or shorter captions")
         if self.unknown >= MANY * max(self.words, 1):
-            found.append("model.word_embeddings=hub:bert-base-chinese" if self.chinese > self.captions / 4 else
-                         "model.word_embeddings=hub:NAME of a model for the language of the captions")
+            found.append(_other_words(self.chinese, self.captions))
         if self.empty:
             found.append("leave these cells empty, or leave out the lines")
         if self.odd.total() >= MANY * max(self.captions, 1):
@@ -72,15 +71,14 @@ def look(splits: Iterable[Split], tokenizer: Tokenizer, context_length: int) -> 
     """Counts over all captions of some splits; of each caption the words that the model reads."""
     captions = cut = words = unknown = chinese = 0
     empty, odd = Counter[str](), Counter[str]()
-    begins_word = tokenizer.begins_word
     for split in splits:
         texts = split.table.captions
         full = np.flatnonzero(np.diff(split.token_offsets) >= context_length)
         lengths = tokenizer.lengths([texts[i] for i in full.tolist()])
         captions += len(texts)
         cut += int((lengths > context_length).sum())
-        words += int(begins_word[split.token_ids].sum())
-        unknown += int((split.token_ids == tokenizer.unknown_id).sum())
+        lacking, of = _unknown_words(split, tokenizer)
+        unknown, words = unknown + lacking, words + of
         for text in (texts[i] for i in range(len(texts))):
             chinese += bool(_CHINESE.search(text))
             if len(text) < 12 and normalise_caption(text) in EMPTY_CELLS:
@@ -88,6 +86,32 @@ def look(splits: Iterable[Split], tokenizer: Tokenizer, context_length: int) -> 
             elif _ODD.match(text):
                 odd[text[:SHOWN]] += 1
     return Wording(context_length, captions, cut, words, unknown, chinese, empty, odd)
+
+
+def warning(split: Split, tokenizer: Tokenizer) -> str:
+    """What a run says of captions that the vocabulary can hardly write, and what to do; "" where it can."""
+    unknown, words = _unknown_words(split, tokenizer)
+    if unknown < MANY * max(words, 1):
+        return ""
+    some = [split.table.captions[i] for i in range(min(len(split.table.captions), SOME))]
+    chinese = sum(bool(_CHINESE.search(text)) for text in some)
+    return f"captions: {_unknown_line(unknown, words)}; take {_other_words(chinese, len(some))}"
+
+
+def _unknown_words(split: Split, tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many words of the captions the vocabulary lacks, and how many there are."""
+    return int((split.token_ids == tokenizer.unknown_id).sum()), int(tokenizer.begins_word[split.token_ids].sum())
+
+
+def _unknown_line(unknown: int, words: int) -> str:
+    return (f"{_pct(unknown, words)} of the words ({unknown:,} of {words:,}) are not in the model's vocabulary: for "
+            "each of them it sees the same [UNK]")
+
+
+def _other_words(chinese: int, captions: int) -> str:
+    """The setting under which a model can read captions of which so many are Chinese."""
+    return ("model.word_embeddings=hub:bert-base-chinese" if chinese > captions / 4 else
+            "model.word_embeddings=hub:NAME of a model for the language of the captions")
 
 
 def _pct(part: int, whole: int) -> str:

@@ -1,7 +1,8 @@
-"""Emoji: the colour pictures of the font Noto Color Emoji, with the English names and keywords that Unicode gives them.
+"""Emoji: the colour pictures of the font Noto Color Emoji, with the names and keywords that Unicode gives them in
+English or Chinese (`data.emoji_language`).
 
-A picture is rendered once, when the set is completed. Chinese names come with the same package and are no captions: of
-the 1,855 only 36 can be written with the default vocabulary, and 774 would be told apart.
+A picture is rendered once, when the set is completed. Which pictures are samples, their order, keys and splits follow
+from the English names in either language.
 """
 
 import hashlib
@@ -20,16 +21,26 @@ from trimodal.sets.base import Count, DataSet, File, Item, Source
 from trimodal.sets.reading import download_command, draw_splits, existing, names_in, worded_captions
 
 FONT, PICTURES = "NotoColorEmoji.ttf", "pictures"
-NAMES = ("annotations/en.xml", "annotationsDerived/en.xml")  # single characters and sequences
+FOLDERS = ("annotations", "annotationsDerived")  # lists of single characters, and of sequences
+BETWEEN = {"en": ", ", "zh": "\u3001"}  # two keywords, by language
 FONT_PX, PICTURE_PX = 109, (136, 128)  # the only size of the font's pictures, and what each then covers
 NUMBER = 1_855
 HELD_OUT = {"test": 0.1, "val": 0.1}
 _SKIN_TONES = re.compile("[\U0001F3FB-\U0001F3FF]")
 
 
-def _package(name: str, version: str, size: int, sha256: str, count: Count, *taken: tuple[str, str]) -> Item:
+def lists_of(language: str) -> tuple[str, ...]:
+    """The lists of names in `language`, below the set's folder."""
+    return tuple(f"{folder}/{language}.xml" for folder in FOLDERS)
+
+
+ENGLISH, LISTS = lists_of("en"), tuple(path for language in BETWEEN for path in lists_of(language))
+
+
+def _package(name: str, version: str, size: int, sha256: str, count: Count, *taken: tuple[str, str],
+             item: str = "") -> Item:
     file = f"{name}_{version}_all.deb"
-    return Item(name=file, kind="deb", into="", subset="emoji", unpacked=size, counts=(count,),
+    return Item(name=item or file, kind="deb", into="", subset="emoji", unpacked=size, counts=(count,),
                 rules=(*taken, (f"usr/share/doc/{name}/copyright", f"COPYRIGHT.{name}")),
                 files=(File(name=file, size=size, sha256=sha256, urls=(("official", f"apt:{name}={version}"),)),))
 
@@ -40,41 +51,50 @@ ITEMS = (
              Count(folder=".", suffix=".ttf", number=1), (f"usr/share/fonts/truetype/noto/{FONT}", FONT)),
     _package("unicode-cldr-core", "41-0.1", 16_938_208,
              "35d30d5d3bee4d8244e95236259c4c2a0db06e21bad696515751fcfeee4d0260",
-             Count(folder=".", suffix=".xml", number=len(NAMES)),
-             *((f"usr/share/unicode/cldr/common/{name}", name) for name in NAMES)),
+             Count(folder=".", suffix=".xml", number=len(LISTS)),
+             *((f"usr/share/unicode/cldr/common/{path}", path) for path in LISTS),
+             item="unicode-cldr-core_en_zh"),  # a name of its own: 0.2.0 took the English lists alone
 )
 
 
 class Emoji(NamedTuple):
     text: str  # one character or a sequence
     name: str
-    keywords: str  # "face, grin, grinning face"
+    keywords: str  # "face, grin, grinning face" in English
 
     @property
     def file_name(self) -> str:
         return "-".join(f"{ord(character):x}" for character in self.text) + ".png"
 
 
-def emoji_in(folder: Path) -> list[Emoji]:
-    """All emoji that Unicode's lists name, in the order of the lists, with their names and keywords; without variants
-    of skin tone, but with letters and signs that the font has no image of.
+def emoji_in(folder: Path, language: str = "en") -> list[Emoji]:
+    """All emoji that Unicode's English lists name, in the order of these, with names and keywords in `language`;
+    without variants of skin tone, but with letters and signs that the font has no image of.
 
     Raises:
-        UserError: a list is damaged.
+        UserError: a list is damaged, or lacks the name of an emoji.
     """
+    texts = [text for text in _annotations(folder, "en")[0] if not _SKIN_TONES.search(text)]
+    names, keywords = _annotations(folder, language)
+    if unnamed := [text for text in texts if text not in names]:
+        raise UserError(f"{folder / lists_of(language)[0]}: no name of {unnamed[0]!r}; rename it and download the set "
+                        "again")
+    between = BETWEEN[language]
+    return [Emoji(text, names[text], between.join(keywords.get(text, "").split(" | "))) for text in texts]
+
+
+def _annotations(folder: Path, language: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The name of each emoji, and its keywords as "face | grin"."""
     names: dict[str, str] = {}
     keywords: dict[str, str] = {}
-    for path in (folder / name for name in NAMES):
+    for path in (folder / name for name in lists_of(language)):
         try:
             for node in ElementTree.parse(path).getroot().iter("annotation"):
-                text, description = node.attrib["cp"], node.text or ""
-                if node.get("type") == "tts":
-                    names[text] = description
-                else:
-                    keywords[text] = description.replace(" | ", ", ")
+                of_kind = names if node.get("type") == "tts" else keywords
+                of_kind[node.attrib["cp"]] = node.text or ""
         except (ElementTree.ParseError, KeyError) as error:
             raise UserError(f"{path}: damaged ({error}); rename it and download the set again") from None
-    return [Emoji(text, name, keywords.get(text, "")) for text, name in names.items() if not _SKIN_TONES.search(text)]
+    return names, keywords
 
 
 def _render(folder: Path) -> None:
@@ -106,9 +126,10 @@ def _training_files(folder: Path) -> Iterator[str]:
 
 
 def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
-    """The captions are the name and all keywords. Of the pictures 10 % are test and 10 % val, drawn by their names;
-    those that look alike, as the flags of some countries do, are one sample with all their names."""
-    for name in (FONT, *NAMES):
+    """The captions are the name and all keywords. Of the pictures 10 % are test and 10 % val, drawn by their English
+    names; those that look alike, as the flags of some countries do, are one sample with all their names."""
+    language = config.data.emoji_language
+    for name in (FONT, *ENGLISH, *lists_of(language)):
         existing(root / name, config)
     there, alike = names_in(root / PICTURES), dict[str, list[Emoji]]()
     for emoji in emoji_in(root):
@@ -117,6 +138,7 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
             alike.setdefault(digest, []).append(emoji)
     sides = draw_splits((same[0].name for same in alike.values()),
                         *(round(share * len(alike)) for share in HELD_OUT.values()))
+    words = {one.text: (one.name, one.keywords) for one in emoji_in(root, language)}
     found = sum(map(len, alike.values()))
     if 100 * (NUMBER - found) > config.data.max_bad_pct * NUMBER:
         raise UserError(f"{root / PICTURES}: holds {found:,} of {NUMBER:,} pictures; get the others with: "
@@ -124,7 +146,7 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
     for split in splits:
         for first, *others in alike.values():
             if sides[first.name] == split:
-                texts = (text for one in (first, *others) for text in (one.name, one.keywords))
+                texts = (text for one in (first, *others) for text in words[one.text])
                 yield Sample(key=first.file_name.removesuffix(".png"), source="emoji", split=split,
                              image=str(root / PICTURES / first.file_name),
                              captions=worded_captions(texts, f"emoji {first.name}"))
@@ -134,8 +156,8 @@ _LICENCE = "pictures: SIL Open Font License 1.1, tools Apache-2.0 (Google); name
 SET = DataSet(
     name="emoji", order=6, licence=_LICENCE, read=_read, splits="80, 10 and 10 % of the pictures",
     source=Source(
-        name="emoji", title="Noto Color Emoji 2.042 with the names of CLDR 41",
+        name="emoji", title="Noto Color Emoji 2.042 with the English and Chinese names of CLDR 41",
         page="https://github.com/googlefonts/noto-emoji", licence=_LICENCE, items=ITEMS, defaults=("emoji",),
-        in_all=False, note="1,855 pictures of one word or a few", required=(FONT, *NAMES),
+        in_all=False, note="1,855 pictures of one word or a few", required=(FONT, *ENGLISH),
         training_files=_training_files, finish=_render,
         made=(Count(folder=PICTURES, suffix=".png", number=NUMBER),)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from datasets import Loader
 from trimodal import distributed
 from trimodal.config import Config, StageConfig, TaskConfig
+from trimodal.data import wording
 from trimodal.data.batches import Batch
 from trimodal.distributed import OutOfMemoryElsewhere, World
 from trimodal.errors import TrainingError, UserError
@@ -93,6 +94,8 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
     try:
         if not protocols.can_score(run.data, "test"):
             run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
+        if line := wording.warning(run.data.splits["train"], run.data.tokenizer):
+            run.tracker.event(line, run.progress.step)
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages

@@ -175,8 +175,9 @@ def divide(total: int, shares: Sequence[float], least: Sequence[int]) -> list[in
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """"training.learning_rate: 0.0001 -> 0.0005" for each setting that differs. Paths and the size of the vocabulary,
-    which follows from the data, are left out."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    which follows from the data, are left out. A setting that there was not yet had its default."""
+    usual = {name: value for name, value in _flat(Config().to_dict()) if not name.startswith("stages.")}
+    old, new = usual | dict(_flat(before)), dict(_flat(now))
     names = [name for name in {**old, **new} if not name.startswith("paths.") and name != "model.vocab_size"]
     return [f"{name}: {_shown(old, name)} -> {_shown(new, name)}" for name in names
             if old.get(name) != new.get(name)]

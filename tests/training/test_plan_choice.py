@@ -1,6 +1,7 @@
 """Plans fit, waste nothing, and take the fast way before the slow one; they are kept, calibrated and printed."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,26 @@ NEVER: dict[str, Any] = {"may_recompute": False}
 
 
 class Step:
-    """A step whose bytes follow the model of recompute: whole towers keep their activations, parts do one by one; of a
-    block that is recomputed a twentieth is kept, its input."""
+    """A step whose bytes follow the model of recompute: whole towers keep their activations, parts do one by one, and
+    beside them the gradients that each adds to those before (`added_bytes`); of a block that is recomputed a twentieth
+    is kept, its input."""
 
-    def __init__(self, upper: MicroBatch, base_bytes: int = GIB):
-        self.upper, self.base_bytes, self.runs = upper, base_bytes, 0
+    def __init__(self, upper: MicroBatch, base_bytes: int = GIB, added_bytes: dict[str, int] | None = None):
+        self.upper, self.base_bytes, self.added_bytes, self.runs = upper, base_bytes, added_bytes or {}, 0
 
     def __call__(self, fit: Fit, limit_bytes: int | None = None) -> Usage | None:
         self.runs += 1
+        total = self.peak_bytes(fit)
+        usage = Usage(total, {"parameters": self.base_bytes, "activations": total - self.base_bytes})
+        return None if limit_bytes is not None and total > limit_bytes else usage
+
+    def peak_bytes(self, fit: Fit) -> int:
         taken = {t: int(size * SAMPLE_BYTES[t] * (1 - 0.95 / n if (n := fit.recompute[t]) else 1))
                  for t, size in fit.micro_batch.items()}
         kept = sum(taken[t] for t, size in fit.micro_batch.items() if size == self.upper[t])
-        part = max((taken[t] for t, size in fit.micro_batch.items() if size < self.upper[t]), default=0)
-        total = self.base_bytes + kept + part
-        usage = Usage(total, {"parameters": self.base_bytes, "activations": total - self.base_bytes})
-        return None if limit_bytes is not None and total > limit_bytes else usage
+        part = max((taken[t] + self.added_bytes.get(t, 0) for t, size in fit.micro_batch.items()
+                    if size < self.upper[t]), default=0)
+        return self.base_bytes + kept + part
 
 
 def gib(size: float, device: str = "cuda") -> Limits:
@@ -150,6 +156,21 @@ def test_a_budget_below_the_smallest_step_names_the_figures_and_the_knobs() -> N
     with refused("memory.budget_gb", "1.5 GiB", "0.64", "image 1", "audio 1", "text 1", "1.02", "parameters 1.00",
                  "activations 0.02", *KNOBS):
         planned(1.5, **NEVER)
+
+
+@pytest.mark.parametrize("upper", [{"image": 16, "text": 16}, {"image": 5, "audio": 1000, "text": 16}])
+@pytest.mark.parametrize("options", [{}, NEVER, {"pinned": 3}], ids=["recompute", "parts alone", "pinned"])
+def test_a_budget_is_refused_only_where_no_mixture_of_options_fits(upper: MicroBatch, options: dict) -> None:
+    """Of steps whose parts take more than the whole in some towers, as gradients that are added to others do."""
+    possible = planner.options(options.get("pinned"), options.get("may_recompute", True), parts_are_free=False)
+    for heavy in itertools.chain.from_iterable(itertools.combinations(upper, n) for n in range(len(upper) + 1)):
+        step = Step(upper, added_bytes=dict.fromkeys(heavy, 400 << 20))
+        least = min(step.peak_bytes(planner.with_options(dict(zip(upper, mixture, strict=True)), upper))
+                    for mixture in itertools.product(possible, repeat=len(upper)))
+        exact = Limits(least + int(CONTEXT_GIB["cpu"] * GIB), "cpu", 1.0)
+        assert plan_fit(step, upper, exact, **options).peak_bytes <= least
+        with pytest.raises(OverBudget):
+            plan_fit(step, upper, dataclasses.replace(exact, budget_bytes=exact.budget_bytes - 1), **options)
 
 
 def test_a_real_step_is_planned_by_running_it() -> None:

@@ -1,6 +1,7 @@
 """Plans: true to the real step's bytes, inside the README's budgets, kept, obeyed, printed without any data."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,26 @@ def test_a_budget_that_nothing_fits_is_one_line(small: SmallRuns, tmp_path: Path
     with refused("memory.budget_gb", "0.55 GiB", "image 1", error=planner.OverBudget) as stop:
         planned(smallest, "finetune")
     assert "memory.micro_batch" not in str(stop.value), "it is auto already"
+
+
+@pytest.mark.parametrize(("name", "task"), [
+    ("align", 0), pytest.param("finetune", 0, marks=pytest.mark.repetition)])
+def test_no_mixture_of_a_real_steps_options_takes_less_than_the_least(small: SmallRuns, tmp_path: Path, name: str,
+                                                                     task: int) -> None:
+    """Eight pairs; the towers whole, in parts of 2 and of 1."""
+    config = small.config(tmp_path / "run", "training.batch_size=8", "training.gradient_accumulation_steps=1")
+    row = next(row for row in config.stages if row.name == name)
+    upper = planner.stage_upper(config, row, CPU)
+    kept = planner.StageMeasure(config, row, row.tasks[task:task + 1], CPU)
+    towers = ("image", "text", "fusion") if name == "finetune" else ("image", "text")
+    possible = [option for option in planner.options(None, may_recompute=True, parts_are_free=False)
+                if option.size in (planner.WHOLE, 2, 1)]
+    mixtures = (dict(zip(towers, mixture, strict=True)) for mixture in itertools.product(possible, repeat=len(towers)))
+    whole = dict.fromkeys(upper, planner.Option(planner.WHOLE, 0))
+    peaks = [usage.peak_bytes for mixture in mixtures
+             if (usage := kept(planner.with_options(whole | mixture, upper), None))]
+    least = kept(planner.least_fit(possible, kept, upper), None)
+    assert least is not None and least.peak_bytes == min(peaks) < max(peaks)
 
 
 # ---- what is obeyed and kept ---------------------------------------------------------------------------------------

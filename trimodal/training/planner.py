@@ -9,9 +9,9 @@ torchrun a plan is that of each process: its share of the batch, the features of
 
 How a fit is chosen: a tower has a list of options, ordered by the forward passes that they cost (`Option.passes`): the
 whole batch at once with recompute of no block, of every 4th, every 2nd or all, and micro-batches of 256, 128, ... 1
-rows with recompute of no block or all. The first option at which all towers fit together is taken; then each tower by
-itself, the costliest first, takes the first option at which the step still fits. `benchmarks/plan_choice.py` compares
-the choice with the others that fit, run for real.
+rows with recompute of no block or all. The first option at which all towers fit together is taken, or, where there is
+none, the mixture that takes least (`least_fit`); then each tower by itself, the costliest first, takes the first option
+at which the step still fits. `benchmarks/plan_choice.py` compares the choice with the others that fit, run for real.
 
 A GPU needs more than its tensors: `CONTEXT_GIB` for the driver's context and libraries, and `FRAGMENTATION_PCT` of the
 tensors for gaps between blocks and kernel workspaces, or what earlier runs on the same machine have measured
@@ -165,20 +165,56 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
         OverBudget: nothing fits; names the knobs.
     """
     possible, limit = options(pinned, may_recompute, parts_are_free), limits.tensor_bytes
-    fits = [with_options(dict.fromkeys(upper, option), upper) for option in possible]
-    common = next((i for i, fit in enumerate(fits) if measure(fit, limit)), None)
-    if common is None:
-        plan = plan_of(fits[-1], measure, upper, limits)
-        advice = "set memory.micro_batch to auto, " if pinned else ""
-        tags = ", ".join(f"{tag} {size / GIB:.2f}" for tag, size in plan.by_tag.items() if size)
-        raise OverBudget(f"memory.budget_gb: of {limits.budget_bytes / GIB:.3g} GiB, {limit / GIB:.2f} are for tensors,"
-                         f" but at {fits[-1]} a step takes {plan.peak_bytes / GIB:.2f} ({tags}); {advice}{KNOBS}")
-    chosen = fits[common]
-    faster = [option for option in possible[:common] if option != (WHOLE, 1)]  # 256 rows take as long, and less
+    alike = (with_options(dict.fromkeys(upper, option), upper) for option in possible)
+    chosen = next((fit for fit in alike if measure(fit, limit)), None)
+    if chosen is None:
+        chosen = least_fit(possible, measure, upper)
+        refuse_above(limits, plan_of(chosen, measure, upper, limits), pinned)
     for tower in upper:
-        own = (with_options({tower: option}, upper, chosen) for option in faster)
-        chosen = next((fit for fit in own if measure(fit, limit)), chosen)
+        chosen = next((fit for fit in faster_fits(tower, possible, chosen, upper) if measure(fit, limit)), chosen)
     return plan_of(chosen, measure, upper, limits)
+
+
+def refuse_above(limits: Limits, least: Plan, pinned: int | None) -> None:
+    """Raises OverBudget where the plan that takes least memory does not keep to the limits."""
+    if least.fits:
+        return
+    advice = "set memory.micro_batch to auto, " if pinned else ""
+    tags = ", ".join(f"{tag} {size / GIB:.2f}" for tag, size in least.by_tag.items() if size)
+    raise OverBudget(f"memory.budget_gb: of {limits.budget_bytes / GIB:.3g} GiB, {limits.tensor_bytes / GIB:.2f} are "
+                     f"for tensors, but the least that a step takes is {least.peak_bytes / GIB:.2f} ({tags}), at "
+                     f"{least.fit}; {advice}{KNOBS}")
+
+
+def faster_fits(tower: str, possible: Sequence[Option], fit: Fit, upper: Mapping[str, int]) -> Iterator[Fit]:
+    """`fit` with each option of a tower that is faster than its own, from fast to slow; without recompute of the whole
+    batch where there are more than SIZES[0] rows, as many of which take as long, and less memory."""
+    for option in possible:
+        other = with_options({tower: option}, upper, fit)
+        if other == fit:
+            return
+        if option != (WHOLE, 1) or upper[tower] <= SIZES[0]:
+            yield other
+
+
+def least_fit(possible: Sequence[Option], measure: Measure, upper: Mapping[str, int]) -> Fit:
+    """The fit that takes least memory of all that give each tower some option.
+
+    Recompute of all blocks takes least of a tower's micro-batches of one size, and the smallest micro-batches least of
+    all but the whole batch. That may take less still: parts add each its gradients to those before. So these two of
+    each tower are tried, in every mixture.
+    """
+    deepest = max(option.every == 1 for option in possible)
+    sizes = {max(option.size for option in possible), min(option.size for option in possible)}
+    ends = [Option(size, int(deepest)) for size in sorted(sizes)]
+    mixtures = (dict(zip(upper, mixture, strict=True)) for mixture in itertools.product(ends, repeat=len(upper)))
+
+    def peak_bytes(fit: Fit) -> int:
+        usage = measure(fit, None)
+        assert usage is not None, "a measurement without a limit ends with a figure"
+        return usage.peak_bytes
+
+    return min((with_options(mixture, upper) for mixture in mixtures), key=peak_bytes)
 
 
 def with_options(of: Mapping[str, Option], upper: Mapping[str, int], fit: Fit | None = None) -> Fit:

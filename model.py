@@ -116,15 +116,27 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_B: Tensor | None) -> Tensor:
-        scale = 1.0 if path_B is None else path_B[:, None, None].to(x_BND.dtype)
-        x_BND = x_BND + scale * self._attention(self.norm1(x_BND), valid_BN)
-        return x_BND + scale * self.down(F.gelu(self.up(self.norm2(x_BND))))
+    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_B: Tensor | None,
+                first: int | None = None) -> Tensor:
+        """States after the block; with `first` only those of so many first tokens, which attend to all; (B, Q, D)."""
+        attended_BQD = self._attention(self.norm1(x_BND), valid_BN, first)
+        x_BQD = _add_branch(x_BND[:, :first], attended_BQD, path_B)
+        return _add_branch(x_BQD, self.down(F.gelu(self.up(self.norm2(x_BQD)))), path_B)
 
-    def _attention(self, x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
-        B, N, D = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
-        return self.out(attend(q, k, v, valid_BN, self.chunk).transpose(1, 2).reshape(B, N, D))
+    def _attention(self, x_BND: Tensor, valid_BN: Tensor | None, first: int | None) -> Tensor:
+        D, heads = x_BND.shape[2], (self.num_heads, -1)
+        if first is None:
+            q, k, v = self.qkv(x_BND).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
+        else:
+            (q_weight, kv_weight), (q_bias, kv_bias) = (p.split((D, 2 * D)) for p in self.qkv.parameters())
+            q = F.linear(x_BND[:, :first], q_weight, q_bias).unflatten(2, heads).transpose(1, 2)
+            k, v = F.linear(x_BND, kv_weight, kv_bias).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
+        return self.out(attend(q, k, v, valid_BN, self.chunk).transpose(1, 2).flatten(2))
+
+
+def _add_branch(x_BND: Tensor, branch_BND: Tensor, path_B: Tensor | None) -> Tensor:
+    """A residual stream after a branch, which `path_B` scales in each sample; None: by 1."""
+    return x_BND + (branch_BND if path_B is None else path_B[:, None, None].to(x_BND.dtype) * branch_BND)
 
 
 class Blocks(nn.Module):
@@ -140,13 +152,16 @@ class Blocks(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.recompute_every = recompute_every
 
-    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_BZ: Tensor | None = None) -> Tensor:
+    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_BZ: Tensor | None = None,
+                first: int | None = None) -> Tensor:
+        """States of all tokens, or of so many `first` ones: the last block computes those alone."""
         for i, block in enumerate(self.blocks):
             path_B = None if path_BZ is None else path_BZ[:, i]
+            wanted = first if i == len(self.blocks) - 1 else None
             if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
-                x_BND = recompute(block, x_BND, valid_BN, path_B, use_reentrant=False, preserve_rng_state=False)
+                x_BND = recompute(block, x_BND, valid_BN, path_B, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BND = block(x_BND, valid_BN, path_B)
+                x_BND = block(x_BND, valid_BN, path_B, wanted)
         return self.norm(x_BND)
 
 
@@ -327,7 +342,7 @@ class Fusion(nn.Module):
         x_BND = torch.cat([token_B1D.to(parts[0].dtype), *parts], dim=1)
         every = all(valid_BN is None for _, valid_BN in given.values())
         valid_BN = None if every else F.pad(torch.cat(valids, dim=1), (1, 0), value=True)
-        return at_least_float32(self.blocks(x_BND, valid_BN)[:, 0])
+        return at_least_float32(self.blocks(x_BND, valid_BN, first=1)[:, 0])
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------

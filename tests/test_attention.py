@@ -113,6 +113,26 @@ def test_blocks_are_exact(chunk: int | str, mask: str, use_checkpoint: bool) -> 
 
 
 @pytest.mark.parametrize("use_checkpoint", [True, False], ids=["recompute", "kept"])
+@pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
+@pytest.mark.parametrize("first", [1, 3])
+def test_the_first_tokens_alone_are_those_of_all(first: int, mask: str, use_checkpoint: bool) -> None:
+    """The last block leaves out what nobody reads; outputs and every gradient are those of computing all."""
+    torch.manual_seed(3)
+    blocks = Blocks(16, 2, 2, "auto", use_checkpoint).double()
+    x, upstream = torch.randn(3, N, 16, dtype=torch.float64), torch.randn(3, first, 16, dtype=torch.float64)
+    valid, path_BZ = masks_of(mask, 3, N), torch.tensor([[1.0, 0.0], [1.0, 1.5], [1.0, 1.5]])
+    results = []
+    for run in (lambda x: blocks(x, valid, path_BZ, first), lambda x: blocks(x, valid, path_BZ)[:, :first]):
+        blocks.zero_grad()
+        given = x.clone().requires_grad_()
+        out = run(given)
+        out.backward(upstream)
+        assert given.grad is not None
+        results.append({"output": out, "input": given.grad, **gradients(blocks)})
+    assert largest_difference(*results) <= 1e-12
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False], ids=["recompute", "kept"])
 def test_whole_model_in_chunks_is_exact(use_checkpoint: bool) -> None:
     results = []
     for chunk, flag in ((3, use_checkpoint), ("auto", False)):

@@ -185,7 +185,7 @@ def grid_codes(rows_R: Tensor, columns_S: Tensor, dim: int) -> Tensor:
 
 def take(x_BNP: Tensor, index_BK: Tensor) -> Tensor:
     """Rows `index_BK` of each sample; (B, K, P)."""
-    return x_BNP.gather(1, index_BK[:, :, None].expand(-1, -1, x_BNP.shape[2]))
+    return x_BNP[torch.arange(len(x_BNP), device=x_BNP.device)[:, None], index_BK]
 
 
 def masked_mean(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
@@ -217,16 +217,19 @@ class ImageEncoder(nn.Module):
         self.dim, self.patch_dim = p.dim, 3 * IMAGE_PATCH**2
         self.embed = nn.Linear(self.patch_dim, p.dim)
         self.blocks = Blocks(p.dim, p.num_heads, p.image_depth, config.attention_chunk)
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD), persistent=False)
 
-    def patches(self, images: Tensor) -> tuple[Tensor, None]:
-        """(B, 3, S, S), uint8 or floats in 0..1 -> standardised patches (B, N, P), row-major; all are valid."""
-        pixels = images.to(self.mean.dtype)
-        pixels = ((pixels / 255 if images.dtype == torch.uint8 else pixels) - self.mean) / self.std
-        B, _, rows, columns = (*pixels.shape[:2], pixels.shape[2] // IMAGE_PATCH, pixels.shape[3] // IMAGE_PATCH)
-        grid = pixels.reshape(B, 3, rows, IMAGE_PATCH, columns, IMAGE_PATCH)
-        return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, rows * columns, self.patch_dim), None
+    def patches(self, images: Tensor, keep_BK: Tensor | None = None) -> tuple[Tensor, None]:
+        """(B, 3, S, S), uint8 or floats in 0..1 -> standardised patches (B, N, P), row-major, or those in `keep_BK`;
+        all are valid."""
+        grid = images.unflatten(3, (-1, IMAGE_PATCH)).unflatten(2, (-1, IMAGE_PATCH)).permute(0, 2, 4, 3, 5, 1)
+        pixels_BNP = grid.reshape(len(images), -1, self.patch_dim)
+        if keep_BK is not None:
+            pixels_BNP = take(pixels_BNP, keep_BK)  # while a value is a byte
+        mean_P, std_P = (value.repeat(IMAGE_PATCH**2) for value in (self.mean, self.std))
+        values_BNP = pixels_BNP.to(mean_P.dtype)
+        return ((values_BNP / 255 if images.dtype == torch.uint8 else values_BNP) - mean_P) / std_P, None
 
     def positions(self, images: Tensor) -> Tensor:
         """(N, D). Coordinates are scaled to a 14 x 14 grid, so that a point keeps its code at every image size."""
@@ -236,11 +239,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor, keep_BK: Tensor | None = None, path_BZ: Tensor | None = None) -> Tokens:
         """Encode all patches, or only those in `keep_BK` (masked pretraining, token dropping arXiv:2212.00794)."""
-        patches_BNP, _ = self.patches(images)
-        positions_BND = self.positions(images).expand(len(images), -1, -1)
-        if keep_BK is not None:
-            patches_BNP, positions_BND = take(patches_BNP, keep_BK), take(positions_BND, keep_BK)
-        return Tokens(self.blocks(self.embed(patches_BNP) + positions_BND, None, path_BZ), None)
+        patches_BKP, _ = self.patches(images, keep_BK)
+        positions_ND = self.positions(images)
+        positions_BKD = positions_ND if keep_BK is None else positions_ND[keep_BK]
+        return Tokens(self.blocks(self.embed(patches_BKP) + positions_BKD, None, path_BZ), None)
 
 
 class AudioEncoder(nn.Module):
@@ -286,12 +288,11 @@ class AudioEncoder(nn.Module):
         positions_ND = self.positions(audio_BTM)
         if keep_BK is None and patches_BNP.shape[1] > len(positions_ND):
             return self._windows(patches_BNP, valid_BN, positions_ND)
-        positions_BND = positions_ND.expand(len(patches_BNP), -1, -1)
         if keep_BK is None:
             kept_valid_BK = valid_BN
         else:
-            patches_BNP, positions_BND = take(patches_BNP, keep_BK), take(positions_BND, keep_BK)
-        return Tokens(self.blocks(self.embed(patches_BNP) + positions_BND, kept_valid_BK, path_BZ), kept_valid_BK)
+            patches_BNP, positions_ND = take(patches_BNP, keep_BK), positions_ND[keep_BK]
+        return Tokens(self.blocks(self.embed(patches_BNP) + positions_ND, kept_valid_BK, path_BZ), kept_valid_BK)
 
     def _windows(self, patches_BNP: Tensor, valid_BN: Tensor, positions_ND: Tensor) -> Tokens:
         B, N, P = patches_BNP.shape

@@ -63,7 +63,8 @@ def main(checkout: str) -> None:
 
 
 def write_features(run: Path) -> None:
-    """features.pt: inputs and what the best weights make of them, by the code of that release."""
+    """features.pt: inputs and what the best weights make of them, in float32 and in float64 (`exact`), by the code of
+    that release."""
     import torch
 
     from model import load_model
@@ -78,7 +79,8 @@ def write_features(run: Path) -> None:
     }
     with torch.inference_mode():
         outputs = {name: value.clone() for name, value in model(**inputs).items()}
-    torch.save({"inputs": inputs, "outputs": outputs}, run / "features.pt")
+        exact = {name: value.clone() for name, value in model.double()(**inputs).items()}
+    torch.save({"inputs": inputs, "outputs": outputs, "exact": exact}, run / "features.pt")
 
 
 def keep(run: Path) -> None:

@@ -119,17 +119,19 @@ class Muon(torch.optim.Optimizer):
         moment_KMN = torch.stack(moments).lerp_(gradient_KMN, (1 - self.MOMENTUM) * good)
         update_KMN = orthogonalise(torch.lerp(gradient_KMN, moment_KMN, self.MOMENTUM), self.dtype)
         update_KMN *= rate * 0.2 * max(same_shape[0].shape) ** 0.5
-        for p, moment, new, update in zip(same_shape, moments, moment_KMN, update_KMN, strict=True):
-            moment.copy_(new)
-            p.mul_(1 - rate * weight_decay).sub_(update)
+        weights = list[Tensor](same_shape)
+        torch._foreach_copy_(moments, moment_KMN.unbind())
+        torch._foreach_mul_(weights, 1 - rate * weight_decay)
+        torch._foreach_sub_(weights, list(update_KMN.unbind()))
 
 
 class Optimizer:
     """Muon for the matrices of the blocks and fused AdamW for all else, or AdamW alone; the update is masked on the
     device when a gradient is not finite: no host synchronisation.
 
-    `step` returns device tensors, which the caller reads a step late. Muon's products are in bfloat16 where `amp`, the
-    dtype of autocast, is that, and in the parameters' own elsewhere.
+    `step` returns device tensors, which the caller reads a step late. Whole lists of tensors are updated at a time
+    (`torch._foreach_`), since a GPU is done with a small one sooner than the host can ask for the next. Muon's products
+    are in bfloat16 where `amp`, the dtype of autocast, is that, and in the parameters' own elsewhere.
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig, amp: torch.dtype | None = None,
@@ -181,7 +183,7 @@ class Optimizer:
         Returns the gradient's norm before clipping and whether it and the loss were finite, both on the device.
         """
         unscaled = self._unscale()
-        norm = nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], self.clip)
+        norm = clip_gradients([p.grad for p in self.parameters if p.grad is not None], self.clip)
         finite = norm.isfinite() & loss_is_finite  # a loss of NaN may have finite gradients
         for optimizer in self.optimizers.values():
             # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
@@ -231,6 +233,19 @@ class Optimizer:
             self.scaler.load_state_dict(state["scaler"])
 
 
+def clip_gradients(gradients: list[Tensor], most: float) -> Tensor:
+    """Scale the gradients together so that their norm is at most about `most`; the norm before, on the device.
+
+    The numbers of nn.utils.clip_grad_norm_, which takes whole lists at a time on some devices alone.
+    """
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if math.isfinite(most):
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (p for group in optimizer.param_groups for p in group["params"])
 
@@ -254,8 +269,11 @@ class MovingAverage:
         `Optimizer.step` says; no host synchronisation."""
         self.updates += done
         weight = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * done  # 1 - the decay
-        for value, p in zip(self.values, parameters, strict=True):
-            value.lerp_(p.detach(), weight.to(value.dtype))
+        moving = [(value, p) for value, p in zip(self.values, parameters, strict=True) if p.requires_grad]
+        values, weights = map(list, zip(*moving, strict=True))
+        changes = torch._foreach_sub(weights, values)  # no larger than the gradients, which are free by now
+        torch._foreach_mul_(changes, weight.to(values[0].dtype))
+        torch._foreach_add_(values, changes)
 
     def swap(self, module: nn.Module) -> None:
         """Exchange the averaged weights with those of the module; a second call restores them."""

@@ -80,7 +80,7 @@ class Case:
 
     @property
     def towers(self) -> list[str]:
-        fuses = any(OBJECTIVES[name].uses_fusion for name in self.task.objectives)
+        fuses = any(OBJECTIVES[name].scope == "fusion" for name in self.task.objectives)
         return [tower for tower in self.upper if tower in self.task.inputs or (fuses and tower == "fusion")]
 
     def fit(self, key: Key) -> Fit:

@@ -89,7 +89,7 @@ class SmallRuns:
         run = run_module.open_run(self.config(folder, *overrides), Options(self.device), None)
         _opened.append(run)
         towers = ("image", "audio", "text", "fusion")
-        run.fits = {row.name: Fit(dict.fromkeys(towers, micro_batch), dict.fromkeys(towers, 0))
+        run.fits = {row.name: Fit(dict.fromkeys(towers, micro_batch), dict.fromkeys(towers, 0), keep_tokens=True)
                     for row in run.config.stages}
         return run
 

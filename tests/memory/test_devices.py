@@ -46,13 +46,14 @@ def test_only_a_lack_of_memory_counts_as_one(error: BaseException, expected: boo
 
 @pytest.mark.parametrize("may_recompute", [True, False])
 def test_halving_ends_at_one_then_recomputes_then_names_the_knobs(may_recompute: bool) -> None:
-    fit: Fit | None = Fit({"image": 12, "text": 3}, {"image": 0, "text": 2})
+    fit: Fit | None = Fit({"image": 12, "text": 3}, {"image": 0, "text": 2}, keep_tokens=True)
     seen = []
     while fit:
-        seen.append((*fit.micro_batch.values(), *fit.recompute.values()))
+        seen.append((*fit.micro_batch.values(), *fit.recompute.values(), fit.keep_tokens))
         fit = devices.smaller(fit, may_recompute=may_recompute)
-    halved = [(12, 3, 0, 2), (6, 1, 0, 2), (3, 1, 0, 2), (1, 1, 0, 2)]
-    assert seen == halved + ([(1, 1, 1, 1)] if may_recompute else [])
+    halved = [(12, 3, 0, 2, True), (6, 1, 0, 2, True), (3, 1, 0, 2, True), (1, 1, 0, 2, True)]
+    last = [(1, 1, 1, 1, True), (1, 1, 1, 1, False)] if may_recompute else [(1, 1, 0, 2, False)]
+    assert seen == halved + last
     assert_names(devices.out_of_memory_message("stages.align", CPU), "stages.align", "cpu", *KNOBS)
 
 

@@ -95,32 +95,13 @@ def test_plain_accumulation_is_another_loss(model: TriModalModel, inputs: str) -
     assert apart > 0.1 * torch.stack([value.norm() for value, _ in gradients]).norm()
 
 
-def test_a_batch_that_fits_is_encoded_once(model: TriModalModel) -> None:
-    """Three objectives, one pass of each encoder with a graph, whose gradients are those of three passes."""
-    batch = make_batch(("image", "text"), B)
-    objectives = [objective_of(model, name, "image text") for name in ("contrastive", "matching", "concepts")]
-    passes = dict.fromkeys(("image", "text"), 0)
-
-    def count(name: str) -> None:
-        passes[name] += torch.is_grad_enabled()
-
-    hooks = [getattr(model, name).register_forward_hook(lambda *_, name=name: count(name)) for name in passes]
-    together = gradients_of(step_of(model, batch), *objectives)
-    for hook in hooks:
-        hook.remove()
-    assert passes == {"image": 1, "text": 1}
-    alone = [gradients_of(step_of(model, batch), objective) for objective in objectives]
-    sums = {name: sum(part[name] for part in alone if name in part) for name in together}
-    assert largest_difference(together, sums) <= 1e-9  # type: ignore[arg-type]
-
-
 def test_micro_batches_save_memory(model: TriModalModel) -> None:
     objective, batch = objective_of(model, "contrastive", "image text"), make_batch(("image", "text"), B)
 
     def peak(micro: int) -> int:
         model.zero_grad(set_to_none=True)
         with PeakMemory() as tracker:
-            objective.loss(step_of(model, batch, micro))[0].backward()
+            learn(step_of(model, batch, micro), [(1.0, objective)], Tensor.backward)
         return tracker.peak_bytes
 
     assert peak(4) < 0.6 * peak(1000)
@@ -190,8 +171,8 @@ def test_matching_is_told_right_pairs_from_hard_wrong_ones(model: TriModalModel)
             if some[b]:
                 pairs += [(b, int(keys[b]), 0.0), (int(queries[b]), int(first[b]), 0.0)]
             for image, caption, target in pairs:
-                given = {"image": step.encode("image", torch.tensor([image])),
-                         "text": step.encode("text", torch.tensor([caption]))}
+                given = {"image": step.tokens("image", torch.tensor([image])),
+                         "text": step.tokens("text", torch.tensor([caption]))}
                 logit = objective.head(model.fuse(given)[0])[0, 0]
                 total += float(F.binary_cross_entropy_with_logits(logit, torch.tensor(target, dtype=torch.float64)))
     assert loss_of(objective, step) == pytest.approx(total, abs=1e-9) and some.any() and objective.count(step) == 24
@@ -276,12 +257,13 @@ def test_hidden_patches_are_not_seen(model: TriModalModel, name: str, train: boo
     objective, step = objective_of(model, "masked", name), step_of(model, batch, train=train)
     media = batch.images if name == "image" else batch.audio
     lengths = [] if name == "image" else [batch.audio_lengths]
-    encoder, rows = getattr(model, name), torch.arange(4)
+    encoder, rows = getattr(model, name), slice(0, 4)
     kept, kept_valid = step.kept(name, rows)
 
     def predict() -> tuple[Tensor, Tensor, Tensor]:
         patches, valid = encoder.patches(media, *lengths)
         tokens = step.encode(name, rows, hide=True)[0]
+        step.forget(name)
         predicted, seen = objective.heads[name](tokens, kept, kept_valid, encoder.positions(media), valid)
         return predicted, seen, patches if valid is None else patches * valid[:, :, None]
 

@@ -150,7 +150,7 @@ def test_out_of_memory_again_and_again_ends_at_one_with_what_to_turn(
     monkeypatch.setattr(run.model, "features", never_fits)
     with refused("stages.align", "cpu", 1, "training.batch_size", "memory.budget_gb"):
         step(run, stage, batches(run, stage)[0])
-    assert len(records(tmp_path, "event")) == 4  # 4, 2, 1, then recompute of every block
+    assert len(records(tmp_path, "event")) == 5  # 4, 2, 1, then recompute of every block, then no tokens kept
     assert differing(run.model.state_dict(), before) == []
 
 

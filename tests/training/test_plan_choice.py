@@ -105,6 +105,23 @@ def test_parts_that_cost_nothing_come_before_recompute() -> None:
     assert set(free.recompute.values()) == {0} and free.in_parts
 
 
+def test_tokens_are_kept_unless_no_option_fits_with_them() -> None:
+    """To encode again for each objective is slower than any micro-batches."""
+    class Fusing(Step):
+        def __call__(self, fit: Fit, limit_bytes: int | None = None) -> Usage | None:
+            tokens = GIB if fit.keep_tokens else 0
+            usage = super().__call__(fit, None)
+            assert usage is not None
+            total = usage.peak_bytes + tokens
+            return None if limit_bytes is not None and total > limit_bytes else Usage(total, usage.by_tag)
+
+    def plan(budget_gib: float) -> Plan:
+        return plan_fit(Fusing(UPPER), UPPER, gib(budget_gib), fuses=True)
+
+    assert plan(20).keep_tokens and plan(3.1).keep_tokens and not plan(3.0).keep_tokens
+    assert not planned(20).keep_tokens, "no objective reads them"
+
+
 def test_the_first_tower_is_the_first_to_be_whole() -> None:
     upper = {"image": 500, "text": 1000, "audio": 1000}
     cut = planned(18.2, upper, **NEVER)  # holds image or audio whole, not both

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -31,11 +31,13 @@ class Fit:
 
     micro_batch: MicroBatch
     recompute: dict[str, int]  # by tower: every n-th block's activations are recomputed; 0: none are
+    keep_tokens: bool = False  # of all samples, for the fusion; False: each objective that fuses encodes them again
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{tower} {size}" for tower, size in self.micro_batch.items())
         again = ", ".join(f"{tower} {n}" for tower, n in self.recompute.items() if n)
-        return f"micro-batch {sizes}" + (f"; recompute of every n-th block: {again}" if again else "")
+        return (f"micro-batch {sizes}" + (f"; recompute of every n-th block: {again}" if again else "")
+                + ("; tokens kept" if self.keep_tokens else ""))
 
 
 # ---------------------------------------------------------------------------------------------- running out
@@ -67,15 +69,16 @@ _OUT_OF_MEMORY_SIGNS = (
 
 
 def smaller(fit: Fit, *, may_recompute: bool) -> Fit | None:
-    """Half the micro-batch of every tower, at least 1; then recompute of every block; None where nothing is left.
+    """Half the micro-batch of every tower, at least 1; then recompute of every block; then no tokens kept; None where
+    nothing is left.
 
     Leave the `except` block before the step is redone: the error's traceback keeps the tensors of the failed one alive.
     """
     if any(size > 1 for size in fit.micro_batch.values()):
-        return Fit({tower: max(size // 2, 1) for tower, size in fit.micro_batch.items()}, fit.recompute)
+        return replace(fit, micro_batch={tower: max(size // 2, 1) for tower, size in fit.micro_batch.items()})
     if may_recompute and any(n != 1 for n in fit.recompute.values()):
-        return Fit(fit.micro_batch, dict.fromkeys(fit.recompute, 1))
-    return None
+        return replace(fit, recompute=dict.fromkeys(fit.recompute, 1))
+    return replace(fit, keep_tokens=False) if fit.keep_tokens else None
 
 
 def out_of_memory_message(where: str, device: torch.device) -> str:

@@ -146,7 +146,7 @@ def _sum_by_rows(chunk_sum: Mask, query_QF: Tensor, chunk: int) -> Tensor:
 class Contrastive(Objective):
     """Symmetric InfoNCE between two modalities (arXiv:2103.00020) over the whole effective batch."""
 
-    is_of_whole_batch = True
+    scope = "batch"
 
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
@@ -154,9 +154,6 @@ class Contrastive(Objective):
 
     def count(self, step: Step) -> float:
         return 1.0 if step.num_rows(self.inputs[0]) > 1 else 0.0
-
-    def micro_batches(self, step: Step) -> Sequence[tuple[()]]:
-        return [()]  # a single one: the encoders run in micro-batches within
 
     def loss(self, step: Step) -> SumAndParts:
         query, key = (step.features(name) for name in self.inputs)

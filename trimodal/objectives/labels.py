@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import Tokens
 from trimodal.objectives.base import Objective, SumAndParts
 from trimodal.objectives.step import Step, first_keys
 
@@ -22,8 +23,6 @@ NO_SPEAKER = -1
 class Concepts(Objective):
     """Multi-label classification of the fused features. Most samples are shown without their text, which names the
     concepts; count = labels in the batch, so that long and short label lists weigh alike."""
-
-    uses_fusion = True
 
     def count(self, step: Step) -> float:
         labels_BV = step.batch.concepts
@@ -38,14 +37,15 @@ class Concepts(Objective):
         loss = F.binary_cross_entropy_with_logits(logits_BV[:, :used], target_BV[:, :used], reduction="sum")
         return loss, {"concepts": loss}
 
-    def _fusion_inputs(self, step: Step, rows: slice) -> dict[str, Any]:
+    def _fusion_inputs(self, step: Step, rows: slice) -> dict[str, Tokens]:
         """Tokens by modality of a micro-batch. Beside another modality, most samples' text tokens are masked."""
         others = [name for name in self.inputs if name != "text"]
-        given = {name: step.encode(name, rows) for name in others}
+        given = {name: step.tokens(name, rows) for name in others}
         if "text" in self.inputs:
-            text = step.encode("text", first_keys(step.batch, self.inputs)[rows])
+            text = step.tokens("text", first_keys(step.batch, self.inputs)[rows])
             uniform_B = step.batch.noise["drop_text"][rows]
             seen_B = uniform_B >= TEXT_DROP_SHARE if others else torch.ones_like(uniform_B).bool()
+            assert text.valid_BN is not None, "captions differ in length"
             given["text"] = text._replace(valid_BN=text.valid_BN & step.to_device(seen_B)[:, None])
         return given
 
@@ -62,22 +62,26 @@ def margin_logits(features_BF: Tensor, weight_VF: Tensor, labels_B: Tensor) -> T
 class Speaker(Objective):
     """Who speaks: an angular-margin softmax on audio_features, so that cosines of features verify speakers."""
 
-    tower = "audio"
+    scope = "tower"
 
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
         self.weight = nn.Parameter(torch.randn(max(num_speakers, 1), model.config.embed_dim) * 0.05)
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        return ("audio",)
 
     def count(self, step: Step) -> float:
         """How many samples of the effective batch have a known speaker."""
         speakers_B = step.batch.speakers
         return float(step.read((speakers_B != NO_SPEAKER).sum(), len(speakers_B)))
 
-    def loss(self, step: Step, rows: slice) -> SumAndParts:
+    def loss(self, step: Step, tower: str, rows: slice) -> SumAndParts:
         """Cross-entropy over the speakers with an angular margin (`margin_logits`), summed over the samples of the
         micro-batch `rows` whose speaker is known."""
         with step.autocast():
-            features_BF = step.model.features("audio", step.encode("audio", rows))
+            features_BF = step.model.features(tower, step.encode(tower, rows))
         labels_B = step.to_device(step.batch.speakers[rows])
         logits_BV = margin_logits(features_BF, self.weight, labels_B.clamp(min=0))
         loss = F.cross_entropy(logits_BV, labels_B, reduction="sum", ignore_index=NO_SPEAKER)

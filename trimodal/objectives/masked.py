@@ -39,6 +39,8 @@ class Masked(Objective):
     """Predict what is hidden: patches of images and audio (arXiv:2111.06377, arXiv:2207.06405; the encoder sees
     kept patches only), tokens of captions (arXiv:1810.04805, with the input embeddings as output layer)."""
 
+    scope = "tower"
+
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
         preset = model.config.preset
@@ -57,9 +59,6 @@ class Masked(Objective):
         counts_B = step.patch_counts(name, slice(None))
         hidden_B = counts_B - kept_counts(counts_B, step.keep.get(name, 1.0))
         return step.read(hidden_B.sum(), step.batch.noise[name].numel())
-
-    def micro_batches(self, step: Step) -> Sequence[tuple[str, slice]]:
-        return [(name, rows) for name in self.inputs for rows in step.micro_batches(name)]
 
     def loss(self, step: Step, name: str, rows: slice) -> SumAndParts:
         loss = self._text_tokens(step, rows) if name == "text" else self._patches(step, name, rows)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimodal.objectives.base import Objective, SumAndParts
 from trimodal.objectives.contrastive import CHUNK_ROWS, Mask, pair_scale, positives_of
-from trimodal.objectives.step import Step, first_keys, pick
+from trimodal.objectives.step import Step, first_keys, join
 
 HARD_KEY_COLUMN, HARD_QUERY_COLUMN = 62, 63  # columns of the "path" uniforms, behind those of the encoders
 
@@ -37,7 +37,6 @@ def hard_negatives(query_QF: Tensor, key_KF: Tensor, scale: Tensor, positives: M
     return torch.cat(picks), torch.cat(some)
 
 
-
 class Matching(Objective):
     """Binary classification of pairs from the fusion token: right ones, and hard wrong ones drawn by similarity over
     the whole effective batch (arXiv:2107.07651).
@@ -45,7 +44,7 @@ class Matching(Objective):
     It compares the features that contrast has computed earlier in the step, if it has.
     """
 
-    uses_fusion = encodes_others = True
+    encodes_others = True
 
     def __init__(self, model: Any, inputs: Sequence[str], num_speakers: int):
         super().__init__(model, inputs, num_speakers)
@@ -74,7 +73,7 @@ class Matching(Objective):
 
     def loss(self, step: Step, rows: Tensor, keys: Tensor, queries: Tensor, some: Tensor,
              first: Tensor) -> SumAndParts:
-        logits = self._pair_logits(step, torch.cat([rows, queries]), torch.cat([first, keys]))
+        logits = self._pair_logits(step, (rows, queries), (first, keys))
         n = len(rows)
         target = step.to_device(torch.cat([torch.ones(n), torch.zeros(2 * n)]))
         weight = step.to_device(torch.cat([torch.ones(n), some.float(), some.float()]))
@@ -82,14 +81,12 @@ class Matching(Objective):
         right = ((logits > 0) == (target > 0.5)).float().sum()
         return loss, {"matching": loss, "matching_accuracy": right}
 
-    def _pair_logits(self, step: Step, query_rows: Tensor, key_rows: Tensor) -> Tensor:
-        """Rows hold n right ones, then n wrong ones: pairs (right, right), (right, wrong key), (wrong query, right)."""
-        n = len(query_rows) // 2
-        first, second = torch.arange(n), torch.arange(n, 2 * n)
+    def _pair_logits(self, step: Step, query_rows: tuple[Tensor, Tensor], key_rows: tuple[Tensor, Tensor]) -> Tensor:
+        """Of the right and the wrong rows given: pairs (right, right), (right, wrong key), (wrong query, right)."""
         with step.autocast():
-            query = step.encode(self.inputs[0], query_rows)
-            key = step.encode(self.inputs[1], key_rows)
-            pairs = {self.inputs[0]: pick(query, step.to_device(torch.cat([first, first, second]))),
-                     self.inputs[1]: pick(key, step.to_device(torch.cat([first, second, first])))}
+            (query, wrong_query), (key, wrong_key) = (
+                [step.tokens(name, rows) for rows in sides]
+                for name, sides in zip(self.inputs, (query_rows, key_rows), strict=True))
+            pairs = {self.inputs[0]: join([query, query, wrong_query]), self.inputs[1]: join([key, wrong_key, key])}
             fused_BD = step.model.fuse(pairs)[0]
         return self.head(fused_BD)[:, 0]

@@ -3,20 +3,26 @@
 Nothing here draws a random number: each one is in the batch, so rows that are encoded alone, in micro-batches, or all
 at once have the same tokens and the same gradients.
 
-Shape suffixes: B samples, C captions, K kept patches, N patches, Z depth.
+A tower encodes the whole batch once, whatever the number of objectives (`Encoding`). Objectives read its features and
+tokens as leaves of their own graphs, and leave gradients there; then `passed_on` takes those back into the tower, one
+micro-batch at a time, which is run again for it. A tower whose rows are a single micro-batch keeps its graph instead.
+This is gradient caching (arXiv:2101.06983), with tokens beside the features.
+
+Shape suffixes: B samples or rows of a batch, C captions, D width, F embed_dim, K kept patches, N patches or tokens,
+Z depth.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recompute
+from torch import Tensor, nn
 
+from model import Tokens
 from trimodal.distributed import World
 
 PATH_NOISE = {"image": ("path", 0), "audio": ("path", 24), "text": ("path_text", 0)}  # of drop-path: name, first column
@@ -34,12 +40,38 @@ class Share:
 
 
 @dataclass
+class Encoding:
+    """What a tower has made of this process's rows: leaves of the graphs that objectives build on them."""
+
+    features_BF: Tensor
+    tokens_BND: Tensor | None  # None: no objective reads them, or memory does not hold them
+    learns: bool  # the tower has parameters to train
+    gradient_BND: Tensor | None = None  # of the loss with respect to the tokens, as far as it is known
+
+    def pick(self, rows: Tensor, longest: int) -> Tensor:
+        """The first tokens of some rows, whose gradient is added to `gradient_BND` in the backward pass."""
+        assert self.tokens_BND is not None
+        picked_BND = self.tokens_BND[:, :longest].index_select(0, rows)
+        if self.learns and torch.is_grad_enabled():
+            picked_BND.requires_grad_().register_hook(lambda gradient_BND: self._add(rows, gradient_BND))
+        return picked_BND
+
+    def _add(self, rows: Tensor, gradient_BND: Tensor) -> None:
+        if self.gradient_BND is None:
+            assert self.tokens_BND is not None
+            dtype = torch.promote_types(self.tokens_BND.dtype, torch.float32)  # many gradients add up
+            self.gradient_BND = torch.zeros_like(self.tokens_BND, dtype=dtype)
+        sum_BND = self.gradient_BND[:, :gradient_BND.shape[1]]
+        sum_BND.index_add_(0, rows, gradient_BND.to(sum_BND.dtype))
+
+
+@dataclass
 class Step:
     """One effective batch on its way through the model.
 
     `batch` stays on the host; `encode` brings the rows asked for to the device. `micro_batch` is how many rows of each
-    tower are in memory at once. In evaluation (`train` False) all patches are seen and no path is dropped, save where
-    hiding patches is the task itself.
+    tower are in memory at once; `keep_tokens`, whether the tokens of all rows are. In evaluation (`train` False) all
+    patches are seen and no path is dropped, save where hiding patches is the task itself.
 
     Rows are those of the whole effective batch, whichever process encodes them: `share` says which ones are ours, and
     `features` gathers those of the others.
@@ -57,9 +89,12 @@ class Step:
     num_concepts: int = 0
     world: World = field(default_factory=World)
     share: Share | None = None  # None: of one process, all rows
+    keep_tokens: bool = True  # False: each objective that reads them has them encoded again, in its micro-batches
     stage: str = ""  # its name, for messages
     known_features: dict[str, Tensor] = field(default_factory=dict, init=False)  # by modality, without graphs
-    tokens: dict[str, Any] = field(default_factory=dict, init=False)  # of the whole batch, where it is one micro-batch
+    _shared: Collection[str] = field(default=(), init=False)  # towers whose tokens several micro-batches may read
+    _encodings: dict[str, Encoding] = field(default_factory=dict, init=False)
+    _live: dict[tuple[Any, ...], Tokens] = field(default_factory=dict, init=False)  # tokens of micro-batches in memory
 
     # ---- rows ----
 
@@ -75,10 +110,9 @@ class Step:
         own, size = self.own_rows(modality), self.micro_batch[modality]
         return [slice(start, min(start + size, own.stop)) for start in range(own.start, own.stop, size)]
 
-    @property
-    def is_whole(self) -> bool:
-        """This process's share is one micro-batch for each tower: encoded once, whatever the number of objectives."""
-        return self.train and all(len(self.micro_batches(name)) == 1 for name in (*self.batch.inputs, "fusion"))
+    def buffer_rows(self, modality: str) -> int:
+        """Of how many rows tokens are kept."""
+        return len(self.own_rows(modality))
 
     # ---- from host to device ----
 
@@ -99,25 +133,29 @@ class Step:
 
     # ---- encoding ----
 
-    def encode(self, modality: str, rows: Rows, *, hide: bool = False) -> Any:
-        """Tokens of some rows of the batch. `hide` keeps patches by the stage's share even in evaluation.
+    def encode(self, modality: str, rows: slice, *, hide: bool = False) -> Tokens:
+        """Tokens of a micro-batch of this process's rows; `hide` keeps patches by the stage's share even in evaluation.
 
-        Tokens of the same rows are always the same, since nothing is drawn here; so where memory holds the whole batch
-        they are kept for the step's other objectives.
+        Several calls give the same tokens, until `forget`: all that looks at a micro-batch shares one graph.
         """
-        whole = self.micro_batches(modality)[0]
-        is_own = rows == whole if isinstance(rows, slice) else self.world.size == 1  # else some may be others' rows
-        if not (is_own and self.is_whole and torch.is_grad_enabled()):
-            return self._encode(modality, rows, hide)
-        if modality not in self.tokens:
-            self.tokens[modality] = self._encode(modality, whole, hide)
-        return self.tokens[modality] if isinstance(rows, slice) else pick(self.tokens[modality], self.to_device(rows))
+        key = (modality, rows.start, rows.stop, self.hides(modality, hide))
+        if key not in self._live:
+            self._live[key] = self._encode(modality, rows, hide)
+        return self._live[key]
 
-    def _encode(self, modality: str, rows: Rows, hide: bool) -> Any:
+    def forget(self, modality: str) -> None:
+        """Let go of the micro-batch of a tower that is in memory."""
+        self._live = {key: tokens for key, tokens in self._live.items() if key[0] != modality}
+
+    def hides(self, modality: str, hide: bool = False) -> bool:
+        """Whether a part of the patches is hidden from the encoder."""
+        return modality != "text" and (self.train or hide) and self.keep.get(modality, 1.0) < 1
+
+    def _encode(self, modality: str, rows: Rows, hide: bool) -> Tokens:
         encoder, batch, path = getattr(self.model, modality), self.batch, self.path_scales(modality, rows)
         if modality == "text":
             return encoder(self.to_device(batch.input_ids[rows]), self.to_device(batch.attention_mask[rows]), path)
-        hides = (self.train or hide) and self.keep.get(modality, 1.0) < 1
+        hides = self.hides(modality, hide)
         kept, valid = map(self.to_device, self.kept(modality, rows)) if hides else (None, None)
         if modality == "image":
             return encoder(self.media("image", rows), kept, path)
@@ -147,26 +185,128 @@ class Step:
         p_Z = self.drop_path * torch.arange(1, depth + 1) / depth
         return self.to_device((self.batch.noise[name][rows][:, first:first + depth] >= p_Z) / (1 - p_Z))
 
+    def token_counts(self, modality: str, rows: Rows) -> Tensor:
+        """How many tokens of each row are real, which come first; int64, on the host."""
+        if modality == "text":
+            return self.batch.attention_mask[rows].sum(1)
+        counts_B = self.patch_counts(modality, rows)
+        return kept_counts(counts_B, self.keep[modality]) if self.hides(modality) else counts_B
+
+    # ---- the whole batch ----
+
+    @contextmanager
+    def sharing(self, modalities: Collection[str]) -> Iterator[None]:
+        """In the block each tower encodes this process's rows once, and the tokens of `modalities` are kept for
+        `tokens`, as memory allows."""
+        self._shared = modalities
+        try:
+            yield
+        finally:
+            self._shared = ()
+            self._encodings.clear()
+            self._live.clear()
+
+    def keeps(self, modality: str) -> bool:
+        """Whether the tokens of all rows are kept: always those of a single micro-batch, which are in memory anyway."""
+        return modality in self._shared and (self.keep_tokens or len(self.micro_batches(modality)) == 1)
+
+    def encoding(self, modality: str) -> Encoding:
+        """What the tower has made of this process's rows, by its micro-batches. Only the graph of a single one is kept:
+        others are run again for their backward pass."""
+        if modality not in self._encodings:
+            self._encodings[modality] = self._encode_all(modality)
+        return self._encodings[modality]
+
+    def _encode_all(self, modality: str) -> Encoding:
+        micro_batches, first = self.micro_batches(modality), self.own_rows(modality).start
+        is_single = len(micro_batches) == 1
+        features, kept_BND = list[Tensor](), None
+        for rows in micro_batches:
+            with torch.set_grad_enabled(is_single and self.train), self.autocast():
+                encoded = self.encode(modality, rows) if is_single else self._encode(modality, rows, hide=False)
+            with torch.no_grad(), self.autocast():
+                features.append(self.model.features(modality, encoded))
+                if self.keeps(modality):
+                    tokens_BND = encoded[0]
+                    if kept_BND is None:
+                        kept_BND = self._buffer(modality, tokens_BND)
+                    kept_BND[rows.start - first:rows.stop - first, :tokens_BND.shape[1]] = tokens_BND
+        tower, projection = getattr(self.model, modality), self.model.projections[modality]
+        features_BF = torch.cat(features).requires_grad_(self.train and is_trained(tower, projection))
+        return Encoding(features_BF, kept_BND, is_trained(tower))
+
+    def _buffer(self, modality: str, like_BND: Tensor) -> Tensor:
+        """Zeros for the tokens of all rows, in the dtype in which the fusion computes: every fit rounds alike."""
+        most = self.batch.noise[modality].shape[1]
+        if self.hides(modality):
+            most = max(math.ceil(self.keep[modality] * most), 1)
+        kind = like_BND.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like_BND.dtype
+        return like_BND.new_zeros(self.buffer_rows(modality), most, like_BND.shape[2], dtype=dtype)
+
+    def tokens(self, modality: str, rows: Rows) -> Tokens:
+        """Tokens of a micro-batch of the fusion: a slice of this process's rows, or any rows of the whole batch.
+
+        Rows that are kept are taken from there. The others, of other processes or where memory does not hold them, are
+        encoded here, as a part of the micro-batch's graph.
+        """
+        if not self.keeps(modality):
+            return self._encode(modality, rows, hide=False)
+        own, others, order = self.split(modality, rows)
+        if not len(others):
+            return self._kept(modality, own)
+        if not len(own):
+            return self._encode(modality, others, hide=False)
+        both = join([self._kept(modality, own), self._encode(modality, others, hide=False)])
+        return pick(both, self.to_device(order))
+
+    def split(self, modality: str, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of `rows` that this process encodes, the others, and where each row is in the two together."""
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop)
+        if self.world.size == 1:
+            return rows, rows[:0], torch.arange(len(rows))
+        own = self.own_rows(modality)
+        is_own = (rows >= own.start) & (rows < own.stop)
+        return rows[is_own], rows[~is_own], (~is_own).long().argsort(stable=True).argsort()
+
+    def _kept(self, modality: str, rows: Tensor) -> Tokens:
+        counts_B = self.token_counts(modality, rows)
+        longest = self.read(counts_B.max(), self.batch.noise[modality].shape[1])
+        first = self.own_rows(modality).start
+        tokens_BND = self.encoding(modality).pick(self.to_device(rows - first), longest)
+        N = tokens_BND.shape[1]
+        valid_BN = None if modality == "image" else self.to_device(torch.arange(N) < counts_B[:, None])
+        return Tokens(tokens_BND, valid_BN)
+
+    def passed_on(self, modality: str, rows: slice) -> list[Tensor]:
+        """A zero whose gradients with respect to features and tokens of a micro-batch are those that objectives have
+        left in the step; nothing where there are none."""
+        encoding = self._encodings.get(modality)
+        if encoding is None:
+            return []
+        features_BF, tokens_BND = encoding.features_BF.grad, encoding.gradient_BND
+        if features_BF is None and tokens_BND is None:
+            return []
+        first = self.own_rows(modality).start
+        part = slice(rows.start - first, rows.stop - first)
+        with self.autocast():
+            encoded = self.encode(modality, rows)
+            given = [] if tokens_BND is None else [(encoded[0], tokens_BND[part, :encoded[0].shape[1]])]
+            if features_BF is not None:
+                given.append((self.model.features(modality, encoded), features_BF[part]))
+        values, gradients = zip(*given, strict=True)
+        return [PassOn.apply(gradients, *values)]
+
     # ---- features ----
 
     def features(self, modality: str) -> Tensor:
-        """L2-normalised features of all rows, (rows, F), those of this process in the graph; each micro-batch is
-        recomputed in the backward pass if there are several.
+        """L2-normalised features of all rows, (rows, F), those of this process as a leaf.
 
         Raises:
             OutOfMemoryElsewhere: another process has run out of memory in this step.
         """
-        def encode_features(rows: slice) -> Tensor:
-            with self.autocast():
-                return self.model.features(modality, self.encode(modality, rows))
-
-        micro_batches = self.micro_batches(modality)
-        if len(micro_batches) == 1 or not torch.is_grad_enabled():
-            own = [encode_features(rows) for rows in micro_batches]
-        else:
-            own = [recompute(encode_features, rows, use_reentrant=False, preserve_rng_state=False)
-                   for rows in micro_batches]
-        features = self.gather(torch.cat(own), self.num_rows(modality))
+        features = self.gather(self.encoding(modality).features_BF, self.num_rows(modality))
         self.known_features[modality] = features.detach()
         return features
 
@@ -208,9 +348,40 @@ def first_keys(batch: Any, inputs: Sequence[str]) -> Tensor:
     return torch.searchsorted(batch.caption_owner, samples) if "text" in inputs else samples
 
 
-def pick(tokens: Any, rows: Tensor) -> Any:
-    """`tokens` (a tuple of tensors or None, such as Tokens), reduced to some rows of each tensor."""
-    return type(tokens)(*(None if part is None else part.index_select(0, rows) for part in tokens))
+def pick(tokens: Tokens, rows: Tensor) -> Tokens:
+    """Some rows of `tokens`."""
+    return Tokens(*(None if part is None else part.index_select(0, rows) for part in tokens))  # type: ignore[arg-type]
+
+
+def join(several: Sequence[Tokens]) -> Tokens:
+    """The rows of several as one, padded to the longest."""
+    longest = max(tokens_BND.shape[1] for tokens_BND, _ in several)
+
+    def padded(part: Tensor) -> Tensor:
+        missing = longest - part.shape[1]
+        return F.pad(part, (0, 0) * (part.ndim - 2) + (0, missing)) if missing else part
+
+    valids = [padded(valid_BN) for _, valid_BN in several if valid_BN is not None]
+    return Tokens(torch.cat([padded(tokens_BND) for tokens_BND, _ in several]), torch.cat(valids) if valids else None)
+
+
+def is_trained(*modules: nn.Module) -> bool:
+    """Whether one of their parameters is not frozen."""
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+class PassOn(torch.autograd.Function):
+    """A scalar zero whose gradients with respect to `values` are given: where the backward pass goes on from gradients
+    that were computed before, and have been scaled as the loss was then."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *values: Tensor) -> Tensor:
+        ctx.gradients = [gradient.to(value.dtype) for gradient, value in zip(gradients, values, strict=True)]
+        return values[0].new_zeros((), dtype=torch.promote_types(values[0].dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return None, *ctx.gradients
 
 
 # ---- several processes -------------------------------------------------------------------------------------------

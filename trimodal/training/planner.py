@@ -4,14 +4,16 @@ fit a stated budget.
 The step is the one that trains (`objectives`, `optimizer`), over a batch of the largest shapes that the stage can meet:
 audio of `data.audio_max_s`, captions of `model.context_length`. What a step reads off its data on the host (how many
 patches are kept, which words are hidden) is put at its worst case, since fake tensors have no values. At most
-`MICRO_BATCHES` of each tower are run, beside inputs and features of full size: further ones free what they took. Under
-torchrun a plan is that of each process: its share of the batch, the features of all.
+`MICRO_BATCHES` of each tower are run, beside inputs, features and kept tokens of full size: further ones free what they
+took. Under torchrun a plan is that of each process: its share of the batch, the features of all.
 
 How a fit is chosen: a tower has a list of options, ordered by the forward passes that they cost (`Option.passes`): the
 whole batch at once with recompute of no block, of every 4th, every 2nd or all, and micro-batches of 256, 128, ... 1
 rows with recompute of no block or all. The first option at which all towers fit together is taken, or, where there is
 none, the mixture that takes least (`least_fit`); then each tower by itself, the costliest first, takes the first option
-at which the step still fits. `benchmarks/plan_choice.py` compares the choice with the others that fit, run for real.
+at which the step still fits. Where a stage fuses, all this is tried with tokens kept first, and without only if no
+option fits with them: to encode again for each objective costs more than the smallest micro-batches do.
+`benchmarks/plan_choice.py` compares the choice with the others that fit, run for real.
 
 A GPU needs more than its tensors: `CONTEXT_GIB` for the driver's context and libraries, and `FRAGMENTATION_PCT` of the
 tensors for gaps between blocks and kernel workspaces, or what earlier runs on the same machine have measured
@@ -45,7 +47,7 @@ from trimodal.memory.devices import CONTEXT_GIB, EVALUATION, GIB, KNOBS, Fit, Mi
 from trimodal.memory.tracker import HOST, OverLimit, Usage, loss_ends_at, phase, tracing
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
-from trimodal.objectives.step import Share, Step
+from trimodal.objectives.step import Rows, Share, Step
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 
 PLAN_VERSION = 2  # to be raised whenever a step takes other memory than before: kept plans then count no longer
@@ -85,6 +87,7 @@ class Plan:
 
     micro_batch: MicroBatch
     recompute: dict[str, int]  # as in Fit
+    keep_tokens: bool = False  # as in Fit
     upper: MicroBatch  # rows of a whole effective batch (of this process); a tower at its upper is encoded once
     peak_bytes: int  # of all tensors
     by_tag: dict[str, int]  # what they are; sums to peak_bytes
@@ -98,7 +101,7 @@ class Plan:
 
     @property
     def fit(self) -> Fit:
-        return Fit(dict(self.micro_batch), dict(self.recompute))
+        return Fit(dict(self.micro_batch), dict(self.recompute), self.keep_tokens)
 
     @property
     def in_parts(self) -> tuple[str, ...]:
@@ -151,7 +154,7 @@ def options(pinned: int | None, may_recompute: bool, parts_are_free: bool) -> li
 
 
 def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinned: int | None = None,
-             may_recompute: bool = True, parts_are_free: bool = False) -> Plan:
+             may_recompute: bool = True, parts_are_free: bool = False, fuses: bool = False) -> Plan:
     """The fastest fit that keeps to the limits, as the head of this file orders them.
 
     Args:
@@ -160,12 +163,14 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
         pinned: the user's own micro-batch of all towers.
         may_recompute: whether blocks may be recomputed.
         parts_are_free: no objective looks at the whole batch, so micro-batches are encoded once, as the whole is.
+        fuses: some objective reads tokens of the whole batch, which are kept if they fit.
 
     Raises:
         OverBudget: nothing fits; names the knobs.
     """
     possible, limit = options(pinned, may_recompute, parts_are_free), limits.tensor_bytes
-    alike = (with_options(dict.fromkeys(upper, option), upper) for option in possible)
+    alike = (with_options(dict.fromkeys(upper, option), upper, Fit({}, {}, keeps))
+             for keeps in ((True, False) if fuses else (False,)) for option in possible)
     chosen = next((fit for fit in alike if measure(fit, limit)), None)
     if chosen is None:
         chosen = least_fit(possible, measure, upper)
@@ -202,7 +207,7 @@ def least_fit(possible: Sequence[Option], measure: Measure, upper: Mapping[str, 
 
     Recompute of all blocks takes least of a tower's micro-batches of one size, and the smallest micro-batches least of
     all but the whole batch. That may take less still: parts add each its gradients to those before. So these two of
-    each tower are tried, in every mixture.
+    each tower are tried, in every mixture, with no tokens kept.
     """
     deepest = max(option.every == 1 for option in possible)
     sizes = {max(option.size for option in possible), min(option.size for option in possible)}
@@ -219,20 +224,21 @@ def least_fit(possible: Sequence[Option], measure: Measure, upper: Mapping[str, 
 
 def with_options(of: Mapping[str, Option], upper: Mapping[str, int], fit: Fit | None = None) -> Fit:
     """`fit` with other options for some towers. Micro-batches are equal parts: 17 to 31 rows of 32 are two of 16."""
-    sizes, every = ({}, {}) if fit is None else (dict(fit.micro_batch), dict(fit.recompute))
+    fit = fit or Fit({}, {})
+    sizes, every = dict(fit.micro_batch), dict(fit.recompute)
     for tower, option in of.items():
         parts = -(-upper[tower] // min(option.size, upper[tower]))
         sizes[tower], every[tower] = -(-upper[tower] // parts), option.every
-    return Fit(sizes, every)
+    return Fit(sizes, every, fit.keep_tokens)
 
 
 def plan_of(fit: Fit, measure: Measure, upper: Mapping[str, int], limits: Limits) -> Plan:
     """The plan that `fit` is, whether it keeps to the budget or not."""
     usage = measure(fit, None)
     assert usage is not None, "a measurement without a limit ends with a figure"
-    return Plan(micro_batch=fit.micro_batch, recompute=fit.recompute, upper=dict(upper), peak_bytes=usage.peak_bytes,
-                by_tag=usage.by_tag, allowance_bytes=limits.budget_bytes - limits.tensor_bytes,
-                budget_bytes=limits.budget_bytes, device=limits.device)
+    return Plan(**dataclasses.asdict(fit), upper=dict(upper), peak_bytes=usage.peak_bytes, by_tag=usage.by_tag,
+                allowance_bytes=limits.budget_bytes - limits.tensor_bytes, budget_bytes=limits.budget_bytes,
+                device=limits.device)
 
 
 # ---- a step on fake tensors --------------------------------------------------------------------------------------
@@ -244,6 +250,18 @@ class PlanStep(Step):
     and where it is planned for another device a transfer makes a copy."""
 
     is_on_host: bool = True
+    upper: Mapping[str, int] = dataclasses.field(default_factory=dict)  # rows of this process, of which few are run
+
+    def buffer_rows(self, modality: str) -> int:
+        return self.upper[modality]
+
+    def split(self, modality: str, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """A slice is of this process's rows; of a list, all are those of others, if there are others."""
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop)
+        elif self.world.size > 1:
+            return rows[:0], rows, torch.arange(len(rows))
+        return rows, rows[:0], torch.arange(len(rows))
 
     def to_device(self, value: Tensor) -> Tensor:
         return value if self.is_on_host else value.clone()
@@ -302,6 +320,7 @@ def step_usage(config: Config, row: StageConfig, task: TaskConfig, fit: Fit, set
             batch = largest_batch(config, row, task)
         step = PlanStep(
             model=model, batch=batch, device=torch.device("cpu"), micro_batch=fit.micro_batch,
+            keep_tokens=fit.keep_tokens, upper=upper,
             autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
             num_concepts=config.model.num_classes, world=World(size=setup.processes), stage=row.name,
@@ -354,9 +373,10 @@ class StageMeasure:
         """Peak of the task that takes most, None if it is above the limit. Limits never rise from call to call."""
         found = []
         for task in list(self.tasks):
-            fuses = any(OBJECTIVES[name].uses_fusion for name in task.objectives)
+            fuses = any(OBJECTIVES[name].scope == "fusion" for name in task.objectives)
             towers = (*task.inputs, "fusion") if fuses else task.inputs
-            key = str((task, [(fit.micro_batch[tower], fit.recompute[tower]) for tower in towers]))
+            sizes = [(fit.micro_batch[tower], fit.recompute[tower]) for tower in towers]
+            key = str((task, sizes, fuses and fit.keep_tokens))
             if key not in self.known or (self.known[key] is None and limit_bytes is None):
                 self.known[key] = self.run(self.config, self.row, task, fit, self.setup, limit_bytes=limit_bytes)
             usage = self.known[key]
@@ -420,7 +440,8 @@ def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], se
         if fit is not None:
             return plan_of(fit, measure, upper, limits(config, setup))
         return plan_fit(measure, upper, limits(config, setup), pinned=pinned, may_recompute=config.model.use_checkpoint,
-                        parts_are_free=not any(kind.is_of_whole_batch or kind.uses_fusion for kind in kinds))
+                        parts_are_free=all(kind.scope == "tower" for kind in kinds),
+                        fuses=any(kind.scope == "fusion" for kind in kinds))
 
     return from_cache(config, stage_facts(config, row, tasks), setup, fit, search)
 

@@ -201,14 +201,16 @@ def format_plan(plans: Mapping[str, Plan]) -> str:
     context = ", ".join(f"{CONTEXT_GIB[device]} GiB of context on {device}" for device in used)
     lines.append(f"GiB. Allowance: {context}{', the best weights so far' if 'cpu' in used else ''}, and gaps and "
                  "workspaces. A tower whose micro-batch is the whole batch is encoded once; one in parts runs forward "
-                 "again in the backward pass; /n: so does every n-th block.")
+                 "again in the backward pass; /n: so does every n-th block. Objectives that fuse share tokens that are "
+                 "kept; else each of them encodes its own.")
     return "\n".join(lines)
 
 
 def describe_towers(plan: Plan) -> str:
-    """"image 16 (32), audio 32 (32) /2, ...": micro-batch, of how many, and which blocks are recomputed."""
-    return ", ".join(f"{tower} {size} ({plan.upper[tower]})" + (f" /{n}" if (n := plan.recompute[tower]) else "")
-                     for tower, size in plan.micro_batch.items())
+    """"image 16 (32), audio 32 (32) /2; tokens kept": micro-batch, of how many, and which blocks are recomputed."""
+    towers = ", ".join(f"{tower} {size} ({plan.upper[tower]})" + (f" /{n}" if (n := plan.recompute[tower]) else "")
+                       for tower, size in plan.micro_batch.items())
+    return f"{towers}; tokens kept" if plan.keep_tokens else towers
 
 
 # ---- calibration -------------------------------------------------------------------------------------------------

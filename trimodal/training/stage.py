@@ -142,11 +142,12 @@ def own_jobs(run: Run, jobs: list[Any]) -> list[Any]:
 
 
 def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, *, train: bool) -> Step:
-    return Step(model=run.model, batch=batch, device=run.device, micro_batch=run.fits[stage.row.name].micro_batch,
-                autocast=run.autocast, keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep},
-                drop_path=stage.row.drop_path, train=train, mask_id=run.data.tokenizer.mask_id,
-                num_concepts=len(run.data.concepts), world=run.world if share else World(), share=share,
-                stage=stage.row.name)
+    fit = run.fits[stage.row.name]
+    return Step(model=run.model, batch=batch, device=run.device, micro_batch=fit.micro_batch,
+                keep_tokens=fit.keep_tokens, autocast=run.autocast,
+                keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep}, drop_path=stage.row.drop_path,
+                train=train, mask_id=run.data.tokenizer.mask_id, num_concepts=len(run.data.concepts),
+                world=run.world if share else World(), share=share, stage=stage.row.name)
 
 
 def compute_losses(stage: Stage, task: int, step: Step, backward: Callable[[Tensor], None]) -> Losses:

@@ -15,9 +15,10 @@ def test_every_record_belongs_to_a_figure_and_is_whole() -> None:
     found = run.read()
     assert found.keys() <= run.FIGURES.keys()
     for key, one in found.items():
-        assert one.keys() == FIELDS
+        assert one.keys() - {"at_least"} == FIELDS
         assert one["low"] <= one["median"] <= one["high"] and one["runs"] >= 1
-        assert one["limit"] == run.FIGURES[key].limit and one["command"].endswith(key)
+        assert one["limit"] == run.FIGURES[key].limit and one.get("at_least") == run.FIGURES[key].at_least
+        assert one["command"].endswith(key)
 
 
 def test_a_measurement_gives_the_records_of_all_its_keys_and_touches_no_other(tmp_path: Path) -> None:
@@ -35,6 +36,13 @@ def test_a_measurement_gives_the_records_of_all_its_keys_and_touches_no_other(tm
     assert [found["a"][name] for name in ("low", "median", "high", "runs", "limit")] == [1.0, 3.0, 5.0, 3, 4.0]
     assert found["b"]["median"] == 30.0 and found["b"]["limit"] is None
     assert found["a"].keys() == FIELDS
+
+
+def test_a_figure_that_must_not_be_too_small_says_so_in_its_record(tmp_path: Path) -> None:
+    figures = {"ratio": Figure(None, lambda: {"ratio": 1.5}, at_least=1.4)}
+    assert run.measure(["ratio"], figures, tmp_path / "records.json") == []
+    one = run.read(tmp_path / "records.json")["ratio"]
+    assert one["at_least"] == 1.4 and one["limit"] is None and one.keys() == FIELDS | {"at_least"}
 
 
 def test_what_cannot_be_measured_keeps_its_earlier_record(tmp_path: Path) -> None:

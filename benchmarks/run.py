@@ -4,8 +4,8 @@
     python benchmarks/run.py suite_s suite_tmp_gb # measure these: keys that one run gives together take that run once
 
 A record is {"median", "low", "high", "runs", "limit", "command", "hardware", "commit", "date"}; `limit` is the most
-that is allowed, or null; of a figure that must not be too small, `at_least` is the least that is allowed. What cannot be
-measured on this machine, or fails, leaves the record of before, and the exit code is 2.
+that is allowed, or null; of a figure that must not be too small, `at_least` is the least that is allowed. What cannot
+be measured on this machine, or fails, leaves the record of before, and the exit code is 2.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def stamps_pairs(size: int, data_root: Path) -> dict[str, Iterable[Pair]]:
     return {split: read(split) for split in ("train", "val")}
 
 
-def write_lists(folder: Path, pairs: dict[str, Iterable[Pair]]) -> dict[str, int]:
+def write_lists(folder: Path, pairs: Mapping[str, Iterable[Pair]]) -> dict[str, int]:
     """Write pictures as PNG, a list for each program, and the sizes of the model for open_clip; pairs of each split."""
     (folder / "pictures").mkdir(parents=True)
     counts, lines = dict[str, int](), list[str]()

@@ -168,16 +168,19 @@ def aim_of(name: str) -> float:
 
 @dataclass(frozen=True)
 class Race:
-    """Seconds until the aim in one turn."""
+    """Both runs of one turn, each until the aim."""
 
-    theirs_s: float
-    ours_s: float
-    theirs_gib: float
-    ours_gib: float
+    theirs: Watched
+    ours: Watched
 
     @property
     def part(self) -> float:
-        return self.ours_s / self.theirs_s
+        """Our time as a part of theirs."""
+        return self.ours.epochs[-1].wall_s / self.theirs.epochs[-1].wall_s
+
+    @property
+    def cpu_part(self) -> float:
+        return self.ours.epochs[-1].cpu_s / self.theirs.epochs[-1].cpu_s
 
 
 def race(name: str, python: Path, lists: Path) -> Race:
@@ -199,7 +202,7 @@ def race(name: str, python: Path, lists: Path) -> Race:
     if not own.epochs or own.epochs[-1].recall < aim:
         raise RuntimeError(f"{name}: this project has ended at R@5 {own.epochs[-1].recall if own.epochs else 0:.3f}, "
                            f"below {aim:.3f}")
-    return Race(theirs_run.epochs[-1].wall_s, own.epochs[-1].wall_s, theirs_run.peak_gib, own.peak_gib)
+    return Race(theirs_run, own)
 
 
 def fill_cache(name: str, lists: Path) -> None:
@@ -218,11 +221,18 @@ def measured(name: str) -> dict[str, float]:
 
 def table(name: str, races: Sequence[Race]) -> str:
     def spread(values: Sequence[float], digits: int) -> str:
-        return (f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}, {max(values):.{digits}f})")
+        return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}, {max(values):.{digits}f})"
 
-    return (f"{name:10} R@5 {aim_of(name):.3f}  open_clip {spread([r.theirs_s for r in races], 1)} s, "
-            f"{max(r.theirs_gib for r in races):.2f} GiB  this project {spread([r.ours_s for r in races], 1)} s, "
-            f"{max(r.ours_gib for r in races):.2f} GiB  part {spread([r.part for r in races], 3)}")
+    def row(label: str, runs: Sequence[Watched]) -> str:
+        return (f"{name:10} {label:14} {spread([run.epochs[-1].wall_s for run in runs], 1):>21} s  "
+                f"{spread([run.epochs[-1].cpu_s for run in runs], 1):>21} CPU s  "
+                f"{max(run.peak_gib for run in runs):.2f} GiB")
+
+    return "\n".join([
+        f"{name:10} to R@5 {aim_of(name):.3f} on held-out pairs",
+        row("open_clip", [one.theirs for one in races]), row("this project", [one.ours for one in races]),
+        f"{name:10} {'part':14} {spread([one.part for one in races], 3):>21}    "
+        f"{spread([one.cpu_part for one in races], 3):>21}"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

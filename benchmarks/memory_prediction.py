@@ -42,7 +42,7 @@ from benchmarks.plan_choice import SETUP, Case, Key, Trainer
 from trimodal.config import SIZES, Config, load_config
 from trimodal.memory.devices import GIB, peak_gib, reset_peak
 from trimodal.memory.tracker import PeakMemory
-from trimodal.training.planner import TOWERS, step_usage, without_speaker
+from trimodal.training.planner import TOWERS, TaskMeasure, without_speaker
 
 TENSORS_LIMIT_PCT, RESIDENT_LIMIT_PCT = 2.0, 10.0
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}  # read when a process starts
@@ -101,7 +101,7 @@ def resident_gib(case: Case, micro_batch: int) -> float:
 
 
 def planned_gib(case: Case, micro_batch: int) -> float:
-    usage = step_usage(case.config, case.row, case.task, case.fit(key_of(micro_batch)), SETUP)
+    usage = TaskMeasure(case.config, case.row, case.task, SETUP)(case.fit(key_of(micro_batch)))
     assert usage is not None, "no limit, so there is a figure"
     return usage.peak_bytes / GIB
 

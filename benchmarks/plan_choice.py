@@ -50,11 +50,11 @@ from trimodal.training.optimizer import Optimizer
 from trimodal.training.planner import (
     DeviceSetup,
     Limits,
+    TaskMeasure,
     apply_recompute,
     largest_batch,
     plan_fit,
     stage_upper,
-    step_usage,
 )
 
 LIMIT = 1.10
@@ -106,11 +106,12 @@ class Peaks:
 
     def __init__(self, case: Case):
         self.case, self.known = case, dict[Key, Usage]()
+        self.measure = TaskMeasure(case.config, case.row, case.task, SETUP)
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
         key = self.case.key(fit)
         if key not in self.known:
-            usage = step_usage(self.case.config, self.case.row, self.case.task, fit, SETUP)
+            usage = self.measure(fit)
             assert usage is not None, "no limit, so there is a figure"
             self.known[key] = usage
         return self.known[key] if limit_bytes is None or self.known[key].peak_bytes <= limit_bytes else None

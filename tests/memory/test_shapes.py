@@ -15,15 +15,16 @@ from trimodal.memory import shapes
 from trimodal.memory import tracker as tracker_module
 from trimodal.memory.devices import Fit
 from trimodal.training import planner
-from trimodal.training.planner import DeviceSetup, step_usage
+from trimodal.training.planner import DeviceSetup, TaskMeasure
 
 F = torch.ops.aten
 
 
 @contextlib.contextmanager
-def plain_tracing(limit_bytes: int | None = None) -> Iterator[tracker_module.PeakMemory]:
+def plain_tracing(limit_bytes: int | None = None,
+                  mode: FakeTensorMode | None = None) -> Iterator[tracker_module.PeakMemory]:
     """As `tracker.tracing`, each result from FakeTensorMode."""
-    with FakeTensorMode(), tracker_module.PeakMemory(limit_bytes=limit_bytes) as tracker:
+    with mode or FakeTensorMode(), tracker_module.PeakMemory(limit_bytes=limit_bytes) as tracker:
         yield tracker
 
 
@@ -52,9 +53,9 @@ def test_a_step_takes_the_same_bytes(small: SmallRuns, tmp_path: Path, monkeypat
     config = small.config(tmp_path, "training.ema_decay=0.9")
     row = next(row for row in config.stages if row.name == stage)
     fit = Fit(dict.fromkeys(planner.TOWERS, size), dict.fromkeys(planner.TOWERS, every))
-    found = [step_usage(config, row, row.tasks[task], fit, setup) for _ in range(2)]
+    found = [TaskMeasure(config, row, row.tasks[task], setup)(fit) for _ in range(2)]
     monkeypatch.setattr(planner, "tracing", plain_tracing)
-    assert found == 2 * [step_usage(config, row, row.tasks[task], fit, setup)]
+    assert found == 2 * [TaskMeasure(config, row, row.tasks[task], setup)(fit)]
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], object]] = {

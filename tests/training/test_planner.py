@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -72,6 +71,23 @@ def test_an_average_of_the_weights_is_planned_for(small: SmallRuns, tmp_path: Pa
     assert with_average.by_tag["optimizer"] - without.by_tag["optimizer"] == pytest.approx(weights, rel=0.01)
 
 
+@pytest.mark.parametrize("setup", [CPU, CUDA], ids=["cpu", "cuda"])
+def test_fits_measured_one_after_the_other_take_what_each_takes_alone(small: SmallRuns, tmp_path: Path,
+                                                                      setup: DeviceSetup) -> None:
+    """To the byte, and after a step that was left at its limit, too."""
+    config = small.config(tmp_path / "run", "training.ema_decay=0.9")
+    row = next(row for row in config.stages if row.name == "finetune")
+    fits = [Fit(dict.fromkeys(planner.TOWERS, size), dict.fromkeys(planner.TOWERS, every))
+            for size, every in ((32, 0), (8, 0), (32, 1), (32, 0))]
+    alone = [planner.TaskMeasure(config, row, row.tasks[0], setup)(fit) for fit in fits]
+    measure = planner.TaskMeasure(config, row, row.tasks[0], setup)
+    together = []
+    for fit, usage in zip(fits, alone, strict=True):
+        assert usage is not None and measure(fit, usage.peak_bytes - 1) is None
+        together.append(measure(fit, usage.peak_bytes))
+    assert together == alone and len({usage.peak_bytes for usage in alone if usage}) > 1
+
+
 # ---- budgets -----------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +123,7 @@ def test_a_batch_that_waits_on_the_host_takes_nothing_of_a_gpu(small: SmallRuns,
     """However large it is: 2,048 pictures here are more than all else together."""
     config = small.config(tmp_path / "run", "training.batch_size=2048", "model.image_size=224")
     row, fit = config.stages[1], Fit(dict.fromkeys(planner.TOWERS, 16), dict.fromkeys(planner.TOWERS, 1))
-    on_gpu, on_cpu = (planner.step_usage(config, row, row.tasks[0], fit, setup) for setup in (CUDA, CPU))
+    on_gpu, on_cpu = (planner.TaskMeasure(config, row, row.tasks[0], setup)(fit) for setup in (CUDA, CPU))
     assert on_gpu is not None and on_cpu is not None
     pictures = 2048 * 3 * 224 * 224
     assert on_gpu.by_tag["data"] == 0 and on_gpu.peak_bytes < pictures < on_cpu.by_tag["data"] < on_cpu.peak_bytes
@@ -171,15 +187,16 @@ def test_no_mixture_of_a_real_steps_options_takes_less_than_the_least(small: Sma
 def test_plans_are_kept_until_something_that_matters_changes(small: SmallRuns, tmp_path: Path) -> None:
     traced = []
 
-    def counting(*step: Any, **options: Any) -> Usage | None:
-        traced.append(step)
-        return planner.step_usage(*step, **options)
+    class Counting(planner.TaskMeasure):
+        def __call__(self, fit: Fit, limit_bytes: int | None = None) -> Usage | None:
+            traced.append(fit)
+            return super().__call__(fit, limit_bytes)
 
     def plan(*overrides: str) -> tuple[Plan, int]:
         """Of the masked pretraining of texts, and how often a step was traced for it."""
         traced.clear()
         config = small.config(tmp_path / "run", *overrides)
-        return planner.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], CPU, run=counting), len(traced)
+        return planner.plan_stage(config, config.stages[0], config.stages[0].tasks[1:], CPU, kind=Counting), len(traced)
 
     first, times = plan("memory.micro_batch=16")
     assert times == 1 and first.micro_batch == dict.fromkeys(planner.TOWERS, 16), "a pinned size is not searched for"
@@ -227,11 +244,14 @@ def test_the_task_that_passed_the_limit_is_the_first_to_be_run_at_the_next_fit(t
     config, runs = load_config(None, [f"paths.output_dir={tmp_path}"]), []
     row = config.stages[2]
 
-    def run(config: Config, row: StageConfig, task: TaskConfig, *rest: Any, limit_bytes: int) -> Usage | None:
-        runs.append(task.inputs)
-        return None if task.inputs == ("audio", "text") else Usage(1, {})
+    def kind(config: Config, row: StageConfig, task: TaskConfig, setup: DeviceSetup) -> planner.Measure:
+        def run(fit: Fit, limit_bytes: int | None) -> Usage | None:
+            runs.append(task.inputs)
+            return None if task.inputs == ("audio", "text") else Usage(1, {})
 
-    measure = planner.StageMeasure(config, row, tasks_of(row), CPU, run)
+        return run
+
+    measure = planner.StageMeasure(config, row, tasks_of(row), CPU, kind)
     for size in (8, 4):
         runs.clear()
         assert measure(Fit(dict.fromkeys(planner.TOWERS, size), dict.fromkeys(planner.TOWERS, 0)), 5) is None

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -82,7 +82,7 @@ class PeakMemory(TorchDispatchMode):
         else:
             result, touched = self._shapes.run(func, args, kwargs)
         for tensor in _tensors((args, kwargs, result)) if touched is None else touched:
-            self._see(tensor)
+            self._see(tensor.untyped_storage())
         return result
 
     @classmethod
@@ -101,7 +101,7 @@ class PeakMemory(TorchDispatchMode):
     def mark(self, tag: str, *trees: Any) -> None:
         """Count every tensor in `trees` (nested lists, tuples, dicts; `vars(batch)` of a dataclass) as `tag`."""
         for tensor in _tensors(trees):
-            block = self._see(tensor)
+            block = self._see(tensor.untyped_storage())
             self.live_by_tag[block.tag] -= block.size
             block.tag = tag
             self.live_by_tag[tag] = self.live_by_tag.get(tag, 0) + block.size
@@ -114,11 +114,20 @@ class PeakMemory(TorchDispatchMode):
                 hook = parameter.register_post_accumulate_grad_hook(lambda p: self.mark("gradients", p.grad))
                 self._hooks.append(hook)
 
+    def held(self) -> list[tuple[UntypedStorage, str]]:
+        """All storages that live now, with their tags, for the `hold` of later trackers."""
+        return [(storage, block.tag) for block in self._blocks.values() if (storage := block.reference()) is not None]
+
+    def hold(self, held: Iterable[tuple[UntypedStorage, str]]) -> None:
+        """Count these from now on."""
+        for storage, tag in held:
+            with phase(tag):
+                self._see(storage)
+
     def usage(self) -> Usage:
         return Usage(self.peak_bytes, {tag: size for tag, size in self._at_peak.items() if size or tag in TAGS})
 
-    def _see(self, tensor: Tensor) -> _Block:
-        storage = tensor.untyped_storage()
+    def _see(self, storage: UntypedStorage) -> _Block:
         key = storage._cdata
         block = self._blocks.get(key)
         size = -(-storage.nbytes() // self.granularity) * self.granularity
@@ -150,8 +159,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def tracing(limit_bytes: int | None = None) -> Iterator[PeakMemory]:
-    """All tensors made inside are fake, and counted.
+def tracing(limit_bytes: int | None = None, mode: FakeTensorMode | None = None) -> Iterator[PeakMemory]:
+    """All tensors made inside are fake, of `mode` if it is given, and counted.
 
     Raises (from the operation that needs too much):
         OverLimit: more than `limit_bytes` live.
@@ -159,7 +168,7 @@ def tracing(limit_bytes: int | None = None) -> Iterator[PeakMemory]:
     collects = gc.isenabled()
     gc.disable()  # a tenth faster; and what only the collector would free counts, as it may on a real device
     try:
-        with (FakeTensorMode() as mode, disable_fake_tensor_cache(mode),  # Shapes keeps what it would
+        with (mode or FakeTensorMode() as mode, disable_fake_tensor_cache(mode),  # Shapes keeps what it would
               PeakMemory(limit_bytes=limit_bytes, shapes=Shapes(mode)) as tracker):
             yield tracker
     finally:

@@ -20,6 +20,7 @@ tensors for gaps between blocks and kernel workspaces, or what earlier runs on t
 (`plans.calibration`). A plan leaves room for both: of 20 GiB, 17.5 are planned.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datasets import Batch
 from model import KERNELS_OF, TriModalModel
@@ -176,7 +178,7 @@ def plan_fit(measure: Measure, upper: Mapping[str, int], limits: Limits, *, pinn
         chosen = least_fit(possible, measure, upper)
         refuse_above(limits, plan_of(chosen, measure, upper, limits), pinned)
     for tower in upper:
-        chosen = next((fit for fit in faster_fits(tower, possible, chosen, upper) if measure(fit, limit)), chosen)
+        chosen = fastest_fit(tower, possible, chosen, upper, lambda fit: measure(fit, limit) is not None)
     return plan_of(chosen, measure, upper, limits)
 
 
@@ -191,15 +193,26 @@ def refuse_above(limits: Limits, least: Plan, pinned: int | None) -> None:
                      f"{least.fit}; {advice}{KNOBS}")
 
 
-def faster_fits(tower: str, possible: Sequence[Option], fit: Fit, upper: Mapping[str, int]) -> Iterator[Fit]:
-    """`fit` with each option of a tower that is faster than its own, from fast to slow; without recompute of the whole
-    batch where there are more than SIZES[0] rows, as many of which take as long, and less memory."""
-    for option in possible:
-        other = with_options({tower: option}, upper, fit)
-        if other == fit:
-            return
+def fastest_fit(tower: str, possible: Sequence[Option], chosen: Fit, upper: Mapping[str, int],
+                fits: Callable[[Fit], bool]) -> Fit:
+    """`chosen` with the fastest option of a tower that fits; without recompute of the whole batch where there are more
+    than SIZES[0] rows, as many of which take as long, and less memory.
+
+    Of the options for the whole batch each is measured, which ends soon where it does not fit. Parts of equal recompute
+    take less the smaller they are: each of these rows of options is bisected.
+    """
+    faster = list(itertools.takewhile(lambda fit: fit != chosen, (
+        with_options({tower: option}, upper, chosen) for option in possible)))
+    rows: dict[Option | int, list[int]] = {}
+    for place, option in enumerate(possible[:len(faster)]):
         if option != (WHOLE, 1) or upper[tower] <= SIZES[0]:
-            yield other
+            rows.setdefault(option if option.size == WHOLE else option.every, []).append(place)
+    best = len(faster)
+    for row in rows.values():
+        row = [place for place in row if place < best]
+        first = bisect.bisect_left(row, True, key=lambda place: fits(faster[place]))
+        best = row[first] if first < len(row) else best
+    return [*faster, chosen][best]
 
 
 def least_fit(possible: Sequence[Option], measure: Measure, upper: Mapping[str, int]) -> Fit:
@@ -298,45 +311,65 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, **columns)
 
 
-def step_usage(config: Config, row: StageConfig, task: TaskConfig, fit: Fit, setup: DeviceSetup,
-               limit_bytes: int | None = None) -> Usage | None:
-    """Bytes at the peak of one optimizer step; None as soon as more than `limit_bytes` live."""
-    on_host, amp = setup.device == "cpu", setup.amp
-    upper = stage_upper(config, row, setup)
-    with contextlib.suppress(OverLimit), kernels_of(setup.device), tracing(limit_bytes) as tracker:
-        model = TriModalModel(config.model)
-        freeze(model, row)
-        apply_recompute(model, fit)
-        objectives = [build_objective(name, model, task.inputs, setup.num_speakers, config.training.contrastive_loss)
-                      for name in OBJECTIVES if name in task.objectives]
-        both = nn.ModuleDict({"model": model, "objectives": nn.ModuleList(objectives)})
-        tracker.watch(both.parameters())
-        optimizer = Optimizer(both, config.training, amp)
-        optimizer.allocate()
-        average = MovingAverage(model, config.training.ema_decay) if config.training.ema_decay else None
-        tracker.mark("optimizer", [list(state.values()) for state in optimizer.state.values()],
-                     average.values if average else [])
-        with phase("data" if on_host else HOST):
-            batch = largest_batch(config, row, task)
+class TaskMeasure:
+    """Measures the optimizer step of one task at any fit; model, heads, optimizer and batch are made once for all."""
+
+    def __init__(self, config: Config, row: StageConfig, task: TaskConfig, setup: DeviceSetup):
+        self.config, self.row, self.setup, amp = config, row, setup, setup.amp
+        self.upper = stage_upper(config, row, setup)
+        self.mode = FakeTensorMode()
+        with kernels_of(setup.device), tracing(mode=self.mode) as tracker:
+            self.model = TriModalModel(config.model)
+            freeze(self.model, row)
+            self.objectives = [
+                build_objective(name, self.model, task.inputs, setup.num_speakers, config.training.contrastive_loss)
+                for name in OBJECTIVES if name in task.objectives]
+            both = nn.ModuleDict({"model": self.model, "objectives": nn.ModuleList(self.objectives)})
+            self.parameters = list(both.parameters())
+            tracker.mark("parameters", self.parameters)
+            self.optimizer = Optimizer(both, config.training, amp)
+            self.optimizer.allocate()
+            self.average = MovingAverage(self.model, decay) if (decay := config.training.ema_decay) else None
+            tracker.mark("optimizer", [list(state.values()) for state in self.optimizer.state.values()],
+                         self.average.values if self.average else [])
+            with phase("data" if setup.device == "cpu" else HOST):
+                self.batch = largest_batch(config, row, task)
+            self.held = tracker.held()
+
+    def __call__(self, fit: Fit, limit_bytes: int | None = None) -> Usage | None:
+        """Bytes at the peak of the step; None as soon as more than `limit_bytes` live."""
+        apply_recompute(self.model, fit)
+        try:
+            with (contextlib.suppress(OverLimit), kernels_of(self.setup.device),
+                  tracing(limit_bytes, self.mode) as tracker):
+                tracker.hold(self.held)
+                tracker.watch(self.parameters)
+                self._step(fit)
+                return tracker.usage()
+            return None
+        finally:
+            self.optimizer.zero_grad()
+
+    def _step(self, fit: Fit) -> None:
+        row, amp = self.row, self.setup.amp
         step = PlanStep(
-            model=model, batch=batch, device=torch.device("cpu"), micro_batch=fit.micro_batch,
-            keep_tokens=fit.keep_tokens, upper=upper,
+            model=self.model, batch=self.batch, device=torch.device("cpu"), micro_batch=fit.micro_batch,
+            keep_tokens=fit.keep_tokens, upper=self.upper,
             autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
-            num_concepts=config.model.num_classes, world=World(size=setup.processes), stage=row.name,
-            is_on_host=on_host, share=Share({tower: range(min(MICRO_BATCHES * fit.micro_batch[tower], rows))
-                                             for tower, rows in upper.items()}, first_media=0))
+            num_concepts=self.config.model.num_classes, world=World(size=self.setup.processes), stage=row.name,
+            is_on_host=self.setup.device == "cpu",
+            share=Share({tower: range(min(MICRO_BATCHES * fit.micro_batch[tower], rows))
+                         for tower, rows in self.upper.items()}, first_media=0))
 
         def backward(loss: Tensor) -> None:
             with phase("loss"):
-                optimizer.backward(loss)
+                self.optimizer.backward(loss)
 
-        learn(step, [(1.0, objective) for objective in objectives], backward)
-        _, finite = optimizer.step(1e-4)
-        if average:
-            average.update(model.parameters(), finite)
-        return tracker.usage()
-    return None
+        learn(step, [(1.0, objective) for objective in self.objectives], backward)
+        _, finite = self.optimizer.step(1e-4)
+        if self.average:
+            self.average.update(self.model.parameters(), finite)
 
 
 @contextlib.contextmanager
@@ -365,23 +398,25 @@ class StageMeasure:
     """Measures the tasks of a stage at a fit, each anew only where the fit differs in a tower that the task uses."""
 
     def __init__(self, config: Config, row: StageConfig, tasks: Sequence[TaskConfig], setup: DeviceSetup,
-                 run: Callable[..., Usage | None] = step_usage):
-        self.config, self.row, self.tasks, self.setup, self.run = config, row, list(tasks), setup, run
+                 kind: Callable[..., Measure] = TaskMeasure):
+        self.tasks, self.order = tasks, list(range(len(tasks)))
+        self.measure_of = functools.cache(lambda number: kind(config, row, tasks[number], setup))
         self.known: dict[str, Usage | None] = {}  # None: above the limit
 
     def __call__(self, fit: Fit, limit_bytes: int | None) -> Usage | None:
         """Peak of the task that takes most, None if it is above the limit. Limits never rise from call to call."""
         found = []
-        for task in list(self.tasks):
+        for number in list(self.order):
+            task = self.tasks[number]
             fuses = any(OBJECTIVES[name].scope == "fusion" for name in task.objectives)
             towers = (*task.inputs, "fusion") if fuses else task.inputs
             sizes = [(fit.micro_batch[tower], fit.recompute[tower]) for tower in towers]
             key = str((task, sizes, fuses and fit.keep_tokens))
             if key not in self.known or (self.known[key] is None and limit_bytes is None):
-                self.known[key] = self.run(self.config, self.row, task, fit, self.setup, limit_bytes=limit_bytes)
+                self.known[key] = self.measure_of(number)(fit, limit_bytes)
             usage = self.known[key]
             if usage is None or (limit_bytes is not None and usage.peak_bytes > limit_bytes):
-                self.tasks.sort(key=lambda other: other is not task)  # the first to be measured at the next fit
+                self.order.sort(key=lambda other: other != number)  # the first to be measured at the next fit
                 return None
             found.append(usage)
         return max(found, key=lambda usage: usage.peak_bytes)
@@ -425,18 +460,18 @@ def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], setup
 
 
 def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], setup: DeviceSetup,
-               fit: Fit | None = None, run: Callable[..., Usage | None] = step_usage) -> Plan:
+               fit: Fit | None = None, kind: Callable[..., Measure] = TaskMeasure) -> Plan:
     """A fit at which every task of the stage stays in the budget, from the cache if it was planned before.
 
     Args:
         fit: plan this one, whether it stays in the budget or not.
-        run: measures a step.
+        kind: of what measures a task.
     """
     pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
     kinds = [OBJECTIVES[name] for task in tasks for name in task.objectives]
 
     def search() -> Plan:
-        measure, upper = StageMeasure(config, row, tasks, setup, run), stage_upper(config, row, setup)
+        measure, upper = StageMeasure(config, row, tasks, setup, kind), stage_upper(config, row, setup)
         if fit is not None:
             return plan_of(fit, measure, upper, limits(config, setup))
         return plan_fit(measure, upper, limits(config, setup), pinned=pinned, may_recompute=config.model.use_checkpoint,

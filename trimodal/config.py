@@ -150,6 +150,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class TrainingConfig:
     epochs: Count = 100
+    max_hours: Positive | None = None
     batch_size: Count = 8
     gradient_accumulation_steps: Count = 4
     contrastive_loss: Literal["infonce", "sigmoid"] = "infonce"

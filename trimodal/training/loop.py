@@ -27,7 +27,8 @@ from trimodal.objectives.contrastive import start_sigmoid
 from trimodal.objectives.step import Share, shared_batch
 from trimodal.training import plans
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
-from trimodal.training.optimizer import freeze, lr_at
+from trimodal.training.optimizer import freeze
+from trimodal.training.pace import Pace
 from trimodal.training.plans import fit_stages
 from trimodal.training.resume import begins_with_sigmoid, find_state, finished_report, stage_epochs
 from trimodal.training.run import Options, Run, claim_folder, last_checkpoint, open_run
@@ -53,15 +54,17 @@ T = TypeVar("T")
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, options: Options) -> Path | None:
+def train(config: Config, options: Options, now: Callable[[], float] = time.monotonic) -> Path | None:
     """Run what is left of every stage, evaluate the best weights on the test split, write the report; its path. Under
-    torchrun all processes train, and the main one does the rest: the others return None.
+    torchrun all processes train, and the main one does the rest: the others return None. `now`: the clock by which
+    `training.max_hours` counts.
 
     Raises:
         UserError: a mistake that the user can mend.
         TrainingError: the run cannot go on.
         Stopped: a signal asked for it; what is done is saved.
     """
+    begin_s = now()
     devices.keep_few_kernels()
     world = distributed.start(devices.choose_device(options.device))
     try:
@@ -69,7 +72,7 @@ def train(config: Config, options: Options) -> Path | None:
             folder = Path(config.paths.output_dir)
             lock = world.together(lambda: claim_folder(folder, options) if world.is_main else None)
             try:
-                return run_stages(config, options, world, interruption)
+                return run_stages(config, options, world, interruption, begin_s, now)
             finally:
                 if lock:
                     lock.release()
@@ -84,11 +87,13 @@ def train(config: Config, options: Options) -> Path | None:
         world.stop()
 
 
-def run_stages(config: Config, options: Options, world: World, interruption: Interruption) -> Path | None:
+def run_stages(config: Config, options: Options, world: World, interruption: Interruption, begin_s: float,
+               now: Callable[[], float]) -> Path | None:
     """`train`, as one of the processes of `world`."""
     state = world.on_main(lambda: find_state(config, options))
     if report := world.on_main(lambda: finished_report(config, state)):
-        print(f"Complete: all {config.training.epochs} epochs are done and evaluated. Report: {report}")
+        assert state is not None, "a fresh run has no report"
+        print(f"Complete: all {state['progress']['epoch']} epochs are done and evaluated. Report: {report}")
         return report
     run = open_run(config, options, state, world)
     try:
@@ -104,16 +109,17 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs, first = stage_epochs(config, state), 1
         saver = Saver(run, epochs, interruption)
+        pace = Pace(run, {name: found for name, (found, _) in tasks.items()}, epochs, begin_s, now)
         for row in config.stages:
             span = range(first, first + epochs[row.name])
-            first = span.stop
-            if not span:
+            if not span and (pace.hours is None or not stage_epochs(config)[row.name]):
                 run.tracker.say(f"[{row.name}] skipped: {config.training.epochs} epochs are too few for its share")
-            elif run.progress.epoch < span[-1]:
+            elif span and run.progress.epoch < span[-1]:
                 found, skipped = tasks[row.name]
                 for line in skipped:
                     run.tracker.say(line)
-                train_stage(run, row, found, span, state, saver)
+                train_stage(run, row, found, span, state, saver, pace)
+            first += epochs[row.name]  # fewer than before where the time was short
         saver.wait()
         return finish(run) if world.is_main else None
     finally:
@@ -124,7 +130,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
 
 
 def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: range, state: dict[str, Any] | None,
-                saver: Saver) -> None:
+                saver: Saver, pace: Pace) -> None:
     """Train a stage for those of its epochs that a resumed run has not done yet; after each, validate and save.
 
     Args:
@@ -135,7 +141,9 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
     if run.progress.epoch >= epochs[0] or run.progress.epoch_step:
         assert state is not None, "only a resumed run begins inside a stage"
         stage.load_state_dict(state["stage_state"])
+        saved = state["stage_state"]
     else:
+        saved = None
         run.progress.stage_step, run.progress.stage_s = 0, 0.0
     start_s = time.perf_counter() - run.progress.stage_s
     devices.free_cached(run.device)  # else what the stage before took would count as this one's
@@ -144,21 +152,28 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
     done = per_epoch * (run.progress.epoch + 1 - epochs[0])
     done += num_samples(epoch_jobs(run, stage, run.progress.epoch + 1)[:run.progress.epoch_step])
     run.tracker.open_bar(per_epoch * len(epochs), done, row.name)
+    pace.enter(stage, saved)
     for epoch in range(max(run.progress.epoch + 1, epochs[0]), epochs[-1] + 1):
-        is_last = epoch == epochs[-1]
         with saver.interruption.can_wait():
-            log = train_epoch(run, stage, epoch, saver)
-            if run.world.is_main:  # the other ranks go on to their next collective operation and wait there
-                encoded = validate(run, stage, log.speed)
+            log = train_epoch(run, stage, epoch, saver, pace)
+            # the other ranks go on to their next collective operation and wait there
+            encoded = validate(run, stage, log.speed) if run.world.is_main else None
+            pace.after_validation()
+            if is_last := epoch == epochs[-1] or pace.stage_is_over:
+                pace.end_stage(epoch - epochs[0] + 1)
+            if run.world.is_main:
                 run.progress.stage_s = time.perf_counter() - start_s
                 if is_last:  # before the checkpoint: a run that is killed between the two writes the record again
                     run.tracker.record({
-                        "kind": "stage", "stage": row.name, "step": run.progress.step, "epochs": len(epochs),
-                        "steps": run.progress.stage_step, "seconds": run.progress.stage_s, "save_s": saver.spent_s,
-                        **compare_memory(run, row.name), "samples": per_epoch * len(epochs)})
+                        "kind": "stage", "stage": row.name, "step": run.progress.step,
+                        "epochs": saver.stage_epochs[row.name], "steps": run.progress.stage_step,
+                        "seconds": run.progress.stage_s, "save_s": saver.spent_s, **compare_memory(run, row.name),
+                        "samples": round(per_epoch * len(epochs) * stage.steps / stage.most)})
                 if stage.contrasts and (is_last or epoch % run.config.training.save_every_epochs == 0):
                     show_examples(run, encoded)
             saver.after_epoch(row.name, stage.state_dict, is_last=is_last)
+        if is_last:
+            break
     run.tracker.close_bar()
 
 
@@ -194,8 +209,9 @@ def compare_memory(run: Run, name: str) -> dict[str, float]:
 # ---- an epoch --------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) -> "StepLog":
-    """Do the optimizer steps of one epoch that are not done yet: all, or after a resume those that are left.
+def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None, pace: Pace | None = None) -> "StepLog":
+    """Do the optimizer steps of one epoch that are not done yet: all, or after a resume those that are left, or where
+    `pace` ends the stage before, some of them.
 
     Raises:
         Stopped: a signal asked for it, and the saver has saved.
@@ -214,6 +230,10 @@ def train_epoch(run: Run, stage: Stage, epoch: int, saver: Saver | None = None) 
         progress.stage_step += 1
         progress.epoch_step += 1
         log.add(result, batch, len(indices))
+        if pace:
+            pace.after_step()
+            if pace.stage_is_over:
+                break
         if saver and progress.epoch_step < len(jobs):  # the last one's checkpoint is that of the epoch
             saver.after_step(stage.row.name, stage.state_dict, log.flush)
     log.flush()
@@ -325,9 +345,7 @@ def train_step(run: Run, stage: Stage, task: int, batch: Batch) -> "StepResult":
             shrink(run, stage, cause)
     loss = torch.zeros((), device=run.device) if losses.total is None else losses.total
     reduce_gradients(run, stage)
-    training = run.config.training
-    lr = lr_at(run.progress.stage_step, stage.steps, training.learning_rate * stage.row.lr_factor,
-               training.warmup_pct, training.min_lr_pct)
+    lr = stage.learning_rate(run.config.training, run.progress.stage_step)
     norm, finite = stage.optimizer.step(lr, run.world.all_true(loss.isfinite()))
     run.model.bound_temperatures()
     if stage.average is not None:

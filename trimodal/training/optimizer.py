@@ -27,7 +27,7 @@ def freeze(model: nn.Module, row: StageConfig) -> None:
         parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
 
 
-def lr_at(step: int, total: int, peak: float, warmup_pct: float, min_pct: float) -> float:
+def lr_at(step: float, total: float, peak: float, warmup_pct: float, min_pct: float) -> float:
     """Learning rate of step 0 .. total - 1: linear warm-up, then half a cosine down to `min_pct` of the peak."""
     warmup = max(1, round(total * warmup_pct / 100)) if warmup_pct else 0
     if step < warmup:

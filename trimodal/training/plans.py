@@ -186,6 +186,9 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> No
     print(f"Plan for {device}, {precision}, effective batch {', '.join(f'{n} {size}' for n, size in batches.items())}"
           f"{shared}")
     print(format_plan(plans))
+    if config.training.max_hours is not None:
+        print(f"training.max_hours={config.training.max_hours:g}: of at most {config.training.epochs} epochs as many "
+              "as fit, once steps have been timed")
 
 
 def format_plan(plans: Mapping[str, Plan]) -> str:

@@ -110,7 +110,7 @@ def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
 
 def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None:
     """The report of a run whose epochs are all done, of its last checkpoint; None while there is something to do."""
-    if state is None or state["progress"]["epoch"] < config.training.epochs:
+    if state is None or state["progress"]["epoch"] < sum(stage_epochs(config, state).values()):
         return None
     folder = Path(config.paths.output_dir)
     made = [folder / "reports" / record["file"] for record in read_records(folder / "logs" / "metrics.jsonl")
@@ -130,8 +130,8 @@ def begins_with_sigmoid(config: Config, state: Mapping[str, Any] | None) -> bool
 def stage_epochs(config: Config, state: Mapping[str, Any] | None = None) -> dict[str, int]:
     """Epochs of each stage: `training.epochs` by `share`, at least one each where there are enough.
 
-    A resumed run keeps what it was given. With another `training.epochs`, stages that are over keep their epochs, the
-    one that the checkpoint is in at least those it has had, and the rest is divided anew.
+    A resumed run keeps what it was given. With another `training.epochs` or `max_hours`, stages that are over keep
+    their epochs, the one that the checkpoint is in at least those it has had, and the rest is divided anew.
 
     Raises:
         UserError: the checkpoint's stages up to its own are not those of the configuration.
@@ -141,7 +141,7 @@ def stage_epochs(config: Config, state: Mapping[str, Any] | None = None) -> dict
         least = 1 if total >= len(shares) else 0
         return dict(zip(shares, divide(total, list(shares.values()), [least] * len(shares)), strict=True))
     given: dict[str, int] = state["stage_epochs"]
-    if list(given) == list(shares) and sum(given.values()) == total:
+    if list(given) == list(shares) and (sum(given.values()) == total or _is_limited_as_before(config, state)):
         return given
     names, now = list(shares), list(given).index(state["stage"])
     if names[:now + 1] != list(given)[:now + 1]:
@@ -154,6 +154,12 @@ def stage_epochs(config: Config, state: Mapping[str, Any] | None = None) -> dict
     left = max(total - sum(over), had)
     rest = divide(left, list(shares.values())[now:], [had, *[0] * (len(names) - now - 1)])
     return dict(zip(names, [*over, *rest], strict=True))
+
+
+def _is_limited_as_before(config: Config, state: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint's stages may have been cut short by the same `training.max_hours`."""
+    before, now = state["config"].get("training", {}), config.training
+    return now.max_hours is not None and (before.get("max_hours"), before.get("epochs")) == (now.max_hours, now.epochs)
 
 
 def divide(total: int, shares: Sequence[float], least: Sequence[int]) -> list[int]:

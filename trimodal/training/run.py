@@ -48,6 +48,10 @@ class Progress:
     epoch_step: int = 0  # steps of the epoch in progress
     loss_sum: float = 0.0  # of those steps
     losses: int = 0  # how many of them it sums
+    spent_s: float = 0.0  # by this command and those before it; this and what follows with training.max_hours alone
+    timed_steps: int = 0  # of the stage
+    timed_s: float = 0.0  # that these took
+    sample_s: float = 0.0  # of the newest validation, 0: none yet
 
 
 @dataclass

@@ -46,7 +46,7 @@ class Saver:
 
     def __init__(self, run: Run, stage_epochs: Mapping[str, int], interruption: Interruption,
                  now: Callable[[], float] = time.monotonic):
-        self.run, self.stage_epochs, self.interruption, self.now = run, dict(stage_epochs), interruption, now
+        self.run, self.stage_epochs, self.interruption, self.now = run, stage_epochs, interruption, now
         self.in_background = run.device.type == "cuda"
         self.has_saved = True  # all that it was asked to
         self.spent_s = 0.0  # that training has waited for saving
@@ -106,7 +106,7 @@ class Saver:
     def _files(self, stage: str, state: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
         run, progress, folder = self.run, self.run.progress, self.run.folder / "checkpoints"
         common = {**description(run), "progress": vars(progress).copy(), "stage": stage,
-                  "stage_epochs": self.stage_epochs}
+                  "stage_epochs": dict(self.stage_epochs)}
         best = [(folder / "best_model.pt", {**common, **run.best})] if run.best and run.best is not self._best else []
         self._best = run.best
         fits = {name: vars(fit) for name, fit in run.fits.items()}

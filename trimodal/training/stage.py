@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from datasets import epoch_batches
 from trimodal.checkpoint import describe_mismatch
-from trimodal.config import Config, StageConfig, TaskConfig
+from trimodal.config import Config, StageConfig, TaskConfig, TrainingConfig
 from trimodal.data.batches import Batch, pool
 from trimodal.distributed import World
 from trimodal.errors import UserError
@@ -22,7 +22,7 @@ from trimodal.objectives.base import Losses, learn
 from trimodal.objectives.contrastive import loss_parameters
 from trimodal.objectives.step import Share, Step
 from trimodal.training.diagnostics import Monitor
-from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
+from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, lr_at
 from trimodal.training.planner import apply_recompute, without_speaker
 from trimodal.training.run import Run
 
@@ -37,13 +37,16 @@ class Stage:
     optimizer: Optimizer
     average: MovingAverage | None  # of the model's weights
     steps: int = 0  # optimizer steps of the whole stage
+    most: int = 0  # if its epochs are not cut short, see pace
+    length: float = 0.0  # of the learning rate's schedule: `steps`, as long as they have not been changed
     bad_in_a_row: int = 0  # steps whose gradient was not finite
     monitor: Monitor = field(default_factory=Monitor)
 
     def state_dict(self) -> dict[str, Any]:
         return {"objectives": self.objectives.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict() if self.average else None, "bad_in_a_row": self.bad_in_a_row,
-                "alarms": self.monitor.state_dict()}
+                "alarms": self.monitor.state_dict(),
+                "pace": {"steps": self.steps, "most": self.most, "length": self.length}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint's stage had other heads, other parameters or another optimizer."""
@@ -58,6 +61,21 @@ class Stage:
         self.monitor.load_state_dict(state["alarms"])
         if self.average is not None and state["average"]:
             self.average.load_state_dict(state["average"])
+
+    def end_at(self, steps: int, done: int) -> None:
+        """End after other `steps`, of which some are done: the part of the schedule that is left is spread over those
+        that are left."""
+        if steps == self.steps:
+            return
+        left = (self.steps - done) / self.length
+        if steps > done:
+            self.length = (steps - done) / left if left > 0 else steps
+        self.steps = steps
+
+    def learning_rate(self, training: TrainingConfig, step: int) -> float:
+        """Of one of the steps, from 0."""
+        return lr_at(self.length - (self.steps - step), self.length, training.learning_rate * self.row.lr_factor,
+                     training.warmup_pct, training.min_lr_pct)
 
     @property
     def contrasts(self) -> bool:
@@ -115,7 +133,8 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     optimizer.allocate()
     average = MovingAverage(run.model, training.ema_decay) if training.ema_decay else None
     stage = Stage(row, tasks, objectives, optimizer, average)
-    stage.steps = epochs * len(epoch_jobs(run, stage, epoch=1))
+    stage.steps = stage.most = epochs * len(epoch_jobs(run, stage, epoch=1))
+    stage.length = stage.steps
     stage.monitor = Monitor(row.name, round(stage.steps * training.warmup_pct / 100))
     return stage
 

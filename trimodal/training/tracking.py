@@ -46,8 +46,14 @@ class Tracker:
                                    filename_suffix=EVENTS)
 
     def open_bar(self, total: int, done: int, description: str) -> None:
+        self.bar_total = total
         self.bar = tqdm(total=total, initial=done, desc=description, unit="sample", dynamic_ncols=True, smoothing=0.1,
                         disable=None if self.writes else True)  # None: for terminals only
+
+    def resize_bar(self, part: float) -> None:
+        """Let the bar, and the time that it foretells, end at a part of the samples that it was opened for."""
+        if self.bar is not None:
+            self.bar.total = round(part * self.bar_total)
 
     def close_bar(self) -> None:
         if self.bar is not None:

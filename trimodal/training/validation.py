@@ -111,6 +111,12 @@ def validation_jobs(run: Run, stage: Stage) -> list[Any]:
     return epoch_batches(pools, [1.0] * len(pools), size, seed=0, epoch=0)
 
 
+def validated_samples(run: Run, stage: Stage) -> int:
+    """How many samples `validate` encodes: those of its loss, and those of its retrieval figures."""
+    compared = min(len(run.data.tables["val"]), run.config.evaluation.max_validation) if stage.contrasts else 0
+    return sum(len(indices) for _, indices in validation_jobs(run, stage)) + compared
+
+
 def crop_sounds(batch: Batch, max_s: float) -> Batch:
     """At most `max_s` from the start of each sound: validation losses are over one window, as in training."""
     if batch.audio is None:

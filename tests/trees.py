@@ -34,6 +34,13 @@ def picture(path: Path, colour: Sequence[int] = (220, 40, 40), size: tuple[int, 
     return path
 
 
+def noise(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path:
+    """A picture of `size` (width, height) that no compression makes small; the format is the suffix's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
+    return path
+
+
 def truncate(path: Path, keep: float = 0.5) -> Path:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
     return path

@@ -15,14 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import trees
 from tests.refusals import assert_names, refused
 from trimodal.config import Config, load_config
 from trimodal.data import cache as cache_module
+from trimodal.data import codecs
+from trimodal.data import store as store_module
 from trimodal.data.cache import cache_side
+from trimodal.data.codecs import Kind
 from trimodal.data.samples import BrokenSample, Sample, SampleTable
 from trimodal.data.store import Store, entries_to_make, open_store
+from trimodal.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +44,7 @@ def files(folder: Path, number: int = 6) -> SampleTable:
     """`number` pictures of different sizes and as many sounds of different lengths; the last of each lies twice."""
     root, rows = folder / "data" / "set", []
     for i in range(number):
-        colour = (40 * i % 256, 255 - 30 * i % 256, 9 * i % 256)
-        picture = trees.picture(root / f"{i}.png", colour, (50 + 7 * i % 60, 90 - 5 * i % 60))
+        picture = trees.noise(root / f"{i}.png", (50 + 7 * i % 60, 90 - 5 * i % 60), i)
         sound = trees.sound(root / f"{i}.wav", trees.tone(0.3 + 0.1 * (i % 6), hz=50 * i + 99))
         rows += [sample(f"image {i}", image=picture), sample(f"sound {i}", audio=sound)]
     rows.append(sample("again", image=Path(rows[-2].image), audio=Path(rows[-1].audio)))
@@ -184,7 +188,7 @@ def test_without_room_files_are_decoded_live_and_the_reason_is_printed(
 @pytest.mark.parametrize("bound", ["growth", "disk"])
 def test_of_many_files_a_few_foretell_that_there_is_no_room(
         tmp_path: Path, bound: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = [trees.picture(tmp_path / "data" / f"{i}.png", size=(9, 9)) for i in range(cache_module.FEW + 1)]
+    paths = [trees.noise(tmp_path / "data" / f"{i}.png", (9, 9)) for i in range(cache_module.FEW + 1)]
     table = SampleTable.pack(sample(str(i), image=path) for i, path in enumerate(paths))
     decoded, decode = [], cache_module.decode
 
@@ -194,7 +198,8 @@ def test_of_many_files_a_few_foretell_that_there_is_no_room(
 
     monkeypatch.setattr(cache_module, "decode", counted)
     config = configured(tmp_path, f"data.cache_max_gb={60 if bound == 'disk' else 1e-5}")
-    assert entries_to_make(table, config) == {"set-train-image": (len(paths), 9 * 9 * 3 * len(paths))}
+    each = len(codecs.encode("image", decode("image", (str(paths[0]), 0.0, 0.0), 9)))
+    assert entries_to_make(table, config) == {"set-train-image": (len(paths), each * len(paths))}
     decoded.clear()
     with monkeypatch.context() as patch:
         if bound == "disk":
@@ -249,7 +254,7 @@ def fill(folder: Path, name: str) -> None:
     sys.stdout = (folder / f"{name}.out").open("w", encoding="utf-8")
     original = cache_module.decode
 
-    def held(kind: cache_module.Kind, item: cache_module.Item, side: int) -> np.ndarray:
+    def held(kind: Kind, item: cache_module.Item, side: int) -> np.ndarray:
         wait_for(lambda: not entries(folder) or not (folder / "hold").exists())
         return original(kind, item, side)
 
@@ -321,6 +326,79 @@ def test_two_runs_at_once_share_one_entry(tmp_path: Path) -> None:
     assert len(entries(tmp_path)) == 1 and said("first") == []
     [waiting] = said("second")
     assert_names(waiting, tmp_path / "data" / "cache")
+
+
+# ---- photographs, which do not come back bit by bit ------------------------------------------------------------------
+
+
+@pytest.fixture
+def lossy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with photographs of 256 pixels: nothing is kept exactly."""
+    monkeypatch.setattr(codecs, "EXACT_BYTES", 0)
+
+
+def photographs(folder: Path) -> SampleTable:
+    root = folder / "data" / "set"
+    for i in range(3):
+        coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
+        root.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize((80, 60), Image.Resampling.BICUBIC).save(root / f"{i}.png")
+    return SampleTable.pack(sample(str(i), image=root / f"{i}.png") for i in range(3))
+
+
+@pytest.mark.usefixtures("lossy")
+def test_a_sample_is_the_same_whether_there_is_room_for_it_or_not(tmp_path: Path) -> None:
+    table = photographs(tmp_path)
+    full = open_store(table, configured(tmp_path, "data.cache_max_gb=0"))
+    unfilled = open_store(table, configured(tmp_path), fill=False)
+    assert not full.entries and not unfilled.entries
+    cached = open_store(table, configured(tmp_path))
+    assert cached.entries
+    assert_same(cached, full)
+    assert_same(cached, unfilled)
+    original = open_store(table, configured(tmp_path, "data.cache=false"))
+    assert not np.array_equal(cached.image(0), original.image(0)), "only without a cache are files read as they are"
+
+
+def test_exact_and_lossy_entries_never_stand_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, config = photographs(tmp_path), configured(tmp_path)
+    exact = open_store(table, config).image(0)
+    monkeypatch.setattr(codecs, "EXACT_BYTES", 0)
+    assert not np.array_equal(open_store(table, config).image(0), exact) and len(entries(tmp_path)) == 2
+
+
+def test_a_picture_that_is_damaged_in_an_entry_is_an_error_that_names_the_entry(tmp_path: Path) -> None:
+    store = open_store(files(tmp_path), configured(tmp_path))
+    folder = store.entries[0].folder
+    (folder / "data.bin").write_bytes(bytes((folder / "data.bin").stat().st_size))
+    with refused(folder, error=UserError):
+        store.image(0)
+
+
+def former_entry(table: SampleTable, config: Config) -> Path:
+    """An entry of format 2, the last that held pixels themselves."""
+    [(_, name, by_row), *_] = store_module._entries(table)
+    folder = cache_module.cache_folder(config) / (f"{name}-0123456789abcdef")
+    folder.mkdir(parents=True)
+    (folder / "data.bin").write_bytes(bytes(3 * len(by_row)))
+    np.savez(folder / "index.npz", offsets=np.arange(len(by_row) + 1) * 3, is_image=True,
+             shapes=np.ones((len(by_row), 2), np.int32))
+    (folder / "broken.json").write_text("{}")
+    return folder
+
+
+def test_an_entry_of_an_earlier_release_stays_and_is_named_once(tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    table, config = files(tmp_path), configured(tmp_path)
+    former = former_entry(table, config)
+    before = {path.name: path.read_bytes() for path in former.iterdir()}
+    store = open_store(table, config)
+    [line] = capsys.readouterr().out.splitlines()
+    assert_names(line, former)
+    assert_same(store, open_store(table, configured(tmp_path, "data.cache=false")))
+    open_store(table, config)
+    assert capsys.readouterr().out == ""
+    assert {path.name: path.read_bytes() for path in former.iterdir()} == before
 
 
 def wait_for(condition: Callable[[], Any]) -> None:

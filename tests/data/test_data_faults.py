@@ -43,7 +43,7 @@ def pictures(folder: Path, number: int = 30) -> Path:
     """A list of pictures below `folder`/disk; the folder."""
     lines = [json.dumps({"id": "v", "text": "a text alone", "split": "val"})]
     for i in range(number):
-        path = trees.picture(folder / "disk" / f"{i}.png", (8 * i, 250 - 7 * i, 99), size=(48, 40))
+        path = trees.noise(folder / "disk" / f"{i}.png", (48, 40), seed=i)
         lines.append(json.dumps({"id": str(i), "image": str(path), "text": f"picture {i}", "split": "train"}))
     (folder / "manifest.jsonl").write_text("\n".join(lines))
     return folder / "disk"

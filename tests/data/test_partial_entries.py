@@ -18,13 +18,14 @@ from tests import trees
 from tests.refusals import assert_names
 from trimodal.config import Config, load_config
 from trimodal.data import cache as cache_module
+from trimodal.data.codecs import Kind
 from trimodal.data.samples import Sample, SampleTable
 from trimodal.data.store import open_store
 from trimodal.files import bytes_below
 
 FORK: Any = multiprocessing.get_context("fork")
 NUMBER = 12
-MADE = ("data.bin", "index.npz", "broken.json")
+MADE = ("data.bin", "index.npz", "entry.json")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def files(folder: Path, kind: str = "image") -> SampleTable:
     """Pictures or sounds of different sizes, the fourth of them damaged."""
     rows, root = [], folder / "data"
     for i in range(NUMBER):
-        path = (trees.picture(root / f"{i}.png", (20 * i, 9, 90), (40 + 3 * i, 50 - i)) if kind == "image" else
+        path = (trees.noise(root / f"{i}.png", (40 + 3 * i, 50 - i), i) if kind == "image" else
                 trees.sound(root / f"{i}.wav", trees.tone(0.2 + i / 100)))
         rows.append(Sample(key=str(i), source="set", split="train", **{"image" if kind == "image" else "audio":
                                                                        str(path)}))  # type: ignore[arg-type]
@@ -99,7 +100,7 @@ def decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are decoded from now on."""
     seen, decode = list[str](), cache_module.decode
 
-    def noted(kind: cache_module.Kind, item: cache_module.Item, side: int) -> np.ndarray:
+    def noted(kind: Kind, item: cache_module.Item, side: int) -> np.ndarray:
         seen.append(item[0])
         return decode(kind, item, side)
 
@@ -152,7 +153,7 @@ def test_of_a_damaged_filling_only_what_is_whole_is_taken(tmp_path: Path, damage
     if damage == "torn line":
         journal.write_bytes(b"".join(lines)[:-5])
     elif damage == "wrong line":
-        journal.write_bytes(b"".join([*lines[:4], b'{"shapes": [[-1, 1e99]]}\n', *lines[4:]]))
+        journal.write_bytes(b"".join([*lines[:4], b'{"sizes": [-1, 1e99]}\n', *lines[4:]]))
     elif damage == "wrong byte":
         data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
     elif damage == "lost bytes":

@@ -1,9 +1,15 @@
 """The cache of decoded files, and the decoding of files by workers.
 
-The cache has one entry for each set, split and kind: a folder with a flat file (uint8 images with a short side of up to
-8/7 of the model's, or float16 log-mels), an index, and the reasons of files that are broken. Its name holds a digest of
-file names, sizes, dates and settings, so that after any change the old entry is not found. It appears whole, by a
-rename, or not at all; after a kill the next run goes on with the entry that was being filled, see `PartialEntry`.
+The cache has one entry for each set, split and kind. It is a folder with
+
+    data.bin     the items one after another, as `codecs` encodes them: images with a short side of up to 8/7 of the
+                 model's, or log-mels
+    index.npz    where each of them begins
+    entry.json   format, kind, what encoded them, and the reasons of files that are broken
+
+Its name holds a digest of file names, sizes, dates, settings and decoders, so that after any change the old entry is
+not found. It appears whole, by a rename, or not at all; after a kill the next run goes on with the entry that was being
+filled, see `PartialEntry`.
 
 Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 """
@@ -20,32 +26,34 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from trimodal.config import NUM_MELS, Config
+from trimodal.config import Config
+from trimodal.data import codecs
+from trimodal.data.codecs import Kind
 from trimodal.data.samples import BrokenSample, offsets_of
 from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
 from trimodal.errors import UserError
 from trimodal.files import bytes_below, hold_lock, nearest_existing, replacing, sync_folder
 
 T = TypeVar("T")  # what reading one file gives
-Kind = Literal["image", "sound"]
 Item = tuple[str, float, float]  # path, start_s, duration_s
-KINDS: tuple[Kind, ...] = ("image", "sound")
 
-FORMAT = 2  # counts up with every change of what an entry holds
+FORMAT = 3  # counts up with every change of what an entry holds
 PROBES = 16  # files decoded first, to estimate the size of an entry
 CHUNK = 8  # files that a worker decodes before it hands them over
 FEW = 64  # an entry of at most so many files is written without an estimate
 GB = 1e9
 LOCK = ".filling.lock"  # not that of a run: the cache may lie in its folder
 RESERVE_GB = 2.0  # of the disk that the cache leaves free
-JOURNAL, DATA, SUFFIX = "journal.jsonl", "data.bin", ".tmp"  # of an entry that is being filled
+DATA, INDEX, FACTS = "data.bin", "index.npz", "entry.json"
+JOURNAL, SUFFIX = "journal.jsonl", ".tmp"  # of an entry that is being filled
+FORMER = "broken.json"  # only entries of formats 1 and 2 have it
 STRETCH_BYTES, STRETCH_S = 64_000_000, 10.0  # at most so much is lost by a kill
-_OWN_FILES = re.compile(r"(journal\.jsonl|data\.bin|index\.npz|broken\.json)(\.\S+\.tmp)?")
+_OWN_FILES = re.compile(r"(journal\.jsonl|data\.bin|index\.npz|entry\.json|broken\.json)(\.\S+\.tmp)?")
 
 
 class _NoRoom(Exception):
@@ -61,7 +69,7 @@ def cache_side(image_size: int) -> int:
 
 
 def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
-    """uint8 [H, W, 3] with a short side of at most `side`, or float16 [T, 80]: what the cache holds.
+    """uint8 [H, W, 3] with a short side of at most `side`, or float16 [T, 80], as the cache encodes them.
 
     Raises:
         BrokenSample: the file holds no usable picture or sound.
@@ -76,20 +84,20 @@ def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
     return log_mel(decode_audio(path, start_s, duration_s)).astype(np.float16)
 
 
-def decode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[np.ndarray | str, None, None]:
-    """Decode `items` with worker processes, and yield, in order, what `decode` returns for each, or, as a string, why a
-    file is broken. Workers run only a few chunks ahead, which bounds the memory.
+def encode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[bytes | str, None, None]:
+    """Decode `items` with worker processes, and yield, in order, the bytes that the cache keeps of each, or, as a
+    string, why a file is broken. Workers run only a few chunks ahead, which bounds the memory.
 
     Raises:
         UserError: workers die again and again at one file, or the folder of the files is gone.
     """
     side = cache_side(config.model.image_size)
-    return read_all(lambda item: decode(kind, item, side), items, config)
+    return read_all(lambda item: codecs.encode(kind, decode(kind, item, side)), items, config)
 
 
 def read_all(read: Callable[[Item], T], items: Sequence[Item], config: Config) -> Generator[T | str, None, None]:
     """Call `read` on each of `items` in worker processes, and yield, in order, what it returns, or the message of the
-    BrokenSample that it raises. Raises what `decode_all` does."""
+    BrokenSample that it raises. Raises what `encode_all` does."""
     def work(job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[T | str]:
         found: list[T | str] = []
         for number in range(job * CHUNK, min((job + 1) * CHUNK, len(items))):
@@ -117,12 +125,6 @@ def read_all(read: Callable[[Item], T], items: Sequence[Item], config: Config) -
             yield from chunk
 
 
-def _bytes_of(kind: Kind, shape: Any) -> Any:
-    """Bytes that a decoded file takes in `data.bin`: `shape` is (height, width) of an image or (frames, 80) of a
-    log-mel; of two arrays, those of several files, it is an array."""
-    return shape[0] * (shape[1] * 3 if kind == "image" else NUM_MELS * np.dtype(np.float16).itemsize)
-
-
 def common_folder(paths: Iterable[str]) -> str:
     """The deepest folder that all of `paths` are below; "" where there is none."""
     folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
@@ -147,44 +149,51 @@ def check_folder(folder: str) -> None:
 class Entry:
     """One entry of the cache, mapped into memory on first use in each process (a map is never pickled)."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        """Raises UserError where `folder` does not hold `number` whole items."""
-        self.folder = folder
+    def __init__(self, folder: Path, kind: Kind, number: int) -> None:
+        """Raises UserError where `folder` does not hold `number` whole items of `kind`."""
+        self.folder, self.kind = folder, kind
         self._bytes: np.ndarray | None = None
         try:
             self._load_index(number)
         except Exception as error:  # zipfile, numpy and json raise nearly any type for damage
-            raise UserError(f"{folder}: this entry of the cache is damaged ({type(error).__name__}: {error}); delete "
-                            "it, and it will be made again") from None
+            raise self._damaged(error) from None
 
     def _load_index(self, number: int) -> None:
-        """Read arrays of plain numbers and plain JSON, neither of which can run code; raise ValueError where they do
-        not describe data.bin: `read` then takes nothing but whole images or log-mels from it."""
-        with zipfile.ZipFile(self.folder / "index.npz") as archive:
-            if sum(part.file_size for part in archive.infolist()) > 16 * number + 1000:  # 128 bytes before each array
+        """Read an array of plain numbers and plain JSON, neither of which can run code; raise ValueError where they do
+        not describe data.bin."""
+        with zipfile.ZipFile(self.folder / INDEX) as archive:
+            if sum(part.file_size for part in archive.infolist()) > 8 * number + 1000:  # 128 bytes before the array
                 raise ValueError("unpacks to more than an index takes")
-        with np.load(self.folder / "index.npz", allow_pickle=False) as index:
-            self.shapes, self.is_image = index["shapes"], bool(index["is_image"])
-        if (self.shapes.dtype, self.shapes.shape) != (np.int32, (number, 2)) or (self.shapes < 0).any():
-            raise ValueError(f"not the sizes of {number} items")
-        self.offsets = offsets_of(_bytes_of("image" if self.is_image else "sound", self.shapes.T.astype(np.int64)))
+        with np.load(self.folder / INDEX, allow_pickle=False) as index:
+            self.offsets = index["offsets"]
+        if (self.offsets.dtype, self.offsets.shape) != (np.int64, (number + 1,)):
+            raise ValueError(f"not the places of {number} items")
+        if self.offsets[0] or (np.diff(self.offsets) < 0).any():
+            raise ValueError("places that do not follow one another")
         if self.offsets[-1] != (self.folder / DATA).stat().st_size:
             raise ValueError(f"{DATA} has another size than the index states")
-        broken = json.loads((self.folder / "broken.json").read_text(encoding="utf-8"))
-        self.reasons = {int(number): str(reason) for number, reason in broken.items()}
+        facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
+        if facts["kind"] != self.kind:
+            raise ValueError(f"holds items of kind {facts['kind']}")
+        self.reasons = {int(number): str(reason) for number, reason in facts["broken"].items()}
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self.folder}: this entry of the cache is damaged ({type(error).__name__}: {error}); delete "
+                         "it, and it will be made again")
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_bytes": None}
 
     def read(self, number: int) -> np.ndarray:
+        """Raises BrokenSample for a file that is broken, UserError where the entry is."""
         if number in self.reasons:
             raise BrokenSample(self.reasons[number])
         if self._bytes is None:
             self._bytes = self._map()
-        flat = self._bytes[self.offsets[number]:self.offsets[number + 1]].view(np.ndarray)
-        if self.is_image:
-            return flat.reshape(*self.shapes[number], 3)
-        return flat.view(np.float16).reshape(-1, NUM_MELS)
+        try:
+            return codecs.decode(self.kind, self._bytes[self.offsets[number]:self.offsets[number + 1]].data)
+        except Exception as error:  # Pillow raises nearly any type
+            raise self._damaged(error) from None
 
     def _map(self) -> np.ndarray:
         try:
@@ -208,7 +217,7 @@ def cache_folder(config: Config) -> Path:
 def entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Path:
     """NAME-DIGEST, of all that decides what an entry holds. Files below data_root are named from there: it may move."""
     side = cache_side(config.model.image_size)
-    state = hashlib.sha256(f"{FORMAT} {kind} {side if kind == 'image' else ''}".encode())
+    state = hashlib.sha256(f"{FORMAT} {kind} {side if kind == 'image' else ''} {codecs.made_by(kind)}".encode())
     root = os.path.join(os.path.abspath(config.paths.data_root), "")
     for path, start_s, duration_s in items:
         try:
@@ -236,7 +245,7 @@ def open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fil
         except (_NoRoom, OSError) as error:
             print(f"Cache: {name} is not kept but decoded at each use: {error}", flush=True)
             return None
-    return Entry(folder, len(items)) if folder.is_dir() else None
+    return Entry(folder, kind, len(items)) if folder.is_dir() else None
 
 
 @contextmanager
@@ -257,6 +266,7 @@ def _make_entry(folder: Path, kind: Kind, items: Sequence[Item], config: Config)
     there is no room beside them, and this one where there is none at all.
     """
     check_folder(common_folder(path for path, _, _ in items))  # with it gone, all files would seem to be others
+    _tell_former(folder)
     temporary = folder.with_name(folder.name + SUFFIX)
     others = [path for path in sorted(folder.parent.glob(f"*-*-*-{'[0-9a-f]' * 16}{SUFFIX}")) if path != temporary]
     try:
@@ -279,15 +289,22 @@ def _make_entry(folder: Path, kind: Kind, items: Sequence[Item], config: Config)
         (folder / JOURNAL).unlink()
 
 
+def _tell_former(folder: Path) -> None:
+    """Say which entries of the same set, split and kind are of a format that is not read any more; they stay."""
+    for path in sorted(folder.parent.glob(f"{folder.name.rsplit('-', 1)[0]}-{'[0-9a-f]' * 16}/{FORMER}")):
+        print(f"Cache: {path.parent} is of an earlier release and not read any more: it may be deleted, which frees "
+              f"{bytes_below(path.parent) / GB:.1f} GB", flush=True)
+
+
 def _fill(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
     """Decode what is missing in a partial entry; raises _NoRoom where that takes more than `room` bytes."""
     entry = PartialEntry(folder, kind)
-    name, kept, kept_bytes = folder.name.rsplit("-", 1)[0], len(entry.shapes), entry.size
+    name, kept, kept_bytes = folder.name.rsplit("-", 1)[0], len(entry.sizes), entry.size
     if kept:
         print(f"Cache: {name}: going on from {kept} of {len(items)} files", flush=True)
-    with closing(entry), closing(decode_all(kind, items[kept:], config)) as each:
-        for decoded in tqdm(each, f"Decoding {name}s", len(items), initial=kept, unit="file", disable=None):
-            entry.add(decoded)
+    with closing(entry), closing(encode_all(kind, items[kept:], config)) as each:
+        for encoded in tqdm(each, f"Decoding {name}s", len(items), initial=kept, unit="file", disable=None):
+            entry.add(encoded)
             if entry.size - kept_bytes > room:
                 raise _no_room(entry.size - kept_bytes, room, config)
         entry.finish()
@@ -298,7 +315,7 @@ def predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float:
     if len(items) <= FEW:
         return 0.0
     spread = [items[int(i)] for i in np.linspace(0, len(items) - 1, PROBES)]
-    sizes = [found.nbytes for found in decode_all(kind, spread, config) if not isinstance(found, str)]
+    sizes = [len(found) for found in encode_all(kind, spread, config) if not isinstance(found, str)]
     return len(items) * sum(sizes) / max(len(sizes), 1)
 
 
@@ -318,15 +335,15 @@ def _no_room(needed: float, room: float, config: Config) -> _NoRoom:
 class PartialEntry:
     """The folder ENTRY.tmp of an entry that is being filled, by one process at a time.
 
-    Decoded files are appended to `data.bin`; `journal.jsonl` holds a line for each stretch of files, written once their
-    bytes are on the disk: at most STRETCH_BYTES or STRETCH_S are lost by a kill. `shapes` and `reasons` (of broken
-    files, by number) are of the files so far.
+    Items are appended to `data.bin`; `journal.jsonl` holds a line for each stretch of them, written once their bytes
+    are on the disk: at most STRETCH_BYTES or STRETCH_S are lost by a kill. `sizes` (bytes of each item) and `reasons`
+    (of broken files, by number) are of the files so far.
     """
 
     def __init__(self, folder: Path, kind: Kind):
         """Open `folder`, made if need be, with what is whole in it. Raises OSError."""
         self.folder, self.kind = folder, kind
-        self.shapes, self.reasons = list[tuple[int, int]](), dict[int, str]()
+        self.sizes, self.reasons = list[int](), dict[int, str]()
         folder.mkdir(exist_ok=True)
         for path in folder.glob(f"*{SUFFIX}"):  # of a kill while the index was written
             if _OWN_FILES.fullmatch(path.name):
@@ -334,22 +351,21 @@ class PartialEntry:
         self.data, self.journal = _open_to_append(folder / DATA), _open_to_append(folder / JOURNAL)
         self._recover()
         self._since_s, self._crc = time.monotonic(), 0  # of the stretch that is not in the journal yet, which begins
-        self._journalled, self._stretch_start = len(self.shapes), self.size  # at this file and byte
+        self._journalled, self._stretch_start = len(self.sizes), self.size  # at this file and byte
 
     @property
     def size(self) -> int:
         """Bytes of the files so far."""
         return self.data.tell()
 
-    def add(self, decoded: np.ndarray | str) -> None:
-        """Append the next file, or the reason why it is broken."""
+    def add(self, encoded: bytes | str) -> None:
+        """Append the next item, or the reason why its file is broken."""
         content = b""
-        if isinstance(decoded, str):
-            self.reasons[len(self.shapes)] = decoded
-            self.shapes.append((0, 0))
+        if isinstance(encoded, str):
+            self.reasons[len(self.sizes)] = encoded
         else:
-            content = decoded.tobytes()
-            self.shapes.append((decoded.shape[0], decoded.shape[1]))
+            content = encoded
+        self.sizes.append(len(content))
         self.data.write(content)
         self._crc = zlib.crc32(content, self._crc)
         if self.size - self._stretch_start >= STRETCH_BYTES or time.monotonic() - self._since_s >= STRETCH_S:
@@ -358,12 +374,11 @@ class PartialEntry:
     def finish(self) -> None:
         """Write the index and the reasons, after which the folder is a whole entry but for its name."""
         self._commit()
-        shapes = np.array(self.shapes, np.int32).reshape(-1, 2)
-        offsets = offsets_of(_bytes_of(self.kind, shapes.T.astype(np.int64)))
-        with replacing(self.folder / "index.npz") as file:
-            np.savez(file, offsets=offsets, shapes=shapes, is_image=self.kind == "image")
-        with replacing(self.folder / "broken.json", "w") as file:
-            json.dump(self.reasons, file)
+        with replacing(self.folder / INDEX) as file:
+            np.savez(file, offsets=offsets_of(np.array(self.sizes, np.int64)))
+        with replacing(self.folder / FACTS, "w") as file:
+            json.dump({"format": FORMAT, "kind": self.kind, "made_by": codecs.made_by(self.kind),
+                       "broken": self.reasons}, file)
 
     def close(self) -> None:
         self.data.close()
@@ -372,14 +387,14 @@ class PartialEntry:
     def _commit(self) -> None:
         """Bring what was added to the disk, then into the journal."""
         first = self._journalled
-        if len(self.shapes) > first:
+        if len(self.sizes) > first:
             _sync(self.data)
-            line = json.dumps({"shapes": self.shapes[first:], "crc32": self._crc, "reasons": {
+            line = json.dumps({"sizes": self.sizes[first:], "crc32": self._crc, "reasons": {
                 number: reason for number, reason in self.reasons.items() if number >= first}})
             self.journal.write(line.encode() + b"\n")
             _sync(self.journal)
             self._since_s, self._crc = time.monotonic(), 0
-            self._journalled, self._stretch_start = len(self.shapes), self.size
+            self._journalled, self._stretch_start = len(self.sizes), self.size
 
     def _recover(self) -> None:
         """Keep what a killed process has completely written: the files of all journal lines up to the first that is
@@ -395,21 +410,23 @@ class PartialEntry:
             file.truncate()
 
     def _restore(self, line: bytes) -> int | None:
-        """Add the files of one journal line to `shapes` and `reasons`; how many bytes of `data.bin` they are. None, and
+        """Add the files of one journal line to `sizes` and `reasons`; how many bytes of `data.bin` they are. None, and
         nothing is added, where the line is damaged or cut, or those bytes are missing or do not match its CRC-32."""
         try:
             record = json.loads(line)
-            shapes = [(int(first), int(second)) for first, second in record["shapes"]]
+            sizes = [int(size) for size in record["sizes"]]
             reasons = {int(number): str(reason) for number, reason in record["reasons"].items()}
-            size = sum(_bytes_of(self.kind, shape) for shape in shapes)
-            content = self.data.read(size)
-            if line[-1:] != b"\n" or len(content) != size or zlib.crc32(content) != record["crc32"]:
+            left = os.fstat(self.data.fileno()).st_size - self.size
+            if line[-1:] != b"\n" or min(sizes, default=0) < 0 or sum(sizes) > left:
+                return None
+            content = self.data.read(sum(sizes))
+            if zlib.crc32(content) != record["crc32"]:
                 return None
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             return None
-        self.shapes += shapes
+        self.sizes += sizes
         self.reasons |= reasons
-        return int(size)
+        return len(content)
 
 
 def _open_to_append(path: Path) -> BinaryIO:

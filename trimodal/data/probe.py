@@ -14,6 +14,7 @@ import numpy as np
 from trimodal.config import Config
 from trimodal.data import cache, images, tracks
 from trimodal.data.batches import Split
+from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.store import Store, items_of
 
 FILES = 64  # images, and sounds, of each split that are decoded
@@ -52,7 +53,7 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
     """Decode up to `FILES` images and as many sounds of each split of the set `name`, in worker processes."""
     found = Probe()
     for split, one in splits.items():
-        for kind in cache.KINDS:
+        for kind in KINDS:
             items, total = _some_files(one.store, name, kind)
             if not items:
                 continue
@@ -70,7 +71,7 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
     return found
 
 
-def _some_files(store: Store, name: str, kind: cache.Kind) -> tuple[list[cache.Item], int]:
+def _some_files(store: Store, name: str, kind: Kind) -> tuple[list[cache.Item], int]:
     """Files of a set, the same each time, and how many there are in all."""
     table = store.table
     items = list(items_of(table, kind, table.sources.names.index(name)).values()) if name in table.sources.names else []
@@ -78,7 +79,7 @@ def _some_files(store: Store, name: str, kind: cache.Kind) -> tuple[list[cache.I
     return [items[i] for i in chosen], len(items)
 
 
-def _examine(kind: cache.Kind, side: int, item: cache.Item) -> Oddity:
+def _examine(kind: Kind, side: int, item: cache.Item) -> Oddity:
     """Decode a file as for the cache; say what is odd about it.
 
     Raises:

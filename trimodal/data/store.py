@@ -12,17 +12,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trimodal.config import Config
-from trimodal.data import bad_samples, cache, generated
-from trimodal.data.cache import Entry, Item, Kind
+from trimodal.data import bad_samples, cache, codecs, generated
+from trimodal.data.cache import Entry, Item
+from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.samples import SampleTable
 
 
 @dataclass(frozen=True)
 class Store:
-    """Images and log-mels of the samples of one table, by row, the same whether they are cached or not."""
+    """Images and log-mels of the samples of one table, by row.
+
+    With `encoded` (`data.cache`) they are what the cache gives, also where it has no room for them, so that no number
+    of a run depends on the disk; without it they are those of the files.
+    """
 
     table: SampleTable
     image_size: int
+    encoded: bool = False
     entries: list[Entry] = field(default_factory=list)
     cached: dict[Kind, np.ndarray] = field(default_factory=dict)  # int64 [n, 2]: entry (-1: none) and number in it
     folders: dict[tuple[Kind, int], str] = field(default_factory=dict)  # of the files of a set, once needed
@@ -58,7 +64,7 @@ class Store:
     def check_folders(self, row: int) -> None:
         """Raise UserError where a sample cannot be read since the whole folder of its set is gone."""
         code = int(self.table.sources.codes[row])
-        for kind in cache.KINDS:
+        for kind in KINDS:
             if item_of(self.table, kind, row):
                 if (kind, code) not in self.folders:
                     items = items_of(self.table, kind, code).values()
@@ -71,7 +77,8 @@ class Store:
             return self.entries[entry].read(number)
         item = item_of(self.table, kind, row)
         assert item is not None
-        return cache.decode(kind, item, cache.cache_side(self.image_size))
+        found = cache.decode(kind, item, cache.cache_side(self.image_size))
+        return codecs.decode(kind, codecs.encode(kind, found)) if self.encoded else found
 
 
 def item_of(table: SampleTable, kind: Kind, row: int) -> Item | None:
@@ -95,10 +102,10 @@ def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Stor
     Raises:
         UserError: more than `data.max_bad_pct` of a set's images or sounds cannot be read.
     """
-    store = Store(table, config.model.image_size)
+    store = Store(table, config.model.image_size, config.data.cache)
     if not config.data.cache:
         return store
-    store.cached.update({kind: np.full((len(table), 2), -1, np.int64) for kind in cache.KINDS})
+    store.cached.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})
     for kind, name, items in _entries(table):
         numbers = {item: number for number, item in enumerate(dict.fromkeys(items.values()))}
         entry = cache.open_entry(kind, name, list(numbers), config, fill)
@@ -125,7 +132,7 @@ def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, 
 
 def _entries(table: SampleTable) -> Iterator[tuple[Kind, str, dict[int, Item]]]:
     """Yield (kind, name, {row of a sample: its file}) of each cache entry that the samples of `table` need."""
-    for kind in cache.KINDS:
+    for kind in KINDS:
         for code, source in enumerate(table.sources.names):
             items = items_of(table, kind, code)
             if items:

@@ -195,7 +195,7 @@ def watch(command: Sequence[str], recalls: Callable[[], list[float]], log: Path,
                 process.terminate()
             process.wait()
     if process.returncode:
-        raise RuntimeError(f"{command[0]} has failed; see the end of {log}")
+        raise RuntimeError(f"{command[0]} has failed:\n" + "\n".join(log.read_text("utf-8").splitlines()[-20:]))
     return Watched(epochs, peak_gib, time.perf_counter() - begin_s)
 
 

@@ -42,8 +42,8 @@ def test_an_epoch_is_seen_when_its_record_is_written_and_ends_the_run_at_the_rec
 
 
 def test_a_run_that_fails_is_no_measurement(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="log"):
-        watch([sys.executable, "-c", "raise SystemExit(3)"], list, tmp_path / "log")
+    with pytest.raises(RuntimeError, match="why it failed"):
+        watch([sys.executable, "-c", "raise SystemExit('why it failed')"], list, tmp_path / "log")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU seconds of others are asked of /proc")

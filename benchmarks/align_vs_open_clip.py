@@ -35,6 +35,7 @@ from benchmarks.beside_open_clip import (
     ROOT,
     Watched,
     environment,
+    kept_folder,
     machine,
     ours,
     stamps_pairs,
@@ -86,9 +87,7 @@ def turn(keys: Sequence[str], python: Path, lists: Path, number: int = 0) -> tup
 
 def measured(keys: Sequence[str]) -> dict[str, float]:
     """One turn, for `benchmarks/run.py`: ratio of pairs per CPU second, ours / theirs."""
-    with tempfile.TemporaryDirectory(prefix="align_") as folder:
-        python, lists = prepare(Path(folder), ROOT / "data")
-        ours_found, theirs_found = turn(keys, python, lists)
+    ours_found, theirs_found = turn(keys, *prepare(Path(kept_folder().name), ROOT / "data"))
     return {key: ours_found[KEYS[key][0]].per_cpu_s / theirs_found[KEYS[key][1]].per_cpu_s for key in keys}
 
 

@@ -10,9 +10,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,12 @@ def environment(folder: Path) -> Path:
         (packages / "torch_of_the_project.pth").write_text(str(Path(np.__file__).parent.parent) + "\n")
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
     return python
+
+
+@cache
+def kept_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A folder that is there until this process ends: what several measurements share is made once."""
+    return tempfile.TemporaryDirectory(prefix="beside_open_clip_")
 
 
 # ---- the pairs -------------------------------------------------------------------------------------------------------

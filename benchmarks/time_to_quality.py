@@ -35,6 +35,7 @@ from benchmarks.beside_open_clip import (
     ROOT,
     Watched,
     environment,
+    kept_folder,
     machine,
     ours,
     stamps_pairs,
@@ -159,6 +160,14 @@ def describe(point: Point) -> str:
 
 
 def aim_of(name: str) -> float:
+    """R@5 to come to.
+
+    Raises:
+        RuntimeError: nothing of the grid has been run yet.
+    """
+    if not found_points(name):
+        raise RuntimeError(f"{name}: no point of open_clip's grid is in {FOUND.name}; run: "
+                           f"python benchmarks/time_to_quality.py grid {name}")
     return AIM * max(point.best for point in found_points(name))
 
 
@@ -212,10 +221,9 @@ def fill_cache(name: str, lists: Path) -> None:
 
 def measured(name: str) -> dict[str, float]:
     """One turn, for `benchmarks/run.py`: our time to the aim as a part of theirs."""
-    with tempfile.TemporaryDirectory(prefix="quality_") as folder:
-        python, lists = prepare(Path(folder), name, ROOT / "data")
-        fill_cache(name, lists)
-        return {f"time_to_quality_{name}": race(name, python, lists).part}
+    python, lists = prepare(Path(kept_folder().name), name, ROOT / "data")
+    fill_cache(name, lists)
+    return {f"time_to_quality_{name}": race(name, python, lists).part}
 
 
 def table(name: str, races: Sequence[Race]) -> str:

@@ -34,6 +34,8 @@ def test_the_grid_goes_on_where_it_was_stopped_and_ends_with_the_best_point_long
 
 
 def test_the_aim_is_of_the_best_validation_of_any_point_and_time_runs_to_the_first_that_reaches_it() -> None:
+    with pytest.raises(RuntimeError, match="grid stamps"):
+        quality.aim_of("stamps")
     late, early, never = point(64, "1e-3", [0.1, 0.5, 0.8]), point(64, "2e-3", [0.77, 0.2]), point(256, "1e-3", [0.1])
     for one in (late, early, never):
         quality.keep_point("stamps", one)

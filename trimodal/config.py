@@ -83,6 +83,11 @@ def _number(value: Any) -> Any:
         return value
 
 
+def _switch(value: Any) -> Any:
+    """The word that YAML 1.1 reads as true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 def _not_empty(entries: tuple[Any, ...]) -> tuple[Any, ...]:
     if not entries:
         raise ValueError("needs at least one entry")
@@ -119,6 +124,7 @@ PositiveOr0 = Annotated[Float, Field(ge=0)]
 Percent = Annotated[Float, Field(ge=0, le=100)]
 Part = Annotated[Float, Field(gt=0, le=1)]
 Below1 = Annotated[Float, Field(ge=0, lt=1)]
+Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
 NotEmpty, NotRepeated = AfterValidator(_not_empty), AfterValidator(_not_repeated)
 FolderOrFile = Annotated[str, AfterValidator(_not_blank)]
 
@@ -157,6 +163,7 @@ class TrainingConfig:
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: Positive = 1.0e-4
     use_amp: StrictBool = True
+    compile: Switch | Auto = "auto"
     weight_decay: PositiveOr0 = 0.05
     warmup_pct: Percent = 5.0
     min_lr_pct: Percent = 1.0

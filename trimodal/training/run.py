@@ -22,6 +22,7 @@ from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.redaction import settings
 from trimodal.training import outputs
+from trimodal.training.compiling import CompiledBlocks, wants_compiling
 from trimodal.training.tracking import Tracker
 
 FOLDERS = ("checkpoints", "logs", "reports")
@@ -75,6 +76,7 @@ class Run:
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss (None: no validation), model_state_dict
     has_logged_no_validation: bool = False  # for lack of samples
     splits: dict[str, Any] = field(default_factory=dict)  # samples and digest of each, on the main process
+    compiled_blocks: CompiledBlocks | None = None  # None: blocks run uncompiled
     trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -98,6 +100,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     world = world or World(device=devices.choose_device(options.device))
     device = world.device
     precision = devices.choose_precision(device, config.training.use_amp)
+    compiles = wants_compiling(config.training.compile, device)
     world.together(lambda: _make_folders(folder) if world.is_main else None)
     print(f"Device: {device}; {precision.reason}")
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
@@ -108,6 +111,8 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, Tracker(folder / "logs", writes=False), world,
               progress=progress, held_gib=held_gib)
+    if compiles:
+        run.compiled_blocks = CompiledBlocks(model, lambda line: run.tracker.event(line, run.progress.step))
     if not world.is_main:
         return run
     if options.overwrite:

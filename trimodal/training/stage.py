@@ -4,7 +4,7 @@ A stage is a row of the configuration; nothing here knows one by name.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from trimodal.objectives.contrastive import loss_parameters
 from trimodal.objectives.step import Share, Step
 from trimodal.training.diagnostics import Monitor
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, lr_at
-from trimodal.training.planner import apply_recompute, without_speaker
+from trimodal.training.planner import apply_recompute, largest_batch, without_speaker
 from trimodal.training.run import Run
+
+TRIAL_SAMPLES = 4
 
 
 @dataclass
@@ -136,7 +138,33 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     stage.steps = stage.most = epochs * len(epoch_jobs(run, stage, epoch=1))
     stage.length = stage.steps
     stage.monitor = Monitor(row.name, round(stage.steps * training.warmup_pct / 100))
+    if run.compiled_blocks:
+        compile_blocks(run, stage)
     return stage
+
+
+def compile_blocks(run: Run, stage: Stage) -> None:
+    """Compile the blocks for each kind of call that the stage's steps make, found by a trial of each task on a few
+    samples; weights stay as they are."""
+    assert run.compiled_blocks is not None
+    run.model.train()
+    with run.compiled_blocks.trial():
+        for number, task in enumerate(stage.tasks):
+            step = make_step(run, stage, trial_batch(run.config, stage.row, task), train=True)
+            compute_losses(stage, number, step, Tensor.backward)
+            stage.optimizer.zero_grad()
+
+
+def trial_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
+    """A batch of a few samples of the largest shapes, with something in it for each objective."""
+    batch = largest_batch(config, replace(row, effective_batch=TRIAL_SAMPLES), task)
+    concepts = torch.ones(TRIAL_SAMPLES, config.model.num_classes, dtype=torch.bool)
+    mask = None if batch.attention_mask is None else torch.ones_like(batch.attention_mask)
+    ids = None if batch.caption_ids is None else torch.arange(len(batch.caption_ids))
+    owner = None if ids is None else ids * TRIAL_SAMPLES // len(ids)
+    lengths = None if batch.audio is None else torch.full((TRIAL_SAMPLES,), batch.audio.shape[1])
+    return replace(batch, sample_ids=torch.arange(TRIAL_SAMPLES), concepts=concepts,
+                   attention_mask=mask, caption_ids=ids, caption_owner=owner, audio_lengths=lengths)
 
 
 def epoch_jobs(run: Run, stage: Stage, epoch: int) -> list[Any]:

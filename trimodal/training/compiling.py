@@ -74,7 +74,8 @@ class CompiledBlocks:
     def __init__(self, model: TriModalModel, say: Say):
         self.say = say
         # deterministic: no kernel is chosen by a clock, so that each run compiles the same
-        self.compiled = torch.compile(Block.forward, dynamic=True, fullgraph=True, options={"deterministic": True})
+        self.compiled: Callable[..., Tensor] = torch.compile(
+            Block.forward, dynamic=True, fullgraph=True, options={"deterministic": True})
         self.works: dict[Kind, bool] = {}
         self.found: dict[Kind, tuple[Block, list[Any]]] | None = None  # within `trial`: with an example of each
         self.said: set[str] = set()

@@ -23,7 +23,7 @@ from trimodal.objectives.contrastive import loss_parameters
 from trimodal.objectives.step import Share, Step
 from trimodal.training.diagnostics import Monitor
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, lr_at
-from trimodal.training.planner import apply_recompute, largest_batch, without_speaker
+from trimodal.training.planner import DeviceSetup, apply_recompute, largest_batch, stage_upper, without_speaker
 from trimodal.training.run import Run
 
 TRIAL_SAMPLES = 4
@@ -145,14 +145,19 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
 
 def compile_blocks(run: Run, stage: Stage) -> None:
     """Compile the blocks for each kind of call that the stage's steps make, found by a trial of each task on a few
-    samples; weights stay as they are."""
+    samples, whole or in parts as the fit says; weights stay as they are."""
     assert run.compiled_blocks is not None
+    row, was_training = stage.row, run.model.training
+    upper = stage_upper(run.config, row, DeviceSetup(run.device.type, None, processes=run.world.size))
+    sizes = {tower: min(size, TRIAL_SAMPLES // 2) if size < upper[tower] else upper[tower] * TRIAL_SAMPLES
+             for tower, size in run.fits[row.name].micro_batch.items()}
     run.model.train()
     with run.compiled_blocks.trial():
         for number, task in enumerate(stage.tasks):
-            step = make_step(run, stage, trial_batch(run.config, stage.row, task), train=True)
-            compute_losses(stage, number, step, Tensor.backward)
+            step = make_step(run, stage, trial_batch(run.config, row, task), train=True)
+            compute_losses(stage, number, replace(step, micro_batch=sizes), Tensor.backward)
             stage.optimizer.zero_grad()
+    run.model.train(was_training)
 
 
 def trial_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
@@ -226,6 +231,8 @@ def shrink(run: Run, stage: Stage, cause: str, what: str = "the same step again"
     apply_recompute(run.model, smaller)
     at = run.progress.step + 1 if step is None else step
     run.tracker.event(f"[{name}] out of memory ({cause}): {what} with {smaller}", at)
+    if run.compiled_blocks:
+        compile_blocks(run, stage)  # parts are encoded twice: other kinds of calls
 
 
 def first_contrastive_batch(config: Config) -> int:

@@ -80,7 +80,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     from trimodal.memory import devices
     from trimodal.training import planner
 
-    devices.keep_few_kernels()
+    devices.prepare_process()
     device = devices.choose_device(options.device)
     model, state = load_model(options.checkpoint)
     config = configuration(options, state["config"])

@@ -87,6 +87,18 @@ def measurable() -> Iterator[None]:
         raise CannotMeasure(str(error)) from error
 
 
+def matmul_share(precision: str) -> dict[str, float]:
+    """Share of the peak of matrix products that the blocks of stage align reach in bf16 or fp32."""
+    import torch
+
+    from benchmarks.matmul_share import share
+    from trimodal.memory import devices
+
+    if precision == "bf16" and devices.choose_precision(torch.device("cpu"), use_amp=True).dtype is None:
+        raise CannotMeasure("this CPU has no bf16 units")
+    return {f"matmul_share_{precision}": share(precision)}
+
+
 def lines() -> dict[str, float]:
     """Lines of all Python files but those of tests, benchmarks and findings."""
     from tests.project import product_files
@@ -103,6 +115,8 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "align_default_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=3.0),
            "align_dropped_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=2.0),
            "align_same_fp32": Figure(None, partial(align, "align_same_fp32"), runs=5, at_least=1.1),
+           "matmul_share_bf16": Figure(None, partial(matmul_share, "bf16"), runs=5, at_least=0.40),
+           "matmul_share_fp32": Figure(None, partial(matmul_share, "fp32"), runs=5, at_least=0.75),
            **{f"time_to_quality_{name}": Figure(0.3333, partial(time_to_quality, name))
               for name in ("synthetic", "stamps")}}
 

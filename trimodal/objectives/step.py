@@ -197,9 +197,12 @@ class Step:
     @contextmanager
     def sharing(self, modalities: Collection[str]) -> Iterator[None]:
         """In the block each tower encodes this process's rows once, and the tokens of `modalities` are kept for
-        `tokens`, as memory allows."""
+        `tokens`, as memory allows. They are encoded before the block: within an objective's autocast the weights that
+        it casts without a gradient would be used again where there is one."""
         self._shared = modalities
         try:
+            for modality in filter(self.keeps, self.batch.inputs):
+                self.encoding(modality)
             yield
         finally:
             self._shared = ()

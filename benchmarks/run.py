@@ -99,6 +99,14 @@ def matmul_share(precision: str) -> dict[str, float]:
     return {f"matmul_share_{precision}": share(precision)}
 
 
+def finetune() -> dict[str, float]:
+    """Samples per second of finetune over those of the last commit of which each objective encoded its own."""
+    from benchmarks.finetune import measured
+
+    with measurable():
+        return measured()
+
+
 def lines() -> dict[str, float]:
     """Lines of all Python files but those of tests, benchmarks and findings."""
     from tests.project import product_files
@@ -126,6 +134,8 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "align_same_fp32": Figure(None, partial(align, "align_same_fp32"), runs=5, at_least=1.1),
            "matmul_share_bf16": Figure(None, partial(matmul_share, "bf16"), runs=5, at_least=0.40),
            "matmul_share_fp32": Figure(None, partial(matmul_share, "fp32"), runs=5, at_least=0.75),
+           "finetune_micro_batches": Figure(None, finetune, runs=5, at_least=2.5),
+           "finetune_whole": Figure(None, finetune, runs=5, at_least=2.5),
            **{f"time_to_quality_{name}": Figure(0.3333, partial(time_to_quality, name))
               for name in ("synthetic", "stamps")}}
 

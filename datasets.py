@@ -11,23 +11,25 @@ This file has the name of a library that it does not use: never add that one to 
 import contextlib
 import hashlib
 import itertools
+import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import numpy as np
 import torch
 
 from trimodal.config import Config
-from trimodal.data import bad_samples
+from trimodal.data import bad_samples, prepared
 from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Result, Split, prepare_split
 from trimodal.data.concepts import concept_names
-from trimodal.data.samples import SPLITS, SampleTable
-from trimodal.data.splits import carve_val
+from trimodal.data.samples import SPLITS, SampleTable, Strings
+from trimodal.data.splits import carve_val, file_key
 from trimodal.data.store import open_store
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
@@ -104,7 +106,7 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
     tokenizer = tokenizer or load_tokenizer(config.model)
     train = tables.get("train") or SampleTable.pack([])
     if concepts is None:
-        concepts = concept_names(train, config.model.num_classes)
+        concepts = kept_concept_names(train, config)
     if speakers is None:
         speakers = speakers_with_sound(train)
     stores = {name: open_store(table, config, fill=fill_cache) for name, table in tables.items()}
@@ -112,6 +114,18 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
     ready = {name: prepare_split(store, config, tokenizer, concepts, speakers, english)
              for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
+
+
+def kept_concept_names(train: SampleTable, config: Config) -> list[str]:
+    """`concept_names`, kept for later starts where there are many captions."""
+    def names() -> list[str]:
+        return concept_names(train, config.model.num_classes)
+
+    if len(train.captions) < prepared.MANY:
+        return names()
+    state = prepared.digest([*train.arrays().values(), str(config.model.num_classes)])
+    found = prepared.kept(config, "concepts", state, lambda: vars(Strings.pack(names())))
+    return Strings(**found).tolist()
 
 
 def speakers_with_sound(train: SampleTable) -> list[str]:
@@ -129,9 +143,7 @@ def read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]
     for source in config.data.datasets:
         wanted = set(splits) | ({"train", "val"} if {"train", "val"} & set(splits) else set())
         asked = [split for split in SPLITS if split in wanted]
-        by_split = itertools.groupby(read_splits(source, asked, config), key=lambda sample: sample.split)
-        tables = {split: SampleTable.pack([]) for split in asked} | {
-            split: SampleTable.pack(samples) for split, samples in by_split}
+        tables = read_set(source, asked, config)
         if not len(tables.get("val", ())) and len(tables.get("train", ())):
             tables["train"], tables["val"] = carve_val(tables["train"])
         for split in splits:
@@ -141,6 +153,59 @@ def read_tables(config: Config, splits: Sequence[str]) -> dict[str, SampleTable]
         raise UserError(f"data.datasets: {', '.join(config.data.datasets)}: no training samples; add a set, or give "
                         "some lines of the manifest the split 'train'")
     return joined
+
+
+def read_set(name: str, splits: Sequence[str], config: Config) -> dict[str, SampleTable]:
+    """The samples of some splits of one set, in their order. Those of a long list are kept for later starts, as long as
+    the list and every file that it names stay the same: file, size and date of change.
+
+    Raises:
+        UserError: as `read_splits` does.
+    """
+    state = None
+    with contextlib.suppress(OSError):  # reading it says what is wrong
+        state = (of := SETS[name].state) and prepared.digest([of(config), *splits])
+    known = prepared.load(config, name, state) if state else None
+    if known is not None:
+        tables = {split: SampleTable.from_arrays(prepared.part(known, split)) for split in splits}
+        if known["files"].tobytes() == file_state(tables):
+            for line in Strings(known["said.buffer"], known["said.offsets"]).tolist():
+                logging.getLogger(__name__).warning("%s", line)
+            return tables
+    with listening("trimodal.sets") as said:
+        by_split = itertools.groupby(read_splits(name, splits, config), key=lambda sample: sample.split)
+        tables = {split: SampleTable.pack([]) for split in splits} | {
+            split: SampleTable.pack(samples) for split, samples in by_split}
+    files = file_state(tables)
+    if state and files and sum(map(len, tables.values())) >= prepared.MANY:
+        lines = Strings.pack(said)
+        prepared.keep(config, name, state, {
+            "files": np.frombuffer(files, np.uint8), "said.buffer": lines.buffer, "said.offsets": lines.offsets,
+            **{f"{split}/{key}": array for split, table in tables.items() for key, array in table.arrays().items()}})
+    return tables
+
+
+def file_state(tables: Mapping[str, SampleTable]) -> bytes:
+    """Digest of which files the samples name, their sizes and dates of change; empty where one is not there."""
+    keys = []
+    for paths in (paths for table in tables.values() for paths in (table.images, table.audio)):
+        for path in filter(None, paths.distinct()[1]):
+            keys.append(file_key(path))
+            if keys[-1] == path:
+                return b""
+    return prepared.digest(keys).encode()
+
+
+@contextlib.contextmanager
+def listening(name: str) -> Iterator[list[str]]:
+    """The lines that a logger is given within the block."""
+    logger, handler, said = logging.getLogger(name), BufferingHandler(1_000_000), list[str]()
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        said += [record.getMessage() for record in handler.buffer]
+        logger.removeHandler(handler)
 
 
 # ---- the order of an epoch ----------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ SAFE = {
     "download.notes.remove_archive": ("unlink", "an archive with our note and the digest of it, not to be kept"),
     "download.notes.remove_lock": ("unlink", "a lock that is empty"),
     "data.bad_samples.record": ("open(ab)", "adds lines"),
+    "data.prepared.keep": ("replacing", "NAME-DIGEST.npz in prepared/ of the cache: made of a digest, made again"),
     "training.planner.write_plan": ("replacing", "plan_KEY.json: a name made of a digest, made again when it is gone"),
     "training.plans.calibrate": ("replacing", "the calibration, made again when it is gone"),
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),

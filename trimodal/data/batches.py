@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
-from trimodal.data import bad_samples
+from trimodal.data import bad_samples, prepared
 from trimodal.data.concepts import concepts_of
 from trimodal.data.images import augment, fit_eval
 from trimodal.data.mirroring import may_mirror
@@ -65,19 +65,28 @@ def prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts: 
                   speakers: Sequence[str], english: Collection[str]) -> Split:
     """Tokenise captions and work out all that batches need of a split. `english`: names of sets in that language."""
     table = store.table
-    captions = [table.captions[i] for i in range(len(table.captions))]
-    token_ids, token_offsets = tokenizer.encode_flat(captions, config.model.context_length)
-    normalised = [normalise_caption(text) for text in captions]
-    concept_ids, concept_offsets = concepts_of(table, concepts)
     set_hash, position = _seeds(table)
+
+    def of_words() -> dict[str, np.ndarray]:
+        captions = table.captions.tolist()
+        token_ids, token_offsets = tokenizer.encode_flat(captions, config.model.context_length)
+        concept_ids, concept_offsets = concepts_of(table, concepts)
+        return {"token_ids": token_ids, "token_offsets": token_offsets,
+                "caption_ids": np.array([stable_hash(normalise_caption(text)) for text in captions], np.int64),
+                "concept_ids": concept_ids, "concept_offsets": concept_offsets,
+                "may_flip": may_mirror(table, english) if config.data.flip else np.zeros(len(table), bool)}
+
+    if len(table.captions) < prepared.MANY:
+        words = of_words()
+    else:
+        state = prepared.digest([*table.arrays().values(), tokenizer.to_json(), str(config.model.context_length),
+                                 repr(list(concepts)), repr(sorted(english)), repr(config.data.flip)])
+        words = dict(prepared.kept(config, "words", state, of_words))
     numbers = {name: number for number, name in enumerate(speakers)}
     by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
     return Split(
         table=table, store=store, pad_id=tokenizer.pad_id, set_hash=set_hash, position=position,
-        token_ids=token_ids, token_offsets=token_offsets,
-        caption_ids=np.array([stable_hash(text) for text in normalised], np.int64),
-        concept_ids=concept_ids, concept_offsets=concept_offsets,
-        may_flip=may_mirror(table, english) if config.data.flip else np.zeros(len(table), bool),
+        **words,
         speakers=by_code[table.speakers.codes],
         image_ids=image_ids(table), audio_ids=audio_ids(table),
     )

@@ -14,6 +14,7 @@ filled, see `PartialEntry`.
 Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -219,15 +220,21 @@ def entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -
     side = cache_side(config.model.image_size)
     state = hashlib.sha256(f"{FORMAT} {kind} {side if kind == 'image' else ''} {codecs.made_by(kind)}".encode())
     root = os.path.join(os.path.abspath(config.paths.data_root), "")
+    state_of = functools.cache(_size_and_date)  # a file may have many stretches
     for path, start_s, duration_s in items:
-        try:
-            found = os.stat(path)
-            size, changed_ns = found.st_size, found.st_mtime_ns
-        except OSError:
-            size, changed_ns = -1, -1
+        size, changed_ns = state_of(path)
         line = f"\0{path.removeprefix(root)}\0{start_s!r} {duration_s!r} {size} {changed_ns}"
         state.update(line.encode("utf-8", "surrogateescape"))
     return cache_folder(config) / f"{name}-{state.hexdigest()[:16]}"
+
+
+def _size_and_date(path: str) -> tuple[int, int]:
+    """Bytes and date of change of a file, in ns; -1 each where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fill: bool) -> Entry | None:

@@ -4,6 +4,7 @@
     ids, offsets = concepts_of(tables["val"], names)      # concepts of sample i: ids[offsets[i]:offsets[i + 1]]
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -38,8 +39,9 @@ def concept_names(train: SampleTable, limit: int) -> list[str]:
         raise UserError(f"model.num_classes: {limit} is fewer than the {len(labels)} labels that the data sets bring; "
                         f"set it to at least {len(labels)}")
     counts: Counter[str] = Counter()
-    for row in range(len(train)):
-        counts.update({word for text in train.captions_of(row) for word in content_words(normalise_caption(text))})
+    captions, offsets = train.captions.tolist(), train.caption_offsets.tolist()
+    for begin, end in itertools.pairwise(offsets):
+        counts.update({word for text in captions[begin:end] for word in content_words(normalise_caption(text))})
     known = set(labels)
     common = sorted((-count, word) for word, count in counts.items() if count > 1 and word not in known)
     return labels + [word for _, word in common[:limit - len(labels)]]
@@ -54,9 +56,12 @@ def concepts_of(table: SampleTable, names: Sequence[str]) -> tuple[np.ndarray, n
     numbers = {name: number for number, name in enumerate(names)}
     found: list[int] = []
     lengths = []
+    labels = [name.lower() for name in table.labels.names]
+    captions, codes = table.captions.tolist(), table.labels.codes.tolist()
+    of_captions, of_labels = table.caption_offsets.tolist(), table.label_offsets.tolist()
     for row in range(len(table)):
-        words = {table.labels[i].lower() for i in range(table.label_offsets[row], table.label_offsets[row + 1])}
-        for text in table.captions_of(row):
+        words = {labels[code] for code in codes[of_labels[row]:of_labels[row + 1]]}
+        for text in captions[of_captions[row]:of_captions[row + 1]]:
             words.update(_WORD.findall(normalise_caption(text)))
         ids = sorted(numbers[word] for word in words if word in numbers)
         found += ids

@@ -11,8 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,7 +24,6 @@ SPLITS = ("train", "val", "test")
 # An empty cell of a table that was made text before it was saved; in small letters.
 EMPTY_CELLS = {"nan", "none", "null", "nil", "n/a", "na", "#n/a", "<na>", "nat", "undefined"}
 _PART = 65536  # samples packed at once
-_BLANKS = re.compile(r"\s+")
 
 
 class BrokenSample(ValueError):
@@ -65,7 +63,7 @@ class Sample:
 
 def normalise_caption(text: str) -> str:
     """Lower case, single blanks, no punctuation at the end: equal results mean the same words."""
-    return _BLANKS.sub(" ", text).strip().lower().rstrip(" .,;:!?。！？，；：…")
+    return " ".join(text.split()).lower().rstrip(" .,;:!?。！？，；：…")
 
 
 def stable_hash(text: str) -> int:
@@ -108,6 +106,18 @@ class Strings:
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
         return self.buffer[self.offsets[index]:self.offsets[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+    def tolist(self) -> list[str]:
+        """All of them; many times as fast as one by one."""
+        content, ends = self.buffer.tobytes(), self.offsets.tolist()
+        return [content[begin:end].decode("utf-8", "surrogateescape")
+                for begin, end in itertools.pairwise(ends)]
+
+    def distinct(self) -> tuple[np.ndarray, list[str]]:
+        """The different strings, in the order of their first places, and for each place which one it is, int64 [n]."""
+        content, ends, known = self.buffer.tobytes(), self.offsets.tolist(), dict[bytes, int]()
+        codes = [known.setdefault(content[begin:end], len(known)) for begin, end in itertools.pairwise(ends)]
+        return np.array(codes, np.int64), [text.decode("utf-8", "surrogateescape") for text in known]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -284,11 +294,36 @@ class SampleTable:
         for f in (f for f in fields(self) if f.name != "caption_times"):
             column = getattr(self, f.name)
             if f.name in ("images", "audio"):
-                texts = (column[i] for i in range(len(column)))
-                column = Strings.pack(text.rsplit("/", 1)[-1].rsplit("\\", 1)[-1] for text in texts)
+                codes, paths = column.distinct()
+                names = [text.rsplit("/", 1)[-1].rsplit("\\", 1)[-1] for text in paths]
+                column = Strings.pack(names[code] for code in codes.tolist())
             for part in [column] if isinstance(column, np.ndarray) else column.hashed():
                 state.update(np.ascontiguousarray(part).tobytes())
         return state.hexdigest()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The columns as arrays by name, from which `from_arrays` makes the table again."""
+        found: dict[str, np.ndarray] = {}
+        for f in fields(self):
+            column = getattr(self, f.name)
+            if isinstance(column, Names):
+                found[f"{f.name}.codes"], column = column.codes, Strings.pack(column.names)
+            if isinstance(column, Strings):
+                found |= {f"{f.name}.buffer": column.buffer, f"{f.name}.offsets": column.offsets}
+            else:
+                found[f.name] = column
+        return found
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> "SampleTable":
+        """The table of which these are `arrays`. Raises KeyError where one is missing."""
+        columns: dict[str, Any] = {}
+        for name in (f.name for f in fields(SampleTable)):
+            columns[name] = arrays[name] if name in arrays else Strings(
+                arrays[f"{name}.buffer"], arrays[f"{name}.offsets"])
+            if f"{name}.codes" in arrays:
+                columns[name] = Names(arrays[f"{name}.codes"], tuple(columns[name].tolist()))
+        return SampleTable(**columns)
 
     def with_split(self, split: str) -> "SampleTable":
         """The same samples under another split's name."""

@@ -55,14 +55,16 @@ def audio_ids(table: SampleTable) -> np.ndarray:
 
 def _first_rows(paths: Strings, stretches: np.ndarray | None) -> np.ndarray:
     ids = -1 - np.arange(len(paths))
-    key_of_path = functools.cache(file_key)
-    first: dict[Hashable, int] = {}
-    for row in np.flatnonzero(paths.lengths).tolist():
-        path = paths[row]
-        if generated.is_generated(path):
-            continue
-        stretch = () if stretches is None else (float(stretches[row, 0]), float(stretches[row, 1]))
-        ids[row] = first.setdefault((key_of_path(path), stretch), row)
+    codes, different = paths.distinct()
+    numbers: dict[str, int] = {}
+    file_of = np.array([numbers.setdefault(file_key(path), len(numbers)) if path and not generated.is_generated(path)
+                        else -1 for path in different], np.int64)[codes]
+    rows = np.flatnonzero(file_of >= 0)
+    keys = [file_of[rows], *(() if stretches is None else stretches[rows].T)]
+    order = np.lexsort(keys)  # stable: of equal ones the first row comes first
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+    ids[rows[order]] = rows[order[is_first]][np.cumsum(is_first) - 1]
     return ids
 
 
@@ -179,33 +181,37 @@ class Groups:
 
 def file_hashes(table: SampleTable, data_root: str) -> np.ndarray:
     """Different hashes of the names of all files, sorted int64: what a checkpoint remembers of its training split."""
-    return np.unique(np.array([stable_hash(name) for _, name in _file_names(table, data_root)], np.int64))
+    return np.unique(np.array([stable_hash(name) for _, _, name in _file_names(table, data_root)], np.int64))
 
 
 def has_known_file(table: SampleTable, data_root: str, known: np.ndarray) -> np.ndarray:
     """bool [n]: the sample's picture or sound is among `known`, whatever its id, its captions and the stretch."""
     found = np.zeros(len(table), bool)
     names = list(_file_names(table, data_root))
-    hashes = np.array([stable_hash(name) for _, name in names], np.int64)
-    found[np.array([row for row, _ in names], np.int64)[np.isin(hashes, known)]] = True
+    is_known = np.isin(np.array([stable_hash(name) for _, _, name in names], np.int64), known)
+    for kind, paths in (("image", table.images), ("sound", table.audio)):
+        codes, different = paths.distinct()
+        of_path = np.zeros(len(different), bool)
+        of_path[[code for (of, code, _), one in zip(names, is_known, strict=True) if one and of == kind]] = True
+        found |= of_path[codes] if len(codes) else False
     return found
 
 
-def _file_names(table: SampleTable, data_root: str) -> Iterator[tuple[int, str]]:
-    """(row, name) for the names of each file: its path, links followed, and in a downloaded set its place below
-    `data_root` as well, which is the same on every machine."""
+def _file_names(table: SampleTable, data_root: str) -> Iterator[tuple[str, int, str]]:
+    """("image" or "sound", number among the different paths, name) for the names of each file: its path, links
+    followed, and in a downloaded set its place below `data_root` as well, which is the same on every machine."""
     root = os.path.join(os.path.abspath(data_root), "")
     folders: dict[str, str] = {}
-    for row in range(len(table)):
-        own = os.path.join(root, table.sources[row], "")  # where the files of a downloaded set lie
-        for kind, path in (("image", table.images[row]), ("sound", table.audio[row])):
+    owns = tuple(os.path.join(root, source, "") for source in table.sources.names)  # of the files of downloaded sets
+    for kind, paths in (("image", table.images), ("sound", table.audio)):
+        for code, path in enumerate(paths.distinct()[1]):
             if generated.is_generated(path):
-                yield row, f"{kind} {path}"
+                yield kind, code, f"{kind} {path}"
             elif path:
                 absolute = os.path.abspath(path)
-                yield row, _without_links(absolute, folders)
-                if absolute.startswith(own):
-                    yield row, absolute.removeprefix(root)
+                yield kind, code, _without_links(absolute, folders)
+                if absolute.startswith(owns):
+                    yield kind, code, absolute.removeprefix(root)
 
 
 def _without_links(path: str, folders: dict[str, str]) -> str:

@@ -91,8 +91,13 @@ def item_of(table: SampleTable, kind: Kind, row: int) -> Item | None:
 
 def items_of(table: SampleTable, kind: Kind, code: int) -> dict[int, Item]:
     """The files of the samples of a set, by row."""
-    rows = np.flatnonzero(table.sources.codes == code).tolist()
-    return {row: item for row in rows if (item := item_of(table, kind, row))}
+    codes, paths = (table.images if kind == "image" else table.audio).distinct()
+    is_file = np.array([bool(path) and not generated.is_generated(path) for path in paths], bool)
+    rows = np.flatnonzero((table.sources.codes == code) & is_file[codes]) if len(table) else np.empty(0, np.int64)
+    named = (paths[number] for number in codes[rows].tolist())
+    starts, durations = (np.zeros(len(rows)) if kind == "image" else column[rows]
+                         for column in (table.start_s, table.duration_s))
+    return dict(zip(rows.tolist(), zip(named, starts.tolist(), durations.tolist(), strict=True), strict=True))
 
 
 def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Store:

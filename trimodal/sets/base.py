@@ -190,6 +190,8 @@ class DataSet:
     english: bool = True  # the language of its captions
     problems: Callable[[DataConfig], list[str]] | None = None  # what is wrong with its settings
     listed: Callable[[Path, str, Config], int] | None = None  # samples of a split when whole; of sets that never are
+    state: Callable[[Config], str] | None = None  # digest of all that `read` depends on but the files of its samples,
+    # so that what it reads may be kept; raises OSError. None: it is read at each start
     reads_at_once: bool = False  # its samples are known from the settings or one list, without a download
     speakers: int = 0  # at most, in training
     without_label: Mapping[str, str] = field(default_factory=dict)  # further rows of figures: name -> label left out

@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trimodal.config import Config, DataConfig
+from trimodal.data import prepared
 from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample, stable_hash
 from trimodal.data.splits import LEAST_VAL, Groups, two_of_each_kind
 from trimodal.errors import UserError
+from trimodal.files import sha256_of
 from trimodal.sets import columns, written_lists
 from trimodal.sets.base import DataSet
 from trimodal.sets.columns import Columns
@@ -420,6 +422,12 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
         yield from (sample for sample in found if sample.split == split)
 
 
+def _state(config: Config) -> str:
+    settings = config.data
+    path = Path(settings.manifest or "").absolute()
+    return prepared.digest([str(path), sha256_of(path), str(settings.manifest_root), str(settings.max_bad_pct)])
+
+
 def _problems(settings: DataConfig) -> list[str]:
     return [_NO_LIST] if "manifest" in settings.datasets and not settings.manifest else []
 
@@ -427,5 +435,5 @@ def _problems(settings: DataConfig) -> list[str]:
 _NO_LIST = "data.manifest: the set 'manifest' needs the path of your JSONL or CSV file here"
 SET = DataSet(
     name="manifest", order=8, licence="the user's own files", read=_read, problems=_problems, english=False,
-    splits="as the manifest says, else 80, 10 and 10 % by id", reads_at_once=True,
+    splits="as the manifest says, else 80, 10 and 10 % by id", reads_at_once=True, state=_state,
     note="your own files, listed in data.manifest; there is nothing to download")

@@ -124,7 +124,8 @@ class Peaks:
     def chosen(self, line_bytes: int) -> Key:
         """The planner's choice where `line_bytes` are for tensors."""
         limits = Limits(line_bytes + int(CONTEXT_GIB["cpu"] * GIB), "cpu", 1.0)
-        return self.case.key(plan_fit(self, self.case.upper, limits).fit)
+        are_free = all(OBJECTIVES[name].scope == "tower" for name in self.case.task.objectives)
+        return self.case.key(plan_fit(self, self.case.upper, limits, parts_are_free=are_free).fit)
 
 
 def random_batch(case: Case, device: str = "cpu") -> Batch:

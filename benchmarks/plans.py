@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +32,12 @@ from trimodal.training.planner import TOWERS, DeviceSetup, OverBudget, Plan, pla
 
 BATCHES, LARGEST = (32, 1024, 4096), 8192
 SETUP = DeviceSetup("cuda", torch.bfloat16)
+
+
+def rows(sizes: Sequence[str] = tuple(SIZES), batches: Sequence[int] | None = None) -> list[tuple[str, int]]:
+    """Size and effective batch of each row of the table."""
+    return [(size, batch) for size in sizes
+            for batch in batches or (*BATCHES, *([LARGEST] if size == "large" else []))]
 
 
 def configured(size: str, effective_batch: int, folder: str) -> Config:
@@ -74,20 +80,19 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Planned for CUDA with bf16, torch {torch.__version__}; GiB of tensors + allowance: micro-batches of "
           f"{', '.join(TOWERS)}\n\n| size | effective batch | budget GiB | {stages} |\n"
           "| --- | ---: | ---: | --- | --- | --- |", flush=True)
-    for size in args.sizes:
-        for batch in args.batches or (*BATCHES, *([LARGEST] if size == "large" else [])):
-            with tempfile.TemporaryDirectory() as folder:
-                config, began, cpu = configured(size, batch, folder), time.perf_counter(), os.times()
-                found: Mapping[str, Plan] | OverBudget
-                try:
-                    found = plans_of(config)
-                except OverBudget as error:
-                    found = error
-                    print(error, file=sys.stderr)
-            seconds = time.perf_counter() - began
-            print(table_row(config, found), flush=True)
-            print(f"{size} {batch}: {seconds:.0f} s, CPU {cpu_seconds(cpu)}, load {os.getloadavg()[0]:.1f}",
-                  file=sys.stderr, flush=True)
+    for size, batch in rows(args.sizes, args.batches):
+        with tempfile.TemporaryDirectory() as folder:
+            config, began, cpu = configured(size, batch, folder), time.perf_counter(), os.times()
+            found: Mapping[str, Plan] | OverBudget
+            try:
+                found = plans_of(config)
+            except OverBudget as error:
+                found = error
+                print(error, file=sys.stderr)
+        seconds = time.perf_counter() - began
+        print(table_row(config, found), flush=True)
+        print(f"{size} {batch}: {seconds:.0f} s, CPU {cpu_seconds(cpu)}, load {os.getloadavg()[0]:.1f}",
+              file=sys.stderr, flush=True)
     return 0
 
 

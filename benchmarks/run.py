@@ -78,6 +78,14 @@ def time_to_quality(name: str) -> dict[str, float]:
         return measured(name)
 
 
+def waiting(key: str) -> dict[str, float]:
+    """How long one waits for the slowest plan, for the first step of the demo, and the part of validation in it."""
+    from benchmarks.waiting import measured
+
+    with measurable():
+        return measured(key)
+
+
 @contextlib.contextmanager
 def measurable() -> Iterator[None]:
     """Whatever a comparison lacks (data, a package, a run that ends well) is why there is no figure."""
@@ -136,6 +144,9 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "matmul_share_fp32": Figure(None, partial(matmul_share, "fp32"), runs=5, at_least=0.75),
            "finetune_micro_batches": Figure(None, finetune, runs=5, at_least=2.5),
            "finetune_whole": Figure(None, finetune, runs=5, at_least=2.5),
+           "plan_slowest_s": Figure(10.0, partial(waiting, "plan_slowest_s")),
+           "first_step_s": Figure(12.0, partial(waiting, "first_step_s")),
+           "validation_share_pct": Figure(10.0, partial(waiting, "validation_share_pct")),
            **{f"time_to_quality_{name}": Figure(0.3333, partial(time_to_quality, name))
               for name in ("synthetic", "stamps")}}
 

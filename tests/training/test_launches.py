@@ -23,7 +23,7 @@ def test_the_host_never_waits_for_the_device_within_a_step(small: SmallRuns, tmp
     batch = batches(run, stage, task)[0]
     with watching(run, stage) as (device, reads):
         step(run, stage, batch, task)
-    rows_of_negatives = 3 if "matching" in stage.tasks[task].objectives else 0
+    rows_of_negatives = 1 if "matching" in stage.tasks[task].objectives else 0
     assert reads.names == ["cpu"] * rows_of_negatives
     assert device.launches["backward"] > 50, "what is followed is the step"
 

@@ -63,7 +63,8 @@ class Matching(Objective):
         keys, some = hard_negatives(query, key, scale, positives.of_samples, uniform[:, HARD_KEY_COLUMN])
         queries, also = hard_negatives(key[first], query, scale, lambda rows: positives.of_captions(first[rows]),
                                        uniform[:, HARD_QUERY_COLUMN])
-        return keys.cpu(), queries.cpu(), (some & also).cpu()
+        keys, queries, both = torch.stack([keys, queries, (some & also).long()]).cpu()  # the host waits here, once
+        return keys, queries, both.bool()
 
     def micro_batches(self, step: Step) -> Sequence[tuple[Tensor, ...]]:
         """Arguments of `loss` for the samples of each micro-batch: their rows, wrong keys, wrong queries, whether these

@@ -17,5 +17,5 @@ bash setup_environment.sh --dev
 echo "tests: ruff" && "$BIN/python" -m ruff check .
 echo "tests: imports" && "$BIN/lint-imports" --no-cache
 echo "tests: mypy" && "$BIN/python" -m mypy .
-echo "tests: shellcheck" && "$BIN/shellcheck" setup_environment.sh run_all.sh tests/run.sh .ci/run findings/*.sh
+echo "tests: shellcheck" && "$BIN/shellcheck" setup_environment.sh run_all.sh tests/run.sh .ci/run findings/*.sh benchmarks/*.sh
 echo "tests: pytest" && exec "$BIN/python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

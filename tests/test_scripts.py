@@ -24,7 +24,7 @@ from tests import constraints
 from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
 
-SCRIPTS = ("setup_environment.sh", "run_all.sh", "tests/run.sh", ".ci/run")
+SCRIPTS = ("setup_environment.sh", "run_all.sh", "tests/run.sh", ".ci/run", "benchmarks/gpu.sh")
 NOBODY = "http://127.0.0.1:9/"  # the discard port: refuses at once
 Done = subprocess.CompletedProcess[str]
 

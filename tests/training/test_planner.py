@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import yaml
 
 import run_training
 from model import TriModalModel
+from tests import forked
 from tests.refusals import assert_names, refused
 from tests.small_runs import STAGES, SmallRuns, batches
 from trimodal.config import PRESETS, SIZES, Config, StageConfig, TaskConfig, load_config
@@ -210,6 +214,41 @@ def test_plans_are_kept_until_something_that_matters_changes(small: SmallRuns, t
                      "memory.budget_gb=3"):
         assert plan("memory.micro_batch=16", override)[1] == 1, override
         assert plan("memory.micro_batch=16", override)[1] == 0, override
+
+
+def plan_side_by_side(config: Config, results: Any) -> None:
+    """Sends the plans of all stages, and whether a search runs in another process."""
+    planner.cpu_cores = lambda: 2
+    where = planner.side_by_side({"one": os.getpid, "other": os.getpid})
+    results.put((planner.plan_stages(config, all_tasks(config), CPU), os.getpid() not in where.values()))
+
+
+def nothing_found(find: Any) -> None: ...
+
+
+def all_tasks(config: Config) -> dict[str, list[TaskConfig]]:
+    return {row.name: tasks_of(row) for row in config.stages}
+
+
+def test_stages_planned_side_by_side_have_the_plans_that_they_have_alone(small: SmallRuns, tmp_path: Path,
+                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a new process, since torch may run no backward pass in forks of one that has run some, as this one has."""
+    config, other = (small.config(tmp_path / name, "memory.micro_batch=auto") for name in ("here", "there"))
+    monkeypatch.setattr(planner, "cpu_cores", lambda: 1)
+    alone = planner.plan_stages(config, all_tasks(config), CPU)
+    assert list(alone) == ["pretrain", "align", "finetune", "evaluation"]
+    results = forked.context().SimpleQueue()
+    process = forked.context().Process(target=plan_side_by_side, args=(other, results))
+    process.start()
+    assert results.get() == (alone, sys.platform == "linux")
+    process.join()
+    monkeypatch.setattr(planner, "cpu_cores", lambda: 2)
+    monkeypatch.setattr(planner, "find_in_fork", nothing_found)  # as where backward passes have run
+    assert planner.side_by_side({"one": os.getpid, "other": os.getpid}) == {"one": os.getpid(), "other": os.getpid()}
+    monkeypatch.undo()
+    short = small.config(tmp_path / "short", "memory.micro_batch=auto", "memory.budget_gb=0.55")
+    with refused("memory.budget_gb", "0.55 GiB", error=planner.OverBudget):
+        planner.plan_stages(short, all_tasks(short), CPU)
 
 
 def test_a_size_whose_widths_have_changed_is_planned_anew(small: SmallRuns, tmp_path: Path,

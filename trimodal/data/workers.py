@@ -263,6 +263,15 @@ def _finished(file: int, finish: Callable[[Any], Any] | None) -> Any:
 # ---- within a worker ------------------------------------------------------------------------------------------------
 
 
+def prepare_worker() -> None:
+    """In a new worker process: one thread, signals are left to the main process, and it ends when that does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    gc.freeze()  # garbage of the main process must not be collected here: FFmpeg's decoders would crash
+
+
 class Failure(NamedTuple):
     """Returned by a worker, in place of a result, if its job raised an exception."""
 
@@ -278,11 +287,7 @@ class _Pickler(pickle.Pickler):
 
 def _serve(work: Work, link: socket.socket, pulse: Any) -> None:
     """Do the jobs that come through `link` until the main process ends this one, or itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the main process decides what they mean
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    gc.freeze()  # garbage of the main process must not be collected here: FFmpeg's decoders would crash
+    prepare_worker()
 
     def report(item: int) -> None:
         pulse[1] = item

@@ -27,11 +27,13 @@ import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ from datasets import Batch
 from model import KERNELS_OF, TriModalModel
 from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
 from trimodal.data.batches import PATH_DRAWS
+from trimodal.data.workers import cpu_cores, prepare_worker
 from trimodal.distributed import World
 from trimodal.errors import UserError
 from trimodal.files import replacing
@@ -61,6 +64,7 @@ RECOMPUTE = (0, 4, 2, 1)  # of every n-th block; 0: of none
 CALL_ROWS = 1.5  # a micro-batch costs as much as so many rows more: measured on a CPU (benchmarks/plan_choice.py)
 FRAGMENTATION_PCT = 10.0
 
+T = TypeVar("T")
 Measure = Callable[[Fit, int | None], Usage | None]  # peak at a fit; None: more than that many bytes
 
 
@@ -443,65 +447,121 @@ def encoding_usage(config: Config, tower: str, num_samples: int, setup: DeviceSe
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
+class Search(NamedTuple):
+    """A plan that is to be found: the file that keeps it, and what finds it anew."""
+
+    path: Path
+    find: Callable[[], Plan]
+
+
 def plan_stages(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], setup: DeviceSetup,
                 fits: Mapping[str, Fit] | None = None) -> dict[str, Plan]:
     """The plan of each stage that `tasks` names, in order, and of `evaluation`; those in `fits` are planned so.
+
+    Plans kept from before are read; all others are found side by side.
 
     Raises:
         OverBudget: nothing fits; names the knobs.
     """
     fits = fits or {}
+    searches = {row.name: stage_search(config, row, tasks[row.name], setup, fits.get(row.name))
+                for row in config.stages if tasks.get(row.name)}
+    return plans_of({**searches, EVALUATION: evaluation_search(config, setup, fits.get(EVALUATION))})
+
+
+def plans_of(searches: Mapping[str, Search]) -> dict[str, Plan]:
+    """The plan of each search: read where it was kept, else found and then kept."""
+    kept = {name: plan for name, search in searches.items() if (plan := read_plan(search.path))}
+    found = side_by_side({name: search.find for name, search in searches.items() if name not in kept})
+    for name, plan in found.items():
+        keep_plan(searches[name].path, plan)
+    return {name: kept.get(name) or found[name] for name in searches}
+
+
+def side_by_side(searches: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+    """The result of each search, in forked processes where there are several cores; begins with the last, since the
+    last stages tend to take longest."""
+    count = min(len(searches), cpu_cores())
     try:
-        plans = {row.name: plan_stage(config, row, tasks[row.name], setup, fits.get(row.name))
-                 for row in config.stages if tasks.get(row.name)}
-        return {**plans, EVALUATION: plan_evaluation(config, setup, fits.get(EVALUATION))}
+        if count < 2 or sys.platform != "linux":  # elsewhere a process would have to import torch, which takes longer
+            return {name: find() for name, find in searches.items()}
+        with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), prepare_worker) as pool:
+            running = {name: pool.submit(find_in_fork, find) for name, find in reversed(list(searches.items()))}
+            try:
+                return {name: running[name].result() or find() for name, find in searches.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         shapes.forget()
 
 
+def find_in_fork(find: Callable[[], T]) -> T | None:
+    """`find()`; None where torch runs no backward pass, as in a fork of a process that has run one."""
+    try:
+        torch.zeros((), requires_grad=True).backward()
+    except RuntimeError:
+        return None
+    return find()
+
+
 def plan_stage(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], setup: DeviceSetup,
                fit: Fit | None = None, kind: Callable[..., Measure] = TaskMeasure) -> Plan:
-    """A fit at which every task of the stage stays in the budget, from the cache if it was planned before.
+    """The plan of one stage, as `plan_stages` gives it."""
+    return plans_of({row.name: stage_search(config, row, tasks, setup, fit, kind)})[row.name]
+
+
+def stage_search(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], setup: DeviceSetup,
+                 fit: Fit | None = None, kind: Callable[..., Measure] = TaskMeasure) -> Search:
+    """Finds a fit at which every task of the stage stays in the budget.
 
     Args:
         fit: plan this one, whether it stays in the budget or not.
         kind: of what measures a task.
     """
+    return Search(plan_file(config, stage_facts(config, row, tasks), setup, fit),
+                  functools.partial(find_stage_plan, config, row, tasks, setup, fit, kind))
+
+
+def find_stage_plan(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], setup: DeviceSetup,
+                    fit: Fit | None, kind: Callable[..., Measure]) -> Plan:
+    measure, upper = StageMeasure(config, row, tasks, setup, kind), stage_upper(config, row, setup)
+    if fit is not None:
+        return plan_of(fit, measure, upper, limits(config, setup))
     pinned = None if config.memory.micro_batch == "auto" else config.memory.micro_batch
-    kinds = [OBJECTIVES[name] for task in tasks for name in task.objectives]
-
-    def search() -> Plan:
-        measure, upper = StageMeasure(config, row, tasks, setup, kind), stage_upper(config, row, setup)
-        if fit is not None:
-            return plan_of(fit, measure, upper, limits(config, setup))
-        return plan_fit(measure, upper, limits(config, setup), pinned=pinned, may_recompute=config.model.use_checkpoint,
-                        parts_are_free=all(kind.scope == "tower" for kind in kinds),
-                        fuses=any(kind.scope == "fusion" for kind in kinds))
-
-    return from_cache(config, stage_facts(config, row, tasks), setup, fit, search)
+    scopes = {OBJECTIVES[name].scope for task in tasks for name in task.objectives}
+    return plan_fit(measure, upper, limits(config, setup), pinned=pinned, may_recompute=config.model.use_checkpoint,
+                    parts_are_free=scopes <= {"tower"}, fuses="fusion" in scopes)
 
 
 def plan_evaluation(config: Config, setup: DeviceSetup, fit: Fit | None = None) -> Plan:
-    """The plan of evaluation: how many samples of each modality are encoded at a time, and the memory that this takes.
+    """The plan of evaluation, as `plan_stages` gives it."""
+    return plans_of({EVALUATION: evaluation_search(config, setup, fit)})[EVALUATION]
+
+
+def evaluation_search(config: Config, setup: DeviceSetup, fit: Fit | None = None) -> Search:
+    """Finds how many samples of each modality evaluation encodes at a time, and the memory that this takes.
 
     It is `evaluation.batch_size`, or fewer where the budget is too small; if `fit` is given, it is what `fit` says.
 
     Clips are windows of the encoder's length. Out of memory the encoding halves its micro-batches by itself; a plan
     spares that, and says beforehand what it takes.
     """
+    return Search(plan_file(config, evaluation_facts(config), setup, fit),
+                  functools.partial(find_evaluation_plan, config, setup, fit))
+
+
+def find_evaluation_plan(config: Config, setup: DeviceSetup, fit: Fit | None) -> Plan:
     usage_of = functools.cache(functools.partial(encoding_usage, config, setup=setup))
 
     def measure(fit: Fit, limit_bytes: int | None) -> Usage | None:
         usage = max(itertools.starmap(usage_of, fit.micro_batch.items()), key=lambda usage: usage.peak_bytes)
         return usage if limit_bytes is None or usage.peak_bytes <= limit_bytes else None
 
-    def search() -> Plan:
-        upper = dict.fromkeys(TOWERS[:3], config.evaluation.batch_size)
-        if fit is not None:
-            return plan_of(fit, measure, upper, limits(config, setup))
-        return plan_fit(measure, upper, limits(config, setup), may_recompute=False)
-
-    return from_cache(config, evaluation_facts(config), setup, fit, search)
+    upper = dict.fromkeys(TOWERS[:3], config.evaluation.batch_size)
+    if fit is not None:
+        return plan_of(fit, measure, upper, limits(config, setup))
+    return plan_fit(measure, upper, limits(config, setup), may_recompute=False)
 
 
 def limits(config: Config, setup: DeviceSetup) -> Limits:
@@ -565,20 +625,19 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def from_cache(config: Config, facts: Mapping[str, Any], setup: DeviceSetup, fit: Fit | None,
-               search: Callable[[], Plan]) -> Plan:
-    """A plan that was kept in `plans/` of the output folder, or what `search` finds, which is then kept."""
+def plan_file(config: Config, facts: Mapping[str, Any], setup: DeviceSetup, fit: Fit | None) -> Path:
+    """Where a plan that depends on these is kept: in `plans/` of the output folder."""
     key = fingerprint({**facts, **common_facts(config, setup), "fit": fit and dataclasses.asdict(fit),
                        "torch": torch.__version__, "version": PLAN_VERSION})
-    path = Path(config.paths.output_dir) / "plans" / f"plan_{key}.json"
-    plan = read_plan(path)
-    if plan is None:
-        plan = search()
-        try:
-            write_plan(path, plan)
-        except OSError as error:
-            print(f"Plan: {path.parent} cannot be written ({error.strerror}), so the plan is not kept", file=sys.stderr)
-    return plan
+    return Path(config.paths.output_dir) / "plans" / f"plan_{key}.json"
+
+
+def keep_plan(path: Path, plan: Plan) -> None:
+    """`write_plan`, or a line on stderr where the folder cannot be written."""
+    try:
+        write_plan(path, plan)
+    except OSError as error:
+        print(f"Plan: {path.parent} cannot be written ({error.strerror}), so the plan is not kept", file=sys.stderr)
 
 
 def read_plan(path: Path) -> Plan | None:

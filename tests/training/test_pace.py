@@ -10,7 +10,7 @@ import pytest
 from tests.refusals import refused
 from tests.small_runs import SmallRuns, differing, records
 from trimodal import checkpoint
-from trimodal.training import loop, pace, validation
+from trimodal.training import loop, validation
 from trimodal.training.run import Options
 
 RECIPE = ("training.epochs=12", "training.batch_size=8", "stages.pretrain.effective_batch=16",
@@ -46,9 +46,9 @@ class Machine:
             self.now_s += self.start_s
             return open_run(*given)
 
-        def slow_validation(run: Any, stage: Any) -> Any:
+        def slow_validation(run: Any, stage: Any, known: Any) -> Any:
             self.now_s += SAMPLE_S * validation.validated_samples(run, stage)
-            return validation_loss(run, stage)
+            return validation_loss(run, stage, known)
 
         def slow_finish(run: Any) -> Any:
             self.now_s += EVALUATION_S
@@ -56,7 +56,6 @@ class Machine:
 
         monkeypatch.setattr(loop, "train_step", slow_step)
         monkeypatch.setattr(validation, "validation_loss", slow_validation)
-        monkeypatch.setattr(pace, "validation_loss", slow_validation)
         monkeypatch.setattr(loop, "finish", slow_finish)
         monkeypatch.setattr(loop, "open_run", starting)
 

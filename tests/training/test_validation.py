@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets import Data
@@ -71,3 +72,49 @@ def test_the_validation_split_is_encoded_once_an_epoch(small: SmallRuns, tmp_pat
     assert encoded == ["val"] * len(contrasting) + ["test"] and len(contrasting) == 2
     board = EventAccumulator(str(tmp_path / "logs/tensorboard")).Reload()
     assert len(board.Images("examples/image")) == 2, "both are saved, so both are shown"
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_no_sample_is_encoded_twice_in_a_validation(small: SmallRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    stage: str) -> None:
+    """Samples of several tasks either, save for tokens that the fusion reads; loss and figures are as without that."""
+    run = small.open(tmp_path, "data.audio_max_s=10")
+    built = small.stage(run, stage)
+    run.model.eval()
+    table, encoded = run.data.tables["val"], dict.fromkeys(("image", "text", "audio"), 0)
+    for name in encoded:
+        def count(module: Any, inputs: Any, name: str = name) -> None:
+            encoded[name] += len(inputs[0])
+
+        getattr(run.model, name).register_forward_pre_hook(count)
+    known: protocols.Known = {}
+    loss, parts = validation.validation_loss(run, built, known)
+    in_losses, whole = dict(encoded), {"image": int(table.has_image.sum()), "audio": int(table.has_audio.sum()),
+                                       "text": int(table.caption_count.sum())}
+    together = validation.encode_validation(run, known)
+    for name, number in whole.items():
+        assert encoded[name] - in_losses[name] == number - sum(map(len, known.get(name, {}).values())) < number or (
+            name == "audio" and stage == "finetune"), "no task of that stage contrasts sounds"
+    assert stage == "finetune" or encoded == whole
+    alone = validation.encode_validation(run)
+    assert together is not None and alone is not None and together.facts == alone.facts
+    for name, items in alone.items.items():
+        assert (together.items[name].rows_N == items.rows_N).all() and (together.items[name].ids_N == items.ids_N).all()
+        assert torch.allclose(together.items[name].features_NF, items.features_NF, atol=1e-6)
+    assert (together.captions_C == alone.captions_C).all()
+    assert validation.retrieval_figures(run, together) == validation.retrieval_figures(run, alone)
+    monkeypatch.setattr(validation, "known_features", lambda *_: {})
+    again, same_parts = validation.validation_loss(run, built)
+    assert loss == pytest.approx(again, rel=1e-6) and parts == pytest.approx(same_parts, rel=1e-6)
+
+
+def test_a_sound_that_losses_see_a_part_of_is_encoded_whole_for_retrieval(small: SmallRuns, tmp_path: Path) -> None:
+    run = small.open(tmp_path, "data.audio_max_s=0.3")
+    known: protocols.Known = {}
+    validation.validation_loss(run, small.stage(run, "align"), known)
+    assert known["image"] and known["text"]
+    assert len(known.get("audio", {})) < int(run.data.tables["val"].has_audio.sum())
+    together, alone = (validation.encode_validation(run, one) for one in (known, None))
+    assert together is not None and alone is not None
+    for name, items in alone.items.items():
+        assert torch.allclose(together.items[name].features_NF, items.features_NF, atol=1e-6)

@@ -19,7 +19,7 @@ model in both. Speakers are verified (cosines of audio_features) on the trials o
 Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ SAMPLING_SEED = 0  # of the parts of a split that are used; never the training s
 PER_CAPTION = "_per_caption"  # ends the names of retrieval figures as papers count them
 
 Figures = dict[str, dict[str, dict[str, Figure]]]
+Known = dict[str, dict[int, Tensor]]  # features by modality and row of the table: (1, F), of text (captions, F)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +91,10 @@ class Encoded:
 # ---- encoding ----------------------------------------------------------------------------------------------------
 
 
-def encode_split(model: Any, data: Data, split: str, config: Config, setting: Setting) -> Encoded:
-    """Encode each picture, caption and sound of `split` once, in eval mode, `evaluation.batch_size` at a time.
+def encode_split(model: Any, data: Data, split: str, config: Config, setting: Setting,
+                 known: Known | None = None) -> Encoded:
+    """Encode each picture, caption and sound of `split` once, in eval mode, `evaluation.batch_size` at a time, save
+    those whose features are `known`.
 
     Features stay on the device. Out of memory halves the parts from there on, which changes nothing else. Samples
     whose file is broken are left out and counted.
@@ -102,17 +105,19 @@ def encode_split(model: Any, data: Data, split: str, config: Config, setting: Se
     table = data.tables[split]
     rows_by_kind = chosen_rows(data, split, setting.limit)
     size = config.evaluation.batch_size
-    jobs = [(task, part) for task, rows in enumerate(rows_by_kind.values())
-            for part in np.array_split(rows, -(-len(rows) // size))]
-    inputs = list(rows_by_kind)
     gathered = _Gathered(model, setting, size)
+    gathered.take(known or {}, np.concatenate([np.empty(0, np.int64), *rows_by_kind.values()]), table.caption_offsets)
+    unknown = _unknown(rows_by_kind, known or {})
+    jobs = [(task, part) for task, rows in enumerate(unknown.values())
+            for part in np.array_split(rows, -(-len(rows) // size))]
+    inputs, missing = [kind for kind, _ in unknown], [names for _, names in unknown]
     was_training = model.training
     model.eval()
     try:
         batches = Loader(data, split, jobs, config, inputs=inputs, train=False, epoch=0) if jobs else iter(())
         with torch.inference_mode():
             for batch in tqdm(batches, total=len(jobs), desc=f"evaluating {split}", unit="batch", disable=None):
-                gathered.add(batch, table.caption_offsets)
+                gathered.add(batch, missing[batch.task], table.caption_offsets)
     finally:
         model.train(was_training)
     facts = _facts(data, split, setting.limit, gathered)
@@ -143,6 +148,17 @@ def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ..
         chosen[tuple(name for name, there in zip(MODALITIES, kind, strict=True) if there)] = np.sort(
             np.concatenate(parts))
     return chosen
+
+
+def _unknown(rows_by_kind: Mapping[tuple[str, ...], np.ndarray],
+             known: Known) -> dict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray]:
+    """Rows to be read, by (their modalities, those of them whose features are not known)."""
+    found: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    for kind, rows in rows_by_kind.items():
+        for row in rows.tolist():
+            if missing := tuple(name for name in kind if row not in known.get(name, ())):
+                found.setdefault((kind, missing), []).append(row)
+    return {key: np.array(rows, np.int64) for key, rows in found.items()}
 
 
 def can_score(data: Data, split: str) -> bool:
@@ -179,7 +195,20 @@ class _Gathered:
         self.answers: dict[str, list[Answers]] = {name: [] for name in MODALITIES}
         self.captions: list[np.ndarray] = []
 
-    def add(self, batch: Batch, caption_offsets: np.ndarray) -> None:
+    def take(self, known: Known, rows: np.ndarray, caption_offsets: np.ndarray) -> None:
+        """Keep the features of `rows` that are known already."""
+        for name, features in known.items():
+            own = [row for row in rows.tolist() if row in features]
+            if not own:
+                continue
+            self.seen.update(own)
+            self.features[name] += [features[row].float() for row in own]
+            self.rows[name].append(np.repeat(own, [len(features[row]) for row in own]))
+            if name == "text":
+                self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in own]))
+
+    def add(self, batch: Batch, names: Sequence[str], caption_offsets: np.ndarray) -> None:
+        """Encode these modalities of a batch."""
         rows = batch.sample_ids.numpy()
         self.seen.update(rows.tolist())
         given = {"image": (batch.images,), "audio": (batch.audio, batch.audio_lengths),
@@ -188,11 +217,11 @@ class _Gathered:
         with torch.autocast(self.setting.device.type, self.setting.amp, enabled=self.setting.amp is not None):
             for name, tensors in given.items():
                 inputs = [x for x in tensors if x is not None]
-                if inputs:
+                if inputs and name in names:
                     found = self._in_micro_batches(name, inputs, classify and name != "text")
                     owners = batch.caption_owner.numpy() if name == "text" else slice(None)  # type: ignore[union-attr]
                     self._keep(name, rows[owners], batch, found)
-        if batch.input_ids is not None:
+        if "text" in names:
             self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
 
     def _in_micro_batches(self, name: str, inputs: list[Tensor], classify: bool) -> list[dict[str, Tensor]]:

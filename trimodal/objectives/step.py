@@ -304,11 +304,14 @@ class Step:
     # ---- features ----
 
     def features(self, modality: str) -> Tensor:
-        """L2-normalised features of all rows, (rows, F), those of this process as a leaf.
+        """L2-normalised features of all rows, (rows, F), those of this process as a leaf; in evaluation those that are
+        known.
 
         Raises:
             OutOfMemoryElsewhere: another process has run out of memory in this step.
         """
+        if not self.train and modality in self.known_features:
+            return self.known_features[modality]
         features = self.gather(self.encoding(modality).features_BF, self.num_rows(modality))
         self.known_features[modality] = features.detach()
         return features

@@ -23,7 +23,7 @@ from trimodal.config import FRAME_RATE_HZ, NUM_MELS, StageConfig, TaskConfig
 from trimodal.data.batches import PATCH, pool
 from trimodal.training.run import Run
 from trimodal.training.stage import Stage, epoch_jobs
-from trimodal.training.validation import averaged, encode_validation, validated_samples, validation_loss
+from trimodal.training.validation import averaged, encode_all, validated_samples
 
 LOOK_STEPS = 5  # steps from one decision to the next
 WARM_STEPS = 2  # of a stage, or after a resume, whose time says little: kernels are chosen, readers start
@@ -58,9 +58,7 @@ class Pace:
         if not self.run.progress.sample_s:  # one whose figures nobody sees
             if self.run.world.is_main:
                 with averaged(self.run, stage):
-                    validation_loss(self.run, stage)
-                    if stage.contrasts:
-                        encode_validation(self.run)
+                    encode_all(self.run, stage)
             self._time_validation()
 
     @property

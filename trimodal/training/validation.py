@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from datasets import Loader, epoch_batches
 from trimodal.checkpoint import check_room, export, is_own, plain
@@ -42,8 +43,7 @@ def validate(run: Run, stage: Stage, speed: str = "") -> protocols.Encoded | Non
     which ends with `speed`. Returns what was encoded of the validation split."""
     start_s = time.perf_counter()
     with averaged(run, stage):
-        loss, parts = validation_loss(run, stage)
-        encoded = encode_validation(run) if stage.contrasts else None
+        loss, parts, encoded = encode_all(run, stage)
         figures = retrieval_figures(run, encoded)
         is_best = remember_best(run, stage.row.name, loss)
     name, progress = stage.row.name, run.progress
@@ -59,6 +59,14 @@ def validate(run: Run, stage: Stage, speed: str = "") -> protocols.Encoded | Non
     run.tracker.say(f"[{name}] epoch {progress.epoch}/{run.config.training.epochs}  loss {mean:.4f}"
                     f"{validated}{first_recalls(figures)}  {speed}")
     return encoded
+
+
+def encode_all(run: Run, stage: Stage) -> tuple[float | None, dict[str, float], protocols.Encoded | None]:
+    """Validation loss and its parts, and where the stage contrasts what is encoded for retrieval, which takes the
+    features that the loss has computed."""
+    known: protocols.Known = {}
+    loss, parts = validation_loss(run, stage, known)
+    return loss, parts, encode_validation(run, known) if stage.contrasts else None
 
 
 @contextlib.contextmanager
@@ -79,18 +87,25 @@ def averaged(run: Run, stage: Stage) -> Iterator[None]:
 
 
 @torch.no_grad()
-def validation_loss(run: Run, stage: Stage) -> tuple[float | None, dict[str, float]]:
+def validation_loss(run: Run, stage: Stage,
+                    known: protocols.Known | None = None) -> tuple[float | None, dict[str, float]]:
     """Mean over validation samples of their task's loss, and of each part; no augmentation, all captions.
+
+    To `known` are added the features that losses have computed, of whole sounds alone.
 
     A sample weighs the same whatever its task, so that a handful of sounds does not outvote thousands of pictures.
     Batches with nothing to compare or predict are left out; None if that is all of them.
     """
+    seen: protocols.Known = {}
     batches = Loader(run.data, "val", validation_jobs(run, stage), run.config,
                      inputs=[task.inputs for task in stage.tasks], train=False, epoch=0)
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch in batches:
-        losses = batch_loss(run, stage, batch.task, crop_sounds(batch, run.config.data.audio_max_s))
+        cropped = crop_sounds(batch, run.config.data.audio_max_s)
+        features = known_features(stage, batch, seen)
+        losses = batch_loss(run, stage, batch.task, cropped, features)
+        add_features(features, batch, cropped, seen, {} if known is None else known)
         if losses.total is None:
             continue
         for name, value in {"loss": losses.total, **losses.parts}.items():
@@ -101,14 +116,15 @@ def validation_loss(run: Run, stage: Stage) -> tuple[float | None, dict[str, flo
 
 
 def validation_jobs(run: Run, stage: Stage) -> list[Any]:
-    """The same batches every epoch: a seeded choice from each task's validation samples."""
+    """The same batches every epoch: a seeded choice from each task's validation samples. Task by task, so that one
+    finds the features that those before have computed of its samples."""
     pools = []
     for task in stage.tasks:
         indices = pool(run.data.tables["val"], task.inputs)
         order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
         pools.append(indices[order[:run.config.evaluation.max_validation].sort().values.numpy()])
     size = min(run.config.effective_batch(stage.row), VALIDATION_BATCH)
-    return epoch_batches(pools, [1.0] * len(pools), size, seed=0, epoch=0)
+    return sorted(epoch_batches(pools, [1.0] * len(pools), size, seed=0, epoch=0), key=lambda job: job[0])
 
 
 def validated_samples(run: Run, stage: Stage) -> int:
@@ -129,12 +145,42 @@ def crop_sounds(batch: Batch, max_s: float) -> Batch:
         noise={**batch.noise, "audio": batch.noise["audio"][:, :patches]})
 
 
-def batch_loss(run: Run, stage: Stage, task: int, batch: Batch) -> Losses:
-    """Loss and parts of a validation batch; out of memory halves the micro-batches, as in training."""
+def known_features(stage: Stage, batch: Batch, seen: protocols.Known) -> dict[str, Tensor]:
+    """The features of a batch by modality, where all are among those seen, and its task needs nothing else of them."""
+    if any(objective.scope != "batch" for _, _, objective in stage.objectives_of(batch.task)):
+        return {}
+    rows = batch.sample_ids.tolist()
+    return {name: torch.cat([seen[name][row] for row in rows]) for name in batch.inputs
+            if all(row in seen.get(name, ()) for row in rows)}
+
+
+def add_features(features: Mapping[str, Tensor], batch: Batch, cropped: Batch, seen: protocols.Known,
+                 known: protocols.Known) -> None:
+    """Add the features of a batch to those seen, and to those known where no sound was cropped, by their samples."""
+    rows, counts = batch.sample_ids.tolist(), torch.ones_like(batch.sample_ids)
+    for name, features_NF in features.items():
+        each = batch.caption_owner.bincount() if name == "text" and batch.caption_owner is not None else counts
+        is_whole = counts.bool()
+        if name == "audio" and batch.audio_lengths is not None and cropped.audio_lengths is not None:
+            is_whole = cropped.audio_lengths.eq(batch.audio_lengths)
+        for row, found, whole in zip(rows, features_NF.split(each.tolist()), is_whole.tolist(), strict=True):
+            seen.setdefault(name, {}).setdefault(row, found)
+            if whole:
+                known.setdefault(name, {}).setdefault(row, found)
+
+
+def batch_loss(run: Run, stage: Stage, task: int, batch: Batch, features: dict[str, Tensor]) -> Losses:
+    """Loss and parts of a validation batch; out of memory halves the micro-batches, as in training.
+
+    `features`: by modality, of all rows, where they are known; those that are computed are added.
+    """
     while True:
         try:
             step = make_step(run, stage, batch, train=False)
-            return compute_losses(stage, task, step, lambda loss: None)
+            step.known_features |= features
+            losses = compute_losses(stage, task, step, lambda loss: None)
+            features |= step.known_features
+            return losses
         except (RuntimeError, MemoryError) as error:
             cause = devices.out_of_memory_cause(error)
         shrink(run, stage, cause, "the same validation batch again", run.progress.step)
@@ -155,12 +201,13 @@ def remember_best(run: Run, stage: str, loss: float | None) -> bool:
 # ---- retrieval ---------------------------------------------------------------------------------------------------
 
 
-def encode_validation(run: Run) -> protocols.Encoded | None:
-    """A fixed part of the validation split, over all sets; None where it has no samples."""
+def encode_validation(run: Run, known: protocols.Known | None = None) -> protocols.Encoded | None:
+    """A fixed part of the validation split, over all sets; None where it has no samples. `known`: its features that
+    have been computed already, with the same weights."""
     if not len(run.data.tables["val"]):
         return None
     setting = evaluation_setting(run, concepts=False, limit=run.config.evaluation.max_validation)
-    return protocols.encode_split(run.model, run.data, "val", run.config, setting)
+    return protocols.encode_split(run.model, run.data, "val", run.config, setting, known)
 
 
 def evaluation_setting(run: Run, **settings: Any) -> protocols.Setting:

@@ -165,7 +165,7 @@ def cached(folder: Path) -> tuple[Callable[[], Any], Path]:
 def as_object_array(path: Path, marker: Path) -> Path:
     trap = np.array([Trap(marker)], object)
     with path.open("wb") as file:
-        np.savez(file, offsets=trap, shapes=trap, is_image=True)
+        np.savez(file, offsets=trap)
     return path
 
 
@@ -178,7 +178,7 @@ def as_array(path: Path, marker: Path) -> Path:
 @pytest.mark.parametrize("make", [as_pickle, as_object_array, as_array])
 def test_the_cache_runs_no_code(tmp_path: Path, marker: Path, make: Callable[..., Path]) -> None:
     opens, entry = cached(tmp_path)
-    for name in ("index.npz", "broken.json"):
+    for name in ("index.npz", "entry.json"):
         good = (entry / name).read_bytes()
         make(entry / name, marker)
         with unsprung(marker, entry):
@@ -187,19 +187,19 @@ def test_the_cache_runs_no_code(tmp_path: Path, marker: Path, make: Callable[...
     opens()
 
 
-@pytest.mark.parametrize("change", ["more items", "wrong shape", "negative", "too large", "unpacks to too much"])
+@pytest.mark.parametrize("change", ["more items", "other type", "backwards", "too large", "unpacks to too much"])
 def test_an_index_that_does_not_fit_is_refused_when_it_is_opened(tmp_path: Path, change: str) -> None:
     opens, entry = cached(tmp_path)
     with np.load(entry / "index.npz", allow_pickle=False) as index:
         arrays = dict(index)
     if change == "more items":
-        arrays["shapes"] = np.append(arrays["shapes"], [[0, 0]], 0).astype(np.int32)
-    elif change == "wrong shape":
-        arrays["shapes"][1] = (1, 1)
-    elif change == "negative":
-        arrays["shapes"][1] *= -1
+        arrays["offsets"] = np.append(arrays["offsets"], arrays["offsets"][-1])
+    elif change == "other type":
+        arrays["offsets"] = arrays["offsets"].astype(np.float64)
+    elif change == "backwards":
+        arrays["offsets"][1] = -1
     elif change == "too large":
-        arrays["shapes"][2] = (2**31 - 1, 2**31 - 1)
+        arrays["offsets"][-1] = 2**62
     else:
         arrays["more"] = np.zeros(10_000_000, np.uint8)
     np.savez_compressed(entry / "index.npz", **arrays)

@@ -69,6 +69,7 @@ def serve(case: Case, data: str, answers: int) -> None:
         ("config", "training", "runs", "stages", "memory") if is_flat else
         ("trimodal.config", "trimodal.training.loop", "trimodal.training.run", "trimodal.training.stage",
          "trimodal.memory.devices")))
+    getattr(devices, "keep_few_kernels" if is_flat else "prepare_process")()  # as a run begins
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         config = config_of.load_config(case.recipe, [*case.overrides, f"paths.data_root={data}", "data.workers=0",
                                                      f"paths.output_dir={folder}"])

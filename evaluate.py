@@ -78,7 +78,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     from trimodal.data.tokenizer import Tokenizer
     from trimodal.evaluation import protocols, report
     from trimodal.memory import devices
-    from trimodal.training import planner
+    from trimodal.training.planner import DeviceSetup, plan_evaluation
 
     devices.prepare_process()
     device = devices.choose_device(options.device)
@@ -91,7 +91,7 @@ def evaluate(options: argparse.Namespace) -> Path:
         check_writable(folder)
     data = load_data(config, [options.split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
                      concepts=state["concepts"], speakers=state["speakers"])
-    plan = planner.plan_evaluation(config, planner.DeviceSetup(device.type, precision.dtype))
+    plan = plan_evaluation(config, DeviceSetup(device.type, precision.dtype, kernel=state["attention_kernel"]))
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, sizes=plan.micro_batch,
                                 less=lambda size, cause: print(f"Out of memory ({cause}): {size} samples at a time"))

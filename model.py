@@ -37,6 +37,9 @@ VALUE_INIT = 0.4  # of minus the identity: what attention's values and output do
 GRID_SCALE = 2.0  # of a patch's position codes; at 1 the contents of the patches drown them
 PAIRS = ("image_text", "audio_text", "image_audio")
 MAX_LOGIT_SCALE = math.log(100.0)
+# of attention in bfloat16 on a CPU: the fused kernel inside casts to float32, the same without them, plain products
+KERNELS = ("float32", "fused", "products")
+PRODUCTS_KEYS = 6  # times the head width: up to so many keys probabilities take no more memory than q, k, v as float32
 KERNELS_OF: ContextVar[str | None] = ContextVar("kernels_of", default=None)  # device planned for on fake CPU tensors
 
 
@@ -50,13 +53,14 @@ class Tokens(NamedTuple):
 # ---- attention ---------------------------------------------------------------------------------------------------
 
 
-def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | None, chunk: int | str) -> Tensor:
+def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | None, chunk: int | str,
+           kernel: str = "float32") -> Tensor:
     """Softmax attention of every query over the valid keys; (B, H, Q, E).
 
     `chunk` "auto" takes a fused kernel where one accepts the mask; a number, or the lack of such a kernel, computes
     that many queries at a time and recomputes their scores in the backward pass: rows of softmax(QK^T)V are
-    independent, so this is exact, and the peak falls from B*H*Q*K to B*H*chunk*K scores. A sample without any valid
-    key gives zeros and no gradient.
+    independent, so this is exact, and the peak falls from B*H*Q*K to B*H*chunk*K scores. `kernel`, of KERNELS, is how
+    a CPU computes "auto" in bfloat16. A sample without any valid key gives zeros and no gradient.
     """
     if valid_BK is None:
         mask_B11K = None
@@ -64,20 +68,46 @@ def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | No
         some_B = valid_BK.any(1)
         mask_B11K = (valid_BK | ~some_B[:, None])[:, None, None, :]  # no softmax over nothing
     if chunk == "auto" and has_fused_kernel(q_BHQE, k_BHKE, v_BHKE, mask_B11K):
-        out_BHQE = _fused_attention(q_BHQE, k_BHKE, v_BHKE, mask_B11K)
+        out_BHQE = _attend_at_once(q_BHQE, k_BHKE, v_BHKE, mask_B11K, kernel)
     else:
         size = 128 if chunk == "auto" else int(chunk)
         out_BHQE = torch.cat([_attend_chunk(q, k_BHKE, v_BHKE, mask_B11K) for q in q_BHQE.split(size, dim=2)], dim=2)
     return out_BHQE if valid_BK is None else out_BHQE * some_B[:, None, None, None]
 
 
-def _fused_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
-    if q_BHQE.dtype != torch.bfloat16 or (KERNELS_OF.get() or q_BHQE.device.type) != "cpu":
+def _attend_at_once(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None, kernel: str) -> Tensor:
+    if q_BHQE.dtype != torch.bfloat16 or (KERNELS_OF.get() or q_BHQE.device.type) != "cpu" or kernel == "fused":
         return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
-    # at 50 to 130 tokens the CPU kernel takes 2 to 3 times as long in bf16 as in fp32 inside casts
+    if kernel == "products" and k_BHKE.shape[2] <= PRODUCTS_KEYS * k_BHKE.shape[3]:
+        return ProductAttention.apply(q_BHQE, k_BHKE, v_BHKE, mask_B11K)
     with torch.autocast("cpu", enabled=False):
         out_BHQE = F.scaled_dot_product_attention(q_BHQE.float(), k_BHKE.float(), v_BHKE.float(), attn_mask=mask_B11K)
     return out_BHQE.to(torch.bfloat16)
+
+
+class ProductAttention(torch.autograd.Function):
+    """Attention by plain products: scores in at least float32, since rounding moves large ones most; all others in the
+    type given. It keeps the probabilities, in that type, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
+        with torch.autocast(q_BHQE.device.type, enabled=False):
+            q = at_least_float32(q_BHQE) * q_BHQE.shape[-1] ** -0.5
+            scores_BHQK = q @ at_least_float32(k_BHKE).mT
+            if mask_B11K is not None:
+                scores_BHQK.masked_fill_(~mask_B11K, float("-inf"))
+            p_BHQK = scores_BHQK.softmax(-1).to(v_BHKE.dtype)
+            ctx.save_for_backward(q_BHQE, k_BHKE, v_BHKE, p_BHQK)
+            return p_BHQK @ v_BHKE
+
+    @staticmethod
+    def backward(ctx: Any, upstream_BHQE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_BHQE, k_BHKE, v_BHKE, p_BHQK = ctx.saved_tensors
+        with torch.autocast(q_BHQE.device.type, enabled=False):
+            upstream_BHQK = upstream_BHQE @ v_BHKE.mT
+            scores_BHQK = torch.ops.aten._softmax_backward_data(upstream_BHQK, p_BHQK, -1, p_BHQK.dtype)
+            scores_BHQK *= q_BHQE.shape[-1] ** -0.5
+            return scores_BHQK @ k_BHKE, scores_BHQK.mT @ q_BHQE, p_BHQK.mT @ upstream_BHQE, None
 
 
 def _attend_chunk(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
@@ -111,7 +141,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, chunk: int | str):
         super().__init__()
-        self.num_heads, self.chunk = num_heads, chunk
+        self.num_heads, self.chunk, self.kernel = num_heads, chunk, KERNELS[0]
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -131,12 +161,19 @@ class Block(nn.Module):
             (q_weight, kv_weight), (q_bias, kv_bias) = (p.split((D, 2 * D)) for p in self.qkv.parameters())
             q = F.linear(x_BND[:, :first], q_weight, q_bias).unflatten(2, heads).transpose(1, 2)
             k, v = F.linear(x_BND, kv_weight, kv_bias).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
-        return self.out(attend(q, k, v, valid_BN, self.chunk).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, valid_BN, self.chunk, self.kernel).transpose(1, 2).flatten(2))
 
 
 def _add_branch(x_BND: Tensor, branch_BND: Tensor, path_B: Tensor | None) -> Tensor:
     """A residual stream after a branch, which `path_B` scales in each sample; None: by 1."""
     return x_BND + (branch_BND if path_B is None else path_B[:, None, None].to(x_BND.dtype) * branch_BND)
+
+
+def use_kernel(model: nn.Module, kernel: str) -> None:
+    """Let every block of `model` compute its attention by this one of KERNELS where there is a choice."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.kernel = kernel
 
 
 class Blocks(nn.Module):
@@ -479,6 +516,7 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
     if mismatch := checkpoint.describe_mismatch(weights, model.state_dict()):
         raise UserError(f"{path}: its weights are not those of the model it describes ({mismatch})")
     model.load_state_dict(weights)
+    use_kernel(model, state.setdefault("attention_kernel", KERNELS[0]))  # the only one of earlier releases
     return model.to(device).eval(), state
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import PAIRS, Block, Blocks, attend
+from model import KERNELS, PAIRS, Block, Blocks, ProductAttention, attend, use_kernel
 from tests.narrow import gradients, largest_difference, narrow_model, small_inputs, weighted_sum
 from trimodal.config import MODALITIES
 from trimodal.memory.tracker import tracing
@@ -61,21 +61,51 @@ def test_attention_is_exact(chunk: int | str, mask: str, grad: bool) -> None:
             assert mask != "empty row" or not ours_grad[2].any()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
-def test_attention_in_half_precision_is_rounded_once(mask: str, autocast: bool) -> None:
+def test_attention_in_half_precision_is_rounded_once(mask: str, autocast: bool, kernel: str) -> None:
     """bfloat16 keeps 8 bits: results and gradients are within 1 % of those of the same inputs in float64."""
     g = torch.Generator().manual_seed(2)
     q, k, v = half = [torch.randn(3, 2, N, 5, generator=g).bfloat16().requires_grad_() for _ in range(3)]
     exact = [x.detach().double().requires_grad_() for x in half]
     valid, upstream = masks_of(mask, 3, N), torch.randn(3, 2, N, 5, generator=g).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours = attend(q, k, v, valid, "auto")
+        ours = attend(q, k, v, valid, "auto", kernel)
     plain = naive_attention(exact[0], exact[1], exact[2], valid)
     assert ours.dtype == torch.bfloat16 and torch.allclose(ours.double(), plain, rtol=0.01, atol=0.005)
     ours_grads = torch.autograd.grad(ours, half, upstream)
     for one, other in zip(ours_grads, torch.autograd.grad(plain, exact, upstream.double()), strict=True):
         assert one.dtype == torch.bfloat16 and torch.allclose(one.double(), other, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("mask", ["none", "padding"])
+def test_attention_by_products_has_the_gradients_of_autograd(mask: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(3, 2, n, 5, generator=g, dtype=torch.float64).requires_grad_() for n in (4, N, N))
+    valid = masks_of(mask, 3, N)
+    mask_B11K = None if valid is None else valid[:, None, None, :]
+    assert torch.autograd.gradcheck(lambda q, k, v: ProductAttention.apply(q, k, v, mask_B11K), (q, k, v))
+    assert torch.allclose(ProductAttention.apply(q, k, v, mask_B11K), naive_attention(q, k, v, valid), atol=1e-12)
+
+
+@pytest.mark.parametrize("use_checkpoint", [True, False], ids=["recompute", "kept"])
+@pytest.mark.parametrize("mask", ["none", "padding", "empty row"])
+def test_blocks_in_bfloat16_are_the_same_by_every_kernel(mask: str, use_checkpoint: bool) -> None:
+    """Under autocast, with recompute and a frozen layer: gradients differ by rounding alone."""
+    torch.manual_seed(3)
+    blocks, x = Blocks(16, 2, 2, "auto", use_checkpoint), torch.randn(3, N, 16)
+    blocks.blocks[0].qkv.requires_grad_(False)
+    found = {}
+    for kernel in KERNELS:
+        use_kernel(blocks, kernel)
+        blocks.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = blocks(x, masks_of(mask, 3, N))
+        out.square().sum().backward()
+        found[kernel] = torch.cat([p.grad.flatten() for p in blocks.parameters() if p.grad is not None])
+    for kernel in KERNELS[1:]:
+        assert float((found[kernel] - found["float32"]).norm() / found["float32"].norm()) < 0.02, kernel
 
 
 def plain_blocks(blocks: Blocks, x_BND: Tensor, valid_BN: Tensor | None, path_BZ: Tensor) -> Tensor:

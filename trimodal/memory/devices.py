@@ -320,6 +320,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def machine_file(name: str) -> Path:
+    """Where what was measured on this machine is kept for all runs: below XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimodal-trainer" / name
+
+
 def choose_precision(device: torch.device, use_amp: bool) -> Precision:
     """The fastest number type that the hardware has units for, and one line that says why."""
     if not use_amp:
@@ -332,7 +337,7 @@ def choose_precision(device: torch.device, use_amp: bool) -> Precision:
         if major == 7:
             return Precision(torch.float16, True, f"fp16 with a loss scaler: {where} has no bf16")
         return Precision(None, False, f"fp32: {where} has neither fast bf16 nor fast fp16")
-    units = _cpu_bf16_units() if device.type == "cpu" else None
+    units = cpu_bf16_units() if device.type == "cpu" else None
     if units:
         return Precision(torch.bfloat16, False, f"bf16: this CPU has {units}")
     lacking = ("this CPU has no bf16 units (AMX, AVX512_BF16)" if device.type == "cpu"
@@ -340,7 +345,7 @@ def choose_precision(device: torch.device, use_amp: bool) -> Precision:
     return Precision(None, False, f"fp32: {lacking}")
 
 
-def _cpu_bf16_units() -> str | None:
+def cpu_bf16_units() -> str | None:
     """Name of the units that multiply bf16 in hardware. oneDNN's own answer is yes on every AVX-512 machine, also where
     bf16 is emulated and far slower than fp32."""
     for name, units in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512_BF16")):

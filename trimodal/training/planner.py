@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datasets import Batch
-from model import KERNELS_OF, TriModalModel
+from model import KERNELS, KERNELS_OF, TriModalModel, use_kernel
 from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
 from trimodal.data.batches import PATH_DRAWS
 from trimodal.data.workers import cpu_cores, prepare_worker
@@ -85,6 +85,7 @@ class DeviceSetup:
     num_speakers: int = 0  # classes of the speaker objective
     processes: int = 1  # ranks that share each effective batch
     ratio: float | None = None  # calibration: measured over predicted peak memory; None: not measured on this device
+    kernel: str = KERNELS[0]  # of attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +325,7 @@ class TaskMeasure:
         self.mode = FakeTensorMode()
         with kernels_of(setup.device), tracing(mode=self.mode) as tracker:
             self.model = TriModalModel(config.model)
+            use_kernel(self.model, setup.kernel)
             freeze(self.model, row)
             self.objectives = [
                 build_objective(name, self.model, task.inputs, setup.num_speakers, config.training.contrastive_loss)
@@ -432,6 +434,7 @@ def encoding_usage(config: Config, tower: str, num_samples: int, setup: DeviceSe
     S, L = config.model.image_size, config.model.context_length
     with kernels_of(setup.device), tracing() as tracker, torch.no_grad():
         model = TriModalModel(config.model)
+        use_kernel(model, setup.kernel)
         tracker.mark("parameters", list(model.parameters()))
         B = num_samples
         inputs = {"image": {"images": torch.zeros(B, 3, S, S, dtype=torch.uint8)},
@@ -587,12 +590,13 @@ def settings_digests(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], 
     """A digest of the settings that each plan depends on: of every stage that has tasks in `tasks`, and of evaluation.
 
     Where two digests of a stage are equal, its micro-batches and recompute may be used again: checkpoints hold these
-    digests under "fits_asked". The allocator calibration (`setup.ratio`) is left out, since it is measured, not set.
+    digests under "fits_asked". What is measured and not set (`setup.ratio` and `setup.kernel`) is left out.
 
     Returns:
         {stage, or EVALUATION: digest}.
     """
     everywhere = common_facts(config, dataclasses.replace(setup, ratio=None))
+    del everywhere["place"]["kernel"]
     own = {row.name: stage_facts(config, row, tasks[row.name]) for row in config.stages if tasks.get(row.name)}
     return {name: fingerprint(everywhere | facts)
             for name, facts in (*own.items(), (EVALUATION, evaluation_facts(config)))}

@@ -3,7 +3,6 @@ the measured peaks of its stages."""
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from datasets import read_tables, speakers_with_sound
+from model import KERNELS, use_kernel
 from trimodal.config import Config, TaskConfig, config_from_dict
 from trimodal.data import tokenizer
 from trimodal.data.samples import SampleTable
@@ -23,6 +23,7 @@ from trimodal.memory import devices
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS
 from trimodal.sets import SETS
+from trimodal.training.attention import choose_kernel, has_choice
 from trimodal.training.planner import DeviceSetup, Plan, plan_stages, settings_digests, without_speaker
 from trimodal.training.run import Run
 from trimodal.training.stage import active_tasks
@@ -34,12 +35,18 @@ Tasks = Mapping[str, Sequence[TaskConfig]]  # of each stage
 
 
 def fit_stages(run: Run, tasks: Tasks, state: Mapping[str, Any] | None) -> None:
-    """Give `run` the fit of each stage that `tasks` names and of its evaluation, and print them as they are used.
+    """Give `run` its attention kernel, the fit of each stage that `tasks` names and of its evaluation, and print them
+    as they are used.
 
     Raises:
         OverBudget: nothing fits; names the knobs.
     """
+    began = None if state is None else state.get("attention_kernel", KERNELS[0])  # of releases that knew no other
+    run.kernel = run.world.on_main(lambda: began or choose_kernel(run.device, run.precision.dtype))
+    use_kernel(run.model, run.kernel)
     setup, config = setup_of(run), settings_of(run, run.config)
+    if has_choice(run.device, run.precision.dtype):
+        print(f"Attention: {run.kernel}, {'as this run began' if began else 'the fastest on this CPU'}")
     kept = saved_fits(run, config, tasks, state)
     plans: dict[str, Plan] = run.world.on_main(lambda: plan_stages(config, tasks, setup, kept))
     print(format_plan(plans), flush=True)
@@ -84,7 +91,7 @@ def _digests_of_earlier_release(run: Run, state: Mapping[str, Any]) -> dict[str,
 def setup_of(run: Run) -> DeviceSetup:
     """The device, precision, ranks and calibration of `run`, to plan its stages for."""
     return DeviceSetup(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
-                 calibration(devices.device_name(run.device)))
+                 calibration(devices.device_name(run.device)), run.kernel)
 
 
 def settings_of(run: Run, config: Config) -> Config:
@@ -173,9 +180,11 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> No
     if device == "cuda" and found.type != "cuda":
         amp = torch.bfloat16 if config.training.use_amp else None
     known = foretell(config)
-    setup = DeviceSetup(device, amp, known.speakers, processes, calibration(devices.device_name(found)))
+    kernel = choose_kernel(torch.device(device), amp)
+    setup = DeviceSetup(device, amp, known.speakers, processes, calibration(devices.device_name(found)), kernel)
     plans = plan_stages(known.config, known.tasks, setup)
     precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
+    attention = f" (attention: {kernel})" if has_choice(torch.device(device), amp) else ""
     batches = {row.name: config.effective_batch(row) for row in config.stages}
     if as_json:
         shown = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
@@ -183,8 +192,8 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> No
                           "effective_batch": batches, "plans": shown}, indent=1))
         return
     shared = f", of each of {processes} processes" if processes > 1 else ""
-    print(f"Plan for {device}, {precision}, effective batch {', '.join(f'{n} {size}' for n, size in batches.items())}"
-          f"{shared}")
+    print(f"Plan for {device}, {precision}{attention}, effective batch "
+          f"{', '.join(f'{n} {size}' for n, size in batches.items())}{shared}")
     print(format_plan(plans))
     if config.training.max_hours is not None:
         print(f"training.max_hours={config.training.max_hours:g}: of at most {config.training.epochs} epochs as many "
@@ -224,8 +233,8 @@ MANY_RATIOS = 20  # the newest stages' count
 
 
 def calibration_file() -> Path:
-    """Where this machine's ratios are kept for all runs: below XDG_CACHE_HOME, or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trimodal-trainer" / "memory_ratios.json"
+    """Where this machine's ratios are kept for all runs."""
+    return devices.machine_file("memory_ratios.json")
 
 
 def _ratios() -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ from filelock import BaseFileLock
 
 import model as model_module
 from datasets import Data, load_data
-from model import TriModalModel
+from model import KERNELS, TriModalModel
 from trimodal.checkpoint import describe_mismatch, find_latest
 from trimodal.config import Config
 from trimodal.data.splits import file_hashes, has_known_file
@@ -68,6 +68,7 @@ class Run:
     tracker: Tracker
     world: World = field(default_factory=World)
     fits: dict[str, devices.Fit] = field(default_factory=dict)  # by stage, and of evaluation
+    kernel: str = KERNELS[0]  # of attention
     predicted_gib: dict[str, float] = field(default_factory=dict)  # planned peak, by stage
     held_gib: float = 0.0  # of memory, before the model was made: in what is measured, and in no plan
     planned_fits: dict[str, devices.Fit] = field(default_factory=dict)  # that this peak is of
@@ -280,6 +281,7 @@ def description(run: Run) -> dict[str, Any]:
         "speakers": list(run.data.speakers),
         "splits": run.splits,
         "trained_on": run.trained_on,
+        "attention_kernel": run.kernel,
         "normalisation": {"image_mean": list(model_module.IMAGE_MEAN), "image_std": list(model_module.IMAGE_STD),
                           "log_mel_mean": model_module.LOG_MEL_MEAN, "log_mel_std": model_module.LOG_MEL_STD},
     }

@@ -1,6 +1,6 @@
 """How near do the model's blocks come to the speed of bare matrix products, and where does the rest go?
 
-    python benchmarks/matmul_share.py [--size tiny --batch 32 --turns 7 --default-malloc]
+    python benchmarks/matmul_share.py [--size tiny --batch 32 --turns 7 --cpu-time --kernel float32 --default-malloc]
 
 The blocks of the image and of the text tower, forward and backward, at what stage align gives them: all samples of a
 batch, half of a picture's 196 patches, captions of 24 tokens of which some are padding. Set up as a run sets itself up.
@@ -9,7 +9,7 @@ Share: useful operations a second, over the peak. Useful are the products of the
 the forward pass and twice in the backward pass, without what is computed again. Peak: the faster of `torch.mm` at
 [samples x tokens, width] x [width, 4 x width] and at 2048^3, in the same type and threads. Both are timed in turns, and
 a share is the median of those of the turns. The table adds up the time of the operators themselves (torch.profiler) in
-one more pass.
+one more pass. `--cpu-time` counts CPU seconds in the place of time, for a machine that does other work as well.
 """
 
 import argparse
@@ -34,9 +34,10 @@ if __name__ == "__main__":
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from model import Blocks, create_model
+from model import KERNELS, Blocks, create_model, use_kernel
 from trimodal.config import SIZES
 from trimodal.memory import devices
+from trimodal.training.attention import choose_kernel
 
 TOKENS = {"image": 98, "text": 24}
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -77,22 +78,26 @@ def products(dim: int, batch: int, dtype: torch.dtype) -> list[tuple[int, Callab
             for (m, k, n), (a, b), out in zip(shapes, pairs, outs, strict=True)]
 
 
-def seconds(work: Callable[[], Any], least_s: float = 0.0) -> float:
+Clock = Callable[[], float]
+
+
+def seconds(work: Callable[[], Any], clock: Clock, least_s: float) -> float:
     """Time of one call: the mean of as many as `least_s` take, at least one."""
-    start_s, calls = time.perf_counter(), 0
-    while not calls or time.perf_counter() - start_s < least_s:
+    start_s, calls = clock(), 0
+    while not calls or clock() - start_s < least_s:
         work()
         calls += 1
-    return (time.perf_counter() - start_s) / calls
+    return (clock() - start_s) / calls
 
 
-def shares(towers: list[Tower], candidates: list[tuple[int, Callable[[], Any]]], turns: int) -> dict[str, list[float]]:
+def shares(towers: list[Tower], candidates: list[tuple[int, Callable[[], Any]]], turns: int,
+           clock: Clock = time.perf_counter) -> dict[str, list[float]]:
     """Of each turn: the share of each tower and of all together, and the peak in GFLOP/s."""
     found: dict[str, list[float]] = {name: [] for name in ("peak", *(tower.name for tower in towers), "both")}
     for turn in range(-1, turns):  # the first one warms up
-        peak = max(operations / seconds(work, 0.1) for operations, work in candidates)
-        spent_s = {tower.name: seconds(tower.run, 0.3) for tower in towers}
-        peak = max(peak, *(operations / seconds(work, 0.1) for operations, work in candidates))
+        peak = max(operations / seconds(work, clock, 0.1) for operations, work in candidates)
+        spent_s = {tower.name: seconds(tower.run, clock, 0.3) for tower in towers}
+        peak = max(peak, *(operations / seconds(work, clock, 0.1) for operations, work in candidates))
         if turn >= 0:
             found["peak"].append(peak / 1e9)
             for tower in towers:
@@ -114,9 +119,12 @@ def where_it_goes(tower: Tower) -> list[tuple[str, float]]:
     return [(group, 100 * part / sum(spent.values())) for group, part in spent.most_common()]
 
 
-def prepared(size: str, batch: int, precision: str) -> tuple[list[Tower], list[tuple[int, Callable[[], Any]]]]:
+def prepared(size: str, batch: int, precision: str, kernel: str | None = None
+             ) -> tuple[list[Tower], list[tuple[int, Callable[[], Any]]]]:
+    """Towers with the attention kernel that a run takes here (or `kernel`), and the products to compare them with."""
     torch.manual_seed(0)
     model = create_model(size)
+    use_kernel(model, kernel or choose_kernel(torch.device("cpu"), TYPES[precision]))
     dim, dtype = model.config.preset.dim, TYPES[precision]
     towers = [Tower(name, getattr(model, name).blocks, dim, batch, dtype) for name in TOKENS]
     return towers, products(dim, batch, dtype)
@@ -134,6 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--default-malloc", action="store_true", help="without devices.keep_freed_memory")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds in the place of time")
+    parser.add_argument("--kernel", choices=KERNELS, help="of attention in bf16; that of a run here by default")
     options = parser.parse_args(argv)
     from benchmarks.run import commit, hardware
 
@@ -144,8 +154,8 @@ def main(argv: list[str] | None = None) -> int:
           f"{torch.get_num_threads()} threads; {options.size}, batch {options.batch}", flush=True)
     tables = {}
     for precision in TYPES:
-        towers, candidates = prepared(options.size, options.batch, precision)
-        found = shares(towers, candidates, options.turns)
+        towers, candidates = prepared(options.size, options.batch, precision, options.kernel)
+        found = shares(towers, candidates, options.turns, time.process_time if options.cpu_time else time.perf_counter)
         cells = [f"{name} {statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
                  for name, values in found.items()]
         print(f"{precision}: {', '.join(cells)}", flush=True)

@@ -36,6 +36,7 @@ SAFE = {
     "data.prepared.keep": ("replacing", "NAME-DIGEST.npz in prepared/ of the cache: made of a digest, made again"),
     "training.planner.write_plan": ("replacing", "plan_KEY.json: a name made of a digest, made again when it is gone"),
     "training.plans.calibrate": ("replacing", "the calibration, made again when it is gone"),
+    "training.attention.choose_kernel": ("replacing", "the kernels timed, made again when it is gone"),
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
     "checkpoint.export": ("replacing replacing", "exports, behind outputs.writing"),
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),

@@ -115,6 +115,14 @@ def finetune() -> dict[str, float]:
         return measured()
 
 
+def million_samples() -> dict[str, float]:
+    """Seconds and GB by which a later start with a million samples exceeds one with a thousand."""
+    from benchmarks.scaling import measured
+
+    with measurable():
+        return measured()
+
+
 def lines() -> dict[str, float]:
     """Lines of all Python files but those of tests, benchmarks and findings."""
     from tests.project import product_files
@@ -136,6 +144,8 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "cache_fill_share": Figure(None, cache, runs=5, at_least=0.9),
            "free_machine_cost": Figure(3.0, busy_machine, runs=5),
            "busy_machine_slowdown": Figure(2.5, busy_machine, runs=5),
+           "million_samples_start_s": Figure(20.0, million_samples, runs=5),
+           "million_samples_memory_gb": Figure(1.0, million_samples, runs=5),
            "align_same_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=1.4),
            "align_default_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=3.0),
            "align_dropped_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=2.0),

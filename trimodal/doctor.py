@@ -442,14 +442,9 @@ def check_memory(case: Case) -> Iterator[Finding]:
     for name, plan in plans.items():
         yield Finding(f"memory: {name}", "ok", f"{plan.peak_bytes / GIB:.2f} GiB + {plan.allowance_bytes / GIB:.2f} "
                       f"kept free, of {plan.budget_bytes / GIB:g}; micro-batch (of) {describe_towers(plan)}")
-
-
-def check_time(case: Case) -> Iterator[Finding]:
-    """A limit in hours, which nothing but the run itself can translate into epochs."""
-    training = case.config.training
-    if training.max_hours is not None:
-        yield Finding("training.max_hours", "ok", f"{training.max_hours:g} h for at most {training.epochs} epochs; how "
-                      "many fit is known once steps have been timed")
+    if (hours := config.training.max_hours) is not None:
+        yield Finding("training.max_hours", "ok", f"{hours:g} h for at most {config.training.epochs} epochs; how many "
+                      "fit is known once steps have been timed")
 
 
 def check_steps(case: Case) -> Iterator[Finding]:
@@ -502,4 +497,4 @@ def _step(title: str, run: "Run", stage: "Stage", number: int) -> Iterator[Findi
 CHECKS: tuple[tuple[str, Callable[[Case], Iterator[Finding]], str], ...] = (  # the attributes of a case that each needs
     ("device", check_device, ""), ("word embeddings", check_word_embeddings, ""), ("resume", check_resume, ""),
     ("data", check_data, ""), ("files", check_files, "data"), ("disk", check_disk, ""),
-    ("time", check_time, ""), ("memory", check_memory, "device data"), ("step", check_steps, "run"))
+    ("memory", check_memory, "device data"), ("step", check_steps, "run"))

@@ -174,10 +174,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, steps: set[int
 
     def poisoned(*given: Any) -> torch.Tensor:
         found = features(*given)
-        if run.progress.step + 1 in steps and torch.is_grad_enabled():
+        if run.progress.step + 1 in steps:
             if where == "loss":
                 return found * math.nan
-            found.register_hook(lambda gradient: gradient * math.nan)
+            if found.requires_grad:
+                found.register_hook(lambda gradient: gradient * math.nan)
         return found
 
     monkeypatch.setattr(run.model, "features", poisoned)

@@ -106,7 +106,8 @@ def test_a_resumed_run_splits_its_batches_as_before(small: SmallRuns, whole: Pat
     tasks = {row.name: loop.active_tasks(row, run.data)[0] for row in config.stages}
     plans.fit_stages(run, tasks, {**state, "fits": {**state["fits"], "finetune": smaller, "gone": smaller}})
     run.tracker.close()
-    assert {name: vars(fit) for name, fit in run.fits.items()} == {**state["fits"], "finetune": smaller}
+    assert {name: vars(fit) for name, fit in run.fits.items()} == {
+        **state["fits"], "finetune": {**smaller, "keep_tokens": False}}, "a fit of before tokens were kept"
 
 
 def test_pieces_that_a_kill_leaves_behind_are_cleared(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
@@ -341,7 +342,8 @@ def test_other_stages_than_were_trained_are_refused(small: SmallRuns, whole: Pat
 def test_a_resumed_run_may_have_more_or_fewer_epochs(epochs: int, epoch: int, epoch_step: int, stage: str,
                                                      expected: dict[str, int]) -> None:
     config = load_config(None, [f"training.epochs={epochs}"])
-    state = {"stage": stage, "stage_epochs": resume.stage_epochs(load_config(None, ["training.epochs=10"])),
+    begun = load_config(None, ["training.epochs=10"])
+    state = {"stage": stage, "stage_epochs": resume.stage_epochs(begun), "config": begun.to_dict(),
              "progress": {"epoch": epoch, "epoch_step": epoch_step}}
     assert [row.share for row in config.stages] == [0.2, 0.6, 0.2]
     assert resume.stage_epochs(config, state) == expected
@@ -409,7 +411,7 @@ def test_a_checkpoint_holds_all_that_its_use_needs_as_plain_data(small: SmallRun
         assert kinds == {("cpu", torch.float32)}
         assert not [key for key in state["model_state_dict"] if key.startswith(("0_", "1_"))], "no stage's heads"
     going_on = torch.load(whole / "checkpoints" / "checkpoint_epoch_4.pt")
-    assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average", "bad_in_a_row", "alarms"}
+    assert going_on["stage_state"].keys() == {"objectives", "optimizer", "average", "bad_in_a_row", "alarms", "pace"}
     assert going_on["fits"].keys() == {"pretrain", "align", "finetune", "evaluation"}
     progress = {"epoch": 4, "step": records(whole, "stage")[-1]["step"], "stage_step": 4, "epoch_step": 0}
     assert going_on["progress"].items() >= progress.items() and going_on["progress"]["losses"] == 2

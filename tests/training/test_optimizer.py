@@ -101,6 +101,7 @@ def test_schedule_at_its_edges() -> None:
     assert lr_at(0, 1, 2.0, 5, 1) == 2.0, "a single step"
     assert lr_at(0, 3, 2.0, 5, 1) == lr_at(1, 3, 2.0, 5, 1) == 2.0, "a warm-up shorter than a step takes one"
     assert [lr_at(step, 4, 2.0, 100, 1) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert max(lr_at(step / 8, 6.5, 2.0, 5, 1) for step in range(52)) == 2.0, "between whole steps, too"
     assert lr_at(500, 100, 2.0, 10, 5) == pytest.approx(0.1), "never below, never up again"
     rates = [lr_at(step, 1000, 2.0, 5, 1) for step in range(1000)]
     assert rates[:50] == sorted(rates[:50]) and rates[50:] == sorted(rates[50:], reverse=True)

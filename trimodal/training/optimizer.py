@@ -28,10 +28,11 @@ def freeze(model: nn.Module, row: StageConfig) -> None:
 
 
 def lr_at(step: float, total: float, peak: float, warmup_pct: float, min_pct: float) -> float:
-    """Learning rate of step 0 .. total - 1: linear warm-up, then half a cosine down to `min_pct` of the peak."""
+    """Learning rate of step 0 .. total - 1: linear warm-up, then half a cosine down to `min_pct` of the peak. Steps may
+    lie between whole ones, where a schedule has been stretched."""
     warmup = max(1, round(total * warmup_pct / 100)) if warmup_pct else 0
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min((step + 1) / warmup, 1.0)
     done = (step - warmup) / max(1, total - warmup)
     low = min_pct / 100
     return peak * (low + (1 - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)

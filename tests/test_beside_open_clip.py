@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +48,15 @@ def test_a_run_that_fails_is_no_measurement(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="CPU seconds of others are asked of /proc")
 @pytest.mark.timed
 def test_cpu_seconds_hold_those_of_children() -> None:
-    burn = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    """The system counts in ticks of 10 ms, and drops what is less: so a child that takes 0.5 s shows 0.4 at least."""
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdin is not None
     process.stdout.readline()
-    assert cpu_s(process.pid) >= 0.3
+    assert cpu_s(process.pid) >= 0.4
     process.communicate(b"\n")
-    begin_s = time.perf_counter()
-    assert cpu_s(process.pid) == 0.0 and time.perf_counter() - begin_s < 60
+    assert cpu_s(process.pid) == 0.0, "it has ended"
 
 
 def test_the_cache_is_filled_before_a_clock_runs(tmp_path: Path) -> None:

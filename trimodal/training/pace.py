@@ -136,10 +136,12 @@ class Pace:
         progress, name, most = self.run.progress, self.stage.row.name, self.stage.most
         training_s = self._step_s() * most
         validation_s = self._sample_s() * self.validated  # after each epoch
+        validations = (progress.stage_step - progress.epoch_step) // self.steps_per_epoch
+        done_s = self._step_s() * progress.stage_step + validations * validation_s
         stage_s = training_s + self.epochs[name] * validation_s
         later_s = sum(training_s * self.tokens[later] / self.tokens[name] + self.epochs[later] * validation_s
                       for later in self._later())
-        part = (self._left_s() + stage_s * progress.stage_step / most) / (stage_s + later_s)
+        part = (self._left_s() + done_s) / (stage_s + later_s)
         return min(most, max(progress.stage_step, math.floor(part * most)))
 
     def _later(self) -> list[str]:

@@ -65,8 +65,8 @@ class Stage:
             self.average.load_state_dict(state["average"])
 
     def end_at(self, steps: int, done: int) -> None:
-        """End after other `steps`, of which some are done: the part of the schedule that is left is spread over those
-        that are left."""
+        """Let the stage end after `steps` steps, of which `done` are done. What is left of the schedule is spread over
+        the steps that are left."""
         if steps == self.steps:
             return
         left = (self.steps - done) / self.length
@@ -75,7 +75,7 @@ class Stage:
         self.steps = steps
 
     def learning_rate(self, training: TrainingConfig, step: int) -> float:
-        """Of one of the steps, from 0."""
+        """Learning rate of step number `step`, from 0."""
         return lr_at(self.length - (self.steps - step), self.length, training.learning_rate * self.row.lr_factor,
                      training.warmup_pct, training.min_lr_pct)
 

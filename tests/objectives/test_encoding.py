@@ -201,6 +201,17 @@ def test_a_frozen_tower_is_not_run_again() -> None:
     assert rows["image"] == B and rows["text"] == 2 * captions
 
 
+@pytest.mark.parametrize("task", ["finetune of images", "finetune of sounds"])
+def test_the_graph_of_text_is_freed_first(task: str) -> None:
+    """Plans of whole batches count on it: where the blocks of the others are recomputed, theirs is the smaller one."""
+    model, objectives = parts_of(task)
+    order: list[str] = []
+    for name in TASKS[task][0].split():
+        getattr(model, name).embed.weight.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    learn(step_of(model, batch_of(task)), weighted(objectives), lambda loss: loss.backward())
+    assert len(order) == 2 and order[0] == "text"
+
+
 def test_without_room_for_tokens_each_objective_encodes_its_own() -> None:
     kept, _ = rows_encoded("finetune of images", CUTS["ragged"])
     again, _ = rows_encoded("finetune of images", CUTS["ragged"], keep_tokens=False)

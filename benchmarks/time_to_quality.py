@@ -5,17 +5,17 @@
     python benchmarks/time_to_quality.py race synthetic stamps --folder /tmp/quality   # 3 turns: about 15 minutes
     python benchmarks/run.py time_to_quality_synthetic time_to_quality_stamps
 
-`grid` trains open_clip at every point of GRID (cut down to half an hour after trials of both programs, and not changed
-since), then at the best of these with half of the patches dropped, and last at
-the best of all LONGER times as long; none for more than 20 minutes. What it reached is kept in time_to_quality.json
-beside this file, point by point, so it may be stopped and started again. The aim is AIM of the best R@5 (mean of both
-directions) that any validation of any point has had.
+`grid` trains open_clip at every point of GRID, then at the best of these with half of the patches dropped, and last at
+the best of all LONGER times as long; none for more than 20 minutes. GRID was cut to half an hour after trials of both
+programs, and has not changed since. What open_clip reached is kept in time_to_quality.json beside this file, point by
+point, so it may be stopped and started again. The aim is AIM of the best R@5 (mean of both directions) that any
+validation of any point has had.
 
-`race` runs the points of open_clip that came to the aim first, and this project with the settings RACE, in turns, each
-until the aim. Clocks run from the command to the validation that reaches the aim, on prepared data: pictures of one
-size in both programs' lists, the cache of this project filled. Both have the same pairs, resolution, sizes of towers,
-two threads and one worker (beside_open_clip.py), and validate on the same pairs after each epoch, which is in the time;
-an epoch of this project is EPOCH of a pass over the pairs.
+`race` runs the points of open_clip that came to the aim first, and this project with the settings in CASES, in turns,
+each until the aim. Clocks run from the command to the validation that reaches the aim, on prepared data: pictures of
+one size in both programs' lists, the cache of this project filled. Both have the same pairs, resolution, sizes of
+towers, two threads and one worker (beside_open_clip.py), and validate on the same pairs after each epoch, which is in
+the time.
 """
 
 import argparse

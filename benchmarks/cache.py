@@ -238,7 +238,8 @@ def filling(paths: Sequence[Path], folder: Path) -> None:
     """Fill the cache until the entry is whole on the disk; the forecast of its size is part of it."""
     config = configured(folder, f"model.image_size={SIZE}", f"data.workers={os.cpu_count()}")
     with contextlib.redirect_stderr(io.StringIO()):
-        entry = cache.open_entry("image", "set-train-image", [(str(path), 0.0, 0.0) for path in paths], config, True)
+        entry = cache.open_entry(cache.DecodedFiles(
+            "image", "set-train-image", [(str(path), 0.0, 0.0) for path in paths], config), True)
     if entry is None:
         raise CannotMeasure("there is no room for the cache")
     shutil.rmtree(entry.folder)

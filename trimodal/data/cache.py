@@ -1,15 +1,16 @@
-"""The cache of decoded files, and the decoding of files by workers.
+"""The cache of what is made of files once: decoded images and sounds, and features of frozen towers.
 
 The cache has one entry for each set, split and kind. It is a folder with
 
     data.bin     the items one after another, as `codecs` encodes them: images with a short side of up to 8/7 of the
-                 model's, or log-mels
+                 model's, log-mels, or features
     index.npz    where each of them begins
     entry.json   format, kind, what encoded them, and the reasons of files that are broken
 
-Its name holds a digest of file names, sizes, dates, settings and decoders, so that after any change the old entry is
-not found. It appears whole, by a rename, or not at all; after a kill the next run goes on with the entry that was being
-filled, see `PartialEntry`.
+`Contents` says what an entry holds and makes it; its name holds a digest of all that decides the values (file names,
+sizes, dates, settings, decoders, of features the tower's weights), so that after any change the old entry is not found.
+It appears whole, by a rename, or not at all; after a kill the next run goes on with the entry that was being filled:
+see `PartialEntry`.
 
 Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 """
@@ -24,10 +25,12 @@ import shutil
 import time
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -40,6 +43,7 @@ from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
 from trimodal.errors import UserError
 from trimodal.files import bytes_below, hold_lock, nearest_existing, replacing, sync_folder
 
+AnyItem = TypeVar("AnyItem", bound=tuple[Any, ...])
 T = TypeVar("T")  # what reading one file gives
 Item = tuple[str, float, float]  # path, start_s, duration_s
 
@@ -85,20 +89,14 @@ def decode(kind: Kind, item: Item, side: int) -> np.ndarray:
     return log_mel(decode_audio(path, start_s, duration_s)).astype(np.float16)
 
 
-def encode_all(kind: Kind, items: Sequence[Item], config: Config) -> Generator[bytes | str, None, None]:
-    """Decode `items` with worker processes, and yield, in order, the bytes that the cache keeps of each, or, as a
-    string, why a file is broken. Workers run only a few chunks ahead, which bounds the memory.
+def read_all(read: Callable[[AnyItem], T], items: Sequence[AnyItem], config: Config) -> Generator[T | str, None, None]:
+    """Call `read` on each of `items` in worker processes, and yield, in order, what it returns, or the message of the
+    BrokenSample that it raises. An item begins with the path of its file. Workers run only a few chunks ahead, which
+    bounds the memory.
 
     Raises:
         UserError: workers die again and again at one file, or the folder of the files is gone.
     """
-    side = cache_side(config.model.image_size)
-    return read_all(lambda item: codecs.encode(kind, decode(kind, item, side)), items, config)
-
-
-def read_all(read: Callable[[Item], T], items: Sequence[Item], config: Config) -> Generator[T | str, None, None]:
-    """Call `read` on each of `items` in worker processes, and yield, in order, what it returns, or the message of the
-    BrokenSample that it raises. Raises what `encode_all` does."""
     def work(job: int, skipped: Mapping[int, str], report: Callable[[int], None]) -> list[T | str]:
         found: list[T | str] = []
         for number in range(job * CHUNK, min((job + 1) * CHUNK, len(items))):
@@ -121,7 +119,7 @@ def read_all(read: Callable[[Item], T], items: Sequence[Item], config: Config) -
     with closing(chunks):
         for chunk in chunks:
             if any(isinstance(found, str) for found in chunk):
-                folder = folder or common_folder(path for path, _, _ in items)
+                folder = folder or common_folder(item[0] for item in items)
                 check_folder(folder)
             yield from chunk
 
@@ -142,6 +140,106 @@ def check_folder(folder: str) -> None:
     if not there:
         raise UserError(f"data: {folder} is gone, or empty, though files are to be read there; mount the disk again or "
                         "put the folder back, then go on with --resume auto")
+
+
+# ---- what an entry holds -------------------------------------------------------------------------------------------
+
+
+class Contents(ABC):
+    """The items of an entry, and how they are made. `name` is SET-SPLIT-KIND."""
+
+    kind: Kind
+    name: str
+    config: Config
+    verb: ClassVar[str]  # of the progress bar
+    unit: ClassVar[str]
+    otherwise: ClassVar[str]  # what happens where there is no room
+    together: ClassVar[int] = 1  # items that are made at once: a filling goes on from a multiple of it
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def state(self) -> str:
+        """Digest of all that decides what is made."""
+
+    @abstractmethod
+    def made_by(self) -> str:
+        """What makes the items, in words."""
+
+    @abstractmethod
+    def paths(self) -> Iterator[str]:
+        """Of the files that they are made of."""
+
+    @abstractmethod
+    def encode(self, numbers: Sequence[int]) -> Generator[bytes | str, None, None]:
+        """Make the items of these numbers, and yield, in order, the bytes that the cache keeps of each, or, as a
+        string, why its file is broken. Raises what `read_all` does."""
+
+    def folder(self) -> Path:
+        return cache_folder(self.config) / f"{self.name}-{self.state()[:16]}"
+
+    def predicted_bytes(self) -> float:
+        """Size of all, from a few spread over the list."""
+        if len(self) <= FEW:
+            return 0.0
+        spread = [int(number) for number in np.linspace(0, len(self) - 1, PROBES)]
+        sizes = [len(found) for found in self.encode(spread) if not isinstance(found, str)]
+        return len(self) * sum(sizes) / max(len(sizes), 1)
+
+
+@dataclass(frozen=True)
+class DecodedFiles(Contents):
+    """Images or sounds as `decode` gives them."""
+
+    kind: Kind
+    name: str
+    items: Sequence[Item]
+    config: Config
+    verb: ClassVar[str] = "Decoding"
+    unit: ClassVar[str] = "file"
+    otherwise: ClassVar[str] = "decoded at each use"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def state(self) -> str:
+        side = cache_side(self.config.model.image_size) if self.kind == "image" else ""
+        state = hashlib.sha256(f"{FORMAT} {self.kind} {side} {codecs.made_by(self.kind)}".encode())
+        for line in file_lines(self.items, self.config):
+            state.update(line)
+        return state.hexdigest()
+
+    def made_by(self) -> str:
+        return codecs.made_by(self.kind)
+
+    def paths(self) -> Iterator[str]:
+        return (path for path, _, _ in self.items)
+
+    def encode(self, numbers: Sequence[int]) -> Generator[bytes | str, None, None]:
+        kind, side = self.kind, cache_side(self.config.model.image_size)
+        return read_all(lambda item: codecs.encode(kind, decode(kind, item, side)),
+                        [self.items[number] for number in numbers], self.config)
+
+
+def file_lines(items: Iterable[Item], config: Config) -> Iterator[bytes]:
+    """Name, stretch, size and date of each file, for digests. Files below data_root are named from there: it may
+    move."""
+    root = os.path.join(os.path.abspath(config.paths.data_root), "")
+    state_of = functools.cache(_size_and_date)  # a file may have many stretches
+    for path, start_s, duration_s in items:
+        size, changed_ns = state_of(path)
+        line = f"\0{path.removeprefix(root)}\0{start_s!r} {duration_s!r} {size} {changed_ns}"
+        yield line.encode("utf-8", "surrogateescape")
+
+
+def _size_and_date(path: str) -> tuple[int, int]:
+    """Bytes and date of change of a file, in ns; -1 each where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 # ---- entries -------------------------------------------------------------------------------------------------------
@@ -185,14 +283,25 @@ class Entry:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_bytes": None}
 
-    def read(self, number: int) -> np.ndarray:
-        """Raises BrokenSample for a file that is broken, UserError where the entry is."""
-        if number in self.reasons:
-            raise BrokenSample(self.reasons[number])
+    @property
+    def content(self) -> np.ndarray:
+        """All items one after another, uint8. Raises UserError where they cannot be read any more."""
         if self._bytes is None:
             self._bytes = self._map()
+        return self._bytes
+
+    def check(self, number: int) -> None:
+        """Raises BrokenSample for a file that is broken."""
+        if number in self.reasons:
+            raise BrokenSample(self.reasons[number])
+
+    def read(self, number: int) -> np.ndarray:
+        """Raises BrokenSample for a file that is broken, UserError where the entry is."""
+        self.check(number)
         try:
-            return codecs.decode(self.kind, self._bytes[self.offsets[number]:self.offsets[number + 1]].data)
+            return codecs.decode(self.kind, self.content[self.offsets[number]:self.offsets[number + 1]].data)
+        except UserError:
+            raise
         except Exception as error:  # Pillow raises nearly any type
             raise self._damaged(error) from None
 
@@ -215,44 +324,22 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.paths.data_root) / "cache"
 
 
-def entry_folder(kind: Kind, name: str, items: Sequence[Item], config: Config) -> Path:
-    """NAME-DIGEST, of all that decides what an entry holds. Files below data_root are named from there: it may move."""
-    side = cache_side(config.model.image_size)
-    state = hashlib.sha256(f"{FORMAT} {kind} {side if kind == 'image' else ''} {codecs.made_by(kind)}".encode())
-    root = os.path.join(os.path.abspath(config.paths.data_root), "")
-    state_of = functools.cache(_size_and_date)  # a file may have many stretches
-    for path, start_s, duration_s in items:
-        size, changed_ns = state_of(path)
-        line = f"\0{path.removeprefix(root)}\0{start_s!r} {duration_s!r} {size} {changed_ns}"
-        state.update(line.encode("utf-8", "surrogateescape"))
-    return cache_folder(config) / f"{name}-{state.hexdigest()[:16]}"
-
-
-def _size_and_date(path: str) -> tuple[int, int]:
-    """Bytes and date of change of a file, in ns; -1 each where it is not there."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
-
-
-def open_entry(kind: Kind, name: str, items: Sequence[Item], config: Config, fill: bool) -> Entry | None:
-    """Open the cache entry of `items` called `name`; with `fill`, decode and write it first where it is missing.
+def open_entry(contents: Contents, fill: bool) -> Entry | None:
+    """Open the cache entry of `contents`; with `fill`, make and write it first where it is missing.
 
     None where it is missing and `fill` is false, or where it cannot be written: then a line says why.
     """
-    folder = entry_folder(kind, name, items, config)
+    folder = contents.folder()
     if fill and not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder.parent):
                 if not folder.is_dir():  # another process may have made it while we waited
-                    _make_entry(folder, kind, items, config)
+                    _make_entry(folder, contents)
         except (_NoRoom, OSError) as error:
-            print(f"Cache: {name} is not kept but decoded at each use: {error}", flush=True)
+            print(f"Cache: {contents.name} is not kept but {contents.otherwise}: {error}", flush=True)
             return None
-    return Entry(folder, kind, len(items)) if folder.is_dir() else None
+    return Entry(folder, contents.kind, len(contents)) if folder.is_dir() else None
 
 
 @contextmanager
@@ -266,13 +353,14 @@ def _lock(cache: Path) -> Iterator[None]:
             lock.release()
 
 
-def _make_entry(folder: Path, kind: Kind, items: Sequence[Item], config: Config) -> None:
-    """Decode `items` into `folder`, which appears when all is on the disk.
+def _make_entry(folder: Path, contents: Contents) -> None:
+    """Write `contents` into `folder`, which appears when all is on the disk.
 
     A partial entry of the same set, split and kind with other files or settings is deleted; those of others only where
     there is no room beside them, and this one where there is none at all.
     """
-    check_folder(common_folder(path for path, _, _ in items))  # with it gone, all files would seem to be others
+    config = contents.config
+    check_folder(common_folder(contents.paths()))  # with it gone, all files would seem to be others
     _tell_former(folder)
     temporary = folder.with_name(folder.name + SUFFIX)
     others = [path for path in sorted(folder.parent.glob(f"*-*-*-{'[0-9a-f]' * 16}{SUFFIX}")) if path != temporary]
@@ -280,13 +368,13 @@ def _make_entry(folder: Path, kind: Kind, items: Sequence[Item], config: Config)
         for other in others:
             if other.name.rsplit("-", 1)[0] == folder.name.rsplit("-", 1)[0]:
                 _remove_partial(other)
-        needed = predicted_bytes(kind, items, config) - bytes_below(temporary)
+        needed = contents.predicted_bytes() - bytes_below(temporary)
         for other in others if needed > room_for_entries(config) else ():
             _remove_partial(other)
         room = room_for_entries(config)
         if needed > room or room <= 0:
             raise _no_room(needed, room, config)
-        _fill(temporary, kind, items, room, config)
+        _fill(temporary, contents, room)
         os.rename(temporary, folder)
         sync_folder(folder.parent)
     except (_NoRoom, OSError):
@@ -303,27 +391,19 @@ def _tell_former(folder: Path) -> None:
               f"{bytes_below(path.parent) / GB:.1f} GB", flush=True)
 
 
-def _fill(folder: Path, kind: Kind, items: Sequence[Item], room: float, config: Config) -> None:
-    """Decode what is missing in a partial entry; raises _NoRoom where that takes more than `room` bytes."""
-    entry = PartialEntry(folder, kind)
-    name, kept, kept_bytes = folder.name.rsplit("-", 1)[0], len(entry.sizes), entry.size
+def _fill(folder: Path, contents: Contents, room: float) -> None:
+    """Make what is missing in a partial entry; raises _NoRoom where that takes more than `room` bytes."""
+    entry, number = PartialEntry(folder, contents), len(contents)
+    kept, kept_bytes = len(entry.sizes), entry.size
     if kept:
-        print(f"Cache: {name}: going on from {kept} of {len(items)} files", flush=True)
-    with closing(entry), closing(encode_all(kind, items[kept:], config)) as each:
-        for encoded in tqdm(each, f"Decoding {name}s", len(items), initial=kept, unit="file", disable=None):
+        print(f"Cache: {contents.name}: going on from {kept} of {number} {contents.unit}s", flush=True)
+    with closing(entry), closing(contents.encode(range(kept, number))) as each:
+        for encoded in tqdm(each, f"{contents.verb} {contents.name}s", number, initial=kept, unit=contents.unit,
+                            disable=None):
             entry.add(encoded)
             if entry.size - kept_bytes > room:
-                raise _no_room(entry.size - kept_bytes, room, config)
+                raise _no_room(entry.size - kept_bytes, room, contents.config)
         entry.finish()
-
-
-def predicted_bytes(kind: Kind, items: Sequence[Item], config: Config) -> float:
-    """Size of all, from a few spread over the list."""
-    if len(items) <= FEW:
-        return 0.0
-    spread = [items[int(i)] for i in np.linspace(0, len(items) - 1, PROBES)]
-    sizes = [len(found) for found in encode_all(kind, spread, config) if not isinstance(found, str)]
-    return len(items) * sum(sizes) / max(len(sizes), 1)
 
 
 def room_for_entries(config: Config) -> float:
@@ -347,9 +427,9 @@ class PartialEntry:
     (of broken files, by number) are of the files so far.
     """
 
-    def __init__(self, folder: Path, kind: Kind):
+    def __init__(self, folder: Path, contents: Contents):
         """Open `folder`, made if need be, with what is whole in it. Raises OSError."""
-        self.folder, self.kind = folder, kind
+        self.folder, self.contents = folder, contents
         self.sizes, self.reasons = list[int](), dict[int, str]()
         folder.mkdir(exist_ok=True)
         for path in folder.glob(f"*{SUFFIX}"):  # of a kill while the index was written
@@ -375,7 +455,8 @@ class PartialEntry:
         self.sizes.append(len(content))
         self.data.write(content)
         self._crc = zlib.crc32(content, self._crc)
-        if self.size - self._stretch_start >= STRETCH_BYTES or time.monotonic() - self._since_s >= STRETCH_S:
+        is_due = self.size - self._stretch_start >= STRETCH_BYTES or time.monotonic() - self._since_s >= STRETCH_S
+        if is_due and len(self.sizes) % self.contents.together == 0:
             self._commit()
 
     def finish(self) -> None:
@@ -384,7 +465,7 @@ class PartialEntry:
         with replacing(self.folder / INDEX) as file:
             np.savez(file, offsets=offsets_of(np.array(self.sizes, np.int64)))
         with replacing(self.folder / FACTS, "w") as file:
-            json.dump({"format": FORMAT, "kind": self.kind, "made_by": codecs.made_by(self.kind),
+            json.dump({"format": FORMAT, "kind": self.contents.kind, "made_by": self.contents.made_by(),
                        "broken": self.reasons}, file)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from trimodal.config import Config
 from trimodal.data import bad_samples, cache, codecs, generated
-from trimodal.data.cache import Entry, Item
+from trimodal.data.cache import DecodedFiles, Entry, Item
 from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.samples import SampleTable
 
@@ -113,7 +113,7 @@ def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Stor
     store.cached.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})
     for kind, name, items in _entries(table):
         numbers = {item: number for number, item in enumerate(dict.fromkeys(items.values()))}
-        entry = cache.open_entry(kind, name, list(numbers), config, fill)
+        entry = cache.open_entry(DecodedFiles(kind, name, list(numbers), config), fill)
         if entry:
             store.cached[kind][list(items)] = [(len(store.entries), numbers[item]) for item in items.values()]
             store.entries.append(entry)
@@ -129,9 +129,9 @@ def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, 
     """Files and predicted bytes of each entry that `open_store` would make, by its name."""
     found = {}
     for kind, name, by_row in _entries(table):
-        items = list(dict.fromkeys(by_row.values()))
-        if not cache.entry_folder(kind, name, items, config).is_dir():
-            found[name] = len(items), cache.predicted_bytes(kind, items, config)
+        files = DecodedFiles(kind, name, list(dict.fromkeys(by_row.values())), config)
+        if not files.folder().is_dir():
+            found[name] = len(files), files.predicted_bytes()
     return found
 
 

@@ -22,7 +22,7 @@ WITHOUT_TORCH = ("trimodal.config", "trimodal.errors", "trimodal.arguments", "tr
                  "trimodal.download.unpack", "trimodal.doctor",
                  "download_datasets", "run_training", "evaluate")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",
-                     "requests"}  # inside functions, never on top
+                     "requests", "timm"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py
 
 MAX_FILE_BYTES = 1_000_000

@@ -356,16 +356,16 @@ def table_of_run(run: Path, data_root: Path) -> None:
     model, state = load_model(run / "checkpoints" / "best_model.pt")
     model.eval()
     exact_bytes = codecs.EXACT_BYTES
-    side = cache.cache_side(model.config.image_size)
+    side = cache.cache_side(model.config.image_side)
 
     def features(pictures: Sequence[np.ndarray]) -> torch.Tensor:
-        squares = [torch.from_numpy(fit_eval(one, model.config.image_size)) for one in pictures]
+        squares = [torch.from_numpy(fit_eval(one, model.config.image_side)) for one in pictures]
         with torch.no_grad():
             return model(images=torch.stack(squares).permute(0, 3, 1, 2))["image_features"].double()
 
     pictures = [resize_for_cache(opened(content), side) for content in originals()]
     lossy = [opened(encoded_by("JPEG", quality=codecs.JPEG_QUALITY, subsampling="4:4:4")(one)) for one in pictures]
-    print(f"{run}, {model.config.image_size} pixels: photographs as JPEG {codecs.JPEG_QUALITY}, cosine mean, median, "
+    print(f"{run}, {model.config.image_side} pixels: photographs as JPEG {codecs.JPEG_QUALITY}, cosine mean, median, "
           f"least: {cosines(pictures, lossy, features)}")
     for name, kept, exact in (("originals", False, exact_bytes), ("the cache", True, exact_bytes),
                               ("all of them as JPEG", True, 0)):

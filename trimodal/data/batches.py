@@ -130,6 +130,9 @@ class Batch:
     speakers: Tensor | None = None  # int64 [B], -1 = unknown
     image_ids: Tensor | None = None  # int64 [B], equal for equal pictures
     audio_ids: Tensor | None = None  # int64 [B], equal for the same stretch of equal sounds
+    # of a tower whose outputs are kept: float16 or float32 [rows, 1 + N, D], and bool [rows, 1 + N], True ones first.
+    # What they were made from (images, audio, input_ids) is None then.
+    tokens: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
     task: int = 0  # of its job
 
@@ -137,7 +140,9 @@ class Batch:
         """A copy in page-locked memory; the loader calls it before transfers to a GPU."""
         pinned: dict[str, Any] = {f.name: value.pin_memory() for f in fields(self)
                                   if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **pinned, noise={name: value.pin_memory() for name, value in self.noise.items()})
+        tokens = {name: (values.pin_memory(), valid.pin_memory()) for name, (values, valid) in self.tokens.items()}
+        return replace(self, **pinned, tokens=tokens,
+                       noise={name: value.pin_memory() for name, value in self.noise.items()})
 
 
 # A batch, None where in evaluation none of its samples can be read; and the records of its broken samples.
@@ -256,7 +261,7 @@ class BatchReader:
             noise["path_text"] = rng.random((len(captions), PATH_DRAWS), np.float32)
             noise["text"] = rng.random((len(captions), self.config.model.context_length), np.float32)
         if "image" in inputs:
-            noise["image"] = rng.random((self.config.model.image_size // PATCH) ** 2, np.float32)
+            noise["image"] = rng.random((self.config.model.image_side // PATCH) ** 2, np.float32)
             image_SS3 = self._image(row, rng)
         if "audio" in inputs:
             mel_TM = split.store.mel(row, rng)
@@ -272,7 +277,7 @@ class BatchReader:
         return rng.permutation(captions)[:self.config.training.captions_per_visit] if self.train else captions
 
     def _image(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        image_HW3, data, size = self.split.store.image(row, rng), self.config.data, self.config.model.image_size
+        image_HW3, data, size = self.split.store.image(row, rng), self.config.data, self.config.model.image_side
         if self.split.store.is_generated(row):
             return image_HW3  # made at this size; its place and colours are what the caption says
         if not self.train:
@@ -290,7 +295,7 @@ class BatchReader:
         if "text" in inputs:
             columns |= self._text(visits, noise)
         if "image" in inputs:
-            size = self.config.model.image_size
+            size = self.config.model.image_side
             columns["images"] = np.empty((len(visits), 3, size, size), np.uint8)
             for b, one in enumerate(visits):
                 assert one.image_SS3 is not None

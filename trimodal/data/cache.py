@@ -204,7 +204,7 @@ class DecodedFiles(Contents):
         return len(self.items)
 
     def state(self) -> str:
-        side = cache_side(self.config.model.image_size) if self.kind == "image" else ""
+        side = cache_side(self.config.model.image_side) if self.kind == "image" else ""
         state = hashlib.sha256(f"{FORMAT} {self.kind} {side} {codecs.made_by(self.kind)}".encode())
         for line in file_lines(self.items, self.config):
             state.update(line)
@@ -217,7 +217,7 @@ class DecodedFiles(Contents):
         return (path for path, _, _ in self.items)
 
     def encode(self, numbers: Sequence[int]) -> Generator[bytes | str, None, None]:
-        kind, side = self.kind, cache_side(self.config.model.image_size)
+        kind, side = self.kind, cache_side(self.config.model.image_side)
         return read_all(lambda item: codecs.encode(kind, decode(kind, item, side)),
                         [self.items[number] for number in numbers], self.config)
 

@@ -58,7 +58,7 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
             if not items:
                 continue
             show(f"{len(items)} {split} {kind}s")
-            side = cache.cache_side(config.model.image_size)
+            side = cache.cache_side(config.model.image_side)
             results = list(cache.read_all(partial(_examine, kind, side), items, config))
             bad = [(item[0], reason.removeprefix(f"{item[0]}: ")) for item, reason in zip(items, results, strict=True)
                    if isinstance(reason, str)]

@@ -107,7 +107,7 @@ def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Stor
     Raises:
         UserError: more than `data.max_bad_pct` of a set's images or sounds cannot be read.
     """
-    store = Store(table, config.model.image_size, config.data.cache)
+    store = Store(table, config.model.image_side, config.data.cache)
     if not config.data.cache:
         return store
     store.cached.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})

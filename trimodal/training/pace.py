@@ -167,7 +167,7 @@ def tokens_per_epoch(run: Run, row: StageConfig, tasks: Sequence[TaskConfig]) ->
     """Tokens that the towers read in an epoch of a stage, about."""
     config, split = run.config, run.data.splits["train"]
     captions = len(split.token_ids) / max(len(split.token_offsets) - 1, 1) * config.training.captions_per_visit
-    tokens = {"image": (config.model.image_size // PATCH) ** 2 * row.image_keep,
+    tokens = {"image": (config.model.image_side // PATCH) ** 2 * row.image_keep,
               "audio": config.data.audio_max_s * FRAME_RATE_HZ / PATCH * (NUM_MELS // PATCH) * row.audio_keep,
               "text": captions}
     return sum(task.passes * len(pool(split.table, task.inputs)) * sum(tokens[name] for name in task.inputs)

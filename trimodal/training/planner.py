@@ -41,7 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datasets import Batch
 from model import KERNELS, KERNELS_OF, TriModalModel, use_kernel
-from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, NUM_MELS, Config, StageConfig, TaskConfig
+from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, MODALITIES, NUM_MELS, Config, StageConfig, TaskConfig
 from trimodal.data.batches import PATH_DRAWS
 from trimodal.data.workers import cpu_cores, prepare_worker
 from trimodal.distributed import World
@@ -299,7 +299,7 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     C, L = B * config.training.captions_per_visit, config.model.context_length
     # Frames, up to a multiple of the 16 that a patch spans, as batches are padded.
     T = min(-(-int(config.data.audio_max_s * FRAME_RATE_HZ) // 16) * 16, AUDIO_WINDOW_FRAMES)
-    S, zeros = config.model.image_size, torch.zeros
+    S, zeros = config.model.image_side, torch.zeros
     noise = {"path": zeros(B, PATH_DRAWS), "drop_text": zeros(B)}
     columns: dict[str, Any] = {"concepts": zeros(B, config.model.num_classes, dtype=torch.bool)}
     if "image" in task.inputs:
@@ -431,7 +431,7 @@ class StageMeasure:
 def encoding_usage(config: Config, tower: str, num_samples: int, setup: DeviceSetup) -> Usage:
     """Peak memory of one forward pass of `num_samples` samples of one modality, as evaluation encodes them: through its
     tower, the fusion and the classifier, without gradients, on fake tensors."""
-    S, L = config.model.image_size, config.model.context_length
+    S, L = config.model.image_side, config.model.context_length
     with kernels_of(setup.device), tracing() as tracker, torch.no_grad():
         model = TriModalModel(config.model)
         use_kernel(model, setup.kernel)
@@ -604,7 +604,9 @@ def settings_digests(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], 
 
 def common_facts(config: Config, setup: DeviceSetup) -> dict[str, Any]:
     """The settings that all plans depend on: model, preset, memory budget and device, as plain data for a digest."""
-    model = {name: value for name, value in config.to_dict()["model"].items() if name != "word_embeddings"}
+    left_out = {"word_embeddings", *(name for name in MODALITIES if config.model.tower(name).is_own)}
+    model = {name: value for name, value in config.to_dict()["model"].items() if name not in left_out}
+    model["image_size"] = config.model.image_side
     return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,
             "place": dataclasses.asdict(setup)}
 

@@ -275,7 +275,8 @@ def description(run: Run) -> dict[str, Any]:
     can be used without the data set."""
     given = settings(run.config.to_dict())
     return {
-        "config": given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}},
+        "config": given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size,
+                                                      "image_size": run.model.config.image_side}},
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),

@@ -8,14 +8,12 @@ Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
 """
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trimodal.arguments import Parser, environment_needed, folder_name
+from trimodal.arguments import Parser, environment_needed, folder_name, writing_to
 from trimodal.errors import UserError
 from trimodal.openmp import bound_waiting
 from trimodal.redaction import command_line, settings, without_secrets
@@ -76,7 +74,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     from datasets import load_data
     from model import load_model
     from trimodal.data.tokenizer import Tokenizer
-    from trimodal.evaluation import protocols, report
+    from trimodal.evaluation import protocols, report, rerank
     from trimodal.memory import devices
     from trimodal.training.planner import DeviceSetup, plan_evaluation
 
@@ -84,6 +82,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     device = devices.choose_device(options.device)
     model, state = load_model(options.checkpoint)
     config = configuration(options, state["config"])
+    heads = rerank.heads_of(state, config, options.checkpoint)
     precision = devices.choose_precision(device, config.training.use_amp)
     print(f"Device: {device}; {precision.reason}")
     folder = Path(config.paths.output_dir) / "reports"
@@ -95,7 +94,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, sizes=plan.micro_batch,
                                 less=lambda size, cause: print(f"Out of memory ({cause}): {size} samples at a time"))
-    figures, encoded = protocols.evaluate_split(model.to(device), data, options.split, config, setting)
+    figures, encoded = protocols.evaluate_split(model.to(device), data, options.split, config, setting, heads)
     if not figures:
         raise UserError(f"--split {options.split}: {', '.join(config.data.datasets)} has no two samples there with two "
                         "modalities, labels or speakers; choose another --split or other --datasets")
@@ -117,16 +116,6 @@ def evaluate(options: argparse.Namespace) -> Path:
         _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=gallery)
     print(f"Report: {markdown}")
     return markdown
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """An OSError within becomes one line that says what to do about the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); free space, or choose another --output-dir"
-                        ) from None
 
 
 def main(arguments: list[str] | None = None) -> int:

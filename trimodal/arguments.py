@@ -5,8 +5,10 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
+from trimodal.errors import UserError
 from trimodal.redaction import without_secrets
 
 
@@ -40,3 +42,13 @@ def environment_needed(*loaded_later: str) -> Iterator[None]:
         print(f"error: the package {missing.name!r} is not there; source venv/bin/activate, or first "
               "bash setup_environment.sh", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """An OSError within becomes one line that says what to do about the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); free space, or choose another --output-dir"
+                        ) from None

@@ -31,6 +31,7 @@ ROOM = 1.02  # times the bytes of the tensors
 
 _MARK = b"trimodal checkpoint, sha256 of the bytes before this line: "
 _COMMENT_BYTES = len(_MARK) + 64
+_BESIDE = {"int64": "<i8", "float32": "<f4", "float64": "<f8"}  # tensors in config.json, and their bytes
 _EPOCH_FILE = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
 
@@ -87,17 +88,21 @@ def export(state: Mapping[str, Any], path: str | Path) -> None:
             file.write(text)
 
 
-def _written_tensor(value: Any) -> dict[str, str]:
-    """A tensor of whole numbers as JSON: what a state holds beside its weights."""
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.ndim != 1:
-        raise TypeError(f"config.json holds no {type(value).__name__}, and of tensors only int64 [n]")
-    return {"int64": base64.b64encode(value.numpy().astype("<i8").tobytes()).decode("ascii")}
+def _written_tensor(value: Any) -> dict[str, Any]:
+    """A small tensor as JSON: what a state holds beside its weights. `shape` is left out where it is [n]."""
+    name = str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
+    if name not in _BESIDE:
+        raise TypeError(f"config.json holds no {name or type(value).__name__}; of tensors {', '.join(_BESIDE)}")
+    values = {name: base64.b64encode(value.numpy().astype(_BESIDE[name]).tobytes()).decode("ascii")}
+    return values if value.ndim == 1 else values | {"shape": list(value.shape)}
 
 
 def _read_tensor(value: dict[str, Any]) -> Any:
-    if value.keys() == {"int64"} and isinstance(value["int64"], str):
-        return torch.from_numpy(np.frombuffer(base64.b64decode(value["int64"], validate=True), "<i8").astype(np.int64))
-    return value
+    (name, *others) = sorted(value, key=lambda key: key == "shape") or [""]
+    if name not in _BESIDE or others not in ([], ["shape"]) or not isinstance(value[name], str):
+        return value
+    values = np.frombuffer(base64.b64decode(value[name], validate=True), _BESIDE[name])
+    return torch.from_numpy(values.astype(name).reshape(value.get("shape", -1)))
 
 
 def check_room(folder: Path, *contents: Any) -> None:

@@ -354,6 +354,7 @@ class EvaluationConfig:
     tile: Count = 1024
     max_validation: Annotated[Int, Field(ge=2)] = 1000
     resamples: CountOr0 = 1000
+    rerank: CountOr0 = 0
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

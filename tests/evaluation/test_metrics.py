@@ -1,5 +1,6 @@
 """Metrics against naive float64 references, and what they say of collapsed, random and broken features."""
 
+import functools
 import itertools
 import math
 
@@ -70,6 +71,76 @@ def test_caption_by_caption_equals_the_naive_reference_with_ties(seed):
             if name != "rank":
                 assert figures[f"{prefix}_{name}"]["value"] == pytest.approx(value, abs=1e-12), name
     assert figures["text_to_image_R@1"]["chance"] == pytest.approx(1 / 23)
+
+
+# ---- re-ranking --------------------------------------------------------------------------------------------------
+
+
+def _naive_reranked(scores, relevant, again, depth):
+    """Sort each list, wrong before right where equal; then sort its first `depth` in the same way by other scores."""
+    order = [sorted(range(len(row)), key=lambda j: (-row[j], right[j])) for row, right in
+             zip(scores.tolist(), relevant.tolist(), strict=True)]
+    value = torch.full_like(scores, -1e9)
+    for q, row in enumerate(order):
+        for place, j in enumerate(row):
+            value[q, j] = again[q, j] if place < depth else -1e6 - place
+    return _naive_direction(value, relevant)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("depth", [1, 3, 16, 1000])
+@pytest.mark.parametrize("tile", [4, 1000])
+def test_reranked_figures_equal_the_naive_reference_with_ties_and_duplicates(seed, depth, tile):
+    left, right, owners, texts = _case(seed)
+    again = torch.randint(-2, 3, (len(left), len(right)), generator=torch.Generator().manual_seed(seed)).double()
+    asked: list[int] = []
+
+    def score(samples, captions, similarity):
+        assert torch.equal(similarity, (left[samples] * right[captions]).sum(1))
+        asked.append(len(samples))
+        return again[samples, captions]
+
+    figures = metrics.retrieval(left, right, owners, texts, options=Options(tile=tile, resamples=0),
+                                rerank=metrics.Rerank(depth, score))
+    plain = metrics.retrieval(left, right, owners, texts, options=Options(tile=tile, resamples=0))
+    assert asked == [len(left) * min(depth, len(right)), len(right) * min(depth, len(left))]
+    assert {name: figures[name] for name in plain} == plain, "the plain figures stay"
+    relevant = _relevance(owners, texts, len(left))
+    for prefix, scores, mask, others in (("image_to_text", left @ right.T, relevant, again),
+                                         ("text_to_image", right @ left.T, relevant.T, again.T)):
+        expected = _naive_reranked(scores, mask, others, depth)
+        for name in ("R@1", "R@5", "R@10", "median_rank", "mAP@10"):
+            figure = figures[f"{prefix}_{name}_reranked"]
+            assert figure["value"] == pytest.approx(expected[name], abs=1e-12), (prefix, name)
+            assert figure["chance"] == plain[f"{prefix}_{name}"]["chance"]
+
+
+def _constant(value, samples, captions, similarity):
+    return torch.full_like(similarity, value)
+
+
+def test_reranking_gives_a_collapsed_or_broken_head_nothing():
+    """Scores that are equal or no numbers put every right candidate behind the wrong ones beside it."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(40, 8, generator=g), dim=1)
+    for value in (0.0, 7.5, math.nan, math.inf):
+        rerank = metrics.Rerank(10, functools.partial(_constant, value))
+        figures = metrics.retrieval(features, features, torch.arange(40), options=QUIET, rerank=rerank)
+        assert figures["image_to_text_R@1"]["value"] == 1.0
+        assert figures["image_to_text_R@1_reranked"]["value"] == figures["image_to_text_R@5_reranked"]["value"] == 0.0
+        assert figures["text_to_image_median_rank_reranked"]["value"] == 10
+    alone = metrics.Rerank(1, functools.partial(_constant, math.nan))
+    figures = metrics.retrieval(features, features, torch.arange(40), options=QUIET, rerank=alone)
+    assert figures["image_to_text_R@1_reranked"]["value"] == 1.0, "one candidate has nothing to be behind of"
+
+
+def test_features_that_are_not_finite_gain_nothing_by_reranking():
+    features = torch.eye(12)
+    features[3] = math.nan
+    rerank = metrics.Rerank(5, lambda samples, captions, similarity: similarity + (samples == captions))
+    figures = metrics.retrieval(features, torch.eye(12), torch.arange(12), options=QUIET, rerank=rerank)
+    for name in ("image_to_text_R@1", "text_to_image_R@1"):
+        assert figures[name]["value"] == figures[f"{name}_reranked"]["value"] == 11 / 12
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -16,24 +16,36 @@ No matrix of all scores is ever held: work goes tile by tile.
     figures["image_to_text_R@1"]["value"]
 
 Shape suffixes: S samples, C captions, Q queries, G gallery (candidates of a query), q and g one tile of them,
-F feature width, D depth (relevant items looked at), P pairs of sample and text, N rows, K classes, T trials,
-R resamples, M metrics, A groups that are resampled together.
+F feature width, D depth (relevant items looked at), K first candidates of a query, P pairs of sample and text, N rows,
+K classes, T trials, R resamples, M metrics, A groups that are resampled together.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 RECALL_AT = (1, 5, 10)
 MAP_DEPTH = 10  # mAP@10, as the DCASE retrieval task reports it
 P_TARGET = (0.05, 0.01)  # priors of the two detection costs that VoxCeleb papers report
 
+RERANKED = "_reranked"  # ends the names of figures whose first candidates have been ordered anew
+
 Figure = dict[str, Any]  # numbers; None where there is no interval
 Interval = tuple[Any, Any]  # two floats, or None and None without resamples
+
+
+@dataclass(frozen=True)
+class Rerank:
+    """Orders the first `depth` candidates of each query anew, by `score`: of pairs given by the rows of their samples,
+    of their captions, and their similarity, in this order, each [P]; as many floats."""
+
+    depth: int
+    score: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,8 @@ class Relation:
 
 
 def retrieval(samples_SF: Tensor, captions_CF: Tensor, owners_N: Tensor, texts_N: Tensor | None = None, *,
-              names: tuple[str, str] = ("image", "text"), options: Options = Options()) -> dict[str, Figure]:
+              names: tuple[str, str] = ("image", "text"), options: Options = Options(),
+              rerank: Rerank | None = None) -> dict[str, Figure]:
     """R@1/5/10, median rank and mAP@10 of both directions, several captions a sample.
 
     Sample to caption is a hit if any caption of the sample, or any caption with the same text, ranks high enough;
@@ -95,6 +108,7 @@ def retrieval(samples_SF: Tensor, captions_CF: Tensor, owners_N: Tensor, texts_N
             only tell what is right for which sample.
         texts_N: an id of each caption's normalised text, int64; None = all differ.
         names: what samples and captions are called in the names of the metrics.
+        rerank: adds each figure once more, as `image_to_text_R@1_reranked`.
 
     Returns:
         Figures by name, such as `image_to_text_R@1` and `text_to_image_median_rank`; empty without captions.
@@ -105,15 +119,22 @@ def retrieval(samples_SF: Tensor, captions_CF: Tensor, owners_N: Tensor, texts_N
     owners_N = owners_N.to(device)
     texts_N = torch.arange(len(owners_N), device=device) if texts_N is None else texts_N.to(device)
     relation, owners_C = Relation(owners_N, texts_N, len(samples_SF), len(captions_CF)), owners_N[:len(captions_CF)]
-    there = relevant_ranks(samples_SF, captions_CF, relation.tile, relation.captions_S, options.tile)
-    back = relevant_ranks(captions_CF, samples_SF, lambda c, s: relation.tile(s, c).T, relation.samples_C, options.tile)
     first, second = names
-    return {
-        **_direction(f"{first}_to_{second}", there, relation.captions_S, len(captions_CF), np.arange(len(samples_SF)),
-                     options),
-        **_direction(f"{second}_to_{first}", back, relation.samples_C, len(samples_SF), owners_C.cpu().numpy(),
-                     options),
-    }
+    groups_S, groups_C = np.arange(len(samples_SF)), owners_C.cpu().numpy()
+    figures: dict[str, Figure] = {}
+    for prefix, queries, gallery, relevant, counts_Q, groups in (
+            (f"{first}_to_{second}", samples_SF, captions_CF, relation.tile, relation.captions_S, groups_S),
+            (f"{second}_to_{first}", captions_CF, samples_SF, lambda c, s: relation.tile(s, c).T, relation.samples_C,
+             groups_C)):
+        ranks_QD = relevant_ranks(queries, gallery, relevant, counts_Q, options.tile)
+        figures |= _direction(prefix, ranks_QD, counts_Q, len(gallery), groups, options)
+        if rerank:
+            found = first_candidates(queries, gallery, relevant, rerank.depth, options.tile)
+            of_captions = queries is captions_CF
+            again_QD = reranked(ranks_QD, found, _scores_of_pairs(found, rerank, of_captions=of_captions))
+            figures |= {name + RERANKED: figure for name, figure in
+                        _direction(prefix, again_QD, counts_Q, len(gallery), groups, options).items()}
+    return figures
 
 
 def relevant_ranks(queries_QF: Tensor, gallery_GF: Tensor, relevant: Callable[[slice, slice], Tensor],
@@ -131,6 +152,46 @@ def relevant_ranks(queries_QF: Tensor, gallery_GF: Tensor, relevant: Callable[[s
     place_D = torch.arange(1, depth + 1, device=queries_QF.device)
     return torch.cat([place_D + search.better(q, search.best(q, depth), counts_Q[q])
                       for q in _tiles(len(queries_QF), tile)])
+
+
+class Candidates(NamedTuple):
+    """The first K candidates of Q queries: their rows of the gallery, similarities, and whether they are relevant."""
+
+    rows_QK: Tensor
+    similarity_QK: Tensor
+    right_QK: Tensor
+
+
+def first_candidates(queries_QF: Tensor, gallery_GF: Tensor, relevant: Callable[[slice, slice], Tensor], depth: int,
+                     tile: int) -> Candidates:
+    """The `depth` candidates of each query, or all where there are fewer, that score highest; of equal ones those that
+    are wrong, as in `relevant_ranks`."""
+    search = _Search(_Rows(queries_QF), _Rows(gallery_GF), relevant, tile)
+    found = [search.first(q, depth) for q in _tiles(len(queries_QF), tile)]
+    return Candidates(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def _scores_of_pairs(found: Candidates, rerank: Rerank, *, of_captions: bool) -> Tensor:
+    """What `rerank` says of each candidate; (Q, K). `of_captions`: the queries are captions."""
+    queries_QK = torch.arange(len(found.rows_QK), device=found.rows_QK.device)[:, None].expand_as(found.rows_QK)
+    sides = (found.rows_QK, queries_QK) if of_captions else (queries_QK, found.rows_QK)
+    scores_P = rerank.score(sides[0].flatten(), sides[1].flatten(), found.similarity_QK.flatten())
+    return scores_P.to(found.similarity_QK).view_as(found.similarity_QK)
+
+
+def reranked(ranks_QD: Tensor, found: Candidates, scores_QK: Tensor) -> Tensor:
+    """Ranks of each query's best relevant items once its first candidates are ordered by `scores_QK`; of equal scores
+    the wrong ones come first, and one that is not finite is below all. Items behind the first candidates stay where
+    `ranks_QD` has them."""
+    K, D = scores_QK.shape[1], ranks_QD.shape[1]
+    scores_QK = scores_QK.masked_fill(~torch.isfinite(scores_QK), -torch.inf)
+    best_QD = F.pad(scores_QK.masked_fill(~found.right_QK, -torch.inf).topk(min(D, K), dim=1).values,
+                    (0, D - min(D, K)), value=-torch.inf)
+    reached_QD = best_QD - rounding(best_QD.dtype) * best_QD.abs().clamp(min=1)
+    wrong_QK = scores_QK.masked_fill(found.right_QK, torch.nan)
+    place_D = torch.arange(1, D + 1, device=ranks_QD.device)
+    inside_QD = place_D + torch.stack([(wrong_QK >= reached_QD[:, j, None]).sum(1) for j in range(D)], dim=1)
+    return torch.where(place_D <= found.right_QK.sum(1, keepdim=True), inside_QD, ranks_QD.clamp(min=K + 1))
 
 
 class _Rows:
@@ -172,6 +233,23 @@ class _Search:
                 rows = (counts_q > j).nonzero().squeeze(1)
                 found_qD[rows, j] += (wrong_qg[rows] >= best_qD[rows, j, None] - tolerance).sum(1)
         return found_qD
+
+    def first(self, q: slice, depth: int) -> Candidates:
+        """The candidates of the queries `q` that score highest, of equal ones those that are wrong, then those
+        of lower rows: whatever the tiles."""
+        found = Candidates(torch.empty(q.stop - q.start, 0, dtype=torch.int64, device=self.queries.features.device),
+                           self.queries.features.new_empty(q.stop - q.start, 0),
+                           torch.empty(q.stop - q.start, 0, dtype=torch.bool, device=self.queries.features.device))
+        for g in _tiles(len(self.gallery.features), self.tile):
+            scores_qg = self._scores(q, g)
+            rows_qg = torch.arange(g.start, g.stop, device=scores_qg.device).expand_as(scores_qg)
+            joined = Candidates(*(torch.cat(both, dim=1) for both in zip(
+                found, (rows_qg, scores_qg, self.relevant(q, g)), strict=True)))
+            ahead = joined.similarity_QK + rounding(scores_qg.dtype) * ~joined.right_QK
+            ahead = ahead.masked_fill(torch.isneginf(ahead) & ~joined.right_QK, torch.finfo(ahead.dtype).min)
+            kept = ahead.sort(dim=1, descending=True, stable=True).indices[:, :depth]
+            found = Candidates(*(column.gather(1, kept) for column in joined))
+        return found
 
     def _scores(self, rows: slice | Tensor, g: slice) -> Tensor:
         ok_qg = self.queries.ok_N[rows][:, None] & self.gallery.ok_N[g]

@@ -19,8 +19,8 @@ model in both. Speakers are verified (cosines of audio_features) on the trials o
 Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ from datasets import Data, Loader
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config
 from trimodal.data.batches import Batch, Split
 from trimodal.data.splits import has_known_file
-from trimodal.errors import UserError
 from trimodal.evaluation import metrics, trials
 from trimodal.evaluation.metrics import Figure
-from trimodal.memory import devices
+from trimodal.evaluation.micro_batches import MicroBatches, Setting
+from trimodal.evaluation.rerank import Heads, PairScores
 from trimodal.sets import SETS
 
 ALL = "all"
@@ -45,18 +45,6 @@ PER_CAPTION = "_per_caption"  # ends the names of retrieval figures as papers co
 
 Figures = dict[str, dict[str, dict[str, Figure]]]
 Known = dict[str, dict[int, Tensor]]  # features by modality and row of the table: (1, F), of text (captions, F)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How a split is encoded."""
-
-    device: torch.device
-    amp: torch.dtype | None = None  # of autocast; None = float32
-    limit: int | None = None  # at most so many samples of each set and kind of inputs, drawn by a fixed seed
-    concepts: bool = True  # pictures and sounds also through the fusion, for the classifier's figures
-    sizes: Mapping[str, int] = field(default_factory=dict)  # samples at a time by modality; else evaluation.batch_size
-    less: Callable[[int, str], None] = lambda size, cause: None  # told when memory ran out: the new size, and why
 
 
 @dataclass(frozen=True)
@@ -188,7 +176,7 @@ class _Gathered:
 
     def __init__(self, model: Any, setting: Setting, size: int):
         self.model, self.setting = model, setting
-        self.size = {name: setting.sizes.get(name, size) for name in MODALITIES}
+        self.micro_batches = MicroBatches(setting, size)
         self.seen: set[int] = set()
         self.features: dict[str, list[Tensor]] = {name: [] for name in MODALITIES}
         self.rows: dict[str, list[np.ndarray]] = {name: [] for name in MODALITIES}
@@ -214,37 +202,19 @@ class _Gathered:
         given = {"image": (batch.images,), "audio": (batch.audio, batch.audio_lengths),
                  "text": (batch.input_ids, batch.attention_mask)}
         classify = self.setting.concepts and batch.concepts is not None and bool(batch.concepts.any())
-        with torch.autocast(self.setting.device.type, self.setting.amp, enabled=self.setting.amp is not None):
-            for name, tensors in given.items():
-                inputs = [x for x in tensors if x is not None]
-                if inputs and name in names:
-                    found = self._in_micro_batches(name, inputs, classify and name != "text")
-                    owners = batch.caption_owner.numpy() if name == "text" else slice(None)  # type: ignore[union-attr]
-                    self._keep(name, rows[owners], batch, found)
+        for name, tensors in given.items():
+            inputs = [x for x in tensors if x is not None]
+            if inputs and name in names:
+                found = self._in_micro_batches(name, inputs, classify and name != "text")
+                owners = batch.caption_owner.numpy() if name == "text" else slice(None)  # type: ignore[union-attr]
+                self._keep(name, rows[owners], batch, found)
         if "text" in names:
             self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
 
     def _in_micro_batches(self, name: str, inputs: list[Tensor], classify: bool) -> list[dict[str, Tensor]]:
-        """Encode so many rows at a time; out of memory halves that for all that follows."""
         windows = -(-inputs[0].shape[1] // AUDIO_WINDOW_FRAMES) if name == "audio" else 1  # which the size counts
-        found: list[dict[str, Tensor]] = []
-        start = 0
-        while start < len(inputs[0]):
-            size = max(1, self.size[name] // windows)
-            try:
-                found.append(self._encode(name, [x[start:start + size] for x in inputs], classify))
-                start += size
-                continue
-            except (RuntimeError, MemoryError) as error:
-                cause = devices.out_of_memory_cause(error)
-            # outside of the handler, so that the failed micro-batch's tensors are let go
-            devices.free_cached(self.setting.device)
-            if size == 1:
-                raise UserError(f"evaluation: out of memory with one sample at a time ({cause}); free the device for "
-                                "this run, or evaluate with --device cpu")
-            self.size = {known: max(1, value // 2) for known, value in self.size.items()}
-            self.setting.less(max(self.size.values()), cause)
-        return found
+        return self.micro_batches.of((name,), len(inputs[0]), weight=windows,
+                                     work=lambda rows: self._encode(name, [x[rows] for x in inputs], classify))
 
     def _encode(self, name: str, inputs: list[Tensor], classify: bool) -> dict[str, Tensor]:
         """Features of one micro-batch, and with `classify` what the fusion says of this modality alone."""
@@ -297,14 +267,15 @@ class _Gathered:
 
 
 @torch.inference_mode()
-def score(encoded: Encoded, data: Data, config: Config) -> Figures:
-    """All figures of an encoded split: {set: {pair: {metric: figure}}}; pairs without two samples are left out."""
+def score(encoded: Encoded, data: Data, config: Config, scores: PairScores | None = None) -> Figures:
+    """All figures of an encoded split: {set: {pair: {metric: figure}}}; pairs without two samples are left out. With
+    `scores`, those of retrieval with captions also after the first candidates have been ordered by these."""
     options = metrics.Options(tile=config.evaluation.tile, resamples=config.evaluation.resamples)
     figures: Figures = {}
     for name, members in _sets(data, encoded.split):
-        pairs = {"image-text": _retrieval(encoded, data, ("image", "text"), members, options)}
+        pairs = {"image-text": _retrieval(encoded, data, ("image", "text"), members, options, scores)}
         if name == ALL or name in SETS:
-            pairs["audio-text"] = _retrieval(encoded, data, ("audio", "text"), members, options)
+            pairs["audio-text"] = _retrieval(encoded, data, ("audio", "text"), members, options, scores)
             pairs["image-audio"] = _retrieval(encoded, data, ("image", "audio"), members, options)
             for modality in ("image", "audio"):
                 pairs[f"{modality}-concepts"] = _concepts(encoded, modality, members, options)
@@ -316,10 +287,12 @@ def score(encoded: Encoded, data: Data, config: Config) -> Figures:
     return {name: pairs for name, pairs in figures.items() if pairs}
 
 
-def evaluate_split(model: Any, data: Data, split: str, config: Config, setting: Setting) -> tuple[Figures, Encoded]:
-    """`encode_split`, then `score`."""
+def evaluate_split(model: Any, data: Data, split: str, config: Config, setting: Setting,
+                   heads: Heads | None = None) -> tuple[Figures, Encoded]:
+    """`encode_split`, then `score`; with `heads`, of a checkpoint, re-ranked where `evaluation.rerank` asks for it."""
     encoded = encode_split(model, data, split, config, setting)
-    return score(encoded, data, config), encoded
+    scores = PairScores(model, heads, data, split, config, setting) if heads and config.evaluation.rerank else None
+    return score(encoded, data, config, scores), encoded
 
 
 def mark_trained_on(encoded: Encoded, data: Data, config: Config, known: np.ndarray) -> None:
@@ -385,8 +358,8 @@ def _first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], np.argsort(order)[group_N]
 
 
-def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.ndarray,
-               options: metrics.Options) -> dict[str, Figure]:
+def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.ndarray, options: metrics.Options,
+               scores: PairScores | None = None) -> dict[str, Figure]:
     """Both directions, each file and each of its wordings once; with captions also as papers count, caption by caption.
 
     A file that stands in several samples is one, for which all their captions are right.
@@ -397,16 +370,23 @@ def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.
     first, second = (_rows(encoded.items[name].features_NF, indices)
                      for name, indices in zip(pair, (p.first_N, p.second_M), strict=True))
     texts = pair[1] == "text"
+
+    def rerank(columns: np.ndarray) -> metrics.Rerank | None:
+        if scores is None or not texts:
+            return None
+        return scores.rerank(pair[0], encoded.items[pair[0]].rows_N[p.first_N],
+                             encoded.captions_C[p.second_M[columns]])
+
     _, ids = np.unique(p.ids_M, return_inverse=True)
     counted, _ = _first_of_each(p.owners_M * (ids.max() + 1) + ids if texts else ids)
     order = np.concatenate([counted, np.setdiff1d(np.arange(len(ids)), counted)])
     figures = metrics.retrieval(first, _rows(second, counted), torch.from_numpy(p.owners_M[order]),
-                                torch.from_numpy(ids[order]), names=pair, options=options)
+                                torch.from_numpy(ids[order]), names=pair, options=options, rerank=rerank(counted))
     if texts:
         times = data.tables[encoded.split].caption_times[encoded.captions_C[p.second_M]]
         each = np.repeat(np.arange(len(p.second_M)), times)  # equal captions of one clip are so many queries there
         of_papers = metrics.retrieval(first, _rows(second, each), torch.from_numpy(p.owners_M[each]), names=pair,
-                                      options=options)
+                                      options=options, rerank=rerank(each))
         figures = {name + suffix: found[name] for name in figures
                    for suffix, found in (("", figures), (PER_CAPTION, of_papers))}
     return figures

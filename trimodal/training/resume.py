@@ -105,7 +105,8 @@ def _best_beside(path: Path, epoch: int) -> dict[str, Any]:
     if state["epoch"] > epoch:
         print(f"The best weights are chosen anew from here on: those in best_model.pt are of epoch {state['epoch']}")
         return {}
-    return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")}
+    return {name: state[name] for name in ("stage", "epoch", "loss", "model_state_dict")} | {
+        "matching_head": state.get("matching_head", {})}  # earlier releases wrote none
 
 
 def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None:

@@ -20,6 +20,7 @@ from trimodal.memory import devices
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import Losses, learn
 from trimodal.objectives.contrastive import loss_parameters
+from trimodal.objectives.matching import Matching
 from trimodal.objectives.step import Share, Step
 from trimodal.training.diagnostics import Monitor
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, lr_at
@@ -78,6 +79,12 @@ class Stage:
         """Learning rate of step number `step`, from 0."""
         return lr_at(self.length - (self.steps - step), self.length, training.learning_rate * self.row.lr_factor,
                      training.warmup_pct, training.min_lr_pct)
+
+    @property
+    def matching_heads(self) -> dict[str, dict[str, Tensor]]:
+        """The heads that tell right pairs from wrong ones, by pair ("image_text"), which re-ranking needs."""
+        found = [objective for objective in self.objectives.values() if isinstance(objective, Matching)]
+        return {"_".join(objective.inputs): objective.head.state_dict() for objective in found}
 
     @property
     def contrasts(self) -> bool:

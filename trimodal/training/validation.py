@@ -45,7 +45,7 @@ def validate(run: Run, stage: Stage, speed: str = "") -> protocols.Encoded | Non
     with averaged(run, stage):
         loss, parts, encoded = encode_all(run, stage)
         figures = retrieval_figures(run, encoded)
-        is_best = remember_best(run, stage.row.name, loss)
+        is_best = remember_best(run, stage.row.name, loss, stage.matching_heads)
     name, progress = stage.row.name, run.progress
     recorded = {key: {figure: values[field] for figure, values in figures.items()} for key, field in
                 (("metrics", "value"), ("chance", "chance"), ("candidates", "candidates"))}
@@ -186,15 +186,18 @@ def batch_loss(run: Run, stage: Stage, task: int, batch: Batch, features: dict[s
         shrink(run, stage, cause, "the same validation batch again", run.progress.step)
 
 
-def remember_best(run: Run, stage: str, loss: float | None) -> bool:
-    """Keep these weights on the host if their validation loss is the lowest of the stage: true. Later stages start
-    anew. Without one (None: nothing to validate on; or not finite) the newest are kept, until there is one."""
+def remember_best(run: Run, stage: str, loss: float | None,
+                  matching_heads: Mapping[str, Mapping[str, Tensor]] | None = None) -> bool:
+    """Keep these weights, and the stage's matching heads, on the host if their validation loss is the lowest of the
+    stage: true. Later stages start anew. Without one (None: nothing to validate on; or not finite) the newest are kept,
+    until there is one."""
     before = run.best["loss"] if run.best and run.best["stage"] == stage else None
     is_best = loss is not None and math.isfinite(loss)
     if before is not None and math.isfinite(before) and not (is_best and loss < before):
         return False
     run.best = {"stage": stage, "epoch": run.progress.epoch, "loss": loss,
-                "model_state_dict": plain(run.model.state_dict(), copy=True)}
+                "model_state_dict": plain(run.model.state_dict(), copy=True),
+                "matching_head": plain(matching_heads or {}, copy=True)}
     return is_best
 
 
@@ -268,7 +271,11 @@ def finish(run: Run) -> Path:
         run.tracker.event("The best weights are not known: the last ones are evaluated", run.progress.step)
     run.model.to(run.device).eval()
     _check_room_for_the_end(run)
-    figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, evaluation_setting(run))
+    heads = run.best.get("matching_head")
+    if run.config.evaluation.rerank and not heads:
+        run.tracker.event(f"evaluation.rerank={run.config.evaluation.rerank}: the best weights are of a stage without "
+                          "the objective matching; nothing is re-ranked", run.progress.step)
+    figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, evaluation_setting(run), heads)
     protocols.mark_trained_on(encoded, run.data, run.config, run.trained_on.numpy())
     if figures:
         run.tracker.say(report.format_table(figures) + report.format_notes(figures, encoded.facts))

@@ -137,6 +137,14 @@ def cache() -> dict[str, float]:
     return measured()
 
 
+def rerank() -> dict[str, float]:
+    """Points of R@1 that re-ranking by the matching head gains."""
+    from benchmarks.rerank import gain
+
+    with measurable():
+        return gain()
+
+
 ALIGN_BF16 = partial(align, "align_same_bf16", "align_default_bf16", "align_dropped_bf16")
 FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "python_lines": Figure(13_000.0, lines, runs=1),
@@ -146,6 +154,7 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "busy_machine_slowdown": Figure(2.5, busy_machine, runs=5),
            "million_samples_start_s": Figure(20.0, million_samples, runs=5),
            "million_samples_memory_gb": Figure(1.0, million_samples, runs=5),
+           "rerank_gain_r1": Figure(None, rerank, runs=1, at_least=2.0),
            "align_same_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=1.4),
            "align_default_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=3.0),
            "align_dropped_bf16": Figure(None, ALIGN_BF16, runs=5, at_least=2.0),

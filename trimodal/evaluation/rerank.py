@@ -50,7 +50,7 @@ class PairScores:
 
     def __init__(self, model: Any, heads: Heads, data: Data, split: str, config: Config, setting: Setting):
         self.model, self.heads, self.data, self.split, self.config = model, heads, data, split, config
-        self.setting = setting
+        self.setting, self.contrastive_weight = setting, 1.0
         self.micro_batches = MicroBatches(setting, config.evaluation.batch_size)
         self.known: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by modality: keys, ascending, and their logits
 
@@ -59,7 +59,7 @@ class PairScores:
         captions, by theirs of its captions; None without a head for this pair."""
         if f"{modality}_text" not in self.heads:
             return None
-        scale = self.model.logit_scale[f"{modality}_text"].detach().exp()
+        scale = self.contrastive_weight * self.model.logit_scale[f"{modality}_text"].detach().exp()
 
         def score(samples_P: Tensor, columns_P: Tensor, similarity_P: Tensor) -> Tensor:
             logits_P = self.logits(modality, rows_N[samples_P.cpu().numpy()], captions_C[columns_P.cpu().numpy()])

@@ -14,7 +14,7 @@ import yaml
 
 from tests.project import ROOT
 from tests.refusals import refused
-from trimodal.config import DEFAULT_STAGES, PRESETS, SIZES, Config, config_from_dict, load_config
+from trimodal.config import DEFAULT_STAGES, PRESETS, SIZES, Config, LrFactor, config_from_dict, load_config
 from trimodal.errors import ConfigError, UserError
 
 CONFIG_YAML = ROOT / "config.yaml"
@@ -42,9 +42,11 @@ def test_config_yaml_loads_to_the_built_in_defaults() -> None:
 
 
 def field_paths(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted name of every field of `cls`; fields of items of a tuple stand under the tuple's name."""
+    """Dotted name of every field of `cls`; fields of items of a tuple stand under the tuple's name, those below keys of
+    the user's own are left out."""
     for name, hint in typing.get_type_hints(cls).items():
-        inner = [item for item in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(item)]
+        items = () if typing.get_origin(hint) is dict else typing.get_args(hint)
+        inner = [item for item in (hint, *items) if dataclasses.is_dataclass(item)]
         yield f"{prefix}{name}"
         for item in inner:
             yield from field_paths(item, f"{prefix}{name}.")
@@ -221,6 +223,12 @@ def test_yaml_anchors_work(tmp_path: Path) -> None:
     ("stages.align.tasks.0.passes=0", ["stages[1].tasks[0].passes", "0", "0"]),
     ("stages.align.tasks.0.passes=1e9", ["stages[1].tasks[0].passes", "1e9", "1000"]),
     ("stages.align.trainable=['(']", ["stages[1].trainable", "'('"]),
+    ("stages.align.lr_factors={'(': 0.1}", ["stages[1].lr_factors", "'('"]),
+    ("stages.align.lr_factors={image.*: 0}", ["stages[1].lr_factors.image.*", "0", "0"]),
+    ("stages.align.lr_factors={image.*: fast}", ["stages[1].lr_factors.image.*", "fast"]),
+    ("stages.align.lr_factors={image.*: {layer_decay: 1.5}}", ["stages[1].lr_factors.image.*.layer_decay", "1.5", "1"]),
+    ("stages.align.lr_factors={image.*: {decay: 1}}", ["stages[1].lr_factors.image.*.decay", "factor", "layer_decay"]),
+    ("stages.align.lr_factors=[image.*]", ["stages[1].lr_factors", "image.*"]),
     ("data.datasets=[coco, clotho, coco]", ["data.datasets", "coco", "2"]),
     ("data.cache_max_gb=-3", ["data.cache_max_gb", "-3", "0"]),
     ("training.warmup_pct=300", ["training.warmup_pct", "300", "100"]),
@@ -250,6 +258,16 @@ def test_a_mistake_names_the_place_the_value_and_what_is_allowed(override: str, 
 ])
 def test_a_broken_file_is_named(tmp_path: Path, text: str, named: list[str]) -> None:
     error_of(path=write(tmp_path, text), named=named)
+
+
+def test_a_learning_rate_factor_is_a_number_or_a_section() -> None:
+    given = "stages.align.lr_factors={image.*: 1e-1, text.*: {factor: 0.5, layer_decay: 0.75}, .*: 2}"
+    config = load_config(None, [given])
+    assert config.stages[1].lr_factors == {
+        "image.*": LrFactor(factor=0.1), "text.*": LrFactor(factor=0.5, layer_decay=0.75), ".*": LrFactor(factor=2.0)}
+    assert list(config.stages[1].lr_factors) == ["image.*", "text.*", ".*"], "the first that matches counts"
+    assert config_from_dict(config.to_dict()) == config
+    assert config.stages[0].lr_factors == {}
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -106,6 +106,13 @@ def test_the_patterns_of_the_last_stage_are_checked_before_the_first(
     assert not list((tmp_path / "out" / "checkpoints").iterdir())
 
 
+def test_so_are_those_of_learning_rate_factors(mistake: Main, small: SmallRuns, tmp_path: Path) -> None:
+    small.config(tmp_path / "out")
+    error = mistake("stages.finetune.lr_factors={vision.*: 0.1}", "--data-root", str(small.data_root))
+    assert_names(error, "stages.finetune.lr_factors", "vision.*", "image")
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize(("text", "named"), [
     ("training: {epochs: 3}\ntraining: {epochs: 4}\n", ["line 2", "training"]),
     ("training:\n  epochs: [3\n", []),

@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,6 +129,11 @@ def _tower(name: str) -> str:
     return name
 
 
+def _factor(value: Any) -> Any:
+    """A number alone is a factor; one that YAML 1.1 reads as a text, too."""
+    return {"factor": value} if isinstance(value, int | float | str) else value
+
+
 Auto = Literal["auto"]
 Int = Annotated[int, Strict(), Field(lt=2**63)]
 Count = Annotated[Int, Field(ge=1)]
@@ -140,6 +146,7 @@ Part = Annotated[Float, Field(gt=0, le=1)]
 Below1 = Annotated[Float, Field(ge=0, lt=1)]
 Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
 NotEmpty, NotRepeated = AfterValidator(_not_empty), AfterValidator(_not_repeated)
+Pattern = Annotated[str, AfterValidator(_regular_expression)]
 FolderOrFile = Annotated[str, AfterValidator(_not_blank)]
 
 _RULES = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -275,6 +282,15 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class LrFactor:
+    """What multiplies the learning rate of some parameters: `factor` in a tower's last layer, and in each layer below
+    `layer_decay` times as much as in the one above."""
+
+    factor: Positive = 1.0
+    layer_decay: Part = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class StageConfig:
     """A stage of training. Stages share `training.epochs` in proportion to `share`."""
 
@@ -286,7 +302,8 @@ class StageConfig:
     image_keep: Part = 1.0  # part of the patches that the image encoder sees in training
     audio_keep: Part = 1.0
     drop_path: Below1 = 0.0
-    trainable: tuple[Annotated[str, AfterValidator(_regular_expression)], ...] = (".*",)  # over parameter names
+    trainable: tuple[Pattern, ...] = (".*",)  # over parameter names, as are those of `lr_factors`
+    lr_factors: dict[Pattern, Annotated[LrFactor, BeforeValidator(_factor)]] = field(default_factory=dict)
 
     @property
     def compares(self) -> bool:
@@ -468,6 +485,9 @@ def _problem(problem: Mapping[str, Any], values: Any) -> tuple[str, str]:
         except (LookupError, TypeError):  # a missing key, or the name that pydantic gives to an alternative
             break
         key += f"[{name}]" if isinstance(name, int) else f".{name}"
+    if problem["loc"][-1:] == ("[key]",):  # of a dict whose keys are checked
+        value = problem["loc"][-2]
+        key = key.removesuffix(f".{value}")
     key, kind, text = key.removeprefix("."), problem["type"], problem["msg"].removeprefix("Value error, ")
     if kind == "unexpected_keyword_argument":
         return key, f"unknown key. {similar(str(problem['loc'][-1]), _keys_of(problem['loc'][:-1]))}"
@@ -488,7 +508,9 @@ def _shown(value: Any) -> str:
         return "a whole number of more digits than Python prints"
 
 
-def _keys_of(section: Iterable[str | int]) -> list[str]:
+def _keys_of(section: Sequence[str | int]) -> list[str]:
+    if "lr_factors" in section:
+        return [one.name for one in dataclasses.fields(LrFactor)]
     found: Any = Config().to_dict()
     for name in section:
         found = found[0 if isinstance(name, int) else name]

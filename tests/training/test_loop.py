@@ -109,6 +109,33 @@ def test_a_pattern_must_match_a_whole_name(small: SmallRuns, tmp_path: Path) -> 
             loop.freeze(run.model, row)
 
 
+def test_learning_rate_factors_scale_what_a_step_moves_and_are_said(small: SmallRuns, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    given = "stages.align.lr_factors={image.*: {factor: 0.25, layer_decay: 0.5}, text.blocks.*: 2}"
+    moved: list[dict[str, torch.Tensor]] = []
+    with float64():
+        for name, overrides in (("plain", ()), ("factors", (given,))):
+            run = small.open(tmp_path / name, "training.weight_decay=0", *overrides)
+            stage = small.stage(run, "align")
+            before, batch = weights(run.model), batches(run, stage)[0]
+            log = loop.StepLog(run, stage, epoch=1)
+            log.add(step(run, stage, batch), batch, len(batch.keys))
+            log.flush()
+            moved.append({key: value - before[key] for key, value in run.model.state_dict().items()})
+    expected = {"image.embed.weight": 0.0625, "image.blocks.blocks.0.up.weight": 0.125, "image.blocks.norm.bias": 0.25,
+                "image.blocks.blocks.1.qkv.weight": 0.25, "image.blocks.blocks.1.qkv.bias": 0.25,
+                "text.blocks.blocks.0.up.weight": 2.0, "text.words.weight": 1.0, "projections.image.weight": 1.0}
+    plain, factors = moved
+    for key, factor in expected.items():
+        torch.testing.assert_close(factors[key], factor * plain[key], rtol=1e-6, atol=0)  # the rate is float32
+        assert plain[key].abs().max() > 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "image.*" in line]
+    assert_names(line, "align", "0.0625", "0.25", "image.*", "2", "text.blocks.*")
+    [record], [other] = records(tmp_path / "factors", "step"), records(tmp_path / "plain", "step")
+    assert record["lr"] == other["lr"] and "lr_of" not in other
+    assert record["lr_of"] == {"image.*": 0.25 * other["lr"], "text.blocks.*": 2 * other["lr"]}
+
+
 def test_a_loss_that_can_train_nothing_is_an_error(small: SmallRuns, tmp_path: Path) -> None:
     run = small.open(tmp_path, "stages.align.trainable=['audio.*']")
     stage = small.stage(run, "align")

@@ -1,9 +1,11 @@
 """Schedule, weight-decay groups, the update that a bad gradient leaves undone, the moving average."""
 
 import copy
+import dataclasses
 import io
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +14,18 @@ from torch import Tensor, nn
 
 from model import create_model
 from tests.narrow import narrow_model
+from tests.refusals import refused
 from tests.small_runs import float64
-from trimodal.config import PRESETS, TrainingConfig
+from trimodal.config import DEFAULT_STAGES, PRESETS, LrFactor, StageConfig, TrainingConfig
+from trimodal.errors import ConfigError
 from trimodal.training.optimizer import (
     MovingAverage,
     Muon,
     Optimizer,
     block_matrices,
+    layers_above,
     lr_at,
+    lr_factors,
     orthogonalise,
     parameter_groups,
 )
@@ -117,7 +123,7 @@ def test_groups_hold_every_trained_parameter_once() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(name not in frozen)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ([names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.1))  # type: ignore
+    decayed, kept = ([names[id(p)] for p in group["params"]] for group in parameter_groups(model, 0.1))
     assert sorted(decayed + kept) == sorted(set(names.values()) - frozen)
 
 
@@ -394,6 +400,106 @@ def test_settings_given_now_win_over_those_of_a_saved_state() -> None:
     decays = {name: {group["weight_decay"] for group in part.param_groups} for name, part in now.optimizers.items()}
     assert decays == {"adamw": {0.3, 0.0}, "muon": {0.3}} and now.clip == 0.5
     assert now.state_dict()["adamw"]["state"][0]["step"] == 1, "but the moments are the saved ones"
+
+
+# ---- learning-rate factors -----------------------------------------------------------------------------------------
+
+
+def row_of(**given: LrFactor) -> StageConfig:
+    return dataclasses.replace(DEFAULT_STAGES[1], lr_factors=given)
+
+
+def test_factors_are_by_pattern_and_by_depth() -> None:
+    model = create_model("nano", word_embeddings="random")  # two blocks in each encoder, one in the fusion
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    row = row_of(**{"image.*": LrFactor(factor=0.8, layer_decay=0.5), ".*norm.*": LrFactor(factor=3.0),
+                    "text.*|fusion.*|projections.text.*": LrFactor(layer_decay=0.1)})
+    by_pattern = lr_factors(model, row)
+    found = {names[p]: factor for factors in by_pattern.values() for p, factor in factors.items()}
+    assert list(by_pattern) == list(row.lr_factors)
+    assert {names[p] for p in by_pattern["image.*"]} == {name for name in names.values() if name.startswith("image.")}
+    for name, expected in {
+            "image.embed.weight": 0.2, "image.blocks.blocks.0.qkv.weight": 0.4, "image.blocks.blocks.1.norm1.bias": 0.8,
+            "image.blocks.norm.weight": 0.8, "text.words.weight": 0.01, "text.embed.bias": 0.01,
+            "text.blocks.blocks.0.up.weight": 0.1, "text.blocks.blocks.1.down.weight": 1.0, "fusion.token": 0.1,
+            "fusion.modality.audio": 0.1, "fusion.blocks.blocks.0.out.weight": 1.0, "projections.text.weight": 1.0,
+            "text.norm.weight": 3.0, "audio.blocks.blocks.0.norm1.weight": 3.0}.items():
+        assert found[name] == pytest.approx(expected, rel=1e-12), name
+    assert not any(name.startswith(("audio.embed", "classifier", "logit", "projections.image")) for name in found)
+
+
+def test_a_pretrained_tower_says_its_layers_and_what_stands_on_it_is_the_last() -> None:
+    model = nn.ModuleDict({"image": nn.ModuleDict({
+        "tower": nn.ModuleDict({"stem": nn.Linear(1, 1), "stages": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))}),
+        "bridge": nn.Linear(1, 1)})})
+    encoder: Any = SimpleNamespace(tower=SimpleNamespace(
+        depth=2, layer_of=lambda name: 0 if name.startswith("stem.") else 1 + int(name.split(".")[1])))
+    found = {name: layers_above(SimpleNamespace(image=encoder), name) for name, _ in model.named_parameters()}  # type: ignore[arg-type]
+    assert found == {f"image.{name}.{kind}": layers for kind in ("weight", "bias") for name, layers in (
+        ("tower.stem", 2), ("tower.stages.0", 1), ("tower.stages.1", 0), ("bridge", 0))}
+
+
+def test_a_pattern_that_changes_nothing_is_refused() -> None:
+    model = create_model("nano", word_embeddings="random")
+    for pattern in ("imag", "image.block", "vision.*"):
+        with refused("stages.align.lr_factors", pattern, "logit_bias", error=ConfigError):
+            lr_factors(model, row_of(**{"image.*": LrFactor(), pattern: LrFactor()}))
+    with refused("stages.align.lr_factors", "image.embed.*", "first", error=ConfigError):
+        lr_factors(model, row_of(**{"image.*": LrFactor(), "image.embed.*": LrFactor(factor=0.1)}))
+
+
+@SCALERS
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_factor_multiplies_the_rate_of_an_update_and_its_decay(in_float64: None, optimizer: str,
+                                                                 scaler: str | None) -> None:
+    factors = {"table.weight": 0.1, "linear.weight": 0.1, "tower.blocks.0.weight": 0.1, "tower.blocks.0.bias": 0.1,
+               "tower.blocks.2.weight": 2.0, "norm.weight": 2.0}
+    plain = {}
+    for times in (0.1, 1.0, 2.0):
+        toy, whole = make(scaler, optimizer=optimizer)
+        whole.backward(toy(0))
+        whole.step(1e-2 * times)
+        plain[times] = dict(toy.named_parameters())
+    toy = Toy()
+    own = Optimizer(toy, TrainingConfig(optimizer=optimizer, weight_decay=0.1),  # type: ignore[arg-type]
+                    scaler_device=scaler, factors={p: factors.get(name, 1.0) for name, p in toy.named_parameters()})
+    own.backward(toy(0))
+    own.step(1e-2)
+    assert own.lr == 1e-2, "what is logged is the schedule's"
+    for name, p in toy.named_parameters():
+        assert torch.allclose(p, plain[factors.get(name, 1.0)][name], rtol=0, atol=1e-15), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_saved_state_goes_on_with_other_factors(in_float64: None, optimizer: str) -> None:
+    """Checkpoints hold the groups that there are without factors, in one order of parameters."""
+    def made(*names: str) -> tuple[Toy, Optimizer]:
+        toy = Toy()
+        factors = {p: 0.5 ** (1 + names.index(name)) for name, p in toy.named_parameters() if name in names}
+        return toy, Optimizer(toy, TrainingConfig(optimizer=optimizer), factors=factors)  # type: ignore[arg-type]
+
+    all_of_them = ["tower.blocks.2.weight", "branch.weight", "norm.bias", "tower.blocks.0.weight"]
+    for before, now in ((all_of_them, []), ([], all_of_them), (all_of_them, all_of_them[2:])):
+        toy, saved_by = made(*before)
+        train(toy, saved_by, 0, 1)
+        other, goes_on = made(*now)
+        other.load_state_dict(toy.state_dict())
+        assert goes_on.fits(saved_by.state_dict())
+        goes_on.load_state_dict(copy.deepcopy(saved_by.state_dict()))
+        assert same(state_of(other, goes_on), state_of(toy, saved_by)), "each moment is that of its parameter"
+        expected, never_saved = made(*now)
+        train(expected, never_saved, 5)  # makes the moments
+        for name, p in expected.named_parameters():
+            p.data.copy_(dict(toy.named_parameters())[name])
+            for key, value in never_saved.state[p].items():
+                value.copy_(saved_by.state[dict(toy.named_parameters())[name]][key])
+        for one, optimizer_of_it in ((other, goes_on), (expected, never_saved)):
+            train(one, optimizer_of_it, 2)
+        assert same(state_of(other, goes_on), state_of(expected, never_saved))
+        held, usual = saved_by.state_dict(), made()[1].state_dict()
+        for name in saved_by.optimizers:
+            assert [group.keys() for group in held[name]["param_groups"]] == [
+                group.keys() for group in usual[name]["param_groups"]]
 
 
 # ---- moving average ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run's folder: opened, refused, resumed bit for bit, completed; what its checkpoints hold and which of them stay."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -365,6 +366,41 @@ def test_what_has_changed_since_a_checkpoint_is_said(small: SmallRuns, whole: Pa
     [line] = capsys.readouterr().out.splitlines()
     assert_names(line, "model.word_embeddings", "minilm", "not used")
 
+
+
+def test_settings_that_there_were_not_yet_are_no_change(whole: Path) -> None:
+    now = state_of(whole, "checkpoint_epoch_4.pt")["config"]
+    then = copy.deepcopy(now)
+    for row in then["stages"]:
+        del row["lr_factors"]
+    assert resume.changes(then, now) == []
+    now["stages"][1]["lr_factors"] = {"image.*": {"factor": 0.5, "layer_decay": 1.0}}
+    lines = resume.changes(then, now)
+    assert_names(lines[0], "stages.align.lr_factors.image.*.factor", 0.5)
+
+
+def test_a_run_with_learning_rate_factors_goes_on_bit_by_bit(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    factors = "{image.*: {factor: 0.3, layer_decay: 0.5}, text.*: 2}"
+    own = (*QUICK, *(f"stages.{name}.lr_factors={factors}" for name in ("align", "finetune")))
+    small.train(tmp_path / "run", *own)
+    within = shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "again" / "checkpoints")
+    for name in ("checkpoint_epoch_4.pt", "final_model.pt", "best_model.pt"):
+        (within / name).unlink()
+    small.train(tmp_path / "again", *own, resume="auto")
+    one, other = (mathematics(tmp_path / name, "checkpoint_epoch_4.pt") for name in ("run", "again"))
+    assert not differing(one["model_state_dict"], other["model_state_dict"])
+    assert not differing(one["stage_state"], other["stage_state"])
+    assert differing(one["model_state_dict"], state_of(whole, "checkpoint_epoch_4.pt")["model_state_dict"])
+
+
+def test_learning_rate_factors_may_change_within_a_stage(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
+    """A run of a release that knew none holds its moments as all runs do."""
+    state = state_of(whole, "checkpoint_epoch_3.pt")["stage_state"]
+    run = small.open(tmp_path / "run", *QUICK, "stages.finetune.lr_factors={.*: {factor: 0.1, layer_decay: 0.5}}")
+    stage = small.stage(run, "finetune")
+    stage.load_state_dict(copy.deepcopy(state))
+    assert not differing(stage.state_dict()["optimizer"]["muon"]["state"], state["optimizer"]["muon"]["state"])
+    assert not differing(stage.state_dict()["optimizer"]["adamw"]["state"], state["optimizer"]["adamw"]["state"])
 
 
 @pytest.mark.parametrize(("override", "named"), [

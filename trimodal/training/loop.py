@@ -27,7 +27,7 @@ from trimodal.objectives.contrastive import start_sigmoid
 from trimodal.objectives.step import Share, shared_batch
 from trimodal.training import plans
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
-from trimodal.training.optimizer import freeze
+from trimodal.training.optimizer import freeze, lr_factors
 from trimodal.training.pace import Pace
 from trimodal.training.plans import fit_stages
 from trimodal.training.resume import begins_with_sigmoid, find_state, finished_report, stage_epochs
@@ -104,6 +104,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
+            lr_factors(run.model, row)
         if begins_with_sigmoid(config, state):
             start_sigmoid(run.model, first_contrastive_batch(config))
         fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
@@ -265,6 +266,8 @@ class StepLog:
         self.samples += samples
         facts = {"stage": self.stage.row.name, "epoch": self.epoch, "step": self.run.progress.step,
                  "task": "_".join(batch.inputs), "samples": samples, "lr": self.stage.optimizer.lr}
+        if factors := self.stage.row.lr_factors:  # else there is one rate
+            facts["lr_of"] = {pattern: self.stage.optimizer.lr * given.factor for pattern, given in factors.items()}
         if self._is_logged(facts):
             facts |= self._scales()  # of this step, not of the next, at which they are read
         self.pending = (result, facts)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,13 +18,59 @@ def freeze(model: nn.Module, row: StageConfig) -> None:
     Raises:
         ConfigError: a pattern matches no parameter.
     """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in row.trainable:
-        if not any(re.fullmatch(pattern, name) for name in names):
-            raise ConfigError(f"stages.{row.name}.trainable: {pattern!r} matches no parameter; names look like "
-                              f"{names[0]}, {names[-1]}")
+    trained = {name for pattern in row.trainable for name in names_of(model, pattern, f"stages.{row.name}.trainable")}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.fullmatch(pattern, name) for pattern in row.trainable))
+        parameter.requires_grad_(name in trained)
+
+
+def names_of(model: nn.Module, pattern: str, key: str) -> list[str]:
+    """Names of parameters that a pattern of the setting `key` matches as a whole.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if found := [name for name in names if re.fullmatch(pattern, name)]:
+        return found
+    raise ConfigError(f"{key}: {pattern!r} matches no parameter; names look like {names[0]}, {names[-1]}")
+
+
+def lr_factors(model: nn.Module, row: StageConfig) -> dict[str, dict[Tensor, float]]:
+    """For each pattern of the stage's `lr_factors` the parameters whose whole name it is the first to match, and what
+    the stage multiplies the learning rate of each by.
+
+    That is the pattern's factor in the last layer of a tower and in all that stands on towers; each layer below has
+    `layer_decay` times the factor of the one above (arXiv:2106.08254).
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or none that earlier ones leave.
+    """
+    key, left = f"stages.{row.name}.lr_factors", dict(model.named_parameters())
+    factors: dict[str, dict[Tensor, float]] = {}
+    for pattern, given in row.lr_factors.items():
+        found = [name for name in names_of(model, pattern, key) if name in left]
+        if not found:
+            raise ConfigError(f"{key}: all that {pattern!r} matches is matched by earlier patterns, of which the first "
+                              "counts; put it before them, or leave it out")
+        factors[pattern] = {left.pop(name): given.factor * given.layer_decay**layers_above(model, name)
+                            for name in found}
+    return factors
+
+
+def layers_above(model: nn.Module, name: str) -> int:
+    """How many layers of its tower lie above a parameter: none above its last block, nor above what is in no tower, and
+    all blocks above the embedding of its input."""
+    part, _, rest = name.partition(".")
+    tower = getattr(model, part)
+    if hasattr(tower, "tower"):  # a pretrained one, below layers of our own
+        inner = rest.removeprefix("tower.")
+        return tower.tower.depth - tower.tower.layer_of(inner) if inner != rest else 0
+    if not hasattr(tower, "blocks"):
+        return 0
+    depth = len(tower.blocks.blocks)
+    if block := re.match(r"blocks\.blocks\.(\d+)\.", rest):
+        return depth - 1 - int(block[1])
+    return 0 if rest.startswith("blocks.norm.") else depth
 
 
 def lr_at(step: float, total: float, peak: float, warmup_pct: float, min_pct: float) -> float:
@@ -38,13 +84,21 @@ def lr_at(step: float, total: float, peak: float, warmup_pct: float, min_pct: fl
     return peak * (low + (1 - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; biases, norms, tokens, temperatures and the word table (rare words would shrink) do not."""
     tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
     kept = [p for p in trained if p.ndim < 2 or id(p) in tables]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def of_equal_factor(group: dict[str, Any], factors: Mapping[Tensor, float]) -> list[dict[str, Any]]:
+    """A group of parameters cut into groups of equal learning-rate factor, which they hold as `lr_factor`."""
+    parts: dict[float, list[nn.Parameter]] = {} if group["params"] else {1.0: []}
+    for p in group["params"]:
+        parts.setdefault(factors.get(p, 1.0), []).append(p)
+    return [{**group, "params": parameters, "lr_factor": factor} for factor, parameters in parts.items()]
 
 
 def block_matrices(module: nn.Module) -> list[nn.Parameter]:
@@ -79,11 +133,12 @@ class Muon(torch.optim.Optimizer):
     BATCH_ELEMENTS = 2**24  # matrices of one shape go together, as many as this: bounds the memory of an update
     COPIES = 6  # of a batch of matrices that an update holds at most
 
-    def __init__(self, matrices: list[nn.Parameter], weight_decay: float, dtype: torch.dtype | None):
+    def __init__(self, matrices: list[nn.Parameter] | list[dict[str, Any]], weight_decay: float,
+                 dtype: torch.dtype | None):
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay})
         self.dtype = dtype
         self.found_inf = torch.zeros(())
-        for p in matrices:
+        for p in _parameters(self):
             self.state[p] = {"momentum": torch.zeros_like(p)}
 
     def reserve(self) -> None:
@@ -136,26 +191,26 @@ class Optimizer:
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig, amp: torch.dtype | None = None,
-                 scaler_device: str | None = None):
+                 scaler_device: str | None = None, factors: Mapping[Tensor, float] | None = None):
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.clip = config.grad_clip_norm or math.inf
+        self.lr = 0.0  # of the latest step
         matrices = block_matrices(module) if config.optimizer == "muon" else []
-        groups = parameter_groups(module, config.weight_decay)
         given = {id(p) for p in matrices}
-        for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in given]  # type: ignore[attr-defined]
+        self.groups = {"adamw": parameter_groups(module, config.weight_decay)}  # as they are saved
+        for group in self.groups["adamw"]:
+            group["params"] = [p for p in group["params"] if id(p) not in given]
+        if matrices:
+            self.groups["muon"] = [{"params": matrices, "weight_decay": config.weight_decay}]
+        parts = {name: [part for group in groups for part in of_equal_factor(group, factors or {})]
+                 for name, groups in self.groups.items()}
         # betas as for contrastive training (arXiv:2303.15343): 0.95 follows a loss whose scale changes faster
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)}
+            "adamw": torch.optim.AdamW(parts["adamw"], lr=0.0, betas=(0.9, 0.95), fused=True)}
         if matrices:
             dtype = torch.bfloat16 if amp == torch.bfloat16 else None
-            self.optimizers["muon"] = Muon(matrices, config.weight_decay, dtype)
+            self.optimizers["muon"] = Muon(parts["muon"], config.weight_decay, dtype)
         self.scaler = torch.amp.GradScaler(scaler_device) if scaler_device else None
-
-    @property
-    def lr(self) -> float:
-        """Rate of the latest step."""
-        return self.optimizers["adamw"].param_groups[0]["lr"]
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -183,14 +238,14 @@ class Optimizer:
 
         Returns the gradient's norm before clipping and whether it and the loss were finite, both on the device.
         """
-        unscaled = self._unscale()
+        self.lr, unscaled = lr, self._unscale()
         norm = clip_gradients([p.grad for p in self.parameters if p.grad is not None], self.clip)
         finite = norm.isfinite() & loss_is_finite  # a loss of NaN may have finite gradients
         for optimizer in self.optimizers.values():
             # not scaler.step: it takes a norm that overflows, of gradients that do not, for a good step
             optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
             optimizer.step()
             for p in _parameters(optimizer):
                 p.grad = None
@@ -220,18 +275,32 @@ class Optimizer:
         return shape(state) == shape(self.state_dict())
 
     def state_dict(self) -> dict[str, dict]:
-        return {**{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        """The state of each optimizer as torch saves one, in the groups that there are without learning-rate factors:
+        a run may go on with others."""
+        return {**{name: self._saved(name) for name in self.optimizers},
                 "scaler": self.scaler.state_dict() if self.scaler else {}}
 
+    def _saved(self, name: str) -> dict[str, Any]:
+        numbers: dict[Tensor, int] = {p: number for number, p in enumerate(self._in_order(name))}
+        options = {**self.optimizers[name].param_groups[0], "lr": self.lr}
+        del options["lr_factor"]
+        return {"state": {numbers[p]: moments for p, moments in self.optimizers[name].state.items()},
+                "param_groups": [{**options, **group, "params": [numbers[p] for p in group["params"]]}
+                                 for group in self.groups[name]]}
+
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Go on from the moments of `state`; the weight decay stays that of the settings given."""
+        """Go on from the moments of `state`; weight decay and learning-rate factors stay as the settings say."""
         for name, optimizer in self.optimizers.items():
-            decays = [group["weight_decay"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state[name])
-            for group, decay in zip(optimizer.param_groups, decays, strict=True):
-                group["weight_decay"] = decay
+            own, order = optimizer.state_dict(), self._in_order(name)
+            numbers = {p: number for number, p in enumerate(_parameters(optimizer))}
+            own["state"] = {numbers[order[number]]: moments for number, moments in state[name]["state"].items()}
+            optimizer.load_state_dict(own)
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+    def _in_order(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an optimizer in the order in which they are saved."""
+        return [p for group in self.groups[name] for p in group["params"]]
 
 
 def clip_gradients(gradients: list[Tensor], most: float) -> Tensor:

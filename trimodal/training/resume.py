@@ -191,10 +191,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value); rows that have a name, as the stages do, go by it."""
+    """(dotted name, value), and nothing of an empty section; rows that have a name, as the stages do, go by it."""
     if isinstance(value, list | tuple) and value and all(isinstance(row, Mapping) and "name" in row for row in value):
         value = {row["name"]: {key: item for key, item in row.items() if key != "name"} for row in value}
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping):
         yield from itertools.chain.from_iterable(_flat(item, f"{prefix}.{key}" if prefix else str(key))
                                                  for key, item in value.items())
     else:

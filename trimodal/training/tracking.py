@@ -113,6 +113,7 @@ class Tracker:
             **{f"parts/{stage}/{name}": value for name, value in record["parts"].items()},
             **{f"temperature/{pair}": value for pair, value in record["temperature"].items()},
             **{f"bias/{pair}": value for pair, value in record.get("bias", {}).items()},  # of the sigmoid loss alone
+            **{f"lr/{pattern}": rate for pattern, rate in record.get("lr_of", {}).items()},
             **{f"train/{name}": record[name] for name in PER_STEP}})
 
     def validation(self, record: Mapping[str, Any]) -> None:

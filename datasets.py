@@ -273,7 +273,8 @@ class Loader:
         split = self.data.splits[self.split]
         reader = BatchReader(split, self.jobs, self.inputs, self.config, self.train, self.epoch,
                              whole=self.whole)
-        count = worker_count(self.config, len(self)) if self.workers is None else self.workers
+        count = worker_count(self.config, 0 if reader.decodes_nothing else len(self)) if self.workers is None else (
+            self.workers)
         jobs, skipped = range(self.start, len(self.jobs)), bad_samples.given_up(split.table, self.config)
         if not count:
             return _checked(in_line(reader.work, jobs, skipped), reader)

@@ -345,6 +345,7 @@ class DataConfig:
     fit: Literal["crop", "pad"] = "crop"
     min_crop: Part = 0.5
     flip: StrictBool = True
+    views: Annotated[Int, Field(ge=1, le=100)] = 1  # of what frozen towers read
     audio_max_s: Annotated[Float, Field(ge=0.1, le=AUDIO_WINDOW_FRAMES / FRAME_RATE_HZ)] = 10.0  # at most one window
     spec_augment: StrictBool = True
     max_bad_pct: Percent = 5.0

@@ -3,6 +3,9 @@
 All random numbers of a sample (caption, crop, flip, masks, noise) come from (seed, epoch, set, index, visit), so
 batches do not depend on workers, on other samples or on where a run was resumed. There is no loader state to lose.
 
+What a frozen tower reads is one of `data.views` fixed views of a sample (`read_view`), so that its features can be
+kept; where they are, a batch holds them in place of the files and token ids that they were made from.
+
     reader = BatchReader(split, jobs, inputs=[("image", "text")], config=config, train=True, epoch=1)
     batch, broken = reader[0]
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
 from trimodal.data import bad_samples, prepared
 from trimodal.data.concepts import concepts_of
+from trimodal.data.features import Features
 from trimodal.data.images import augment, fit_eval
 from trimodal.data.mirroring import may_mirror
 from trimodal.data.samples import BrokenSample, SampleTable, normalise_caption, ragged_take, stable_hash
@@ -59,6 +63,8 @@ class Split:
     speakers: np.ndarray  # int64 [n], position in Data.speakers, -1 = none or not a speaker of train
     image_ids: np.ndarray  # int64 [n], equal for equal files; of samples without a picture equal to no other
     audio_ids: np.ndarray  # int64 [n], equal for the same stretch of equal files; without a sound equal to no other
+    # By modality whose tower is frozen: its features; None where the cache does not hold them.
+    frozen: Mapping[str, Features | None] = field(default_factory=dict)
 
 
 def prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
@@ -86,7 +92,7 @@ def prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts: 
     by_code = np.array([numbers.get(name, -1) for name in table.speakers.names], np.int64)
     return Split(
         table=table, store=store, pad_id=tokenizer.pad_id, set_hash=set_hash, position=position,
-        **words,
+        **words,  # type: ignore[arg-type]  # none of them is `frozen`
         speakers=by_code[table.speakers.codes],
         image_ids=image_ids(table), audio_ids=audio_ids(table),
     )
@@ -100,6 +106,46 @@ def _seeds(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
     for code in range(len(hashes)):
         position[codes == code] = np.arange(np.count_nonzero(codes == code))
     return hashes[codes], position
+
+
+def read_view(split: Split, modality: str, row: int, view: int, config: Config) -> np.ndarray:
+    """A fixed view of a sample's image, uint8 [S, S, 3], or sound, float16 [T, 80]: 0 is what evaluation reads, others
+    are augmented by draws of (seed 0, set, index, view).
+
+    Raises:
+        BrokenSample: its file cannot be read.
+    """
+    rng = np.random.default_rng([0, 0, int(split.set_hash[row]), int(split.position[row]), view])
+    if modality == "image":
+        return read_image(split, row, rng, config, augmented=view > 0)
+    mel_TM = split.store.mel(row, rng)
+    return crop_mel(mel_TM, int(config.data.audio_max_s * FRAME_RATE_HZ), rng) if view else mel_TM
+
+
+def read_image(split: Split, row: int, rng: np.random.Generator, config: Config, *, augmented: bool) -> np.ndarray:
+    """A sample's image as the model reads it, uint8 [S, S, 3]."""
+    image_HW3, data, size = split.store.image(row, rng), config.data, config.model.image_side
+    if split.store.is_generated(row):
+        return image_HW3  # made at this size; its place and colours are what the caption says
+    if not augmented:
+        return fit_eval(image_HW3, size, data.fit)
+    flip = bool(data.flip and split.may_flip[row])
+    return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
+
+
+def pad_captions(split: Split, captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of some rows of the table's captions, int64 [C, L], and which of them are real, bool [C, L]."""
+    return pad_rows(split.token_ids, split.token_offsets, captions, split.pad_id)
+
+
+def pad_sounds(mels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-mels as one array, float16 [B, T, 80], zeros behind the end, T a multiple of a patch's side, and their
+    lengths, int64 [B]."""
+    lengths = np.array([len(mel_TM) for mel_TM in mels], np.int64)
+    audio_BTM = np.zeros((len(mels), math.ceil(lengths.max() / PATCH) * PATCH, NUM_MELS), np.float16)
+    for b, mel_TM in enumerate(mels):
+        audio_BTM[b, :len(mel_TM)] = mel_TM
+    return audio_BTM, lengths
 
 
 def pool(table: SampleTable, inputs: Sequence[str]) -> np.ndarray:
@@ -157,6 +203,7 @@ class _Visit:
     image_SS3: np.ndarray | None
     mel_TM: np.ndarray | None
     captions: np.ndarray  # rows of the table's captions
+    views: dict[str, int]  # of frozen towers' inputs
     noise: dict[str, np.ndarray]
     rng: np.random.Generator  # for what depends on the longest sound of the batch; its leading numbers do not
 
@@ -248,42 +295,62 @@ class BatchReader:
         return None
 
     def _read(self, row: int, visit: int, inputs: tuple[str, ...]) -> _Visit:
-        split, data = self.split, self.config.data
+        split = self.split
         self.report(row)
         if row in self.skipped:
             raise BrokenSample(self.skipped[row])
         seed, epoch = (self.config.training.seed, self.epoch) if self.train else (0, 0)
         rng = np.random.default_rng([seed, epoch, int(split.set_hash[row]), int(split.position[row]), visit])
         noise = {"path": rng.random(PATH_DRAWS, np.float32), "drop_text": rng.random((), np.float32)}
+        views = {name: self._choose_view(row, name, rng) for name in inputs if name in split.frozen}
         captions, image_SS3, mel_TM = np.empty(0, np.int64), None, None
         if "text" in inputs:
             captions = self._choose_captions(row, rng)
             noise["path_text"] = rng.random((len(captions), PATH_DRAWS), np.float32)
-            noise["text"] = rng.random((len(captions), self.config.model.context_length), np.float32)
-        if "image" in inputs:
+            if "text" not in self.cached:
+                noise["text"] = rng.random((len(captions), self.config.model.context_length), np.float32)
+        if "image" in inputs and "image" not in self.cached:
             noise["image"] = rng.random((self.config.model.image_side // PATCH) ** 2, np.float32)
-            image_SS3 = self._image(row, rng)
-        if "audio" in inputs:
-            mel_TM = split.store.mel(row, rng)
-            if self.train:
-                mel_TM = crop_mel(mel_TM, int(data.audio_max_s * FRAME_RATE_HZ), rng)
-                if data.spec_augment and not split.store.is_generated(row):
-                    mel_TM = spec_augment(mel_TM, rng)
-        return _Visit(row, image_SS3, mel_TM, captions, noise, rng)
+            image_SS3 = (read_view(split, "image", row, views["image"], self.config) if "image" in views else
+                         read_image(split, row, rng, self.config, augmented=self.train))
+        if "audio" in inputs and "audio" not in self.cached:
+            mel_TM = self._sound(row, rng, views.get("audio"))
+        return _Visit(row, image_SS3, mel_TM, captions, views, noise, rng)
+
+    @property
+    def cached(self) -> list[str]:
+        """The modalities whose features are read in place of their files."""
+        return [name for name, features in self.split.frozen.items() if features]
+
+    @property
+    def decodes_nothing(self) -> bool:
+        """Whether all that is read lies in the cache as features: then other processes would cost more than they do."""
+        return bool(self.cached) and all(name in (*self.cached, "text") for inputs in self.inputs for name in inputs)
+
+    def _choose_view(self, row: int, modality: str, rng: np.random.Generator) -> int:
+        """Which view of a frozen tower's input is read; raises BrokenSample where it is known that there is none."""
+        views = self.config.data.views if modality != "text" else 1
+        view = int(rng.integers(views)) if self.train and views > 1 else 0
+        if modality != "text" and (features := self.split.frozen[modality]):
+            features.check(row, view)
+        return view
+
+    def _sound(self, row: int, rng: np.random.Generator, view: int | None) -> np.ndarray:
+        """A sample's log-mel [T, 80], in training cut and masked; or a view of it."""
+        split, data = self.split, self.config.data
+        if view is not None:
+            return read_view(split, "audio", row, view, self.config)
+        mel_TM = split.store.mel(row, rng)
+        if self.train:
+            mel_TM = crop_mel(mel_TM, int(data.audio_max_s * FRAME_RATE_HZ), rng)
+            if data.spec_augment and not split.store.is_generated(row):
+                mel_TM = spec_augment(mel_TM, rng)
+        return mel_TM
 
     def _choose_captions(self, row: int, rng: np.random.Generator) -> np.ndarray:
         offsets = self.split.table.caption_offsets
         captions = np.arange(offsets[row], offsets[row + 1])
         return rng.permutation(captions)[:self.config.training.captions_per_visit] if self.train else captions
-
-    def _image(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        image_HW3, data, size = self.split.store.image(row, rng), self.config.data, self.config.model.image_side
-        if self.split.store.is_generated(row):
-            return image_HW3  # made at this size; its place and colours are what the caption says
-        if not self.train:
-            return fit_eval(image_HW3, size, data.fit)
-        flip = bool(data.flip and self.split.may_flip[row])
-        return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
 
     def _collate(self, visits: list[_Visit], inputs: tuple[str, ...]) -> Batch:
         self.report(NO_ITEM)
@@ -295,19 +362,31 @@ class BatchReader:
         if "text" in inputs:
             columns |= self._text(visits, noise)
         if "image" in inputs:
+            columns["image_ids"] = self.split.image_ids[rows]
+        if "image" in inputs and "image" not in self.cached:
             size = self.config.model.image_side
             columns["images"] = np.empty((len(visits), 3, size, size), np.uint8)
             for b, one in enumerate(visits):
                 assert one.image_SS3 is not None
                 columns["images"][b] = one.image_SS3.transpose(2, 0, 1)
-            columns["image_ids"] = self.split.image_ids[rows]
             noise["image"] = np.stack([one.noise["image"] for one in visits])
         if "audio" in inputs:
-            columns |= _sounds(visits, noise)
+            if "audio" not in self.cached:
+                columns |= _sounds(visits, noise)
             columns |= {"speakers": self.split.speakers[rows], "audio_ids": self.split.audio_ids[rows]}
         tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in columns.items()}
         return Batch(inputs=inputs, keys=[f"{table.sources[row]}/{table.keys[row]}" for row in rows.tolist()],
+                     tokens={name: self._features(name, visits, rows) for name in self.cached if name in inputs},
                      noise={name: torch.from_numpy(values) for name, values in noise.items()}, **tensors)
+
+    def _features(self, modality: str, visits: list[_Visit], rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        features = self.split.frozen[modality]
+        assert features is not None
+        if modality == "text":
+            rows = np.concatenate([one.captions for one in visits])
+        views = np.array([one.views.get(modality, 0) for one in visits] if modality != "text" else [0] * len(rows))
+        tokens_BND, valid_BN = features.read(rows, views)
+        return torch.from_numpy(tokens_BND), torch.from_numpy(valid_BN)
 
     def _concepts(self, rows: np.ndarray) -> np.ndarray:
         positions, offsets = ragged_take(self.split.concept_offsets, rows)
@@ -317,12 +396,13 @@ class BatchReader:
 
     def _text(self, visits: list[_Visit], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         captions = np.concatenate([one.captions for one in visits])
-        ids_CL, mask_CL = pad_rows(self.split.token_ids, self.split.token_offsets, captions, self.split.pad_id)
-        noise["text"] = np.concatenate([one.noise["text"] for one in visits])[:, :ids_CL.shape[1]].copy()
         noise["path_text"] = np.concatenate([one.noise["path_text"] for one in visits])
-        owners = np.repeat(np.arange(len(visits)), [len(one.captions) for one in visits])
-        return {"input_ids": ids_CL, "attention_mask": mask_CL, "caption_owner": owners,
-                "caption_ids": self.split.caption_ids[captions]}
+        columns = {"caption_owner": np.repeat(np.arange(len(visits)), [len(one.captions) for one in visits]),
+                   "caption_ids": self.split.caption_ids[captions]}
+        if "text" not in self.cached:
+            columns["input_ids"], columns["attention_mask"] = ids_CL, _ = pad_captions(self.split, captions)
+            noise["text"] = np.concatenate([one.noise["text"] for one in visits])[:, :ids_CL.shape[1]].copy()
+        return columns
 
 
 def sample_names(table: SampleTable, rows: np.ndarray, shown: int = 3) -> str:
@@ -332,12 +412,8 @@ def sample_names(table: SampleTable, rows: np.ndarray, shown: int = 3) -> str:
 
 
 def _sounds(visits: list[_Visit], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    mels = [one.mel_TM for one in visits if one.mel_TM is not None]
-    lengths = np.array([len(mel_TM) for mel_TM in mels], np.int64)
-    patches = math.ceil(lengths.max() / PATCH)
-    audio_BTM = np.zeros((len(mels), patches * PATCH, NUM_MELS), np.float16)
-    for b, mel_TM in enumerate(mels):
-        audio_BTM[b, :len(mel_TM)] = mel_TM
+    audio_BTM, lengths = pad_sounds([one.mel_TM for one in visits if one.mel_TM is not None])
+    patches = audio_BTM.shape[1] // PATCH
     noise["audio"] = np.stack([one.rng.random(patches * (NUM_MELS // PATCH), np.float32) for one in visits])
     return {"audio": audio_BTM, "audio_lengths": lengths}
 

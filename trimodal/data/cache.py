@@ -154,6 +154,7 @@ class Contents(ABC):
     verb: ClassVar[str]  # of the progress bar
     unit: ClassVar[str]
     otherwise: ClassVar[str]  # what happens where there is no room
+    says_size: ClassVar[bool] = False
     together: ClassVar[int] = 1  # items that are made at once: a filling goes on from a multiple of it
 
     @abstractmethod
@@ -204,8 +205,7 @@ class DecodedFiles(Contents):
         return len(self.items)
 
     def state(self) -> str:
-        side = cache_side(self.config.model.image_side) if self.kind == "image" else ""
-        state = hashlib.sha256(f"{FORMAT} {self.kind} {side} {codecs.made_by(self.kind)}".encode())
+        state = hashlib.sha256(f"{FORMAT} {made_from(self.kind, self.config)}".encode())
         for line in file_lines(self.items, self.config):
             state.update(line)
         return state.hexdigest()
@@ -220,6 +220,12 @@ class DecodedFiles(Contents):
         kind, side = self.kind, cache_side(self.config.model.image_side)
         return read_all(lambda item: codecs.encode(kind, decode(kind, item, side)),
                         [self.items[number] for number in numbers], self.config)
+
+
+def made_from(kind: Kind, config: Config) -> str:
+    """What decides the values that a file gives, in words."""
+    side = cache_side(config.model.image_side) if kind == "image" else ""
+    return f"{kind} {side} {codecs.made_by(kind)}"
 
 
 def file_lines(items: Iterable[Item], config: Config) -> Iterator[bytes]:
@@ -336,6 +342,9 @@ def open_entry(contents: Contents, fill: bool) -> Entry | None:
             with _lock(folder.parent):
                 if not folder.is_dir():  # another process may have made it while we waited
                     _make_entry(folder, contents)
+                    if contents.says_size:
+                        print(f"Cache: {contents.name}: {len(contents):,} {contents.unit}s, "
+                              f"{bytes_below(folder) / GB:.3g} GB", flush=True)
         except (_NoRoom, OSError) as error:
             print(f"Cache: {contents.name} is not kept but {contents.otherwise}: {error}", flush=True)
             return None

@@ -16,8 +16,8 @@ from PIL import Image, features
 from trimodal.config import NUM_MELS
 from trimodal.data.images import MAX_PIXELS
 
-Kind = Literal["image", "sound"]
-KINDS: tuple[Kind, ...] = ("image", "sound")
+Kind = Literal["image", "sound", "features"]
+KINDS: tuple[Kind, ...] = ("image", "sound")  # of files
 
 EXACT_BYTES = 64_000  # below the 73 kB at which COCO's 123,287 pictures take 9 GB
 JPEG_QUALITY = 95  # with 4:4:4; 97 could come to more than these 73 kB, see benchmarks/README.md

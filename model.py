@@ -372,6 +372,10 @@ class Fusion(nn.Module):
 
     def forward(self, given: dict[str, Tokens]) -> Tensor:
         """Fused state of each sample, (B, D) in float32; a sample whose tokens are all invalid is the token alone."""
+        return at_least_float32(self.states(given, 1)[:, 0])
+
+    def states(self, given: dict[str, Tokens], first: int) -> Tensor:
+        """States after the last block of so many first tokens: the fusion token, then those given, in their order."""
         parts, valids = [], []
         for name, (tokens_BND, valid_BN) in given.items():
             parts.append(tokens_BND + self.modality[name])
@@ -380,7 +384,7 @@ class Fusion(nn.Module):
         x_BND = torch.cat([token_B1D.to(parts[0].dtype), *parts], dim=1)
         every = all(valid_BN is None for _, valid_BN in given.values())
         valid_BN = None if every else F.pad(torch.cat(valids, dim=1), (1, 0), value=True)
-        return at_least_float32(self.blocks(x_BND, valid_BN, first=1)[:, 0])
+        return self.blocks(x_BND, valid_BN, first=first)
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------

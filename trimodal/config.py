@@ -32,8 +32,9 @@ from pydantic.dataclasses import dataclass
 from trimodal.errors import ConfigError, similar
 
 MODALITIES = ("image", "text", "audio")
-OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker")
+OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker", "words", "masked_words")
 OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of other samples
+OF_WORDS = ("words", "masked_words")  # the words of a caption, told from its image or sound
 
 SAMPLE_RATE_HZ = 16_000
 FRAME_RATE_HZ = 100  # one log-mel frame every 10 ms
@@ -278,6 +279,9 @@ class TaskConfig:
             raise ValueError(f"inputs: {pairs[0]} needs exactly two, got {', '.join(self.inputs)}")
         if "speaker" in self.objectives and "audio" not in self.inputs:
             raise ValueError(f"inputs: speaker needs audio among them, got {', '.join(self.inputs)}")
+        of_words = [name for name in OF_WORDS if name in self.objectives]
+        if of_words and ("text" not in self.inputs or len(self.inputs) == 1):
+            raise ValueError(f"inputs: {of_words[0]} needs text and image or audio, got {', '.join(self.inputs)}")
         return self
 
 

@@ -32,6 +32,8 @@ TASKS = {
     "everything of sounds": ("audio text", "contrastive matching concepts masked speaker", "infonce"),
     "pretrain of sounds": ("audio", "masked speaker", "infonce"),
     "fusion alone": ("image text", "concepts", "infonce"),
+    "words of images": ("image text", "contrastive masked_words words", "infonce"),
+    "words of sounds": ("audio text", "contrastive matching masked_words masked words", "sigmoid"),
 }
 FREEZE = {"nothing": "", "image": "image", "text": "text", "both towers": "image text", "a projection": "projections"}
 

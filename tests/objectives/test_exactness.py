@@ -32,6 +32,7 @@ TASKS = {
     "all of finetune": ("image text", "contrastive matching concepts", "infonce"),
     "all of finetune on sounds, sigmoid": ("audio text", "contrastive matching concepts", "sigmoid"),
     "masked": ("image audio text", "masked", "infonce"),
+    "words": ("image audio text", "words", "infonce"), "masked words": ("audio text", "masked_words", "infonce"),
 }
 SINGLE = [task for task, (_, names, _) in TASKS.items() if " " not in names]  # none of these draws wrong pairs
 

@@ -29,6 +29,8 @@ CASES = [("contrastive", "image text"), ("contrastive", "audio text"), ("contras
          ("matching", "image text"), ("matching", "audio text"), ("matching", "image audio"),
          ("concepts", "image text"), ("concepts", "audio text"), ("concepts", "image audio text"), ("concepts", "text"),
          ("masked", "image"), ("masked", "audio"), ("masked", "text"), ("masked", "image audio text"),
+         ("masked_words", "image text"), ("masked_words", "audio text"), ("contrastive words", "image text"),
+         ("contrastive words", "audio text"), ("masked_words words", "image audio text"),
          ("speaker", "audio"), ("masked speaker", "audio"), ("contrastive matching concepts", "image text")]
 ALONE = [("speaker", "audio"), ("contrastive matching concepts", "image text")]  # in parts of one sample as well
 SPLITS: dict[str, int | dict[str, int]] = {

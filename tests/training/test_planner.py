@@ -27,6 +27,10 @@ from trimodal.training.planner import DeviceSetup, Plan
 CPU, CUDA = DeviceSetup("cpu", None), DeviceSetup("cuda", torch.bfloat16)
 
 
+WORDS = "{contrastive: 1.0, masked_words: 0.5, words: 0.5}"
+MORE = {"words": [f"stages.align.tasks.{task}.objectives={WORDS}" for task in (0, 1)]}  # of other stages than the usual
+
+
 def tasks_of(row: StageConfig) -> list[planner.TaskConfig]:
     return planner.without_speaker(row.tasks)
 
@@ -40,13 +44,15 @@ def planned(config: Config, name: str, setup: DeviceSetup = CPU) -> Plan:
 
 
 @pytest.mark.parametrize(("name", "size"), [
-    ("pretrain", 16), ("align", 8), ("finetune", 32), *(pytest.param(*case, marks=pytest.mark.repetition) for case in (
-        ("pretrain", 4), ("align", 2), ("finetune", 8)))])
+    ("pretrain", 16), ("align", 8), ("finetune", 32), ("words", 8),
+    *(pytest.param(*case, marks=pytest.mark.repetition) for case in (
+        ("pretrain", 4), ("align", 2), ("finetune", 8), ("words", 4)))])
 def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path: Path, name: str, size: int) -> None:
     """Real batches of full size: captions and sounds are longer than what is read; up to 4 parts, two of
     them traced (with `--all` up to 16). Weights are little of these steps, so what they are is compared as well."""
     run = small.open(tmp_path / "run", "model.vocab_size=200", "model.context_length=10", "training.ema_decay=0.9",
-                     f"memory.micro_batch={size}", micro_batch=size)  # more rows than the tokenizer has: known before
+                     f"memory.micro_batch={size}", *MORE.get(name, ()), micro_batch=size)  # more rows than words
+    name = "align" if name in MORE else name
     stage = small.stage(run, name)
     found = []
     for task in range(len(stage.tasks)):

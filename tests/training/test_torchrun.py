@@ -35,7 +35,8 @@ from trimodal.training.run import Options
 
 B = 13
 SHARES = {2: [9, 4], 3: [6, 2, 5]}  # rows of each rank
-TASKS = {"image text": ("contrastive matching concepts", "infonce"), "audio text": ("contrastive matching", "sigmoid"),
+TASKS = {"image text": ("contrastive matching concepts", "infonce"),
+         "audio text": ("contrastive matching masked_words words", "sigmoid"),
          "image audio": ("contrastive", "infonce"), "image audio text": ("masked concepts", "infonce"),
          "audio": ("masked speaker", "infonce")}
 SHOWN = 1e-6  # metrics.jsonl holds float32

@@ -9,14 +9,17 @@ from trimodal.objectives.contrastive import Contrastive, SigmoidContrastive
 from trimodal.objectives.labels import Concepts, Speaker
 from trimodal.objectives.masked import Masked
 from trimodal.objectives.matching import Matching
+from trimodal.objectives.words import MaskedWords, Words
 
 # In the order in which a step computes them: matching compares the features that contrast has computed.
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "matching": Matching,
     "concepts": Concepts,
+    "masked_words": MaskedWords,
     "masked": Masked,
     "speaker": Speaker,
+    "words": Words,
 }
 assert OBJECTIVES.keys() == set(config.OBJECTIVES), "config.py names other objectives"
 

@@ -33,6 +33,9 @@ class Objective(nn.Module):
         super().__init__()
         self.inputs = tuple(sorted(inputs, key=INPUT_ORDER.index))
 
+    def prepare(self, data: Any) -> None:
+        """Take what it needs to know of the data of the run, before the first step."""
+
     @property
     def towers(self) -> tuple[str, ...]:
         """Towers whose tokens it looks at."""

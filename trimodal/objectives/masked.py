@@ -25,14 +25,14 @@ def patch_error(predicted_BNP: Tensor, target_BNP: Tensor, hidden_BN: Tensor) ->
     return ((predicted_BNP - target_BNP).square().mean(-1) * hidden_BN).sum()  # of float32 targets: float32
 
 
-def hidden_tokens(mask_CL: Tensor, uniform_CL: Tensor) -> Tensor:
-    """Mask of the text tokens to hide, bool (C, L): each but [CLS], [SEP] and padding with probability TEXT_MASK_SHARE.
+def hidden_tokens(mask_CL: Tensor, uniform_CL: Tensor, share: float = TEXT_MASK_SHARE) -> Tensor:
+    """Mask of the text tokens to hide, bool (C, L): each but [CLS], [SEP] and padding with probability `share`.
 
     `mask_CL`: True at real tokens; `uniform_CL`: random numbers from 0 to 1, one for each token.
     """
     inner_CL = mask_CL & F.pad(mask_CL[:, 1:], (0, 1))  # a real token follows
     inner_CL[:, 0] = False
-    return inner_CL & (uniform_CL < TEXT_MASK_SHARE)
+    return inner_CL & (uniform_CL < share)
 
 
 class Masked(Objective):

@@ -131,10 +131,12 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     torch.manual_seed(run.config.training.seed)
     freeze(run.model, row)
     apply_recompute(run.model, run.fits[row.name])
-    objectives = nn.ModuleDict({
-        f"{i}_{name}": build_objective(name, run.model, task.inputs, len(run.data.speakers),
-                                       run.config.training.contrastive_loss)
-        for i, task in enumerate(tasks) for name in task.objectives}).to(run.device)
+    built = {f"{i}_{name}": build_objective(name, run.model, task.inputs, len(run.data.speakers),
+                                            run.config.training.contrastive_loss)
+             for i, task in enumerate(tasks) for name in task.objectives}
+    for objective in built.values():
+        objective.prepare(run.data)
+    objectives = nn.ModuleDict(built).to(run.device)
     run.world.broadcast_tensors([*run.model.state_dict().values(), *objectives.state_dict().values()])
     training = run.config.training
     trained = nn.ModuleDict({"model": run.model, "objectives": objectives})

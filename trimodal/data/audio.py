@@ -32,8 +32,9 @@ _KERNEL_TAPS = 4_000_000  # the largest resampling kernel that is built (16 MB)
 _MEL_BLOCK = 3_000  # frames transformed at once: bounds memory for long sounds
 
 
-def decode_audio(path: str | Path, start_s: float = 0.0, duration_s: float = 0.0) -> np.ndarray:
-    """Decode `path` from `start_s` for `duration_s` (0: to the end) to float32 [S], mono, 16 kHz.
+def decode_audio(path: str | Path, start_s: float = 0.0, duration_s: float = 0.0,
+                 rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """Decode `path` from `start_s` for `duration_s` (0: to the end) to float32 [S], mono, at `rate_hz`.
 
     Second 0 is that of a player: the earliest start of any picture or sound track of the file; a track that begins
     later has silence before it. Mono is the mean of the channels; where this has below 1 % of the loudest channel's
@@ -47,7 +48,7 @@ def decode_audio(path: str | Path, start_s: float = 0.0, duration_s: float = 0.0
     with decoding(str(path), "sound"):
         pieces = tracks.read(str(path), start_s, duration_s)
         _check_samples(pieces, start_s)
-    parts = [_resample(piece.samples, piece.rate_hz) for piece in pieces]
+    parts = [resampled(piece.samples, piece.rate_hz, rate_hz) for piece in pieces]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -80,32 +81,33 @@ def _check_samples(pieces: Sequence[Piece], start_s: float) -> None:
         raise BrokenSample("is silent")
 
 
-def _resample(samples: np.ndarray, rate_hz: int) -> np.ndarray:
-    near_hz = near_rate(rate_hz)
-    if near_hz == SAMPLE_RATE_HZ:
+def resampled(samples: np.ndarray, rate_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """A waveform [S] at another rate, float32."""
+    near_hz = near_rate(rate_hz, to_hz)
+    if near_hz == to_hz:
         return np.ascontiguousarray(samples, np.float32)
     with torch.inference_mode():
-        return _resampler(near_hz)(torch.from_numpy(np.ascontiguousarray(samples, np.float32))).numpy()
+        return _resampler(near_hz, to_hz)(torch.from_numpy(np.ascontiguousarray(samples, np.float32))).numpy()
 
 
-def near_rate(rate_hz: int) -> int:
-    """`rate_hz`, or the nearest rate whose ratio to 16 kHz is simple enough for a kernel of bounded size.
+def near_rate(rate_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> int:
+    """`rate_hz`, or the nearest rate whose ratio to `to_hz` is simple enough for a kernel of bounded size.
 
     A polyphase kernel has one row per output phase and about one column per input phase: 8,000 x 11,127 for 22,254 Hz.
     Reading such a file as 22,250 Hz shifts its pitch by 0.02 %, a third of a cent; the worst rate, near 1 kHz, moves by
     0.2 %.
     """
-    exact = math.gcd(rate_hz, SAMPLE_RATE_HZ)
-    for step in (d for d in range(exact, SAMPLE_RATE_HZ + 1) if SAMPLE_RATE_HZ % d == 0):
+    exact = math.gcd(rate_hz, to_hz)
+    for step in (d for d in range(exact, to_hz + 1) if to_hz % d == 0):
         near_hz = rate_hz if step == exact else round(rate_hz / step) * step
-        if (SAMPLE_RATE_HZ // step) * (near_hz // step) <= _KERNEL_TAPS:
+        if (to_hz // step) * (near_hz // step) <= _KERNEL_TAPS:
             return near_hz
-    raise AssertionError("a step of 16 kHz makes a kernel of at most 25 taps")
+    raise AssertionError("a step of the whole rate makes a kernel of few taps")
 
 
 @lru_cache(maxsize=16)
-def _resampler(rate_hz: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(rate_hz, SAMPLE_RATE_HZ, lowpass_filter_width=16)
+def _resampler(rate_hz: int, to_hz: int) -> torchaudio.transforms.Resample:
+    return torchaudio.transforms.Resample(rate_hz, to_hz, lowpass_filter_width=16)
 
 
 @lru_cache(maxsize=1)

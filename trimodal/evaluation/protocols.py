@@ -94,7 +94,7 @@ def encode_split(model: Any, data: Data, split: str, config: Config, setting: Se
     rows_by_kind = chosen_rows(data, split, setting.limit)
     size = config.evaluation.batch_size
     gathered = _Gathered(model, setting, size)
-    gathered.take(known or {}, np.concatenate([np.empty(0, np.int64), *rows_by_kind.values()]), table.caption_offsets)
+    gathered.take(known or {}, _all_rows(rows_by_kind), table.caption_offsets)
     unknown = _unknown(rows_by_kind, known or {})
     jobs = [(task, part) for task, rows in enumerate(unknown.values())
             for part in np.array_split(rows, -(-len(rows) // size))]
@@ -108,20 +108,33 @@ def encode_split(model: Any, data: Data, split: str, config: Config, setting: Se
                 gathered.add(batch, missing[batch.task], table.caption_offsets)
     finally:
         model.train(was_training)
-    facts = _facts(data, split, setting.limit, gathered)
-    nothing: dict[str, Any] = {"samples": 0, "of": 0, "broken": 0, "subset_seed": None, "nonfinite": {}}
-    facts |= {name: dict(nothing) for name in config.data.datasets if name not in facts}
-    return gathered.result(data.splits[split], split, facts)
+    return gathered.result(data.splits[split], split, _facts(data, split, config, setting.limit, gathered))
 
 
-def chosen_rows(data: Data, split: str, limit: int | None) -> dict[tuple[str, ...], np.ndarray]:
-    """Rows to encode by the modalities that their samples have, ascending.
+def encode_known(known: Known, data: Data, split: str, config: Config, setting: Setting,
+                 modalities: Sequence[str]) -> Encoded:
+    """What `encode_split` gives of a model that reads `modalities` alone, whose features are known. Samples without
+    any are those whose file is broken."""
+    rows = _all_rows(chosen_rows(data, split, setting.limit, modalities))
+    gathered = _Gathered(None, setting, config.evaluation.batch_size)
+    gathered.take(known, rows, data.tables[split].caption_offsets)
+    return gathered.result(data.splits[split], split, _facts(data, split, config, setting.limit, gathered, modalities))
+
+
+def _all_rows(rows_by_kind: Mapping[tuple[str, ...], np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *rows_by_kind.values()])
+
+
+def chosen_rows(data: Data, split: str, limit: int | None,
+                modalities: Sequence[str] = MODALITIES) -> dict[tuple[str, ...], np.ndarray]:
+    """Rows to encode by which of `modalities` their samples have, ascending.
 
     Samples with one modality alone only count where they have labels or a speaker. With a limit, a fixed random part
     of each set and kind.
     """
     table = data.tables[split]
     has = np.stack([table.has_image, table.has_text, table.has_audio], axis=1)
+    has &= np.array([name in modalities for name in MODALITIES])
     labelled = (np.diff(table.label_offsets) > 0) | (np.array([bool(name) for name in table.speakers.names], bool)[
         table.speakers.codes] & table.has_audio)
     useful = (has.sum(1) > 1) | (labelled & (has[:, 0] | has[:, 2]))
@@ -156,11 +169,12 @@ def can_score(data: Data, split: str) -> bool:
                for name, ids in (("image", own.image_ids), ("audio", own.audio_ids)))
 
 
-def _facts(data: Data, split: str, limit: int | None, gathered: "_Gathered") -> dict[str, dict[str, Any]]:
+def _facts(data: Data, split: str, config: Config, limit: int | None, gathered: "_Gathered",
+           modalities: Sequence[str] = MODALITIES) -> dict[str, dict[str, Any]]:
     """Count for each data set the samples used, all samples, the broken ones, and the features that are not finite."""
-    table, facts = data.tables[split], {}
-    part, whole = (np.concatenate([np.empty(0, np.int64), *chosen_rows(data, split, most).values()])
-                   for most in (limit, None))
+    nothing: dict[str, Any] = {"samples": 0, "of": 0, "broken": 0, "subset_seed": None, "nonfinite": {}}
+    table, facts = data.tables[split], {name: dict(nothing) for name in config.data.datasets}
+    part, whole = (_all_rows(chosen_rows(data, split, most, modalities)) for most in (limit, None))
     for code, source in enumerate(table.sources.names):
         there = table.sources.codes == code
         used = int(there[part].sum())

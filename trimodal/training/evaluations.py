@@ -1,0 +1,112 @@
+"""What evaluate.py does: a checkpoint, or a model of a hub, on the data sets that were asked for; table and report."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets import Data, load_data
+from model import load_model
+from trimodal.arguments import writing_to
+from trimodal.config import Config, config_from_dict
+from trimodal.data.tokenizer import Tokenizer
+from trimodal.errors import UserError
+from trimodal.evaluation import peers, protocols, report, rerank
+from trimodal.files import check_writable
+from trimodal.memory import devices
+from trimodal.redaction import command_line, settings
+from trimodal.sets import check_settings
+from trimodal.training.planner import DeviceSetup, plan_evaluation
+
+
+def configuration(options: argparse.Namespace, saved: dict[str, Any]) -> Config:
+    """The configuration in the checkpoint, then flags, then overrides. The model stays as it was trained.
+
+    Raises:
+        UserError: an unknown key, value or set, or a setting of the model.
+    """
+    if changed := [word for word in options.overrides if word.startswith("model.")]:
+        raise UserError(f"{changed[0]}: the model is that of the checkpoint; only other sections can be changed")
+    flags = [f"paths.data_root={json.dumps(options.data_root)}", f"paths.output_dir={json.dumps(options.output_dir)}"]
+    if options.datasets:
+        flags.append(f"data.datasets={json.dumps(options.datasets)}")
+    return check_settings(config_from_dict(saved, flags + options.overrides))
+
+
+def evaluate(options: argparse.Namespace) -> Path:
+    """Print the table, write the report; path of its Markdown file.
+
+    Raises:
+        UserError: the checkpoint, the data, the device or the output folder cannot be used.
+    """
+    devices.prepare_process()
+    device = devices.choose_device(options.device)
+    is_hub = options.checkpoint.startswith(peers.PREFIX)
+    model: Any
+    model, state = (peers.open_hub(options.checkpoint), {}) if is_hub else load_model(options.checkpoint)
+    config = configuration(options, state.get("config", {}))
+    heads = rerank.heads_of(state, config, options.checkpoint)
+    precision = devices.choose_precision(device, config.training.use_amp and not is_hub)
+    print(f"Device: {device}; {precision.reason}")
+    folder = Path(config.paths.output_dir) / "reports"
+    with writing_to(folder):  # at once: to find out after an hour that it cannot be written helps nobody
+        check_writable(folder)
+    data = read_data(config, options.split, state)
+    devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
+    setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, less=lambda size, cause: print(
+        f"Out of memory ({cause}): {size} samples at a time"), sizes={} if is_hub else planned_sizes(
+            config, DeviceSetup(device.type, precision.dtype, kernel=state["attention_kernel"])))
+    if is_hub:
+        encoded = peers.encode(model.to(device), data, options.split, config, setting)
+        figures = protocols.score(encoded, data, config)
+    else:
+        figures, encoded = protocols.evaluate_split(model.to(device), data, options.split, config, setting, heads)
+    if not figures:
+        raise UserError(f"--split {options.split}: {', '.join(config.data.datasets)} has no two samples there with two "
+                        "modalities, labels or speakers; choose another --split or other --datasets")
+    known = state.get("trained_on")
+    if isinstance(known, torch.Tensor) and options.split != "train":
+        protocols.mark_trained_on(encoded, data, config, known.numpy())
+    print(report.format_table(figures) + report.format_notes(figures, encoded.facts))
+    run = {
+        "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
+        "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
+        "model": describe(model), "config": settings(own_settings(config, is_hub)), "data": data.describe(),
+        "device": str(device), "precision": precision.reason,
+        "evaluation": {"split": options.split, "figures": figures, "facts": encoded.facts},
+    }
+    gallery = [row for modality in ("image", "audio")
+               for row in protocols.examples(encoded, data, modality, config.report.gallery_queries)]
+    with writing_to(folder):
+        _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=gallery)
+    print(f"Report: {markdown}")
+    return markdown
+
+
+def read_data(config: Config, split: str, state: dict[str, Any]) -> Data:
+    """One split with the words, concepts and speakers of a checkpoint; of a hub's model none of these, and no cache is
+    filled, since it reads the files themselves."""
+    if not state:
+        return load_data(config, [split], concepts=(), speakers=(), fill_cache=False)
+    return load_data(config, [split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
+                     concepts=state["concepts"], speakers=state["speakers"])
+
+
+def own_settings(config: Config, is_hub: bool) -> dict[str, Any]:
+    """The settings that figures depend on: of a hub's model not those of a model and its training."""
+    return {name: section for name, section in config.to_dict().items()
+            if not is_hub or name in ("data", "evaluation", "report", "paths")}
+
+
+def planned_sizes(config: Config, setup: DeviceSetup) -> dict[str, int]:
+    """Samples at a time by modality, as planned for the budget."""
+    return dict(plan_evaluation(config, setup).micro_batch)
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Size, or the name of a hub's model, and parameters, for the report."""
+    if isinstance(model, peers.HubModel):
+        return {"size": model.name, "parameters": sum(p.numel() for p in model.model.parameters())}
+    return {"size": model.config.size, "parameters": sum(p.numel() for p in model.parameters())}

@@ -92,6 +92,7 @@ class ProductAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
         with torch.autocast(q_BHQE.device.type, enabled=False):
+            q_BHQE, k_BHKE, v_BHKE = (x.contiguous() for x in (q_BHQE, k_BHKE, v_BHKE))  # else by each product
             q = at_least_float32(q_BHQE) * q_BHQE.shape[-1] ** -0.5
             scores_BHQK = q @ at_least_float32(k_BHKE).mT
             if mask_B11K is not None:
@@ -104,6 +105,7 @@ class ProductAttention(torch.autograd.Function):
     def backward(ctx: Any, upstream_BHQE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BHQE, k_BHKE, v_BHKE, p_BHQK = ctx.saved_tensors
         with torch.autocast(q_BHQE.device.type, enabled=False):
+            upstream_BHQE = upstream_BHQE.contiguous()
             upstream_BHQK = upstream_BHQE @ v_BHKE.mT
             scores_BHQK = torch.ops.aten._softmax_backward_data(upstream_BHQK, p_BHQK, -1, p_BHQK.dtype)
             scores_BHQK *= q_BHQE.shape[-1] ** -0.5

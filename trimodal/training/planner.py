@@ -55,7 +55,7 @@ from trimodal.objectives.base import learn
 from trimodal.objectives.step import Rows, Share, Step
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 
-PLAN_VERSION = 4  # to be raised whenever a step takes other memory than before: kept plans then count no longer
+PLAN_VERSION = 5  # to be raised whenever a step takes other memory than before: kept plans then count no longer
 TOWERS = ("image", "audio", "text", "fusion")  # the costliest first
 MICRO_BATCHES = 2  # of each tower in a planned step
 WHOLE = sys.maxsize  # a micro-batch that is the whole batch

@@ -30,6 +30,7 @@ MAX_PIXEL_ASPECT = 10  # of a video: pixels said to be longer are taken for squa
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # AVIF: from Pillow 11.3 on
 WHITE = 255
 MAX_ASPECT = 8  # the cache keeps the long side within this multiple of the short side it was asked for
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 MAX_CROP_ASPECT = 4 / 3  # of the windows that `augment` cuts
 _TRANSPOSITIONS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
                                   Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
@@ -59,15 +60,19 @@ def resize_for_cache(picture: np.ndarray, short_side: int) -> np.ndarray:
     return _resize(picture, max(1, round(width * scale)), max(1, round(height * scale)))
 
 
-def fit_eval(picture: np.ndarray, size: int, fit: str = "crop") -> np.ndarray:
-    """The same square of uint8 [H, W, 3] every time, uint8 [size, size, 3]: "crop" takes the centre, with the whole of
-    the shorter side; "pad" takes everything and makes it square with white."""
+def fit_eval(picture: np.ndarray, size: int, fit: str = "crop", crop_pct: float = 1.0,
+             filter: str = "bicubic") -> np.ndarray:
+    """The same square of uint8 [H, W, 3] every time, uint8 [size, size, 3]: "crop" takes the centre, with `crop_pct` of
+    the shorter side (1: the whole); "pad" takes everything and makes it square with white; "squash" takes everything
+    and changes its proportions. `filter` is one of FILTERS."""
     if fit == "pad":
         picture = _pad(picture)
     height, width = picture.shape[:2]
-    side = min(height, width)
+    if fit == "squash":
+        return _resize(picture, size, size, filter=filter)
+    side = min(height, width) * crop_pct
     left, top = (width - side) / 2, (height - side) / 2
-    return _resize(picture, size, size, (left, top, left + side, top + side))
+    return _resize(picture, size, size, (left, top, left + side, top + side), filter)
 
 
 def augment(picture: np.ndarray, size: int, rng: np.random.Generator, min_crop: float, fit: str = "crop",
@@ -93,9 +98,9 @@ def augment(picture: np.ndarray, size: int, rng: np.random.Generator, min_crop: 
     return np.ascontiguousarray(square[:, ::-1]) if flip and of_flip < 0.5 else square
 
 
-def _resize(picture: np.ndarray, width: int, height: int,
-            box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box))
+def _resize(picture: np.ndarray, width: int, height: int, box: tuple[float, float, float, float] | None = None,
+            filter: str = "bicubic") -> np.ndarray:
+    return np.array(Image.fromarray(picture).resize((width, height), FILTERS[filter], box))
 
 
 def _pad(picture: np.ndarray) -> np.ndarray:

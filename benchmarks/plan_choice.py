@@ -156,7 +156,7 @@ class Trainer:
         training = case.config.training
         self.case, self.batch = case, random_batch(case)
         self.model = TriModalModel(case.config.model)
-        self.objectives = [build_objective(name, self.model, case.task.inputs, 0, training.contrastive_loss)
+        self.objectives = [build_objective(name, self.model, case.task.inputs, 0, training)
                            for name in OBJECTIVES if name in case.task.objectives]
         both = nn.ModuleDict({"model": self.model, "objectives": nn.ModuleList(self.objectives)})
         self.optimizer = Optimizer(both, training)

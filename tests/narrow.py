@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import TriModalModel
-from trimodal.config import ModelConfig, Preset
+from trimodal.config import ModelConfig, Preset, TrainingConfig
 from trimodal.data.batches import Batch
 from trimodal.objectives.step import Step
 
@@ -70,17 +70,25 @@ def make_batch(inputs: Sequence[str], size: int, seed: int = 0, captions: int = 
         count = len(batch.caption_owner)
         batch.caption_ids = integers(0, 2 * count, count)
         batch.caption_ids[1::7] = batch.caption_ids[0]
+        vectors = torch.rand(count, 4, generator=torch.Generator().manual_seed(seed))  # all somewhat alike
+        batch.caption_vectors = torch.nn.functional.normalize(vectors, dim=1).half()
         batch.input_ids = integers(5, VOCABULARY, count, 9)
         batch.attention_mask = torch.arange(9) < integers(3, 10, count)[:, None]
         batch.noise |= {"text": torch.rand(count, 9, generator=g), "path_text": torch.rand(count, 64, generator=g)}
     return batch
 
 
+def settings_of(loss: str) -> TrainingConfig:
+    """Of `infonce` or `sigmoid`; with `soft` behind it, contrast looks at how alike captions are."""
+    kind, *soft = loss.split()
+    return TrainingConfig(contrastive_loss=kind, **{"soft_targets": 0.3, "false_negatives": 0.95} if soft else {})  # type: ignore[arg-type]
+
+
 def part_of(batch: Batch, rows: Tensor) -> Batch:
     """The batch of some of the samples (ascending), with their captions."""
     captions = batch.caption_owner
     lines = None if captions is None else torch.isin(captions, rows).nonzero()[:, 0]
-    of_captions = {"input_ids", "attention_mask", "caption_owner", "caption_ids"}
+    of_captions = {"input_ids", "attention_mask", "caption_owner", "caption_ids", "caption_vectors"}
     part: dict[str, Any] = {f.name: value[lines if f.name in of_captions else rows] for f in fields(batch)
                             if isinstance(value := getattr(batch, f.name), Tensor)}
     if captions is not None:

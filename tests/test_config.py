@@ -299,6 +299,10 @@ def test_stages_fit_pretrained_towers(tmp_path: Path) -> None:
     error_of(path=both, named=["stages[0].drop_path", "0.1", "model.MODALITY.adapter_depth"])
     load_config(both, ["model.text.adapter_depth=1"])
     load_config(both, ["model.text.tower=own"])
+    for name in ("words", "masked_words"):
+        told = ["stages.align.drop_path=0", f"stages.align.tasks.0.objectives={{{name}: 1}}"]
+        load_config(both, [*told, "model.text.tower=own"])
+        error_of(*told, path=both, named=["stages[0].tasks", name, "hub:x/y", "model.text.tower"])
 
 
 def test_two_stages_of_one_name(tmp_path: Path) -> None:

@@ -241,6 +241,8 @@ class TrainingConfig:
     batch_size: Count = 8
     gradient_accumulation_steps: Count = 4
     contrastive_loss: Literal["infonce", "sigmoid"] = "infonce"
+    soft_targets: Below1 = 0.0
+    false_negatives: Part | None = None
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: Positive = 1.0e-4
     use_amp: StrictBool = True
@@ -262,6 +264,11 @@ class TrainingConfig:
     @property
     def effective_batch(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def compares_captions(self) -> bool:
+        """Whether contrast looks at how alike captions are."""
+        return self.soft_targets > 0 or self.false_negatives is not None
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -422,6 +429,10 @@ class Config:
             if any("masked" in task.objectives and name in task.inputs for task in stage.tasks):
                 yield (f"{where}.tasks: masked hides parts of what own towers read, which {tower} does not; leave "
                        f"masked out for {name}, or set model.{name}.tower=own")
+            of_words = [word for task in stage.tasks for word in OF_WORDS if word in task.objectives]
+            if name == "text" and of_words:
+                yield (f"{where}.tasks: {of_words[0]} tells the words that our own encoder of text reads, not {tower}; "
+                       "leave it out, or set model.text.tower=own")
             if name != "text" and (keep := getattr(stage, f"{name}_keep")) < 1:
                 yield f"{where}.{name}_keep: {keep:g} hides patches, but {tower} reads all of them; set it to 1.0"
         used = {name for task in stage.tasks for name in task.inputs}

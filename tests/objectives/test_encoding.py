@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model import TriModalModel
-from tests.narrow import make_batch, narrow_model, step_of
+from tests.narrow import make_batch, narrow_model, settings_of, step_of
 from trimodal.data.batches import Batch
 from trimodal.errors import ConfigError
 from trimodal.objectives import build_objective
@@ -32,8 +32,8 @@ TASKS = {
     "everything of sounds": ("audio text", "contrastive matching concepts masked speaker", "infonce"),
     "pretrain of sounds": ("audio", "masked speaker", "infonce"),
     "fusion alone": ("image text", "concepts", "infonce"),
-    "words of images": ("image text", "contrastive masked_words words", "infonce"),
-    "words of sounds": ("audio text", "contrastive matching masked_words masked words", "sigmoid"),
+    "words of images": ("image text", "contrastive masked_words words", "infonce soft"),
+    "words of sounds": ("audio text", "contrastive matching masked_words masked words", "sigmoid soft"),
 }
 FREEZE = {"nothing": "", "image": "image", "text": "text", "both towers": "image text", "a projection": "projections"}
 
@@ -60,7 +60,7 @@ def parts_of(task: str, frozen: str = "", dtype: torch.dtype = torch.float64) ->
     for name in frozen.split():
         getattr(model, name).requires_grad_(False)
     torch.manual_seed(1)
-    objectives = [build_objective(name, model, inputs.split(), 3, loss) for name in names.split()]
+    objectives = [build_objective(name, model, inputs.split(), 3, settings_of(loss)) for name in names.split()]
     return model, nn.ModuleList(objectives).to(dtype)
 
 

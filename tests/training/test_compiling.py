@@ -18,7 +18,7 @@ from tests.ranks import in_ranks
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, batches, differing, float64, records, step, weights, without_times
 from trimodal import distributed
-from trimodal.config import load_config
+from trimodal.config import TrainingConfig, load_config
 from trimodal.memory.devices import Fit
 from trimodal.objectives import build_objective
 from trimodal.objectives.base import learn
@@ -45,7 +45,7 @@ def gradient(inputs: str, names: str, cut: Any, compiled: bool) -> dict[str, Ten
     model = narrow_model()
     blocks = CompiledBlocks(model, said.append) if compiled else None
     torch.manual_seed(1)
-    objectives = [build_objective(name, model, inputs.split(), 3, "infonce").double() for name in names.split()]
+    objectives = [build_objective(name, model, inputs.split(), 3, TrainingConfig()).double() for name in names.split()]
     both = nn.ModuleDict({"model": model, "heads": nn.ModuleList(objectives)})
 
     def learnt() -> Tensor:

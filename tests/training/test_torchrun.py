@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 import run_training
-from tests.narrow import make_batch, narrow_model, part_of, step_of
+from tests.narrow import make_batch, narrow_model, part_of, settings_of, step_of
 from tests.project import ROOT
 from tests.ranks import PATIENCE_S, Rank, in_ranks
 from tests.refusals import assert_names, refused
@@ -36,7 +36,7 @@ from trimodal.training.run import Options
 B = 13
 SHARES = {2: [9, 4], 3: [6, 2, 5]}  # rows of each rank
 TASKS = {"image text": ("contrastive matching concepts", "infonce"),
-         "audio text": ("contrastive matching masked_words words", "sigmoid"),
+         "audio text": ("contrastive matching masked_words words", "sigmoid soft"),
          "image audio": ("contrastive", "infonce"), "image audio text": ("masked concepts", "infonce"),
          "audio": ("masked speaker", "infonce")}
 SHOWN = 1e-6  # metrics.jsonl holds float32
@@ -51,7 +51,8 @@ def gradient(world: World, inputs: str, micro: Any) -> dict[str, Tensor]:
     names, loss = TASKS[inputs]
     model = narrow_model()
     torch.manual_seed(1)
-    objectives = nn.ModuleList(build_objective(name, model, inputs.split(), 3, loss) for name in names.split()).double()
+    objectives = nn.ModuleList(build_objective(name, model, inputs.split(), 3, settings_of(loss))
+                               for name in names.split()).double()
     batch = make_batch(inputs.split(), B)
     if world.size > 1:
         begin = sum(SHARES[world.size][:world.rank])

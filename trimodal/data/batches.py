@@ -65,6 +65,7 @@ class Split:
     audio_ids: np.ndarray  # int64 [n], equal for the same stretch of equal files; without a sound equal to no other
     # By modality whose tower is frozen: its features; None where the cache does not hold them.
     frozen: Mapping[str, Features | None] = field(default_factory=dict)
+    caption_vectors: np.ndarray | None = None  # float16 [captions, W], see towers/captions; None: nothing needs them
 
 
 def prepare_split(store: Store, config: Config, tokenizer: Tokenizer, concepts: Sequence[str],
@@ -172,6 +173,7 @@ class Batch:
     attention_mask: Tensor | None = None  # bool [C, L]
     caption_owner: Tensor | None = None  # int64 [C], ascending
     caption_ids: Tensor | None = None  # int64 [C], equal for equal normalised captions
+    caption_vectors: Tensor | None = None  # float16 [C, W], of length 1: their cosines say how alike captions are
     concepts: Tensor | None = None  # bool [B, num_classes]
     speakers: Tensor | None = None  # int64 [B], -1 = unknown
     image_ids: Tensor | None = None  # int64 [B], equal for equal pictures
@@ -402,6 +404,8 @@ class BatchReader:
         if "text" not in self.cached:
             columns["input_ids"], columns["attention_mask"] = ids_CL, _ = pad_captions(self.split, captions)
             noise["text"] = np.concatenate([one.noise["text"] for one in visits])[:, :ids_CL.shape[1]].copy()
+        if self.split.caption_vectors is not None:
+            columns["caption_vectors"] = self.split.caption_vectors[captions]
         return columns
 
 

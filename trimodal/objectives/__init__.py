@@ -25,8 +25,9 @@ assert OBJECTIVES.keys() == set(config.OBJECTIVES), "config.py names other objec
 
 
 def build_objective(name: str, model: Any, inputs: Sequence[str], num_speakers: int,
-                    contrastive_loss: str) -> Objective:
-    """The objective of this name; `contrastive` in the form that training.contrastive_loss says."""
-    if name == "contrastive" and contrastive_loss == "sigmoid":
-        return SigmoidContrastive(model, inputs, num_speakers)
+                    training: config.TrainingConfig) -> Objective:
+    """The objective of this name; `contrastive` as the settings of training say."""
+    if name == "contrastive":
+        kind = SigmoidContrastive if training.contrastive_loss == "sigmoid" else Contrastive
+        return kind(model, inputs, num_speakers, training)
     return OBJECTIVES[name](model, inputs, num_speakers)

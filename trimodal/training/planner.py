@@ -53,6 +53,7 @@ from trimodal.memory.tracker import HOST, OverLimit, Usage, loss_ends_at, phase,
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
 from trimodal.objectives.step import Rows, Share, Step
+from trimodal.towers import captions
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 
 PLAN_VERSION = 5  # to be raised whenever a step takes other memory than before: kept plans then count no longer
@@ -312,6 +313,8 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
     if "text" in task.inputs:
         columns |= {"input_ids": zeros(C, L, dtype=torch.int64), "attention_mask": zeros(C, L, dtype=torch.bool),
                     "caption_owner": zeros(C, dtype=torch.int64), "caption_ids": zeros(C, dtype=torch.int64)}
+        if config.training.compares_captions:
+            columns["caption_vectors"] = zeros(C, captions.WIDTH, dtype=torch.float16)
         noise |= {"text": zeros(C, L), "path_text": zeros(C, PATH_DRAWS)}
     return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, **columns)
 
@@ -328,7 +331,7 @@ class TaskMeasure:
             use_kernel(self.model, setup.kernel)
             freeze(self.model, row)
             self.objectives = [
-                build_objective(name, self.model, task.inputs, setup.num_speakers, config.training.contrastive_loss)
+                build_objective(name, self.model, task.inputs, setup.num_speakers, config.training)
                 for name in OBJECTIVES if name in task.objectives]
             both = nn.ModuleDict({"model": self.model, "objectives": nn.ModuleList(self.objectives)})
             self.parameters = list(both.parameters())
@@ -614,11 +617,14 @@ def common_facts(config: Config, setup: DeviceSetup) -> dict[str, Any]:
 def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
     """The further settings that the plan of stage `row` depends on, as plain data for a digest. Learning rates, loss
     weights and seeds are not among them, since they take no memory."""
+    training = config.training  # without what is off, facts are those of earlier releases
+    compared = {"likeness": (training.soft_targets > 0, training.false_negatives is not None)
+                } if training.compares_captions else {}
     return {"effective_batch": config.effective_batch(row), "captions": config.training.captions_per_visit,
             "average": config.training.ema_decay > 0, "optimizer": config.training.optimizer,
             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
             "drop_path": row.drop_path > 0, "trainable": row.trainable, "micro_batch": config.memory.micro_batch,
-            "audio_max_s": config.data.audio_max_s,
+            "audio_max_s": config.data.audio_max_s, **compared,
             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
 
 

@@ -80,7 +80,8 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
 def _judged_otherwise(config: Config, state: Mapping[str, Any], changed: Sequence[str], stage: str) -> list[str]:
     """The changed settings by which the validation loss of a stage is another."""
     before, now = state["config"].get("training", {}), config.training
-    judging = {"training.contrastive_loss", "evaluation.max_validation", "data.audio_max_s", "data.datasets"}
+    judging = {"training.contrastive_loss", "training.soft_targets", "training.false_negatives",
+               "evaluation.max_validation", "data.audio_max_s", "data.datasets"}
     judging |= {f"stages.{stage}.{name}" for name in ("tasks", "effective_batch", "image_keep", "audio_keep")}
     if before.get("batch_size", 0) * before.get("gradient_accumulation_steps", 0) != now.effective_batch:
         judging |= {"training.batch_size", "training.gradient_accumulation_steps"}

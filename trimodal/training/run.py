@@ -1,6 +1,7 @@
 """A run: its folder locked and opened, fresh or resumed, and what its checkpoints describe."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from trimodal.errors import UserError
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.redaction import settings
+from trimodal.towers.captions import caption_vectors
 from trimodal.training import outputs
 from trimodal.training.compiling import CompiledBlocks, wants_compiling
 from trimodal.training.tracking import Tracker
@@ -106,7 +108,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     print(f"Device: {device}; {precision.reason}")
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     devices.use_deterministic(config.training.deterministic)
-    data = data or world.together(lambda: read_data(config, state))
+    data = world.together(lambda: with_caption_vectors(data or read_data(config, state), config))
     held_gib = devices.held_gib(device)
     model = world.together(lambda: build_model(config, data, state)).to(device)
     progress = Progress(**state["progress"]) if state else Progress()
@@ -141,6 +143,16 @@ def read_data(config: Config, state: Mapping[str, Any] | None, *, fill_cache: bo
         return load_data(config, fill_cache=fill_cache)
     return load_data(config, tokenizer=Tokenizer.from_json(state["tokenizer"]), concepts=state["concepts"],
                      speakers=state["speakers"], fill_cache=fill_cache)
+
+
+def with_caption_vectors(data: Data, config: Config) -> Data:
+    """`data`, where contrast looks at how alike captions are with a vector of each caption that it sees."""
+    if not config.training.compares_captions:
+        return data
+    return dataclasses.replace(data, splits={
+        name: split if name == "test" else dataclasses.replace(
+            split, caption_vectors=caption_vectors(split.table.captions.tolist(), config))
+        for name, split in data.splits.items()})
 
 
 def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:

@@ -131,8 +131,7 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     torch.manual_seed(run.config.training.seed)
     freeze(run.model, row)
     apply_recompute(run.model, run.fits[row.name])
-    built = {f"{i}_{name}": build_objective(name, run.model, task.inputs, len(run.data.speakers),
-                                            run.config.training.contrastive_loss)
+    built = {f"{i}_{name}": build_objective(name, run.model, task.inputs, len(run.data.speakers), run.config.training)
              for i, task in enumerate(tasks) for name in task.objectives}
     for objective in built.values():
         objective.prepare(run.data)

@@ -261,6 +261,7 @@ def check_data(case: Case) -> Iterator[Finding]:
         yield Finding(f"data: {name}", "warn" if missing else "ok", "\n".join(lines),
                       _how_to_mend(name, case.config) if missing else "")
     yield from guarded("data: captions", _captions, case.data, case.config)
+    yield from guarded("data: near-equal files", _near_files, case.data, case.config)
     val = case.data.tables["val"]
     if alone := [row.name for row in case.config.stages if all(len(pool(val, task.inputs)) < 2 for task in row.tasks)]:
         yield Finding("data: val", "warn", f"{', '.join(alone)}: {validation.NO_VAL}", validation.ADD_VAL)
@@ -321,6 +322,22 @@ def _captions(data: "Data", config: Config) -> Iterator[Finding]:
               if (count := len(ids) - int((np.unique(ids, return_counts=True)[1] == 1).sum()))]
     if lines := found.lines() + shared:
         yield Finding("data: captions", "warn" if found.advice() else "ok", "\n".join(lines), found.advice())
+
+
+def _near_files(data: "Data", config: Config) -> Iterator[Finding]:
+    """Held-out files that are near-equal to one of the training split, of those that the cache holds."""
+    from trimodal.data.near import near_files
+
+    reading = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=False))  # nothing is kept
+    lines = []
+    for split in ("val", "test"):
+        for modality, pairs in near_files(data.splits[split], data.splits["train"], reading).items():
+            for row, other in pairs[:1].tolist():
+                lines.append(f"{split}: {len(pairs)} {modality} files, such as {data.tables[split].keys[row]} and "
+                             f"{data.tables['train'].keys[other]}")
+    if lines:
+        yield Finding("data: near-equal files", "warn", "\n".join(lines),
+                      "look at them; what was copied belongs on one side of the split")
 
 
 def _how_to_mend(name: str, config: Config) -> str:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from datasets import Data, Loader
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config
 from trimodal.data.batches import Batch, Split
+from trimodal.data.near import near_files
 from trimodal.data.splits import has_known_file
 from trimodal.evaluation import metrics, trials
 from trimodal.evaluation.metrics import Figure
@@ -316,6 +317,15 @@ def mark_trained_on(encoded: Encoded, data: Data, config: Config, known: np.ndar
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *(items.rows_N for items in encoded.items.values())]))
     for source, facts in encoded.facts.items():
         facts["trained_on"] = sum(bool(is_known[row]) for row in rows.tolist() if table.sources[row] == source)
+
+
+def mark_near(encoded: Encoded, data: Data, config: Config) -> None:
+    """Add to the facts of each set how many of its pictures and sounds are near-equal to one of the training split."""
+    table = data.tables[encoded.split]
+    for modality, pairs in near_files(data.splits[encoded.split], data.splits["train"], config).items():
+        for source in {table.sources[row] for row in pairs[:, 0].tolist()}:
+            count = sum(table.sources[row] == source for row in pairs[:, 0].tolist())
+            encoded.facts[source].setdefault("near", {})[modality] = count
 
 
 def _sets(data: Data, split: str) -> Iterator[tuple[str, np.ndarray]]:

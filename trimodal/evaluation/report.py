@@ -25,7 +25,7 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
                   {name: count}}]
     evaluation    {"split", "figures": {set: {pair: {metric: {"value", "chance", "candidates", "queries", "low",
                   "high"}}}}, "facts": {set: {"samples", "of", "broken", "trained_on", "subset_seed", "nonfinite",
-                  "trials"}}}
+                  "trials", "near": {modality: files}}}}
     gallery       [{"query", "source", "modality", "rank", "candidates", "answers": [{"caption", "score", "right"}]}]
     events        messages of the run: skipped steps, smaller micro-batches, resumption
     files         {"markdown", "losses", "progress", "gallery_image", "gallery_audio"}: names of files beside this one
@@ -92,6 +92,8 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("broken", "broken files left out: {broken}", "跳过的损坏文件：{broken}"),
     ("trained_on", "{trained_on} of them were trained on: these figures do not tell how it does on new samples",
      "其中 {trained_on} 个参加过训练：这些数字不能说明对新样本的效果"),
+    ("near", "near-equal to a training file (re-encoded, resized): {}",
+     "与某个训练文件几乎相同（重新编码、缩放等）：{}"),
     ("nonfinite", "features that are not finite, counted as errors: {}", "含非有限值、按错误计的特征：{}"),
     ("without_symbols", "Without letters, digits and signs, which their shapes alone tell apart.",
      "不含字母、数字和符号（它们仅凭形状即可区分）。"),
@@ -307,7 +309,7 @@ def format_notes(figures: Mapping[str, Any], facts: Mapping[str, Mapping[str, An
     say = {key: words["en"] for key, words in PHRASES.items()}
     return "".join(f"\n{name}: {_note(own, say, name in figures)}" for name, own in facts.items()
                    if name not in figures or own["samples"] < own["of"] or own["subset_seed"] is not None
-                   or any(own.get(key) for key in ("broken", "nonfinite", "trials", "trained_on")))
+                   or any(own.get(key) for key in ("broken", "nonfinite", "trials", "trained_on", "near")))
 
 
 def _distinct(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,7 +369,7 @@ def _note(facts: Mapping[str, Any] | None, say: Mapping[str, str], has_figures: 
 
     Args:
         facts: of `protocols.Encoded` for this set; read are "samples", "of", "subset_seed", "broken", "trained_on",
-            "nonfinite" and "trials".
+            "nonfinite", "trials" and "near".
         say: the phrases in the language of the report.
         has_figures: False: a sentence says that the set has none.
 
@@ -383,6 +385,8 @@ def _note(facts: Mapping[str, Any] | None, say: Mapping[str, str], has_figures: 
         words.append(say["broken"].format(**facts))
     if facts.get("trained_on"):
         words.append(say["trained_on"].format(**facts))
+    if facts.get("near"):
+        words.append(say["near"].format(", ".join(f"{k} {n}" for k, n in facts["near"].items())))
     if facts.get("nonfinite"):
         words.append(say["nonfinite"].format(", ".join(f"{k} {n}" for k, n in facts["nonfinite"].items())))
     if facts.get("trials"):

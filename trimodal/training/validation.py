@@ -277,6 +277,7 @@ def finish(run: Run) -> Path:
                           "the objective matching; nothing is re-ranked", run.progress.step)
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, evaluation_setting(run), heads)
     protocols.mark_trained_on(encoded, run.data, run.config, run.trained_on.numpy())
+    protocols.mark_near(encoded, run.data, run.config)
     if figures:
         run.tracker.say(report.format_table(figures) + report.format_notes(figures, encoded.facts))
     else:

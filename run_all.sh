@@ -80,7 +80,7 @@ main() {
     say "[1/5] environment"
     bash setup_environment.sh
     if given --check "$@" || given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
-    if ! given --resume "$@" && ! given --overwrite "$@"; then set -- "$@" --resume auto; fi
+    if ! given --resume "$@" && ! given --overwrite "$@" && ! given --init "$@"; then set -- "$@" --resume auto; fi
     answers=$("$PYTHON_HERE" run_training.py --check "$@") # what training would refuse ends here
     { IFS= read -r data_root && IFS= read -r output_dir && read -r names; } <<<"$answers"
 

@@ -46,6 +46,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", metavar="RATE", help="peak learning rate (default 1e-4)")
     parser.add_argument("--resume", metavar="PATH", help="a checkpoint_epoch_N.pt to resume from, or 'auto': the "
                         "newest intact one in the output folder, or a fresh start (default None)")
+    parser.add_argument("--init", metavar="PATH", help="begin a new run with the weights of a checkpoint, or of the "
+                        "best one in a run's folder, as far as they fit (default None)")
     parser.add_argument("--overwrite", action="store_true",
                         help="delete what the earlier run wrote in the output folder; all other files stay")
     parser.add_argument("--config", metavar="FILE", default=str(DEFAULT_CONFIG), help="settings (default config.yaml)")
@@ -96,15 +98,13 @@ def run(options: argparse.Namespace, config: "Config") -> int:
     if options.doctor:
         from trimodal import doctor
 
-        return doctor.main(config, options.device, options.resume, overwrite=options.overwrite)
+        return doctor.main(config, options.device, options.resume, overwrite=options.overwrite, init=options.init)
+    from trimodal.training import loop, plans, resume
+
     if options.plan:
-        from trimodal.training import plans
-
-        plans.print_plan(config, options.device, as_json=options.json)
+        plans.print_plan(config, options.device, as_json=options.json, init=options.init)
         return 0
-    from trimodal.training import loop, resume
-
-    start = loop.Options(options.device, options.resume, options.overwrite)
+    start = loop.Options(options.device, options.resume, options.overwrite, options.init)
     if options.check:
         with contextlib.redirect_stdout(io.StringIO()):  # training says it again
             resume.check_start(config, start)

@@ -455,7 +455,8 @@ def test_run_all_goes_on_with_a_set_that_can_be_used_in_part(project: Path) -> N
     assert len(run.stdout.splitlines()) == len(whole.stdout.splitlines()) + 1, "it is told"
 
 
-@pytest.mark.parametrize("flags", [["--overwrite"], ["--resume", "auto"], ["--resume=auto"]])
+@pytest.mark.parametrize("flags", [["--overwrite"], ["--resume", "auto"], ["--resume=auto"],
+                                   ["--init", "old/checkpoints"]])
 def test_run_all_leaves_the_choice_of_a_start(project: Path, flags: list[str]) -> None:
     _, calls = run_all(project, "--datasets", "coco", *flags)
     assert calls[-1] == " ".join(["run_training.py --datasets coco", *flags])

@@ -90,7 +90,8 @@ def _failed(title: str, error: Exception) -> Finding:
                    f"{SET_UP} mends the environment; if it stays, report this row")
 
 
-def main(config: Config, device: str = "auto", resume: str | None = None, *, overwrite: bool = False) -> int:
+def main(config: Config, device: str = "auto", resume: str | None = None, *, overwrite: bool = False,
+         init: str | None = None) -> int:
     """Run all checks, print the table, and return 0 if nothing failed, else 1. Interrupted, it prints what it has.
 
     Raises:
@@ -102,7 +103,7 @@ def main(config: Config, device: str = "auto", resume: str | None = None, *, ove
     findings, last = list[Finding](), "interrupted: the rest has not been looked at"
     with tempfile.TemporaryDirectory(prefix="doctor-", ignore_cleanup_errors=True) as folder, Interruption():
         try:
-            with contextlib.closing(examine(config, Path(folder), device, resume, overwrite)) as rows:
+            with contextlib.closing(examine(config, Path(folder), device, resume, overwrite, init)) as rows:
                 findings.extend(rows)
             last = _summary(findings)
         finally:
@@ -120,8 +121,8 @@ def _summary(findings: Sequence[Finding]) -> str:
     return f"{', '.join(f'{n} {state}' for state, n in states.items())}: {advice}"
 
 
-def examine(config: Config, folder: Path, device: str, resume: str | None,
-            overwrite: bool) -> Generator[Finding, None, None]:
+def examine(config: Config, folder: Path, device: str, resume: str | None, overwrite: bool,
+            init: str | None = None) -> Generator[Finding, None, None]:
     """Yield all rows. What the project prints meanwhile is dropped; `folder` takes temporary files."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -134,7 +135,7 @@ def examine(config: Config, folder: Path, device: str, resume: str | None,
 
         from trimodal.training.run import Options
 
-        case = Case(config, Options(device, resume, overwrite), folder)
+        case = Case(config, Options(device, resume, overwrite, init), folder)
         with tqdm(CHECKS, "Doctor", disable=None, leave=False, bar_format="{desc} {n}/{total} {postfix}") as bar:
             case.show = bar.set_postfix_str
             for title, check, needs in bar:
@@ -239,6 +240,14 @@ def check_resume(case: Case) -> Iterator[Finding]:
         case.state = state = find_state(case.config, case.options)
         yield Finding("resume", "ok", f"after epoch {state['progress']['epoch']} of {case.config.training.epochs}, in "
                                       f"the stage {state['stage']}" if state else "nothing to resume, a fresh start")
+
+
+def check_init(case: Case) -> Iterator[Finding]:
+    """The checkpoint that --init names; how much of it fits is known with the model."""
+    from trimodal.training.initial import read_source
+
+    if case.options.init is not None:
+        yield Finding("init", "ok", f"{read_source(case.options.init).path}: can be read")
 
 
 def check_data(case: Case) -> Iterator[Finding]:
@@ -442,6 +451,7 @@ def _room_for_cache(data: "Data", config: Config) -> Iterator[Finding]:
 def check_memory(case: Case) -> Iterator[Finding]:
     """Open the run, with few samples in a batch, and plan the memory of each stage as it will be asked of the run."""
     from trimodal.memory.devices import GIB
+    from trimodal.training.initial import format_table, headline
     from trimodal.training.planner import plan_stages
     from trimodal.training.plans import describe_towers, saved_fits, settings_of, setup_of
     from trimodal.training.run import open_run
@@ -455,6 +465,8 @@ def check_memory(case: Case) -> Iterator[Finding]:
     case.run = run
     yield Finding("model", "ok", f"{config.model.size}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M "
                                  f"parameters; {len(run.data.concepts)} concepts, {len(run.data.speakers)} speakers")
+    if taken := run.initialised_from:
+        yield Finding("initial weights", "ok", f"{headline(taken)}\n{format_table(taken)}")
     plans = plan_stages(config, tasks, setup_of(run), saved_fits(run, config, tasks, case.state))
     for name, plan in plans.items():
         yield Finding(f"memory: {name}", "ok", f"{plan.peak_bytes / GIB:.2f} GiB + {plan.allowance_bytes / GIB:.2f} "
@@ -513,5 +525,6 @@ def _step(title: str, run: "Run", stage: "Stage", number: int) -> Iterator[Findi
 
 CHECKS: tuple[tuple[str, Callable[[Case], Iterator[Finding]], str], ...] = (  # the attributes of a case that each needs
     ("device", check_device, ""), ("word embeddings", check_word_embeddings, ""), ("resume", check_resume, ""),
+    ("init", check_init, ""),
     ("data", check_data, ""), ("files", check_files, "data"), ("disk", check_disk, ""),
     ("memory", check_memory, "device data"), ("step", check_steps, "run"))

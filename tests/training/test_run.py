@@ -151,7 +151,7 @@ def test_best_weights_of_a_later_time_are_not_those_of_a_resumed_run(
 
     assert best(3) == {}, "best_model.pt is of epoch 4"
     assert_names(capsys.readouterr().out.rstrip("\n"), "best_model.pt", 4)
-    assert best(4).keys() == {"stage", "epoch", "loss", "model_state_dict"} and best(4)["epoch"] == 4
+    assert best(4).keys() == {"stage", "epoch", "loss", "model_state_dict", "matching_head"} and best(4)["epoch"] == 4
 
 
 def test_a_finished_run_says_so_and_trains_nothing(small: SmallRuns, whole: Path,

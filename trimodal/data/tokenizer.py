@@ -57,6 +57,11 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
+    def tokens(self) -> list[str]:
+        """The text of each token, by id."""
+        return [self._backend.id_to_token(i) or "" for i in range(self.vocab_size)]
+
+    @property
     def special_ids(self) -> tuple[int, ...]:
         """Ids that stand for no word ([CLS], [SEP], ...): never masked, never predicted."""
         return tuple(sorted(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special))

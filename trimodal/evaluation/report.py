@@ -165,7 +165,7 @@ def write_report(folder: Path, run: Mapping[str, Any], records: Sequence[Mapping
 def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], gallery: Sequence[Mapping[str, Any]],
             now: datetime.datetime) -> dict[str, Any]:
     """The report as plain data, all but `files`."""
-    named = ("kind", "command", "checkpoint", "best", "model", "config", "data", "evaluation")
+    named = ("kind", "command", "checkpoint", "initialised_from", "best", "model", "config", "data", "evaluation")
     report = {
         "schema": SCHEMA, "created": now.isoformat(timespec="seconds"), **{name: run.get(name) for name in named},
         "environment": environment(run),

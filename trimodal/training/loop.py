@@ -105,7 +105,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages
             lr_factors(run.model, row)
-        if begins_with_sigmoid(config, state):
+        if begins_with_sigmoid(config, state, run.initialised_from):
             start_sigmoid(run.model, first_contrastive_batch(config))
         fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs, first = stage_epochs(config, state), 1

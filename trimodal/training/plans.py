@@ -24,6 +24,7 @@ from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS
 from trimodal.sets import SETS
 from trimodal.training.attention import choose_kernel, has_choice
+from trimodal.training.initial import find_checkpoint
 from trimodal.training.planner import DeviceSetup, Plan, plan_stages, settings_digests, without_speaker
 from trimodal.training.run import Run
 from trimodal.training.stage import active_tasks
@@ -163,9 +164,9 @@ def _with_vocab_size(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
-def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> None:
+def print_plan(config: Config, device_name: str, *, as_json: bool = False, init: str | None = None) -> None:
     """`--plan`: for a CUDA device with bf16 unless another device is named or found. Under torchrun that of each
-    process, planned and printed by the first.
+    process, planned and printed by the first. `init`: of --init, which changes no plan, but must be there.
 
     Raises:
         UserError: as `foretell`; no such device.
@@ -174,6 +175,8 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False) -> No
     rank, processes = place_in_world()
     if rank:
         return
+    if init:
+        find_checkpoint(init)
     found = devices.choose_device(device_name)
     device = "cuda" if device_name == "auto" else found.type
     amp = devices.choose_precision(found, config.training.use_amp).dtype

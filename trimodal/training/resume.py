@@ -12,6 +12,7 @@ from trimodal.errors import CheckpointError, UserError
 from trimodal.memory.devices import choose_device
 from trimodal.redaction import settings
 from trimodal.sets import SETS, read_split
+from trimodal.training.initial import read_source
 from trimodal.training.run import Options, claim_folder
 from trimodal.training.tracking import read_records
 
@@ -32,6 +33,8 @@ def check_start(config: Config, options: Options) -> None:
             read_split(name, "train", config)
     lock = claim_folder(Path(config.paths.output_dir), options)
     find_state(config, options)
+    if options.init:
+        read_source(options.init)
     if lock:
         lock.release()
 
@@ -45,6 +48,9 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
     """
     if options.resume is None:
         return None
+    if options.init:
+        raise UserError("--init begins a new run, and --resume goes on with one, whose weights are all there; give one "
+                        "of them")
     if options.overwrite:
         raise UserError("--overwrite deletes the run that --resume would go on with; give one of them")
     auto = options.resume == "auto"
@@ -120,9 +126,12 @@ def finished_report(config: Config, state: dict[str, Any] | None) -> Path | None
     return next((path for path in reversed(made) if path.is_file()), None)
 
 
-def begins_with_sigmoid(config: Config, state: Mapping[str, Any] | None) -> bool:
-    """Whether the sigmoid loss is new to the weights: in a fresh run, or after a checkpoint of another loss."""
-    before = state["config"].get("training", {}).get("contrastive_loss") if state is not None else None
+def begins_with_sigmoid(config: Config, state: Mapping[str, Any] | None,
+                        initialised_from: Mapping[str, Any] | None = None) -> bool:
+    """Whether the sigmoid loss is new to the weights: in a run from nothing, or after a checkpoint of another loss."""
+    before = (initialised_from or {}).get("loss")
+    if state is not None:
+        before = state["config"].get("training", {}).get("contrastive_loss")
     return config.training.contrastive_loss == "sigmoid" != before
 
 

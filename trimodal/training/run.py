@@ -25,6 +25,7 @@ from trimodal.redaction import settings
 from trimodal.towers.captions import caption_vectors
 from trimodal.training import outputs
 from trimodal.training.compiling import CompiledBlocks, wants_compiling
+from trimodal.training.initial import format_table, headline, read_source, take_weights
 from trimodal.training.tracking import Tracker
 
 FOLDERS = ("checkpoints", "logs", "reports")
@@ -38,6 +39,7 @@ class Options:
     device: str = "auto"
     resume: str | None = None  # a checkpoint's path, or "auto": the newest good one, or a fresh start
     overwrite: bool = False
+    init: str | None = None  # a checkpoint, or a folder with one, whose weights a fresh run begins with
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Run:
     has_logged_no_validation: bool = False  # for lack of samples
     splits: dict[str, Any] = field(default_factory=dict)  # samples and digest of each, on the main process
     compiled_blocks: CompiledBlocks | None = None  # None: blocks run uncompiled
+    initialised_from: dict[str, Any] | None = None  # what `take_weights` took; None: a run from nothing
     trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -108,12 +111,17 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     print(f"Device: {device}; {precision.reason}")
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     devices.use_deterministic(config.training.deterministic)
+    begins_from = options.init if state is None else None
+    source = world.together(lambda: read_source(begins_from) if begins_from and world.is_main else None)
     data = world.together(lambda: with_caption_vectors(data or read_data(config, state), config))
     held_gib = devices.held_gib(device)
     model = world.together(lambda: build_model(config, data, state)).to(device)
+    initialised_from = state.get("initialised_from") if state else world.on_main(
+        lambda: take_weights(source, model, data.tokenizer, data.concepts, config.training.contrastive_loss)
+        if source else None)
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, Tracker(folder / "logs", writes=False), world,
-              progress=progress, held_gib=held_gib)
+              progress=progress, held_gib=held_gib, initialised_from=initialised_from)
     if compiles:
         run.compiled_blocks = CompiledBlocks(model, lambda line: run.tracker.event(line, run.progress.step))
     if not world.is_main:
@@ -133,7 +141,10 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
                           resumed=True)
     elif back:
         run.tracker.say(f"Started anew, for there is no checkpoint; what an earlier run has left is in {back}")
-    remember_splits(run, state)
+    if source and initialised_from:
+        run.tracker.event(headline(initialised_from), progress.step)
+        run.tracker.say(format_table(initialised_from))
+    remember_splits(run, state, source.trained_on if source else None)
     return run
 
 
@@ -155,12 +166,14 @@ def with_caption_vectors(data: Data, config: Config) -> Data:
         for name, split in data.splits.items()})
 
 
-def remember_splits(run: Run, state: Mapping[str, Any] | None) -> None:
+def remember_splits(run: Run, state: Mapping[str, Any] | None, trained_on: torch.Tensor | None = None) -> None:
     """Set what checkpoints record of the samples, and log what has changed since the one resumed from, unless that is
-    of an earlier release, which recorded none of it."""
+    of an earlier release, which recorded none of it. `trained_on`: by the weights that a fresh run begins with."""
     root, tables = run.config.paths.data_root, run.data.tables
     run.splits = {name: {"samples": len(table), "digest": table.digest()} for name, table in tables.items()}
     run.trained_on = torch.from_numpy(file_hashes(tables["train"], root))
+    if trained_on is not None:
+        run.trained_on = torch.cat([trained_on, run.trained_on]).unique()
     if state is None or not isinstance(state.get("trained_on"), torch.Tensor):
         return
     before = state["trained_on"].cpu()
@@ -295,6 +308,7 @@ def description(run: Run) -> dict[str, Any]:
         "splits": run.splits,
         "trained_on": run.trained_on,
         "attention_kernel": run.kernel,
+        **({"initialised_from": run.initialised_from} if run.initialised_from else {}),
         "normalisation": {"image_mean": list(model_module.IMAGE_MEAN), "image_std": list(model_module.IMAGE_STD),
                           "log_mel_mean": model_module.LOG_MEL_MEAN, "log_mel_std": model_module.LOG_MEL_STD},
     }

@@ -290,8 +290,9 @@ def finish(run: Run) -> Path:
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
         "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
-        "config": settings(run.config.to_dict()), "data": run.data.describe(), "device": str(run.device),
-        "precision": run.precision.reason, "predicted_gib": run.predicted_gib,
+        "initialised_from": run.initialised_from, "config": settings(run.config.to_dict()),
+        "data": run.data.describe(), "device": str(run.device), "precision": run.precision.reason,
+        "predicted_gib": run.predicted_gib,
         "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
     }
     final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,

@@ -108,6 +108,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._file(data, fault, detail)
 
+    def do_HEAD(self) -> None:
+        """What GET would say of a file, without it; nothing goes wrong here."""
+        path = self.path.split("?")[0]
+        self.loopback.note(path, {name.lower(): value for name, value in self.headers.items()})
+        data = self.loopback.files.get(path)
+        self.send_response(404 if data is None else 200)
+        etag = {} if data is None else {"ETag": f'"{hashlib.md5(data).hexdigest()}"'}
+        for name, value in {**etag, **self.loopback.headers, "Content-Length": str(len(data or b""))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in {**self.loopback.headers, **(headers or {}), "Content-Length": str(len(body))}.items():

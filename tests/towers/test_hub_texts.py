@@ -104,6 +104,10 @@ def test_siglip_is_given_all_its_positions_in_small_letters_and_without_marks(tm
     ids, valid = tokens_of(taken, ["A Dog runs."])
     assert ids.shape == (1, 12) and valid.all()
     assert ids[0].tolist() == [WORDS.index(word) for word in ("a", "dog", "runs", ".")] + [2] * 8  # SigLIP 2's
+    tower = opened(tmp_path)
+    short = torch.cat([ids[:, :4], torch.zeros(1, 3, dtype=torch.int64)], dim=1)  # padded as a batch of other towers
+    with torch.no_grad():
+        assert tower(short, torch.arange(7)[None] < 4).pooled_BD.equal(tower(ids, valid).pooled_BD)
     edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="SiglipTokenizer")
     ids, _ = tokens_of(taken_by(opened(tmp_path)), ["  A [Dog],   runs?!"])
     assert ids[0].tolist() == [WORDS.index(word) for word in ("a", "dog", "runs")] + [2] * 9

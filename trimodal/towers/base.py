@@ -267,15 +267,18 @@ def build_tower(description: Mapping[str, Any]) -> PretrainedTower:
     if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
         # Libraries read values while they build, which fake tensors lack; meta tensors with other places have none.
         return _emptied(model)
-    return model if torch.get_default_device().type == "meta" else _built(description)
+    # Some make parameters by torch.Tensor(), which no device but the CPU gets.
+    return model.to("meta") if torch.get_default_device().type == "meta" else _built(description)
 
 
 def _built(description: Mapping[str, Any]) -> PretrainedTower:
     try:
         return importlib.import_module(FAMILIES[description["family"]]).build(description).float().eval()
-    except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"not the description of a tower that is known here ({type(error).__name__}: {error})"
-                        ) from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # descriptions made to deceive may provoke any
+        raise UserError("not the description of a tower that is known here "
+                        f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
 
 
 def _emptied(model: PretrainedTower) -> PretrainedTower:

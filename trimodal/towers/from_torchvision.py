@@ -131,8 +131,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of a ViT, or the parts of a convolutional network, those of all its stages one after another."""
     if hasattr(model, "encoder"):
         return list(model.encoder.layers)  # type: ignore[arg-type,union-attr]
-    if hasattr(model, "features"):
-        stages = list(model.features.children())[1:]  # type: ignore[union-attr]
-    else:
-        stages = [getattr(model, f"layer{i}") for i in range(1, 5)]
-    return [block for stage in stages for block in (stage if isinstance(stage, nn.Sequential) else [stage])]
+    found: Any = getattr(model, "trunk_output", None) or getattr(model, "features", None)
+    stages = [getattr(model, f"layer{i}") for i in range(1, 5)] if found is None else list(found.children())
+    stages = stages[1:] if found is getattr(model, "features", 0) else stages  # the first is the stem
+    # A class of its own, such as a convolution with norm and activation in place, is one block.
+    return [block for stage in stages for block in (stage if type(stage) is nn.Sequential else [stage])]

@@ -78,7 +78,8 @@ def fetch(name: str, where: str) -> Path:
             raise
         advice = ("HF_HUB_OFFLINE is set, and the hub's cache does not hold it: unset it once, or name a local folder"
                   if is_offline() else
-                  "check the name; behind a mirror set HF_ENDPOINT; or fetch it elsewhere and name the local folder")
+                  "check the name; behind a mirror set HF_ENDPOINT; offline set HF_HUB_OFFLINE=1, which takes what was "
+                  "fetched before; or name a local folder")
         raise UserError(f"{where}: cannot be fetched from {constants.ENDPOINT} ({reason_of(error)}); {advice}"
                         ) from None
 
@@ -94,7 +95,8 @@ def _wanted(repo_id: str, revision: str | None) -> list[str]:
     """Files to fetch: settings, tokenizers, the card, and weights in the safest format there is."""
     from huggingface_hub import HfApi
 
-    there = HfApi().list_repo_files(repo_id, revision=revision)
+    # Asked first and once, since the client of the hub tries what follows for minutes where no server answers.
+    there = [one.rfilename for one in HfApi().model_info(repo_id, revision=revision, timeout=30).siblings or []]
     for patterns in WEIGHTS:
         if found := [name for name in there if any(fnmatch(name, pattern) for pattern in patterns)]:
             return [*SMALL_FILES, "1_Pooling/config.json", *found]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trimodal.errors import UserError
@@ -52,6 +53,10 @@ class HubTextTower(HubTower):
     def forward(self, inputs: Tensor, valid: Tensor | None = None) -> Encoded:
         taken = self.input
         assert isinstance(taken, TextInput)
+        if valid is not None:  # whatever a batch is padded with
+            inputs = inputs.where(valid, taken.pad_id)
+        if taken.pad_to:
+            inputs = F.pad(inputs, (0, max(0, taken.pad_to - inputs.shape[1])), value=taken.pad_id)
         if not taken.masked:
             valid = None
         found = self.model(input_ids=inputs, attention_mask=None if valid is None else valid.long())

@@ -36,6 +36,7 @@ OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker", "words
 OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of other samples
 OF_WORDS = ("words", "masked_words")  # the words of a caption, told from its image or sound
 
+FOLDS = 5  # of stamps
 SAMPLE_RATE_HZ = 16_000
 FRAME_RATE_HZ = 100  # one log-mel frame every 10 ms
 NUM_MELS = 80
@@ -366,9 +367,17 @@ class DataConfig:
     coco_split: Literal["auto", "karpathy", "2017"] = "auto"
     audiocaps_version: Literal[1, 2] = 1
     stamps_symbols: StrictBool = True
+    fold: Annotated[CountOr0, Field(lt=FOLDS)] = 0
     emoji_language: Literal["en", "zh"] = "en"
     synthetic_images: Annotated[Int, Field(ge=128, le=1800)] = 1800
     synthetic_sounds: Annotated[Int, Field(ge=128, le=384)] = 384
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.fold and self.datasets != ("stamps",):
+            raise ValueError(f"fold: {self.fold} is a split of stamps alone, and datasets are "
+                             f"{', '.join(self.datasets)}; leave it out, or train on stamps")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

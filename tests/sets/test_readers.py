@@ -453,6 +453,17 @@ def test_stamps_split_by_caption(tmp_path: Path) -> None:
     assert side["animals/twin"] == side["animals/birds/red-apple-0"]
 
 
+def test_each_stamp_is_test_in_one_fold_and_fold_0_is_the_usual_split(tmp_path: Path) -> None:
+    trees.stamps(tmp_path, captions=23)  # 27 with the odd ones
+    folds = [read("stamps", tmp_path, fold=fold, datasets=["stamps"]) for fold in range(5)]
+    assert folds[0] == read("stamps", tmp_path)
+    test = [{normalise_caption(sample.captions[0]) for sample in fold["test"]} for fold in folds]
+    assert len(set().union(*test)) == sum(map(len, test)) == 27 and {len(part) for part in test} == {5, 6}
+    for fold, part in zip(folds, test, strict=True):
+        others = [{normalise_caption(sample.captions[0]) for sample in fold[name]} for name in ("val", "train")]
+        assert len(others[0]) == 3 and sum(map(len, (part, *others))) == len(part.union(*others))
+
+
 def test_stamps_without_symbols_stay_on_their_sides(tmp_path: Path) -> None:
     trees.stamps(tmp_path)
     whole, part = read("stamps", tmp_path), read("stamps", tmp_path, stamps_symbols=False)

@@ -98,6 +98,16 @@ def draw_splits(units: Iterable[str], test: int, val: int) -> dict[str, str]:
     return dict(itertools.zip_longest(shuffled, sides[: len(shuffled)], fillvalue="train"))
 
 
+def draw_fold(units: Iterable[str], fold: int, folds: int, val: float) -> dict[str, str]:
+    """Assign each of the distinct `units` to a split so that of all `folds` each unit is test in one: test is part
+    number `fold` of a shuffle of them, val the share `val` that follows, the rest train. Part 0 begins where
+    `draw_splits` does."""
+    order = list(draw_splits(units, 0, 0))
+    first, last = (round(len(order) * number / folds) for number in (fold, fold + 1))
+    sides = ["test"] * (last - first) + ["val"] * round(val * len(order))
+    return dict(itertools.zip_longest(order[first:] + order[:first], sides[:len(order)], fillvalue="train"))
+
+
 # ---- what is not there -------------------------------------------------------------------------------------------
 
 

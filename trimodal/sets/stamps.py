@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trimodal.config import Config
+from trimodal.config import FOLDS, Config
 from trimodal.data.samples import Sample, normalise_caption
 from trimodal.errors import UserError
 from trimodal.sets import inventory
 from trimodal.sets.base import Count, DataSet, File, Item, Source
-from trimodal.sets.reading import MAX_CAPTION_CHARS, download_command, draw_splits, worded_captions
+from trimodal.sets.reading import MAX_CAPTION_CHARS, download_command, draw_fold, worded_captions
 
 VERSION = "2022.06.04"
 PACKAGE = f"tuxpaint-stamps-default_{VERSION}-1_all.deb"
 TARBALL = f"tuxpaint-stamps-{VERSION}.tar.gz"
 SYMBOLS = "symbols"  # the folder of letters, digits and signs, the easy part of the set
-HELD_OUT = {"test": 0.2, "val": 0.1}  # shares of the distinct captions
+VAL = 0.1  # of the distinct captions; test is one of FOLDS parts of them
 
 ITEMS = (
     Item(name=PACKAGE, kind="deb", into="", subset="stamps", unpacked=220_000_000,
@@ -41,13 +41,13 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
     A few are drawn as X.svg alone, which nothing here renders: these give their sound.
 
     The label is the top folder. Equal captions stand on one side: of the distinct captions of the whole set 20 % are
-    test and 10 % val, so leaving out symbols/ (`data.stamps_symbols: false`) moves no stamp to another side.
+    test (`data.fold` says which) and 10 % val, so leaving out symbols/ (`data.stamps_symbols: false`) moves no stamp to
+    another side.
     """
     found = list(_stamps(root))
     if not found:
         raise UserError(f"{root}: holds no captioned stamp; get them with: {download_command('stamps', config)}")
-    units = {normalise_caption(stamp.captions[0]) for stamp in found}
-    sides = draw_splits(units, *(round(share * len(units)) for share in HELD_OUT.values()))
+    sides = draw_fold((normalise_caption(stamp.captions[0]) for stamp in found), config.data.fold, FOLDS, VAL)
     for split, stamp in itertools.product(splits, found):
         if sides[normalise_caption(stamp.captions[0])] != split:
             continue

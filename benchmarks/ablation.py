@@ -336,29 +336,36 @@ def print_folds(label: str, folds: Sequence[Mapping[str, Any]]) -> None:
               f"by fold {each}; training {statistics.mean(one['seconds'] for one in folds):.0f} s", flush=True)
 
 
-def compare(sides: Mapping[str, tuple[Sequence[str], Path | None]], options: argparse.Namespace) -> None:
-    """Train and test each side on all folds, in turns; runs are kept, and go on as those of `screen`."""
+def compare(sides: Mapping[str, tuple[Sequence[str], Path | None]], data_root: Path, runs: int | None = None
+            ) -> dict[str, list[dict[str, Any]]]:
+    """The folds of each side, in turns, by label: those that are kept, and at most so many `runs` more."""
     for fold in FOLDS:
         for label, (settings, tree) in sides.items():
-            if not _kept(label, fold):
-                if options.runs == 0:
-                    return
-                options.runs = options.runs and options.runs - 1
-                facts = facts_of("folds", label, fold, settings)
-                keep(facts | {"test": test_fold(fold, settings, options.data_root, tree)})
-                print(f"{label}: fold {fold} done", flush=True)
-    for label in sides:
-        print_folds(label, [_kept(label, fold)["test"] for fold in FOLDS])
+            if _kept(label, fold) or runs == 0:
+                continue
+            runs = runs and runs - 1
+            facts = facts_of("folds", label, fold, settings)
+            keep(facts | {"test": test_fold(fold, settings, data_root, tree)})
+            print(f"{label}: fold {fold} done", flush=True)
+    folds = {label: [one["test"] for fold in FOLDS if (one := _kept(label, fold))] for label in sides}
+    for label, done in folds.items():
+        if len(done) == len(FOLDS):
+            print_folds(label, done)
+    return folds
 
 
 def _kept(label: str, fold: int) -> dict[str, Any]:
     return next((one for one in found() if (one["set"], one["option"], one["seed"]) == ("folds", label, fold)), {})
 
 
+def own_label() -> str:
+    return f"folds: {commit().removesuffix('+')}"
+
+
 def measured() -> dict[str, float]:
-    """For `benchmarks/run.py`: R@5 of the recipe as it is, over five folds."""
-    folds = [test_fold(fold, (), ROOT / "data") for fold in FOLDS]
-    print_folds("this tree", folds)
+    """For `benchmarks/run.py`: R@5 of the recipe as it is, over five folds, which may have been trained already."""
+    label = own_label()
+    folds = compare({label: ((), None)}, ROOT / "data")[label]
     return {key: pooled(folds, key)[0] for key in KEYS}
 
 
@@ -382,13 +389,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                if option in names_of(name)], options)
     elif options.what == "final":
         compare({f"final: {option}": ((*OPTIONS[option], f"training.epochs={equal_epochs('stamps', option)}"), None)
-                 for option in dict.fromkeys(("recipe", winner(rows)))}, options)
+                 for option in dict.fromkeys(("recipe", winner(rows)))}, options.data_root, options.runs)
         return
     elif options.what == "folds":
-        sides: dict[str, tuple[Sequence[str], Path | None]] = {f"folds: {commit().removesuffix('+')}": ((), None)}
-        if options.against:
-            sides[f"folds: {options.against.name}"] = (), options.against.resolve()
-        compare(sides, options)
+        older = {f"folds: {options.against.name}": ((), options.against.resolve())} if options.against else {}
+        compare({own_label(): ((), None), **older}, options.data_root, options.runs)
         return
     print(table([one for one in found() if one["set"] in RECIPES]))
 

@@ -123,6 +123,14 @@ def million_samples() -> dict[str, float]:
         return measured()
 
 
+def scratch() -> dict[str, float]:
+    """R@5 of the demo's recipe on stamps, over five folds of their captions."""
+    from benchmarks.ablation import measured
+
+    with measurable():
+        return measured()
+
+
 def lines() -> dict[str, float]:
     """Lines of all Python files but those of tests, benchmarks and findings."""
     from tests.project import product_files
@@ -163,6 +171,8 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "matmul_share_fp32": Figure(None, partial(matmul_share, "fp32"), runs=5, at_least=0.75),
            "finetune_micro_batches": Figure(None, finetune, runs=5, at_least=2.5),
            "finetune_whole": Figure(None, finetune, runs=5, at_least=2.5),
+           "scratch_stamps_r5": Figure(None, scratch, runs=1, at_least=0.36),
+           "scratch_stamps_audio_r5": Figure(None, scratch, runs=1, at_least=0.60),
            "plan_slowest_s": Figure(10.0, partial(waiting, "plan_slowest_s")),
            "first_step_s": Figure(12.0, partial(waiting, "first_step_s")),
            "validation_share_pct": Figure(10.0, partial(waiting, "validation_share_pct")),

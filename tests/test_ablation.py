@@ -1,0 +1,84 @@
+"""The benchmark of ways of learning: what it compares, how it chooses, and the folds of older trees."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import ablation
+from trimodal.config import load_config
+from trimodal.sets.reading import draw_fold, draw_splits
+
+
+def row(option: str, seed: int, value: float, name: str = "stamps") -> dict[str, Any]:
+    return {"set": name, "option": option, "seed": seed,
+            "figures": {"image-text R@5": value, "audio-text R@5": value + 0.2}}
+
+
+def test_every_option_is_a_recipe_that_can_be_trained() -> None:
+    for name, recipe in ablation.RECIPES.items():
+        for option in ablation.names_of(name):
+            config = load_config(ablation.ROOT / "recipes" / f"{recipe}.yaml",
+                                 [*ablation.USUAL[name], *ablation.OPTIONS[option]])
+            assert config.stages[-1].name == ablation.LAST
+    assert set(ablation.ONLY) <= set(ablation.OPTIONS)
+
+
+def test_an_option_is_compared_with_the_recipe_of_the_same_set_and_seed() -> None:
+    rows = [row("recipe", 0, 0.3), row("recipe", 0, 0.6, "synthetic"), row("adamw", 0, 0.2),
+            row("adamw", 0, 0.4, "synthetic"), row("sigmoid", 0, 0.5), row("half the pretraining", 0, 0.4)]
+    gains = ablation.scores(rows, (0,))
+    assert gains == pytest.approx({"recipe": 0.0, "adamw": -0.15, "half the pretraining": 0.1}), "sigmoid lacks a run"
+    assert ablation.ranked(rows, (0,)) == ["half the pretraining", "recipe", "adamw"]
+    assert ablation.finalists(rows) == ["recipe", "half the pretraining", "adamw"]
+    with pytest.raises(SystemExit, match="three seeds"):
+        ablation.winner(rows)
+    rows += [row("recipe", seed, 0.3, name) for seed in (1, 2) for name in ablation.RECIPES]
+    rows += [row("half the pretraining", seed, 0.2) for seed in (1, 2)]
+    assert ablation.winner(rows) == "recipe", "it was better with one seed alone"
+
+
+def test_figures_are_those_of_the_lowest_validation_loss_of_the_last_stage() -> None:
+    metrics = [{key: value for keys in ablation.PAIRS.values() for key in keys} for value in (0.9, 0.2, 0.4)]
+    records = [{"kind": "validation", "stage": stage, "loss": loss, "metrics": one} for stage, loss, one in zip(
+        ("align", "finetune", "finetune"), (0.1, 2.0, 1.0), metrics, strict=True)]
+    found = ablation.figures_of([*records, {"kind": "stage", "stage": "finetune", "steps": 7}])
+    assert found["figures"] == dict.fromkeys(ablation.PAIRS, 0.4) and found["steps"] == {"finetune": 7}
+
+
+def test_equal_time_is_epochs_by_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = ("pretrain", "align", "finetune")
+    rows = [{"set": "stamps", "option": option, "seed": ablation.COST, "cost": dict.fromkeys(stages, cost)}
+            for option, cost in (("recipe", 10.0), ("adamw", 5.0), ("sigmoid", 12.0))]
+    monkeypatch.setattr(ablation, "found", lambda: rows)
+    assert [ablation.equal_epochs("stamps", option) for option in ("recipe", "adamw", "sigmoid")] == [18, 36, 15]
+
+
+def test_the_figure_of_all_folds_is_over_their_queries() -> None:
+    folds = [{"figures": {"scratch_stamps_r5": {"value": value, "queries": number, "chance": 0.1}}}
+             for value, number in ((0.5, 10), (0.2, 30))]
+    value, low, high, number = ablation.pooled(folds, "scratch_stamps_r5")
+    assert (value, number) == (pytest.approx(0.275), 40)
+    assert (low, high) == (pytest.approx(0.161, abs=1e-3), pytest.approx(0.428, abs=1e-3)), "Wilson's of 11 in 40"
+
+
+def test_an_older_tree_has_the_same_folds(tmp_path: Path) -> None:
+    """A module of that name stands for it: all that is asked of it is `draw_splits` and a `main`."""
+    units = [f"a caption {i}" for i in range(27)]
+    splits = dict(itertools.islice(draw_splits(units, 0, 0).items(), 27))
+    (tmp_path / "readers.py").write_text(
+        f"ORDER = {list(splits)!r}\n"
+        "def draw_splits(units, test, val):\n"
+        "    sides = ['test'] * test + ['val'] * val\n"
+        "    return {unit: (sides + ['train'] * len(ORDER))[i] for i, unit in enumerate(ORDER)}\n", "utf-8")
+    (tmp_path / "run_training.py").write_text(
+        "import json, readers\n"
+        "def main():\n    print(json.dumps(readers.draw_splits(readers.ORDER, 5, 3)))\n", "utf-8")
+    for fold in (0, 1, 4):
+        found = subprocess.run([sys.executable, "-c", ablation.OLDER, str(fold)], cwd=tmp_path, check=True,
+                               capture_output=True, text=True)
+        assert json.loads(found.stdout) == draw_fold(units, fold, 5, 0.1)

@@ -120,7 +120,7 @@ state() {
 import hashlib, importlib.metadata, pathlib, platform, sys
 def digest(*names):
     return hashlib.sha256(b"\0".join(pathlib.Path(name).read_bytes() for name in names)).hexdigest()
-print("requirements=" + digest("requirements.txt", "requirements-embeddings.txt"))
+print("requirements=" + digest("requirements.txt", "requirements-embeddings.txt", "requirements-towers.txt"))
 print("dev=" + digest("requirements-dev.txt"))
 print("constraints=" + ("none" if sys.argv[1] == "yes" else digest("constraints.txt")))
 print("python=" + platform.python_version())
@@ -256,7 +256,7 @@ install() {
     usable || make_environment
     torch_stays || install_torch
     install_tested -r requirements.txt
-    pip_install --no-deps --require-hashes -r requirements-embeddings.txt
+    pip_install --no-deps --require-hashes -r requirements-embeddings.txt -r requirements-towers.txt
     if [ "$DEV" = yes ]; then
         install_tested -r requirements-dev.txt
         dev=$(state | grep '^dev=')

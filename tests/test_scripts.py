@@ -245,7 +245,7 @@ def test_an_environment_behind_a_link_is_never_emptied(tmp_path: Path, end: str)
 
 # ---- setup_environment.sh: what it does --------------------------------------------------------------------------
 
-REQUIRED = ("requirements.txt", "requirements-embeddings.txt", "requirements-dev.txt")
+REQUIRED = ("requirements.txt", "requirements-embeddings.txt", "requirements-towers.txt", "requirements-dev.txt")
 
 
 def installed(folder: Path) -> Path:

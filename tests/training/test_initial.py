@@ -213,11 +213,28 @@ def test_a_tower_of_another_kind_is_left_with_what_stands_on_it(best: Path) -> N
     assert list(taken["parts"]["image"]["left"]) == ["of another tower"] and taken["parts"]["image"]["taken"] == 0
     assert taken["parts"]["projections"]["left"] == {"of another tower": ["projections.image.weight"]}
     assert taken["parts"]["text"]["left"] == {} == taken["parts"]["audio"]["left"]
-    model.image.tower = torch.nn.Module()
-    model.image.tower.description = {**other, "source": "timm:two", "licence": "", "digest": "2"}  # type: ignore[assignment]
-    assert initial.needs_of_model(model, "image") == initial.needs_of_file(source, "image") is not None
-    model.image.tower.description = {**other, "input": {"size": 256}}  # type: ignore[assignment]
-    assert initial.needs_of_model(model, "image") != initial.needs_of_file(source, "image")
+    for change, has_weights, are_others in (
+            ({"source": "timm:two", "licence": ""}, True, False), ({"digest": "2"}, True, False),
+            ({"digest": "2"}, False, True), ({"input": {"size": 256}}, True, True), ({"name": "b"}, True, True)):
+        assert initial.are_other_towers(other, {**other, **change}, has_weights) is are_others, change
+    assert initial.are_other_towers(other, None, True) and not initial.are_other_towers(None, None, False)
+
+
+def test_a_tower_that_the_file_names_alone_is_there_already(best: Path) -> None:
+    """As in checkpoints to resume from, which leave out the weights of a frozen tower."""
+    model = model_module.TriModalModel(ModelConfig(size="nano", vocab_size=135, embed_dim=8, num_classes=60))
+    model.image.tower = tower = torch.nn.Linear(3, 2)
+    described = {"family": "timm", "digest": "1"}
+    tower.description = described  # type: ignore[assignment]
+    state = checkpoint.load(best)
+    before, tokenizer = tower.weight.detach().clone(), Tokenizer.from_json(state["tokenizer"])
+    source = initial.Source(best, "best_model.pt", "", {**state, "towers": {"image": described}})
+    taken = initial.take_weights(source, model, tokenizer, state["concepts"], "infonce")
+    assert taken["parts"]["image.tower"] == {"parameters": 8, "taken": 8, "rows": None, "left": {}}
+    assert torch.equal(tower.weight, before) and taken["parts"]["image"]["taken"] > 0
+    tower.description = {**described, "digest": "2"}  # type: ignore[assignment]
+    taken = initial.take_weights(source, model, tokenizer, state["concepts"], "infonce")
+    assert taken["parts"]["image.tower"]["taken"] == taken["parts"]["image"]["taken"] == 0
 
 
 # ---- a run -------------------------------------------------------------------------------------------------------

@@ -45,6 +45,14 @@ class Source:
     def weights(self) -> Mapping[str, Tensor]:
         return self.state["model_state_dict"]
 
+    def tower(self, modality: str) -> Mapping[str, Any] | None:
+        """The description of its pretrained tower of a modality; None: it is our own."""
+        return self.state.get("towers", {}).get(modality)
+
+    def has_tower(self, modality: str) -> bool:
+        """Whether the weights of that tower are in the file: checkpoints to resume from may leave out frozen ones."""
+        return any(name.startswith(f"{modality}.tower.") for name in self.weights)
+
     @property
     def loss(self) -> str | None:
         """The contrastive loss that its temperatures are of."""
@@ -123,12 +131,15 @@ class Match:
     own: Mapping[str, Tensor]
     given: Mapping[str, Tensor]
     other_towers: Collection[str]  # modalities
+    named_towers: Collection[str]  # of which the file holds the digest alone, and it is that of the model's
     is_other_loss: bool  # to which the file's temperatures say nothing
 
     def why_left(self, name: str) -> str:
         """Why a weight of either is not taken; "" if it is."""
         if any(name.startswith((f"{modality}.", f"projections.{modality}.")) for modality in self.other_towers):
             return "of another tower"
+        if self.is_named(name):
+            return ""
         if name not in self.given:
             return "not in the file"
         if name not in self.own:
@@ -142,6 +153,11 @@ class Match:
             return "of other features"
         weight = re.sub(r"\.bias$", ".weight", name)  # without which a bias is of no use
         return self.why_left(weight) if weight != name and weight in self.own else ""
+
+
+    def is_named(self, name: str) -> bool:
+        """Whether a weight is one that the model has already."""
+        return name not in self.given and any(name.startswith(f"{modality}.tower.") for modality in self.named_towers)
 
 
 def take_weights(source: Source, model: TriModalModel, tokenizer: Tokenizer, concepts: Sequence[str],
@@ -160,11 +176,13 @@ def take_weights(source: Source, model: TriModalModel, tokenizer: Tokenizer, con
         UserError: nothing fits.
     """
     state, words = source.state, Tokenizer.from_json(source.state["tokenizer"]).tokens
-    others = {name for name in MODALITIES if needs_of_file(source, name) != needs_of_model(model, name)}
-    match = Match(model.state_dict(), source.weights, others, loss == "sigmoid" != source.loss)
+    pairs = {name: (source.tower(name), tower_of(model, name)) for name in MODALITIES}
+    others = {name for name, (there, here) in pairs.items() if are_other_towers(there, here, source.has_tower(name))}
+    named = {name for name, (there, _) in pairs.items() if there and not source.has_tower(name)} - others
+    match = Match(model.state_dict(), source.weights, others, named, loss == "sigmoid" != source.loss)
     own, given, parts = match.own, match.given, dict[str, Part]()
-    named = {WORDS: (words, tokenizer.tokens), **dict.fromkeys(CLASSES, (state["concepts"], list(concepts)))}
-    rows = {name: matching_rows(there, here) for name, (there, here) in named.items() if there != here}
+    by_name = {WORDS: (words, tokenizer.tokens), **dict.fromkeys(CLASSES, (state["concepts"], list(concepts)))}
+    rows = {name: matching_rows(there, here) for name, (there, here) in by_name.items() if there != here}
     for name in (*own, *(name for name in given if name not in own)):
         part = parts.setdefault(part_of(name), Part())
         part.parameters += own[name].numel() if name in own else 0
@@ -174,9 +192,11 @@ def take_weights(source: Source, model: TriModalModel, tokenizer: Tokenizer, con
             here, there = rows[name]
             own[name][here] = given[name][there].to(own[name].dtype)
             part.taken += len(here) * own[name][0].numel()
-            part.rows = len(here), len(named[name][1])
+            part.rows = len(here), len(by_name[name][1])
+        elif match.is_named(name):
+            part.taken += own[name].numel()
         else:
-            same = slice(min(len(own[name]), len(given[name]))) if name in named else ...  # rows of no name may follow
+            same = slice(min(len(own[name]), len(given[name]))) if name in by_name else ...  # unused rows may follow
             own[name][same] = given[name][same].to(own[name].dtype)
             part.taken += own[name][same].numel()
     if not any(part.taken for name, part in parts.items() if name != TEMPERATURES):
@@ -204,21 +224,19 @@ def matching_rows(there: Sequence[str], here: Sequence[str]) -> tuple[list[int],
     return [number for number, _ in pairs], [number for _, number in pairs]
 
 
-def needs_of_model(model: TriModalModel, modality: str) -> dict[str, Any] | None:
-    """What the weights of the model's tower of a modality need, as `_needs` says."""
+def tower_of(model: TriModalModel, modality: str) -> Mapping[str, Any] | None:
+    """The description of the model's pretrained tower of a modality; None: it is our own."""
     tower = getattr(getattr(model, modality), "tower", None)
-    return _needs(None if tower is None else tower.description)
+    return None if tower is None else tower.description
 
 
-def needs_of_file(source: Source, modality: str) -> dict[str, Any] | None:
-    return _needs(source.state.get("towers", {}).get(modality))
-
-
-def _needs(description: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Architecture and input of a pretrained tower, without which its weights are of no use; None: one of our own."""
-    if description is None:
-        return None
-    return {key: value for key, value in description.items() if key not in ("source", "licence", "digest")}
+def are_other_towers(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None, has_weights: bool) -> bool:
+    """Whether the weights of one tower, by its description, are of no use in the other: that is of another architecture
+    or input, or, where the file does not hold them, has others."""
+    if there is None or here is None:
+        return there is not here
+    free = {"source", "licence"} | ({"digest"} if has_weights else set())
+    return any(there.get(key) != here.get(key) for key in {*there, *here} - free)
 
 
 def _nothing_fits(source: Source, model: TriModalModel) -> UserError:

@@ -40,6 +40,27 @@ def test_each_way_of_reading_is_seen_on_the_device_alone(read: Callable[[torch.T
         assert len(reads.names) == 1
 
 
+def test_learning_rate_factors_divide_only_what_they_multiply() -> None:
+    """Each may add its own call of a fused update to each list of weights, and nothing of Newton and Schulz."""
+    blocks = Blocks(8, 2, depth := 20, "auto")
+    tower, found = torch.nn.ModuleDict({"tower": blocks}), list[int]()
+    by_depth: dict[torch.Tensor, float] = {p: 0.9 ** (depth - number) for number, block in enumerate(blocks.blocks)
+                                           for p in block.parameters()}
+    for factors in ({}, by_depth):
+        optimizer = Optimizer(tower, TrainingConfig(), factors=factors)
+        optimizer.allocate()
+        for p in tower.parameters():
+            p.grad = torch.ones_like(p)
+        held = [value for state in optimizer.state.values() for value in state.values()]
+        gradients = [p.grad for p in tower.parameters() if p.grad is not None]
+        with OnDevice([*tower.parameters(), *gradients, *held]) as device:
+            optimizer.step(1e-3)
+        found.append(device.launches.total())
+    plain, with_factors = found
+    shapes_of_matrices = 4
+    assert plain < with_factors <= plain + depth * (shapes_of_matrices + 3), (plain, with_factors)
+
+
 def test_an_update_takes_as_many_launches_however_deep_the_model_is() -> None:
     found = []
     for depth in (2, 20):

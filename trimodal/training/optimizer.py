@@ -1,5 +1,6 @@
 """Muon and AdamW, the learning-rate schedule, the guarded update and the moving average of weights."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -159,36 +160,40 @@ class Muon(torch.optim.Optimizer):
     def reserve(self) -> None:
         """Take the memory that the largest update needs and leave it to the allocator, so that running out of it
         happens before anything is updated."""
-        sizes = [sum(p.numel() for p in batch) for group in self.param_groups for batch in self._batches(group)]
+        sizes = [sum(p.numel() for p, _ in batch) for batch in self._batches()]
         if sizes:
             p = self.param_groups[0]["params"][0]
             torch.empty(self.COPIES * max(sizes), dtype=p.dtype, device=p.device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for batch in self._batches(group):
-                self._update(batch, group["lr"], group["weight_decay"])
+        for batch in self._batches():
+            self._update(batch)
 
-    def _batches(self, group: dict[str, Any]) -> Iterator[list[nn.Parameter]]:
-        """Matrices of one shape that have a gradient, at most BATCH_ELEMENTS of numbers at a time."""
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                shapes.setdefault(p.shape, []).append(p)
+    def _batches(self) -> Iterator[list[tuple[nn.Parameter, int]]]:
+        """Matrices of one shape that have a gradient, at most BATCH_ELEMENTS of numbers at a time, of all groups: what
+        groups differ in comes last. Each with the number of its group, in ascending order."""
+        shapes: dict[torch.Size, list[tuple[nn.Parameter, int]]] = {}
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append((p, number))
         for shape, all_of_shape in shapes.items():
             count = max(1, self.BATCH_ELEMENTS // shape.numel())
             for first in range(0, len(all_of_shape), count):
                 yield all_of_shape[first:first + count]
 
-    def _update(self, same_shape: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        gradients = [p.grad for p in same_shape if p.grad is not None]
-        moments = [self.state[p]["momentum"] for p in same_shape]
+    def _update(self, batch: list[tuple[nn.Parameter, int]]) -> None:
+        gradients = [p.grad for p, _ in batch if p.grad is not None]
+        moments = [self.state[p]["momentum"] for p, _ in batch]
         self._subtract(moments, gradients, self.MOMENTUM - 1, -1.0)
         torch._foreach_lerp_(gradients, moments, self.MOMENTUM)  # Nesterov's; nobody reads the gradients any more
         update_KMN = orthogonalise(torch.stack(gradients), self.dtype)
-        scale = 0.2 * max(same_shape[0].shape) ** 0.5
-        self._subtract(list[Tensor](same_shape), list(update_KMN.unbind()), lr * scale, weight_decay / scale)
+        scale = 0.2 * max(update_KMN.shape[1:]) ** 0.5
+        for number, places in itertools.groupby(range(len(batch)), lambda place: batch[place][1]):
+            group, own = self.param_groups[number], list(places)
+            self._subtract([batch[place][0] for place in own], [update_KMN[place] for place in own],
+                           group["lr"] * scale, group["weight_decay"] / scale)
 
     def _subtract(self, tensors: list[Tensor], changes: list[Tensor], rate: float, decay: float) -> None:
         """Subtract `rate` times (change + `decay` times tensor) from each tensor, in one pass over memory, unless

@@ -14,6 +14,7 @@ P values of a patch, L text tokens, T frames of M mels, X audio windows, F embed
 
 import functools
 import math
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from trimodal import checkpoint
-from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, NUM_MELS, SIZES, ModelConfig, config_from_dict
+from trimodal.config import (
+    AUDIO_WINDOW_FRAMES,
+    IMAGE_PATCH,
+    MODALITIES,
+    NUM_MELS,
+    SIZES,
+    ModelConfig,
+    model_config_from_dict,
+)
 from trimodal.errors import UserError
-from trimodal.inputs import check_audio, check_ids, check_images
+from trimodal.inputs import check_audio, check_frames, check_ids, check_images
+from trimodal.towers.base import ImageInput, PretrainedTower, SoundInput, TextInput, build_tower
+from trimodal.towers.kept import kept_tokens
+from trimodal.towers.settings import open_towers, with_towers
 
-IMAGE_PATCH, AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16, 16
+AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
 LOG_MEL_MEAN, LOG_MEL_STD = -6.0, 4.0  # of natural-log mel power of everyday sounds
 POSITION_BASE = 100.0  # 10,000 (arXiv:1706.03762) hardly varies over the 4 to 14 steps of a patch grid
@@ -244,7 +256,25 @@ def at_least_float32(x: Tensor) -> Tensor:
 # ---- encoders ----------------------------------------------------------------------------------------------------
 
 
-class ImageEncoder(nn.Module):
+class Encoder(nn.Module):
+    """An encoder of our own: tokens of width `dim` from `blocks`, all of which tell of the sample alike."""
+
+    dim: int
+    blocks: Blocks
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks.blocks)
+
+    def set_recompute(self, every: int) -> None:
+        self.blocks.recompute_every = every
+
+    def pool(self, encoded: Tokens) -> Tensor:
+        """One vector for each sample, (B, D), in at least float32."""
+        return masked_mean(*encoded)
+
+
+class ImageEncoder(Encoder):
     """ViT (arXiv:2010.11929) with 16-pixel patches and fixed positions, so that any multiple of 16 pixels will do."""
 
     mean: Tensor
@@ -258,6 +288,9 @@ class ImageEncoder(nn.Module):
         self.blocks = Blocks(p.dim, p.num_heads, p.image_depth, config.attention_chunk)
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD), persistent=False)
+
+    def check(self, images: Tensor) -> None:
+        check_images(images)
 
     def patches(self, images: Tensor, keep_BK: Tensor | None = None) -> tuple[Tensor, None]:
         """(B, 3, S, S), uint8 or floats in 0..1 -> standardised patches (B, N, P), row-major, or those in `keep_BK`;
@@ -284,7 +317,7 @@ class ImageEncoder(nn.Module):
         return Tokens(self.blocks(self.embed(patches_BKP) + positions_BKD, None, path_BZ), None)
 
 
-class AudioEncoder(nn.Module):
+class AudioEncoder(Encoder):
     """Spectrogram transformer (arXiv:2104.01778): patches of 16 frames x 16 mels of log-mels, time-major.
 
     A clip longer than one window (10.24 s) is cut into windows that are encoded alone, so that its length and its
@@ -299,6 +332,9 @@ class AudioEncoder(nn.Module):
         self.dim, self.patch_dim = p.dim, AUDIO_PATCH_FRAMES * AUDIO_PATCH_MELS
         self.embed = nn.Linear(self.patch_dim, p.dim)
         self.blocks = Blocks(p.dim, p.num_heads, p.audio_depth, config.attention_chunk)
+
+    def check(self, audio_BTM: Tensor, lengths_B: Tensor | None) -> None:
+        check_audio(audio_BTM, lengths_B)
 
     def patches(self, audio_BTM: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, T, 80) log-mels, lengths in frames -> standardised patches (B, N, P), valid (B, N); padding is 0."""
@@ -343,7 +379,7 @@ class AudioEncoder(nn.Module):
         return Tokens(tokens_XKD.reshape(B, N + padding, -1)[:, :N], valid_BN)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Encoder):
     """Bidirectional transformer (arXiv:1810.04805) on factorised token embeddings (arXiv:1909.11942)."""
 
     def __init__(self, config: ModelConfig):
@@ -355,6 +391,9 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(p.dim)  # pretrained tables differ in scale; positions must not drown the words
         self.blocks = Blocks(p.dim, p.num_heads, p.text_depth, config.attention_chunk)
 
+    def check(self, ids_BL: Tensor, mask_BL: Tensor | None) -> None:
+        check_ids(ids_BL, mask_BL, self.words.num_embeddings)
+
     def forward(self, ids_BL: Tensor, mask_BL: Tensor | None = None, path_BZ: Tensor | None = None) -> Tokens:
         positions_LD = position_codes(torch.arange(ids_BL.shape[1], device=ids_BL.device), self.dim)
         valid_BL = None if mask_BL is None else mask_BL.bool()
@@ -362,15 +401,99 @@ class TextEncoder(nn.Module):
         return Tokens(self.blocks(words_BLD + positions_LD.to(self.norm.weight.dtype), valid_BL, path_BZ), valid_BL)
 
 
-class Fusion(nn.Module):
-    """A fusion token and the given modalities' tokens through blocks with chunked attention and recompute."""
+class PretrainedEncoder(nn.Module):
+    """A pretrained tower, and blocks of ours (`adapter_depth`) over what it makes of a sample.
 
-    def __init__(self, config: ModelConfig):
+    The first token is the tower's pooled feature, always valid; `keep_tokens` others follow, valid ones first.
+    `tower_tokens` is all that a frozen tower has to do once, `adapt` what is left to be trained.
+    """
+
+    def __init__(self, tower: PretrainedTower, config: ModelConfig):
+        super().__init__()
+        row, width = config.tower(tower.modality), config.preset.dim
+        self.tower, self.keep_tokens, self.depth = tower, row.keep_tokens, row.adapter_depth
+        self.dim, self.vocab_size = width if self.depth else tower.dim, config.vocab_size
+        if self.depth:
+            self.bridge = nn.Linear(tower.dim, width)
+            self.adapter = Blocks(width, config.preset.num_heads, self.depth, config.attention_chunk)
+
+    def set_recompute(self, every: int) -> None:
+        self.tower.set_recompute(every)
+        if self.depth:
+            self.adapter.recompute_every = every
+
+    def check(self, inputs: Tensor, valid: Tensor | None = None) -> None:
+        taken = self.tower.input
+        if isinstance(taken, ImageInput):
+            check_images(inputs, taken.size)
+        elif isinstance(taken, SoundInput):
+            check_frames(inputs, valid, taken.num_bins)
+        else:
+            check_ids(inputs, valid, self.vocab_size, taken.max_length)
+
+    def tower_tokens(self, inputs: Tensor, valid: Tensor | None = None) -> Tokens:
+        """The pooled feature and `keep_tokens` tokens, (B, 1 + N, tower.dim), in at least float32; a frozen tower
+        builds no graph. `inputs` and `valid` as `PretrainedTower.forward` takes them."""
+        trains = any(parameter.requires_grad for parameter in self.tower.parameters())
+        if isinstance(taken := self.tower.input, TextInput):
+            inputs, valid = _padded(inputs, valid, taken)
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            encoded = self.tower(inputs, valid)
+            return Tokens(*kept_tokens(encoded, self.keep_tokens, is_grid=self.tower.modality == "image"))
+
+    def adapt(self, tokens: Tokens, path_BZ: Tensor | None = None, dropout_BD: Tensor | None = None) -> Tokens:
+        """What the projection and the fusion read, (B, 1 + N, dim), of the tower's tokens.
+
+        Each token is brought to mean 0 and variance 1, since towers differ in scale; its features are multiplied by
+        `dropout_BD`, 0 where they are dropped, (B, tower.dim).
+        """
+        tokens_BND, valid_BN = at_least_float32(tokens.tokens_BND), tokens.valid_BN
+        with torch.autocast(tokens_BND.device.type, enabled=False):
+            tokens_BND = F.layer_norm(tokens_BND, tokens_BND.shape[2:])
+            if dropout_BD is not None:
+                tokens_BND = tokens_BND * dropout_BD[:, None].to(tokens_BND.dtype)
+        if not self.depth:
+            return Tokens(tokens_BND, valid_BN)
+        return Tokens(self.adapter(_apply(self.bridge, tokens_BND), valid_BN, path_BZ), valid_BN)
+
+    def forward(self, inputs: Tensor, valid: Tensor | None = None, path_BZ: Tensor | None = None,
+                dropout_BD: Tensor | None = None) -> Tokens:
+        return self.adapt(self.tower_tokens(inputs, valid), path_BZ, dropout_BD)
+
+    def pool(self, encoded: Tokens) -> Tensor:
+        """The first token, (B, D), in at least float32."""
+        return at_least_float32(encoded.tokens_BND[:, 0])
+
+
+def _padded(ids_BL: Tensor, mask_BL: Tensor | None, taken: TextInput) -> tuple[Tensor, Tensor | None]:
+    """Token ids and mask as a text tower was trained on them: with its own id as padding, to its own length."""
+    if mask_BL is not None:
+        ids_BL = ids_BL.masked_fill(~mask_BL.bool(), taken.pad_id)
+    missing = (taken.pad_to or 0) - ids_BL.shape[1]
+    if missing > 0:
+        mask_BL = torch.ones_like(ids_BL, dtype=torch.bool) if mask_BL is None else mask_BL
+        ids_BL = F.pad(ids_BL, (0, missing), value=taken.pad_id)
+        mask_BL = F.pad(mask_BL, (0, missing), value=False)
+    return ids_BL, mask_BL.bool() if mask_BL is not None and taken.masked else None
+
+
+class Fusion(nn.Module):
+    """A fusion token and the given modalities' tokens through blocks with chunked attention and recompute.
+
+    `widths`: of the tokens of each modality; `bridges` bring those of another width to that of the model.
+    """
+
+    def __init__(self, config: ModelConfig, widths: Mapping[str, int]):
         super().__init__()
         p = config.preset
         self.token = nn.Parameter(torch.randn(p.dim) * 0.02)
         self.modality = nn.ParameterDict({name: nn.Parameter(torch.randn(p.dim) * 0.02) for name in MODALITIES})
         self.blocks = Blocks(p.dim, p.num_heads, p.fusion_depth, config.attention_chunk, int(config.use_checkpoint))
+        others = {name: width for name, width in widths.items() if width != p.dim}
+        self.bridges = nn.ModuleDict({name: nn.Linear(width, p.dim) for name, width in others.items()})
+
+    def set_recompute(self, every: int) -> None:
+        self.blocks.recompute_every = every
 
     def forward(self, given: dict[str, Tokens]) -> Tensor:
         """Fused state of each sample, (B, D) in float32; a sample whose tokens are all invalid is the token alone."""
@@ -380,6 +503,8 @@ class Fusion(nn.Module):
         """States after the last block of so many first tokens: the fusion token, then those given, in their order."""
         parts, valids = [], []
         for name, (tokens_BND, valid_BN) in given.items():
+            if name in self.bridges:
+                tokens_BND = _apply(self.bridges[name], tokens_BND)
             parts.append(tokens_BND + self.modality[name])
             valids.append(tokens_BND.new_ones(tokens_BND.shape[:2], dtype=torch.bool) if valid_BN is None else valid_BN)
         token_B1D = self.token.expand(len(parts[0]), 1, -1)
@@ -393,27 +518,38 @@ class Fusion(nn.Module):
 
 
 class TriModalModel(nn.Module):
-    """Three encoders, three projections into one space, a fusion over any subset of modalities, a classifier."""
+    """Three encoders, three projections into one space, a fusion over any subset of modalities, a classifier.
 
-    def __init__(self, config: ModelConfig):
+    `towers`: the pretrained ones that `config` names, by modality; those not given are opened by their names.
+    """
+
+    image: Any  # ImageEncoder or PretrainedEncoder, and so on: they are called alike
+    text: Any
+    audio: Any
+
+    def __init__(self, config: ModelConfig, towers: Mapping[str, PretrainedTower] | None = None):
         super().__init__()
-        self.config = config
+        towers = open_towers(config) if towers is None else towers
+        self.config = config = with_towers(config, towers)
         dim = config.preset.dim
-        self.image, self.text, self.audio = ImageEncoder(config), TextEncoder(config), AudioEncoder(config)
-        self.projections = nn.ModuleDict({name: nn.Linear(dim, config.embed_dim, bias=False) for name in MODALITIES})
-        self.fusion = Fusion(config)
+        for name, own in (("image", ImageEncoder), ("text", TextEncoder), ("audio", AudioEncoder)):
+            setattr(self, name, PretrainedEncoder(towers[name], config) if name in towers else own(config))
+        widths = {name: getattr(self, name).dim for name in MODALITIES}
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(width, config.embed_dim, bias=False) for name, width in widths.items()})
+        self.fusion = Fusion(config, widths)
         self.fused_projection = nn.Linear(dim, config.embed_dim)
         self.classifier = nn.Linear(config.embed_dim, config.num_classes)
         # per pair, since image-text and audio-text settle at temperatures of their own; stores the log of the scale
         self.logit_scale = nn.ParameterDict({pair: nn.Parameter(torch.tensor(math.log(1 / 0.07))) for pair in PAIRS})
         # per pair, of the sigmoid loss alone: log odds that two strangers belong together
         self.logit_bias = nn.ParameterDict({pair: nn.Parameter(torch.tensor(0.0)) for pair in PAIRS})
-        self.apply(_initialise)
+        _initialise_below(self)
         nn.init.constant_(self.classifier.bias, -4.0)  # concepts are rare; most answers start right (arXiv:1708.02002)
 
     def features(self, modality: str, encoded: Tokens) -> Tensor:
         """Pooled, projected and L2-normalised in float32; (B, F)."""
-        pooled_BD = masked_mean(*encoded)
+        pooled_BD = getattr(self, modality).pool(encoded)
         with torch.autocast(pooled_BD.device.type, enabled=False):
             return F.normalize(_apply(self.projections[modality], pooled_BD), dim=-1)
 
@@ -433,17 +569,20 @@ class TriModalModel(nn.Module):
                 attention_mask: Tensor | None = None, audio: Tensor | None = None,
                 audio_lengths: Tensor | None = None) -> dict[str, Tokens]:
         """Check what is given, and encode it: the tokens by modality."""
+        given = {"image": (images,), "text": (input_ids, attention_mask), "audio": (audio, audio_lengths)}
         encoded: dict[str, Tokens] = {}
-        if images is not None:
-            check_images(images)
-            encoded["image"] = self.image(images)
-        if input_ids is not None:
-            check_ids(input_ids, attention_mask, self.config.vocab_size)
-            encoded["text"] = self.text(input_ids, attention_mask)
-        if audio is not None:
-            check_audio(audio, audio_lengths)
-            encoded["audio"] = self.audio(audio, audio_lengths)
+        for name, inputs in given.items():
+            if inputs[0] is not None:
+                encoder = getattr(self, name)
+                encoder.check(*inputs)
+                encoded[name] = encoder(*inputs)
         return encoded
+
+    @property
+    def towers(self) -> dict[str, PretrainedTower]:
+        """The pretrained towers by modality."""
+        encoders = {name: getattr(self, name) for name in MODALITIES}
+        return {name: encoder.tower for name, encoder in encoders.items() if isinstance(encoder, PretrainedEncoder)}
 
     @torch.no_grad()
     def bound_temperatures(self) -> None:
@@ -500,7 +639,7 @@ def create_model(size: str = "base", **overrides: Any) -> TriModalModel:
     Raises:
         ConfigError: an unknown size or key, or a value that is not allowed.
     """
-    return TriModalModel(config_from_dict({"model": {"size": size, **overrides}}).model)
+    return TriModalModel(model_config_from_dict({"size": size, **overrides}))
 
 
 def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, dict[str, Any]]:
@@ -515,10 +654,17 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
             and isinstance(settings, dict) and isinstance(settings.get("model"), dict)):
         raise UserError(f"{path}: not a checkpoint of this project (it lacks model_state_dict or config.model)")
     try:
-        config = config_from_dict({"model": settings["model"]}).model
+        config = model_config_from_dict(settings["model"])
     except UserError as error:
         raise UserError(f"{path}: it describes a model that cannot be made ({error})") from None
-    model = TriModalModel(config)
+    try:
+        model = TriModalModel(config, {name: build_tower(of) for name, of in state.get("towers", {}).items()})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for name, tower in model.towers.items():
+        if not any(key.startswith(f"{name}.tower.") for key in weights):
+            raise UserError(f"{path}: leaves out the weights of {tower.source}, which training opens by name; take "
+                            "best_model.pt or final_model.pt of its run")
     if mismatch := checkpoint.describe_mismatch(weights, model.state_dict()):
         raise UserError(f"{path}: its weights are not those of the model it describes ({mismatch})")
     model.load_state_dict(weights)
@@ -538,6 +684,14 @@ def count_parameters(size: str) -> dict[str, int]:
 def _apply(layer: nn.Module, x: Tensor) -> Tensor:
     """Run `layer` in the dtype of its parameters, which may be half precision; the result is at least float32."""
     return at_least_float32(layer(x.to(next(layer.parameters()).dtype)))
+
+
+def _initialise_below(module: nn.Module) -> None:
+    """`_initialise` all modules from the innermost outwards, without those of pretrained towers."""
+    for child in module.children():
+        if not isinstance(child, PretrainedTower):
+            _initialise_below(child)
+    _initialise(module)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -131,7 +131,9 @@ class Peaks:
 def random_batch(case: Case, device: str = "cpu") -> Batch:
     """A batch of the largest shapes, full of values: nothing is padding, each sample has its own caption. `device`:
     where pictures and sounds are drawn; they lie on the host."""
-    batch = largest_batch(case.config, case.row, case.task)
+    with torch.device("meta"):
+        model = TriModalModel(case.config.model)
+    batch = largest_batch(case.config, case.row, case.task, model)
     rows = torch.arange(len(batch.sample_ids))
     columns: dict[str, Any] = {"sample_ids": rows, "noise": {k: torch.rand_like(v) for k, v in batch.noise.items()}}
     columns["concepts"] = torch.arange(case.config.model.num_classes) % 200 == rows[:, None]  # five of 1,000

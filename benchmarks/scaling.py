@@ -79,7 +79,7 @@ def step_cost(point: Mapping[str, Any]) -> dict[str, float]:
         row = next(row for row in run.config.stages if row.name == "align")
         task = next(task for task in row.tasks if "+".join(task.inputs) == point["inputs"])
         run.fits[row.name] = Fit(dict.fromkeys(TOWERS, 10**6), dict.fromkeys(TOWERS, 0))
-        stage, batch = build_stage(run, row, [task], 1), filled(largest_batch(run.config, row, task))
+        stage, batch = build_stage(run, row, [task], 1), filled(largest_batch(run.config, row, task, run.model))
         run.tracker.open_bar(1, 0, row.name)
         run.model.train()
         reset_peak(run.device)

@@ -304,6 +304,8 @@ def test_stages_fit_pretrained_towers(tmp_path: Path) -> None:
         told = ["stages.align.drop_path=0", f"stages.align.tasks.0.objectives={{{name}: 1}}"]
         load_config(both, [*told, "model.text.tower=own"])
         error_of(*told, path=both, named=["stages[0].tasks", name, "hub:x/y", "model.text.tower"])
+    error_of("stages.align.feature_dropout=0.5", named=["stages[1].feature_dropout", "0.5", "own"])
+    load_config(both, ["model.text.adapter_depth=1", "stages.align.feature_dropout=0.5"])
 
 
 def test_two_stages_of_one_name(tmp_path: Path) -> None:

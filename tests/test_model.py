@@ -381,7 +381,7 @@ def test_a_mistake_in_the_model_is_not_said_to_be_one_of_the_file(tmp_path: Path
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save({"config": {"model": {"size": "nano"}}, "model_state_dict": {}}, tmp_path / "best_model.pt")
 
-    def broken(config: object) -> None:
+    def broken(*given: object) -> None:
         raise AttributeError("a mistake of a programmer")
 
     monkeypatch.setattr("model.TriModalModel", broken)

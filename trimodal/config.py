@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -30,6 +30,8 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from trimodal.errors import ConfigError, similar
+
+T = TypeVar("T")
 
 MODALITIES = ("image", "text", "audio")
 OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker", "words", "masked_words")
@@ -164,7 +166,7 @@ class TowerConfig:
     tower: Annotated[str, AfterValidator(_tower)] = "own"
     weights: FolderOrFile = "auto"  # of timm: and torchvision: those of the name, package:NAME, or a file
     keep_tokens: Annotated[CountOr0, Field(le=65_536)] | Literal["all"] = 0  # beside the pooled feature
-    adapter_depth: Annotated[CountOr0, Field(le=64)] = 0  # trained blocks over these tokens
+    adapter_depth: Annotated[CountOr0, Field(le=16)] = 0  # trained blocks over these tokens
 
     @property
     def is_own(self) -> bool:
@@ -314,6 +316,7 @@ class StageConfig:
     image_keep: Part = 1.0  # part of the patches that the image encoder sees in training
     audio_keep: Part = 1.0
     drop_path: Below1 = 0.0
+    feature_dropout: Below1 = 0.0  # of what pretrained towers give
     trainable: tuple[Pattern, ...] = (".*",)  # over parameter names, as are those of `lr_factors`
     lr_factors: dict[Pattern, Annotated[LrFactor, BeforeValidator(_factor)]] = field(default_factory=dict)
 
@@ -445,6 +448,9 @@ class Config:
             if name != "text" and (keep := getattr(stage, f"{name}_keep")) < 1:
                 yield f"{where}.{name}_keep: {keep:g} hides patches, but {tower} reads all of them; set it to 1.0"
         used = {name for task in stage.tasks for name in task.inputs}
+        if stage.feature_dropout and not used & set(self.model.pretrained):
+            yield (f"{where}.feature_dropout: {stage.feature_dropout:g} drops features of pretrained towers, and the "
+                   "towers of this stage are all our own; set it to 0")
         blocks = any(self.model.tower(name).is_own or self.model.tower(name).adapter_depth for name in used)
         if stage.drop_path and not blocks:
             yield (f"{where}.drop_path: {stage.drop_path:g} drops blocks of own towers and adapters, and the towers of "
@@ -483,8 +489,26 @@ def config_from_dict(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> C
     values = copy.deepcopy(raw)
     for override in overrides:
         _apply_override(values, override)
+    return _checked(Config, values)
+
+
+def model_config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
+    """Build a checked ModelConfig from the keys of the section `model`, whatever stages there may be.
+
+    Raises:
+        ConfigError: as `config_from_dict`.
+    """
+    return _checked(_ModelAlone, {"model": copy.deepcopy(raw)}).model
+
+
+@dataclass(frozen=True, config=_RULES)
+class _ModelAlone:
+    model: ModelConfig
+
+
+def _checked(kind: type[T], values: Any) -> T:
     try:
-        return TypeAdapter(Config).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_problems(error, values))) from None
 

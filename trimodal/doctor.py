@@ -418,9 +418,10 @@ def _why_not_writable(folder: Path) -> str | None:
 
 def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
     from trimodal.files import nearest_existing
+    from trimodal.towers.settings import open_towers
     from trimodal.training.saving import checkpoint_bytes
 
-    count, each, needed = checkpoint_bytes(config)
+    count, each, needed = checkpoint_bytes(config, open_towers(config.model))
     here = sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
     free = shutil.disk_usage(nearest_existing(folder)).free + here
     yield Finding("disk: checkpoints", "ok" if needed < free else "fail",

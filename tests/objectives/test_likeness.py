@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import TriModalModel
 from tests.narrow import make_batch, narrow_model, plainly
 from tests.small_runs import SmallRuns, batches, differing, step, weights
 from trimodal.config import TrainingConfig
@@ -181,6 +182,7 @@ def test_plans_of_before_stay_where_nothing_is_compared_by_captions(small: Small
     row = config.stages[1]
     plain, other = (planner.stage_facts(one, row, row.tasks) for one in (config, soft))
     assert "likeness" not in plain and other == plain | {"likeness": (True, True)}
-    batch = planner.largest_batch(soft, row, row.tasks[0])
+    model = TriModalModel(config.model)
+    batch = planner.largest_batch(soft, row, row.tasks[0], model)
     assert batch.caption_vectors is not None and batch.caption_vectors.shape == (32, 384)
-    assert planner.largest_batch(config, row, row.tasks[0]).caption_vectors is None
+    assert planner.largest_batch(config, row, row.tasks[0], model).caption_vectors is None

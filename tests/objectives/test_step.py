@@ -49,7 +49,7 @@ def test_a_share_of_a_batch_is_encoded_from_where_its_rows_begin(model: TriModal
     batch = make_batch(("image",), 10)
     assert batch.images is not None
     own = dataclasses.replace(batch, images=batch.images[6:9])
-    step = step_of(model, own, size, share=Share({"image": range(6, 9)}, 6))
+    step = step_of(model, own, size, share=Share({"image": range(6, 9)}))
     found = torch.cat([step.media("image", rows) for rows in step.micro_batches("image")])
     assert torch.equal(found, batch.images[6:9]) and torch.equal(step.media("image", torch.tensor([8])), found[2:])
 

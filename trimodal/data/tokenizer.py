@@ -40,10 +40,9 @@ class Tokenizer:
             raise UserError(f"model.word_embeddings: the tokenizer cannot be read ({_reason(error)})") from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.pad_id = self._special("[PAD]", "<pad>")
-        self.mask_id = self._special("[MASK]", "<mask>")
-        unknown = (self._backend.token_to_id(name) for name in ("[UNK]", "<unk>"))
-        self.unknown_id = next((found for found in unknown if found is not None), -1)  # of words that it lacks
+        self.pad_id = max(self._special("[PAD]", "<pad>"), 0)  # nothing reads padding, whatever its id
+        self.mask_id = self._special("[MASK]", "<mask>")  # -1: it has none, and nothing can be hidden
+        self.unknown_id = self._special("[UNK]", "<unk>")  # of words that it lacks; -1: it lacks none
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
@@ -101,12 +100,8 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids])
 
     def _special(self, *names: str) -> int:
-        for name in names:
-            found = self._backend.token_to_id(name)
-            if found is not None:
-                return found
-        raise UserError(f"model.word_embeddings: this tokenizer has no token {' or '.join(names)}; "
-                        "name a BERT-like model (hub:bert-base-uncased) or use minilm")
+        found = (self._backend.token_to_id(name) for name in names)
+        return next((one for one in found if one is not None), -1)
 
 
 def pad_rows(flat: np.ndarray, offsets: np.ndarray, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ from trimodal.data.near import near_files
 from trimodal.data.splits import has_known_file
 from trimodal.evaluation import metrics, trials
 from trimodal.evaluation.metrics import Figure
-from trimodal.evaluation.micro_batches import MicroBatches, Setting
+from trimodal.evaluation.micro_batches import MicroBatches, Setting, encode, inputs_of, windows_of
 from trimodal.evaluation.rerank import Heads, PairScores
 from trimodal.sets import SETS
 
@@ -214,33 +214,31 @@ class _Gathered:
         """Encode these modalities of a batch."""
         rows = batch.sample_ids.numpy()
         self.seen.update(rows.tolist())
-        given = {"image": (batch.images,), "audio": (batch.audio, batch.audio_lengths),
-                 "text": (batch.input_ids, batch.attention_mask)}
         classify = self.setting.concepts and batch.concepts is not None and bool(batch.concepts.any())
-        for name, tensors in given.items():
-            inputs = [x for x in tensors if x is not None]
-            if inputs and name in names:
-                found = self._in_micro_batches(name, inputs, classify and name != "text")
-                owners = batch.caption_owner.numpy() if name == "text" else slice(None)  # type: ignore[union-attr]
-                self._keep(name, rows[owners], batch, found)
+        for name in (name for name in MODALITIES if name in names and inputs_of(batch, name)):
+            found = self._in_micro_batches(name, batch, classify and name != "text")
+            owners = batch.caption_owner.numpy() if name == "text" else slice(None)  # type: ignore[union-attr]
+            self._keep(name, rows[owners], batch, found)
         if "text" in names:
             self.captions.append(np.concatenate([np.arange(*caption_offsets[row:row + 2]) for row in rows]))
 
-    def _in_micro_batches(self, name: str, inputs: list[Tensor], classify: bool) -> list[dict[str, Tensor]]:
-        windows = -(-inputs[0].shape[1] // AUDIO_WINDOW_FRAMES) if name == "audio" else 1  # which the size counts
-        return self.micro_batches.of((name,), len(inputs[0]), weight=windows,
-                                     work=lambda rows: self._encode(name, [x[rows] for x in inputs], classify))
+    def _in_micro_batches(self, name: str, batch: Batch, classify: bool) -> list[dict[str, Tensor]]:
+        inputs = inputs_of(batch, name)
+        return self.micro_batches.of((name,), len(inputs[0]), weight=windows_of(self.model, batch, name),
+                                     work=lambda rows: self._encode(name, batch, [x[rows] for x in inputs], classify))
 
-    def _encode(self, name: str, inputs: list[Tensor], classify: bool) -> dict[str, Tensor]:
+    def _encode(self, name: str, batch: Batch, inputs: list[Tensor], classify: bool) -> dict[str, Tensor]:
         """Features of one micro-batch, and with `classify` what the fusion says of this modality alone."""
-        if name == "audio":  # no more padding than this micro-batch needs
-            frames = -(-int(inputs[1].max()) // 16) * 16
+        are_kept = name in batch.tokens
+        if name == "audio" and not are_kept and name not in self.model.towers:
+            frames = -(-int(inputs[1].max()) // 16) * 16  # no more padding than this micro-batch needs
             inputs = [inputs[0][:, :frames], inputs[1]]
         inputs = [x.to(self.setting.device) for x in inputs]
-        if classify:
-            return self.model(images=inputs[0]) if name == "image" else self.model(audio=inputs[0],
-                                                                                  audio_lengths=inputs[1])
-        return {f"{name}_features": getattr(self.model, f"{name}_features")(*inputs)}
+        if not (classify or are_kept):
+            return {f"{name}_features": getattr(self.model, f"{name}_features")(*inputs)}
+        encoded = encode(self.model, batch, name, inputs)
+        found = {f"{name}_features": self.model.features(name, encoded)}
+        return {**found, "logits": self.model.fuse({name: encoded})[2]} if classify else found
 
     def _keep(self, name: str, rows: np.ndarray, batch: Batch, found: list[dict[str, Tensor]]) -> None:
         self.rows[name].append(rows)

@@ -12,6 +12,8 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     best          {"stage", "epoch", "loss"}: where these weights come from, chosen on validation data (loss None: there
                   was none, they are the newest)
     model         {"size", "parameters"}
+    towers        {modality: {"source", "licence", "digest", "parameters", "frozen": [stages], "trained": [stages]}} of
+                  those that are pretrained
     environment   {"python", "platform", "cpus", "device", "precision", "git_commit", "git_changed", "packages":
                   {name: version}, this project's under "trimodal"}
     config        the resolved configuration
@@ -31,7 +33,7 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     files         {"markdown", "losses", "progress", "gallery_image", "gallery_audio"}: names of files beside this one
 
 What `write_report` is given as `run` are those keys that it cannot know itself: kind, command, checkpoint, best, model,
-config, data, evaluation, and "device", "precision", "predicted_gib" ({stage: GiB}); each may be missing.
+towers, config, data, evaluation, and "device", "precision", "predicted_gib" ({stage: GiB}); each may be missing.
 """
 
 import datetime
@@ -61,6 +63,12 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("title_evaluation", "Evaluation report", "评测报告"),
     ("what", "What", "项目"), ("fact", "Value", "内容"), ("created", "Written", "生成时间"),
     ("command", "Command", "命令"), ("model", "Model, parameters", "模型，参数量"),
+    ("tower_image", "Pretrained tower of images", "预训练图像编码器"),
+    ("tower_text", "Pretrained tower of texts", "预训练文本编码器"),
+    ("tower_audio", "Pretrained tower of sounds", "预训练音频编码器"),
+    ("tower", "`{source}`, licence {licence}, {parameters} parameters, sha256 {digest}; {stages}",
+     "`{source}`，许可 {licence}，{parameters} 个参数，sha256 {digest}；{stages}"),
+    ("frozen", "frozen in {}", "冻结于 {}"), ("trained", "trained in {}", "训练于 {}"),
     ("checkpoint", "Weights", "权重文件"),
     ("best", "Chosen on validation data", "按验证集选出"),
     ("best_text", "stage {stage}, epoch {epoch}, validation loss {loss}",
@@ -165,7 +173,8 @@ def write_report(folder: Path, run: Mapping[str, Any], records: Sequence[Mapping
 def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], gallery: Sequence[Mapping[str, Any]],
             now: datetime.datetime) -> dict[str, Any]:
     """The report as plain data, all but `files`."""
-    named = ("kind", "command", "checkpoint", "initialised_from", "best", "model", "config", "data", "evaluation")
+    named = ("kind", "command", "checkpoint", "initialised_from", "best", "model", "towers", "config", "data",
+             "evaluation")
     report = {
         "schema": SCHEMA, "created": now.isoformat(timespec="seconds"), **{name: run.get(name) for name in named},
         "environment": environment(run),
@@ -331,11 +340,19 @@ def _summary(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
     model, best, env = report["model"] or {}, report["best"] or {}, report["environment"]
     rows = [[say["created"], report["created"]], [say["command"], _code(report["command"])],
             [say["model"], f"{model.get('size')}, {_number(model.get('parameters'))}"],
+            *([say[f"tower_{name}"], _tower(of, say)] for name, of in (report["towers"] or {}).items()),
             [say["checkpoint"], _code(report["checkpoint"])],
             [say["best"], _origin(best, say)],
             [say["device"], ", ".join(filter(None, [env["device"], env["precision"]]))],
             [say["duration"], _duration(sum(stage["seconds"] or 0 for stage in report["stages"]))]]
     return _table([[say["what"], say["fact"]]] + [row for row in rows if row[1]])
+
+
+def _tower(of: Mapping[str, Any], say: Mapping[str, str]) -> str:
+    """Source, licence, size and weights of a pretrained tower, and in which stages it was trained."""
+    stages = [say[what].format(", ".join(of[what])) for what in ("frozen", "trained") if of[what]]
+    return say["tower"].format(source=of["source"], licence=of["licence"], digest=of["digest"][:12],
+                                       parameters=_number(of["parameters"]), stages=say["sentence_end"].join(stages))
 
 
 def _origin(best: Mapping[str, Any], say: Mapping[str, str]) -> str | None:

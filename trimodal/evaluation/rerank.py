@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from datasets import Data, Loader
 from model import Tokens
-from trimodal.config import AUDIO_WINDOW_FRAMES, Config
+from trimodal.config import Config
 from trimodal.data.batches import Batch
 from trimodal.data.tokenizer import pad_rows
 from trimodal.errors import UserError
 from trimodal.evaluation.metrics import Rerank
-from trimodal.evaluation.micro_batches import MicroBatches, Setting
+from trimodal.evaluation.micro_batches import MicroBatches, Setting, encode, inputs_of, windows_of
 from trimodal.objectives.step import join, pick
 
 Heads = Mapping[str, Mapping[str, Tensor]]  # "matching_head" of a checkpoint: weight (1, D) and bias (1) by pair
@@ -101,13 +101,11 @@ class PairScores:
     @torch.inference_mode()
     def _of_batch(self, modality: str, batch: Batch, places_P: np.ndarray, captions_P: np.ndarray) -> np.ndarray:
         """Logits of pairs of the batch's samples, by their places in it, and captions."""
-        inputs: list[Tensor] = [x for x in ((batch.images,) if modality == "image" else
-                                            (batch.audio, batch.audio_lengths)) if x is not None]
-        windows = -(-inputs[0].shape[1] // AUDIO_WINDOW_FRAMES) if modality == "audio" else 1
-        encoder = getattr(self.model, modality)
+        inputs, windows = inputs_of(batch, modality), windows_of(self.model, batch, modality)
+        device = self.setting.device
         tokens = join(self.micro_batches.of(
             (modality,), len(inputs[0]), weight=windows,
-            work=lambda rows: encoder(*(x[rows].to(self.setting.device) for x in inputs))))
+            work=lambda rows: encode(self.model, batch, modality, [x[rows].to(device) for x in inputs])))
         parts = self.micro_batches.of(
             (modality, "text"), len(places_P), weight=windows,
             work=lambda part: self._of_pairs(modality, tokens, places_P[part], captions_P[part]))

@@ -45,8 +45,9 @@ class Concepts(Objective):
             text = step.tokens("text", first_keys(step.batch, self.inputs)[rows])
             uniform_B = step.batch.noise["drop_text"][rows]
             seen_B = uniform_B >= TEXT_DROP_SHARE if others else torch.ones_like(uniform_B).bool()
-            assert text.valid_BN is not None, "captions differ in length"
-            given["text"] = text._replace(valid_BN=text.valid_BN & step.to_device(seen_B)[:, None])
+            seen_B1 = step.to_device(seen_B)[:, None]
+            valid_BN = seen_B1.expand(text.tokens_BND.shape[:2]) if text.valid_BN is None else text.valid_BN & seen_B1
+            given["text"] = text._replace(valid_BN=valid_BN)
         return given
 
 

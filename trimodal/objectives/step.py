@@ -22,21 +22,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Tokens
+from model import PretrainedEncoder, Tokens
 from trimodal.distributed import World
 
 PATH_NOISE = {"image": ("path", 0), "audio": ("path", 24), "text": ("path_text", 0)}  # of drop-path: name, first column
+GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
+FEATURE_NOISE = {"image": ("path", 58), "audio": ("path", 60), "text": ("path_text", 60)}  # of dropout: two columns
 
 Rows = slice | Tensor  # a micro-batch, or an int64 index on the host
 
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of a whole effective batch that one process encodes, by tower ("text": captions, all others: samples),
-    and the row of the first image or clip in its batch."""
+    """The rows of a whole effective batch that one process encodes, by tower ("text": captions, all others: samples).
+
+    `has_all`: its batch holds the images, sounds and towers' tokens of all rows, not those of its own alone.
+    """
 
     rows: Mapping[str, range]
-    first_media: int
+    has_all: bool = False
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Encoding:
     features_BF: Tensor
     tokens_BND: Tensor | None  # None: no objective reads them, or memory does not hold them
     learns: bool  # the tower has parameters to train
+    valid_BN: Tensor | None = None  # of a pretrained tower; our own have theirs from the batch
     gradient_BND: Tensor | None = None  # of the loss with respect to the tokens, as far as it is known
 
     def pick(self, rows: Tensor, longest: int) -> Tensor:
@@ -84,6 +89,7 @@ class Step:
     autocast: Callable[[], AbstractContextManager[Any]]
     keep: Mapping[str, float] = field(default_factory=dict)
     drop_path: float = 0.0
+    feature_dropout: float = 0.0
     train: bool = True
     mask_id: int = 103
     num_concepts: int = 0
@@ -99,7 +105,7 @@ class Step:
     # ---- rows ----
 
     def num_rows(self, modality: str) -> int:
-        return len(self.batch.input_ids) if modality == "text" else len(self.batch.sample_ids)
+        return len(self.batch.caption_owner) if modality == "text" else len(self.batch.sample_ids)
 
     def own_rows(self, modality: str) -> range:
         """The rows that this process encodes."""
@@ -127,9 +133,12 @@ class Step:
         """Images or audio of some rows, on the device. A slice of what lies in pinned memory is no copy, so it goes
         there while the host goes on."""
         values = self.batch.images if modality == "image" else self.batch.audio
-        first = 0 if self.share is None else self.share.first_media
-        return self.to_device(values[slice(rows.start - first, rows.stop - first) if isinstance(rows, slice)
-                                     else rows - first])
+        return self.to_device(values[self.held(modality, rows)])
+
+    def held(self, modality: str, rows: Rows) -> Rows:
+        """Where some rows are in what the batch holds of a modality."""
+        first = 0 if self.share is None or self.share.has_all else self.share.rows[modality].start
+        return slice(rows.start - first, rows.stop - first) if isinstance(rows, slice) else rows - first
 
     # ---- encoding ----
 
@@ -153,13 +162,20 @@ class Step:
 
     def _encode(self, modality: str, rows: Rows, hide: bool) -> Tokens:
         encoder, batch, path = getattr(self.model, modality), self.batch, self.path_scales(modality, rows)
+        more = self.feature_scales(modality, rows)
+        if modality in batch.tokens:  # what a frozen tower has made of these rows
+            held = self.held(modality, rows)
+            return encoder.adapt(Tokens(*(self.to_device(part[held]) for part in batch.tokens[modality])), path, *more)
         if modality == "text":
-            return encoder(self.to_device(batch.input_ids[rows]), self.to_device(batch.attention_mask[rows]), path)
+            ids, mask = self.to_device(batch.input_ids[rows]), self.to_device(batch.attention_mask[rows])
+            return encoder(ids, mask, path, *more)
+        media = self.media(modality, rows)
+        lengths = None if modality == "image" else self.to_device(batch.audio_lengths[rows])
+        if isinstance(encoder, PretrainedEncoder):  # takes all patches
+            return encoder(media, lengths, path, *more)
         hides = self.hides(modality, hide)
         kept, valid = map(self.to_device, self.kept(modality, rows)) if hides else (None, None)
-        if modality == "image":
-            return encoder(self.media("image", rows), kept, path)
-        return encoder(self.media("audio", rows), self.to_device(batch.audio_lengths[rows]), kept, valid, path)
+        return encoder(media, kept, path) if modality == "image" else encoder(media, lengths, kept, valid, path)
 
     def kept(self, modality: str, rows: Rows) -> tuple[Tensor, Tensor]:
         """Indices (B, K) of the patches that the stage keeps of each row, and which of them are real; on the host."""
@@ -178,15 +194,25 @@ class Step:
     def path_scales(self, modality: str, rows: Rows) -> Tensor | None:
         """Scale of each residual branch (B, Z): 0 where dropped, else 1 / (1 - p), p rising linearly with the depth
         (arXiv:1603.09382); None where none is dropped."""
-        if not self.train or self.drop_path == 0:
+        depth = getattr(self.model, modality).depth  # of a pretrained tower: of the blocks over it
+        if not self.train or self.drop_path == 0 or depth == 0:
             return None
-        depth = len(getattr(self.model, modality).blocks.blocks)
         name, first = PATH_NOISE[modality]
         p_Z = self.drop_path * torch.arange(1, depth + 1) / depth
         return self.to_device((self.batch.noise[name][rows][:, first:first + depth] >= p_Z) / (1 - p_Z))
 
+    def feature_scales(self, modality: str, rows: Rows) -> list[Tensor]:
+        """Of a pretrained tower in training: the scale of each feature (B, D), 0 where it is dropped, else 1 / (1 - p),
+        the same for all tokens of a row. Nothing where none is dropped."""
+        p, encoder = self.feature_dropout, getattr(self.model, modality)
+        if not self.train or p == 0 or not isinstance(encoder, PretrainedEncoder):
+            return []
+        name, first = FEATURE_NOISE[modality]
+        high_B, low_B = (self.to_device(self.batch.noise[name][rows][:, first:first + 2]) * 2**24).long().unbind(1)
+        return [(uniforms_of(high_B << 24 | low_B, encoder.tower.dim) >= p) / (1 - p)]
+
     def token_counts(self, modality: str, rows: Rows) -> Tensor:
-        """How many tokens of each row are real, which come first; int64, on the host."""
+        """How many tokens that our own tower makes of each row are real, which come first; int64, on the host."""
         if modality == "text":
             return self.batch.attention_mask[rows].sum(1)
         counts_B = self.patch_counts(modality, rows)
@@ -223,7 +249,7 @@ class Step:
     def _encode_all(self, modality: str) -> Encoding:
         micro_batches, first = self.micro_batches(modality), self.own_rows(modality).start
         is_single = len(micro_batches) == 1
-        features, kept_BND = list[Tensor](), None
+        features, valids, kept_BND = list[Tensor](), list[Tensor | None](), None
         for rows in micro_batches:
             with torch.set_grad_enabled(is_single and self.train), self.autocast():
                 encoded = self.encode(modality, rows) if is_single else self._encode(modality, rows, hide=False)
@@ -234,15 +260,20 @@ class Step:
                     if kept_BND is None:
                         kept_BND = self._buffer(modality, tokens_BND)
                     kept_BND[rows.start - first:rows.stop - first, :tokens_BND.shape[1]] = tokens_BND
+                    valids.append(encoded[1])
         tower, projection = getattr(self.model, modality), self.model.projections[modality]
         features_BF = torch.cat(features).requires_grad_(self.train and is_trained(tower, projection))
-        return Encoding(features_BF, kept_BND, is_trained(tower))
+        valid = [part for part in valids if part is not None] if isinstance(tower, PretrainedEncoder) else []
+        return Encoding(features_BF, kept_BND, is_trained(tower), torch.cat(valid) if valid else None)
 
     def _buffer(self, modality: str, like_BND: Tensor) -> Tensor:
         """Zeros for the tokens of all rows, in the dtype in which the fusion computes: every fit rounds alike."""
-        most = self.batch.noise[modality].shape[1]
-        if self.hides(modality):
-            most = max(math.ceil(self.keep[modality] * most), 1)
+        if isinstance(getattr(self.model, modality), PretrainedEncoder):
+            most = like_BND.shape[1]  # as many of each row
+        elif not self.hides(modality):
+            most = self.batch.noise[modality].shape[1]
+        else:
+            most = max(math.ceil(self.keep[modality] * self.batch.noise[modality].shape[1]), 1)
         kind = like_BND.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like_BND.dtype
         return like_BND.new_zeros(self.buffer_rows(modality), most, like_BND.shape[2], dtype=dtype)
@@ -274,10 +305,14 @@ class Step:
         return rows[is_own], rows[~is_own], (~is_own).long().argsort(stable=True).argsort()
 
     def _kept(self, modality: str, rows: Tensor) -> Tokens:
+        encoding, place_B = self.encoding(modality), self.to_device(rows - self.own_rows(modality).start)
+        if isinstance(getattr(self.model, modality), PretrainedEncoder):
+            assert encoding.tokens_BND is not None
+            valid_BN = None if encoding.valid_BN is None else encoding.valid_BN.index_select(0, place_B)
+            return Tokens(encoding.pick(place_B, encoding.tokens_BND.shape[1]), valid_BN)
         counts_B = self.token_counts(modality, rows)
         longest = self.read(counts_B.max(), self.batch.noise[modality].shape[1])
-        first = self.own_rows(modality).start
-        tokens_BND = self.encoding(modality).pick(self.to_device(rows - first), longest)
+        tokens_BND = encoding.pick(place_B, longest)
         N = tokens_BND.shape[1]
         valid_BN = None if modality == "image" else self.to_device(torch.arange(N) < counts_B[:, None])
         return Tokens(tokens_BND, valid_BN)
@@ -328,6 +363,15 @@ class Step:
         everyones = self.world.gather_rows(features)
         assert len(everyones) == num_rows, f"{len(everyones)} features of {num_rows} rows"
         return everyones
+
+
+def uniforms_of(keys_B: Tensor, count: int) -> Tensor:
+    """So many uniforms in [0, 1) for each key (48 bits), float32 [B, count]: splitmix64, a function of the key and the
+    place alone, and the same on every device."""
+    x = keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * GOLDEN
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ (x >> shift & (1 << (64 - shift)) - 1)) * factor
+    return (x >> 40 & 0xFFFFFF) * 2.0**-24  # bits of the highest quality
 
 
 def kept_patches(uniform_BN: Tensor, counts_B: Tensor, keep: float,
@@ -396,8 +440,8 @@ class PassOn(torch.autograd.Function):
 def shared_batch(world: World, batch: Any, *, with_media: bool) -> tuple[Any, Share | None]:
     """The whole effective batch, gathered from the ranks that each read a part of it, and which rows `batch` is of it.
 
-    Gathered are texts, labels, lengths and `noise`. Images and audio are gathered only `with_media`, for objectives
-    that encode other ranks' samples; else the result holds this rank's own.
+    Gathered are texts, labels, lengths and `noise`. Images, audio and tokens of frozen towers are gathered only
+    `with_media`, for objectives that encode other ranks' samples; else the result holds this rank's own.
     """
     if world.size == 1:
         return batch, None
@@ -417,7 +461,9 @@ def shared_batch(world: World, batch: Any, *, with_media: bool) -> tuple[Any, Sh
         rows["text"] = range(before, before + len(owners[world.rank]))
     if with_media:
         columns |= {name: concat_padded(world.gather_objects(getattr(batch, name))) for name in media}
-    return replace(batch, **columns, noise=noise), Share(rows, 0 if with_media else samples.start)
+        columns["tokens"] = {name: tuple(map(concat_padded, zip(*world.gather_objects(parts), strict=True)))
+                             for name, parts in batch.tokens.items()}
+    return replace(batch, **columns, noise=noise), Share(rows, with_media)
 
 
 def concat_padded(tensors: Sequence[Tensor]) -> Tensor:

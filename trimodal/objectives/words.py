@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import masked_mean
 from trimodal.objectives.base import Objective, SumAndParts
 from trimodal.objectives.masked import hidden_tokens
 from trimodal.objectives.step import Step, first_keys
@@ -51,7 +50,7 @@ class Words(Objective):
         """Cross-entropy of the micro-batch `rows`, summed over its samples."""
         sample_M, word_M, share_M = map(step.to_device, self._targets(step, rows))
         with step.autocast():
-            logits_BV = self.heads[tower](masked_mean(*step.encode(tower, rows)))
+            logits_BV = self.heads[tower](getattr(step.model, tower).pool(step.encode(tower, rows)))
         logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
         surprise_M = logits_BV.logsumexp(1)[sample_M] - logits_BV[sample_M, word_M]
         loss = (share_M * surprise_M).sum()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trimodal.files import check_writable
 from trimodal.memory import devices
 from trimodal.redaction import command_line, settings
 from trimodal.sets import check_settings
+from trimodal.towers.settings import tower_facts
 from trimodal.training.planner import DeviceSetup, plan_evaluation
 
 
@@ -47,6 +49,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     model: Any
     model, state = (peers.open_hub(options.checkpoint), {}) if is_hub else load_model(options.checkpoint)
     config = configuration(options, state.get("config", {}))
+    config = config if is_hub else replace(config, model=model.config)
     heads = rerank.heads_of(state, config, options.checkpoint)
     precision = devices.choose_precision(device, config.training.use_amp and not is_hub)
     print(f"Device: {device}; {precision.reason}")
@@ -57,7 +60,8 @@ def evaluate(options: argparse.Namespace) -> Path:
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, less=lambda size, cause: print(
         f"Out of memory ({cause}): {size} samples at a time"), sizes={} if is_hub else planned_sizes(
-            config, DeviceSetup(device.type, precision.dtype, kernel=state["attention_kernel"])))
+            config, DeviceSetup(device.type, precision.dtype, kernel=state["attention_kernel"],
+                                towers=state.get("towers", {}))))
     if is_hub:
         encoded = peers.encode(model.to(device), data, options.split, config, setting)
         figures = protocols.score(encoded, data, config)
@@ -73,8 +77,9 @@ def evaluate(options: argparse.Namespace) -> Path:
     run = {
         "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
-        "model": describe(model), "config": settings(own_settings(config, is_hub)), "data": data.describe(),
-        "device": str(device), "precision": precision.reason,
+        "model": describe(model), "towers": {} if is_hub else tower_facts(model.towers, config.stages),
+        "config": settings(own_settings(config, is_hub)), "data": data.describe(), "device": str(device),
+        "precision": precision.reason,
         "evaluation": {"split": options.split, "figures": figures, "facts": encoded.facts},
     }
     gallery = [row for modality in ("image", "audio")

@@ -27,6 +27,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +42,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datasets import Batch
 from model import KERNELS, KERNELS_OF, TriModalModel, use_kernel
-from trimodal.config import AUDIO_WINDOW_FRAMES, FRAME_RATE_HZ, MODALITIES, NUM_MELS, Config, StageConfig, TaskConfig
+from trimodal.config import (
+    AUDIO_WINDOW_FRAMES,
+    FRAME_RATE_HZ,
+    IMAGE_PATCH,
+    MODALITIES,
+    NUM_MELS,
+    Config,
+    StageConfig,
+    TaskConfig,
+)
 from trimodal.data.batches import PATH_DRAWS
 from trimodal.data.workers import cpu_cores, prepare_worker
 from trimodal.distributed import World
@@ -52,8 +62,9 @@ from trimodal.memory.devices import CONTEXT_GIB, EVALUATION, GIB, KNOBS, Fit, Mi
 from trimodal.memory.tracker import HOST, OverLimit, Usage, loss_ends_at, phase, tracing
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
-from trimodal.objectives.step import Rows, Share, Step
+from trimodal.objectives.step import Rows, Share, Step, is_trained
 from trimodal.towers import captions
+from trimodal.towers.base import SoundInput, build_tower
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 
 PLAN_VERSION = 5  # to be raised whenever a step takes other memory than before: kept plans then count no longer
@@ -87,6 +98,7 @@ class DeviceSetup:
     processes: int = 1  # ranks that share each effective batch
     ratio: float | None = None  # calibration: measured over predicted peak memory; None: not measured on this device
     kernel: str = KERNELS[0]  # of attention
+    towers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # descriptions, by modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,30 +305,74 @@ class PlanStep(Step):
         return loss_ends_at(torch.cat([features, others]) if len(others) else features)
 
 
-def largest_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
+def largest_batch(config: Config, row: StageConfig, task: TaskConfig, model: TriModalModel) -> Batch:
     """A batch of zeros in the largest shapes that a step of this task can have: sounds of `data.audio_max_s`, for each
-    sample `training.captions_per_visit` captions of `model.context_length` tokens."""
-    B = config.effective_batch(row)
+    sample `training.captions_per_visit` captions of `model.context_length` tokens; of pretrained towers that `model`
+    has frozen what the cache keeps of their outputs."""
+    B, zeros = config.effective_batch(row), torch.zeros
     C, L = B * config.training.captions_per_visit, config.model.context_length
-    # Frames, up to a multiple of the 16 that a patch spans, as batches are padded.
-    T = min(-(-int(config.data.audio_max_s * FRAME_RATE_HZ) // 16) * 16, AUDIO_WINDOW_FRAMES)
-    S, zeros = config.model.image_side, torch.zeros
     noise = {"path": zeros(B, PATH_DRAWS), "drop_text": zeros(B)}
     columns: dict[str, Any] = {"concepts": zeros(B, config.model.num_classes, dtype=torch.bool)}
-    if "image" in task.inputs:
-        columns["images"] = zeros(B, 3, S, S, dtype=torch.uint8)
-        noise["image"] = zeros(B, (S // 16) ** 2)
     if "audio" in task.inputs:
-        columns |= {"audio": zeros(B, T, NUM_MELS, dtype=torch.float16),
-                    "audio_lengths": zeros(B, dtype=torch.int64), "speakers": zeros(B, dtype=torch.int64)}
-        noise["audio"] = zeros(B, T // 16 * (NUM_MELS // 16))
+        columns["speakers"] = zeros(B, dtype=torch.int64)
     if "text" in task.inputs:
-        columns |= {"input_ids": zeros(C, L, dtype=torch.int64), "attention_mask": zeros(C, L, dtype=torch.bool),
-                    "caption_owner": zeros(C, dtype=torch.int64), "caption_ids": zeros(C, dtype=torch.int64)}
+        columns |= {"caption_owner": zeros(C, dtype=torch.int64), "caption_ids": zeros(C, dtype=torch.int64)}
         if config.training.compares_captions:
             columns["caption_vectors"] = zeros(C, captions.WIDTH, dtype=torch.float16)
-        noise |= {"text": zeros(C, L), "path_text": zeros(C, PATH_DRAWS)}
-    return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, **columns)
+        noise["path_text"] = zeros(C, PATH_DRAWS)
+    rows = {name: C if name == "text" else B for name in task.inputs}
+    kept = [name for name in rows if config.data.cache and is_frozen(model, name)]
+    tokens = {name: largest_tokens(config, model, name, rows[name]) for name in kept}
+    for name in rows.keys() - set(kept):
+        columns |= largest_inputs(config, model, name, rows[name])
+    patches = {"image": (config.model.image_side // IMAGE_PATCH) ** 2, "text": L,
+               "audio": largest_sound(config, model)[0] // 16 * (NUM_MELS // 16)}
+    noise |= {name: zeros(count, patches[name]) for name, count in rows.items() if name not in model.towers}
+    return Batch(inputs=task.inputs, keys=[], sample_ids=zeros(B, dtype=torch.int64), noise=noise, tokens=tokens,
+                 **columns)
+
+
+def largest_inputs(config: Config, model: TriModalModel, modality: str, rows: int) -> dict[str, Tensor]:
+    """What a tower reads, in its largest shapes, as columns of a batch."""
+    S, L, zeros = config.model.image_side, config.model.context_length, torch.zeros
+    if modality == "image":
+        return {"images": zeros(rows, 3, S, S, dtype=torch.uint8)}
+    if modality == "text":
+        return {"input_ids": zeros(rows, L, dtype=torch.int64), "attention_mask": zeros(rows, L, dtype=torch.bool)}
+    frames, bins = largest_sound(config, model)
+    return {"audio": zeros(rows, frames, bins, dtype=torch.float16), "audio_lengths": zeros(rows, dtype=torch.int64)}
+
+
+def largest_sound(config: Config, model: TriModalModel) -> tuple[int, int]:
+    """Frames and bins of the longest sound of training, padded as batches are: to a multiple of the 16 frames that a
+    patch spans, or as its pretrained tower reads them."""
+    if "audio" not in model.towers:
+        return min(-(-int(config.data.audio_max_s * FRAME_RATE_HZ) // 16) * 16, AUDIO_WINDOW_FRAMES), NUM_MELS
+    taken = model.towers["audio"].input
+    assert isinstance(taken, SoundInput)
+    frames = math.ceil(config.data.audio_max_s * taken.frames_per_s)
+    if taken.whole_windows:
+        frames = -(-frames // taken.window_frames) * taken.window_frames
+    return frames, taken.num_bins
+
+
+def largest_tokens(config: Config, model: TriModalModel, modality: str, rows: int) -> tuple[Tensor, Tensor]:
+    """What the cache keeps of so many rows of a frozen tower: tokens float32 [rows, 1 + N, D], and which are real."""
+    device = next(model.parameters()).device
+    one = [value.to(device) for value in largest_inputs(config, model, modality, 1).values()]
+    with torch.no_grad():
+        shape = getattr(model, modality).tower_tokens(*one).tokens_BND.shape[1:]
+    return torch.zeros(rows, *shape), torch.ones(rows, shape[0], dtype=torch.bool)
+
+
+def is_frozen(model: TriModalModel, modality: str) -> bool:
+    """Whether the encoder of a modality is a pretrained tower of which nothing is trained."""
+    return modality in model.towers and not is_trained(model.towers[modality])
+
+
+def model_of(config: Config, setup: DeviceSetup) -> TriModalModel:
+    """The model of a configuration as it is planned: with random weights, and fake ones within a FakeTensorMode."""
+    return TriModalModel(config.model, {name: build_tower(of) for name, of in setup.towers.items()})
 
 
 class TaskMeasure:
@@ -327,7 +383,7 @@ class TaskMeasure:
         self.upper = stage_upper(config, row, setup)
         self.mode = FakeTensorMode()
         with kernels_of(setup.device), tracing(mode=self.mode) as tracker:
-            self.model = TriModalModel(config.model)
+            self.model = model_of(config, setup)
             use_kernel(self.model, setup.kernel)
             freeze(self.model, row)
             self.objectives = [
@@ -342,7 +398,7 @@ class TaskMeasure:
             tracker.mark("optimizer", [list(state.values()) for state in self.optimizer.state.values()],
                          self.average.values if self.average else [])
             with phase("data" if setup.device == "cpu" else HOST):
-                self.batch = largest_batch(config, row, task)
+                self.batch = largest_batch(config, row, task, self.model)
             self.held = tracker.held()
 
     def __call__(self, fit: Fit, limit_bytes: int | None = None) -> Usage | None:
@@ -366,10 +422,11 @@ class TaskMeasure:
             keep_tokens=fit.keep_tokens, upper=self.upper,
             autocast=lambda: torch.autocast("cpu", amp or torch.bfloat16, enabled=amp is not None),
             keep={"image": row.image_keep, "audio": row.audio_keep}, drop_path=row.drop_path,
+            feature_dropout=row.feature_dropout,
             num_concepts=self.config.model.num_classes, world=World(size=self.setup.processes), stage=row.name,
             is_on_host=self.setup.device == "cpu",
             share=Share({tower: range(min(MICRO_BATCHES * fit.micro_batch[tower], rows))
-                         for tower, rows in self.upper.items()}, first_media=0))
+                         for tower, rows in self.upper.items()}))
 
         def backward(loss: Tensor) -> None:
             with phase("loss"):
@@ -394,7 +451,7 @@ def kernels_of(device: str) -> Iterator[None]:
 def apply_recompute(model: TriModalModel, fit: Fit) -> None:
     """Let the blocks of each tower be recomputed as the fit says."""
     for tower, every in fit.recompute.items():
-        getattr(model, tower).blocks.recompute_every = every
+        getattr(model, tower).set_recompute(every)
 
 
 def stage_upper(config: Config, row: StageConfig, setup: DeviceSetup) -> dict[str, int]:
@@ -434,16 +491,13 @@ class StageMeasure:
 def encoding_usage(config: Config, tower: str, num_samples: int, setup: DeviceSetup) -> Usage:
     """Peak memory of one forward pass of `num_samples` samples of one modality, as evaluation encodes them: through its
     tower, the fusion and the classifier, without gradients, on fake tensors."""
-    S, L = config.model.image_side, config.model.context_length
     with kernels_of(setup.device), tracing() as tracker, torch.no_grad():
-        model = TriModalModel(config.model)
+        model = model_of(config, setup)
         use_kernel(model, setup.kernel)
         tracker.mark("parameters", list(model.parameters()))
-        B = num_samples
-        inputs = {"image": {"images": torch.zeros(B, 3, S, S, dtype=torch.uint8)},
-                  "audio": {"audio": torch.zeros(B, AUDIO_WINDOW_FRAMES, NUM_MELS, dtype=torch.float16)},
-                  "text": {"input_ids": torch.zeros(B, L, dtype=torch.int64),
-                           "attention_mask": torch.zeros(B, L, dtype=torch.bool)}}[tower]
+        inputs = largest_inputs(config, model, tower, num_samples)
+        if tower == "audio" and tower not in model.towers:
+            inputs = {"audio": torch.zeros(num_samples, AUDIO_WINDOW_FRAMES, NUM_MELS, dtype=torch.float16)}
         tracker.mark("data", inputs)
         with torch.autocast("cpu", setup.amp or torch.bfloat16, enabled=setup.amp is not None):
             model(**inputs)
@@ -576,7 +630,7 @@ def limits(config: Config, setup: DeviceSetup) -> Limits:
     held = 0
     if setup.device == "cpu":
         with torch.device("meta"):
-            held = sum(p.numel() * p.element_size() for p in TriModalModel(config.model).parameters())
+            held = sum(p.numel() * p.element_size() for p in model_of(config, setup).parameters())
     return Limits(int(config.budget_gb * GIB), setup.device, setup.ratio, held)
 
 
@@ -610,8 +664,11 @@ def common_facts(config: Config, setup: DeviceSetup) -> dict[str, Any]:
     left_out = {"word_embeddings", *(name for name in MODALITIES if config.model.tower(name).is_own)}
     model = {name: value for name, value in config.to_dict()["model"].items() if name not in left_out}
     model["image_size"] = config.model.image_side
+    place = dataclasses.asdict(setup)
+    if not setup.towers:
+        del place["towers"]  # digests of earlier releases are without
     return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,
-            "place": dataclasses.asdict(setup)}
+            "place": place}
 
 
 def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
@@ -625,6 +682,7 @@ def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -
             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
             "drop_path": row.drop_path > 0, "trainable": row.trainable, "micro_batch": config.memory.micro_batch,
             "audio_max_s": config.data.audio_max_s, **compared,
+            **({"cache": config.data.cache, "dropout": row.feature_dropout > 0} if config.model.pretrained else {}),
             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
 
 

@@ -23,6 +23,8 @@ from trimodal.memory import devices
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS
 from trimodal.sets import SETS
+from trimodal.towers.base import PretrainedTower
+from trimodal.towers.settings import open_towers, tokenizer_of, with_towers
 from trimodal.training.attention import choose_kernel, has_choice
 from trimodal.training.initial import find_checkpoint
 from trimodal.training.planner import DeviceSetup, Plan, plan_stages, settings_digests, without_speaker
@@ -92,7 +94,8 @@ def _digests_of_earlier_release(run: Run, state: Mapping[str, Any]) -> dict[str,
 def setup_of(run: Run) -> DeviceSetup:
     """The device, precision, ranks and calibration of `run`, to plan its stages for."""
     return DeviceSetup(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
-                 calibration(devices.device_name(run.device)), run.kernel)
+                       calibration(devices.device_name(run.device)), run.kernel,
+                       {name: tower.description for name, tower in run.model.towers.items()})
 
 
 def settings_of(run: Run, config: Config) -> Config:
@@ -108,9 +111,10 @@ class Forecast:
     """What the plans of a run depend on, as far as it is known before it: the configuration, the tasks that each stage
     will train, and the number of speakers."""
 
-    config: Config  # with the vocabulary size of the tokenizer
+    config: Config  # with the vocabulary size of the tokenizer, and the image size of the tower
     tasks: Tasks
     speakers: int
+    towers: Mapping[str, Mapping[str, Any]]  # descriptions of the pretrained ones
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,15 @@ def foretell(config: Config) -> Forecast:
         UserError: as a run would: a list cannot be read, or a stage has nothing to train.
     """
     listed = [name for name in config.data.datasets if SETS[name].reads_at_once]
-    config = _with_vocab_size(config)
+    towers = open_towers(config.model)
+    config = _with_vocab_size(dataclasses.replace(config, model=with_towers(config.model, towers)), towers)
+    described = {name: tower.description for name, tower in towers.items()}
     lists = _read(config, listed)
     speakers = len(lists.speakers) + sum(SETS[name].speakers for name in config.data.datasets)
     if len(listed) == len(config.data.datasets):
-        return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers)
+        return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers, described)
     tasks = {row.name: list(row.tasks) if speakers else without_speaker(row.tasks) for row in config.stages}
-    return Forecast(config, tasks, speakers)
+    return Forecast(config, tasks, speakers, described)
 
 
 def _read(config: Config, names: list[str]) -> _Lists:
@@ -153,14 +159,15 @@ def _read(config: Config, names: list[str]) -> _Lists:
     return _Lists({"train": table}, tuple(speakers_with_sound(table)))
 
 
-def _with_vocab_size(config: Config) -> Config:
+def _with_vocab_size(config: Config, towers: Mapping[str, PretrainedTower]) -> Config:
     """`config` with `model.vocab_size` raised to the size of the tokenizer's vocabulary, as a run will do; where the
     tokenizer is not on this machine yet, `config` as it is, and a line on stderr says so."""
-    if tokenizer.needs_network(config.model):
+    own = tokenizer_of(towers)
+    if own is None and tokenizer.needs_network(config.model):
         print(f"Plan: {config.model.word_embeddings} is not on this machine yet, so {config.model.vocab_size} words "
               "are planned for (model.vocab_size)", file=sys.stderr)
         return config
-    size = max(tokenizer.load_tokenizer(config.model).vocab_size, config.model.vocab_size)
+    size = max((own or tokenizer.load_tokenizer(config.model)).vocab_size, config.model.vocab_size)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
@@ -184,7 +191,8 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False, init:
         amp = torch.bfloat16 if config.training.use_amp else None
     known = foretell(config)
     kernel = choose_kernel(torch.device(device), amp)
-    setup = DeviceSetup(device, amp, known.speakers, processes, calibration(devices.device_name(found)), kernel)
+    setup = DeviceSetup(device, amp, known.speakers, processes, calibration(devices.device_name(found)), kernel,
+                        known.towers)
     plans = plan_stages(known.config, known.tasks, setup)
     precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
     attention = f" (attention: {kernel})" if has_choice(torch.device(device), amp) else ""

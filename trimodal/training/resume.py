@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimodal.checkpoint import find_latest, load
-from trimodal.config import Config
+from trimodal.config import OWN_IMAGE_SIDE, Config
 from trimodal.errors import CheckpointError, UserError
 from trimodal.memory.devices import choose_device
 from trimodal.redaction import settings
@@ -195,6 +195,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     which follows from the data, are left out. A setting that there was not yet had its default."""
     usual = {name: value for name, value in _flat(Config().to_dict()) if not name.startswith("stages.")}
     old, new = usual | dict(_flat(before)), dict(_flat(now))
+    for of in (old, new):  # of a pretrained tower it is that of the tower, which does not change
+        if of.get("model.image.tower", "own") != "own":
+            of.pop("model.image_size", None)
+        elif of.get("model.image_size") == "auto":
+            of["model.image_size"] = OWN_IMAGE_SIDE
     names = [name for name in {**old, **new} if not name.startswith("paths.") and name != "model.vocab_size"]
     return [f"{name}: {_shown(old, name)} -> {_shown(new, name)}" for name in names
             if old.get(name) != new.get(name)]

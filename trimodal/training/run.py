@@ -1,9 +1,8 @@
 """A run: its folder locked and opened, fresh or resumed, and what its checkpoints describe."""
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,9 @@ from trimodal.errors import UserError
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.redaction import settings
+from trimodal.towers.base import PretrainedTower, build_tower
 from trimodal.towers.captions import caption_vectors
+from trimodal.towers.settings import open_towers, tokenizer_of, with_towers
 from trimodal.training import outputs
 from trimodal.training.compiling import CompiledBlocks, wants_compiling
 from trimodal.training.initial import format_table, headline, read_source, take_weights
@@ -83,6 +84,7 @@ class Run:
     splits: dict[str, Any] = field(default_factory=dict)  # samples and digest of each, on the main process
     compiled_blocks: CompiledBlocks | None = None  # None: blocks run uncompiled
     initialised_from: dict[str, Any] | None = None  # what `take_weights` took; None: a run from nothing
+    left_out: tuple[str, ...] | None = None  # see saving.left_out_of_checkpoints; None: not looked at yet
     trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -113,9 +115,11 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     devices.use_deterministic(config.training.deterministic)
     begins_from = options.init if state is None else None
     source = world.together(lambda: read_source(begins_from) if begins_from and world.is_main else None)
-    data = world.together(lambda: with_caption_vectors(data or read_data(config, state), config))
+    towers = world.together(lambda: towers_of(config, state))
+    config = replace(config, model=with_towers(config.model, towers))
+    data = world.together(lambda: with_caption_vectors(data or read_data(config, state, towers=towers), config))
     held_gib = devices.held_gib(device)
-    model = world.together(lambda: build_model(config, data, state)).to(device)
+    model = world.together(lambda: build_model(config, data, state, towers)).to(device)
     initialised_from = state.get("initialised_from") if state else world.on_main(
         lambda: take_weights(source, model, data.tokenizer, data.concepts, config.training.contrastive_loss)
         if source else None)
@@ -148,10 +152,37 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     return run
 
 
-def read_data(config: Config, state: Mapping[str, Any] | None, *, fill_cache: bool = True) -> Data:
+def towers_of(config: Config, state: Mapping[str, Any] | None) -> dict[str, PretrainedTower]:
+    """The pretrained towers that the configuration names: those of the checkpoint `state`, or opened by their names.
+
+    A checkpoint may leave out the weights of a frozen tower (see `saving`): then these are read where they were first,
+    and have to be the same.
+
+    Raises:
+        UserError: a tower cannot be had, or is not the one that the checkpoint was trained with.
+    """
+    if state is None:
+        return open_towers(config.model)
+    described = state.get("towers", {})
+    if other := {*described} ^ {*config.model.pretrained}:
+        name = min(other)
+        raise UserError(f"--resume: the checkpoint was trained with model.{name}.tower="
+                        f"{described[name]['source'] if name in described else 'own'}, not "
+                        f"{config.model.tower(name).tower}; resume with that, or start anew in another --output-dir")
+    opened = open_towers(config.model, {name for name in described if not has_tower(state, name)})
+    for name, tower in opened.items():
+        if tower.digest != described[name]["digest"]:
+            raise UserError(f"--resume: model.{name}.tower: {tower.source} has other weights than when this run began "
+                            f"(sha256 {tower.digest[:12]}, then {described[name]['digest'][:12]}); bring back the "
+                            "earlier ones, or start anew in another --output-dir")
+    return {name: opened[name] if name in opened else build_tower(described[name]) for name in described}
+
+
+def read_data(config: Config, state: Mapping[str, Any] | None, *, towers: Mapping[str, PretrainedTower] | None = None,
+              fill_cache: bool = True) -> Data:
     """A resumed run keeps the numbers of its words, concepts and speakers, whatever has come to its data since."""
     if state is None:
-        return load_data(config, fill_cache=fill_cache)
+        return load_data(config, tokenizer=tokenizer_of(towers or {}), fill_cache=fill_cache)
     return load_data(config, tokenizer=Tokenizer.from_json(state["tokenizer"]), concepts=state["concepts"],
                      speakers=state["speakers"], fill_cache=fill_cache)
 
@@ -160,8 +191,8 @@ def with_caption_vectors(data: Data, config: Config) -> Data:
     """`data`, where contrast looks at how alike captions are with a vector of each caption that it sees."""
     if not config.training.compares_captions:
         return data
-    return dataclasses.replace(data, splits={
-        name: split if name == "test" else dataclasses.replace(
+    return replace(data, splits={
+        name: split if name == "test" else replace(
             split, caption_vectors=caption_vectors(split.table.captions.tolist(), config))
         for name, split in data.splits.items()})
 
@@ -268,28 +299,41 @@ def _not_writable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output-dir")
 
 
-def build_model(config: Config, data: Data, state: Mapping[str, Any] | None) -> TriModalModel:
-    """The model of a checkpoint, or a fresh one on its word table.
+def build_model(config: Config, data: Data, state: Mapping[str, Any] | None,
+                towers: Mapping[str, PretrainedTower] | None = None) -> TriModalModel:
+    """The model of a checkpoint, or a fresh one on its word table; with `towers` as they are opened or described.
 
     Raises:
         UserError: the checkpoint's model has other shapes than the configuration asks for.
     """
     torch.manual_seed(config.training.seed)
     size = data.tokenizer.vocab_size
-    shape = {**config.to_dict()["model"], "vocab_size": max(size, config.model.vocab_size)}
-    model = model_module.create_model(**shape)
+    model = TriModalModel(replace(config.model, vocab_size=max(size, config.model.vocab_size)), towers)
     if state is not None:
-        mismatch = describe_mismatch(state["model_state_dict"], model.state_dict())
+        weights = {**_opened_weights(model, state), **state["model_state_dict"]}
+        mismatch = describe_mismatch(weights, model.state_dict())
         if mismatch:
             raise UserError(f"--resume: the checkpoint's model is of another shape: {mismatch}; resume with the "
                             "model settings it was trained with, or start anew in another --output-dir")
-        model.load_state_dict(state["model_state_dict"])
+        model.load_state_dict(weights)
         return model
-    table = load_word_table(config.model)
+    table = load_word_table(config.model) if config.model.text.is_own else None
     if table is not None:
         with torch.no_grad():
             model.text.words.weight[:len(table)].copy_(torch.from_numpy(table))
     return model
+
+
+def _opened_weights(model: TriModalModel, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights, by their names in the model, of towers that the checkpoint `state` leaves out."""
+    left_out = {name for name in model.towers if not has_tower(state, name)}
+    return {key: value for key, value in model.state_dict().items()
+            if key.split(".")[0] in left_out and key.split(".")[1] == "tower"}
+
+
+def has_tower(state: Mapping[str, Any], modality: str) -> bool:
+    """Whether a checkpoint holds the weights of a pretrained tower."""
+    return any(key.startswith(f"{modality}.tower.") for key in state["model_state_dict"])
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------
@@ -300,8 +344,8 @@ def description(run: Run) -> dict[str, Any]:
     can be used without the data set."""
     given = settings(run.config.to_dict())
     return {
-        "config": given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size,
-                                                      "image_size": run.model.config.image_side}},
+        "config": given | {"model": given["model"] | {"vocab_size": run.model.config.vocab_size}},
+        "towers": {name: tower.description for name, tower in run.model.towers.items()},
         "tokenizer": run.data.tokenizer.to_json(),
         "concepts": list(run.data.concepts),
         "speakers": list(run.data.speakers),

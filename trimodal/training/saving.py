@@ -19,6 +19,8 @@ from trimodal.checkpoint import check_room, plain, rotate
 from trimodal.checkpoint import save as save_file
 from trimodal.config import Config
 from trimodal.errors import CheckpointError, Stopped
+from trimodal.towers.base import PretrainedTower, build_tower, digest_of
+from trimodal.towers.settings import trains
 from trimodal.training.optimizer import block_matrices
 from trimodal.training.run import Run, checkpoint_name, description
 from trimodal.training.signals import Interruption
@@ -28,17 +30,26 @@ KEEP_EVERY = 10  # every tenth epoch's checkpoint stays
 StageState = Callable[[], Mapping[str, Any]]
 
 
-def checkpoint_bytes(config: Config) -> tuple[int, int, int]:
+def checkpoint_bytes(config: Config, towers: Mapping[str, PretrainedTower] | None = None) -> tuple[int, int, int]:
     """How many checkpoints a run keeps at most, the bytes of each, and those of all with the three further files that
-    hold weights: the best, the final one and model.safetensors."""
+    hold weights: the best, the final one and model.safetensors. `towers`: the pretrained ones that `config` names."""
     training = config.training
     with torch.device("meta"):
-        model = TriModalModel(config.model)
+        model = TriModalModel(config.model, {name: build_tower(of.description) for name, of in (towers or {}).items()})
     weights = 4 * sum(p.numel() for p in model.parameters())
     one_moment = 4 * sum(p.numel() for p in block_matrices(model)) if training.optimizer == "muon" else 0
     each = weights * (3 + (training.ema_decay > 0)) - one_moment  # weights, two moments (Muon keeps one), average
     count = training.keep_checkpoints + training.epochs // KEEP_EVERY + 1  # one more while it is written
     return count, each, count * each + 3 * weights
+
+
+def left_out_of_checkpoints(run: Run) -> tuple[str, ...]:
+    """The modalities of pretrained towers whose weights `checkpoint_epoch_*.pt` name instead of holding them: they are
+    those of their source, and no stage trains them. The best and the final model hold all."""
+    if run.left_out is None:
+        run.left_out = tuple(name for name, tower in run.model.towers.items() if digest_of(tower) == tower.digest
+                             and not any(trains(row, name, tower) for row in run.config.stages))
+    return run.left_out
 
 
 class Saver:
@@ -110,7 +121,9 @@ class Saver:
         best = [(folder / "best_model.pt", {**common, **run.best})] if run.best and run.best is not self._best else []
         self._best = run.best
         fits = {name: vars(fit) for name, fit in run.fits.items()}
-        whole = {**common, "model_state_dict": run.model.state_dict(), "stage_state": state, "fits": fits,
+        left_out = tuple(f"{name}.tower." for name in left_out_of_checkpoints(run))
+        weights = {key: value for key, value in run.model.state_dict().items() if not key.startswith(left_out)}
+        whole = {**common, "model_state_dict": weights, "stage_state": state, "fits": fits,
                  "fits_asked": run.fits_asked}
         return [*best, (folder / checkpoint_name(progress), whole)]
 

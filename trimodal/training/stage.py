@@ -15,7 +15,7 @@ from trimodal.checkpoint import describe_mismatch
 from trimodal.config import Config, StageConfig, TaskConfig, TrainingConfig
 from trimodal.data.batches import Batch, pool
 from trimodal.distributed import World
-from trimodal.errors import UserError
+from trimodal.errors import ConfigError, UserError
 from trimodal.memory import devices
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import Losses, learn
@@ -127,7 +127,14 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
 
     Freezes and recomputes in `run.model` what the stage's settings and plan say. New are the objectives' heads (of the
     training seed, the main rank's on all), the optimizer, the moving average of the weights, and the monitor.
+
+    Raises:
+        ConfigError: it hides words, and the tokenizer has no token for that.
     """
+    if run.data.tokenizer.mask_id < 0 and any("text" in task.inputs and "masked" in task.objectives for task in tasks):
+        raise ConfigError(f"stages.{row.name}.tasks: masked hides words behind a token [MASK], which the tokenizer of "
+                          f"{run.config.model.word_embeddings} lacks; leave masked out for text, or set "
+                          "model.word_embeddings=minilm")
     torch.manual_seed(run.config.training.seed)
     freeze(run.model, row)
     apply_recompute(run.model, run.fits[row.name])
@@ -173,16 +180,16 @@ def compile_blocks(run: Run, stage: Stage) -> None:
     run.model.train()
     with run.compiled_blocks.trial():
         for number, task in enumerate(stage.tasks):
-            step = make_step(run, stage, trial_batch(run.config, row, task), train=True)
+            step = make_step(run, stage, trial_batch(run, row, task), train=True)
             compute_losses(stage, number, replace(step, micro_batch=sizes), Tensor.backward)
             stage.optimizer.zero_grad()
     run.model.train(was_training)
 
 
-def trial_batch(config: Config, row: StageConfig, task: TaskConfig) -> Batch:
+def trial_batch(run: Run, row: StageConfig, task: TaskConfig) -> Batch:
     """A batch of a few samples of the largest shapes, with something in it for each objective."""
-    batch = largest_batch(config, replace(row, effective_batch=TRIAL_SAMPLES), task)
-    concepts = torch.ones(TRIAL_SAMPLES, config.model.num_classes, dtype=torch.bool)
+    batch = largest_batch(run.config, replace(row, effective_batch=TRIAL_SAMPLES), task, run.model)
+    concepts = torch.ones(TRIAL_SAMPLES, run.config.model.num_classes, dtype=torch.bool)
     mask = None if batch.attention_mask is None else torch.ones_like(batch.attention_mask)
     ids = None if batch.caption_ids is None else torch.arange(len(batch.caption_ids))
     owner = None if ids is None else ids * TRIAL_SAMPLES // len(ids)
@@ -217,6 +224,7 @@ def make_step(run: Run, stage: Stage, batch: Batch, share: Share | None = None, 
     return Step(model=run.model, batch=batch, device=run.device, micro_batch=fit.micro_batch,
                 keep_tokens=fit.keep_tokens, autocast=run.autocast,
                 keep={"image": stage.row.image_keep, "audio": stage.row.audio_keep}, drop_path=stage.row.drop_path,
+                feature_dropout=stage.row.feature_dropout,
                 train=train, mask_id=run.data.tokenizer.mask_id, num_concepts=len(run.data.concepts),
                 world=run.world if share else World(), share=share, stage=stage.row.name)
 

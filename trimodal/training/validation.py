@@ -22,6 +22,7 @@ from trimodal.evaluation import protocols, report
 from trimodal.memory import devices
 from trimodal.objectives.base import Losses
 from trimodal.redaction import command_line, settings
+from trimodal.towers.settings import tower_facts
 from trimodal.training import outputs
 from trimodal.training.run import Run, description
 from trimodal.training.stage import Stage, compute_losses, make_step, shrink
@@ -102,7 +103,7 @@ def validation_loss(run: Run, stage: Stage,
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch in batches:
-        cropped = crop_sounds(batch, run.config.data.audio_max_s)
+        cropped = batch if "audio" in run.model.towers else crop_sounds(batch, run.config.data.audio_max_s)
         features = known_features(stage, batch, seen)
         losses = batch_loss(run, stage, batch.task, cropped, features)
         add_features(features, batch, cropped, seen, {} if known is None else known)
@@ -290,6 +291,7 @@ def finish(run: Run) -> Path:
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
         "best": {name: run.best.get(name) for name in ("stage", "epoch", "loss")},
         "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
+        "towers": tower_facts(run.model.towers, run.config.stages),
         "initialised_from": run.initialised_from, "config": settings(run.config.to_dict()),
         "data": run.data.describe(), "device": str(run.device), "precision": run.precision.reason,
         "predicted_gib": run.predicted_gib,

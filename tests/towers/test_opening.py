@@ -1,6 +1,7 @@
 """Names of towers, what stands behind them, and what is refused: one line each, nothing executed, nothing asked of a
 network that was not to be asked."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -149,6 +150,12 @@ def hub_files(folder: Path) -> dict[str, bytes]:
     return {**files, f"/api/models/{NAME}": json.dumps(info).encode()}
 
 
+def of_an_address() -> str:
+    """A model of timm whose weights are not of a hub."""
+    timm: Any = importlib.import_module("timm")
+    return next(name for name in timm.list_pretrained() if not timm.get_pretrained_cfg(name).hf_hub_id)
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     head = "from trimodal.towers.base import open_tower\nfrom trimodal.errors import UserError\n"
@@ -159,6 +166,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 OPEN = f"print(open_tower('hub:{NAME}', 'image', size=32).digest)\n"
 TRY = ("try:\n    open_tower('hub:somebody/other', 'image')\n"
        "except UserError as error:\n    print(error)\n")
+
+TIMM = ("for name in ('test_vit.r160_in1k', NAME):\n    try:\n        open_tower('timm:' + name, 'image')\n"
+        "    except UserError as error:\n        print(error)\n")
 
 
 def test_a_hub_is_asked_at_the_address_that_is_set_and_not_at_all_offline(tmp_path: Path) -> None:
@@ -174,7 +184,10 @@ def test_a_hub_is_asked_at_the_address_that_is_set_and_not_at_all_offline(tmp_pa
         assert_names("\n".join(refusal), "hub:somebody/other", server.url(), "HF_ENDPOINT", 404)
         assert not any("msgpack" in path for path, _ in server.requests)
         server.requests.clear()
-        offline = run(OPEN + TRY, **places, HF_HUB_OFFLINE="1")
-        digest, *refusal = offline.stdout.splitlines()
+        elsewhere = of_an_address()
+        offline = run(OPEN + TRY + TIMM.replace("NAME", repr(elsewhere)), **places, HF_HUB_OFFLINE="1")
+        digest, *refusals = offline.stdout.splitlines()
         assert digest == expected and not server.requests, offline.stderr[-2000:]
-        assert_names("\n".join(refusal), "hub:somebody/other", "HF_HUB_OFFLINE")
+        for line, name in zip(refusals, ("hub:somebody/other", "timm:test_vit.r160_in1k", f"timm:{elsewhere}"),
+                                 strict=True):
+            assert_names(line, name)

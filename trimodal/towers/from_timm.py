@@ -62,6 +62,8 @@ def open_named(name: str, source: str, weights: str, size: int | None) -> Pretra
     where = f"model.image.tower: {source}"
     _check_name(timm, name, where)
     path, package = _weights(weights, name)
+    if path is None and hub.is_offline() and not timm.get_pretrained_cfg(name).hf_hub_id:  # from an address of its own
+        raise UserError(f"{where}: HF_HUB_OFFLINE is set, and its weights are not of a hub; name them by weights: FILE")
     options = _options(timm, name, size, where)
     if package is not None:
         model = timm.create_model(name, num_classes=0, **options)

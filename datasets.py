@@ -15,8 +15,8 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from logging.handlers import BufferingHandler
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 from trimodal.config import Config
 from trimodal.data import bad_samples, prepared
 from trimodal.data.batches import VISIT, Batch, BatchReader, Jobs, Result, Split, prepare_split
+from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.concepts import concept_names
 from trimodal.data.samples import SPLITS, SampleTable, Strings
 from trimodal.data.splits import carve_val, file_key
@@ -93,8 +94,9 @@ class Data:
 
 def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Tokenizer | None = None,
               concepts: Sequence[str] | None = None, speakers: Sequence[str] | None = None,
-              fill_cache: bool = True) -> Data:
-    """Read `config.data.datasets`, tokenise captions, choose concepts, and open (or fill) the cache of files.
+              fill_cache: Collection[Kind] = KINDS, inputs: Mapping[str, Any] | None = None) -> Data:
+    """Read `config.data.datasets`, tokenise captions, choose concepts, and open the cache of decoded files, filled with
+    those kinds of them that `fill_cache` names. `inputs`: how pretrained towers read what is theirs, by modality.
 
     A set without validation samples gives up 5 % of its training samples, whole files, see splits. `tokenizer`,
     `concepts` and `speakers` come from a checkpoint when it is evaluated.
@@ -111,7 +113,7 @@ def load_data(config: Config, splits: Sequence[str] = SPLITS, *, tokenizer: Toke
         speakers = speakers_with_sound(train)
     stores = {name: open_store(table, config, fill=fill_cache) for name, table in tables.items()}
     english = {name for name, data_set in SETS.items() if data_set.english}
-    ready = {name: prepare_split(store, config, tokenizer, concepts, speakers, english)
+    ready = {name: replace(prepare_split(store, config, tokenizer, concepts, speakers, english), inputs=inputs or {})
              for name, store in stores.items()}
     return Data(ready, tokenizer, tuple(concepts), tuple(speakers), listed(config))
 

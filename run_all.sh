@@ -2,12 +2,14 @@
 # From an empty folder to a trained, evaluated and reported model; running it again skips what is done.
 #
 #   ./run_all.sh --demo                                               a small real data set, a tiny model, two CPU cores
+#   ./run_all.sh --demo --pretrained                                  the same on pretrained towers of images and text
 #   ./run_all.sh                                                      the full job: base, config.yaml's sets and epochs
 #   ./run_all.sh --model-size base --batch-size 8 --epochs 50         any flags of run_training.py
 #   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    data sets and their folder
 #   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
 #
-# --demo stands for --config recipes/demo.yaml --model-size tiny. --check, --plan and --doctor download no data and train
+# --demo stands for --config recipes/demo.yaml --model-size tiny, with --pretrained for recipes/demo_pretrained.yaml.
+# --check, --plan and --doctor download no data and train
 # nothing. Relative paths are relative to this folder. The variables of setup_environment.sh apply here too.
 #
 # Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job needs a GPU.
@@ -67,14 +69,19 @@ EOP
 }
 
 main() {
-    local answers data_root output_dir names report fetched=0
+    local answers data_root output_dir names report fetched=0 recipe=demo
     if given -h "$@" || given --help "$@"; then usage && return; fi
     if [ "${1-}" = --demo ]; then
         shift
+        if [ "${1-}" = --pretrained ]; then
+            shift
+            recipe=demo_pretrained
+        fi
         if given --config "$@"; then die "--demo brings its own --config; leave one of them out"; fi
-        set -- --config recipes/demo.yaml --model-size tiny "$@"
+        set -- --config "recipes/$recipe.yaml" --model-size tiny "$@"
     fi
     if given --demo "$@"; then die "--demo comes first, before all other flags"; fi
+    if given --pretrained "$@"; then die "--pretrained comes right after --demo; other recipes name towers themselves"; fi
     check_flags "$@"
 
     say "[1/5] environment"

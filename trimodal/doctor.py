@@ -35,6 +35,7 @@ from trimodal.training.signals import Interruption
 
 if TYPE_CHECKING:
     from datasets import Data
+    from trimodal.towers.base import PretrainedTower
     from trimodal.training.run import Options, Run
     from trimodal.training.stage import Stage
 
@@ -156,6 +157,7 @@ class Case:
     show: Callable[[str], Any] = print  # what is being looked at
     device: Any = None  # torch.device
     state: dict[str, Any] | None = None  # the checkpoint that the run goes on from
+    towers: "dict[str, PretrainedTower] | None" = None
     data: "Data | None" = None
     tasks: dict[str, tuple[list[TaskConfig], list[str]]] = field(default_factory=dict)  # of `active_tasks`, by stage
     run: "Run | None" = None  # in the temporary folder, with few samples in a batch
@@ -250,6 +252,19 @@ def check_init(case: Case) -> Iterator[Finding]:
         yield Finding("init", "ok", f"{read_source(case.options.init).path}: can be read")
 
 
+def check_towers(case: Case) -> Iterator[Finding]:
+    """The pretrained towers that the configuration names: opened with their weights."""
+    from trimodal.towers.settings import with_towers
+    from trimodal.training.run import towers_of
+
+    case.towers = towers_of(case.config, case.state)
+    case.config = dataclasses.replace(case.config, model=with_towers(case.config.model, case.towers))
+    for name, tower in case.towers.items():
+        millions = sum(p.numel() for p in tower.parameters()) / 1e6
+        yield Finding(f"tower: {name}", "ok", f"{tower.source}, {millions:.1f} M parameters, width {tower.dim}, "
+                                              f"licence {tower.licence}")
+
+
 def check_data(case: Case) -> Iterator[Finding]:
     """The samples of each data set, files missing from its lists, and whether each stage has samples to train on."""
     from trimodal.data.batches import pool
@@ -300,7 +315,7 @@ def _load(case: Case) -> dict[str, UserError]:
     faults = {name: error for name in names if (error := fault(name, case.config))}
     if rest := tuple(name for name in names if name not in faults or not fault(name, case.trial)):
         case.config = dataclasses.replace(case.config, data=dataclasses.replace(case.config.data, datasets=rest))
-        case.data = read_data(case.trial, case.state, fill_cache=False)
+        case.data = read_data(case.trial, case.state, towers=case.towers, fill_cache=())
     return faults
 
 
@@ -381,7 +396,7 @@ def check_disk(case: Case) -> Iterator[Finding]:
     yield from guarded("output folder", _output_folder, case.options, folder)
     yield from guarded("disk: checkpoints", _room_for_checkpoints, case.config, folder)
     if case.data is not None:
-        yield from guarded("disk: cache", _room_for_cache, case.data, case.trial)
+        yield from guarded("disk: cache", _room_for_cache, case.data, case.trial, case.towers)
 
 
 def _output_folder(options: "Options", folder: Path) -> Iterator[Finding]:
@@ -430,11 +445,12 @@ def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
                   "free space, or another --output-dir, or lower training.keep_checkpoints")
 
 
-def _room_for_cache(data: "Data", config: Config) -> Iterator[Finding]:
+def _room_for_cache(data: "Data", config: Config, towers: "dict[str, PretrainedTower]") -> Iterator[Finding]:
     from trimodal.data import cache, store
+    from trimodal.towers.settings import decoded_kinds
 
-    folder = cache.cache_folder(config)
-    sizes = [size for table in data.tables.values() for size in store.entries_to_make(table, config).values()]
+    folder, kinds = cache.cache_folder(config), decoded_kinds(config, towers)
+    sizes = [size for table in data.tables.values() for size in store.entries_to_make(table, config, kinds).values()]
     files, needed, room = sum(n for n, _ in sizes), sum(size for _, size in sizes), cache.room_for_entries(config)
     if not config.data.cache or not files:
         yield Finding("disk: cache", "ok", "filled, or nothing to put into it" if config.data.cache else
@@ -468,6 +484,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
                                  f"parameters; {len(run.data.concepts)} concepts, {len(run.data.speakers)} speakers")
     if taken := run.initialised_from:
         yield Finding("initial weights", "ok", f"{headline(taken)}\n{format_table(taken)}")
+    yield from guarded("disk: features", _room_for_features, run)
     plans = plan_stages(config, tasks, setup_of(run), saved_fits(run, config, tasks, case.state))
     for name, plan in plans.items():
         yield Finding(f"memory: {name}", "ok", f"{plan.peak_bytes / GIB:.2f} GiB + {plan.allowance_bytes / GIB:.2f} "
@@ -475,6 +492,26 @@ def check_memory(case: Case) -> Iterator[Finding]:
     if (hours := config.training.max_hours) is not None:
         yield Finding("training.max_hours", "ok", f"{hours:g} h for at most {config.training.epochs} epochs; how many "
                       "fit is known once steps have been timed")
+
+
+def _room_for_features(run: "Run") -> Iterator[Finding]:
+    """What features of frozen towers take on the disk, and how long encoding takes, both from a batch of each."""
+    from trimodal.data import cache
+    from trimodal.towers.features import missing
+    from trimodal.towers.settings import frozen_until
+
+    names = set.union(*frozen_until(run.config, run.model.towers).values())
+    if not run.config.data.cache or not names:
+        return
+    encoders = {name: getattr(run.model.eval(), name) for name in sorted(names)}
+    todo = missing(run.data.splits.values(), encoders, run.config)
+    needed, seconds = sum(one.bytes for one in todo), sum(one.seconds for one in todo)
+    room = cache.room_for_entries(run.config)
+    yield Finding("disk: features", "ok" if needed < room else "warn", "all are in the cache" if not todo else
+                  f"a run first encodes {sum(one.items for one in todo):,} images, sounds and captions: about "
+                  f"{needed / GB:.2g} GB and {seconds / 60:.1f} minutes; free for it {max(room, 0) / GB:.1f} GB",
+                  "" if needed < room else "free space, data.cache_dir=ANOTHER_DISK, a larger data.cache_max_gb or a "
+                  "smaller keep_tokens; else each step encodes anew")
 
 
 def check_steps(case: Case) -> Iterator[Finding]:
@@ -526,6 +563,6 @@ def _step(title: str, run: "Run", stage: "Stage", number: int) -> Iterator[Findi
 
 CHECKS: tuple[tuple[str, Callable[[Case], Iterator[Finding]], str], ...] = (  # the attributes of a case that each needs
     ("device", check_device, ""), ("word embeddings", check_word_embeddings, ""), ("resume", check_resume, ""),
-    ("init", check_init, ""),
-    ("data", check_data, ""), ("files", check_files, "data"), ("disk", check_disk, ""),
-    ("memory", check_memory, "device data"), ("step", check_steps, "run"))
+    ("init", check_init, ""), ("towers", check_towers, ""), ("data", check_data, "towers"),
+    ("files", check_files, "data"), ("disk", check_disk, ""), ("memory", check_memory, "device data"),
+    ("step", check_steps, "run"))

@@ -15,7 +15,7 @@ from tests.refusals import refused
 from tests.small_runs import RECIPE
 from trimodal.config import Config, load_config
 from trimodal.data import bad_samples
-from trimodal.data.batches import VISIT, Batch, BatchReader, Split, crop_mel, pool, spec_augment
+from trimodal.data.batches import VISIT, Batch, BatchReader, Split, crop_sound, pool, spec_augment
 from trimodal.data.images import fit_eval
 from trimodal.data.samples import Sample, SampleTable, normalise_caption, stable_hash
 from trimodal.objectives.contrastive import positives_of
@@ -226,8 +226,8 @@ def test_masks_are_bounded_and_filled_with_the_mean() -> None:
 
 def test_crops_reach_both_ends_and_leave_short_sounds_alone() -> None:
     rng, mel = np.random.default_rng(0), np.arange(12)[:, None]
-    starts = {int(crop_mel(mel, 9, rng)[0, 0]) for _ in range(100)}
-    assert starts == {0, 1, 2, 3} and crop_mel(mel, 12, rng) is mel and len(crop_mel(mel, 9, rng)) == 9
+    starts = {int(crop_sound(mel, 9, rng)[0, 0]) for _ in range(100)}
+    assert starts == {0, 1, 2, 3} and crop_sound(mel, 12, rng) is mel and len(crop_sound(mel, 9, rng)) == 9
 
 
 def test_pictures_are_mirrored_unless_a_caption_tells_sides_or_is_not_english(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def photographs(folder: Path) -> SampleTable:
 def test_a_sample_is_the_same_whether_there_is_room_for_it_or_not(tmp_path: Path) -> None:
     table = photographs(tmp_path)
     full = open_store(table, configured(tmp_path, "data.cache_max_gb=0"))
-    unfilled = open_store(table, configured(tmp_path), fill=False)
+    unfilled = open_store(table, configured(tmp_path), fill=())
     assert not full.entries and not unfilled.entries
     cached = open_store(table, configured(tmp_path))
     assert cached.entries

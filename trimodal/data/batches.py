@@ -63,6 +63,8 @@ class Split:
     speakers: np.ndarray  # int64 [n], position in Data.speakers, -1 = none or not a speaker of train
     image_ids: np.ndarray  # int64 [n], equal for equal files; of samples without a picture equal to no other
     audio_ids: np.ndarray  # int64 [n], equal for the same stretch of equal files; without a sound equal to no other
+    # By modality whose tower is pretrained, how it reads: see trimodal.towers, ImageInput, TextInput, SoundReader.
+    inputs: Mapping[str, Any] = field(default_factory=dict)
     # By modality whose tower is frozen: its features; None where the cache does not hold them.
     frozen: Mapping[str, Features | None] = field(default_factory=dict)
     caption_vectors: np.ndarray | None = None  # float16 [captions, W], see towers/captions; None: nothing needs them
@@ -109,9 +111,12 @@ def _seeds(table: SampleTable) -> tuple[np.ndarray, np.ndarray]:
     return hashes[codes], position
 
 
-def read_view(split: Split, modality: str, row: int, view: int, config: Config) -> np.ndarray:
-    """A fixed view of a sample's image, uint8 [S, S, 3], or sound, float16 [T, 80]: 0 is what evaluation reads, others
-    are augmented by draws of (seed 0, set, index, view).
+Sound = tuple[np.ndarray, int]  # frames [T, M], and how many of them are real
+
+
+def read_view(split: Split, modality: str, row: int, view: int, config: Config) -> Any:
+    """A fixed view of a sample's image, as `read_image` gives it, or sound, as `read_sound` does: 0 is what evaluation
+    reads, others are augmented by draws of (seed 0, set, index, view).
 
     Raises:
         BrokenSample: its file cannot be read.
@@ -119,8 +124,7 @@ def read_view(split: Split, modality: str, row: int, view: int, config: Config) 
     rng = np.random.default_rng([0, 0, int(split.set_hash[row]), int(split.position[row]), view])
     if modality == "image":
         return read_image(split, row, rng, config, augmented=view > 0)
-    mel_TM = split.store.mel(row, rng)
-    return crop_mel(mel_TM, int(config.data.audio_max_s * FRAME_RATE_HZ), rng) if view else mel_TM
+    return read_sound(split, row, rng, config, augmented=view > 0)
 
 
 def read_image(split: Split, row: int, rng: np.random.Generator, config: Config, *, augmented: bool) -> np.ndarray:
@@ -128,10 +132,25 @@ def read_image(split: Split, row: int, rng: np.random.Generator, config: Config,
     image_HW3, data, size = split.store.image(row, rng), config.data, config.model.image_side
     if split.store.is_generated(row):
         return image_HW3  # made at this size; its place and colours are what the caption says
-    if not augmented:
-        return fit_eval(image_HW3, size, data.fit)
-    flip = bool(data.flip and split.may_flip[row])
-    return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
+    if augmented:
+        flip = bool(data.flip and split.may_flip[row])
+        return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
+    taken = split.inputs.get("image")
+    if taken and data.fit == "crop":
+        return fit_eval(image_HW3, size, taken.fit, taken.crop_pct, taken.filter)
+    return fit_eval(image_HW3, size, data.fit, filter=taken.filter if taken else "bicubic")
+
+
+def read_sound(split: Split, row: int, rng: np.random.Generator, config: Config, *, augmented: bool) -> Sound:
+    """A sample's sound as the model reads it: a log-mel, float16 [T, 80], or the frames of a pretrained tower, float32
+    [T, M]. Augmented it is a random stretch of at most `data.audio_max_s`."""
+    longest_s, taken = config.data.audio_max_s, split.inputs.get("audio")
+    if taken is None:
+        mel_TM = split.store.mel(row, rng)
+        mel_TM = crop_sound(mel_TM, int(longest_s * FRAME_RATE_HZ), rng) if augmented else mel_TM
+        return mel_TM, len(mel_TM)
+    wave_S = split.store.wave(row, taken.rate_hz, rng)
+    return taken.frames(crop_sound(wave_S, int(longest_s * taken.rate_hz), rng) if augmented else wave_S)
 
 
 def pad_captions(split: Split, captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -139,14 +158,18 @@ def pad_captions(split: Split, captions: np.ndarray) -> tuple[np.ndarray, np.nda
     return pad_rows(split.token_ids, split.token_offsets, captions, split.pad_id)
 
 
-def pad_sounds(mels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-mels as one array, float16 [B, T, 80], zeros behind the end, T a multiple of a patch's side, and their
-    lengths, int64 [B]."""
-    lengths = np.array([len(mel_TM) for mel_TM in mels], np.int64)
-    audio_BTM = np.zeros((len(mels), math.ceil(lengths.max() / PATCH) * PATCH, NUM_MELS), np.float16)
-    for b, mel_TM in enumerate(mels):
-        audio_BTM[b, :len(mel_TM)] = mel_TM
-    return audio_BTM, lengths
+def pad_sounds(sounds: Sequence[Sound], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sounds as one array [B, T, M], zeros behind the end, T a multiple of `multiple`, and their lengths, int64 [B]."""
+    longest, first = max(len(frames_TM) for frames_TM, _ in sounds), sounds[0][0]
+    audio_BTM = np.zeros((len(sounds), math.ceil(longest / multiple) * multiple, first.shape[1]), first.dtype)
+    for b, (frames_TM, _) in enumerate(sounds):
+        audio_BTM[b, :len(frames_TM)] = frames_TM
+    return audio_BTM, np.array([length for _, length in sounds], np.int64)
+
+
+def frame_multiple(split: Split) -> int:
+    """Of how many frames batches of sounds are: a patch's for our own tower."""
+    return 1 if "audio" in split.inputs else PATCH
 
 
 def pool(table: SampleTable, inputs: Sequence[str]) -> np.ndarray:
@@ -203,7 +226,7 @@ class _Visit:
 
     row: int
     image_SS3: np.ndarray | None
-    mel_TM: np.ndarray | None
+    sound: Sound | None
     captions: np.ndarray  # rows of the table's captions
     views: dict[str, int]  # of frozen towers' inputs
     noise: dict[str, np.ndarray]
@@ -305,19 +328,24 @@ class BatchReader:
         rng = np.random.default_rng([seed, epoch, int(split.set_hash[row]), int(split.position[row]), visit])
         noise = {"path": rng.random(PATH_DRAWS, np.float32), "drop_text": rng.random((), np.float32)}
         views = {name: self._choose_view(row, name, rng) for name in inputs if name in split.frozen}
-        captions, image_SS3, mel_TM = np.empty(0, np.int64), None, None
+        captions, image_SS3, sound = np.empty(0, np.int64), None, None
         if "text" in inputs:
             captions = self._choose_captions(row, rng)
             noise["path_text"] = rng.random((len(captions), PATH_DRAWS), np.float32)
-            if "text" not in self.cached:
+            if self._is_masked("text"):
                 noise["text"] = rng.random((len(captions), self.config.model.context_length), np.float32)
         if "image" in inputs and "image" not in self.cached:
-            noise["image"] = rng.random((self.config.model.image_side // PATCH) ** 2, np.float32)
+            if self._is_masked("image"):
+                noise["image"] = rng.random((self.config.model.image_side // PATCH) ** 2, np.float32)
             image_SS3 = (read_view(split, "image", row, views["image"], self.config) if "image" in views else
                          read_image(split, row, rng, self.config, augmented=self.train))
         if "audio" in inputs and "audio" not in self.cached:
-            mel_TM = self._sound(row, rng, views.get("audio"))
-        return _Visit(row, image_SS3, mel_TM, captions, views, noise, rng)
+            sound = self._sound(row, rng, views.get("audio"))
+        return _Visit(row, image_SS3, sound, captions, views, noise, rng)
+
+    def _is_masked(self, modality: str) -> bool:
+        """Whether a part of what the tower reads may be hidden from it, by noise: of our own."""
+        return modality not in self.split.inputs and modality not in self.cached
 
     @property
     def cached(self) -> list[str]:
@@ -337,17 +365,16 @@ class BatchReader:
             features.check(row, view)
         return view
 
-    def _sound(self, row: int, rng: np.random.Generator, view: int | None) -> np.ndarray:
-        """A sample's log-mel [T, 80], in training cut and masked; or a view of it."""
-        split, data = self.split, self.config.data
+    def _sound(self, row: int, rng: np.random.Generator, view: int | None) -> Sound:
+        """A sample's sound, in training cut and, of our own tower, masked; or a view of it."""
+        split = self.split
         if view is not None:
             return read_view(split, "audio", row, view, self.config)
-        mel_TM = split.store.mel(row, rng)
-        if self.train:
-            mel_TM = crop_mel(mel_TM, int(data.audio_max_s * FRAME_RATE_HZ), rng)
-            if data.spec_augment and not split.store.is_generated(row):
-                mel_TM = spec_augment(mel_TM, rng)
-        return mel_TM
+        frames_TM, length = read_sound(split, row, rng, self.config, augmented=self.train)
+        masks = self.train and self.config.data.spec_augment and "audio" not in split.inputs
+        if masks and not split.store.is_generated(row):
+            frames_TM = spec_augment(frames_TM, rng)
+        return frames_TM, length
 
     def _choose_captions(self, row: int, rng: np.random.Generator) -> np.ndarray:
         offsets = self.split.table.caption_offsets
@@ -371,10 +398,11 @@ class BatchReader:
             for b, one in enumerate(visits):
                 assert one.image_SS3 is not None
                 columns["images"][b] = one.image_SS3.transpose(2, 0, 1)
-            noise["image"] = np.stack([one.noise["image"] for one in visits])
+            if self._is_masked("image"):
+                noise["image"] = np.stack([one.noise["image"] for one in visits])
         if "audio" in inputs:
             if "audio" not in self.cached:
-                columns |= _sounds(visits, noise)
+                columns |= self._sounds(visits, noise)
             columns |= {"speakers": self.split.speakers[rows], "audio_ids": self.split.audio_ids[rows]}
         tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in columns.items()}
         return Batch(inputs=inputs, keys=[f"{table.sources[row]}/{table.keys[row]}" for row in rows.tolist()],
@@ -403,10 +431,18 @@ class BatchReader:
                    "caption_ids": self.split.caption_ids[captions]}
         if "text" not in self.cached:
             columns["input_ids"], columns["attention_mask"] = ids_CL, _ = pad_captions(self.split, captions)
-            noise["text"] = np.concatenate([one.noise["text"] for one in visits])[:, :ids_CL.shape[1]].copy()
+            if self._is_masked("text"):
+                noise["text"] = np.concatenate([one.noise["text"] for one in visits])[:, :ids_CL.shape[1]].copy()
         if self.split.caption_vectors is not None:
             columns["caption_vectors"] = self.split.caption_vectors[captions]
         return columns
+
+    def _sounds(self, visits: list[_Visit], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        audio_BTM, lengths = pad_sounds([one.sound for one in visits if one.sound], frame_multiple(self.split))
+        if self._is_masked("audio"):
+            patches = audio_BTM.shape[1] // PATCH * (NUM_MELS // PATCH)
+            noise["audio"] = np.stack([one.rng.random(patches, np.float32) for one in visits])
+        return {"audio": audio_BTM, "audio_lengths": lengths}
 
 
 def sample_names(table: SampleTable, rows: np.ndarray, shown: int = 3) -> str:
@@ -415,19 +451,12 @@ def sample_names(table: SampleTable, rows: np.ndarray, shown: int = 3) -> str:
     return ", ".join(names) + (f" and {len(rows) - shown} more" if len(rows) > shown else "")
 
 
-def _sounds(visits: list[_Visit], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    audio_BTM, lengths = pad_sounds([one.mel_TM for one in visits if one.mel_TM is not None])
-    patches = audio_BTM.shape[1] // PATCH
-    noise["audio"] = np.stack([one.rng.random(patches * (NUM_MELS // PATCH), np.float32) for one in visits])
-    return {"audio": audio_BTM, "audio_lengths": lengths}
-
-
-def crop_mel(mel_TM: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """A random stretch of at most `frames`."""
-    if len(mel_TM) <= frames:
-        return mel_TM
-    start = int(rng.integers(len(mel_TM) - frames + 1))
-    return mel_TM[start:start + frames]
+def crop_sound(frames_T: np.ndarray, longest: int, rng: np.random.Generator) -> np.ndarray:
+    """A random stretch of at most `longest` frames or samples."""
+    if len(frames_T) <= longest:
+        return frames_T
+    start = int(rng.integers(len(frames_T) - longest + 1))
+    return frames_T[start:start + longest]
 
 
 def spec_augment(mel_TM: np.ndarray, rng: np.random.Generator) -> np.ndarray:

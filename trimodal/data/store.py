@@ -6,12 +6,12 @@
 Shape suffixes: H, W pixels, T frames of 10 ms, M mels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from trimodal.config import Config
+from trimodal.config import SAMPLE_RATE_HZ, Config
 from trimodal.data import bad_samples, cache, codecs, generated
 from trimodal.data.cache import DecodedFiles, Entry, Item
 from trimodal.data.codecs import KINDS, Kind
@@ -52,6 +52,18 @@ class Store:
             wave = generated.generate_sound(generated.combination_of(path), rng or np.random.default_rng(0))
             return log_mel(wave).astype(np.float16)
         return self._read("sound", row)
+
+    def wave(self, row: int, rate_hz: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """The samples of the same sound at `rate_hz`, float32 [S], which the cache does not keep."""
+        from trimodal.data.audio import decode_audio, resampled
+
+        path = self.table.audio[row]
+        if generated.is_generated(path):
+            wave = generated.generate_sound(generated.combination_of(path), rng or np.random.default_rng(0))
+            return resampled(wave, SAMPLE_RATE_HZ, rate_hz)
+        item = item_of(self.table, "sound", row)
+        assert item is not None
+        return decode_audio(*item, rate_hz)
 
     def is_generated(self, row: int) -> bool:
         return generated.is_generated(self.table.images[row] or self.table.audio[row])
@@ -100,9 +112,9 @@ def items_of(table: SampleTable, kind: Kind, code: int) -> dict[int, Item]:
     return dict(zip(rows.tolist(), zip(named, starts.tolist(), durations.tolist(), strict=True), strict=True))
 
 
-def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Store:
-    """The store of one split; fills the cache first where `data.cache` is on and there is room, and with `fill` false
-    takes of it what is there.
+def open_store(table: SampleTable, config: Config, *, fill: Collection[Kind] = KINDS) -> Store:
+    """The store of one split; fills the cache first with the kinds of files in `fill`, where `data.cache` is on and
+    there is room, and takes of it what is there of the others.
 
     Raises:
         UserError: more than `data.max_bad_pct` of a set's images or sounds cannot be read.
@@ -113,7 +125,7 @@ def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Stor
     store.cached.update({kind: np.full((len(table), 2), -1, np.int64) for kind in KINDS})
     for kind, name, items in _entries(table):
         numbers = {item: number for number, item in enumerate(dict.fromkeys(items.values()))}
-        entry = cache.open_entry(DecodedFiles(kind, name, list(numbers), config), fill)
+        entry = cache.open_entry(DecodedFiles(kind, name, list(numbers), config), kind in fill)
         if entry:
             store.cached[kind][list(items)] = [(len(store.entries), numbers[item]) for item in items.values()]
             store.entries.append(entry)
@@ -125,10 +137,13 @@ def open_store(table: SampleTable, config: Config, *, fill: bool = True) -> Stor
     return store
 
 
-def entries_to_make(table: SampleTable, config: Config) -> dict[str, tuple[int, float]]:
+def entries_to_make(table: SampleTable, config: Config,
+                    fill: Collection[Kind] = KINDS) -> dict[str, tuple[int, float]]:
     """Files and predicted bytes of each entry that `open_store` would make, by its name."""
     found = {}
     for kind, name, by_row in _entries(table):
+        if kind not in fill:
+            continue
         files = DecodedFiles(kind, name, list(dict.fromkeys(by_row.values())), config)
         if not files.folder().is_dir():
             found[name] = len(files), files.predicted_bytes()

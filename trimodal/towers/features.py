@@ -13,7 +13,8 @@ machine.
 
 import hashlib
 import importlib.metadata
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,7 +25,7 @@ import torch
 
 from trimodal.config import Config
 from trimodal.data import bad_samples, cache, generated
-from trimodal.data.batches import Split, pad_captions, pad_sounds, read_view
+from trimodal.data.batches import Split, frame_multiple, pad_captions, pad_sounds, read_view
 from trimodal.data.cache import Contents
 from trimodal.data.codecs import Kind
 from trimodal.data.features import Features
@@ -100,7 +101,7 @@ class EncodedFiles(Encodings):
         rows = self.rows[np.asarray(numbers, np.int64)].tolist()
         items = [(paths[row], row) for row in rows]
 
-        def read(item: tuple[str, int]) -> np.ndarray:
+        def read(item: tuple[str, int]) -> Any:
             return read_view(self.split, self.modality, item[1], self.view, self.config)
 
         with closing(cache.read_all(read, items, self.config)) as each:
@@ -109,10 +110,10 @@ class EncodedFiles(Encodings):
                 encoded = iter(encode_batch(self.encoder, self._inputs(good)) if good else ())
                 yield from (one if isinstance(one, str) else next(encoded) for one in batch)
 
-    def _inputs(self, values: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    def _inputs(self, values: Sequence[Any]) -> tuple[np.ndarray, ...]:
         if self.modality == "image":
             return (np.ascontiguousarray(np.stack(values).transpose(0, 3, 1, 2)),)
-        return pad_sounds(values)
+        return pad_sounds(values, frame_multiple(self.split))
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,29 @@ def open_features(split: Split, modality: str, encoder: Any, config: Config, *, 
     return Features(encoder.tower.dim, entries, places)
 
 
+@dataclass(frozen=True)
+class Missing:
+    """An entry that is not in the cache: its items, and what they take, from a batch of them."""
+
+    items: int
+    bytes: float
+    seconds: float
+
+
+def missing(splits: Iterable[Split], encoders: Mapping[str, Any], config: Config) -> list[Missing]:
+    """The entries of features that the cache lacks."""
+    found = []
+    for split in splits:
+        for name, encoder in encoders.items():
+            for one in (one for _, _, views in contents_of(split, name, encoder, config) for one in views):
+                if not one.folder().is_dir():
+                    begin_s, tried = time.perf_counter(), min(len(one), one.together)
+                    sizes = [len(item) for item in one.encode(range(tried)) if not isinstance(item, str)]
+                    each_s = (time.perf_counter() - begin_s) / tried
+                    found.append(Missing(len(one), len(one) * sum(sizes) / max(len(sizes), 1), len(one) * each_s))
+    return found
+
+
 def contents_of(split: Split, modality: str, encoder: Any,
                 config: Config) -> Iterator[tuple[np.ndarray, np.ndarray, list[Contents]]]:
     """Yield for each set (items int64 [n] of the rows int64 [n], those rows, what the entry of each view holds)."""
@@ -240,14 +264,16 @@ def contents_of(split: Split, modality: str, encoder: Any,
             rows = np.flatnonzero(own & (table.has_image if modality == "image" else table.has_audio))
         if not len(rows):
             continue
-        name = f"{source}-{table.splits[int(np.flatnonzero(own)[0])]}-{modality}-features"
+        side = table.splits[int(np.flatnonzero(own)[0])]
+        name = f"{source}-{side}-{modality}-features"
         if modality == "text":
             numbers, texts = table.captions.select(rows).distinct()
             first = np.empty(len(texts), np.int64)
             first[numbers[::-1]] = rows[::-1]
             yield numbers, rows, [EncodedCaptions(name, config, split, first, encoder, tower)]
         else:
-            names = [f"{name}-view{view}" if view else name for view in range(config.data.views)]
+            views = config.data.views if side == "train" else 1  # evaluation reads the first
+            names = [f"{name}-view{view}" if view else name for view in range(views)]
             yield np.arange(len(rows)), rows, [EncodedFiles(each, config, split, modality, rows, view, encoder, tower)
                                                for view, each in enumerate(names)]
 

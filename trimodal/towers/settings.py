@@ -5,10 +5,13 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from trimodal.config import ModelConfig, StageConfig
+import numpy as np
+
+from trimodal.config import Config, ModelConfig, StageConfig
+from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.tokenizer import Tokenizer
 from trimodal.errors import ConfigError
-from trimodal.towers.base import ImageInput, PretrainedTower, TextInput, open_tower
+from trimodal.towers.base import ImageInput, PretrainedTower, SoundInput, TextInput, open_tower
 
 
 def open_towers(config: ModelConfig, names: Collection[str] | None = None) -> dict[str, PretrainedTower]:
@@ -47,6 +50,25 @@ def with_towers(config: ModelConfig, towers: Mapping[str, PretrainedTower]) -> M
     return config
 
 
+class SoundReader:
+    """How a pretrained tower reads a sound: from samples at `rate_hz`."""
+
+    def __init__(self, taken: SoundInput) -> None:
+        self.taken, self.rate_hz = taken, taken.rate_hz
+
+    def frames(self, wave_S: np.ndarray) -> tuple[np.ndarray, int]:
+        """Frames float32 [T, M] of samples [S], and how many of them are real."""
+        from trimodal.towers.front_ends import features_of, real_frames
+
+        return features_of(self.taken, wave_S), real_frames(self.taken, len(wave_S))
+
+
+def inputs_of(towers: Mapping[str, PretrainedTower]) -> dict[str, Any]:
+    """How the files and captions of pretrained towers are read, by modality."""
+    return {name: SoundReader(tower.input) if isinstance(tower.input, SoundInput) else tower.input
+            for name, tower in towers.items()}
+
+
 def tokenizer_of(towers: Mapping[str, PretrainedTower]) -> Tokenizer | None:
     """The tokenizer of the text tower; None where that is our own, whose words `model.word_embeddings` names."""
     taken = towers["text"].input if "text" in towers else None
@@ -66,3 +88,20 @@ def trains(row: StageConfig, modality: str, tower: PretrainedTower) -> bool:
     """Whether a stage trains a parameter of a tower."""
     return any(re.fullmatch(pattern, f"{modality}.tower.{name}")
                for pattern in row.trainable for name, _ in tower.named_parameters())
+
+
+def frozen_until(config: Config, towers: Mapping[str, PretrainedTower]) -> dict[str, set[str]]:
+    """By stage, the modalities whose towers it and all stages before it leave as they are: features of the weights that
+    a run begins with stay true there."""
+    kept, found = set(towers), {}
+    for row in config.stages:
+        found[row.name] = kept = {name for name in kept if not trains(row, name, towers[name])}
+    return found
+
+
+def decoded_kinds(config: Config, towers: Mapping[str, PretrainedTower]) -> tuple[Kind, ...]:
+    """The kinds of files that steps read themselves: not those of which they read features alone, nor sounds of
+    pretrained towers, whose front ends read no log-mels."""
+    always = set.intersection(*frozen_until(config, towers).values())
+    unread = {"image"} & always | {"audio"} & set(towers)
+    return tuple(kind for kind, name in zip(KINDS, ("image", "audio"), strict=True) if name not in unread)

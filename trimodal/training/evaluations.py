@@ -19,7 +19,7 @@ from trimodal.files import check_writable
 from trimodal.memory import devices
 from trimodal.redaction import command_line, settings
 from trimodal.sets import check_settings
-from trimodal.towers.settings import tower_facts
+from trimodal.towers.settings import inputs_of, tower_facts
 from trimodal.training.planner import DeviceSetup, plan_evaluation
 
 
@@ -56,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     folder = Path(config.paths.output_dir) / "reports"
     with writing_to(folder):  # at once: to find out after an hour that it cannot be written helps nobody
         check_writable(folder)
-    data = read_data(config, options.split, state)
+    data = read_data(config, options.split, state, model)
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, less=lambda size, cause: print(
         f"Out of memory ({cause}): {size} samples at a time"), sizes={} if is_hub else planned_sizes(
@@ -90,13 +90,13 @@ def evaluate(options: argparse.Namespace) -> Path:
     return markdown
 
 
-def read_data(config: Config, split: str, state: dict[str, Any]) -> Data:
+def read_data(config: Config, split: str, state: dict[str, Any], model: Any) -> Data:
     """One split with the words, concepts and speakers of a checkpoint; of a hub's model none of these, and no cache is
     filled, since it reads the files themselves."""
     if not state:
-        return load_data(config, [split], concepts=(), speakers=(), fill_cache=False)
+        return load_data(config, [split], concepts=(), speakers=(), fill_cache=())
     return load_data(config, [split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
-                     concepts=state["concepts"], speakers=state["speakers"])
+                     concepts=state["concepts"], speakers=state["speakers"], inputs=inputs_of(model.towers))
 
 
 def own_settings(config: Config, is_hub: bool) -> dict[str, Any]:

@@ -25,8 +25,10 @@ from trimodal.memory import devices
 from trimodal.objectives.base import Losses
 from trimodal.objectives.contrastive import start_sigmoid
 from trimodal.objectives.step import Share, shared_batch
+from trimodal.towers.settings import frozen_until
 from trimodal.training import plans
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
+from trimodal.training.frozen import open_features, read_features
 from trimodal.training.optimizer import freeze, lr_factors
 from trimodal.training.pace import Pace
 from trimodal.training.plans import fit_stages
@@ -107,6 +109,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
             lr_factors(run.model, row)
         if begins_with_sigmoid(config, state, run.initialised_from):
             start_sigmoid(run.model, first_contrastive_batch(config))
+        world.together(lambda: open_features(run))
         fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs, first = stage_epochs(config, state), 1
         saver = Saver(run, epochs, interruption)
@@ -138,6 +141,7 @@ def train_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: ran
         epochs: the stage's epochs, numbered from 1 across all stages of the run.
         state: the checkpoint that the run resumes from, if it does.
     """
+    read_features(run, frozen_until(run.config, run.model.towers)[row.name])
     stage = build_stage(run, row, tasks, len(epochs))
     if run.progress.epoch >= epochs[0] or run.progress.epoch_step:
         assert state is not None, "only a resumed run begins inside a stage"

@@ -340,7 +340,8 @@ def largest_inputs(config: Config, model: TriModalModel, modality: str, rows: in
     if modality == "text":
         return {"input_ids": zeros(rows, L, dtype=torch.int64), "attention_mask": zeros(rows, L, dtype=torch.bool)}
     frames, bins = largest_sound(config, model)
-    return {"audio": zeros(rows, frames, bins, dtype=torch.float16), "audio_lengths": zeros(rows, dtype=torch.int64)}
+    dtype = torch.float32 if "audio" in model.towers else torch.float16
+    return {"audio": zeros(rows, frames, bins, dtype=dtype), "audio_lengths": zeros(rows, dtype=torch.int64)}
 
 
 def largest_sound(config: Config, model: TriModalModel) -> tuple[int, int]:

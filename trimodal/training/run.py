@@ -1,7 +1,7 @@
 """A run: its folder locked and opened, fresh or resumed, and what its checkpoints describe."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from datasets import Data, load_data
 from model import KERNELS, TriModalModel
 from trimodal.checkpoint import describe_mismatch, find_latest
 from trimodal.config import Config
+from trimodal.data.codecs import KINDS, Kind
+from trimodal.data.features import Features
 from trimodal.data.splits import file_hashes, has_known_file
 from trimodal.data.tokenizer import Tokenizer, load_word_table
 from trimodal.distributed import World
@@ -23,7 +25,7 @@ from trimodal.memory import devices
 from trimodal.redaction import settings
 from trimodal.towers.base import PretrainedTower, build_tower
 from trimodal.towers.captions import caption_vectors
-from trimodal.towers.settings import open_towers, tokenizer_of, with_towers
+from trimodal.towers.settings import decoded_kinds, inputs_of, open_towers, tokenizer_of, with_towers
 from trimodal.training import outputs
 from trimodal.training.compiling import CompiledBlocks, wants_compiling
 from trimodal.training.initial import format_table, headline, read_source, take_weights
@@ -78,6 +80,7 @@ class Run:
     held_gib: float = 0.0  # of memory, before the model was made: in what is measured, and in no plan
     planned_fits: dict[str, devices.Fit] = field(default_factory=dict)  # that this peak is of
     fits_asked: dict[str, str] = field(default_factory=dict)  # digests of the settings that `fits` obey
+    features: dict[str, Mapping[str, Features | None]] = field(default_factory=dict)  # by split and modality: frozen
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Any] = field(default_factory=dict)  # stage, epoch, loss (None: no validation), model_state_dict
     has_logged_no_validation: bool = False  # for lack of samples
@@ -117,7 +120,9 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     source = world.together(lambda: read_source(begins_from) if begins_from and world.is_main else None)
     towers = world.together(lambda: towers_of(config, state))
     config = replace(config, model=with_towers(config.model, towers))
-    data = world.together(lambda: with_caption_vectors(data or read_data(config, state, towers=towers), config))
+    kinds = decoded_kinds(config, towers)
+    data = world.together(lambda: with_caption_vectors(
+        data or read_data(config, state, towers=towers, fill_cache=kinds), config))
     held_gib = devices.held_gib(device)
     model = world.together(lambda: build_model(config, data, state, towers)).to(device)
     initialised_from = state.get("initialised_from") if state else world.on_main(
@@ -179,12 +184,13 @@ def towers_of(config: Config, state: Mapping[str, Any] | None) -> dict[str, Pret
 
 
 def read_data(config: Config, state: Mapping[str, Any] | None, *, towers: Mapping[str, PretrainedTower] | None = None,
-              fill_cache: bool = True) -> Data:
+              fill_cache: Collection[Kind] = KINDS) -> Data:
     """A resumed run keeps the numbers of its words, concepts and speakers, whatever has come to its data since."""
     if state is None:
-        return load_data(config, tokenizer=tokenizer_of(towers or {}), fill_cache=fill_cache)
+        return load_data(config, tokenizer=tokenizer_of(towers or {}), fill_cache=fill_cache,
+                         inputs=inputs_of(towers or {}))
     return load_data(config, tokenizer=Tokenizer.from_json(state["tokenizer"]), concepts=state["concepts"],
-                     speakers=state["speakers"], fill_cache=fill_cache)
+                     speakers=state["speakers"], fill_cache=fill_cache, inputs=inputs_of(towers or {}))
 
 
 def with_caption_vectors(data: Data, config: Config) -> Data:

@@ -22,8 +22,9 @@ from trimodal.evaluation import protocols, report
 from trimodal.memory import devices
 from trimodal.objectives.base import Losses
 from trimodal.redaction import command_line, settings
-from trimodal.towers.settings import tower_facts
+from trimodal.towers.settings import frozen_until, tower_facts
 from trimodal.training import outputs
+from trimodal.training.frozen import read_features
 from trimodal.training.run import Run, description
 from trimodal.training.stage import Stage, compute_losses, make_step, shrink
 from trimodal.training.tracking import read_records
@@ -136,7 +137,7 @@ def validated_samples(run: Run, stage: Stage) -> int:
 
 def crop_sounds(batch: Batch, max_s: float) -> Batch:
     """At most `max_s` from the start of each sound: validation losses are over one window, as in training."""
-    if batch.audio is None:
+    if batch.audio is None or "audio" not in batch.noise:  # of a pretrained tower, which reads all of a sound
         return batch
     frames = -(-int(max_s * FRAME_RATE_HZ) // 16) * 16
     patches = batch.noise["audio"].shape[1] * min(frames, batch.audio.shape[1]) // batch.audio.shape[1]
@@ -271,6 +272,7 @@ def finish(run: Run) -> Path:
     else:
         run.tracker.event("The best weights are not known: the last ones are evaluated", run.progress.step)
     run.model.to(run.device).eval()
+    read_features(run, set.intersection(*frozen_until(run.config, run.model.towers).values()))
     _check_room_for_the_end(run)
     heads = run.best.get("matching_head")
     if run.config.evaluation.rerank and not heads:

@@ -1,0 +1,125 @@
+"""What keeping the features of frozen towers saves: an epoch of alignment with them beside one that encodes each time.
+
+    python benchmarks/cached_align.py                              # about 2 minutes on 2 idle cores
+    python benchmarks/cached_align.py --fill --data-root ./data    # the cache of the demo, about 1 minute
+    python benchmarks/run.py cached_align_speedup pretrained_cache_s
+
+Both towers of recipes/demo_pretrained.yaml are frozen, projections are trained, on 512 drawn pictures with captions in
+steps of 256 (data set synthetic), with the default precision. Turns alternate; a turn is a whole epoch that encodes
+each time, and the mean of CACHED_EPOCHS epochs that read the cache. Filling it is in neither; `--fill` times that for
+the pictures and captions of the demo, in one view: the towers opened, nothing decoded before.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trimodal.openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
+from trimodal.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "demo_pretrained.yaml"
+BATCH, PICTURES, TURNS, CACHED_EPOCHS = 256, 512, 5, 5
+TASKS = "stages.align.tasks=[{inputs: [image, text], objectives: {contrastive: 1}}]"
+
+
+def opened(folder: str, *, cached: bool) -> tuple[Any, Any]:
+    """A run of the one stage, with or without room for features, and the stage before its first step."""
+    from trimodal.memory.devices import Fit
+    from trimodal.towers.settings import frozen_until
+    from trimodal.training.frozen import open_features, read_features
+    from trimodal.training.run import Options, open_run
+    from trimodal.training.stage import active_tasks, build_stage
+
+    config = load_config(RECIPE, [
+        "data.datasets=[synthetic]", f"data.synthetic_images={PICTURES + 128}", "data.fit=crop", "data.views=1",
+        f"data.cache_max_gb={60 if cached else 0}", f"paths.data_root={folder}/{cached}", "model.size=tiny",
+        f"paths.output_dir={folder}/run_{cached}", f"training.batch_size={BATCH}", TASKS])
+    run = open_run(config, Options(), None)
+    open_features(run)
+    read_features(run, frozen_until(run.config, run.model.towers)["align"])
+    towers = ("image", "audio", "text", "fusion")
+    run.fits = {"align": Fit(dict.fromkeys(towers, BATCH), dict.fromkeys(towers, 0), keep_tokens=True)}
+    [row] = run.config.stages
+    run.tracker.open_bar(1, 0, "align")
+    return run, build_stage(run, row, active_tasks(row, run.data)[0], 1000)
+
+
+def epoch_s(run: Any, stage: Any, epoch: int) -> float:
+    from trimodal.training.loop import train_epoch
+
+    began = time.perf_counter()
+    train_epoch(run, stage, epoch)
+    return time.perf_counter() - began
+
+
+def turns(number: int) -> list[tuple[float, float]]:
+    """Seconds of an epoch that encodes each time, and of one that reads the cache, in each turn; one before counts
+    not."""
+    with tempfile.TemporaryDirectory() as folder:
+        live, cached = (opened(folder, cached=which) for which in (False, True))
+        found = []
+        for turn in range(number + 1):
+            encoding_s = epoch_s(*live, epoch=turn + 1)
+            first = turn * CACHED_EPOCHS + 1
+            reading_s = sum(epoch_s(*cached, epoch=first + i) for i in range(CACHED_EPOCHS)) / CACHED_EPOCHS
+            found.append((encoding_s, reading_s))
+        for run, _ in (live, cached):
+            run.tracker.close()
+        return found[1:]
+
+
+def fill_s(data_root: str) -> float:
+    """Seconds of filling the cache with the features of the demo's pictures and captions, in one view."""
+    from trimodal.training.frozen import open_features
+    from trimodal.training.run import Options, open_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = open_run(load_config(RECIPE, [
+            "model.size=tiny", "data.views=1", f"paths.data_root={data_root}", f"data.cache_dir={folder}/cache",
+            f"paths.output_dir={folder}/run"]), Options(), None)
+        began = time.perf_counter()
+        open_features(run)
+        seconds = time.perf_counter() - began
+        run.tracker.close()
+        return seconds
+
+
+def measured() -> dict[str, float]:
+    """One turn, after one that does not count."""
+    [(encoding_s, reading_s)] = turns(1)
+    return {"cached_align_speedup": encoding_s / reading_s}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fill", action="store_true")
+    parser.add_argument("--data-root", default="./data")
+    options = parser.parse_args(argv)
+    from benchmarks.run import commit, hardware
+
+    print(f"{hardware()}, {commit()}", flush=True)
+    if options.fill:
+        print(f"features of the demo's pictures and captions: {fill_s(options.data_root):.1f} s")
+        return 0
+    found = turns(TURNS)
+    for encoding_s, reading_s in found:
+        print(f"an epoch of {PICTURES} pairs in steps of {BATCH}: encoding each time {encoding_s:7.2f} s, reading the "
+              f"cache {reading_s:7.3f} s, {encoding_s / reading_s:6.1f} times", flush=True)
+    ratios = sorted(encoding_s / reading_s for encoding_s, reading_s in found)
+    print(f"{statistics.median(ratios):.1f} times ({ratios[0]:.1f} to {ratios[-1]:.1f}, {len(ratios)} turns)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,16 +15,15 @@ P values of a patch, L text tokens, T frames of M mels, X audio windows, F embed
 import functools
 import math
 from collections.abc import Mapping
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from trimodal import checkpoint
+from trimodal.blocks import KERNELS, Block, Blocks, Tokens, apply_layer, at_least_float32, masked_mean, use_kernel
 from trimodal.config import (
     AUDIO_WINDOW_FRAMES,
     IMAGE_PATCH,
@@ -35,9 +34,9 @@ from trimodal.config import (
     model_config_from_dict,
 )
 from trimodal.errors import UserError
-from trimodal.inputs import check_audio, check_frames, check_ids, check_images
-from trimodal.towers.base import ImageInput, PretrainedTower, SoundInput, TextInput, build_tower
-from trimodal.towers.kept import kept_tokens
+from trimodal.inputs import check_audio, check_ids, check_images
+from trimodal.towers.base import PretrainedTower, build_tower
+from trimodal.towers.encoder import PretrainedEncoder
 from trimodal.towers.settings import open_towers, with_towers
 
 AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16
@@ -49,171 +48,6 @@ VALUE_INIT = 0.4  # of minus the identity: what attention's values and output do
 GRID_SCALE = 2.0  # of a patch's position codes; at 1 the contents of the patches drown them
 PAIRS = ("image_text", "audio_text", "image_audio")
 MAX_LOGIT_SCALE = math.log(100.0)
-# of attention in bfloat16 on a CPU: the fused kernel inside casts to float32, the same without them, plain products
-KERNELS = ("float32", "fused", "products")
-PRODUCTS_KEYS = 6  # times the head width: up to so many keys probabilities take no more memory than q, k, v as float32
-KERNELS_OF: ContextVar[str | None] = ContextVar("kernels_of", default=None)  # device planned for on fake CPU tensors
-
-
-class Tokens(NamedTuple):
-    """Output of an encoder: `tokens_BND` after the last norm, `valid_BN` or None."""
-
-    tokens_BND: Tensor
-    valid_BN: Tensor | None
-
-
-# ---- attention ---------------------------------------------------------------------------------------------------
-
-
-def attend(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, valid_BK: Tensor | None, chunk: int | str,
-           kernel: str = "float32") -> Tensor:
-    """Softmax attention of every query over the valid keys; (B, H, Q, E).
-
-    `chunk` "auto" takes a fused kernel where one accepts the mask; a number, or the lack of such a kernel, computes
-    that many queries at a time and recomputes their scores in the backward pass: rows of softmax(QK^T)V are
-    independent, so this is exact, and the peak falls from B*H*Q*K to B*H*chunk*K scores. `kernel`, of KERNELS, is how
-    a CPU computes "auto" in bfloat16. A sample without any valid key gives zeros and no gradient.
-    """
-    if valid_BK is None:
-        mask_B11K = None
-    else:
-        some_B = valid_BK.any(1)
-        mask_B11K = (valid_BK | ~some_B[:, None])[:, None, None, :]  # no softmax over nothing
-    if chunk == "auto" and has_fused_kernel(q_BHQE, k_BHKE, v_BHKE, mask_B11K):
-        out_BHQE = _attend_at_once(q_BHQE, k_BHKE, v_BHKE, mask_B11K, kernel)
-    else:
-        size = 128 if chunk == "auto" else int(chunk)
-        out_BHQE = torch.cat([_attend_chunk(q, k_BHKE, v_BHKE, mask_B11K) for q in q_BHQE.split(size, dim=2)], dim=2)
-    return out_BHQE if valid_BK is None else out_BHQE * some_B[:, None, None, None]
-
-
-def _attend_at_once(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None, kernel: str) -> Tensor:
-    if q_BHQE.dtype != torch.bfloat16 or (KERNELS_OF.get() or q_BHQE.device.type) != "cpu" or kernel == "fused":
-        return F.scaled_dot_product_attention(q_BHQE, k_BHKE, v_BHKE, attn_mask=mask_B11K)
-    if kernel == "products" and k_BHKE.shape[2] <= PRODUCTS_KEYS * k_BHKE.shape[3]:
-        return ProductAttention.apply(q_BHQE, k_BHKE, v_BHKE, mask_B11K)
-    with torch.autocast("cpu", enabled=False):
-        out_BHQE = F.scaled_dot_product_attention(q_BHQE.float(), k_BHKE.float(), v_BHKE.float(), attn_mask=mask_B11K)
-    return out_BHQE.to(torch.bfloat16)
-
-
-class ProductAttention(torch.autograd.Function):
-    """Attention by plain products: scores in at least float32, since rounding moves large ones most; all others in the
-    type given. It keeps the probabilities, in that type, for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
-        with torch.autocast(q_BHQE.device.type, enabled=False):
-            q_BHQE, k_BHKE, v_BHKE = (x.contiguous() for x in (q_BHQE, k_BHKE, v_BHKE))  # else by each product
-            q = at_least_float32(q_BHQE) * q_BHQE.shape[-1] ** -0.5
-            scores_BHQK = q @ at_least_float32(k_BHKE).mT
-            if mask_B11K is not None:
-                scores_BHQK.masked_fill_(~mask_B11K, float("-inf"))
-            p_BHQK = scores_BHQK.softmax(-1).to(v_BHKE.dtype)
-            ctx.save_for_backward(q_BHQE, k_BHKE, v_BHKE, p_BHQK)
-            return p_BHQK @ v_BHKE
-
-    @staticmethod
-    def backward(ctx: Any, upstream_BHQE: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q_BHQE, k_BHKE, v_BHKE, p_BHQK = ctx.saved_tensors
-        with torch.autocast(q_BHQE.device.type, enabled=False):
-            upstream_BHQE = upstream_BHQE.contiguous()
-            upstream_BHQK = upstream_BHQE @ v_BHKE.mT
-            scores_BHQK = torch.ops.aten._softmax_backward_data(upstream_BHQK, p_BHQK, -1, p_BHQK.dtype)
-            scores_BHQK *= q_BHQE.shape[-1] ** -0.5
-            return scores_BHQK @ k_BHKE, scores_BHQK.mT @ q_BHQE, p_BHQK.mT @ upstream_BHQE, None
-
-
-def _attend_chunk(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled():  # without the recompute autograd would keep the scores of every chunk
-        return recompute(_plain_attention, q_BHQE, k_BHKE, v_BHKE, mask_B11K, use_reentrant=False,
-                         preserve_rng_state=False)
-    return _plain_attention(q_BHQE, k_BHKE, v_BHKE, mask_B11K)
-
-
-def _plain_attention(q_BHQE: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, mask_B11K: Tensor | None) -> Tensor:
-    scores_BHQK = q_BHQE @ k_BHKE.transpose(-2, -1) * q_BHQE.shape[-1] ** -0.5
-    if mask_B11K is not None:
-        scores_BHQK = scores_BHQK.masked_fill(~mask_B11K, float("-inf"))
-    return scores_BHQK.softmax(-1).to(v_BHKE.dtype) @ v_BHKE
-
-
-def has_fused_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """True where SDPA has a kernel that never holds the Q x K scores for these inputs."""
-    if q.device.type == "cpu":
-        return True  # flash attention for float and double, masks included
-    if q.device.type != "cuda":
-        return False
-    cuda = torch.backends.cuda
-    expanded = None if mask is None else mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    params = cuda.SDPAParams(q, k, v, expanded, 0.0, False, False)
-    return cuda.can_use_flash_attention(params) or cuda.can_use_efficient_attention(params)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block (arXiv:2010.11929) whose residual branches are scaled by `path_B` (drop-path)."""
-
-    def __init__(self, dim: int, num_heads: int, chunk: int | str):
-        super().__init__()
-        self.num_heads, self.chunk, self.kernel = num_heads, chunk, KERNELS[0]
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_B: Tensor | None,
-                first: int | None = None) -> Tensor:
-        """States after the block; with `first` only those of so many first tokens, which attend to all; (B, Q, D)."""
-        attended_BQD = self._attention(self.norm1(x_BND), valid_BN, first)
-        x_BQD = _add_branch(x_BND[:, :first], attended_BQD, path_B)
-        return _add_branch(x_BQD, self.down(F.gelu(self.up(self.norm2(x_BQD)))), path_B)
-
-    def _attention(self, x_BND: Tensor, valid_BN: Tensor | None, first: int | None) -> Tensor:
-        D, heads = x_BND.shape[2], (self.num_heads, -1)
-        if first is None:
-            q, k, v = self.qkv(x_BND).unflatten(2, (3, *heads)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
-        else:
-            (q_weight, kv_weight), (q_bias, kv_bias) = (p.split((D, 2 * D)) for p in self.qkv.parameters())
-            q = F.linear(x_BND[:, :first], q_weight, q_bias).unflatten(2, heads).transpose(1, 2)
-            k, v = F.linear(x_BND, kv_weight, kv_bias).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
-        return self.out(attend(q, k, v, valid_BN, self.chunk, self.kernel).transpose(1, 2).flatten(2))
-
-
-def _add_branch(x_BND: Tensor, branch_BND: Tensor, path_B: Tensor | None) -> Tensor:
-    """A residual stream after a branch, which `path_B` scales in each sample; None: by 1."""
-    return x_BND + (branch_BND if path_B is None else path_B[:, None, None].to(x_BND.dtype) * branch_BND)
-
-
-def use_kernel(model: nn.Module, kernel: str) -> None:
-    """Let every block of `model` compute its attention by this one of KERNELS where there is a choice."""
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.kernel = kernel
-
-
-class Blocks(nn.Module):
-    """A stack of blocks and the last norm; `path_BZ` holds each sample's drop-path scale at each block.
-
-    `recompute_every` n computes the activations of every n-th block again in the backward pass (1: of all, 0: of none):
-    less memory, and up to one forward pass more.
-    """
-
-    def __init__(self, dim: int, num_heads: int, depth: int, chunk: int | str, recompute_every: int = 0):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, chunk) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
-        self.recompute_every = recompute_every
-
-    def forward(self, x_BND: Tensor, valid_BN: Tensor | None, path_BZ: Tensor | None = None,
-                first: int | None = None) -> Tensor:
-        """States of all tokens, or of so many `first` ones: the last block computes those alone."""
-        for i, block in enumerate(self.blocks):
-            path_B = None if path_BZ is None else path_BZ[:, i]
-            wanted = first if i == len(self.blocks) - 1 else None
-            if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
-                x_BND = recompute(block, x_BND, valid_BN, path_B, wanted, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BND = block(x_BND, valid_BN, path_B, wanted)
-        return self.norm(x_BND)
 
 
 # ---- positions and patches ---------------------------------------------------------------------------------------
@@ -237,20 +71,6 @@ def grid_codes(rows_R: Tensor, columns_S: Tensor, dim: int) -> Tensor:
 def take(x_BNP: Tensor, index_BK: Tensor) -> Tensor:
     """Rows `index_BK` of each sample; (B, K, P)."""
     return x_BNP[torch.arange(len(x_BNP), device=x_BNP.device)[:, None], index_BK]
-
-
-def masked_mean(x_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """Mean over the valid tokens, in at least float32; zeros where there is none. (B, D)"""
-    x_BND = at_least_float32(x_BND)
-    if valid_BN is None:
-        return x_BND.mean(1)
-    weight_BN1 = valid_BN[:, :, None].to(x_BND.dtype)
-    return (x_BND * weight_BN1).sum(1) / weight_BN1.sum(1).clamp(min=1)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision raised to float32; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ---- encoders ----------------------------------------------------------------------------------------------------
@@ -401,82 +221,6 @@ class TextEncoder(Encoder):
         return Tokens(self.blocks(words_BLD + positions_LD.to(self.norm.weight.dtype), valid_BL, path_BZ), valid_BL)
 
 
-class PretrainedEncoder(nn.Module):
-    """A pretrained tower, and blocks of ours (`adapter_depth`) over what it makes of a sample.
-
-    The first token is the tower's pooled feature, always valid; `keep_tokens` others follow, valid ones first.
-    `tower_tokens` is all that a frozen tower has to do once, `adapt` what is left to be trained.
-    """
-
-    def __init__(self, tower: PretrainedTower, config: ModelConfig):
-        super().__init__()
-        row, width = config.tower(tower.modality), config.preset.dim
-        self.tower, self.keep_tokens, self.depth = tower, row.keep_tokens, row.adapter_depth
-        self.dim, self.vocab_size = width if self.depth else tower.dim, config.vocab_size
-        if self.depth:
-            self.bridge = nn.Linear(tower.dim, width)
-            self.adapter = Blocks(width, config.preset.num_heads, self.depth, config.attention_chunk)
-
-    def set_recompute(self, every: int) -> None:
-        self.tower.set_recompute(every)
-        if self.depth:
-            self.adapter.recompute_every = every
-
-    def check(self, inputs: Tensor, valid: Tensor | None = None) -> None:
-        taken = self.tower.input
-        if isinstance(taken, ImageInput):
-            check_images(inputs, taken.size)
-        elif isinstance(taken, SoundInput):
-            check_frames(inputs, valid, taken.num_bins)
-        else:
-            check_ids(inputs, valid, self.vocab_size, taken.max_length)
-
-    def tower_tokens(self, inputs: Tensor, valid: Tensor | None = None) -> Tokens:
-        """The pooled feature and `keep_tokens` tokens, (B, 1 + N, tower.dim), in at least float32; a frozen tower
-        builds no graph. `inputs` and `valid` as `PretrainedTower.forward` takes them."""
-        trains = any(parameter.requires_grad for parameter in self.tower.parameters())
-        if isinstance(taken := self.tower.input, TextInput):
-            inputs, valid = _padded(inputs, valid, taken)
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-            encoded = self.tower(inputs, valid)
-            return Tokens(*kept_tokens(encoded, self.keep_tokens, is_grid=self.tower.modality == "image"))
-
-    def adapt(self, tokens: Tokens, path_BZ: Tensor | None = None, dropout_BD: Tensor | None = None) -> Tokens:
-        """What the projection and the fusion read, (B, 1 + N, dim), of the tower's tokens.
-
-        Each token is brought to mean 0 and variance 1, since towers differ in scale; its features are multiplied by
-        `dropout_BD`, 0 where they are dropped, (B, tower.dim).
-        """
-        tokens_BND, valid_BN = at_least_float32(tokens.tokens_BND), tokens.valid_BN
-        with torch.autocast(tokens_BND.device.type, enabled=False):
-            tokens_BND = F.layer_norm(tokens_BND, tokens_BND.shape[2:])
-            if dropout_BD is not None:
-                tokens_BND = tokens_BND * dropout_BD[:, None].to(tokens_BND.dtype)
-        if not self.depth:
-            return Tokens(tokens_BND, valid_BN)
-        return Tokens(self.adapter(_apply(self.bridge, tokens_BND), valid_BN, path_BZ), valid_BN)
-
-    def forward(self, inputs: Tensor, valid: Tensor | None = None, path_BZ: Tensor | None = None,
-                dropout_BD: Tensor | None = None) -> Tokens:
-        return self.adapt(self.tower_tokens(inputs, valid), path_BZ, dropout_BD)
-
-    def pool(self, encoded: Tokens) -> Tensor:
-        """The first token, (B, D), in at least float32."""
-        return at_least_float32(encoded.tokens_BND[:, 0])
-
-
-def _padded(ids_BL: Tensor, mask_BL: Tensor | None, taken: TextInput) -> tuple[Tensor, Tensor | None]:
-    """Token ids and mask as a text tower was trained on them: with its own id as padding, to its own length."""
-    if mask_BL is not None:
-        ids_BL = ids_BL.masked_fill(~mask_BL.bool(), taken.pad_id)
-    missing = (taken.pad_to or 0) - ids_BL.shape[1]
-    if missing > 0:
-        mask_BL = torch.ones_like(ids_BL, dtype=torch.bool) if mask_BL is None else mask_BL
-        ids_BL = F.pad(ids_BL, (0, missing), value=taken.pad_id)
-        mask_BL = F.pad(mask_BL, (0, missing), value=False)
-    return ids_BL, mask_BL.bool() if mask_BL is not None and taken.masked else None
-
-
 class Fusion(nn.Module):
     """A fusion token and the given modalities' tokens through blocks with chunked attention and recompute.
 
@@ -504,7 +248,7 @@ class Fusion(nn.Module):
         parts, valids = [], []
         for name, (tokens_BND, valid_BN) in given.items():
             if name in self.bridges:
-                tokens_BND = _apply(self.bridges[name], tokens_BND)
+                tokens_BND = apply_layer(self.bridges[name], tokens_BND)
             parts.append(tokens_BND + self.modality[name])
             valids.append(tokens_BND.new_ones(tokens_BND.shape[:2], dtype=torch.bool) if valid_BN is None else valid_BN)
         token_B1D = self.token.expand(len(parts[0]), 1, -1)
@@ -551,7 +295,7 @@ class TriModalModel(nn.Module):
         """Pooled, projected and L2-normalised in float32; (B, F)."""
         pooled_BD = getattr(self, modality).pool(encoded)
         with torch.autocast(pooled_BD.device.type, enabled=False):
-            return F.normalize(_apply(self.projections[modality], pooled_BD), dim=-1)
+            return F.normalize(apply_layer(self.projections[modality], pooled_BD), dim=-1)
 
     def image_features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S), uint8 or floats in 0..1 -> (B, F)."""
@@ -594,8 +338,8 @@ class TriModalModel(nn.Module):
         """Fused state (B, D), L2-normalised fused features (B, F) and class logits (B, C), in float32."""
         fused_BD = self.fusion(given)
         with torch.autocast(fused_BD.device.type, enabled=False):
-            projected_BF = _apply(self.fused_projection, fused_BD)
-            return fused_BD, F.normalize(projected_BF, dim=-1), _apply(self.classifier, projected_BF)
+            projected_BF = apply_layer(self.fused_projection, fused_BD)
+            return fused_BD, F.normalize(projected_BF, dim=-1), apply_layer(self.classifier, projected_BF)
 
     def forward(self, images: Tensor | None = None, input_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, audio: Tensor | None = None,
@@ -679,11 +423,6 @@ def count_parameters(size: str) -> dict[str, int]:
         model = create_model(size)
     parts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
     return {**parts, "all": sum(p.numel() for p in model.parameters())}
-
-
-def _apply(layer: nn.Module, x: Tensor) -> Tensor:
-    """Run `layer` in the dtype of its parameters, which may be half precision; the result is at least float32."""
-    return at_least_float32(layer(x.to(next(layer.parameters()).dtype)))
 
 
 def _initialise_below(module: nn.Module) -> None:

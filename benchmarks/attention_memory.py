@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import attend
+from trimodal.blocks import attend
 from trimodal.memory.tracker import PeakMemory
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -34,7 +34,8 @@ if __name__ == "__main__":
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from model import KERNELS, Blocks, create_model, use_kernel
+from model import create_model
+from trimodal.blocks import KERNELS, Blocks, use_kernel
 from trimodal.config import SIZES
 from trimodal.memory import devices
 from trimodal.training.attention import choose_kernel

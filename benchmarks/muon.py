@@ -36,8 +36,8 @@ import torch
 from torch import nn
 
 from benchmarks.attention_memory import cpu_name
-from model import use_kernel
 from tests.small_runs import SmallRuns, batches
+from trimodal.blocks import use_kernel
 from trimodal.config import SIZES
 from trimodal.memory import devices
 from trimodal.memory.tracker import PeakMemory

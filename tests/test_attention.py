@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import KERNELS, PAIRS, Block, Blocks, ProductAttention, attend, use_kernel
+from model import PAIRS
 from tests.narrow import gradients, largest_difference, narrow_model, small_inputs, weighted_sum
+from trimodal.blocks import KERNELS, Block, Blocks, ProductAttention, attend, use_kernel
 from trimodal.config import MODALITIES
 from trimodal.memory.tracker import tracing
 from trimodal.training.planner import kernels_of

@@ -18,13 +18,13 @@ import torch
 import yaml
 
 import model as model_module
-from model import attend
 from tests.killing import OFTEN, assert_same, in_process, with_files
 from tests.objectives import test_exactness
 from tests.objectives.test_exactness import far
 from tests.refusals import assert_names, assert_told
 from tests.small_runs import RECIPE, SmallRuns, batches, differing, records, step, weights
 from tests.test_attention import masks_of, naive_attention
+from trimodal.blocks import attend, has_fused_kernel
 from trimodal.memory import devices
 from trimodal.training import loop, plans, saving, validation
 from trimodal.training.run import Options
@@ -95,7 +95,7 @@ def test_attention_takes_a_fused_kernel_and_is_right(mask: str, dtype: torch.dty
         assert float((one.detach().cpu().double() - other.detach()).norm()) <= close * float(other.detach().norm())
     assert mask != "empty row" or not ours[2].any()
     mask_B11K = None if valid is None else valid.cuda()[:, None, None, :]
-    assert model_module.has_fused_kernel(q, k, v, mask_B11K)
+    assert has_fused_kernel(q, k, v, mask_B11K)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def modules() -> dict[str, str]:
 # ---- imports: those within the package are import-linter's (pyproject.toml) ---------------------------------------
 
 COMMANDS = {"run_training", "download_datasets", "evaluate", "search"}
-BELOW = {"model": {"config", "errors", "checkpoint", "files", "inputs", "memory", "towers"},  # what each may use of it
+# what of the package each may use
+BELOW = {"model": {"blocks", "config", "errors", "checkpoint", "files", "inputs", "memory", "towers"},
          "datasets": {"config", "errors", "checkpoint", "files", "sets", "data", "memory"}}
 
 

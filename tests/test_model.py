@@ -11,19 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import (
-    Block,
-    Blocks,
-    ImageEncoder,
-    TriModalModel,
-    count_parameters,
-    create_model,
-    load_model,
-)
+from model import ImageEncoder, TriModalModel, count_parameters, create_model, load_model
 from tests.narrow import largest_difference, make_batch, narrow_model, small_inputs, weighted_sum
 from tests.refusals import refused
 from tests.small_runs import float64
 from trimodal import checkpoint
+from trimodal.blocks import Block, Blocks
 from trimodal.config import MODALITIES, SIZES, Config, config_from_dict
 from trimodal.errors import ConfigError
 from trimodal.memory.tracker import tracing

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import PretrainedEncoder, TriModalModel
+from model import TriModalModel
 from tests.narrow import NarrowConfig, largest_difference, make_batch, part_of, step_of
 from tests.objectives.test_exactness import assert_equal
 from tests.ranks import in_ranks
@@ -23,6 +23,7 @@ from trimodal.objectives import build_objective
 from trimodal.objectives.base import learn
 from trimodal.objectives.contrastive import loss_parameters
 from trimodal.objectives.step import is_trained, shared_batch, uniforms_of
+from trimodal.towers.encoder import PretrainedEncoder
 
 B = 24
 CUTS: dict[str, int | dict[str, int]] = {

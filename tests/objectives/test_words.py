@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import TriModalModel, masked_mean
+from model import TriModalModel
 from tests.narrow import VOCABULARY, make_batch, narrow_model, plainly, step_of
 from tests.refusals import refused
 from tests.small_runs import SmallRuns, differing
+from trimodal.blocks import masked_mean
 from trimodal.checkpoint import load
 from trimodal.config import TaskConfig
 from trimodal.errors import ConfigError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import KERNELS, Block
 from tests.small_runs import SmallRuns
+from trimodal.blocks import KERNELS, Block
 from trimodal.training import attention, plans
 from trimodal.training.planner import DeviceSetup, TaskMeasure, settings_digests
 from trimodal.training.run import description

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.launches import OnDevice, Reads, watching
-from model import Blocks
 from tests.small_runs import SmallRuns, batches, step
+from trimodal.blocks import Blocks
 from trimodal.config import TrainingConfig
 from trimodal.training.optimizer import MovingAverage, Optimizer
 

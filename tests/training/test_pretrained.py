@@ -20,7 +20,7 @@ from trimodal.config import model_config_from_dict
 from trimodal.memory.tracker import PeakMemory
 from trimodal.towers import base, settings
 from trimodal.towers.base import PretrainedTower, digest_of, open_tower
-from trimodal.training import evaluations, loop, planner
+from trimodal.training import evaluations, frozen, loop, planner
 from trimodal.training.planner import DeviceSetup
 
 PAIRS = "[{inputs: [image, text], objectives: {contrastive: 1, matching: 0.5}}]"
@@ -126,22 +126,29 @@ def test_reports_name_each_tower(small: SmallRuns, whole: Path, tmp_path: Path) 
 # ---- the packages' towers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("frozen", "size"), [(True, 8), (False, 4)], ids=["frozen", "trained in parts"])
-@pytest.mark.parametrize("recompute", [0, 1])
-def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path: Path, frozen: bool, size: int,
+@pytest.mark.parametrize(("case", "size", "recompute"), [
+    ("kept", 8, 0), ("frozen", 8, 0), ("trained", 4, 0), ("trained", 4, 1),
+    pytest.param("kept", 4, 0, marks=pytest.mark.repetition),
+    pytest.param("trained", 8, 1, marks=pytest.mark.repetition)])
+def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path: Path, case: str, size: int,
                                                      recompute: int) -> None:
-    """Pictures are full, captions longer than what is read."""
-    more = ("stages.align.trainable=" + FROZEN,) if frozen else ()
-    run = small.open(tmp_path / "run", *REAL, "model.context_length=10", "data.cache=false",
-                     f"memory.micro_batch={size}", *more, micro_batch=size)
+    """Pictures are full, captions longer than what is read; what is kept has the shapes and numbers of the cache."""
+    more = () if case == "trained" else ("stages.pretrain.trainable=" + FROZEN, "stages.align.trainable=" + FROZEN)
+    run = small.open(tmp_path / "run", *REAL, "model.context_length=10", f"data.cache={str(case == 'kept').lower()}",
+                     "model.image.keep_tokens=4", f"memory.micro_batch={size}", *more, micro_batch=size)
     run.fits["align"].recompute.update(dict.fromkeys(("image", "text"), recompute))
+    if case == "kept":
+        frozen.open_features(run)
+        frozen.read_features(run, {"image", "text"})
     stage = small.stage(run, "align")
     batch = batches(run, stage)[0]
+    assert set(batch.tokens) == ({"image", "text"} if case == "kept" else set())
     own = {id(p) for p in run.model.parameters()}
     with PeakMemory() as tracker:
         tracker.watch(run.model.parameters())
         tracker.mark("optimizer", [list(state.values()) for p, state in stage.optimizer.state.items() if id(p) in own])
-        tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise)
+        tracker.mark("data", [v for v in vars(batch).values() if isinstance(v, torch.Tensor)], batch.noise,
+                     list(batch.tokens.values()))
         for _ in range(2):
             loop.train_step(run, stage, 0, batch)
     real, row = tracker.usage(), stage.row

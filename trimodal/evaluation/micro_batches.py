@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from model import Tokens
+from trimodal.blocks import Tokens
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES
 from trimodal.data.batches import Batch
 from trimodal.errors import UserError

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets import Data, Loader
-from model import Tokens
+from trimodal.blocks import Tokens
 from trimodal.config import Config
 from trimodal.data.batches import Batch
 from trimodal.data.tokenizer import pad_rows

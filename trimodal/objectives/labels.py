@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Tokens
+from trimodal.blocks import Tokens
 from trimodal.objectives.base import Objective, SumAndParts
 from trimodal.objectives.step import Step, first_keys
 

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import PretrainedEncoder, Tokens
+from trimodal.blocks import Tokens
 from trimodal.distributed import World
+from trimodal.towers.encoder import PretrainedEncoder
 
 PATH_NOISE = {"image": ("path", 0), "audio": ("path", 24), "text": ("path_text", 0)}  # of drop-path: name, first column
 GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from model import KERNELS, attend
+from trimodal.blocks import KERNELS, attend
 from trimodal.files import replacing
 from trimodal.memory.devices import cpu_bf16_units, machine_file
 

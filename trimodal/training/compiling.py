@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
-from model import Block, TriModalModel
+from model import TriModalModel
+from trimodal.blocks import Block
 from trimodal.errors import UserError
 from trimodal.memory import devices
 

@@ -41,7 +41,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from datasets import Batch
-from model import KERNELS, KERNELS_OF, TriModalModel, use_kernel
+from model import TriModalModel
+from trimodal.blocks import KERNELS, KERNELS_OF, use_kernel
 from trimodal.config import (
     AUDIO_WINDOW_FRAMES,
     FRAME_RATE_HZ,
@@ -62,9 +63,10 @@ from trimodal.memory.devices import CONTEXT_GIB, EVALUATION, GIB, KNOBS, Fit, Mi
 from trimodal.memory.tracker import HOST, OverLimit, Usage, loss_ends_at, phase, tracing
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
-from trimodal.objectives.step import Rows, Share, Step, is_trained
+from trimodal.objectives.step import Rows, Share, Step
 from trimodal.towers import captions
 from trimodal.towers.base import SoundInput, build_tower
+from trimodal.towers.settings import frozen_until
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze
 
 PLAN_VERSION = 5  # to be raised whenever a step takes other memory than before: kept plans then count no longer
@@ -307,8 +309,8 @@ class PlanStep(Step):
 
 def largest_batch(config: Config, row: StageConfig, task: TaskConfig, model: TriModalModel) -> Batch:
     """A batch of zeros in the largest shapes that a step of this task can have: sounds of `data.audio_max_s`, for each
-    sample `training.captions_per_visit` captions of `model.context_length` tokens; of pretrained towers that `model`
-    has frozen what the cache keeps of their outputs."""
+    sample `training.captions_per_visit` captions of `model.context_length` tokens; of pretrained towers that no stage
+    until this one trains what the cache keeps of their outputs."""
     B, zeros = config.effective_batch(row), torch.zeros
     C, L = B * config.training.captions_per_visit, config.model.context_length
     noise = {"path": zeros(B, PATH_DRAWS), "drop_text": zeros(B)}
@@ -321,7 +323,8 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig, model: Tri
             columns["caption_vectors"] = zeros(C, captions.WIDTH, dtype=torch.float16)
         noise["path_text"] = zeros(C, PATH_DRAWS)
     rows = {name: C if name == "text" else B for name in task.inputs}
-    kept = [name for name in rows if config.data.cache and is_frozen(model, name)]
+    frozen = frozen_until(config, model.towers).get(row.name, set()) if config.data.cache else set()
+    kept = [name for name in rows if name in frozen]
     tokens = {name: largest_tokens(config, model, name, rows[name]) for name in kept}
     for name in rows.keys() - set(kept):
         columns |= largest_inputs(config, model, name, rows[name])
@@ -364,11 +367,6 @@ def largest_tokens(config: Config, model: TriModalModel, modality: str, rows: in
     with torch.no_grad():
         shape = getattr(model, modality).tower_tokens(*one).tokens_BND.shape[1:]
     return torch.zeros(rows, *shape), torch.ones(rows, shape[0], dtype=torch.bool)
-
-
-def is_frozen(model: TriModalModel, modality: str) -> bool:
-    """Whether the encoder of a modality is a pretrained tower of which nothing is trained."""
-    return modality in model.towers and not is_trained(model.towers[modality])
 
 
 def model_of(config: Config, setup: DeviceSetup) -> TriModalModel:
@@ -683,8 +681,15 @@ def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -
             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
             "drop_path": row.drop_path > 0, "trainable": row.trainable, "micro_batch": config.memory.micro_batch,
             "audio_max_s": config.data.audio_max_s, **compared,
-            **({"cache": config.data.cache, "dropout": row.feature_dropout > 0} if config.model.pretrained else {}),
+            **(_tower_facts(config, row) if config.model.pretrained else {}),
             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
+
+
+def _tower_facts(config: Config, row: StageConfig) -> dict[str, Any]:
+    """What the plan of a stage depends on where towers are pretrained: which of their outputs are kept."""
+    names = [one.name for one in config.stages]
+    before = config.stages[:names.index(row.name)] if row.name in names else ()
+    return {"cache": config.data.cache, "dropout": row.feature_dropout > 0, "before": [one.trainable for one in before]}
 
 
 def evaluation_facts(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from datasets import read_tables, speakers_with_sound
-from model import KERNELS, use_kernel
+from trimodal.blocks import KERNELS, use_kernel
 from trimodal.config import Config, TaskConfig, config_from_dict
 from trimodal.data import tokenizer
 from trimodal.data.samples import SampleTable

@@ -11,7 +11,8 @@ from filelock import BaseFileLock
 
 import model as model_module
 from datasets import Data, load_data
-from model import KERNELS, TriModalModel
+from model import TriModalModel
+from trimodal.blocks import KERNELS
 from trimodal.checkpoint import describe_mismatch, find_latest
 from trimodal.config import Config
 from trimodal.data.codecs import KINDS, Kind

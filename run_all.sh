@@ -9,8 +9,8 @@
 #   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
 #
 # --demo stands for --config recipes/demo.yaml --model-size tiny, with --pretrained for recipes/demo_pretrained.yaml.
-# --check, --plan and --doctor download no data and train
-# nothing. Relative paths are relative to this folder. The variables of setup_environment.sh apply here too.
+# --check, --plan and --doctor download no data and train nothing. Relative paths are relative to this folder. The
+# variables of setup_environment.sh apply here too.
 #
 # Time:    the demo at most 15 minutes on two CPU cores after the installation; the full job needs a GPU.
 # Disk:    the environment (setup_environment.sh) and the data (README.md lists each set's size).

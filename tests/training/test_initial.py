@@ -19,7 +19,6 @@ from trimodal import checkpoint, distributed, doctor
 from trimodal.config import PRESETS, ModelConfig, Preset
 from trimodal.data.tokenizer import Tokenizer
 from trimodal.files import sha256_of
-from trimodal.memory.devices import Fit
 from trimodal.training import initial, loop, resume
 from trimodal.training.run import Options, Run, open_run
 
@@ -311,14 +310,11 @@ def test_the_doctor_says_how_much_of_it_fits(small: SmallRuns, best: Path, tmp_p
 
 
 def ranks_begin(root: Path, best: Path) -> dict[str, torch.Tensor]:
-    """Weights of each rank at its first stage; the file is there for the main one alone."""
+    """Weights of each rank once the run is open; the file is there for the main one alone."""
     world = distributed.start()
     small = SmallRuns(root / f"shared{world.rank}")
     given = best if world.is_main else best.with_name("only_there_for_the_main_rank.pt")
     run = open_run(small.config(root / "run"), Options("cpu", init=str(given)), None, world)
-    towers = ("image", "audio", "text", "fusion")
-    run.fits = {"pretrain": Fit(dict.fromkeys(towers, 32), dict.fromkeys(towers, 0))}
-    small.stage(run, "pretrain")
     run.tracker.close()
     assert run.initialised_from is not None and run.initialised_from["taken"] > 0
     world.stop()

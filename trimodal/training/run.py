@@ -129,6 +129,8 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     initialised_from = state.get("initialised_from") if state else world.on_main(
         lambda: take_weights(source, model, data.tokenizer, data.concepts, config.training.contrastive_loss)
         if source else None)
+    if begins_from:  # at once: processes look for features of frozen towers by the weights that they have
+        world.broadcast_tensors([*model.state_dict().values()])
     progress = Progress(**state["progress"]) if state else Progress()
     run = Run(config, folder, device, precision, data, model, Tracker(folder / "logs", writes=False), world,
               progress=progress, held_gib=held_gib, initialised_from=initialised_from)

@@ -212,6 +212,8 @@ def test_a_tower_of_another_kind_is_left_with_what_stands_on_it(best: Path) -> N
     assert list(taken["parts"]["image"]["left"]) == ["of another tower"] and taken["parts"]["image"]["taken"] == 0
     assert taken["parts"]["projections"]["left"] == {"of another tower": ["projections.image.weight"]}
     assert taken["parts"]["text"]["left"] == {} == taken["parts"]["audio"]["left"]
+    match = initial.Match({}, {}, {"image"}, (), False)
+    assert match.why_left("fusion.bridges.image.weight") == "of another tower" != match.why_left("fusion.token")
     for change, has_weights, are_others in (
             ({"source": "timm:two", "licence": ""}, True, False), ({"digest": "2"}, True, False),
             ({"digest": "2"}, False, True), ({"input": {"size": 256}}, True, True), ({"name": "b"}, True, True)):

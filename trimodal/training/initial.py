@@ -28,6 +28,7 @@ from trimodal.files import sha256_of
 FILES = ("best_model.pt", "final_model.pt", "model.safetensors")  # of a run, the first that is there
 SHOWN = 3  # names of a part that were left for one reason
 WORDS, CLASSES = "text.words.weight", ("classifier.weight", "classifier.bias")  # taken by rows
+OF_TOWER = ("{}.", "projections.{}.", "fusion.bridges.{}.")  # a tower, and what reads its features alone
 CLASSIFIED = "fused_projection.weight"  # makes the features that the classifier reads
 TEMPERATURES = "temperatures"  # part of what a checkpoint of any model has: nothing by itself
 
@@ -136,7 +137,7 @@ class Match:
 
     def why_left(self, name: str) -> str:
         """Why a weight of either is not taken; "" if it is."""
-        if any(name.startswith((f"{modality}.", f"projections.{modality}.")) for modality in self.other_towers):
+        if any(name.startswith(tuple(part.format(modality) for part in OF_TOWER)) for modality in self.other_towers):
             return "of another tower"
         if self.is_named(name):
             return ""

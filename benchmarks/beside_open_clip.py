@@ -193,8 +193,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def watch(command: Sequence[str], recalls: Callable[[], list[float]], log: Path, *, until: float = 2.0,
-          limit_s: float = 3600.0) -> Watched:
-    """Run `command` to its end, until an epoch's recall is at least `until`, or for `limit_s`; its output is in `log`.
+          limit_cpu_s: float = 7200.0) -> Watched:
+    """Run `command` to its end, until an epoch's recall is at least `until`, or for `limit_cpu_s` of CPU time, which
+    other work on the machine hardly changes; its output is in `log`.
 
     Raises:
         RuntimeError: it has failed.
@@ -210,7 +211,7 @@ def watch(command: Sequence[str], recalls: Callable[[], list[float]], log: Path,
                 seen, now_s, used_s = recalls(), time.perf_counter() - begin_s, cpu_s(process.pid)
                 epochs += [Epoch(now_s, used_s, recall) for recall in seen[len(epochs):]]
                 peak_gib = max(peak_gib, _peak_gib(process.pid))
-                if now_s > limit_s or (epochs and epochs[-1].recall >= until):
+                if used_s > limit_cpu_s or (epochs and epochs[-1].recall >= until):
                     return Watched(epochs, peak_gib, now_s)
         finally:
             if process.poll() is None:

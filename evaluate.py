@@ -2,6 +2,7 @@
 
     python evaluate.py --checkpoint outputs/checkpoints/best_model.pt --datasets stamps
     python evaluate.py --checkpoint best_model.pt --datasets manifest --split val data.manifest=own.jsonl
+    python evaluate.py --checkpoint best_model.pt --zero-shot DIR      # DIR/dog/1.wav, DIR/rain/7.wav, ...
     python evaluate.py --checkpoint hub:openai/clip-vit-base-patch32 --datasets coco
 
 Prints one aligned table and writes report_*.json and report_*.md to the output folder's reports/.
@@ -28,6 +29,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pt, any other "
                         "checkpoint, or hub:OWNER/NAME (or hub:FOLDER) of a CLIP, SigLIP or CLAP of transformers")
     parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(SETS)} (default: as trained)")
+    parser.add_argument("--zero-shot", type=folder_name, metavar="DIR", help="instead of data sets: a folder of class "
+                        "folders of pictures or sounds, classified by prompts")
+    parser.add_argument("--prompts", metavar="FILE", help="with --zero-shot: templates, one a line, {} for the class")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default test")
     parser.add_argument("--data-root", type=folder_name, metavar="DIR", default="./data",
                         help="folder of the data sets (default ./data)")
@@ -41,6 +45,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.overrides = [word for word in given + rest if "=" in word and not word.startswith("-")]
     if unknown := [word for word in rest if word not in options.overrides]:
         parser.error(f"unknown argument {unknown[0]!r}")
+    if options.prompts and not options.zero_shot:
+        parser.error("--prompts: needs --zero-shot DIR")
     if options.limit is not None and options.limit < 2:
         parser.error(f"--limit: {options.limit} is below 2")
     return options

@@ -1,5 +1,6 @@
 """Protocols: each sample encoded once, the right captions with the right samples, sets, subsets, trials, examples."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -410,3 +411,22 @@ def test_examples_of_sounds_hold_log_mels(synthetic, evaluated):
     picture = row["answers"][0]["picture"]
     assert picture.ndim == 2 and picture.shape[1] == 80 and picture.dtype == np.float16
     assert 1 <= row["rank"] <= row["candidates"] and row["source"] == "synthetic"
+
+
+def test_folds_of_a_set_are_means_of_its_parts(synthetic, evaluated, monkeypatch):
+    (config, data, _), (figures, encoded) = synthetic, evaluated
+    count = int(data.tables["test"].has_image.sum())  # which come first in this set
+    assert count % 4 == 0 and not any(name.startswith("synthetic_") for name in figures)
+    monkeypatch.setitem(protocols.SETS, "synthetic", dataclasses.replace(protocols.SETS["synthetic"],
+                                                                         folds=(4, count // 4)))
+    found = protocols.score(encoded, data, config)[f"synthetic_{count // 4}"]["image-text"]
+    options, parts = metrics.Options(resamples=0), []
+    for fold in range(4):
+        members = np.zeros(len(data.tables["test"]), bool)
+        members[fold * count // 4:(fold + 1) * count // 4] = True
+        parts.append(protocols._retrieval(encoded, data, ("image", "text"), members, options))
+    for name, figure in found.items():
+        assert figure["value"] == pytest.approx(np.mean([part[name]["value"] for part in parts]))
+        assert figure["low"] is None
+    whole = figures["synthetic"]["image-text"]["image_to_text_R@1"]
+    assert found["image_to_text_R@1"]["candidates"] < whole["candidates"]

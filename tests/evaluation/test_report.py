@@ -94,6 +94,23 @@ def test_the_json_holds_every_documented_key_and_what_was_given(written):
     assert found["environment"]["packages"]["trimodal"] == trimodal.__version__
 
 
+def test_what_later_stages_forget_is_seen(tmp_path):
+    """The last validation of each stage that has figures, pair by pair; one such stage alone tells nothing."""
+    def validation(stage, **metrics):
+        return {"kind": "validation", "stage": stage, "epoch": 1, "step": 1, "loss": 1.0,
+                "metrics": {f"{name}_R@1": value for name, value in metrics.items()} | {"image_to_text_R@5": 0.9},
+                "chance": {"image_to_text_R@1": 0.125}}
+
+    records = [validation("align", image_to_text=0.3), validation("align", image_to_text=0.5, audio_to_text=0.75)]
+    for stage, expected in ((None, False), ("speech", True)):
+        further = [validation("speech", audio_to_text=0.25)] if stage else []
+        _, markdown = report.write_report(tmp_path, _run(), records + further, language="en", now=NOW)
+        text = markdown.read_text("utf-8")
+        assert (say("after_stages_text") in text) == expected
+    assert "| image_to_text_R@1 | 0.1250 | 0.5000 | - |" in text and "R@5 |" not in text
+    assert "| audio_to_text_R@1 | - | 0.7500 | 0.2500 |" in text
+
+
 def test_files_named_in_the_report_are_there_and_nothing_else(written):
     path, markdown = written
     files = json.loads(path.read_text("utf-8"))["files"]

@@ -7,8 +7,9 @@
 `score` gives {set: {pair: {metric: figure}}} (a figure: see metrics). Pairs: "image-text", "audio-text",
 "image-audio", "image-concepts" and "audio-concepts" (what the classifier says of a picture or a sound alone, through
 the fusion), "speakers" (verification). The set "all" holds the samples of all sets together; with several sets its
-candidates come from all of them. "stamps" stands a second time as "stamps_without_symbols": letters and digits are
-told apart by their shapes alone.
+candidates come from all of them. "coco_1k" are
+the means of the five folds of 1,000 pictures of COCO's 5,000. "stamps" stands a second time as
+"stamps_without_symbols": letters and digits are told apart by their shapes alone.
 
 Retrieval is over all captions of each sample, and counts each file once, however many samples have it. R@K and the
 other figures of captions stand twice: `R@K` counts equal captions of a file once, and every file that has the words is
@@ -19,6 +20,7 @@ model in both. Speakers are verified (cosines of audio_features) on the trials o
 Shape suffixes: N encoded items of one modality, F feature width, K classes, C captions, T trials.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,9 +297,32 @@ def score(encoded: Encoded, data: Data, config: Config, scores: PairScores | Non
             if name != ALL:
                 pairs["speakers"] = _speakers(encoded, data, members, config, options)
         figures[name] = {pair: found for pair, found in pairs.items() if found}
+        figures |= _in_folds(encoded, data, name, members, options)
     if len(data.tables[encoded.split].sources.names) == 1:
         figures[ALL] = figures[data.tables[encoded.split].sources.names[0]]
     return {name: pairs for name, pairs in figures.items() if pairs}
+
+
+def _in_folds(encoded: Encoded, data: Data, name: str, members: np.ndarray, options: metrics.Options) -> Figures:
+    """Retrieval of pictures and captions in the folds of a set, in the order of its list: {"coco_1k": means over them};
+    {} where the set has none, or the split another number of samples."""
+    folds, table = SETS[name].folds if name in SETS else None, data.tables[encoded.split]
+    rows = np.flatnonzero(members & table.has_image & table.has_text)
+    if folds is None or len(rows) != folds[0] * folds[1]:
+        return {}
+    quick, parts = dataclasses.replace(options, resamples=0), []
+    for fold in rows.reshape(folds):
+        within = np.zeros_like(members)
+        within[fold] = True
+        parts.append(_retrieval(encoded, data, ("image", "text"), within, quick))
+    if not all(parts):
+        return {}
+    label = f"{name}_{folds[1] // 1000}k" if folds[1] % 1000 == 0 else f"{name}_{folds[1]}"
+    means = {metric: {**figure, "queries": sum(part[metric]["queries"] for part in parts),
+                      **{key: float(np.mean([part[metric][key] for part in parts])) for key in ("value", "chance")},
+                      "candidates": round(float(np.mean([part[metric]["candidates"] for part in parts])))}
+             for metric, figure in parts[0].items()}
+    return {label: {"image-text": means}}
 
 
 def evaluate_split(model: Any, data: Data, split: str, config: Config, setting: Setting,

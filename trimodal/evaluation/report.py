@@ -127,6 +127,10 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
      "the model was made (Python, libraries, data read), on CUDA all that the allocator took.",
      "预测峰值应与“其实测”相比：在 CPU 上是进程的内存减去建立模型之前已占的（Python、库、读入的数据），"
      "在 CUDA 上是分配器占用的全部。"),
+    ("after_stages", "Validation after each stage", "各阶段结束时的验证"),
+    ("after_stages_text", "R@1 of all pairs on validation data at the end of each stage that contrasts. Where a figure "
+     "falls, a later stage has made the model forget.",
+     "每个含对比目标的阶段结束时，各配对在验证集上的 R@1。数字下降，就是后面的阶段让模型忘记了先前学到的。"),
     ("events", "Events", "事件"), ("data", "Data", "数据"), ("split", "Split", "划分"),
     ("counts", "Samples by kind", "各类样本数"), ("licence", "Licence", "许可"),
     ("digests", "Digest of the lists of samples:", "样本清单的摘要："),
@@ -331,8 +335,8 @@ def render(report: Mapping[str, Any], language: str) -> str:
     """The Markdown file of a report."""
     say = {key: words[language] for key, words in PHRASES.items()}
     sections = [f"# {say['title_' + (report['kind'] or 'training')]}", _summary(report, say), _figures(report, say),
-                _gallery(report, say), _curves(report, say), _stage_table(report, say), _data(report, say),
-                _environment(report, say), _config(report, say)]
+                _gallery(report, say), _curves(report, say), _stage_table(report, say), _after_stages(report, say),
+                _data(report, say), _environment(report, say), _config(report, say)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -441,6 +445,20 @@ def _stage_table(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
     events = [f"- {_cell(event)}" for event in report["events"]]
     return "\n\n".join([f"## {say['stages']}", _table(rows), say["stages_text"]]
                        + ([f"### {say['events']}", "\n".join(events)] if events else []))
+
+
+def _after_stages(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
+    """R@1 by pair and stage, of the last validation of each stage that has such figures; "" with fewer than two."""
+    last = {found["stage"]: found for found in report["validations"]
+            if any(name.endswith("R@1") for name in found["metrics"])}
+    if len(last) < 2:
+        return ""
+    names = dict.fromkeys(name for found in last.values() for name in found["metrics"] if name.endswith("R@1"))
+    chance = {name: value for found in last.values() for name, value in found["chance"].items()}
+    rows = [[say["metric"], say["chance"], *last]]
+    rows += [[name, _number(chance.get(name)), *(_number(found["metrics"].get(name)) for found in last.values())]
+             for name in names]
+    return "\n\n".join([f"## {say['after_stages']}", say["after_stages_text"], _table(rows)])
 
 
 def _data(report: Mapping[str, Any], say: Mapping[str, str]) -> str:

@@ -195,4 +195,5 @@ class DataSet:
     reads_at_once: bool = False  # its samples are known from the settings or one list, without a download
     speakers: int = 0  # at most, in training
     without_label: Mapping[str, str] = field(default_factory=dict)  # further rows of figures: name -> label left out
+    folds: tuple[int, int] | None = None  # (number, size): a split of so many samples is also reported in such parts
     trials: Trials | None = None

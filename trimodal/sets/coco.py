@@ -238,7 +238,7 @@ def _captions_of_2017(root: Path, parts: Sequence[str], config: Config) -> dict[
 
 _LICENCE = "annotations CC BY 4.0; each picture keeps its own Flickr licence (named in the annotations)"
 SET = DataSet(
-    name="coco", order=1, licence=_LICENCE, read=_read,
+    name="coco", order=1, licence=_LICENCE, read=_read, folds=(5, 1000),
     splits="Karpathy's train + restval, val, test where dataset_coco.json is there; else train2017 less 5 % val, and "
            "val2017 as test",
     source=Source(

@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,9 +12,9 @@ from datasets import Data, load_data
 from model import load_model
 from trimodal.arguments import writing_to
 from trimodal.config import Config, config_from_dict
-from trimodal.data.tokenizer import Tokenizer
+from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.errors import UserError
-from trimodal.evaluation import peers, protocols, report, rerank
+from trimodal.evaluation import peers, protocols, report, rerank, zero_shot
 from trimodal.files import check_writable
 from trimodal.memory import devices
 from trimodal.redaction import command_line, settings
@@ -50,44 +50,81 @@ def evaluate(options: argparse.Namespace) -> Path:
     model, state = (peers.open_hub(options.checkpoint), {}) if is_hub else load_model(options.checkpoint)
     config = configuration(options, state.get("config", {}))
     config = config if is_hub else replace(config, model=model.config)
-    heads = rerank.heads_of(state, config, options.checkpoint)
     precision = devices.choose_precision(device, config.training.use_amp and not is_hub)
     print(f"Device: {device}; {precision.reason}")
     folder = Path(config.paths.output_dir) / "reports"
     with writing_to(folder):  # at once: to find out after an hour that it cannot be written helps nobody
         check_writable(folder)
-    data = read_data(config, options.split, state, model)
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, less=lambda size, cause: print(
         f"Out of memory ({cause}): {size} samples at a time"), sizes={} if is_hub else planned_sizes(
             config, DeviceSetup(device.type, precision.dtype, kernel=state["attention_kernel"],
                                 towers=state.get("towers", {}))))
-    if is_hub:
-        encoded = peers.encode(model.to(device), data, options.split, config, setting)
-        figures = protocols.score(encoded, data, config)
-    else:
-        figures, encoded = protocols.evaluate_split(model.to(device), data, options.split, config, setting, heads)
-    if not figures:
-        raise UserError(f"--split {options.split}: {', '.join(config.data.datasets)} has no two samples there with two "
-                        "modalities, labels or speakers; choose another --split or other --datasets")
-    known = state.get("trained_on")
-    if isinstance(known, torch.Tensor) and options.split != "train":
-        protocols.mark_trained_on(encoded, data, config, known.numpy())
-    print(report.format_table(figures) + report.format_notes(figures, encoded.facts))
+    found = (on_classes if options.zero_shot else on_data_sets)(options, model.to(device), state, config, setting)
+    print(report.format_table(found.figures) + report.format_notes(found.figures, found.facts))
     run = {
         "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
         "model": describe(model), "towers": {} if is_hub else tower_facts(model.towers, config.stages),
-        "config": settings(own_settings(config, is_hub)), "data": data.describe(), "device": str(device),
+        "config": settings(own_settings(config, is_hub)), "data": found.data, "device": str(device),
         "precision": precision.reason,
-        "evaluation": {"split": options.split, "figures": figures, "facts": encoded.facts},
+        "evaluation": {"split": found.split, "figures": found.figures, "facts": found.facts},
     }
-    gallery = [row for modality in ("image", "audio")
-               for row in protocols.examples(encoded, data, modality, config.report.gallery_queries)]
     with writing_to(folder):
-        _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=gallery)
+        _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=found.gallery)
     print(f"Report: {markdown}")
     return markdown
+
+
+class Found(NamedTuple):
+    """What an evaluation tells its report; see evaluation/report.py."""
+
+    split: str
+    figures: protocols.Figures
+    facts: dict[str, dict[str, Any]]
+    data: dict[str, Any]
+    gallery: list[dict[str, Any]]
+
+
+def on_data_sets(options: argparse.Namespace, model: Any, state: dict[str, Any], config: Config,
+                 setting: protocols.Setting) -> Found:
+    """Retrieval, concepts and speakers of one split of the data sets.
+
+    Raises:
+        UserError: the data cannot be used, or there is nothing to compare, or no head to re-rank with.
+    """
+    split, heads = options.split, rerank.heads_of(state, config, options.checkpoint)
+    data = read_data(config, split, state, model)
+    if isinstance(model, peers.HubModel):
+        encoded = peers.encode(model, data, split, config, setting)
+        figures = protocols.score(encoded, data, config)
+    else:
+        figures, encoded = protocols.evaluate_split(model, data, split, config, setting, heads)
+    if not figures:
+        raise UserError(f"--split {split}: {', '.join(config.data.datasets)} has no two samples there with two "
+                        "modalities, labels or speakers; choose another --split or other --datasets")
+    known = state.get("trained_on")
+    if isinstance(known, torch.Tensor) and split != "train":
+        protocols.mark_trained_on(encoded, data, config, known.numpy())
+    gallery = [row for modality in ("image", "audio")
+               for row in protocols.examples(encoded, data, modality, config.report.gallery_queries)]
+    return Found(split, figures, encoded.facts, data.describe(), gallery)
+
+
+def on_classes(options: argparse.Namespace, model: Any, state: dict[str, Any], config: Config,
+               setting: protocols.Setting) -> Found:
+    """Zero-shot classification of a folder of class folders.
+
+    Raises:
+        UserError: the folder or the prompts cannot be used.
+    """
+    classes = zero_shot.read_classes(Path(options.zero_shot))
+    prompts = zero_shot.read_prompts(Path(options.prompts) if options.prompts else None, classes.modality)
+    tokenizer = Tokenizer.from_json(state["tokenizer"]) if state else load_tokenizer(config.model)
+    figures, facts = zero_shot.classify(model, classes, prompts, config, setting, tokenizer)
+    name = classes.folder.absolute().name
+    told = {"prompts": list(prompts), "classes": list(classes.names)}
+    return Found("test", {name: {f"{classes.modality}-class": figures}}, {name: facts}, told, [])
 
 
 def read_data(config: Config, split: str, state: dict[str, Any], model: Any) -> Data:

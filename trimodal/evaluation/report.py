@@ -9,6 +9,7 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     kind          "training" or "evaluation"
     command       what was called, one string
     checkpoint    path of the weights that were evaluated
+    initialised_from  of a run that began with weights of a checkpoint (--init): which file, and what was taken of it
     best          {"stage", "epoch", "loss"}: where these weights come from, chosen on validation data (loss None: there
                   was none, they are the newest)
     model         {"size", "parameters"}

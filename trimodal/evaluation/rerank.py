@@ -22,8 +22,7 @@ from tqdm import tqdm
 from datasets import Data, Loader
 from trimodal.blocks import Tokens
 from trimodal.config import Config
-from trimodal.data.batches import Batch
-from trimodal.data.tokenizer import pad_rows
+from trimodal.data.batches import Batch, pad_captions
 from trimodal.errors import UserError
 from trimodal.evaluation.metrics import Rerank
 from trimodal.evaluation.micro_batches import MicroBatches, Setting, encode, inputs_of, windows_of
@@ -113,8 +112,7 @@ class PairScores:
 
     def _of_pairs(self, modality: str, tokens: Tokens, places_P: np.ndarray, captions_P: np.ndarray) -> Tensor:
         device, split, head = self.setting.device, self.data.splits[self.split], self.heads[f"{modality}_text"]
-        ids_PL, mask_PL = (torch.from_numpy(array).to(device) for array in
-                           pad_rows(split.token_ids, split.token_offsets, captions_P, split.pad_id))
+        ids_PL, mask_PL = (torch.from_numpy(array).to(device) for array in pad_captions(split, captions_P))
         media = pick(tokens, torch.from_numpy(places_P).to(device))
         fused_PD = self.model.fuse({modality: media, "text": self.model.text(ids_PL, mask_PL)})[0]
         with torch.autocast(device.type, enabled=False):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from datasets import Data
 from trimodal.config import Config
-from trimodal.data.batches import prepare_split
+from trimodal.data.batches import pad_captions, prepare_split
 from trimodal.data.samples import Sample, SampleTable
 from trimodal.data.store import open_store
 from trimodal.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from trimodal.evaluation import metrics, peers, protocols
 from trimodal.evaluation.metrics import Figure
 from trimodal.evaluation.micro_batches import MicroBatches, Setting
 from trimodal.media import PICTURE_SUFFIXES, SOUND_SUFFIXES
+from trimodal.towers.settings import inputs_of
 
 PROMPTS = {"image": ("a photo of a {}.", "a picture of a {}.", "a drawing of a {}."),
            "audio": ("the sound of {}.", "this is a sound of {}.", "{} can be heard.")}
@@ -108,7 +109,7 @@ def classify(model: Any, classes: Classes, prompts: Sequence[str], config: Confi
     if classes.modality not in getattr(model, "modalities", ("image", "audio")):
         raise UserError(f"--zero-shot {classes.folder}: holds {classes.modality} files, and {model.name} reads "
                         f"{' and '.join(model.modalities)}")
-    data = _data(classes, config, tokenizer)
+    data = _data(_samples(classes), config, tokenizer, model)
     encode = peers.encode if isinstance(model, peers.HubModel) else protocols.encode_split
     quick = dataclasses.replace(setting, concepts=False)
     encoded = encode(model, data, "test", config, quick)
@@ -127,27 +128,36 @@ def class_features(model: Any, names: Sequence[str], prompts: Sequence[str], con
     """Features of classes, float32 [K, F], L2-normalised."""
     texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
     micro_batches = MicroBatches(setting, config.evaluation.batch_size)
+    split = _data([Sample(key=f"{n}", source=SOURCE, split="test", captions=(text,)) for n, text in enumerate(texts)],
+                  config, tokenizer, model).splits["test"]
 
     @torch.inference_mode()
     def encode(part: slice) -> Tensor:
         if isinstance(model, peers.HubModel):
             return model.text_features(texts[part])
-        ids_BL, mask_BL = tokenizer.encode(texts[part], config.model.context_length)
-        return model.text_features(ids_BL.to(setting.device), mask_BL.to(setting.device)).float()
+        ids_BL, mask_BL = (torch.from_numpy(array).to(setting.device)
+                           for array in pad_captions(split, np.arange(len(texts))[part]))
+        found: Tensor = model.text_features(ids_BL, mask_BL)
+        return found.float()
 
     features = torch.cat(micro_batches.of(("text",), len(texts), encode))
     return F.normalize(features.view(len(names), len(prompts), -1).mean(1), dim=-1)
 
 
-def _data(classes: Classes, config: Config, tokenizer: Tokenizer) -> Data:
-    """The files as a split without captions; read themselves, nothing is put into the cache."""
-    plain = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=False))
-    is_image = classes.modality == "image"
-    samples = []
+def _samples(classes: Classes) -> list[Sample]:
+    """A sample of each file, without captions."""
+    is_image, found = classes.modality == "image", []
     for path, n in zip(classes.files, classes.classes_N.tolist(), strict=True):
         file = str(path.absolute())
-        samples.append(Sample(key=path.relative_to(classes.folder).as_posix(), source=SOURCE, split="test",
-                              image=file if is_image else "", audio="" if is_image else file,
-                              labels=(classes.names[n],)))
-    table = SampleTable.pack(samples)
-    return Data({"test": prepare_split(open_store(table, plain), plain, tokenizer, (), (), set())}, tokenizer, (), ())
+        found.append(Sample(key=path.relative_to(classes.folder).as_posix(), source=SOURCE, split="test",
+                            image=file if is_image else "", audio="" if is_image else file,
+                            labels=(classes.names[n],)))
+    return found
+
+
+def _data(samples: Sequence[Sample], config: Config, tokenizer: Tokenizer, model: Any) -> Data:
+    """Samples as a split, prepared for the model's pretrained towers; nothing is put into the cache."""
+    plain = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=False))
+    split = prepare_split(open_store(SampleTable.pack(samples), plain), plain, tokenizer, (), (), set())
+    inputs = inputs_of(getattr(model, "towers", {}))
+    return Data({"test": dataclasses.replace(split, inputs=inputs)}, tokenizer, (), ())

@@ -34,6 +34,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trimodal.openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 from benchmarks.beside_open_clip import cpu_s, machine
 from benchmarks.run import commit
 from trimodal.config import load_config

@@ -18,6 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trimodal.openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 import av
 import numpy as np
 from PIL import Image

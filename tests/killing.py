@@ -31,7 +31,7 @@ LONGEST_S = 1.0
 
 # Where a process can be told to die: before which call of what, in which stage.
 PLACES: dict[str, tuple[str, int, str]] = {
-    "before the data are decoded": ("trimodal.data.cache.encode_all", 1, ""),
+    "before the data are decoded": ("trimodal.data.cache.read_all", 1, ""),
     "while decoded pictures are written": ("trimodal.data.cache.replacing", 1, ""),
     "between two files of the prepared sounds": ("trimodal.data.cache.replacing", 5, ""),
     "after the rename of prepared data": ("trimodal.data.cache.sync_folder", 1, ""),

@@ -375,13 +375,6 @@ class DataConfig:
     synthetic_images: Annotated[Int, Field(ge=128, le=1800)] = 1800
     synthetic_sounds: Annotated[Int, Field(ge=128, le=384)] = 384
 
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if self.fold and self.datasets != ("stamps",):
-            raise ValueError(f"fold: {self.fold} is a split of stamps alone, and datasets are "
-                             f"{', '.join(self.datasets)}; leave it out, or train on stamps")
-        return self
-
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class MemoryConfig:

@@ -157,7 +157,7 @@ class Case:
     show: Callable[[str], Any] = print  # what is being looked at
     device: Any = None  # torch.device
     state: dict[str, Any] | None = None  # the checkpoint that the run goes on from
-    towers: "dict[str, PretrainedTower] | None" = None
+    towers: "dict[str, PretrainedTower]" = field(default_factory=dict)
     data: "Data | None" = None
     tasks: dict[str, tuple[list[TaskConfig], list[str]]] = field(default_factory=dict)  # of `active_tasks`, by stage
     run: "Run | None" = None  # in the temporary folder, with few samples in a batch

@@ -134,10 +134,12 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) 
         load_tokenizer(ModelConfig(size="nano", word_embeddings=f"file:{tmp_path / 'words.json'}"))
 
 
-@pytest.mark.parametrize("token", ["[PAD]", "[MASK]"])
-def test_a_tokenizer_without_a_token_that_is_needed_names_it(token: str) -> None:
-    with refused("model.word_embeddings", token):
-        Tokenizer.from_json(WORDS.read_text("utf-8").replace(token, "[OTHER]"))
+def test_a_tokenizer_may_lack_the_tokens_for_padding_and_hiding() -> None:
+    """As those of image-text models do: nothing reads padding, and stages that hide words are refused."""
+    lacking = Tokenizer.from_json(WORDS.read_text("utf-8").replace("[PAD]", "[OTHER]").replace("[MASK]", "[ANOTHER]"))
+    assert (lacking.pad_id, lacking.mask_id) == (0, -1)
+    ids_CL, mask_CL = lacking.encode(["a dog", "a dog and a cat"], 12)
+    assert (ids_CL[~mask_CL] == 0).all() and not mask_CL.all()
 
 
 def test_reduction_is_the_best_of_its_rank() -> None:

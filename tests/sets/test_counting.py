@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets import Data, load_data
+from model import Tokens
 from tests.small_runs import RECIPE
 from trimodal.config import Config, config_from_dict
 from trimodal.evaluation import protocols
@@ -31,6 +32,8 @@ CAPTIONS = {"rain": {0: 0.6, 3: 0.8}, "a man": {0: 0.6, 1: 0.8}, "woof": {0: 1.0
 
 class Clips(torch.nn.Module):
     """A model that knows pictures by their colour, sounds by their length, and captions by their words."""
+
+    towers: Mapping[str, Any] = {}  # all of its own
 
     def __init__(self, data: Data, vectors: dict[str, Tensor]):
         super().__init__()
@@ -234,9 +237,15 @@ class Labels(Clips):
         super().__init__(data, {"number 0": torch.zeros(32)})
         self.logits = logits
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.image_features(images)
-        return {"image_features": features, "logits": self.logits[features.argmax(1)]}
+    def image(self, images: Tensor) -> Tokens:
+        return Tokens(self.image_features(images)[:, None], None)
+
+    def features(self, modality: str, encoded: Tokens) -> Tensor:
+        return encoded.tokens_BND[:, 0]
+
+    def fuse(self, given: Mapping[str, Tokens]) -> tuple[Tensor, Tensor, Tensor]:
+        (features,) = (encoded.tokens_BND[:, 0] for encoded in given.values())
+        return features, features, self.logits[features.argmax(1)]
 
 
 def test_a_picture_under_two_names_has_the_labels_of_both(tmp_path: Path) -> None:

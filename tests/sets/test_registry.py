@@ -28,7 +28,7 @@ def test_every_set_says_what_it_is() -> None:
 @pytest.mark.parametrize(("override", "named"), [
     ("data.datasets=[coco, clohto]", ["data.datasets", "clohto", "'clotho'"]),
     ("data.datasets=[flowers]", ["data.datasets", "flowers", *SETS]),
-    ("data.datasets=[manifest]", ["data.manifest"])])
+    ("data.datasets=[manifest]", ["data.manifest"]), ("data.fold=1", ["data.fold", "1", "stamps", "coco"])])
 def test_a_mistake_in_the_settings_of_a_set_names_it(override: str, named: list[str]) -> None:
     with refused(*named, error=ConfigError):
         check_settings(load_config(None, [override]))

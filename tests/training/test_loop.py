@@ -101,6 +101,14 @@ def test_patterns_choose_what_moves(small: SmallRuns, tmp_path: Path) -> None:
     assert moved == {name for name in before if name.startswith("image.blocks.")} | {"logit_scale.image_text"}
 
 
+def test_words_are_hidden_only_behind_a_token_of_the_tokenizer(small: SmallRuns, tmp_path: Path) -> None:
+    """Tokenizers of image-text models have none for that."""
+    run = small.open(tmp_path)
+    run.data.tokenizer.mask_id = -1
+    with refused("stages.pretrain.tasks", "masked", "[MASK]", "model.word_embeddings", error=ConfigError):
+        small.stage(run, "pretrain")
+
+
 def test_a_pattern_must_match_a_whole_name(small: SmallRuns, tmp_path: Path) -> None:
     run = small.open(tmp_path)
     for pattern in ("imag", "image.block", "vision.*"):

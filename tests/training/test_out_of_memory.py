@@ -38,10 +38,10 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, run: Run, where: str, error: Exce
                    "room for the update": (optimizer.Muon, "reserve")}.get(where, (run.model, "features"))
     method = getattr(owner, name)
 
-    def failing(*given: Any) -> Any:
+    def failing(*given: Any, **named: Any) -> Any:
         if where != "backward":
             fail()
-        found = method(*given)
+        found = method(*given, **named)
         if where == "backward" and found.requires_grad:
             found.register_hook(fail)
         return found

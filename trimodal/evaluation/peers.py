@@ -101,14 +101,16 @@ def open_hub(name: str) -> HubModel:
 
     folder = _folder(name)
     kind = _kind(name, folder)
-    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _quiet():
         try:
             model, loading = getattr(transformers, MODELS[kind]).from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safe)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
+                folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True,
+                trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                                   trust_remote_code=False)
             media = (transformers.ClapFeatureExtractor if kind == "clap" else
-                     transformers.AutoImageProcessor).from_pretrained(folder, **safe)
+                     transformers.AutoImageProcessor).from_pretrained(folder, local_files_only=True,
+                                                                      trust_remote_code=False)
         except MemoryError:
             raise
         except Exception as error:  # files from elsewhere may provoke any

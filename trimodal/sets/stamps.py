@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trimodal.config import FOLDS, Config
+from trimodal.config import FOLDS, Config, DataConfig
 from trimodal.data.samples import Sample, normalise_caption
 from trimodal.errors import UserError
 from trimodal.sets import inventory
@@ -94,8 +94,16 @@ def _training_files(folder: Path) -> Iterator[str]:
 
 
 _LICENCE = "GPL-2, copyright 2002-2022 Bill Kendrick and the Tux Paint contributors"
+def _problems(settings: DataConfig) -> list[str]:
+    if not settings.fold or settings.datasets == ("stamps",):
+        return []
+    return [f"data.fold: {settings.fold} is a split of stamps alone, and datasets are {', '.join(settings.datasets)}; "
+            "leave it out, or train on stamps"]
+
+
 SET = DataSet(
-    name="stamps", order=5, licence=_LICENCE, read=_read, splits="70, 10 and 20 % of the distinct captions",
+    name="stamps", order=5, licence=_LICENCE, read=_read, problems=_problems,
+    splits="70, 10 and 20 % of the distinct captions",
     without_label={"stamps_without_symbols": SYMBOLS},
     source=Source(
         name="stamps", title=f"Tux Paint stamps {VERSION}-1", page="https://sourceforge.net/projects/tuxpaint",

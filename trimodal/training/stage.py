@@ -131,10 +131,12 @@ def build_stage(run: Run, row: StageConfig, tasks: list[TaskConfig], epochs: int
     Raises:
         ConfigError: it hides words, and the tokenizer has no token for that.
     """
-    if run.data.tokenizer.mask_id < 0 and any("text" in task.inputs and "masked" in task.objectives for task in tasks):
-        raise ConfigError(f"stages.{row.name}.tasks: masked hides words behind a token [MASK], which the tokenizer of "
-                          f"{run.config.model.word_embeddings} lacks; leave masked out for text, or set "
-                          "model.word_embeddings=minilm")
+    hiding = [name for task in tasks for name in ("masked", "masked_words")
+              if "text" in task.inputs and name in task.objectives]
+    if hiding and run.data.tokenizer.mask_id < 0:
+        raise ConfigError(f"stages.{row.name}.tasks: {hiding[0]} hides words behind a token [MASK], which the "
+                          f"tokenizer of {run.config.model.word_embeddings} lacks; leave {hiding[0]} out for text, or "
+                          "set model.word_embeddings=minilm")
     torch.manual_seed(run.config.training.seed)
     freeze(run.model, row)
     apply_recompute(run.model, run.fits[row.name])

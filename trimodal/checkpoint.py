@@ -347,6 +347,11 @@ def _position(path: Path) -> tuple[int, float]:
 # ---- weights that do not fit -------------------------------------------------------------------------------------
 
 
+def has_tower(state: Mapping[str, Any], modality: str) -> bool:
+    """Whether a checkpoint holds the weights of a pretrained tower: those to resume from may leave out frozen ones."""
+    return any(name.startswith(f"{modality}.tower.") for name in state["model_state_dict"])
+
+
 def describe_mismatch(state_dict: Mapping[str, Any], model_state_dict: Mapping[str, Any]) -> str | None:
     """One line on how a file's weights differ from a model's, by prefix and at most 5 names each; None if they fit."""
     missing = [name for name in model_state_dict if name not in state_dict]

@@ -332,10 +332,10 @@ class BatchReader:
         if "text" in inputs:
             captions = self._choose_captions(row, rng)
             noise["path_text"] = rng.random((len(captions), PATH_DRAWS), np.float32)
-            if self._is_masked("text"):
+            if self._may_hide("text"):
                 noise["text"] = rng.random((len(captions), self.config.model.context_length), np.float32)
         if "image" in inputs and "image" not in self.cached:
-            if self._is_masked("image"):
+            if self._may_hide("image"):
                 noise["image"] = rng.random((self.config.model.image_side // PATCH) ** 2, np.float32)
             image_SS3 = (read_view(split, "image", row, views["image"], self.config) if "image" in views else
                          read_image(split, row, rng, self.config, augmented=self.train))
@@ -343,7 +343,7 @@ class BatchReader:
             sound = self._sound(row, rng, views.get("audio"))
         return _Visit(row, image_SS3, sound, captions, views, noise, rng)
 
-    def _is_masked(self, modality: str) -> bool:
+    def _may_hide(self, modality: str) -> bool:
         """Whether a part of what the tower reads may be hidden from it, by noise: of our own."""
         return modality not in self.split.inputs and modality not in self.cached
 
@@ -398,7 +398,7 @@ class BatchReader:
             for b, one in enumerate(visits):
                 assert one.image_SS3 is not None
                 columns["images"][b] = one.image_SS3.transpose(2, 0, 1)
-            if self._is_masked("image"):
+            if self._may_hide("image"):
                 noise["image"] = np.stack([one.noise["image"] for one in visits])
         if "audio" in inputs:
             if "audio" not in self.cached:
@@ -431,7 +431,7 @@ class BatchReader:
                    "caption_ids": self.split.caption_ids[captions]}
         if "text" not in self.cached:
             columns["input_ids"], columns["attention_mask"] = ids_CL, _ = pad_captions(self.split, captions)
-            if self._is_masked("text"):
+            if self._may_hide("text"):
                 noise["text"] = np.concatenate([one.noise["text"] for one in visits])[:, :ids_CL.shape[1]].copy()
         if self.split.caption_vectors is not None:
             columns["caption_vectors"] = self.split.caption_vectors[captions]
@@ -439,7 +439,7 @@ class BatchReader:
 
     def _sounds(self, visits: list[_Visit], noise: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         audio_BTM, lengths = pad_sounds([one.sound for one in visits if one.sound], frame_multiple(self.split))
-        if self._is_masked("audio"):
+        if self._may_hide("audio"):
             patches = audio_BTM.shape[1] // PATCH * (NUM_MELS // PATCH)
             noise["audio"] = np.stack([one.rng.random(patches, np.float32) for one in visits])
         return {"audio": audio_BTM, "audio_lengths": lengths}

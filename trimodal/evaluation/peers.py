@@ -8,7 +8,6 @@ features. Sounds longer than a window of CLAP's are cut into windows; their feat
 Float32, whatever the device. No code of a folder is run and no pickle is opened.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,11 @@ from trimodal.data.samples import BrokenSample
 from trimodal.errors import UserError
 from trimodal.evaluation import protocols
 from trimodal.evaluation.micro_batches import MicroBatches, Setting
+from trimodal.towers import hub
 
 PREFIX = "hub:"
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 MODELS = {"clip": "CLIPModel", "siglip": "SiglipModel", "clap": "ClapModel"}  # by model_type
-MODALITIES = {"clip": ("image", "text"), "siglip": ("image", "text"), "clap": ("audio", "text")}
+MODALITIES_OF = {"clip": ("image", "text"), "siglip": ("image", "text"), "clap": ("audio", "text")}
 
 
 class HubModel:
@@ -42,7 +41,7 @@ class HubModel:
 
     def __init__(self, name: str, kind: str, model: Any, tokenizer: Any, media: Any):
         self.name, self.kind, self.model, self.tokenizer, self.media = name, kind, model, tokenizer, media
-        self.modalities = MODALITIES[kind]
+        self.modalities = MODALITIES_OF[kind]
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> "HubModel":
@@ -101,7 +100,7 @@ def open_hub(name: str) -> HubModel:
 
     folder = _folder(name)
     kind = _kind(name, folder)
-    with _quiet():
+    with hub.quiet():
         try:
             model, loading = getattr(transformers, MODELS[kind]).from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True,
@@ -114,7 +113,7 @@ def open_hub(name: str) -> HubModel:
         except MemoryError:
             raise
         except Exception as error:  # files from elsewhere may provoke any
-            raise UserError(f"{name}: cannot be opened ({_reason(error)}); fetch {folder} again") from None
+            raise UserError(f"{name}: cannot be opened ({hub.reason_of(error)}); fetch {folder} again") from None
     if lacking := sorted(loading["missing_keys"]):
         raise UserError(f"{name}: its weights lack {len(lacking)} parameters, such as {lacking[0]}; fetch "
                         f"{folder} again")
@@ -127,47 +126,16 @@ def open_hub(name: str) -> HubModel:
 def _folder(name: str) -> Path:
     """Where the files are: a local folder, or that of the hub's cache, into which they are fetched."""
     place = Path(name.removeprefix(PREFIX)).expanduser()
-    if place.is_dir():
-        return place
-    from huggingface_hub import constants, snapshot_download
-
-    try:
-        return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=list(FILES)))
-    except Exception as error:  # the client of the hub raises nearly any type
-        raise UserError(f"{name}: cannot be fetched from {constants.ENDPOINT} ({_reason(error)}), and is no local "
-                        "folder; behind a mirror set HF_ENDPOINT") from None
+    return place if place.is_dir() else hub.fetch(name.removeprefix(PREFIX), name)
 
 
 def _kind(name: str, folder: Path) -> str:
-    try:
-        found = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{name}: {folder} has no config.json that names a model_type") from None
+    found = hub.read_json(folder, hub.CONFIG, name).get("model_type")
+    if found is None:
+        raise UserError(f"{name}: {folder} has no config.json that names a model_type")
     if found not in MODELS:
         raise UserError(f"{name}: its config.json says model_type {found!r}; evaluated are {', '.join(MODELS)}")
     return str(found)
-
-
-class _quiet:
-    """Inside, transformers prints no bars and no warnings: what they would say is checked here."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.before[0])
-        if self.before[1]:
-            logging.enable_progress_bar()
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---- encoding ----------------------------------------------------------------------------------------------------

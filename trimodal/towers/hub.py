@@ -219,8 +219,3 @@ class quiet:
 def reason_of(error: BaseException) -> str:
     """The message of a library's error on one line of bounded length."""
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def float32(values: torch.Tensor) -> torch.Tensor:
-    """Half precision raised to float32; float32 and float64 as they are."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

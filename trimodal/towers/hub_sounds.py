@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from trimodal.blocks import at_least_float32, masked_mean
 from trimodal.errors import UserError
 from trimodal.towers.base import Encoded, PretrainedTower, SoundInput, input_of, sealed
 from trimodal.towers.front_ends import MIN_SAMPLES, settings_of
-from trimodal.towers.hub import HubTower, Kind, described, float32, kind_of, load, read_json, rebuild
-from trimodal.towers.hub_texts import masked_mean
+from trimodal.towers.hub import HubTower, Kind, described, kind_of, load, read_json, rebuild
 
 WAVE_WINDOW_S = 16  # the longest crops that wav2vec 2.0 was trained on (arXiv:2006.11477) have 15.6
 
@@ -65,7 +65,8 @@ class HubSoundTower(HubTower):
         tokens, real_steps = self._encode(windows, real_BX.flatten())
         N = tokens.tokens_BND.shape[1]
         valid_BN = torch.arange(N, device=inputs.device) < real_steps[:, None]
-        pooled = float32(masked_mean(tokens.tokens_BND, valid_BN) if tokens.pooled_BD is None else tokens.pooled_BD)
+        pooled = (masked_mean(tokens.tokens_BND, valid_BN) if tokens.pooled_BD is None
+                  else at_least_float32(tokens.pooled_BD))
         weight_BX1 = (real_BX / real_BX.sum(1, keepdim=True).clamp(min=1)).to(pooled.dtype)[:, :, None]
         return Encoded(tokens.tokens_BND.reshape(B, X * N, -1), valid_BN.reshape(B, X * N),
                        (pooled.reshape(B, X, -1) * weight_BX1).sum(1))

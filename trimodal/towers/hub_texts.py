@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimodal.blocks import masked_mean
 from trimodal.errors import UserError
 from trimodal.towers.base import Encoded, PretrainedTower, TextInput, input_of, sealed
-from trimodal.towers.hub import HubTower, Kind, described, float32, kind_of, load, quiet, read_json, reason_of, rebuild
+from trimodal.towers.hub import HubTower, Kind, described, kind_of, load, quiet, read_json, reason_of, rebuild
 
 WITHOUT_POOLER = {"add_pooling_layer": False}
 PUNCTUATION = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~]"  # Python's string.punctuation
@@ -65,15 +66,6 @@ class HubTextTower(HubTower):
             return Encoded(tokens_BND, valid, found.pooler_output)
         return Encoded(tokens_BND, valid,
                        tokens_BND[:, 0] if self.pooling == "first" else masked_mean(tokens_BND, valid))
-
-
-def masked_mean(tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """Mean over the real tokens in at least float32; zeros where there is none."""
-    values = float32(tokens_BND)
-    if valid_BN is None:
-        return values.mean(1)
-    weight_BN1 = valid_BN[:, :, None].to(values.dtype)
-    return (values * weight_BN1).sum(1) / weight_BN1.sum(1).clamp(min=1)
 
 
 def open_folder(folder: Path, source: str, where: str) -> PretrainedTower:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimodal.blocks import at_least_float32
 from trimodal.errors import UserError
 from trimodal.towers.base import Encoded
 
@@ -21,20 +22,16 @@ def kept_tokens(encoded: Encoded, keep: int | str, *, is_grid: bool) -> tuple[Te
     with fewer tokens than averages keeps its tokens.
     """
     tokens_BND, valid_BN, pooled_BD = encoded
-    pooled_B1D = _float(pooled_BD)[:, None]
+    pooled_B1D = at_least_float32(pooled_BD)[:, None]
     if keep == 0:
         return pooled_B1D, None
-    kept_BKD, valid_BK = _float(tokens_BND), valid_BN
+    kept_BKD, valid_BK = at_least_float32(tokens_BND), valid_BN
     if keep != "all":
         with torch.autocast(tokens_BND.device.type, enabled=False):
             kept_BKD, valid_BK = (_grid_means(kept_BKD, int(keep)), None) if is_grid else _row_means(
                 kept_BKD, valid_BN, int(keep))
     valid_BK = None if valid_BK is None else F.pad(valid_BK, (1, 0), value=True)
     return torch.cat([pooled_B1D, kept_BKD.to(pooled_B1D.dtype)], dim=1), valid_BK
-
-
-def _float(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _grid_means(tokens_BND: Tensor, keep: int) -> Tensor:

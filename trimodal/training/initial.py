@@ -52,7 +52,7 @@ class Source:
 
     def has_tower(self, modality: str) -> bool:
         """Whether the weights of that tower are in the file: checkpoints to resume from may leave out frozen ones."""
-        return any(name.startswith(f"{modality}.tower.") for name in self.weights)
+        return checkpoint.has_tower(self.state, modality)
 
     @property
     def loss(self) -> str | None:
@@ -154,7 +154,6 @@ class Match:
             return "of other features"
         weight = re.sub(r"\.bias$", ".weight", name)  # without which a bias is of no use
         return self.why_left(weight) if weight != name and weight in self.own else ""
-
 
     def is_named(self, name: str) -> bool:
         """Whether a weight is one that the model has already."""

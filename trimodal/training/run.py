@@ -13,7 +13,7 @@ import model as model_module
 from datasets import Data, load_data
 from model import TriModalModel
 from trimodal.blocks import KERNELS
-from trimodal.checkpoint import describe_mismatch, find_latest
+from trimodal.checkpoint import describe_mismatch, find_latest, has_tower
 from trimodal.config import Config
 from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.features import Features
@@ -338,11 +338,6 @@ def _opened_weights(model: TriModalModel, state: Mapping[str, Any]) -> dict[str,
     left_out = {name for name in model.towers if not has_tower(state, name)}
     return {key: value for key, value in model.state_dict().items()
             if key.split(".")[0] in left_out and key.split(".")[1] == "tower"}
-
-
-def has_tower(state: Mapping[str, Any], modality: str) -> bool:
-    """Whether a checkpoint holds the weights of a pretrained tower."""
-    return any(key.startswith(f"{modality}.tower.") for key in state["model_state_dict"])
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------

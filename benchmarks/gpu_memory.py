@@ -43,8 +43,9 @@ from benchmarks.plans import BATCHES, LARGEST
 from trimodal.config import SIZES, Config, StageConfig, load_config
 from trimodal.memory import devices
 from trimodal.memory.devices import GIB
+from trimodal.training.fitting import Plan
 from trimodal.training.loop import train_step
-from trimodal.training.planner import TOWERS, DeviceSetup, Plan, plan_stages, without_speaker
+from trimodal.training.planner import TOWERS, DeviceSetup, plan_stages, without_speaker
 from trimodal.training.run import Options, Run, open_run
 from trimodal.training.stage import build_stage
 from trimodal.training.tracking import read_records

@@ -46,16 +46,9 @@ from trimodal.memory.tracker import Usage
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
 from trimodal.objectives.step import Step
+from trimodal.training.fitting import Limits, plan_fit
 from trimodal.training.optimizer import Optimizer
-from trimodal.training.planner import (
-    DeviceSetup,
-    Limits,
-    TaskMeasure,
-    apply_recompute,
-    largest_batch,
-    plan_fit,
-    stage_upper,
-)
+from trimodal.training.planner import DeviceSetup, TaskMeasure, apply_recompute, largest_batch, stage_upper
 
 LIMIT = 1.10
 SLOW = 1.3  # times the fastest: not run again after the first round

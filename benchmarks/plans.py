@@ -28,7 +28,8 @@ import torch
 
 from trimodal.config import SIZES, Config, load_config
 from trimodal.memory.devices import GIB
-from trimodal.training.planner import TOWERS, DeviceSetup, OverBudget, Plan, plan_stages, without_speaker
+from trimodal.training.fitting import OverBudget, Plan
+from trimodal.training.planner import TOWERS, DeviceSetup, plan_stages, without_speaker
 
 BATCHES, LARGEST = (32, 1024, 4096), 8192
 SETUP = DeviceSetup("cuda", torch.bfloat16)

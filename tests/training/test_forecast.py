@@ -14,7 +14,7 @@ from tests.small_runs import SmallRuns
 from trimodal.config import Config
 from trimodal.data import tokenizer
 from trimodal.training import plans
-from trimodal.training.planner import Plan
+from trimodal.training.fitting import Plan
 from trimodal.training.stage import active_tasks
 
 STAGES = ("stages.align.tasks=[{inputs: [image, text], objectives: {contrastive: 1.0}}, {inputs: [audio, text], "

@@ -12,8 +12,8 @@ from tests.memory.test_devices import KNOBS
 from tests.refusals import assert_names, refused
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit, MicroBatch
 from trimodal.memory.tracker import TAGS, OverLimit, Usage, tracing
-from trimodal.training import planner, plans
-from trimodal.training.planner import Limits, OverBudget, Plan, plan_fit
+from trimodal.training import fitting, planner, plans
+from trimodal.training.fitting import Limits, OverBudget, Plan, plan_fit
 
 UPPER = {"image": 4096, "audio": 1024, "text": 4096}
 SAMPLE_BYTES = {"image": 20 << 20, "audio": 10 << 20, "text": 1 << 20}
@@ -78,11 +78,11 @@ def test_a_plan_fits_and_no_tower_could_be_faster(budget_gib: float, upper: Micr
     if options:
         assert set(plan.recompute.values()) == {0}
     for tower in upper:
-        for option in planner.options(None, not options, parts_are_free=False):
-            other = planner.with_options({tower: option}, upper, plan.fit)
+        for option in fitting.options(None, not options, parts_are_free=False):
+            other = fitting.with_options({tower: option}, upper, plan.fit)
             if other == plan.fit:
                 break
-            assert option == (planner.WHOLE, 1) or step(other, gib(budget_gib).tensor_bytes) is None, (tower, option)
+            assert option == (fitting.WHOLE, 1) or step(other, gib(budget_gib).tensor_bytes) is None, (tower, option)
 
 
 def test_blocks_are_recomputed_before_the_batch_is_cut_and_no_more_than_must_be() -> None:
@@ -179,10 +179,10 @@ def test_a_budget_below_the_smallest_step_names_the_figures_and_the_knobs() -> N
 @pytest.mark.parametrize("options", [{}, NEVER, {"pinned": 3}], ids=["recompute", "parts alone", "pinned"])
 def test_a_budget_is_refused_only_where_no_mixture_of_options_fits(upper: MicroBatch, options: dict) -> None:
     """Of steps whose parts take more than the whole in some towers, as gradients that are added to others do."""
-    possible = planner.options(options.get("pinned"), options.get("may_recompute", True), parts_are_free=False)
+    possible = fitting.options(options.get("pinned"), options.get("may_recompute", True), parts_are_free=False)
     for heavy in itertools.chain.from_iterable(itertools.combinations(upper, n) for n in range(len(upper) + 1)):
         step = Step(upper, added_bytes=dict.fromkeys(heavy, 400 << 20))
-        least = min(step.peak_bytes(planner.with_options(dict(zip(upper, mixture, strict=True)), upper))
+        least = min(step.peak_bytes(fitting.with_options(dict(zip(upper, mixture, strict=True)), upper))
                     for mixture in itertools.product(possible, repeat=len(upper)))
         exact = Limits(least + int(CONTEXT_GIB["cpu"] * GIB), "cpu", 1.0)
         assert plan_fit(step, upper, exact, **options).peak_bytes <= least

@@ -21,8 +21,9 @@ from trimodal.config import PRESETS, SIZES, Config, StageConfig, TaskConfig, loa
 from trimodal.errors import UserError
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS, PeakMemory, Usage
-from trimodal.training import loop, planner
-from trimodal.training.planner import DeviceSetup, Plan
+from trimodal.training import fitting, loop, planner
+from trimodal.training.fitting import Plan
+from trimodal.training.planner import DeviceSetup
 
 CPU, CUDA = DeviceSetup("cpu", None), DeviceSetup("cuda", torch.bfloat16)
 
@@ -162,11 +163,11 @@ def test_on_a_cpu_the_best_weights_so_far_are_in_the_budget(small: SmallRuns, tm
 
 def test_a_budget_that_nothing_fits_is_one_line(small: SmallRuns, tmp_path: Path) -> None:
     config = small.config(tmp_path / "run", "memory.budget_gb=0.55")
-    with refused("memory.budget_gb", "0.55 GiB", "image 32", "memory.micro_batch", error=planner.OverBudget) as stop:
+    with refused("memory.budget_gb", "0.55 GiB", "image 32", "memory.micro_batch", error=fitting.OverBudget) as stop:
         planned(config, "finetune")
     assert isinstance(stop.value, UserError)
     smallest = small.config(tmp_path / "run", "memory.budget_gb=0.55", "memory.micro_batch=auto")
-    with refused("memory.budget_gb", "0.55 GiB", "image 1", error=planner.OverBudget) as stop:
+    with refused("memory.budget_gb", "0.55 GiB", "image 1", error=fitting.OverBudget) as stop:
         planned(smallest, "finetune")
     assert "memory.micro_batch" not in str(stop.value), "it is auto already"
 
@@ -181,13 +182,13 @@ def test_no_mixture_of_a_real_steps_options_takes_less_than_the_least(small: Sma
     upper = planner.stage_upper(config, row, CPU)
     kept = planner.StageMeasure(config, row, row.tasks[task:task + 1], CPU)
     towers = ("image", "text", "fusion") if name == "finetune" else ("image", "text")
-    possible = [option for option in planner.options(None, may_recompute=True, parts_are_free=False)
-                if option.size in (planner.WHOLE, 2, 1)]
+    possible = [option for option in fitting.options(None, may_recompute=True, parts_are_free=False)
+                if option.size in (fitting.WHOLE, 2, 1)]
     mixtures = (dict(zip(towers, mixture, strict=True)) for mixture in itertools.product(possible, repeat=len(towers)))
-    whole = dict.fromkeys(upper, planner.Option(planner.WHOLE, 0))
+    whole = dict.fromkeys(upper, fitting.Option(fitting.WHOLE, 0))
     peaks = [usage.peak_bytes for mixture in mixtures
-             if (usage := kept(planner.with_options(whole | mixture, upper), None))]
-    least = kept(planner.least_fit(possible, kept, upper), None)
+             if (usage := kept(fitting.with_options(whole | mixture, upper), None))]
+    least = kept(fitting.least_fit(possible, kept, upper), None)
     assert least is not None and least.peak_bytes == min(peaks) < max(peaks)
 
 
@@ -253,7 +254,7 @@ def test_stages_planned_side_by_side_have_the_plans_that_they_have_alone(small: 
     assert planner.side_by_side({"one": os.getpid, "other": os.getpid}) == {"one": os.getpid(), "other": os.getpid()}
     monkeypatch.undo()
     short = small.config(tmp_path / "short", "memory.micro_batch=auto", "memory.budget_gb=0.55")
-    with refused("memory.budget_gb", "0.55 GiB", error=planner.OverBudget):
+    with refused("memory.budget_gb", "0.55 GiB", error=fitting.OverBudget):
         planner.plan_stages(short, all_tasks(short), CPU)
 
 

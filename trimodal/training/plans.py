@@ -26,8 +26,9 @@ from trimodal.sets import SETS
 from trimodal.towers.base import PretrainedTower
 from trimodal.towers.settings import open_towers, tokenizer_of, with_towers
 from trimodal.training.attention import choose_kernel, has_choice
+from trimodal.training.fitting import Plan
 from trimodal.training.initial import find_checkpoint
-from trimodal.training.planner import DeviceSetup, Plan, plan_stages, settings_digests, without_speaker
+from trimodal.training.planner import DeviceSetup, plan_stages, settings_digests, without_speaker
 from trimodal.training.run import Run
 from trimodal.training.stage import active_tasks
 

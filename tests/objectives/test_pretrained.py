@@ -98,6 +98,24 @@ def test_what_is_kept_of_a_frozen_tower_trains_as_the_tower_does(case: str, cut:
                      gradient(inputs, case, "whole", frozen=True))
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("cut", ["whole", "ragged"])
+@pytest.mark.parametrize("keep_tokens", [True, False])
+@pytest.mark.parametrize("train", [True, False], ids=["training", "evaluation"])
+def test_a_frozen_tower_runs_once_for_each_row(case: str, cut: str, keep_tokens: bool, train: bool) -> None:
+    """However many objectives read what it makes, and through whichever micro-batches."""
+    model, batch = model_of(case, frozen=True), make_batch(["image", "text"], B)
+    seen: dict[str, int] = dict.fromkeys(model.towers, 0)
+    for name, tower in model.towers.items():
+        tower.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: seen[name] + len(given[0])}))
+    objectives = [(1.0, build_objective(name, model, ["image", "text"], 3, TrainingConfig()).double())
+                  for name in ("contrastive", "matching", "concepts")]
+    step = step_of(model, batch, CUTS[cut], keep={}, keep_tokens=keep_tokens, train=train)
+    with torch.set_grad_enabled(train):
+        learn(step, objectives, Tensor.backward if train else lambda loss: None)
+    assert batch.input_ids is not None and seen == {"image": B, "text": len(batch.input_ids), "audio": 0}
+
+
 def test_drop_path_reaches_the_adapters_alone() -> None:
     step = step_of(model_of("all tokens, through adapters", frozen=True), make_batch(["image", "text"], B))
     scales_BZ = step.path_scales("image", slice(None))
@@ -118,11 +136,14 @@ def test_a_frozen_tower_builds_no_graph() -> None:
 def test_features_are_dropped_by_sample_and_place() -> None:
     step = step_of(model_of("averages, for the fusion", frozen=True), make_batch(["image", "text"], 400, captions=1),
                    feature_dropout=0.25)
-    scales_BD = step.feature_scales("text", slice(None))[0]
-    assert scales_BD.shape == (400, 32) and {0, 4 / 3} == {*scales_BD.double().mul(3).round().div(3).unique().tolist()}
+    scales_BD = step.feature_scales("text", slice(None))
+    assert scales_BD is not None and scales_BD.shape == (400, 32)
+    assert {0, 4 / 3} == {*scales_BD.double().mul(3).round().div(3).unique().tolist()}
     assert abs(float((scales_BD == 0).float().mean()) - 0.25) < 0.02
-    assert torch.equal(step.feature_scales("text", slice(7, 9))[0], scales_BD[7:9])
-    assert not step_of(step.model, step.batch, train=False, feature_dropout=0.25).feature_scales("text", slice(None))
+    some_BD = step.feature_scales("text", slice(7, 9))
+    assert some_BD is not None and torch.equal(some_BD, scales_BD[7:9])
+    plain = step_of(step.model, step.batch, train=False, feature_dropout=0.25)
+    assert plain.feature_scales("text", slice(None)) is None
 
 
 def test_uniforms_of_keys() -> None:
@@ -146,20 +167,22 @@ def splitmix(key: int, place: int) -> float:
 # ---- several processes -------------------------------------------------------------------------------------------
 
 SHARES = [15, 9]  # rows of each
-SHARED = [(inputs, names, from_kept) for inputs in ("image text", "audio text")
-          for names in ("contrastive concepts", "contrastive matching concepts") for from_kept in (False, True)]
+SHARED = [(inputs, names, towers) for inputs in ("image text", "audio text")
+          for names in ("contrastive concepts", "contrastive matching concepts")
+          for towers in ("trained", "frozen", "frozen, no tokens kept", "frozen, in the cache")]
 
 
-def of_process(world: World, inputs: str, names: str, from_kept: bool) -> dict[str, Tensor]:
+def of_process(world: World, inputs: str, names: str, towers: str) -> dict[str, Tensor]:
     """Loss and all gradients of one effective batch, of which each process has read a share."""
-    model, batch = model_of("averages, for the fusion", frozen=from_kept), make_batch(inputs.split(), B)
+    model, batch = model_of("averages, for the fusion", frozen="frozen" in towers), make_batch(inputs.split(), B)
     torch.manual_seed(1)
     objectives = [build_objective(name, model, inputs.split(), 3, TrainingConfig()).double() for name in names.split()]
     if world.size > 1:
         batch = part_of(batch, torch.arange(B).split(SHARES)[world.rank])
-    batch = kept(model, batch) if from_kept else batch
+    batch = kept(model, batch) if "cache" in towers else batch
     whole, share = shared_batch(world, batch, with_media="matching" in names)
-    step = step_of(model, whole, CUTS["ragged"], keep={}, feature_dropout=0.3, world=world, share=share)
+    step = step_of(model, whole, CUTS["ragged"], keep={}, feature_dropout=0.3, world=world, share=share,
+                   keep_tokens="no tokens" not in towers)
     total = learn(step, [(1.0, objective) for objective in objectives], Tensor.backward).total
     both = nn.ModuleDict({"model": model, "heads": nn.ModuleList(objectives)})
     of_losses = loss_parameters(model)

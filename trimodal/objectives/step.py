@@ -8,6 +8,9 @@ tokens as leaves of their own graphs, and leave gradients there; then `passed_on
 micro-batch at a time, which is run again for it. A tower whose rows are a single micro-batch keeps its graph instead.
 This is gradient caching (arXiv:2101.06983), with tokens beside the features.
 
+A frozen tower has no graph, so it runs once for each row: what it has made of this process's rows is held, and only
+what is trained over it is run again. Where the cache has kept that, the batch holds it, and the tower does not run.
+
 Shape suffixes: B samples or rows of a batch, C captions, D width, F embed_dim, K kept patches, N patches or tokens,
 Z depth.
 """
@@ -101,6 +104,7 @@ class Step:
     known_features: dict[str, Tensor] = field(default_factory=dict, init=False)  # by modality, without graphs
     _shared: Collection[str] = field(default=(), init=False)  # towers whose tokens several micro-batches may read
     _encodings: dict[str, Encoding] = field(default_factory=dict, init=False)
+    _frozen: dict[str, Tokens] = field(default_factory=dict, init=False)  # by modality, of this process's rows
     _live: dict[tuple[Any, ...], Tokens] = field(default_factory=dict, init=False)  # tokens of micro-batches in memory
 
     # ---- rows ----
@@ -136,6 +140,13 @@ class Step:
         values = self.batch.images if modality == "image" else self.batch.audio
         return self.to_device(values[self.held(modality, rows)])
 
+    def inputs(self, modality: str, rows: Rows) -> list[Tensor]:
+        """What a tower reads of some rows, on the device."""
+        if modality == "text":
+            return [self.to_device(self.batch.input_ids[rows]), self.to_device(self.batch.attention_mask[rows])]
+        media = self.media(modality, rows)
+        return [media] if modality == "image" else [media, self.to_device(self.batch.audio_lengths[rows])]
+
     def held(self, modality: str, rows: Rows) -> Rows:
         """Where some rows are in what the batch holds of a modality."""
         first = 0 if self.share is None or self.share.has_all else self.share.rows[modality].start
@@ -162,21 +173,51 @@ class Step:
         return modality != "text" and (self.train or hide) and self.keep.get(modality, 1.0) < 1
 
     def _encode(self, modality: str, rows: Rows, hide: bool) -> Tokens:
-        encoder, batch, path = getattr(self.model, modality), self.batch, self.path_scales(modality, rows)
-        more = self.feature_scales(modality, rows)
-        if modality in batch.tokens:  # what a frozen tower has made of these rows
-            held = self.held(modality, rows)
-            return encoder.adapt(Tokens(*(self.to_device(part[held]) for part in batch.tokens[modality])), path, *more)
-        if modality == "text":
-            ids, mask = self.to_device(batch.input_ids[rows]), self.to_device(batch.attention_mask[rows])
-            return encoder(ids, mask, path, *more)
-        media = self.media(modality, rows)
-        lengths = None if modality == "image" else self.to_device(batch.audio_lengths[rows])
+        encoder, path = getattr(self.model, modality), self.path_scales(modality, rows)
         if isinstance(encoder, PretrainedEncoder):  # takes all patches
-            return encoder(media, lengths, path, *more)
+            return encoder.adapt(self._tower_tokens(modality, rows), path, self.feature_scales(modality, rows))
+        inputs = self.inputs(modality, rows)
+        if modality == "text":
+            return encoder(*inputs, path)
         hides = self.hides(modality, hide)
         kept, valid = map(self.to_device, self.kept(modality, rows)) if hides else (None, None)
-        return encoder(media, kept, path) if modality == "image" else encoder(media, lengths, kept, valid, path)
+        return encoder(*inputs, kept, path) if modality == "image" else encoder(*inputs, kept, valid, path)
+
+    def _tower_tokens(self, modality: str, rows: Rows) -> Tokens:
+        """What a pretrained tower makes of some rows. Of a frozen one that is at hand, from the cache or from earlier
+        in this step; it runs anew for rows of other processes alone."""
+        if modality in self.batch.tokens:
+            held = self.held(modality, rows)
+            return Tokens(*(self.to_device(part[held]) for part in self.batch.tokens[modality]))
+        if not self._runs_once(modality):
+            return self._run_tower(modality, rows)
+        frozen, first = self._frozen_tokens(modality), self.own_rows(modality).start
+        if isinstance(rows, slice):
+            return Tokens(*(None if part is None else part[rows.start - first:rows.stop - first]
+                            for part in frozen))  # type: ignore[arg-type]
+        return self._gathered(modality, rows, lambda own: pick(frozen, self.to_device(own - first)),
+                              lambda others: self._run_tower(modality, others))
+
+    def _runs_once(self, modality: str) -> bool:
+        """Whether a tower is frozen and its rows are several micro-batches: a single one is in memory anyway."""
+        return len(self.micro_batches(modality)) > 1 and not is_trained(getattr(self.model, modality).tower)
+
+    def _frozen_tokens(self, modality: str) -> Tokens:
+        """What a frozen tower makes of this process's rows, by its micro-batches."""
+        if modality not in self._frozen:
+            first, held = self.own_rows(modality).start, list[Tensor | None]()
+            for rows in self.micro_batches(modality):
+                found = self._run_tower(modality, rows)
+                held = held or [None if part is None else part.new_zeros(self.buffer_rows(modality), *part.shape[1:])
+                                for part in found]
+                for buffer, part in zip(held, found, strict=True):
+                    if buffer is not None and part is not None:
+                        buffer[rows.start - first:rows.stop - first] = part
+            self._frozen[modality] = Tokens(*held)  # type: ignore[arg-type]
+        return self._frozen[modality]
+
+    def _run_tower(self, modality: str, rows: Rows) -> Tokens:
+        return getattr(self.model, modality).tower_tokens(*self.inputs(modality, rows))
 
     def kept(self, modality: str, rows: Rows) -> tuple[Tensor, Tensor]:
         """Indices (B, K) of the patches that the stage keeps of each row, and which of them are real; on the host."""
@@ -202,15 +243,15 @@ class Step:
         p_Z = self.drop_path * torch.arange(1, depth + 1) / depth
         return self.to_device((self.batch.noise[name][rows][:, first:first + depth] >= p_Z) / (1 - p_Z))
 
-    def feature_scales(self, modality: str, rows: Rows) -> list[Tensor]:
+    def feature_scales(self, modality: str, rows: Rows) -> Tensor | None:
         """Of a pretrained tower in training: the scale of each feature (B, D), 0 where it is dropped, else 1 / (1 - p),
-        the same for all tokens of a row. Nothing where none is dropped."""
-        p, encoder = self.feature_dropout, getattr(self.model, modality)
-        if not self.train or p == 0 or not isinstance(encoder, PretrainedEncoder):
-            return []
+        the same for all tokens of a row. None where none is dropped."""
+        p = self.feature_dropout
+        if not self.train or p == 0:
+            return None
         name, first = FEATURE_NOISE[modality]
         high_B, low_B = (self.to_device(self.batch.noise[name][rows][:, first:first + 2]) * 2**24).long().unbind(1)
-        return [(uniforms_of(high_B << 24 | low_B, encoder.tower.dim) >= p) / (1 - p)]
+        return (uniforms_of(high_B << 24 | low_B, getattr(self.model, modality).tower.dim) >= p) / (1 - p)
 
     def token_counts(self, modality: str, rows: Rows) -> Tensor:
         """How many tokens that our own tower makes of each row are real, which come first; int64, on the host."""
@@ -234,6 +275,7 @@ class Step:
         finally:
             self._shared = ()
             self._encodings.clear()
+            self._frozen.clear()
             self._live.clear()
 
     def keeps(self, modality: str) -> bool:
@@ -287,13 +329,18 @@ class Step:
         """
         if not self.keeps(modality):
             return self._encode(modality, rows, hide=False)
+        return self._gathered(modality, rows, lambda own: self._kept(modality, own),
+                              lambda others: self._encode(modality, others, hide=False))
+
+    def _gathered(self, modality: str, rows: Rows, ours: Callable[[Tensor], Tokens],
+                  theirs: Callable[[Tensor], Tokens]) -> Tokens:
+        """Tokens of some rows of the whole batch, from two sources: of rows of this process, and of those of others."""
         own, others, order = self.split(modality, rows)
         if not len(others):
-            return self._kept(modality, own)
+            return ours(own)
         if not len(own):
-            return self._encode(modality, others, hide=False)
-        both = join([self._kept(modality, own), self._encode(modality, others, hide=False)])
-        return pick(both, self.to_device(order))
+            return theirs(others)
+        return pick(join([ours(own), theirs(others)]), self.to_device(order))
 
     def split(self, modality: str, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Those of `rows` that this process encodes, the others, and where each row is in the two together."""

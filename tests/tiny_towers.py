@@ -1,6 +1,7 @@
 """Pretrained towers small enough for float64 on a CPU, with all that must not show in training: statistics of a batch,
 dropout, padding."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,8 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimodal.towers import base
-from trimodal.towers.base import Encoded, ImageInput, Input, PretrainedTower, SoundInput, TextInput, describe, sealed
+from trimodal.towers import base, settings
+from trimodal.towers.base import (
+    Encoded,
+    ImageInput,
+    Input,
+    PretrainedTower,
+    SoundInput,
+    TextInput,
+    describe,
+    open_tower,
+    sealed,
+)
 
 FAMILY = "tiny"
 SIDE, WORDS = 48, 60
@@ -69,6 +80,18 @@ def tiny_tower(modality: str, dtype: torch.dtype = torch.float64) -> PretrainedT
 
 def build(description: Mapping[str, Any]) -> PretrainedTower:
     return TinyTower(description)
+
+
+@contextlib.contextmanager
+def by_name() -> Iterator[None]:
+    """Within, `open_tower` and `build_tower` know the tiny towers, in float32."""
+    def opened(name: str, modality: str, **options: Any) -> PretrainedTower:
+        return tiny_tower(modality, torch.float32) if "tiny" in name else open_tower(name, modality, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "open_tower", opened)
+        patch.setitem(base.FAMILIES, FAMILY, __name__)
+        yield
 
 
 @pytest.fixture

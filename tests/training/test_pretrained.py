@@ -14,14 +14,16 @@ import evaluate
 from model import TriModalModel, load_model
 from tests.refusals import refused
 from tests.small_runs import SmallRuns, batches, differing, records
-from tests.tiny_towers import FAMILY, SIDE, tiny_tower
+from tests.tiny_towers import SIDE, by_name, tiny_tower
 from trimodal import checkpoint
 from trimodal.config import model_config_from_dict
-from trimodal.memory.tracker import PeakMemory
+from trimodal.memory.tracker import PeakMemory, Usage
 from trimodal.towers import base, settings
-from trimodal.towers.base import PretrainedTower, digest_of, open_tower
+from trimodal.towers.base import PretrainedTower, digest_of
+from trimodal.towers.settings import frozen_until
 from trimodal.training import evaluations, frozen, loop, planner
-from trimodal.training.planner import DeviceSetup
+from trimodal.training.fitting import Plan
+from trimodal.training.run import Run
 
 PAIRS = "[{inputs: [image, text], objectives: {contrastive: 1, matching: 0.5}}]"
 FROZEN = r"['(?!image\.tower|text\.tower).*']"
@@ -38,13 +40,7 @@ REAL = ("model.image.tower=timm:tf_efficientnet_lite0", f"model.image.weights={L
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[None]:
-    """`open_tower` and `build_tower` know the tiny towers; the words are those of `small_runs`."""
-    def opened(name: str, modality: str, **options: Any) -> PretrainedTower:
-        return tiny_tower(modality, torch.float32) if "tiny" in name else open_tower(name, modality, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "open_tower", opened)
-        patch.setitem(base.FAMILIES, FAMILY, "tests.tiny_towers")
+    with by_name():
         yield
 
 
@@ -126,23 +122,45 @@ def test_reports_name_each_tower(small: SmallRuns, whole: Path, tmp_path: Path) 
 # ---- the packages' towers ----------------------------------------------------------------------------------------
 
 
+CACHED = {"kept": ("data.cache=true",), "no room": ("data.cache=true", "data.cache_max_gb=0"),
+          "frozen": ("data.cache=false",), "trained": ("data.cache=false",)}
+
+
 @pytest.mark.parametrize(("case", "size", "recompute"), [
-    ("kept", 8, 0), ("frozen", 8, 0), ("trained", 4, 0), ("trained", 4, 1),
+    ("kept", 8, 0), ("frozen", 8, 0), ("frozen", 4, 0), ("no room", 4, 0), ("trained", 4, 0), ("trained", 4, 1),
     pytest.param("kept", 4, 0, marks=pytest.mark.repetition),
+    pytest.param("no room", 8, 0, marks=pytest.mark.repetition),
     pytest.param("trained", 8, 1, marks=pytest.mark.repetition)])
 def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path: Path, case: str, size: int,
                                                      recompute: int) -> None:
     """Pictures are full, captions longer than what is read; what is kept has the shapes and numbers of the cache."""
     more = () if case == "trained" else ("stages.pretrain.trainable=" + FROZEN, "stages.align.trainable=" + FROZEN)
-    run = small.open(tmp_path / "run", *REAL, "model.context_length=10", f"data.cache={str(case == 'kept').lower()}",
+    run = small.open(tmp_path / "run", *REAL, "model.context_length=10", *CACHED[case], f"data.cache_dir={tmp_path}",
                      "model.image.keep_tokens=4", f"memory.micro_batch={size}", *more, micro_batch=size)
     run.fits["align"].recompute.update(dict.fromkeys(("image", "text"), recompute))
-    if case == "kept":
-        frozen.open_features(run)
-        frozen.read_features(run, {"image", "text"})
+    real, predicted = real_and_planned(small, run, {"image", "text"} if case == "kept" else set())
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+    for tag in ("parameters", "gradients", "optimizer"):
+        assert predicted.by_tag[tag] == real.by_tag[tag], tag
+    assert predicted.fits
+
+
+def test_what_live_frozen_towers_have_made_is_planned_for(small: SmallRuns, tiny: None, tmp_path: Path) -> None:
+    """Of all rows, though a plan runs two of their eight micro-batches."""
+    run = small.open(tmp_path / "run", *TINY, "training.ema_decay=0", "data.cache=false", "data.synthetic_images=300",
+                     "model.context_length=8", "training.batch_size=58", "model.image.keep_tokens=all",
+                     "model.text.keep_tokens=all", "stages.align.trainable=" + FROZEN, micro_batch=8)
+    real, predicted = real_and_planned(small, run, set())
+    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+
+
+def real_and_planned(small: SmallRuns, run: Run, read: set[str]) -> tuple[Usage, Plan]:
+    """What a step of align takes, and what is planned for it; `read`: the modalities whose features its batch holds."""
+    frozen.open_features(run)
+    frozen.read_features(run, frozen_until(run.config, run.model.towers)["align"])
     stage = small.stage(run, "align")
     batch = batches(run, stage)[0]
-    assert set(batch.tokens) == ({"image", "text"} if case == "kept" else set())
+    assert set(batch.tokens) == read
     own = {id(p) for p in run.model.parameters()}
     with PeakMemory() as tracker:
         tracker.watch(run.model.parameters())
@@ -151,14 +169,8 @@ def test_the_prediction_is_the_peak_of_the_real_step(small: SmallRuns, tmp_path:
                      list(batch.tokens.values()))
         for _ in range(2):
             loop.train_step(run, stage, 0, batch)
-    real, row = tracker.usage(), stage.row
-    setup = DeviceSetup("cpu", None, towers={name: tower.description for name, tower in run.model.towers.items()})
-    config = loop.plans.settings_of(run, run.config)
-    predicted = planner.plan_stage(config, row, stage.tasks[:1], setup, run.fits["align"])
-    assert predicted.peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
-    for tag in ("parameters", "gradients", "optimizer"):
-        assert predicted.by_tag[tag] == real.by_tag[tag], tag
-    assert predicted.fits
+    config, setup = loop.plans.settings_of(run, run.config), loop.plans.setup_of(run)
+    return tracker.usage(), planner.plan_stage(config, stage.row, stage.tasks[:1], setup, run.fits["align"])
 
 
 def test_a_saved_model_needs_neither_packages_nor_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,15 @@ def frozen_until(config: Config, towers: Mapping[str, PretrainedTower]) -> dict[
     return found
 
 
+def live_towers(config: Config, towers: Mapping[str, PretrainedTower],
+                lacking: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+    """By stage, the modalities whose towers it leaves as they are, and runs in each step all the same: features of
+    those that an earlier stage trains are in no cache, nor are those of `lacking`, nor any without `data.cache`."""
+    cached = frozen_until(config, towers) if config.data.cache else {}
+    return {row.name: tuple(name for name in sorted(towers) if not trains(row, name, towers[name])
+                            and (name in lacking or name not in cached.get(row.name, ()))) for row in config.stages}
+
+
 def decoded_kinds(config: Config, towers: Mapping[str, PretrainedTower]) -> tuple[Kind, ...]:
     """The kinds of files that steps read themselves: not those of which they read features alone, nor sounds of
     pretrained towers, whose front ends read no log-mels."""

@@ -109,7 +109,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
             lr_factors(run.model, row)
         if begins_with_sigmoid(config, state, run.initialised_from):
             start_sigmoid(run.model, first_contrastive_batch(config))
-        world.together(lambda: open_features(run))
+        open_features(run)
         fit_stages(run, {name: found for name, (found, _) in tasks.items()}, state)
         epochs, first = stage_epochs(config, state), 1
         saver = Saver(run, epochs, interruption)

@@ -79,6 +79,7 @@ class DeviceSetup:
     ratio: float | None = None  # calibration: measured over predicted peak memory; None: not measured on this device
     kernel: str = KERNELS[0]  # of attention
     towers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # descriptions, by modality
+    live: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # by stage, the frozen ones that run
 
 
 # ---- a step on fake tensors --------------------------------------------------------------------------------------
@@ -114,10 +115,11 @@ class PlanStep(Step):
         return loss_ends_at(torch.cat([features, others]) if len(others) else features)
 
 
-def largest_batch(config: Config, row: StageConfig, task: TaskConfig, model: TriModalModel) -> Batch:
+def largest_batch(config: Config, row: StageConfig, task: TaskConfig, model: TriModalModel,
+                  live: Sequence[str] = ()) -> Batch:
     """A batch of zeros in the largest shapes that a step of this task can have: sounds of `data.audio_max_s`, for each
     sample `training.captions_per_visit` captions of `model.context_length` tokens; of pretrained towers that no stage
-    until this one trains what the cache keeps of their outputs."""
+    until this one trains what the cache keeps of their outputs, but of those that are `live`."""
     B, zeros = config.effective_batch(row), torch.zeros
     C, L = B * config.training.captions_per_visit, config.model.context_length
     noise = {"path": zeros(B, PATH_DRAWS), "drop_text": zeros(B)}
@@ -131,7 +133,7 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig, model: Tri
         noise["path_text"] = zeros(C, PATH_DRAWS)
     rows = {name: C if name == "text" else B for name in task.inputs}
     frozen = frozen_until(config, model.towers).get(row.name, set()) if config.data.cache else set()
-    kept = [name for name in rows if name in frozen]
+    kept = [name for name in rows if name in frozen and name not in live]
     tokens = {name: largest_tokens(config, model, name, rows[name]) for name in kept}
     for name in rows.keys() - set(kept):
         columns |= largest_inputs(config, model, name, rows[name])
@@ -204,7 +206,7 @@ class TaskMeasure:
             tracker.mark("optimizer", [list(state.values()) for state in self.optimizer.state.values()],
                          self.average.values if self.average else [])
             with phase("data" if setup.device == "cpu" else HOST):
-                self.batch = largest_batch(config, row, task, self.model)
+                self.batch = largest_batch(config, row, task, self.model, setup.live.get(row.name, ()))
             self.held = tracker.held()
 
     def __call__(self, fit: Fit, limit_bytes: int | None = None) -> Usage | None:
@@ -385,7 +387,7 @@ def stage_search(config: Config, row: StageConfig, tasks: Sequence[TaskConfig], 
         fit: plan this one, whether it stays in the budget or not.
         kind: of what measures a task.
     """
-    return Search(plan_file(config, stage_facts(config, row, tasks), setup, fit),
+    return Search(plan_file(config, stage_facts(config, row, tasks, setup.live.get(row.name, ())), setup, fit),
                   functools.partial(find_stage_plan, config, row, tasks, setup, fit, kind))
 
 
@@ -460,7 +462,8 @@ def settings_digests(config: Config, tasks: Mapping[str, Sequence[TaskConfig]], 
     """
     everywhere = common_facts(config, dataclasses.replace(setup, ratio=None))
     del everywhere["place"]["kernel"]
-    own = {row.name: stage_facts(config, row, tasks[row.name]) for row in config.stages if tasks.get(row.name)}
+    own = {row.name: stage_facts(config, row, tasks[row.name], setup.live.get(row.name, ()))
+           for row in config.stages if tasks.get(row.name)}
     return {name: fingerprint(everywhere | facts)
             for name, facts in (*own.items(), (EVALUATION, evaluation_facts(config)))}
 
@@ -471,15 +474,17 @@ def common_facts(config: Config, setup: DeviceSetup) -> dict[str, Any]:
     model = {name: value for name, value in config.to_dict()["model"].items() if name not in left_out}
     model["image_size"] = config.model.image_side
     place = dataclasses.asdict(setup)
+    del place["live"]  # a fact of stages
     if not setup.towers:
         del place["towers"]  # digests of earlier releases are without
     return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,
             "place": place}
 
 
-def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -> dict[str, Any]:
-    """The further settings that the plan of stage `row` depends on, as plain data for a digest. Learning rates, loss
-    weights and seeds are not among them, since they take no memory."""
+def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig],
+                live: Sequence[str] = ()) -> dict[str, Any]:
+    """The further settings that the plan of stage `row` depends on, as plain data for a digest: these, and which frozen
+    towers it runs. Learning rates, loss weights and seeds are not among them, since they take no memory."""
     training = config.training  # without what is off, facts are those of earlier releases
     compared = {"likeness": (training.soft_targets > 0, training.false_negatives is not None)
                 } if training.compares_captions else {}
@@ -488,7 +493,7 @@ def stage_facts(config: Config, row: StageConfig, tasks: Sequence[TaskConfig]) -
             "loss": config.training.contrastive_loss, "keep": (row.image_keep, row.audio_keep),
             "drop_path": row.drop_path > 0, "trainable": row.trainable, "micro_batch": config.memory.micro_batch,
             "audio_max_s": config.data.audio_max_s, **compared,
-            **(_tower_facts(config, row) if config.model.pretrained else {}),
+            **(_tower_facts(config, row) if config.model.pretrained else {}), **({"live": list(live)} if live else {}),
             "tasks": [(task.inputs, sorted(task.objectives)) for task in tasks]}
 
 

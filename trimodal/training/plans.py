@@ -24,9 +24,10 @@ from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
 from trimodal.memory.tracker import TAGS
 from trimodal.sets import SETS
 from trimodal.towers.base import PretrainedTower
-from trimodal.towers.settings import open_towers, tokenizer_of, with_towers
+from trimodal.towers.settings import live_towers, open_towers, tokenizer_of, with_towers
 from trimodal.training.attention import choose_kernel, has_choice
 from trimodal.training.fitting import Plan
+from trimodal.training.frozen import live_by_stage
 from trimodal.training.initial import find_checkpoint
 from trimodal.training.planner import DeviceSetup, plan_stages, settings_digests, without_speaker
 from trimodal.training.run import Run
@@ -96,7 +97,7 @@ def setup_of(run: Run) -> DeviceSetup:
     """The device, precision, ranks and calibration of `run`, to plan its stages for."""
     return DeviceSetup(run.device.type, run.precision.dtype, len(run.data.speakers), run.world.size,
                        calibration(devices.device_name(run.device)), run.kernel,
-                       {name: tower.description for name, tower in run.model.towers.items()})
+                       {name: tower.description for name, tower in run.model.towers.items()}, live_by_stage(run))
 
 
 def settings_of(run: Run, config: Config) -> Config:
@@ -116,6 +117,7 @@ class Forecast:
     tasks: Tasks
     speakers: int
     towers: Mapping[str, Mapping[str, Any]]  # descriptions of the pretrained ones
+    live: Mapping[str, Sequence[str]]  # by stage, the frozen ones that run, where the cache has room for the others
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,13 @@ def foretell(config: Config) -> Forecast:
     listed = [name for name in config.data.datasets if SETS[name].reads_at_once]
     towers = open_towers(config.model)
     config = _with_vocab_size(dataclasses.replace(config, model=with_towers(config.model, towers)), towers)
-    described = {name: tower.description for name, tower in towers.items()}
+    known = {name: tower.description for name, tower in towers.items()}, live_towers(config, towers)
     lists = _read(config, listed)
     speakers = len(lists.speakers) + sum(SETS[name].speakers for name in config.data.datasets)
     if len(listed) == len(config.data.datasets):
-        return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers, described)
+        return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers, *known)
     tasks = {row.name: list(row.tasks) if speakers else without_speaker(row.tasks) for row in config.stages}
-    return Forecast(config, tasks, speakers, described)
+    return Forecast(config, tasks, speakers, *known)
 
 
 def _read(config: Config, names: list[str]) -> _Lists:
@@ -193,7 +195,7 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False, init:
     known = foretell(config)
     kernel = choose_kernel(torch.device(device), amp)
     setup = DeviceSetup(device, amp, known.speakers, processes, calibration(devices.device_name(found)), kernel,
-                        known.towers)
+                        known.towers, known.live)
     plans = plan_stages(known.config, known.tasks, setup)
     precision = "fp32" if amp is None else str(amp).removeprefix("torch.")
     attention = f" (attention: {kernel})" if has_choice(torch.device(device), amp) else ""

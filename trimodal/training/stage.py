@@ -23,6 +23,7 @@ from trimodal.objectives.contrastive import loss_parameters
 from trimodal.objectives.matching import Matching
 from trimodal.objectives.step import Share, Step
 from trimodal.training.diagnostics import Monitor
+from trimodal.training.frozen import live_by_stage
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze, lr_at, lr_factors
 from trimodal.training.planner import DeviceSetup, apply_recompute, largest_batch, stage_upper, without_speaker
 from trimodal.training.run import Run
@@ -190,7 +191,8 @@ def compile_blocks(run: Run, stage: Stage) -> None:
 
 def trial_batch(run: Run, row: StageConfig, task: TaskConfig) -> Batch:
     """A batch of a few samples of the largest shapes, with something in it for each objective."""
-    batch = largest_batch(run.config, replace(row, effective_batch=TRIAL_SAMPLES), task, run.model)
+    batch = largest_batch(run.config, replace(row, effective_batch=TRIAL_SAMPLES), task, run.model,
+                          live_by_stage(run)[row.name])
     concepts = torch.ones(TRIAL_SAMPLES, run.config.model.num_classes, dtype=torch.bool)
     mask = None if batch.attention_mask is None else torch.ones_like(batch.attention_mask)
     ids = None if batch.caption_ids is None else torch.arange(len(batch.caption_ids))

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from tests import forked, trees
+from tests import forked, tiny_towers, trees
 from tests.small_runs import SmallRuns, differing, records, without_times
 from trimodal import checkpoint
+from trimodal.data import cache
 from trimodal.errors import Stopped
 from trimodal.training import loop
 from trimodal.training.run import Options
@@ -52,6 +53,22 @@ PLACES: dict[str, tuple[str, int, str]] = {
     "before the report is written": ("trimodal.evaluation.report.write_report", 1, ""),
 }
 
+# Of runs on pretrained towers: that of images is frozen up to the stage that trains it, and after it.
+FROZEN = r"['(?!(image|text)\.tower).*']"
+OF_PAIRS = ", ".join(f"{{inputs: [{name}, text], objectives: {{contrastive: 1, matching: 0.5}}}}"
+                     for name in ("image", "audio"))
+TOWERS = ("model.image.tower=./tiny_image", "model.image.keep_tokens=4", f"model.image_size={tiny_towers.SIDE}",
+          "model.text.tower=./tiny_text", "model.text.adapter_depth=1", "memory.micro_batch=12",
+          f"stages.pretrain.tasks=[{OF_PAIRS}]", f"stages.align.tasks=[{OF_PAIRS}]", "stages.pretrain.image_keep=1",
+          "stages.align.feature_dropout=0.2", f"stages.pretrain.trainable={FROZEN}",
+          r"stages.align.trainable=['(?!text\.tower).*']", f"stages.finetune.trainable={FROZEN}")
+OF_FEATURES = {  # where it dies, one time after another, while the cache is filled with what its towers make
+    "before the first features": ("trimodal.towers.features.encode_batch", 1, ""),
+    "between two batches of features": ("trimodal.towers.features.encode_batch", 2, ""),
+    "between two entries of features": ("trimodal.towers.features.encode_batch", 2, ""),
+    "between two batches of captions": ("trimodal.towers.features.encode_batch", 4, ""),
+}
+
 
 def with_files(root: Path, device: str = "cpu") -> SmallRuns:
     """Shared data of runs: drawn ones, and a list of pictures and sounds in files, to be decoded before training."""
@@ -79,10 +96,12 @@ def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str
     forked.as_usual()
     torch.set_num_threads(threads)  # sums round otherwise with another number of them
     os.fsync = lambda fd: None  # what a process has written outlives it: only a power cut would differ
+    cache.STRETCH_BYTES = 1  # nor would a longer stretch, which loses more
     if dies:
-        _die_at(*PLACES[dies], getattr(signal, by))
+        _die_at(*(PLACES | OF_FEATURES)[dies], getattr(signal, by))
     try:
-        loop.train(small.config(folder, *recipe(small, *overrides)), Options(small.device, "auto"))
+        with tiny_towers.by_name():
+            loop.train(small.config(folder, *recipe(small, *overrides)), Options(small.device, "auto"))
     except Stopped as stopped:
         print(stopped, flush=True)
         os._exit(3)
@@ -178,7 +197,8 @@ def where(small: SmallRuns, place: Path, begun: set[Path]) -> str:
     return "after the last stage" if is_over else f"after an epoch of {stage}"
 
 
-def killed_run(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int, plans: bool = False) -> list[str]:
+def killed_run(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int, *overrides: str,
+               plans: bool = False) -> list[str]:
     """A run that is killed at up to `most` random moments, drawn by `turn`, and compared with `whole` when it is
     through; where the kills hit. It prepares its data itself, and plans itself if it is to; the number of reading
     processes changes.
@@ -191,7 +211,7 @@ def killed_run(small: SmallRuns, whole: Path, folder: Path, turn: int, most: int
         shutil.copytree(small.plans, own.plans, dirs_exist_ok=True)
 
     def start(number: int) -> BaseProcess:
-        return in_process(own, place, *OFTEN, f"data.workers={number % 2}")
+        return in_process(own, place, *OFTEN, *overrides, f"data.workers={number % 2}")
 
     hits = kill_until_done(start, own, place, most, random.Random(turn))
     assert_same(place, whole)

@@ -14,9 +14,10 @@ import pytest
 
 import run_training
 from tests import forked
-from tests.killing import OFTEN, PLACES, assert_same, in_process, killed_run, recipe, with_files
+from tests.killing import OF_FEATURES, OFTEN, PLACES, TOWERS, assert_same, in_process, killed_run, recipe, with_files
 from tests.refusals import refused
 from tests.small_runs import SmallRuns, records
+from tests.tiny_towers import by_name
 from trimodal import checkpoint
 from trimodal.errors import Stopped, UserError
 from trimodal.training import loop
@@ -61,6 +62,37 @@ def test_a_run_killed_at_each_place_ends_with_the_same_bits(small: SmallRuns, wh
         assert process.exitcode == -signal.SIGKILL, f"not {place}: {said[-2000:]}"
     own.train(folder, *recipe(own, *OFTEN), resume="auto")
     assert_same(folder, whole)
+
+
+@pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "live"])
+def test_a_killed_run_on_frozen_towers_ends_with_the_same_bits(small: SmallRuns, tmp_path: Path, is_cached: bool,
+                                                               all_repetitions: bool) -> None:
+    """Also where it dies while it encodes what is to be kept: the next start goes on from there."""
+    own, folder, whole = with_files(tmp_path / "shared"), tmp_path / "run", tmp_path / "whole"
+    places = ["between two batches of features"] if is_cached else ["in align"]
+    if all_repetitions:
+        places = [*(OF_FEATURES if is_cached else ()), "in pretrain", "in align", "before the final model is written"]
+    settings = f"data.cache_max_gb={int(is_cached)}"
+    with by_name():
+        small.train(whole, *recipe(small, *TOWERS, settings), "training.save_every_minutes=0",
+                    f"data.cache_dir={tmp_path}/cache")
+        shutil.copytree(small.plans, own.plans, dirs_exist_ok=True)
+        for place in places:
+            process = in_process(own, folder, *OFTEN, *TOWERS, settings, dies=place)
+            process.join()
+            said = folder.with_suffix(".out").read_text("utf-8")
+            assert process.exitcode == -signal.SIGKILL, f"not {place}: {said[-2000:]}"
+        process = in_process(own, folder, *OFTEN, *TOWERS, settings, "data.workers=1")
+        process.join()
+        said = folder.with_suffix(".out").read_text("utf-8")
+        assert process.exitcode == 0, said[-2000:]
+    assert ("features: going on from" in said) == is_cached and ("not in the cache" in said) != is_cached
+    for cache in (tmp_path / "cache", own.data_root / "cache"):
+        assert any(cache.glob("*-features-*")) == is_cached
+    assert_same(folder, whole)
+    kills, turns = 12 if all_repetitions else 0, itertools.count(1)
+    while kills > 0:
+        kills -= len(killed_run(small, whole, tmp_path, next(turns), kills, *TOWERS, settings))
 
 
 def test_more_epochs_have_a_report_of_their_own_even_if_their_end_failed(

@@ -101,6 +101,17 @@ def test_resuming_drops_what_came_after_from_both_logs(tmp_path: Path) -> None:
     assert curves["validation/align/loss"] == [(20, 2.0)]
 
 
+def test_what_every_start_finds_is_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for last_step in (0, 0, 20):
+        tracker = Tracker(tmp_path, last_step)
+        tracker.event("words are missing", last_step, once=True)
+        tracker.event("resumed", last_step)
+        tracker.close()
+    assert [record["message"] for record in read_records(tmp_path / "metrics.jsonl")] == [
+        "words are missing", *["resumed"] * 3]
+    assert capsys.readouterr().out.count("words are missing") == 3
+
+
 def test_a_fresh_start_drops_all_of_an_attempt_before_it(tmp_path: Path) -> None:
     first = Tracker(tmp_path)
     first.step(step_record(10))

@@ -102,7 +102,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         if not protocols.can_score(run.data, "test"):
             run.tracker.say(f"Evaluation: {NO_TEST}; {ADD_TEST}")
         if line := wording.warning(run.data.splits["train"], run.data.tokenizer):
-            run.tracker.event(line, run.progress.step)
+            run.tracker.event(line, run.progress.step, once=True)
         tasks = {row.name: active_tasks(row, run.data) for row in config.stages}
         for row in config.stages:
             freeze(run.model, row)  # a pattern without a match is found now, not after the first stages

@@ -69,9 +69,13 @@ class Tracker:
         if self.writes:
             tqdm.write(without_secrets(message).encode("utf-8", "backslashreplace").decode("utf-8"))
 
-    def event(self, message: str, step: int, **facts: Any) -> None:
-        """Something a user should know: printed, and kept in the log, with `facts`, and in the report."""
+    def event(self, message: str, step: int, *, once: bool = False, **facts: Any) -> None:
+        """Something a user should know: printed, and kept in the log, with `facts`, and in the report; `once`: not kept
+        again where an earlier start of the run has done so."""
         self.say(message)
+        if once and self.writes and any(line.get("message") == without_secrets(message)
+                                        for line in read_records(self.path)):
+            return
         self.record({"kind": "event", "step": step, "message": without_secrets(message), **facts})
 
     def record(self, record: Mapping[str, Any]) -> None:

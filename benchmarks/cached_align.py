@@ -2,12 +2,16 @@
 
     python benchmarks/cached_align.py                              # about 2 minutes on 2 idle cores
     python benchmarks/cached_align.py --fill --data-root ./data    # the cache of the demo, about 1 minute
+    python benchmarks/cached_align.py --once                       # about 2 minutes on 2 idle cores
     python benchmarks/run.py cached_align_speedup pretrained_cache_s
 
 Both towers of recipes/demo_pretrained.yaml are frozen, projections are trained, on 512 drawn pictures with captions in
 steps of 256 (data set synthetic), with the default precision. Turns alternate; a turn is a whole epoch that encodes
 each time, and the mean of CACHED_EPOCHS epochs that read the cache. Filling it is in neither; `--fill` times that for
 the pictures and captions of the demo, in one view: the towers opened, nothing decoded before.
+
+`--once`: without a cache, a step in micro-batches whose frozen towers run once for each row, as they do, beside the
+same step with towers that run again for each backward pass, as trained ones do. Turns alternate, on one batch.
 """
 
 import argparse
@@ -15,8 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +36,7 @@ from trimodal.config import load_config
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "demo_pretrained.yaml"
 BATCH, PICTURES, TURNS, CACHED_EPOCHS = 256, 512, 5, 5
+MICRO_BATCH, ROWS = 32, 96  # of `--once`
 TASKS = "stages.align.tasks=[{inputs: [image, text], objectives: {contrastive: 1}}]"
 
 
@@ -79,6 +86,35 @@ def turns(number: int) -> list[tuple[float, float]]:
         return found[1:]
 
 
+def step_turns(number: int) -> list[tuple[float, float]]:
+    """Seconds of a step of ROWS pairs in micro-batches whose frozen towers run again, and of one in which they run
+    once, in each turn; one before counts not."""
+    from datasets import Loader
+    from trimodal.objectives.step import Step
+    from trimodal.training.loop import train_step
+    from trimodal.training.stage import epoch_jobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        run, stage = opened(folder, cached=False)
+        run.fits["align"].micro_batch.update(dict.fromkeys(run.fits["align"].micro_batch, MICRO_BATCH))
+        task, rows = epoch_jobs(run, stage, 1)[0]
+        [batch] = Loader(run.data, "train", [(task, rows[:ROWS])], run.config, inputs=[stage.tasks[task].inputs],
+                         train=True, epoch=1)
+
+        def step_s() -> float:
+            began = time.perf_counter()
+            train_step(run, stage, task, batch).read()
+            return time.perf_counter() - began
+
+        found = []
+        for _ in range(number + 1):
+            with mock.patch.object(Step, "_runs_once", lambda step, modality: False):
+                again_s = step_s()
+            found.append((again_s, step_s()))
+        run.tracker.close()
+        return found[1:]
+
+
 def fill_s(data_root: str) -> float:
     """Seconds of filling the cache with the features of the demo's pictures and captions, in one view."""
     from trimodal.training.frozen import open_features
@@ -104,6 +140,7 @@ def measured() -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fill", action="store_true")
+    parser.add_argument("--once", action="store_true")
     parser.add_argument("--data-root", default="./data")
     options = parser.parse_args(argv)
     from benchmarks.run import commit, hardware
@@ -112,13 +149,24 @@ def main(argv: list[str] | None = None) -> int:
     if options.fill:
         print(f"features of the demo's pictures and captions: {fill_s(options.data_root):.1f} s")
         return 0
+    if options.once:
+        pairs = step_turns(TURNS)
+        for again_s, once_s in pairs:
+            print(f"a step of {ROWS} pairs in micro-batches of {MICRO_BATCH}: towers run again {again_s:6.2f} s, once "
+                  f"{once_s:6.2f} s, {again_s / once_s:5.2f} times", flush=True)
+        show(again_s / once_s for again_s, once_s in pairs)
+        return 0
     found = turns(TURNS)
     for encoding_s, reading_s in found:
         print(f"an epoch of {PICTURES} pairs in steps of {BATCH}: encoding each time {encoding_s:7.2f} s, reading the "
               f"cache {reading_s:7.3f} s, {encoding_s / reading_s:6.1f} times", flush=True)
-    ratios = sorted(encoding_s / reading_s for encoding_s, reading_s in found)
-    print(f"{statistics.median(ratios):.1f} times ({ratios[0]:.1f} to {ratios[-1]:.1f}, {len(ratios)} turns)")
+    show(encoding_s / reading_s for encoding_s, reading_s in found)
     return 0
+
+
+def show(ratios: Iterable[float]) -> None:
+    each = sorted(ratios)
+    print(f"{statistics.median(each):.3g} times ({each[0]:.3g} to {each[-1]:.3g}, {len(each)} turns)")
 
 
 if __name__ == "__main__":

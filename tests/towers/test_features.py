@@ -111,8 +111,7 @@ def prepared(folder: Path, broken: Sequence[int] = ()) -> Path:
 
 
 def with_towers(data: Data, config: Config, towers: dict[str, Encoder], **more: bool) -> Data:
-    return replace(data, splits={name: with_features(split, towers, config, **more)
-                                 for name, split in data.splits.items()})
+    return replace(data, splits=with_features(data.splits, towers, config, **more))
 
 
 def batches(data: Data, config: Config, inputs: Sequence[str], *, train: bool = True, epoch: int = 1,

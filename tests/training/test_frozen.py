@@ -1,19 +1,23 @@
 """Stages read features where towers are as a run began with them, and learn what they learn by encoding each time."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import evaluate
 from tests.ranks import in_ranks
 from tests.refusals import assert_names
 from tests.small_runs import SmallRuns, batches, records
-from tests.tiny_towers import by_name
+from tests.tiny_towers import TinyTower, by_name
 from tests.training.test_plans import tasks_of
-from tests.training.test_pretrained import TINY, tiny
+from tests.training.test_pretrained import FROZEN, TINY, tiny
 from trimodal import distributed
 from trimodal.memory import devices
+from trimodal.towers import features
 from trimodal.towers.settings import decoded_kinds, frozen_until
 from trimodal.training import plans
 from trimodal.training.frozen import live_by_stage, open_features, read_features
@@ -48,6 +52,66 @@ def test_a_run_without_room_for_features_learns_the_same(small: SmallRuns, tiny:
     assert not any((tmp_path / "cache_without").glob("*features*"))
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# ---- what is cached ----------------------------------------------------------------------------------------------
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """Figures of the one report below a folder."""
+    (path,) = folder.glob("reports/report_*.json")
+    figures: dict[str, Any] = json.loads(path.read_text("utf-8"))["evaluation"]["figures"]
+    return figures
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_evaluation_of_the_best_model_gives_the_figures_of_the_run(
+        small: SmallRuns, tiny: Iterator[None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        dtype: torch.dtype | None) -> None:
+    """Exactly, of towers that were frozen throughout: both read the cache, where it was filled and where it was not."""
+    monkeypatch.setattr(devices, "choose_precision", lambda *_: devices.Precision(dtype, False, str(dtype)))
+    run, calls, forward = tmp_path / "run", list[str](), TinyTower.forward
+    small.train(run, *TINY, f"stages.align.trainable={FROZEN}", "training.epochs=3")
+
+    def counted(tower: TinyTower, *given: Any) -> Any:
+        calls.append(tower.modality)
+        return forward(tower, *given)
+
+    def again(folder: Path, *overrides: str) -> dict[str, Any]:
+        small.config(folder)  # which finds the plans of earlier tests
+        calls.clear()
+        assert evaluate.main(["--checkpoint", str(run / "checkpoints" / "best_model.pt"), "--output-dir", str(folder),
+                              "--data-root", str(small.data_root), "--device", "cpu", *overrides]) == 0
+        return told(folder)
+
+    monkeypatch.setattr(TinyTower, "forward", counted)
+    expected = told(run)
+    assert again(tmp_path / "cached") == expected and not calls, "no tower is asked again"
+    elsewhere = f"data.cache_dir={tmp_path}/empty"
+    assert again(tmp_path / "part", elsewhere, "--limit", "40").keys() == expected.keys()
+    assert not any((tmp_path / "empty").glob("*-features*")), "a part of a split does not encode the whole of it"
+    assert again(tmp_path / "anew", elsewhere) == expected and set(calls) == {"image", "text"}
+    assert again(tmp_path / "live", "data.cache=false").keys() == expected.keys() and calls
+
+
+def test_weights_are_read_once_for_the_keys_of_all_splits(small: SmallRuns, tiny: Iterator[None], tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    run, read, digest_of = small.open(tmp_path / "run", *TINY), list[int](), features.digest_of
+
+    def counted(module: torch.nn.Module) -> str:
+        read.append(id(module))
+        return digest_of(module)
+
+    monkeypatch.setattr(features, "digest_of", counted)
+    open_features(run)
+    towers = {id(tower) for tower in run.model.towers.values()}
+    assert len(run.data.splits) == 3 and sorted(read) == sorted(towers)
+    before = run.features["val"]["text"]
+    with torch.no_grad():
+        run.model.text.tower.pooler.bias += 1
+    open_features(run)
+    after = run.features["val"]["text"]
+    assert before and after and before.entries[0][0].folder != after.entries[0][0].folder, "weights that have changed"
 
 
 # ---- no room in the cache --------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Features of frozen towers: encoded once into the cache, with the run's device, from where each step reads them.
 
-    split = with_features(split, {"image": model.image, "text": model.text}, config)
-    split.frozen["image"].read(rows, views)
+    splits = with_features(splits, {"image": model.image, "text": model.text}, config)
+    splits["train"].frozen["image"].read(rows, views)
 
 Each set, split, modality and view has an entry of the cache (see `cache`). What it holds is decided by the weights of
 the tower, how its inputs are prepared, the libraries that compute it, and the files or token ids that it is made from.
@@ -199,25 +199,34 @@ def _version(package: str) -> str:
 # ---- a split ---------------------------------------------------------------------------------------------------------
 
 
-def with_features(split: Split, encoders: Mapping[str, Any], config: Config, *, fill: bool = True) -> Split:
-    """`split` with the features of `encoders`, by modality, whose towers are frozen; fills the cache where they are
+def with_features(splits: Mapping[str, Split], encoders: Mapping[str, Any], config: Config, *,
+                  fill: bool = True) -> dict[str, Split]:
+    """`splits` with the features of `encoders`, by modality, whose towers are frozen; fills the cache where they are
     missing, if `fill`.
 
     Raises:
         UserError: more than `data.max_bad_pct` of a set's images or sounds cannot be read.
     """
     if not config.data.cache:
-        return split
-    return replace(split, frozen={name: open_features(split, name, encoder, config, fill=fill)
-                                  for name, encoder in encoders.items()})
+        return dict(splits)
+    digests = digests_of(encoders)
+    return {name: replace(split, frozen={
+        modality: open_features(split, modality, encoder, digests[modality], config, fill=fill)
+        for modality, encoder in encoders.items()}) for name, split in splits.items()}
 
 
-def open_features(split: Split, modality: str, encoder: Any, config: Config, *, fill: bool = True) -> Features | None:
+def digests_of(encoders: Mapping[str, Any]) -> dict[str, str]:
+    """`digest_of_encoder` of each, which reads all weights: so once for all splits, and each time that these begin."""
+    return {name: digest_of_encoder(encoder) for name, encoder in encoders.items()}
+
+
+def open_features(split: Split, modality: str, encoder: Any, digest: str, config: Config, *,
+                  fill: bool = True) -> Features | None:
     """The features of all samples of a split, or of its captions. None where some are not in the cache."""
     count = len(split.table.captions) if modality == "text" else len(split.table)
     entries = list[list[cache.Entry]]()
     places = np.full((count, 2), -1, np.int64)
-    for numbers, rows, views in contents_of(split, modality, encoder, config):
+    for numbers, rows, views in contents_of(split, modality, encoder, digest, config):
         found = [cache.open_entry(one, fill) for one in views]
         if None in found:
             return None
@@ -239,10 +248,11 @@ class Missing:
 
 def missing(splits: Iterable[Split], encoders: Mapping[str, Any], config: Config) -> list[Missing]:
     """The entries of features that the cache lacks."""
-    found = []
+    found, digests = [], digests_of(encoders)
     for split in splits:
         for name, encoder in encoders.items():
-            for one in (one for _, _, views in contents_of(split, name, encoder, config) for one in views):
+            for one in (one for _, _, views in contents_of(split, name, encoder, digests[name], config)
+                        for one in views):
                 if not one.folder().is_dir():
                     begin_s, tried = time.perf_counter(), min(len(one), one.together)
                     sizes = [len(item) for item in one.encode(range(tried)) if not isinstance(item, str)]
@@ -251,10 +261,11 @@ def missing(splits: Iterable[Split], encoders: Mapping[str, Any], config: Config
     return found
 
 
-def contents_of(split: Split, modality: str, encoder: Any,
+def contents_of(split: Split, modality: str, encoder: Any, tower: str,
                 config: Config) -> Iterator[tuple[np.ndarray, np.ndarray, list[Contents]]]:
-    """Yield for each set (items int64 [n] of the rows int64 [n], those rows, what the entry of each view holds)."""
-    table, tower = split.table, digest_of_encoder(encoder)
+    """Yield for each set (items int64 [n] of the rows int64 [n], those rows, what the entry of each view holds).
+    `tower`: the encoder's digest."""
+    table = split.table
     owners = np.repeat(np.arange(len(table)), table.caption_count)
     for code, source in enumerate(table.sources.names):
         own = table.sources.codes == code

@@ -19,7 +19,8 @@ from trimodal.files import check_writable
 from trimodal.memory import devices
 from trimodal.redaction import command_line, settings
 from trimodal.sets import check_settings
-from trimodal.towers.settings import inputs_of, tower_facts
+from trimodal.towers.features import with_features
+from trimodal.towers.settings import decoded_kinds, frozen_until, inputs_of, tower_facts
 from trimodal.training.planner import DeviceSetup, plan_evaluation
 
 
@@ -95,6 +96,8 @@ def on_data_sets(options: argparse.Namespace, model: Any, state: dict[str, Any],
     """
     split, heads = options.split, rerank.heads_of(state, config, options.checkpoint)
     data = read_data(config, split, state, model)
+    if state:
+        data = with_frozen(data, model, config, fill=options.limit is None)
     if isinstance(model, peers.HubModel):
         encoded = peers.encode(model, data, split, config, setting)
         figures = protocols.score(encoded, data, config)
@@ -133,7 +136,18 @@ def read_data(config: Config, split: str, state: dict[str, Any], model: Any) -> 
     if not state:
         return load_data(config, [split], concepts=(), speakers=(), fill_cache=())
     return load_data(config, [split], tokenizer=Tokenizer.from_json(state["tokenizer"]),
-                     concepts=state["concepts"], speakers=state["speakers"], inputs=inputs_of(model.towers))
+                     concepts=state["concepts"], speakers=state["speakers"], inputs=inputs_of(model.towers),
+                     fill_cache=decoded_kinds(config, model.towers))
+
+
+def with_frozen(data: Data, model: Any, config: Config, *, fill: bool) -> Data:
+    """`data` with the features of the towers that no stage trained, as at the end of a run: from the cache, in float32
+    whatever the precision here. What it lacks is encoded into it if `fill`, so that figures do not depend on whether
+    the run, or an earlier evaluation, took place on this machine."""
+    names = set.intersection(*frozen_until(config, model.towers).values())
+    encoders = {name: getattr(model, name) for name in sorted(names)}
+    first = replace(config, data=replace(config.data, views=1))  # the view that evaluation reads
+    return replace(data, splits=with_features(data.splits, encoders, first, fill=fill))
 
 
 def own_settings(config: Config, is_hub: bool) -> dict[str, Any]:

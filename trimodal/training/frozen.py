@@ -19,7 +19,7 @@ def open_features(run: Run) -> None:
     names = set.union(*frozen_until(run.config, run.model.towers).values())
     encoders = {name: getattr(run.model, name) for name in sorted(names)}
     opened = run.world.together(lambda: {
-        split: with_features(of, encoders, run.config).frozen for split, of in run.data.splits.items()})
+        split: of.frozen for split, of in with_features(run.data.splits, encoders, run.config).items()})
     lacking = set.union(*run.world.gather_objects(
         {(split, name) for split, found in opened.items() for name, one in found.items() if one is None}))
     run.features = {split: {name: None if (split, name) in lacking else one for name, one in found.items()}

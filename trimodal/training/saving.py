@@ -47,8 +47,9 @@ def left_out_of_checkpoints(run: Run) -> tuple[str, ...]:
     """The modalities of pretrained towers whose weights `checkpoint_epoch_*.pt` name instead of holding them: they are
     those of their source, and no stage trains them. The best and the final model hold all."""
     if run.left_out is None:
-        run.left_out = tuple(name for name, tower in run.model.towers.items() if digest_of(tower) == tower.digest
-                             and not any(trains(row, name, tower) for row in run.config.stages))
+        run.left_out = tuple(name for name, tower in run.model.towers.items()
+                             if not any(trains(row, name, tower) for row in run.config.stages)
+                             and digest_of(tower) == tower.digest)
     return run.left_out
 
 

@@ -2,8 +2,8 @@
 
 Each check yields rows, and leaves in a `Case` what later ones need. It calls the functions that training calls: nothing
 here is a second way to read data, to plan memory or to make a step. Nothing is written outside a temporary folder; only
-word embeddings of the hub are fetched where they are not on this machine. torch and what needs it are imported within
-functions, since the doctor has to say so where they cannot be loaded.
+word embeddings of the hub, and the small files of its towers, are fetched where they are not on this machine. torch and
+what needs it are imported within functions, since the doctor has to say so where they cannot be loaded.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ class Case:
     show: Callable[[str], Any] = print  # what is being looked at
     device: Any = None  # torch.device
     state: dict[str, Any] | None = None  # the checkpoint that the run goes on from
-    towers: "dict[str, PretrainedTower]" = field(default_factory=dict)
+    towers: "dict[str, PretrainedTower] | None" = field(default_factory=dict)  # None: they cannot be had
     data: "Data | None" = None
     tasks: dict[str, tuple[list[TaskConfig], list[str]]] = field(default_factory=dict)  # of `active_tasks`, by stage
     run: "Run | None" = None  # in the temporary folder, with few samples in a batch
@@ -253,16 +253,21 @@ def check_init(case: Case) -> Iterator[Finding]:
 
 
 def check_towers(case: Case) -> Iterator[Finding]:
-    """The pretrained towers that the configuration names: opened with their weights."""
+    """The pretrained towers that the configuration names: opened with their weights, if these are on this machine."""
     from trimodal.towers.settings import with_towers
     from trimodal.training.run import towers_of
 
-    case.towers = towers_of(case.config, case.state)
-    case.config = dataclasses.replace(case.config, model=with_towers(case.config.model, case.towers))
-    for name, tower in case.towers.items():
-        millions = sum(p.numel() for p in tower.parameters()) / 1e6
-        yield Finding(f"tower: {name}", "ok", f"{tower.source}, {millions:.1f} M parameters, width {tower.dim}, "
-                                              f"licence {tower.licence}")
+    case.towers = None
+    towers = towers_of(case.config, case.state, "if here")
+    case.config = dataclasses.replace(case.config, model=with_towers(case.config.model, towers))
+    case.towers = towers
+    for name, tower in towers.items():
+        count = sum(p.numel() for p in tower.parameters())
+        found = f"{tower.source}, {count / 1e6:.1f} M parameters, width {tower.dim}, licence {tower.licence}"
+        yield Finding(f"tower: {name}", "ok", found) if tower.digest else Finding(
+            f"tower: {name}", "warn", f"{found}; its weights ({4 * count / GB:.2g} GB in float32) are not on this "
+            "machine yet: a run fetches them, and random ones stand in for them here",
+            "reach the hub or address that has them (HF_ENDPOINT names a mirror) when the run starts")
 
 
 def check_data(case: Case) -> Iterator[Finding]:
@@ -394,9 +399,10 @@ def check_disk(case: Case) -> Iterator[Finding]:
     """Whether the output folder can be written and holds what a run saves, and the cache."""
     folder = Path(case.config.paths.output_dir)
     yield from guarded("output folder", _output_folder, case.options, folder)
-    yield from guarded("disk: checkpoints", _room_for_checkpoints, case.config, folder)
-    if case.data is not None:
-        yield from guarded("disk: cache", _room_for_cache, case.data, case.trial, case.towers)
+    if case.towers is not None:
+        yield from guarded("disk: checkpoints", _room_for_checkpoints, case.config, folder, case.towers)
+        if case.data is not None:
+            yield from guarded("disk: cache", _room_for_cache, case.data, case.trial, case.towers)
 
 
 def _output_folder(options: "Options", folder: Path) -> Iterator[Finding]:
@@ -431,12 +437,11 @@ def _why_not_writable(folder: Path) -> str | None:
     return None
 
 
-def _room_for_checkpoints(config: Config, folder: Path) -> Iterator[Finding]:
+def _room_for_checkpoints(config: Config, folder: Path, towers: "dict[str, PretrainedTower]") -> Iterator[Finding]:
     from trimodal.files import nearest_existing
-    from trimodal.towers.settings import open_towers
     from trimodal.training.saving import checkpoint_bytes
 
-    count, each, needed = checkpoint_bytes(config, open_towers(config.model))
+    count, each, needed = checkpoint_bytes(config, towers)
     here = sum(path.stat().st_size for path in folder.glob("checkpoints/*"))
     free = shutil.disk_usage(nearest_existing(folder)).free + here
     yield Finding("disk: checkpoints", "ok" if needed < free else "fail",
@@ -476,7 +481,7 @@ def check_memory(case: Case) -> Iterator[Finding]:
     with contextlib.suppress(OSError):  # what was planned before need not be planned again
         shutil.copytree(Path(case.config.paths.output_dir) / "plans", case.folder / "plans")
     options = dataclasses.replace(case.options, resume=None, overwrite=False)
-    run = open_run(case.trial, options, case.state, data=case.data)
+    run = open_run(case.trial, options, case.state, data=case.data, towers=case.towers)
     run.tracker.close()
     config, tasks = settings_of(run, case.trial), {name: tasks for name, (tasks, _) in case.tasks.items()}
     case.run = run

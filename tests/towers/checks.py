@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimodal.memory.tracker import tracing
-from trimodal.towers.base import Encoded, PretrainedTower, build_tower
+from trimodal.towers.base import Encoded, PretrainedTower, build_tower, open_tower
 
 transformers: Any = importlib.import_module("transformers")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
@@ -44,8 +44,10 @@ def close(found: Tensor, expected: Tensor, within: float = 1e-5) -> None:
     assert (found - expected).abs().max() <= within * expected.abs().max(), (found - expected).abs().max()
 
 
-def check_protocol(tower: PretrainedTower, inputs: Tensor, valid: Tensor | None = None) -> None:
-    """Rebuilding, planning, training mode, layers and recompute of a tower, on two samples or more."""
+def check_protocol(tower: PretrainedTower, inputs: Tensor, valid: Tensor | None = None, **opened: Any) -> None:
+    """Rebuilding, planning, training mode, layers and recompute of a tower, on two samples or more. `opened`: what
+    `open_tower` was given beside its name."""
+    check_outlined(tower, opened)
     check_modes(tower, inputs, valid)
     check_rebuilt(tower, inputs, valid)
     check_planned(tower, inputs, valid)
@@ -55,6 +57,17 @@ def check_protocol(tower: PretrainedTower, inputs: Tensor, valid: Tensor | None 
         encoded = tower(inputs, valid)
     assert encoded.pooled_BD.shape == (len(inputs), tower.dim) and encoded.tokens_BND.shape[2] == tower.dim
     assert encoded.valid_BN is None or encoded.valid_BN.shape == encoded.tokens_BND.shape[:2]
+
+
+def check_outlined(tower: PretrainedTower, opened: dict[str, Any]) -> None:
+    """Opened without its weights it is described alike, and has parameters of the same names and sizes."""
+    outline = open_tower(tower.source, tower.modality, **opened, load="never")
+    assert outline.description == {**tower.description, "digest": ""} and tower.digest and not outline.digest
+    assert (outline.dim, outline.depth, outline.input) == (tower.dim, tower.depth, tower.input)
+    assert all(value.is_meta for value in outline.parameters())
+    shapes, others = ({name: (value.shape, value.dtype, one.layer_of(name)) for name, value in one.named_parameters()}
+                      for one in (outline, tower))
+    assert shapes == others
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def test_its_features_are_those_of_the_original_computation(image: PretrainedTow
 
 
 def test_it_keeps_to_the_protocol(image: PretrainedTower, text: PretrainedTower) -> None:
-    check_protocol(image, pictures(96))
+    check_protocol(image, pictures(96), weights=LITE0)
     assert isinstance(text.input, TextInput)
     check_protocol(text, *tokens_of(text.input, ["a dog runs", "rain"]))
 

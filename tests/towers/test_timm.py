@@ -55,7 +55,7 @@ def test_it_is_timm_s_own_and_keeps_to_the_protocol(name: str, tmp_path: Path) -
         tokens = states.flatten(2).mT if states.ndim == 4 else states[:, model.num_prefix_tokens:]
         if tokens.shape[2] == tower.dim:
             close(tower(images).tokens_BND, tokens)
-    check_protocol(tower, images)
+    check_protocol(tower, images, weights=str(tmp_path / "weights.pth"))
 
 
 def test_positions_are_those_of_another_size_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_positions_are_those_of_another_size_where_it_is_asked_for(tmp_path: Pat
                                 pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")}).eval()
     with torch.no_grad():
         close(tower(pictures(96)).pooled_BD, resized(standardised(tower, pictures(96))))
-    check_protocol(tower, pictures(96))
+    check_protocol(tower, pictures(96), weights=str(tmp_path / "weights.pth"), size=96)
     file = weights_of(model_of("test_resnet"), tmp_path / "network")
     network = open_tower("timm:test_resnet", "image", weights=file, size=64)
     assert network(pictures(64)).tokens_BND.shape[1] == 4
@@ -82,20 +82,18 @@ def test_a_folder_that_timm_wrote(source: str, tmp_path: Path) -> None:
     with torch.no_grad():
         states = model.forward_features(standardised(tower, pictures(64)))
         close(tower(pictures(64)).pooled_BD, model.forward_head(states, pre_logits=True))
-    check_protocol(tower, pictures(64))
+    check_protocol(tower, pictures(64), size=64)
 
 
 def test_dinov3_gives_its_class_token_and_siglip_is_squashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trimodal.towers import from_timm
 
     assert from_timm._options(timm, "vit_small_patch16_dinov3.lvd1689m", None, "") == {"global_pool": "token"}
-    with torch.device("meta"):
-        siglip = timm.create_model("vit_base_patch32_siglip_256.v2_webli", num_classes=0)
-        clip = timm.create_model("vit_base_patch32_clip_quickgelu_224.openai", num_classes=0)
-    taken = from_timm._input(siglip, "vit_base_patch32_siglip_256.v2_webli", None, None, "")
-    assert (taken.size, taken.fit, taken.crop_pct, taken.filter) == (256, "squash", 1.0, "bicubic")
-    taken = from_timm._input(clip, "vit_base_patch32_clip_quickgelu_224.openai", None, None, "")
-    assert (taken.size, taken.fit, round(taken.mean[0], 3)) == (224, "crop", 0.481)
+    siglip, clip = (open_tower(f"timm:vit_base_patch32_{name}", "image", load="never").input
+                    for name in ("siglip_256.v2_webli", "clip_quickgelu_224.openai"))
+    assert isinstance(siglip, ImageInput) and isinstance(clip, ImageInput)
+    assert (siglip.size, siglip.fit, siglip.crop_pct, siglip.filter) == (256, "squash", 1.0, "bicubic")
+    assert (clip.size, clip.fit, round(clip.mean[0], 3)) == (224, "crop", 0.481)
 
 
 def test_pictures_are_prepared_as_timm_s_transform_does() -> None:

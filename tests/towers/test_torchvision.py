@@ -42,7 +42,7 @@ def test_it_is_torchvision_s_own_and_keeps_to_the_protocol(name: str, tmp_path: 
         head = [one for one in model.modules() if isinstance(one, torch.nn.Linear)][-1]
         close(head(found.pooled_BD), expected)
     assert found.tokens_BND.shape == (2, 4, tower.dim)
-    check_protocol(tower, pictures(64))
+    check_protocol(tower, pictures(64), weights=str(tmp_path / "w.pth"), size=64)
 
 
 @pytest.mark.repetition  # its smallest ViT is large

@@ -18,7 +18,7 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -113,7 +113,7 @@ class PretrainedTower(nn.Module):
         depth: its last layer, as `layer_of` counts them.
         input: how images, texts or sounds are prepared for it.
         source: the name it was opened by. licence: as its source states it, or "unknown".
-        digest: sha256 of the weights it was opened with.
+        digest: sha256 of the weights it was opened with; empty where it was opened without.
         description: plain data from which `build_tower` makes the same architecture.
     """
 
@@ -201,17 +201,40 @@ def sealed(tower: PretrainedTower) -> PretrainedTower:
 # ---- opening and building ----------------------------------------------------------------------------------------
 
 
-def open_tower(name: str, modality: str, *, weights: str = "auto", size: int | None = None) -> PretrainedTower:
+class Source(NamedTuple):
+    """What a name of a tower stands for, as far as small files tell, and how the weights are read."""
+
+    description: dict[str, Any]
+    load: Callable[[], PretrainedTower]  # with its weights, fetched where they are missing
+    is_here: bool = True  # whether this machine has the weights
+
+
+Load = Literal["always", "if here", "never"]
+
+
+def open_tower(name: str, modality: str, *, weights: str = "auto", size: int | None = None,
+               load: Load = "always") -> PretrainedTower:
     """The pretrained tower of a name, with its weights.
 
     Args:
         name: `timm:NAME`, `torchvision:NAME`, `hub:OWNER/NAME`, `package:NAME`, or a local folder.
         weights: "auto": those that belong to the name; `package:NAME` or a file: from there.
         size: pixels of a side of the images, where they are not to be the tower's own.
+        load: "if here": weights that this machine lacks are not fetched, and are random ones; "never": no weights are
+            read, and the tower is on the device "meta". A hub is then asked for settings and tokenizer alone.
 
     Raises:
         UserError: nothing of this name, of another modality, or damaged; one line says what and what to do.
     """
+    found = _find(name, modality, weights, size, whole=load == "always")
+    if load == "always" or (load == "if here" and found.is_here):
+        return sealed(found.load())
+    with torch.device("meta" if load == "never" else "cpu"):
+        return build_tower(found.description)
+
+
+def _find(name: str, modality: str, weights: str, size: int | None, *, whole: bool) -> Source:
+    """What a name stands for; of a hub's, all files are fetched where `whole`, else the small ones."""
     from trimodal.towers import from_timm, from_torchvision, hub, packages
 
     where = f"model.{modality}.tower: {name}"
@@ -220,7 +243,7 @@ def open_tower(name: str, modality: str, *, weights: str = "auto", size: int | N
         if modality != "image":
             raise ConfigError(f"{where}: {kind} has towers of images alone; for {modality} name one of hub:NAME, or a "
                               "local folder")
-        return (from_timm if kind == "timm" else from_torchvision).open_named(rest, name, weights, size)
+        return (from_timm if kind == "timm" else from_torchvision).find_named(rest, name, weights, size)
     if weights != "auto":
         raise ConfigError(f"model.{modality}.weights: {weights} is for timm:NAME and torchvision:NAME; {name} has its "
                           "own weights: write auto")
@@ -228,13 +251,14 @@ def open_tower(name: str, modality: str, *, weights: str = "auto", size: int | N
         if not re.fullmatch(r"([\w.-]+/)?[\w.-]+(@[\w.-]+)?", rest, re.ASCII):
             raise ConfigError(f"{where}: neither a name of a hub, as OWNER/NAME or OWNER/NAME@REVISION, nor a folder "
                               "that is there")
-        return _open_folder(hub.fetch(rest, where), name, modality, size)
+        folder = hub.fetch(rest, where, whole=whole)
+        return _in_folder(folder, name, modality, size)._replace(is_here=hub.has_weights(folder))
     if kind == "package":
-        return _open_folder(packages.folder_of(rest, where), name, modality, size)
-    return _open_folder(Path(rest if kind == "hub" else name), name, modality, size)
+        return _in_folder(packages.folder_of(rest, where), name, modality, size)
+    return _in_folder(Path(rest if kind == "hub" else name), name, modality, size)
 
 
-def _open_folder(folder: Path, source: str, modality: str, size: int | None) -> PretrainedTower:
+def _in_folder(folder: Path, source: str, modality: str, size: int | None) -> Source:
     from trimodal.towers import from_timm, hub, hub_images, hub_sounds, hub_texts
 
     where = f"model.{modality}.tower: {source}"
@@ -245,11 +269,11 @@ def _open_folder(folder: Path, source: str, modality: str, size: int | None) -> 
         raise ConfigError(f"{where}: no such folder; write own, timm:NAME, torchvision:NAME, hub:OWNER/NAME, "
                           "package:NAME, or a folder that is there")
     if modality == "text":
-        return hub_texts.open_folder(folder, source, where)
+        return hub_texts.find_in(folder, source, where)
     if modality == "audio":
-        return hub_sounds.open_folder(folder, source, where)
+        return hub_sounds.find_in(folder, source, where)
     is_of_timm = "architecture" in hub.read_json(folder, hub.CONFIG, where)
-    return (from_timm if is_of_timm else hub_images).open_folder(folder, source, where, size)
+    return (from_timm if is_of_timm else hub_images).find_in(folder, source, where, size)
 
 
 def build_tower(description: Mapping[str, Any]) -> PretrainedTower:

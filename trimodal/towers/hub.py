@@ -7,10 +7,11 @@ everything else reads that folder alone. Of a checkpoint with two towers only th
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -59,8 +60,9 @@ class HubTower(PretrainedTower):
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 
-def fetch(name: str, where: str) -> Path:
-    """The folder of a hub's model `OWNER/NAME` or `OWNER/NAME@REVISION`, fetched where the hub's cache lacks it.
+def fetch(name: str, where: str, *, whole: bool = True) -> Path:
+    """The folder of a hub's model `OWNER/NAME` or `OWNER/NAME@REVISION`, fetched where the hub's cache lacks it; with
+    its weights, if `whole`.
 
     Raises:
         UserError: it cannot be had; `where` names the key and value in the message.
@@ -71,8 +73,11 @@ def fetch(name: str, where: str) -> Path:
     at: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
     try:
         if is_offline():
-            return Path(hf_hub_download(**at, filename=CONFIG, local_files_only=True)).parent
-        return Path(snapshot_download(**at, allow_patterns=_wanted(**at)))
+            folder = Path(hf_hub_download(**at, filename=CONFIG, local_files_only=True)).parent
+            if whole and not has_weights(folder):
+                raise ValueError(f"{folder} is without weights")
+            return folder
+        return Path(snapshot_download(**at, allow_patterns=_wanted(**at, whole=whole)))
     except Exception as error:  # the client of the hub raises nearly any type
         if isinstance(error, MemoryError):
             raise
@@ -91,16 +96,38 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _wanted(repo_id: str, revision: str | None) -> list[str]:
-    """Files to fetch: settings, tokenizers, the card, and weights in the safest format there is."""
+def _wanted(repo_id: str, revision: str | None, *, whole: bool) -> list[str]:
+    """Files to fetch: settings, tokenizers, the card, and if `whole` the weights in the safest format there is."""
     from huggingface_hub import HfApi
 
     # Asked first and once, since the client of the hub tries what follows for minutes where no server answers.
     there = [one.rfilename for one in HfApi().model_info(repo_id, revision=revision, timeout=30).siblings or []]
     for patterns in WEIGHTS:
         if found := [name for name in there if any(fnmatch(name, pattern) for pattern in patterns)]:
-            return [*SMALL_FILES, "1_Pooling/config.json", *found]
+            return [*SMALL_FILES, "1_Pooling/config.json", *(found if whole else ())]
     raise ValueError(f"it holds no {' or '.join(pattern for patterns in WEIGHTS for pattern in patterns[:1])}")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder of the hub's cache holds weights, and all parts of them."""
+    for whole, part in WEIGHTS:
+        parts = [path.name for path in folder.glob(part)]  # model-00001-of-00002.safetensors
+        if (folder / whole).is_file() or (parts and f"-of-{len(parts):05d}." in parts[0]):
+            return True
+    return False
+
+
+def torch_file(url: str) -> Path:
+    """Where torch keeps what it fetches from an address of weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(urlsplit(url).path).name
+
+
+def is_cached(repository: str, names: Sequence[str]) -> bool:
+    """Whether the hub's cache holds a file of one of these names of `OWNER/NAME` or `OWNER/NAME@REVISION`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = repository.partition("@")
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision or None), str) for file in names)
 
 
 def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
@@ -151,8 +178,25 @@ def licence_of(folder: Path) -> str:
 # ---- models ------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, kind: Kind, where: str) -> Any:
-    """The part of the checkpoint in `folder` that `kind` names, in float32 and complete.
+def config_of(folder: Path, kind: Kind, where: str) -> Any:
+    """The settings of the part that `kind` names, as the library reads them from a folder's config.json.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    import transformers
+
+    try:
+        with quiet():
+            return getattr(transformers, kind.config).from_pretrained(folder, local_files_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # files made to deceive may provoke any
+        raise UserError(f"{where}: {folder / CONFIG} is damaged ({reason_of(error)}); fetch it again") from None
+
+
+def load(folder: Path, kind: Kind, config: Any, where: str) -> Any:
+    """The part of the checkpoint in `folder` that `kind` names, of the settings `config`, in float32 and complete.
 
     Raises:
         UserError: a file is missing or damaged, holds code, or lacks a parameter that the tower reads.
@@ -163,8 +207,8 @@ def load(folder: Path, kind: Kind, where: str) -> Any:
     try:
         with quiet():
             model, found = model_class.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, weights_only=True,
-                output_loading_info=True, attn_implementation=kind.attention, **kind.options)
+                folder, config=config, dtype=torch.float32, trust_remote_code=False, local_files_only=True,
+                weights_only=True, output_loading_info=True, attn_implementation=kind.attention, **kind.options)
     except MemoryError:
         raise
     except Exception as error:  # files made to deceive may provoke any

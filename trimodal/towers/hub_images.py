@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from trimodal.errors import UserError
-from trimodal.towers.base import Encoded, ImageInput, PretrainedTower, input_of, sealed
-from trimodal.towers.hub import HubTower, Kind, described, kind_of, load, read_json, rebuild
+from trimodal.towers.base import Encoded, ImageInput, PretrainedTower, Source, input_of
+from trimodal.towers.hub import HubTower, Kind, config_of, described, kind_of, load, read_json, rebuild
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,15 +81,15 @@ def _forget_coordinates() -> None:
     module.get_patches_center_coordinates = getattr(kept, "__wrapped__", kept)
 
 
-def open_folder(folder: Path, source: str, where: str, size: int | None) -> PretrainedTower:
+def find_in(folder: Path, source: str, where: str, size: int | None) -> Source:
     """The image tower of a local folder; `where` begins the messages of errors."""
     model_type = kind_of(folder, {name: one.kind for name, one in KINDS.items()}, "images", where)
     of = KINDS[model_type]
     taken = _input(read_json(folder, "preprocessor_config.json", where), of.default, where)
-    model = load(folder, of.kind, where)
     taken = ImageInput(**{**vars(taken), "size": size or taken.size})
-    description = described("hub_image", "image", source, folder, taken, model_type, model.config)
-    return sealed(HubImageTower(description, model))
+    config = config_of(folder, of.kind, where)
+    description = described("hub_image", "image", source, folder, taken, model_type, config)
+    return Source(description, lambda: HubImageTower(description, load(folder, of.kind, config, where)))
 
 
 def build(description: Mapping[str, Any]) -> PretrainedTower:

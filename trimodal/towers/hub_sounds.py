@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from trimodal.blocks import at_least_float32, masked_mean
 from trimodal.errors import UserError
-from trimodal.towers.base import Encoded, PretrainedTower, SoundInput, input_of, sealed
+from trimodal.towers.base import Encoded, PretrainedTower, SoundInput, Source, input_of
 from trimodal.towers.front_ends import MIN_SAMPLES, settings_of
-from trimodal.towers.hub import HubTower, Kind, described, kind_of, load, read_json, rebuild
+from trimodal.towers.hub import HubTower, Kind, config_of, described, kind_of, load, read_json, rebuild
 
 WAVE_WINDOW_S = 16  # the longest crops that wav2vec 2.0 was trained on (arXiv:2006.11477) have 15.6
 
@@ -151,15 +151,15 @@ TOWERS: dict[str, type[HubSoundTower]] = {
     "ast": AstTower, "clap": ClapTower, "whisper": WhisperTower, "wave": WaveTower}
 
 
-def open_folder(folder: Path, source: str, where: str) -> PretrainedTower:
+def find_in(folder: Path, source: str, where: str) -> Source:
     """The sound tower of a local folder; `where` begins the messages of errors."""
     model_type = kind_of(folder, {name: one.kind for name, one in KINDS.items()}, "sounds", where)
     of = KINDS[model_type]
-    model = load(folder, of.kind, where)
+    config = config_of(folder, of.kind, where)
     stated = settings_of(of.front_end, read_json(folder, "preprocessor_config.json", where), where)
-    taken = _input(of.front_end, model.config, stated, where)
-    description = described("hub_audio", "audio", source, folder, taken, model_type, model.config)
-    return sealed(TOWERS[of.front_end](description, model))
+    taken = _input(of.front_end, config, stated, where)
+    description = described("hub_audio", "audio", source, folder, taken, model_type, config)
+    return Source(description, lambda: TOWERS[of.front_end](description, load(folder, of.kind, config, where)))
 
 
 def build(description: Mapping[str, Any]) -> PretrainedTower:

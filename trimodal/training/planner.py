@@ -475,6 +475,8 @@ def common_facts(config: Config, setup: DeviceSetup) -> dict[str, Any]:
     model["image_size"] = config.model.image_side
     place = dataclasses.asdict(setup)
     del place["live"]  # a fact of stages
+    for tower in place["towers"].values():
+        tower.pop("digest", None)  # of the weights, which `--plan` does not read
     if not setup.towers:
         del place["towers"]  # digests of earlier releases are without
     return {"model": model, "preset": dataclasses.asdict(config.model.preset), "budget_gb": config.budget_gb,

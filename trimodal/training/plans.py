@@ -133,7 +133,7 @@ class _Lists:
 
 def foretell(config: Config) -> Forecast:
     """What the plans of a run depend on, read from the lists of those data sets whose samples are known without a
-    download (`DataSet.reads_at_once`).
+    download (`DataSet.reads_at_once`). Of pretrained towers no weights are fetched or read.
 
     Other sets may not be here yet and are not read: with one of them every task is planned, and each counts with all
     the speakers that it has.
@@ -142,7 +142,7 @@ def foretell(config: Config) -> Forecast:
         UserError: as a run would: a list cannot be read, or a stage has nothing to train.
     """
     listed = [name for name in config.data.datasets if SETS[name].reads_at_once]
-    towers = open_towers(config.model)
+    towers = open_towers(config.model, load="never")
     config = _with_vocab_size(dataclasses.replace(config, model=with_towers(config.model, towers)), towers)
     known = {name: tower.description for name, tower in towers.items()}, live_towers(config, towers)
     lists = _read(config, listed)

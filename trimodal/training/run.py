@@ -24,7 +24,7 @@ from trimodal.errors import UserError
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.redaction import settings
-from trimodal.towers.base import PretrainedTower, build_tower
+from trimodal.towers.base import Load, PretrainedTower, build_tower
 from trimodal.towers.captions import caption_vectors
 from trimodal.towers.settings import decoded_kinds, inputs_of, open_towers, tokenizer_of, with_towers
 from trimodal.training import outputs
@@ -101,9 +101,9 @@ class Run:
 
 
 def open_run(config: Config, options: Options, state: dict[str, Any] | None, world: World | None = None, *,
-             data: Data | None = None) -> Run:
+             data: Data | None = None, towers: Mapping[str, PretrainedTower] | None = None) -> Run:
     """Folder, device, data, model and logs of a run, fresh or as `state` left it. Only the main process of `world`
-    writes to the folder. `data`: what has been read already.
+    writes to the folder. `data`, `towers`: what has been read already.
 
     Raises:
         UserError: the folder cannot be written; no such device or data; the checkpoint does not fit.
@@ -119,13 +119,13 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     devices.use_deterministic(config.training.deterministic)
     begins_from = options.init if state is None else None
     source = world.together(lambda: read_source(begins_from) if begins_from and world.is_main else None)
-    towers = world.together(lambda: towers_of(config, state))
-    config = replace(config, model=with_towers(config.model, towers))
-    kinds = decoded_kinds(config, towers)
+    opened = world.together(lambda: towers_of(config, state) if towers is None else towers)
+    config = replace(config, model=with_towers(config.model, opened))
+    kinds = decoded_kinds(config, opened)
     data = world.together(lambda: with_caption_vectors(
-        data or read_data(config, state, towers=towers, fill_cache=kinds), config))
+        data or read_data(config, state, towers=opened, fill_cache=kinds), config))
     held_gib = devices.held_gib(device)
-    model = world.together(lambda: build_model(config, data, state, towers)).to(device)
+    model = world.together(lambda: build_model(config, data, state, opened)).to(device)
     initialised_from = state.get("initialised_from") if state else world.on_main(
         lambda: take_weights(source, model, data.tokenizer, data.concepts, config.training.contrastive_loss)
         if source else None)
@@ -160,26 +160,26 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     return run
 
 
-def towers_of(config: Config, state: Mapping[str, Any] | None) -> dict[str, PretrainedTower]:
+def towers_of(config: Config, state: Mapping[str, Any] | None, load: Load = "always") -> dict[str, PretrainedTower]:
     """The pretrained towers that the configuration names: those of the checkpoint `state`, or opened by their names.
 
     A checkpoint may leave out the weights of a frozen tower (see `saving`): then these are read where they were first,
-    and have to be the same.
+    and have to be the same. `load`: as `open_tower` takes it.
 
     Raises:
         UserError: a tower cannot be had, or is not the one that the checkpoint was trained with.
     """
     if state is None:
-        return open_towers(config.model)
+        return open_towers(config.model, load=load)
     described = state.get("towers", {})
     if other := {*described} ^ {*config.model.pretrained}:
         name = min(other)
         raise UserError(f"--resume: the checkpoint was trained with model.{name}.tower="
                         f"{described[name]['source'] if name in described else 'own'}, not "
                         f"{config.model.tower(name).tower}; resume with that, or start anew in another --output-dir")
-    opened = open_towers(config.model, {name for name in described if not has_tower(state, name)})
+    opened = open_towers(config.model, {name for name in described if not has_tower(state, name)}, load=load)
     for name, tower in opened.items():
-        if tower.digest != described[name]["digest"]:
+        if tower.digest not in ("", described[name]["digest"]):
             raise UserError(f"--resume: model.{name}.tower: {tower.source} has other weights than when this run began "
                             f"(sha256 {tower.digest[:12]}, then {described[name]['digest'][:12]}); bring back the "
                             "earlier ones, or start anew in another --output-dir")

@@ -188,7 +188,8 @@ def config_of(folder: Path, kind: Kind, where: str) -> Any:
 
     try:
         with quiet():
-            return getattr(transformers, kind.config).from_pretrained(folder, local_files_only=True)
+            return getattr(transformers, kind.config).from_pretrained(folder, local_files_only=True,
+                                                                      trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # files made to deceive may provoke any

@@ -209,7 +209,8 @@ def race(name: str, python: Path, lists: Path) -> Race:
         RuntimeError: this project has ended without reaching the aim, or no point of open_clip has reached it.
     """
     case, aim = CASES[name], aim_of(name)
-    fastest = sorted(found_points(name), key=lambda point: point.cpu_s_to(aim))[:BEST]
+    came = [point for point in found_points(name) if math.isfinite(point.cpu_s_to(aim))]
+    fastest = sorted(came, key=lambda point: point.cpu_s_to(aim))[:BEST]
     runs = [train_theirs(name, python, lists, p.batch, p.rate, p.dropout, p.passes, until=aim) for p in fastest]
     reached = [run for run in runs if run.epochs and run.epochs[-1].recall >= aim]
     if not reached:

@@ -10,6 +10,7 @@ be measured on this machine, or fails, leaves the record of before, and the exit
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -169,6 +170,15 @@ def pretrained_cache() -> dict[str, float]:
         return {"pretrained_cache_s": fill_s("./data")}
 
 
+def pretrained() -> dict[str, float]:
+    """What the demo on pretrained towers finds, and how long it trains; each run has the next seed."""
+    from benchmarks.learning import pretrained
+
+    with measurable():
+        return pretrained(next(SEEDS))
+
+
+SEEDS = itertools.count()
 ALIGN_BF16 = partial(align, "align_same_bf16", "align_default_bf16", "align_dropped_bf16")
 FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "python_lines": Figure(13_000.0, lines, runs=1),
@@ -178,6 +188,9 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "busy_machine_slowdown": Figure(2.5, busy_machine, runs=5),
            "cached_align_speedup": Figure(None, cached_align, runs=5, at_least=20.0),
            "pretrained_cache_s": Figure(60.0, pretrained_cache),
+           "pretrained_stamps_r5": Figure(None, pretrained, at_least=0.55),
+           "pretrained_stamps_without_symbols_r5": Figure(None, pretrained, at_least=0.45),
+           "pretrained_train_s": Figure(90.0, pretrained),
            "million_samples_start_s": Figure(20.0, million_samples, runs=5),
            "million_samples_memory_gb": Figure(1.0, million_samples, runs=5),
            "rerank_gain_r1": Figure(None, rerank, runs=1, at_least=2.0),

@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                          "checkpoint, print data root, output folder and data sets, one per line, and stop")
     instead.add_argument("--plan", action="store_true", help="print the predicted memory of each stage, and stop")
     instead.add_argument("--doctor", action="store_true", help="try everything that a run needs, print what was found "
-                         "and what to do, and stop; changes nothing, but downloads missing word embeddings of the hub")
+                         "and what to do, and stop; downloads word embeddings and small files of towers, no more")
     parser.add_argument("--json", action="store_true", help="print the plan of --plan as JSON")
     options, rest = parser.parse_known_args(arguments)
     if options.json and not options.plan:

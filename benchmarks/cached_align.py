@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -150,23 +150,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"features of the demo's pictures and captions: {fill_s(options.data_root):.1f} s")
         return 0
     if options.once:
-        pairs = step_turns(TURNS)
-        for again_s, once_s in pairs:
-            print(f"a step of {ROWS} pairs in micro-batches of {MICRO_BATCH}: towers run again {again_s:6.2f} s, once "
-                  f"{once_s:6.2f} s, {again_s / once_s:5.2f} times", flush=True)
-        show(again_s / once_s for again_s, once_s in pairs)
-        return 0
-    found = turns(TURNS)
-    for encoding_s, reading_s in found:
-        print(f"an epoch of {PICTURES} pairs in steps of {BATCH}: encoding each time {encoding_s:7.2f} s, reading the "
-              f"cache {reading_s:7.3f} s, {encoding_s / reading_s:6.1f} times", flush=True)
-    show(encoding_s / reading_s for encoding_s, reading_s in found)
+        show(f"a step of {ROWS} pairs in micro-batches of {MICRO_BATCH}: towers run again", "once", step_turns(TURNS))
+    else:
+        show(f"an epoch of {PICTURES} pairs in steps of {BATCH}: encoding each time", "reading the cache", turns(TURNS))
     return 0
 
 
-def show(ratios: Iterable[float]) -> None:
-    each = sorted(ratios)
-    print(f"{statistics.median(each):.3g} times ({each[0]:.3g} to {each[-1]:.3g}, {len(each)} turns)")
+def show(slow: str, fast: str, seconds: Sequence[tuple[float, float]]) -> None:
+    """Print each turn, and the median and range of the ratios."""
+    for slow_s, fast_s in seconds:
+        print(f"{slow} {slow_s:6.2f} s, {fast} {fast_s:6.3f} s, {slow_s / fast_s:6.1f} times")
+    ratios = sorted(slow_s / fast_s for slow_s, fast_s in seconds)
+    print(f"{statistics.median(ratios):.3g} times ({ratios[0]:.3g} to {ratios[-1]:.3g}, {len(ratios)} turns)")
 
 
 if __name__ == "__main__":

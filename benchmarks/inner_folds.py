@@ -1,6 +1,6 @@
 """Which settings of the demo on pretrained towers are better, told without its test split?
 
-    python benchmarks/inner_folds.py                                      # the recipe as it is: ten minutes
+    python benchmarks/inner_folds.py                                      # the recipe as it is: about ten minutes
     python benchmarks/inner_folds.py training.learning_rate=1e-3          # with other settings
     python benchmarks/inner_folds.py --folds 0 1 -- training.epochs=30
 

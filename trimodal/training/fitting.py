@@ -1,10 +1,10 @@
 """How a stage fits a memory budget: the micro-batches and recompute that are tried, and which of them is taken.
 
-A tower has a list of options, ordered by the forward passes that they cost (`Option.passes`): the
-whole batch at once with recompute of no block, of every 4th, every 2nd or all, and micro-batches of 256, 128, ... 1
-rows with recompute of no block or all. The first option at which all towers fit together is taken, or, where there is
-none, the mixture that takes least (`least_fit`); then each tower by itself, the costliest first, takes the first option
-at which the step still fits. Where a stage fuses, all this is tried with tokens kept first, and without only if no
+A tower has a list of options, ordered by the forward passes that they cost (`Option.passes`): the whole batch at once
+with recompute of no block, of every 4th, every 2nd or all, and micro-batches of 256, 128, ... 1 rows with recompute of
+no block or all. The first option at which all towers fit together is taken, or, where there is none, the mixture that
+takes least (`least_fit`); then each tower by itself, the costliest first, takes the first option at which the step
+still fits. Where a stage fuses, all this is tried with tokens kept first, and without only if no
 option fits with them: to encode again for each objective costs more than the smallest micro-batches do.
 `benchmarks/plan_choice.py` compares the choice with the others that fit, run for real.
 

@@ -144,13 +144,13 @@ def foretell(config: Config) -> Forecast:
     listed = [name for name in config.data.datasets if SETS[name].reads_at_once]
     towers = open_towers(config.model, load="never")
     config = _with_vocab_size(dataclasses.replace(config, model=with_towers(config.model, towers)), towers)
-    known = {name: tower.description for name, tower in towers.items()}, live_towers(config, towers)
+    of_towers = {name: tower.description for name, tower in towers.items()}, live_towers(config, towers)
     lists = _read(config, listed)
     speakers = len(lists.speakers) + sum(SETS[name].speakers for name in config.data.datasets)
     if len(listed) == len(config.data.datasets):
-        return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers, *known)
+        return Forecast(config, {row.name: active_tasks(row, lists)[0] for row in config.stages}, speakers, *of_towers)
     tasks = {row.name: list(row.tasks) if speakers else without_speaker(row.tasks) for row in config.stages}
-    return Forecast(config, tasks, speakers, *known)
+    return Forecast(config, tasks, speakers, *of_towers)
 
 
 def _read(config: Config, names: list[str]) -> _Lists:

@@ -84,6 +84,7 @@ SAFE = {
     "data.cache._remove_partial":
         ("unlink rmdir", "the files of a partial entry, by their names, and the folder when empty"),
     "evaluation.report.write_new": ("replacing unlink", "never over what is there; removes what it has just written"),
+    "search.index.write_index": ("replacing", "the index, over an earlier one of the same folder, under its lock"),
     "download.unpack.remove_below": ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST and, of clips, process-NUMBER in "
                                      "our staging folders, and these folders when empty"),
     "training.tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),

@@ -34,7 +34,7 @@ from trimodal.errors import ConfigError, UserError
 FAMILIES = {  # the modules that know a library, each with a function `build(description)`
     "timm": "trimodal.towers.from_timm", "torchvision": "trimodal.towers.from_torchvision",
     "hub_image": "trimodal.towers.hub_images", "hub_text": "trimodal.towers.hub_texts",
-    "hub_audio": "trimodal.towers.hub_sounds"}
+    "hub_audio": "trimodal.towers.hub_sounds", "sentence_encoder": "trimodal.towers.sentence_encoder"}
 MAX_PARAMETERS = 4_000_000_000  # a description from elsewhere cannot fill the memory
 
 
@@ -235,7 +235,7 @@ def open_tower(name: str, modality: str, *, weights: str = "auto", size: int | N
 
 def _find(name: str, modality: str, weights: str, size: int | None, *, whole: bool) -> Source:
     """What a name stands for; of a hub's, all files are fetched where `whole`, else the small ones."""
-    from trimodal.towers import from_timm, from_torchvision, hub, packages
+    from trimodal.towers import from_timm, from_torchvision, hub, packages, sentence_encoder
 
     where = f"model.{modality}.tower: {name}"
     kind, _, rest = name.partition(":")
@@ -254,6 +254,8 @@ def _find(name: str, modality: str, weights: str, size: int | None, *, whole: bo
         folder = hub.fetch(rest, where, whole=whole)
         return _in_folder(folder, name, modality, size)._replace(is_here=hub.has_weights(folder))
     if kind == "package":
+        if rest == sentence_encoder.PACKAGE:
+            return sentence_encoder.find(name, modality, where)
         return _in_folder(packages.folder_of(rest, where), name, modality, size)
     return _in_folder(Path(rest if kind == "hub" else name), name, modality, size)
 

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,9 @@ from trimodal.inputs import check_audio, check_ids, check_images
 from trimodal.towers.base import PretrainedTower, build_tower
 from trimodal.towers.encoder import PretrainedEncoder
 from trimodal.towers.settings import open_towers, with_towers
+
+if TYPE_CHECKING:
+    from trimodal.inference.open_model import OpenModel
 
 AUDIO_PATCH_FRAMES, AUDIO_PATCH_MELS = 16, 16
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in 0..1
@@ -414,6 +417,25 @@ def load_model(path: str | Path, device: str = "cpu") -> tuple[TriModalModel, di
     model.load_state_dict(weights)
     use_kernel(model, state.setdefault("attention_kernel", KERNELS[0]))  # the only one of earlier releases
     return model.to(device).eval(), state
+
+
+def open_model(source: str | Path, device: str = "auto", precision: str = "float32") -> "OpenModel":
+    """A model ready for use: see OpenModel for `encode`, `compare` and `classify`.
+
+    Args:
+        source: a checkpoint, the output folder of a run, an exported folder, or `hub:NAME` (CLIP, SigLIP and CLAP of
+            transformers, by name or as `hub:FOLDER`).
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: float32; bfloat16 or float16, of autocast; or auto, the fastest that the device has units for.
+
+    Raises:
+        UserError: nothing there can be opened, or the device or precision is unknown; the message says what to do.
+    """
+    from trimodal.inference.opening import opened_checkpoint, opened_hub
+
+    if str(source).startswith("hub:"):
+        return opened_hub(str(source), device, precision)
+    return opened_checkpoint(source, device, precision, load_model)
 
 
 @functools.cache

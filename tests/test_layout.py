@@ -48,7 +48,7 @@ def modules() -> dict[str, str]:
 
 COMMANDS = {"run_training", "download_datasets", "evaluate", "search"}
 # what of the package each may use
-BELOW = {"model": {"blocks", "config", "errors", "checkpoint", "files", "inputs", "memory", "towers"},
+BELOW = {"model": {"blocks", "config", "errors", "checkpoint", "files", "inference", "inputs", "memory", "towers"},
          "datasets": {"config", "errors", "checkpoint", "files", "sets", "data", "memory"}}
 
 

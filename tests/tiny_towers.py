@@ -26,7 +26,8 @@ FAMILY = "tiny"
 SIDE, WORDS = 48, 60
 WIDTHS = {"image": 20, "text": 32, "audio": 12}  # of text that of narrow models
 TOKENIZER = """{"version": "1.0", "added_tokens": [], "normalizer": {"type": "Lowercase"}, "pre_tokenizer":
-    {"type": "Whitespace"}, "model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0}}}"""
+    {"type": "Whitespace"}, "model": {"type": "WordLevel", "unk_token": "<unk>", "vocab":
+    {"<unk>": 0, "a": 1, "red": 2, "green": 3, "blue": 4, "circle": 5, "square": 6, "tone": 7, "low": 8, "high": 9}}}"""
 INPUTS: dict[str, Input] = {"image": ImageInput(SIDE, (0.5,) * 3, (0.25,) * 3, "crop", 0.875, "bicubic"),
           "text": TextInput(TOKENIZER, 64, None, 1, True),
           "audio": SoundInput(16_000, "log_mel", 80, 100.0, 64, False)}

@@ -24,6 +24,7 @@ from trimodal.config import Config, config_from_dict
 from trimodal.data.audio import decode_audio
 from trimodal.evaluation import metrics, peers, protocols
 from trimodal.evaluation.micro_batches import Setting
+from trimodal.inference import hub_models
 
 WORDS = "a the red green blue picture tone of number one two three four five six seven loud".split()
 CPU = Setting(device=torch.device("cpu"))
@@ -108,7 +109,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Data, list[d
 
 def _features(kind: str, folder: Path, line: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of one sample and of its captions, straight from transformers, one by one."""
-    model = getattr(transformers, peers.MODELS[kind]).from_pretrained(folder).eval()
+    model = getattr(transformers, hub_models.MODELS[kind]).from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [line["text"]] if isinstance(line["text"], str) else line["text"]
     with torch.no_grad():
@@ -143,7 +144,7 @@ def _features(kind: str, folder: Path, line: dict[str, Any]) -> tuple[torch.Tens
 def test_figures_are_those_of_the_library_sample_by_sample(hub: dict[str, Path], kind: str,
                                                            data: tuple[Config, Data, list[dict[str, Any]]]) -> None:
     config, loaded, lines = data
-    model = peers.open_hub(f"hub:{hub[kind]}")
+    model = hub_models.open_hub(f"hub:{hub[kind]}")
     encoded = peers.encode(model, loaded, "test", config, CPU)
     media = "audio" if kind == "clap" else "image"
     one_by_one = [_features(kind, hub[kind], line) for line in lines if media in line]
@@ -170,7 +171,7 @@ def test_a_broken_file_costs_one_sample(hub: dict[str, Path], tmp_path: Path,
                                                             "manifest": str(tmp_path / "own.jsonl"), "max_bad_pct": 50,
                                                             "manifest_root": str(tmp_path.parent)}})
     loaded = load_data(config, ["test"], concepts=(), speakers=())
-    encoded = peers.encode(peers.open_hub(f"hub:{hub['clip']}"), loaded, "test", config, CPU)
+    encoded = peers.encode(hub_models.open_hub(f"hub:{hub['clip']}"), loaded, "test", config, CPU)
     assert encoded.facts["manifest"]["broken"] == 1 and encoded.facts["manifest"]["samples"] == 6
     assert encoded.items["image"].rows_N.tolist() == [0, 1, 3, 4, 5]
 
@@ -196,22 +197,22 @@ def test_what_cannot_be_opened_takes_one_line(hub: dict[str, Path], tmp_path: Pa
     other = copy("other")
     (other / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with refused(str(other), "bert", "clip", "siglip", "clap"):
-        peers.open_hub(f"hub:{other}")
+        hub_models.open_hub(f"hub:{other}")
     empty = tmp_path / "empty"
     empty.mkdir()
     with refused(str(empty), "config.json"):
-        peers.open_hub(f"hub:{empty}")
+        hub_models.open_hub(f"hub:{empty}")
     cut = copy("cut")
     os.truncate(cut / "model.safetensors", 1000)
     with refused(str(cut)):
-        peers.open_hub(f"hub:{cut}")
+        hub_models.open_hub(f"hub:{cut}")
     wordless = copy("wordless")
     for path in wordless.glob("token*"):
         path.unlink()
     with refused(str(wordless)):
-        peers.open_hub(f"hub:{wordless}")
+        hub_models.open_hub(f"hub:{wordless}")
     pickled = copy("pickled")
     torch.save({}, pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     with refused(str(pickled)):
-        peers.open_hub(f"hub:{pickled}")
+        hub_models.open_hub(f"hub:{pickled}")

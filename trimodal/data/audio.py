@@ -52,6 +52,17 @@ def decode_audio(path: str | Path, start_s: float = 0.0, duration_s: float = 0.0
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def waveform_of(samples_NC: np.ndarray, rate_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """What `decode_audio` gives of a file with these samples of C channels, float32 [S] at `to_hz`.
+
+    Raises:
+        BrokenSample: none, silent, not finite, or beyond the bounds of `tracks`.
+    """
+    pieces = [tracks.mixed(np.asarray(samples_NC, np.float32), rate_hz)] if len(samples_NC) else []
+    _check_samples(pieces, 0.0)
+    return resampled(pieces[0].samples, rate_hz, to_hz)
+
+
 def log_mel(waveform: np.ndarray) -> np.ndarray:
     """Natural log of (mel power + 1e-6) of a 16 kHz waveform [S]: float32 [T, 80] with T = ceil(S / 160).
 

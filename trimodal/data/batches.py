@@ -135,10 +135,16 @@ def read_image(split: Split, row: int, rng: np.random.Generator, config: Config,
     if augmented:
         flip = bool(data.flip and split.may_flip[row])
         return augment(image_HW3, size, rng, min_crop=data.min_crop, fit=data.fit, flip=flip)
-    taken = split.inputs.get("image")
-    if taken and data.fit == "crop":
+    return evaluated(image_HW3, config, split.inputs.get("image"))
+
+
+def evaluated(image_HW3: np.ndarray, config: Config, taken: Any) -> np.ndarray:
+    """An image without augmentation as the model reads it, uint8 [S, S, 3]. `taken`: how its pretrained tower reads,
+    None where that is our own."""
+    fit, size = config.data.fit, config.model.image_side
+    if taken and fit == "crop":
         return fit_eval(image_HW3, size, taken.fit, taken.crop_pct, taken.filter)
-    return fit_eval(image_HW3, size, data.fit, filter=taken.filter if taken else "bicubic")
+    return fit_eval(image_HW3, size, fit, filter=taken.filter if taken else "bicubic")
 
 
 def read_sound(split: Split, row: int, rng: np.random.Generator, config: Config, *, augmented: bool) -> Sound:

@@ -168,11 +168,21 @@ def _read_picture(path: str) -> np.ndarray:
 
 def _decode(source: str | io.BytesIO, orientation: int | None = None) -> np.ndarray:
     with Image.open(source, formats=PICTURE_FORMATS) as image:
-        _check_size(*image.size)
-        image.load()
-        orientation = _orientation(image) if orientation is None else orientation
-        upright = image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
-        return np.array(_to_rgb(upright))
+        return pixels_of(image, orientation)
+
+
+def pixels_of(image: Image.Image, orientation: int | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture that Pillow has opened, as `decode_image` gives it; `orientation` in place of what
+    its metadata state.
+
+    Raises:
+        BrokenSample: beyond the bounds above, or floating-point pixels; and what Pillow raises for damage.
+    """
+    _check_size(*image.size)
+    image.load()
+    orientation = _orientation(image) if orientation is None else orientation
+    upright = image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
+    return np.array(_to_rgb(upright))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -138,12 +138,33 @@ def read(path: str, start_s: float = 0.0, duration_s: float = 0.0) -> list[Piece
     return [sink.piece() for sink in _read_mono(path, start_s, duration_s) if sink.count]
 
 
+def mixed(samples_NC: np.ndarray, rate_hz: int) -> Piece:
+    """The mono signal of float32 samples of C channels, as `read` makes it.
+
+    Raises:
+        BrokenSample: beyond the bounds above.
+    """
+    _check_sound(rate_hz, samples_NC.shape[1])
+
+    def fill(new_sink: Callable[[], Sink]) -> list[Sink]:
+        sink = new_sink()
+        sink.add(samples_NC, rate_hz)
+        return [sink]
+
+    return _mono(fill)[0].piece()
+
+
 def _read_mono(path: str, start_s: float, duration_s: float) -> list[Sink]:
-    """One sink of samples for each part of the file; sinks of a single channel where the mean cancels it out."""
-    found = _read(path, start_s, duration_s, Sink)
+    """One sink of samples for each part of the file."""
+    return _mono(lambda new_sink: _read(path, start_s, duration_s, new_sink))
+
+
+def _mono(fill: Callable[[Callable[[], Sink]], list[Sink]]) -> list[Sink]:
+    """The sinks that `fill` fills; sinks of a single channel where the mean cancels it out."""
+    found = fill(Sink)
     energies = np.sum([sink.channel_energies for sink in found], axis=0)
     if sum(sink.mean_energy for sink in found) < CANCELLED * np.max(energies, initial=0.0):
-        return _read(path, start_s, duration_s, lambda: Sink(int(energies.argmax())))
+        return fill(lambda: Sink(int(energies.argmax())))
     return found
 
 

@@ -1,8 +1,8 @@
-"""Micro-batches of an evaluation: so many rows at a time as the plan says, and fewer once memory has run out."""
+"""How a split is encoded, in micro-batches: so many rows at a time as the plan says."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,7 @@ from torch import Tensor
 from trimodal.blocks import Tokens
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES
 from trimodal.data.batches import Batch
-from trimodal.errors import UserError
-from trimodal.memory import devices
-
-T = TypeVar("T")
+from trimodal.memory.micro_batches import MicroBatches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +23,10 @@ class Setting:
     concepts: bool = True  # pictures and sounds also through the fusion, for the classifier's figures
     sizes: Mapping[str, int] = field(default_factory=dict)  # samples at a time by modality; else evaluation.batch_size
     less: Callable[[int, str], None] = lambda size, cause: None  # told when memory ran out: the new size, and why
+
+    def micro_batches(self, size: int) -> MicroBatches:
+        """`size`: rows at a time of the modalities that `sizes` does not name."""
+        return MicroBatches(self.device, self.amp, {name: self.sizes.get(name, size) for name in MODALITIES}, self.less)
 
 
 def inputs_of(batch: Batch, modality: str) -> list[Tensor]:
@@ -47,40 +48,3 @@ def windows_of(model: Any, batch: Batch, modality: str) -> int:
         return 1
     tower = model.towers.get("audio")
     return -(-batch.audio.shape[1] // (tower.input.window_frames if tower else AUDIO_WINDOW_FRAMES))
-
-
-class MicroBatches:
-    """Does work on so many rows of a modality at a time; out of memory halves that for all that follows."""
-
-    def __init__(self, setting: Setting, size: int):
-        """`size`: rows at a time of the modalities that `setting.sizes` does not name."""
-        self.setting = setting
-        self.size = {name: setting.sizes.get(name, size) for name in MODALITIES}
-
-    def of(self, names: tuple[str, ...], rows: int, work: Callable[[slice], T], *, weight: int = 1) -> list[T]:
-        """The results of `work` on slices of `rows` rows, in order.
-
-        A row takes as much memory as `weight` rows of each of the modalities `names`, all together.
-
-        Raises:
-            UserError: out of memory with one row.
-        """
-        found: list[T] = []
-        start = 0
-        while start < rows:
-            size = max(1, min(self.size[name] for name in names) // (weight * len(names)))
-            try:
-                with torch.autocast(self.setting.device.type, self.setting.amp, enabled=self.setting.amp is not None):
-                    found.append(work(slice(start, min(start + size, rows))))
-                start += size
-                continue
-            except (RuntimeError, MemoryError) as error:
-                cause = devices.out_of_memory_cause(error)
-            # outside of the handler, so that the failed micro-batch's tensors are let go
-            devices.free_cached(self.setting.device)
-            if size == 1:
-                raise UserError(f"evaluation: out of memory with one sample at a time ({cause}); free the device for "
-                                "this run, or evaluate with --device cpu")
-            self.size = {known: max(1, value // 2) for known, value in self.size.items()}
-            self.setting.less(max(self.size.values()), cause)
-        return found

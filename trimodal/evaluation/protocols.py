@@ -38,7 +38,7 @@ from trimodal.data.near import near_files
 from trimodal.data.splits import has_known_file
 from trimodal.evaluation import metrics, trials
 from trimodal.evaluation.metrics import Figure
-from trimodal.evaluation.micro_batches import MicroBatches, Setting, encode, inputs_of, windows_of
+from trimodal.evaluation.micro_batches import Setting, encode, inputs_of, windows_of
 from trimodal.evaluation.rerank import Heads, PairScores
 from trimodal.sets import SETS
 
@@ -193,7 +193,7 @@ class _Gathered:
 
     def __init__(self, model: Any, setting: Setting, size: int):
         self.model, self.setting = model, setting
-        self.micro_batches = MicroBatches(setting, size)
+        self.micro_batches = setting.micro_batches(size)
         self.seen: set[int] = set()
         self.features: dict[str, list[Tensor]] = {name: [] for name in MODALITIES}
         self.rows: dict[str, list[np.ndarray]] = {name: [] for name in MODALITIES}

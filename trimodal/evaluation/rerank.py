@@ -25,7 +25,7 @@ from trimodal.config import Config
 from trimodal.data.batches import Batch, pad_captions
 from trimodal.errors import UserError
 from trimodal.evaluation.metrics import Rerank
-from trimodal.evaluation.micro_batches import MicroBatches, Setting, encode, inputs_of, windows_of
+from trimodal.evaluation.micro_batches import Setting, encode, inputs_of, windows_of
 from trimodal.objectives.step import join, pick
 
 Heads = Mapping[str, Mapping[str, Tensor]]  # "matching_head" of a checkpoint: weight (1, D) and bias (1) by pair
@@ -50,7 +50,7 @@ class PairScores:
     def __init__(self, model: Any, heads: Heads, data: Data, split: str, config: Config, setting: Setting):
         self.model, self.heads, self.data, self.split, self.config = model, heads, data, split, config
         self.setting, self.contrastive_weight = setting, 1.0
-        self.micro_batches = MicroBatches(setting, config.evaluation.batch_size)
+        self.micro_batches = setting.micro_batches(config.evaluation.batch_size)
         self.known: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by modality: keys, ascending, and their logits
 
     def rerank(self, modality: str, rows_N: np.ndarray, captions_C: np.ndarray) -> Rerank | None:

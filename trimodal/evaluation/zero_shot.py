@@ -28,7 +28,8 @@ from trimodal.data.tokenizer import Tokenizer
 from trimodal.errors import UserError
 from trimodal.evaluation import metrics, peers, protocols
 from trimodal.evaluation.metrics import Figure
-from trimodal.evaluation.micro_batches import MicroBatches, Setting
+from trimodal.evaluation.micro_batches import Setting
+from trimodal.inference.hub_models import HubModel
 from trimodal.media import PICTURE_SUFFIXES, SOUND_SUFFIXES
 from trimodal.towers.settings import inputs_of
 
@@ -110,7 +111,7 @@ def classify(model: Any, classes: Classes, prompts: Sequence[str], config: Confi
         raise UserError(f"--zero-shot {classes.folder}: holds {classes.modality} files, and {model.name} reads "
                         f"{' and '.join(model.modalities)}")
     data = _data(_samples(classes), config, tokenizer, model)
-    encode = peers.encode if isinstance(model, peers.HubModel) else protocols.encode_split
+    encode = peers.encode if isinstance(model, HubModel) else protocols.encode_split
     quick = dataclasses.replace(setting, concepts=False)
     encoded = encode(model, data, "test", config, quick)
     items = encoded.items.get(classes.modality)
@@ -127,14 +128,14 @@ def class_features(model: Any, names: Sequence[str], prompts: Sequence[str], con
                    tokenizer: Tokenizer) -> Tensor:
     """Features of classes, float32 [K, F], L2-normalised."""
     texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
-    micro_batches = MicroBatches(setting, config.evaluation.batch_size)
+    micro_batches = setting.micro_batches(config.evaluation.batch_size)
     split = _data([Sample(key=f"{n}", source=SOURCE, split="test", captions=(text,)) for n, text in enumerate(texts)],
                   config, tokenizer, model).splits["test"]
 
     @torch.inference_mode()
     def encode(part: slice) -> Tensor:
-        if isinstance(model, peers.HubModel):
-            return model.text_features(texts[part])
+        if isinstance(model, HubModel):
+            return model.features("text", [one.value for one in model.read_texts(texts[part])])
         ids_BL, mask_BL = (torch.from_numpy(array).to(setting.device)
                            for array in pad_captions(split, np.arange(len(texts))[part]))
         found: Tensor = model.text_features(ids_BL, mask_BL)

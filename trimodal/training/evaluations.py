@@ -16,6 +16,7 @@ from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.errors import UserError
 from trimodal.evaluation import peers, protocols, report, rerank, zero_shot
 from trimodal.files import check_writable
+from trimodal.inference.hub_models import PREFIX, HubModel, open_hub
 from trimodal.memory import devices
 from trimodal.redaction import command_line, settings
 from trimodal.sets import check_settings
@@ -46,9 +47,9 @@ def evaluate(options: argparse.Namespace) -> Path:
     """
     devices.prepare_process()
     device = devices.choose_device(options.device)
-    is_hub = options.checkpoint.startswith(peers.PREFIX)
+    is_hub = options.checkpoint.startswith(PREFIX)
     model: Any
-    model, state = (peers.open_hub(options.checkpoint), {}) if is_hub else load_model(options.checkpoint)
+    model, state = (open_hub(options.checkpoint), {}) if is_hub else load_model(options.checkpoint)
     config = configuration(options, state.get("config", {}))
     config = config if is_hub else replace(config, model=model.config)
     precision = devices.choose_precision(device, config.training.use_amp and not is_hub)
@@ -98,7 +99,7 @@ def on_data_sets(options: argparse.Namespace, model: Any, state: dict[str, Any],
     data = read_data(config, split, state, model)
     if state:
         data = with_frozen(data, model, config, fill=options.limit is None)
-    if isinstance(model, peers.HubModel):
+    if isinstance(model, HubModel):
         encoded = peers.encode(model, data, split, config, setting)
         figures = protocols.score(encoded, data, config)
     else:
@@ -163,6 +164,6 @@ def planned_sizes(config: Config, setup: DeviceSetup) -> dict[str, int]:
 
 def describe(model: Any) -> dict[str, Any]:
     """Size, or the name of a hub's model, and parameters, for the report."""
-    if isinstance(model, peers.HubModel):
+    if isinstance(model, HubModel):
         return {"size": model.name, "parameters": sum(p.numel() for p in model.model.parameters())}
     return {"size": model.config.size, "parameters": sum(p.numel() for p in model.parameters())}

@@ -1,0 +1,89 @@
+"""A checkpoint of this project, prepared for use: images, texts and sounds are read as its evaluation reads them.
+
+Shape suffixes: H, W and S pixels, S samples of a sound, L token ids, B items, F embed_dim.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, SAMPLE_RATE_HZ, config_from_dict
+from trimodal.data import codecs
+from trimodal.data.audio import log_mel
+from trimodal.data.batches import PATCH, evaluated, pad_sounds
+from trimodal.data.cache import cache_side
+from trimodal.data.images import resize_for_cache
+from trimodal.data.tokenizer import Tokenizer, pad_rows
+from trimodal.inference.prepared import Prepared
+from trimodal.towers.settings import inputs_of
+
+TOKENS = 16  # texts whose lengths differ by less are encoded side by side
+
+
+class CheckpointModel:
+    """A TriModalModel with the preprocessing that its checkpoint states; features are L2-normalised, (B, F)."""
+
+    modalities = MODALITIES
+
+    def __init__(self, model: Any, state: Mapping[str, Any]):
+        """`model` and `state` as model.load_model gives them."""
+        self.model = model
+        self.config = replace(config_from_dict(dict(state["config"])), model=model.config)
+        self.embed_dim = int(model.config.embed_dim)
+        self.tokenizer = Tokenizer.from_json(state["tokenizer"])
+        self.inputs = inputs_of(model.towers)
+        sound = self.inputs.get("audio")
+        self.rate_hz = int(sound.rate_hz if sound else SAMPLE_RATE_HZ)
+        self.window_frames = int(sound.taken.window_frames if sound else AUDIO_WINDOW_FRAMES)
+
+    def read_image(self, picture_HW3: np.ndarray) -> Prepared:
+        """A picture, uint8; with `data.cache` as the cache gives it."""
+        shrunk = np.ascontiguousarray(resize_for_cache(picture_HW3, cache_side(self.config.model.image_side)))
+        if self.config.data.cache:
+            shrunk = codecs.decode("image", codecs.encode("image", shrunk))
+        return Prepared(evaluated(shrunk, self.config, self.inputs.get("image")))
+
+    def read_sound(self, wave_S: np.ndarray) -> Prepared:
+        """A sound at `rate_hz`, of any length."""
+        if taken := self.inputs.get("audio"):
+            frames_TM, length = taken.frames(wave_S)
+        else:
+            frames_TM = log_mel(wave_S).astype(np.float16)
+            length = len(frames_TM)
+        return Prepared((frames_TM, length), math.ceil(len(frames_TM) / self.window_frames))
+
+    def read_texts(self, texts: Sequence[str]) -> list[Prepared]:
+        longest = self.config.model.context_length
+        lengths = self.tokenizer.lengths(texts)
+        ids, offsets = self.tokenizer.encode_flat(texts, longest)
+        return [Prepared(ids[first:last], math.ceil((last - first) / TOKENS), bool(length > longest))
+                for first, last, length in zip(offsets[:-1], offsets[1:], lengths, strict=True)]
+
+    def features(self, modality: str, values: Sequence[Any]) -> Tensor:
+        """(B, F) of prepared values."""
+        inputs = [torch.from_numpy(array).to(self.device) for array in self._batch(modality, values)]
+        found: Tensor = getattr(self.model, f"{modality}_features")(*inputs)
+        return found
+
+    def _batch(self, modality: str, values: Sequence[Any]) -> tuple[np.ndarray, ...]:
+        if modality == "image":
+            return (np.ascontiguousarray(np.stack(values).transpose(0, 3, 1, 2)),)
+        if modality == "audio":
+            return pad_sounds(values, 1 if "audio" in self.inputs else PATCH)
+        offsets = np.cumsum([0, *map(len, values)])
+        return pad_rows(np.concatenate(values), offsets, np.arange(len(values)), self.tokenizer.pad_id)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.model.parameters())).device
+
+    def temperature(self, first: str, second: str) -> float:
+        """What cosines of two modalities were multiplied by in training."""
+        names = self.model.logit_scale
+        name = next(name for name in names if set(name.split("_")) == {first, second})
+        return float(names[name].detach().exp())

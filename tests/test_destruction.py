@@ -38,7 +38,7 @@ SAFE = {
     "training.plans.calibrate": ("replacing", "the calibration, made again when it is gone"),
     "training.attention.choose_kernel": ("replacing", "the kernels timed, made again when it is gone"),
     "checkpoint.save": ("replacing", "what is there and is not ours is set aside before"),
-    "checkpoint.export": ("replacing replacing", "exports, behind outputs.writing"),
+    "checkpoint.export": ("replacing replacing", "exports: behind outputs.writing, or into a new folder"),
     "checkpoint.rotate": ("unlink", "checkpoints that hold our digest"),
     "download.youtube.fetch_clips":
         ("replacing", "the ledger, all of whose rows are written again; another file is kept beside"),

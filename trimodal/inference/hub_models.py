@@ -53,7 +53,7 @@ class HubModel:
         return Prepared(self.media(images=[Image.fromarray(picture_HW3)], return_tensors="pt")["pixel_values"])
 
     def read_texts(self, texts: Sequence[str]) -> list[Prepared]:
-        """SigLIP reads padding up to its full length, as it was trained; the others none."""
+        """The token ids of each."""
         whole = self.tokenizer(list(texts))["input_ids"]
         ids = self.tokenizer(list(texts), truncation=True, max_length=self.longest)["input_ids"]
         return [Prepared(own, is_cut=len(before) > self.longest) for before, own in zip(whole, ids, strict=True)]
@@ -73,11 +73,16 @@ class HubModel:
         if modality == "image":
             return self._features(self.model.get_image_features(pixel_values=torch.cat(list(values)).to(self.device)))
         if modality == "text":
-            given = self.tokenizer.pad({"input_ids": list(values)}, return_tensors="pt", max_length=self.longest,
-                                       padding="max_length" if self.kind == "siglip" else True).to(self.device)
-            mask = {} if self.kind == "siglip" else {"attention_mask": given["attention_mask"]}
-            return self._features(self.model.get_text_features(input_ids=given["input_ids"], **mask))
+            return self._texts(values)
         return self._sounds(values)
+
+    def _texts(self, values: Sequence[list[int]]) -> Tensor:
+        """SigLIP reads padding up to its full length, as it was trained; the others none."""
+        length = self.longest if self.kind == "siglip" else max(map(len, values))
+        ids_BL = torch.tensor([own + [self.tokenizer.pad_token_id] * (length - len(own)) for own in values])
+        mask_BL = torch.tensor([[1] * len(own) + [0] * (length - len(own)) for own in values])
+        mask = {} if self.kind == "siglip" else {"attention_mask": mask_BL.to(self.device)}
+        return self._features(self.model.get_text_features(input_ids=ids_BL.to(self.device), **mask))
 
     def _sounds(self, values: Sequence[tuple[Tensor, list[int]]]) -> Tensor:
         """Means of the windows of each sound, by length."""

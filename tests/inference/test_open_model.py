@@ -1,4 +1,4 @@
-"""One object for use: features equal those of evaluation, whatever form the inputs have; mistakes are told in a line."""
+"""One object for use: features are those of evaluation, whatever form inputs have; mistakes are told in a line."""
 
 import json
 from collections.abc import Iterator
@@ -42,11 +42,10 @@ def write_media(folder: Path) -> tuple[list[str], list[str]]:
     """Pictures that the cache keeps with and without loss, one of them turned by its EXIF; sounds of 0.2 to 25 s."""
     rng = np.random.default_rng(0)
     images = [str(folder / name) for name in ("a.jpg", "b.png", "c.jpg", "d.png")]
+    turned = Image.Exif()
+    turned[274] = 6  # by a quarter
     for path, shape in zip(images, ((300, 400), (40, 36), (500, 90), (64, 64)), strict=True):
-        exif = Image.Exif()
-        exif[274] = 6  # turned by a quarter
-        Image.fromarray(rng.integers(0, 255, (*shape, 3), np.uint8)).save(path, **({"exif": exif} if "c" in path[-5:]
-                                                                                    else {}))
+        Image.fromarray(rng.integers(0, 255, (*shape, 3), np.uint8)).save(path, exif=turned if "c.jpg" in path else b"")
     audio = [str(folder / f"{n}.wav") for n in range(3)]
     for path, seconds, rate_hz in zip(audio, (0.2, 25.0, 3.3), (16_000, 16_000, 44_100), strict=True):
         soundfile.write(path, rng.normal(0, 0.1, round(seconds * rate_hz)), rate_hz)

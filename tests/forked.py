@@ -4,9 +4,9 @@ is at its work at once. There is one such server in a process, whoever asks firs
 import multiprocessing
 from multiprocessing.context import ForkServerContext
 
-LOADED = ["tests.killing", "tests.download_killing", "tests.ranks", "benchmarks.fuzz", "av", "matplotlib.figure",
-          "matplotlib.backends.backend_agg", "py7zr", "pyarrow.parquet", "requests", "soundfile", "tokenizers",
-          "torch._dynamo", "torch.utils.tensorboard", "torchaudio"]
+LOADED = ["tests.killing", "tests.download_killing", "tests.ranks", "tests.search.things", "benchmarks.fuzz", "av",
+          "matplotlib.figure", "matplotlib.backends.backend_agg", "py7zr", "pyarrow.parquet", "requests", "soundfile",
+          "tokenizers", "torch._dynamo", "torch.utils.tensorboard", "torchaudio"]
 
 
 def context() -> ForkServerContext:

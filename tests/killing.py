@@ -98,7 +98,7 @@ def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str
     os.fsync = lambda fd: None  # what a process has written outlives it: only a power cut would differ
     cache.STRETCH_BYTES = 1  # nor would a longer stretch, which loses more
     if dies:
-        _die_at(*(PLACES | OF_FEATURES)[dies], getattr(signal, by))
+        die_at(*(PLACES | OF_FEATURES)[dies], getattr(signal, by))
     try:
         with tiny_towers.by_name():
             loop.train(small.config(folder, *recipe(small, *overrides)), Options(small.device, "auto"))
@@ -109,7 +109,7 @@ def _train(small: SmallRuns, folder: Path, overrides: tuple[str, ...], dies: str
     os._exit(0)
 
 
-def _die_at(called: str, number: int, stage: str, by: int) -> None:
+def die_at(called: str, number: int, stage: str = "", by: int = signal.SIGKILL) -> None:
     """Replace a function by one that sends its process a signal at the call of that number; of those in `stage`, if
     one is named. Processes that are forked from here die as well."""
     module, _, name = called.rpartition(".")

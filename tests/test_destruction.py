@@ -84,6 +84,10 @@ SAFE = {
     "data.cache._remove_partial":
         ("unlink rmdir", "the files of a partial entry, by their names, and the folder when empty"),
     "evaluation.report.write_new": ("replacing unlink", "never over what is there; removes what it has just written"),
+    "search.build._Building._write":
+        ("replacing unlink", "its own list of what was skipped; the journal, once the index holds all of it"),
+    "search.journal.Journal.__init__":
+        ("open(?) truncate", "encoded.journal in the folder of the index: what a kill cut off, or another model made"),
     "search.index.write_index": ("replacing", "the index, over an earlier one of the same folder, under its lock"),
     "download.unpack.remove_below": ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST and, of clips, process-NUMBER in "
                                      "our staging folders, and these folders when empty"),

@@ -20,7 +20,7 @@ from tests.project import ROOT, module_name, product_files
 WITHOUT_TORCH = ("trimodal.config", "trimodal.errors", "trimodal.arguments", "trimodal.openmp",
                  "trimodal.evaluation.report", "trimodal.sets", "trimodal.download.http",
                  "trimodal.download.unpack", "trimodal.doctor",
-                 "download_datasets", "run_training", "evaluate")
+                 "download_datasets", "run_training", "evaluate", "search")
 ONLY_WHERE_NEEDED = {"matplotlib", "av", "soundfile", "transformers", "py7zr", "pyarrow", "yt_dlp",
                      "requests", "timm"}  # inside functions, never on top
 COLLIDING = {"datasets", "sentence-transformers", "evaluate", "trl", "setfit", "mteb"}  # break beside our datasets.py

@@ -15,8 +15,8 @@ from trimodal.redaction import without_secrets
 class Parser(argparse.ArgumentParser):
     """Ends with exit code 2 and one line, without the usage; keeps the line breaks of descriptions."""
 
-    def __init__(self, description: str, epilog: str | None = None):
-        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
+    def __init__(self, description: str, epilog: str | None = None, prog: str | None = None):
+        super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:

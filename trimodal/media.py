@@ -66,6 +66,25 @@ def picture_track(container: Any) -> Any:
     return streams[0] if streams else None
 
 
+def kinds_in(path: str) -> tuple[str, ...]:
+    """Which of "image" and "audio" a video has tracks of; () where it cannot be opened."""
+    try:
+        with open_container(path, VIDEO_FORMATS) as container:
+            found = {"image": picture_track(container) is not None, "audio": bool(container.streams.audio)}
+    except Exception:  # damage makes FFmpeg raise nearly any type
+        return ()
+    return tuple(kind for kind, is_there in found.items() if is_there)
+
+
+def duration_s(path: str) -> float:
+    """How long a sound or a video lasts as its header states it, 0 where it states nothing; to be shown."""
+    try:
+        with open_container(path, SOUND_FORMATS) as container:
+            return max(0.0, (container.duration or 0) / 1e6)
+    except Exception:  # as above
+        return 0.0
+
+
 def second_0(container: Any, first_s: float | None) -> float:
     """Time of the container's clock at which a player begins: the earliest start of any picture or sound track, where
     the first sample of one that was decoded is at `first_s`."""

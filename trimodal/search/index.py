@@ -41,8 +41,8 @@ class Entry(NamedTuple):
     digest: str  # SHA-256 of the file
     start_s: float  # of the stretch of sound; 0 of pictures
     duration_s: float
-    size: int  # of the file, with its date: while both stay, the file is not read again
-    mtime_ns: int
+    size: int  # of the file, and when it was changed last: while both stay, it is not read again; 0: not to be trusted
+    changed_ns: int
 
 
 class Hit(NamedTuple):

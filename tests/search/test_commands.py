@@ -1,0 +1,134 @@
+"""The commands of search.py: what they print, and what they refuse in one line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import search
+from tests import trees
+from tests.refusals import assert_told
+from tests.search import things
+from trimodal.search import commands
+from trimodal.search.index import FILE, Index
+
+
+@pytest.fixture(autouse=True)
+def small() -> Iterator[None]:
+    with things.small():
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of a folder beside it; not to be changed."""
+    place = tmp_path_factory.mktemp("search")
+    things.folder(place / "media")
+    with things.small():
+        assert run("index", place / "media", "--checkpoint", things.CHECKPOINT, "--index", place / "index") == 0
+    return place
+
+
+def run(*words: str | Path) -> int:
+    return search.main([*map(str, words), "--device", "cpu"])
+
+
+def columns(printed: str) -> list[str]:
+    """The head lines of results."""
+    return [line for line in printed.splitlines() if " best of " in line]
+
+
+def test_index_says_what_it_did_and_what_comes_next(made: Path, tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    folder = things.folder(tmp_path / "media")
+    (folder / "empty.png").touch()
+    assert run("index", folder, "--checkpoint", things.CHECKPOINT, "--index", tmp_path / "new") == 0
+    told = capsys.readouterr().out
+    rows = {words[0]: words[1:] for line in told.splitlines() if (words := line.split())}
+    assert (rows["pictures"], rows["sounds"]) == (["5", "5", "0"], ["3", "3", "0"])
+    assert "empty.png" in told and "0 bytes" in told and f"--index {tmp_path / 'new'}" in told
+    assert run("index", folder, "--index", tmp_path / "new") == 0, "by the same model"
+    told = capsys.readouterr().out
+    assert [line.split()[1:] for line in told.splitlines() if line.startswith("pictures")] == [["5", "0", "5"]]
+
+
+def test_query_by_text_picture_and_sound(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    for words in (["a red circle"], ["--image", made / "media/red.png"], ["--audio", made / "media/film.mp4"]):
+        assert run("query", *words, "--index", made / "index", "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert {kind: len(hits) for kind, hits in found.items()} == {"image": 5, "audio": 3}
+        for hits in found.values():
+            assert [hit["rank"] for hit in hits] == list(range(1, len(hits) + 1))
+            assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+            assert all(Path(hit["file"]).is_file() for hit in hits)
+    assert found["audio"][0]["path"] == "film.mp4" and found["audio"][0]["score"] == pytest.approx(1, abs=1e-5)
+    assert run("query", "--image", made / "media/red.png", "--index", made / "index", "--json", "--top", "1",
+               "--kind", "image") == 0
+    [(kind, [hit])] = json.loads(capsys.readouterr().out).items()
+    assert (kind, hit["path"], hit["score"]) == ("image", "red.png", pytest.approx(1, abs=1e-5))
+
+
+def test_kinds_stand_side_by_side_or_below_one_another(made: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("query", "a tone", "--index", made / "index", "--top", "2") == 0
+    beside = capsys.readouterr().out
+    [head] = columns(beside)
+    assert head.count("best of") == 2 and len(beside.splitlines()) == 5
+    monkeypatch.setenv("COLUMNS", "50")
+    assert run("query", "a tone", "--index", made / "index", "--top", "2") == 0
+    below = capsys.readouterr().out
+    assert len(columns(below)) == 2
+    for text in (beside, below):
+        assert all(word in text for word in ("  1  ", "  2  ", " sd  ", " s)", "cosine"))
+    assert commands._width("猫a\u0301") == 3
+
+
+def test_what_cannot_be_done_is_told_in_one_line(made: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    of_red = trees.picture(tmp_path / "red.png")
+    for words, named in (
+            (("index", made / "media", "--index", tmp_path / "new"), ("--checkpoint", tmp_path / "new")),
+            (("index", tmp_path / "gone", "--checkpoint", things.CHECKPOINT), (tmp_path / "gone",)),
+            (("index", made / "media", "--checkpoint", tmp_path / "gone.pt", "--index", tmp_path / "new"),
+             (tmp_path / "gone.pt",)),
+            (("index", tmp_path, "--index", made / "index"), (tmp_path, made / "media", "--replace")),
+            (("query", "a", "--index", tmp_path / "gone"), (tmp_path / "gone", "search.py")),
+            (("query", "--image", tmp_path / "gone.png", "--index", made / "index"), (tmp_path / "gone.png",)),
+            (("query", "--audio", of_red, "--index", made / "index"), (of_red,)),
+            (("query", "a", "--index", made / "index", "--checkpoint", tmp_path / "gone.pt"), (tmp_path / "gone.pt",)),
+    ):
+        assert run(*words) == 2, words
+        assert_told(capsys.readouterr().err, *named)
+    for refused in (["query"], ["query", "a", "--image", "b.png"], ["query", "a", "--top", "0"],
+                    ["query", "a", "--kind", "video"], ["index", ""], ["index"], [], ["delete"]):
+        with pytest.raises(SystemExit) as ended:
+            search.main(refused)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_that_was_trained_on_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    """best_model.pt is written over by training: the index is then of weights that are gone."""
+    capsys.readouterr()
+    monkeypatch.setattr(type(things.model()), "digest", "ef" * 32)
+    before = (made / "index" / FILE).stat()
+    assert run("query", "a", "--index", made / "index") == 2
+    known = Index.open(made / "index").model.digest[:12]
+    assert_told(capsys.readouterr().err, made / "index", things.CHECKPOINT, "efefefefefef", known, "--replace")
+    assert run("index", made / "media", "--index", made / "index") == 2
+    assert_told(capsys.readouterr().err, made / "index", "efefefefefef", known, "--replace")
+    assert (made / "index" / FILE).stat() == before
+
+
+def test_names_of_models_mean_the_same_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    assert commands.lasting_name("best.pt") == str(tmp_path / "best.pt")
+    assert commands.lasting_name("hub:clip") == f"hub:{tmp_path / 'clip'}"
+    assert commands.lasting_name("hub:openai/clip-vit-base-patch32") == "hub:openai/clip-vit-base-patch32"

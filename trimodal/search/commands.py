@@ -1,0 +1,154 @@
+"""What search.py does: `index` makes the index of a folder, `query` prints what is found in it.
+
+Shape suffix: F numbers of a feature.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from model import open_model
+from trimodal.data.probe import by_reason
+from trimodal.errors import UserError
+from trimodal.memory import devices
+from trimodal.search.build import SKIPPED, Summary, build_index
+from trimodal.search.index import FILE, KINDS, Hit, Index, Kind, printable
+
+NAMES: dict[Kind, str] = {"image": "pictures", "audio": "sounds"}
+DEFAULT = "outputs/index"
+BETWEEN = 4  # blanks between two columns of results
+
+
+# ---- index -------------------------------------------------------------------------------------------------------
+
+
+def index(options: argparse.Namespace) -> None:
+    """Make or renew the index of options.folder, and print what was done.
+
+    Raises:
+        UserError: see build_index; or the checkpoint cannot be opened.
+    """
+    devices.prepare_process()
+    place, source = Path(options.index), options.checkpoint
+    if source is None:
+        if not (place / FILE).exists():
+            raise UserError(f"--checkpoint: is needed for a new index ({place} holds none); name the model to encode "
+                            "with, such as outputs/checkpoints/best_model.pt or hub:openai/clip-vit-base-patch32")
+        source = Index.open(place).model.source
+    model = open_model(source, options.device)
+    print(f"Model: {source}, which reads {', '.join(model.modalities)}; device: {model.device}")
+    summary = build_index(Path(options.folder), place, model, lasting_name(source), replace=options.replace)
+    print(describe(summary, place))
+
+
+def lasting_name(source: str) -> str:
+    """A model's name that means the same in every folder."""
+    if source.startswith("hub:"):
+        name = source.removeprefix("hub:")
+        return f"hub:{os.path.abspath(os.path.expanduser(name))}" if Path(name).expanduser().is_dir() else source
+    return os.path.abspath(os.path.expanduser(source))
+
+
+def describe(summary: Summary, place: Path) -> str:
+    """What an indexing did: counts by kind, what was skipped and why, speed, and what to do next."""
+    rows = [("", "entries", "encoded now", "known before")]
+    for kind, name in NAMES.items():
+        total, new = summary.entries[kind], summary.encoded[kind]
+        rows.append((name, f"{total:,}", f"{new:,}", f"{total - new:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:],
+                                                                                           strict=True))])
+             for row in rows]
+    files = sum(summary.files.values())
+    lines.append(f"Files: {', '.join(f'{count:,} {name}' for name, count in sorted(summary.files.items()))}; "
+                 f"{summary.num_others:,} of other kinds")
+    lines += [f"  {count:,} {what}" for what, count in sorted(summary.without.items())]
+    if summary.skipped:
+        lines.append(f"Skipped: {len(summary.skipped):,}, listed in {place / SKIPPED}:")
+        lines += [f"  {printable(line)}" for line in by_reason(summary.skipped)]
+    if summary.num_forgotten:
+        lines.append(f"Forgotten: {summary.num_forgotten:,} entries, whose files are gone or cannot be read any more")
+    lines.append(f"Time: {summary.seconds:.1f} s, {files / max(summary.seconds, 1e-9):,.1f} files/s; "
+                 f"{(place / FILE).stat().st_size / 1e6:,.1f} MB in {place / FILE}")
+    lines.append(f'Next: {command_for("query", place)} "a dog barks"')
+    return "\n".join(lines)
+
+
+def command_for(name: str, place: Path) -> str:
+    """The words that start a command on the index in `place`."""
+    return f"python search.py {name}" + ("" if str(place) == DEFAULT else f" --index {place}")
+
+
+# ---- query -------------------------------------------------------------------------------------------------------
+
+
+def query(options: argparse.Namespace) -> None:
+    """Print the entries that are most like a text, a picture or a sound.
+
+    Raises:
+        UserError: the index or its model cannot be opened, or the question cannot be read.
+    """
+    devices.prepare_process()
+    found = Index.open(options.index)
+    kinds = [options.kind] if options.kind else [kind for kind in KINDS if found.by_kind[kind]]
+    if empty := [kind for kind in kinds if not found.by_kind[kind]]:
+        raise UserError(f"--kind {empty[0]}: {options.index} holds no {NAMES[empty[0]]}")
+    model = model_of(found, options.checkpoint, options.device)
+    [(name, value)] = [(name, value) for name in ("texts", "images", "audio")
+                       if (value := getattr(options, name)) is not None]
+    query_F = model.encode(**{name: [value]})[0]
+    hits = {kind: found.search(query_F, kind, options.top) for kind in kinds}
+    print(as_json(found, hits) if options.json else as_columns(found, hits))
+
+
+def model_of(found: Index, source: str | None, device: str) -> Any:
+    """The model that made an index, opened.
+
+    Raises:
+        UserError: it cannot be opened, or has other weights now.
+    """
+    source = source or found.model.source
+    model = open_model(source, device)
+    if model.digest != found.model.digest:
+        raise UserError(f"{found.place}: {source} has other weights ({model.digest:.12}) than the model that made the "
+                        f"index ({found.model.digest:.12}); name that one with --checkpoint, or index again: python "
+                        f"search.py index {found.folder} --index {found.place} --checkpoint {source} --replace")
+    return model
+
+
+def as_json(found: Index, hits: dict[Kind, list[Hit]]) -> str:
+    """One object: by kind, a list of hits with all that is known of them."""
+    return json.dumps({kind: [{"rank": rank, "score": hit.score, "deviations": hit.deviations,
+                               "file": str(found.folder / hit.entry.path), **hit.entry._asdict()}
+                              for rank, hit in enumerate(own, 1)] for kind, own in hits.items()}, indent=1)
+
+
+def as_columns(found: Index, hits: dict[Kind, list[Hit]]) -> str:
+    """Kinds side by side, or one below the other where the terminal is narrow: the cosines of two kinds are not to be
+    compared, so they are never one list."""
+    columns = [[f"{NAMES[kind]}, best of {len(found.by_kind[kind]):,}", *map(_line, itertools.count(1), own)]
+               for kind, own in hits.items()]
+    width = shutil.get_terminal_size((100, 24)).columns
+    longest = [max(map(_width, column)) for column in columns]
+    legend = f"score: cosine, and by how many standard deviations it is above the mean of its column; in {found.folder}"
+    if sum(longest) + BETWEEN * (len(columns) - 1) > width:
+        return "\n".join([*itertools.chain.from_iterable([*column, ""] for column in columns), legend])
+    beside = [(" " * BETWEEN).join(cell + " " * (size - _width(cell)) for cell, size in zip(line, longest, strict=True))
+              for line in itertools.zip_longest(*columns, fillvalue="")]
+    return "\n".join([*map(str.rstrip, beside), "", legend])
+
+
+def _line(rank: int, hit: Hit) -> str:
+    lasts = f" ({hit.entry.duration_s:.1f} s)" if hit.entry.duration_s else ""
+    return f"{rank:3}  {hit.score:6.3f}  {hit.deviations:+5.1f} sd  {printable(hit.entry.path)}{lasts}"
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes: Chinese letters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else not unicodedata.combining(letter)
+               for letter in text)

@@ -185,20 +185,21 @@ class AudioEncoder(Encoder):
         patches_BNP, valid_BN = self.patches(audio_BTM, lengths_B)
         positions_ND = self.positions(audio_BTM)
         if keep_BK is None and patches_BNP.shape[1] > len(positions_ND):
-            return self._windows(patches_BNP, valid_BN, positions_ND)
+            return self.windows(patches_BNP, valid_BN, positions_ND)
         if keep_BK is None:
             kept_valid_BK = valid_BN
         else:
             patches_BNP, positions_ND = take(patches_BNP, keep_BK), positions_ND[keep_BK]
         return Tokens(self.blocks(self.embed(patches_BNP) + positions_ND, kept_valid_BK, path_BZ), kept_valid_BK)
 
-    def _windows(self, patches_BNP: Tensor, valid_BN: Tensor, positions_ND: Tensor) -> Tokens:
+    def windows(self, patches_BNP: Tensor, valid_BN: Tensor, positions_KD: Tensor) -> Tokens:
+        """Encode windows of K patches each by itself, the last one with padding; tokens and valid of the N given."""
         B, N, P = patches_BNP.shape
-        K = len(positions_ND)  # patches of a window
+        K = positions_KD.shape[0]  # len() would fix it in a graph of torch.export
         padding = -N % K
         patches_XKP = F.pad(patches_BNP, (0, 0, 0, padding)).reshape(-1, K, P)
         valid_XK = F.pad(valid_BN, (0, padding)).reshape(-1, K)
-        tokens_XKD = self.blocks(self.embed(patches_XKP) + positions_ND, valid_XK)
+        tokens_XKD = self.blocks(self.embed(patches_XKP) + positions_KD, valid_XK)
         return Tokens(tokens_XKD.reshape(B, N + padding, -1)[:, :N], valid_BN)
 
 

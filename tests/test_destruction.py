@@ -59,6 +59,9 @@ SAFE = {
     "download.state.State.write_licence": ("replacing", "only over a text whose digest the marker knows"),
     "doctor.check_memory": ("shutil.copytree", "kept plans, into the temporary folder"),
     "doctor.main": ("TemporaryDirectory", "a new folder"),
+    "export.onnx.write": ("TemporaryDirectory write_text shutil.copyfile os.rename",
+                           "in a new folder, which then gets a name that nothing has"),
+    "export.onnx.write_rules": ("write_text write_text", "in that new folder"),
     "sets.emoji._render": ("replacing", "pictures that are not there"),
     "download.state.write_marker": ("replacing", "over a marker; another file of this name is kept beside"),
     "download.state.write_contents":

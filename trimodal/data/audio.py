@@ -82,6 +82,12 @@ def log_mel(waveform: np.ndarray) -> np.ndarray:
     return mel
 
 
+def mel_filters() -> torch.Tensor:
+    """How much of the power of each of the 257 bins of a spectrum goes to each mel, float32 [257, 80]."""
+    filters: torch.Tensor = _mel_transform().mel_scale.fb
+    return filters.clone()
+
+
 def _check_samples(pieces: Sequence[Piece], start_s: float) -> None:
     if not pieces:
         raise BrokenSample(f"holds no samples from {start_s:g} s on")

@@ -3,7 +3,8 @@
     python benchmarks/memory_prediction.py [--sizes tiny small base large --stages pretrain align finetune
         --batch 8 --micro-batches 2 4 8 --image-size 224 --audio-s 10 --optimizer muon]
 
-For each size, stage and micro-batch, of the task that the planner says takes most:
+For each size, stage and micro-batch, of the task that the planner says takes most; where the stage fuses, with the
+tokens of all samples `kept` for it, and encoded again by each objective:
 
 - planned: the planner's own figure, an optimizer step on fake tensors.
 - tensors: the peak of all tensors, followed through two real steps (`Step`, losses, optimizer) on random values of the
@@ -53,7 +54,7 @@ class Row(NamedTuple):
     """One configuration; GiB."""
 
     case: Case
-    micro_batch: int
+    key: Key
     planned: float
     tensors: float
     resident: float
@@ -65,7 +66,8 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         of_tensors, of_resident = self.errors_pct
-        return (f"{self.case.config.model.size:6}  {self.case.row.name:8}  {self.micro_batch:11}  "
+        micro_batch = f"{self.key.towers[0][1]}{' kept' if self.key.keeps else ''}"
+        return (f"{self.case.config.model.size:6}  {self.case.row.name:8}  {micro_batch:11}  "
                 f"{'+'.join(self.case.task.inputs):11}  {self.planned:7.3f}  {self.tensors:7.3f}  {of_tensors:+7.2f}  "
                 f"{self.resident:8.3f}  {of_resident:+7.2f}")
 
@@ -73,51 +75,50 @@ class Row(NamedTuple):
 HEADER = (f"{'size':6}  {'stage':8}  micro-batch  {'task':11}  planned  tensors  error %  resident  error %")
 
 
-def key_of(micro_batch: int) -> Key:
-    return tuple((tower, micro_batch, 0) for tower in TOWERS)
-
-
-def two_steps(case: Case, micro_batch: int) -> None:
+def two_steps(case: Case, key: Key) -> None:
     trainer = Trainer(case)
     for _ in range(2):
-        trainer.seconds(key_of(micro_batch))
+        trainer.seconds(key)
 
 
-def tensors_gib(case: Case, micro_batch: int) -> float:
+def tensors_gib(case: Case, key: Key) -> float:
     with PeakMemory() as tracker:
-        two_steps(case, micro_batch)
+        two_steps(case, key)
     return tracker.peak_bytes / GIB
 
 
-def resident_gib(case: Case, micro_batch: int) -> float:
+def resident_gib(case: Case, key: Key) -> float:
     """For a process that has done nothing else."""
     small = load_config(None, ["model.size=tiny", "model.image_size=32", "model.context_length=8",
                                "data.audio_max_s=0.3", "training.batch_size=2", "model.vocab_size=1100"])
-    two_steps(replace(case, config=small), 4)
+    two_steps(replace(case, config=small), key_of(4, key.keeps))
     reset_peak(CPU)
     before = peak_gib(CPU).gib
-    two_steps(case, micro_batch)
+    two_steps(case, key)
     return peak_gib(CPU).gib - before
 
 
-def planned_gib(case: Case, micro_batch: int) -> float:
-    usage = TaskMeasure(case.config, case.row, case.task, SETUP)(case.fit(key_of(micro_batch)))
+def planned_gib(case: Case, key: Key) -> float:
+    usage = TaskMeasure(case.config, case.row, case.task, SETUP)(case.fit(key))
     assert usage is not None, "no limit, so there is a figure"
     return usage.peak_bytes / GIB
 
 
-def elsewhere(measure: Callable[[Case, int], float], case: Case, micro_batch: int) -> float:
+def key_of(micro_batch: int, keeps: bool) -> Key:
+    return Key(tuple((tower, micro_batch, 0) for tower in TOWERS), keeps)
+
+
+def elsewhere(measure: Callable[[Case, Key], float], case: Case, key: Key) -> float:
     """`measure` in a fresh process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(measure, case, micro_batch).result()
+        return pool.submit(measure, case, key).result()
 
 
-def compare(cases: list[Case], micro_batch: int) -> Row:
+def compare(cases: list[Case], key: Key) -> Row:
     """Of a stage's tasks the one that takes most, as the planner finds it."""
-    planned, place = max((planned_gib(case, micro_batch), place) for place, case in enumerate(cases))
+    planned, place = max((planned_gib(case, key), place) for place, case in enumerate(cases))
     largest = cases[place]
-    return Row(largest, micro_batch, planned, elsewhere(tensors_gib, largest, micro_batch),
-               elsewhere(resident_gib, largest, micro_batch))
+    return Row(largest, key, planned, elsewhere(tensors_gib, largest, key), elsewhere(resident_gib, largest, key))
 
 
 def configured(args: argparse.Namespace, size: str) -> Config:
@@ -130,6 +131,12 @@ def configured(args: argparse.Namespace, size: str) -> Config:
 def stages_of(config: Config, names: list[str]) -> list[list[Case]]:
     return [[Case(config, row, task) for task in without_speaker(row.tasks)]
             for row in config.stages if row.name in names]
+
+
+def ways(cases: list[Case], micro_batch: int) -> tuple[bool, ...]:
+    """Tokens kept or encoded again, where a stage fuses; those of a single micro-batch are in memory anyway."""
+    several = any(case.fuses and micro_batch < max(case.upper.values()) for case in cases)
+    return (True, False) if several else (True,)
 
 
 def verdict(rows: list[Row]) -> bool:
@@ -154,11 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{date.today()}, torch {torch.__version__}, {cpu_name()}, {os.cpu_count()} cores, float32, effective batch "
           f"{args.batch}, {args.image_size} pixels, sounds of {args.audio_s:g} s, {args.optimizer}; GiB\n{HEADER}",
           flush=True)
-    work = [(cases, size) for name in args.sizes for cases in stages_of(configured(args, name), args.stages)
-            for size in args.micro_batches]
+    work = [(cases, key_of(size, keeps))
+            for name in args.sizes for cases in stages_of(configured(args, name), args.stages)
+            for size in args.micro_batches for keeps in ways(cases, size)]
     rows = []
-    for cases, size in tqdm(work, disable=None):
-        rows.append(compare(cases, size))
+    for cases, key in tqdm(work, disable=None):
+        rows.append(compare(cases, key))
         print(rows[-1], flush=True)
     return 0 if verdict(rows) else 1
 

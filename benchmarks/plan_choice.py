@@ -56,7 +56,12 @@ RECOMPUTE = (0, 4, 2, 1)
 LINES_PCT = (100, 70, 50, 35, 25, 15, 8, 3, 0)
 SETUP = DeviceSetup("cpu", None)
 
-Key = tuple[tuple[str, int, int], ...]  # tower, micro-batch, recompute, of the towers that a task uses
+
+class Key(NamedTuple):
+    """What of a fit counts for a task."""
+
+    towers: tuple[tuple[str, int, int], ...]  # tower, micro-batch, recompute, of those that the task uses
+    keeps: bool = False  # the tokens of all samples, for the fusion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +77,26 @@ class Case:
         return stage_upper(self.config, self.row, SETUP)
 
     @property
+    def fuses(self) -> bool:
+        return any(OBJECTIVES[name].scope == "fusion" for name in self.task.objectives)
+
+    @property
     def towers(self) -> list[str]:
-        fuses = any(OBJECTIVES[name].scope == "fusion" for name in self.task.objectives)
-        return [tower for tower in self.upper if tower in self.task.inputs or (fuses and tower == "fusion")]
+        return [tower for tower in self.upper if tower in self.task.inputs or (self.fuses and tower == "fusion")]
 
     def fit(self, key: Key) -> Fit:
-        return Fit(self.upper | {tower: size for tower, size, _ in key},
-                   dict.fromkeys(self.upper, 0) | {tower: every for tower, _, every in key})
+        return Fit(self.upper | {tower: size for tower, size, _ in key.towers},
+                   dict.fromkeys(self.upper, 0) | {tower: every for tower, _, every in key.towers}, key.keeps)
 
     def key(self, fit: Fit) -> Key:
-        return tuple((tower, fit.micro_batch[tower], fit.recompute[tower]) for tower in self.towers)
+        return Key(tuple((tower, fit.micro_batch[tower], fit.recompute[tower]) for tower in self.towers),
+                   self.fuses and fit.keep_tokens)
 
     def sweep(self) -> list[Key]:
+        return [Key(towers, keeps) for keeps in ((True, False) if self.fuses else (False,))
+                for towers in self._mixtures()]
+
+    def _mixtures(self) -> list[tuple[tuple[str, int, int], ...]]:
         powers = [[1 << exponent for exponent in range(self.upper[tower].bit_length())] for tower in self.towers]
         if len(self.towers) <= 2:
             return list(itertools.product(*([(tower, size, every) for size in sizes for every in RECOMPUTE]
@@ -118,7 +131,8 @@ class Peaks:
         """The planner's choice where `line_bytes` are for tensors."""
         limits = Limits(line_bytes + int(CONTEXT_GIB["cpu"] * GIB), "cpu", 1.0)
         are_free = all(OBJECTIVES[name].scope == "tower" for name in self.case.task.objectives)
-        return self.case.key(plan_fit(self, self.case.upper, limits, parts_are_free=are_free).fit)
+        plan = plan_fit(self, self.case.upper, limits, parts_are_free=are_free, fuses=self.case.fuses)
+        return self.case.key(plan.fit)
 
 
 def random_batch(case: Case, device: str = "cpu") -> Batch:
@@ -164,7 +178,7 @@ class Trainer:
         began = time.process_time()
         step = Step(model=self.model, batch=self.batch, device=torch.device("cpu"), micro_batch=fit.micro_batch,
                     autocast=lambda: torch.autocast("cpu", enabled=False), drop_path=row.drop_path,
-                    keep={"image": row.image_keep, "audio": row.audio_keep},
+                    keep={"image": row.image_keep, "audio": row.audio_keep}, keep_tokens=fit.keep_tokens,
                     num_concepts=self.case.config.model.num_classes)
         learn(step, [(1.0, objective) for objective in self.objectives], self.optimizer.backward)
         self.optimizer.step(1e-5)
@@ -209,7 +223,8 @@ def is_fast(key: Key, lines: Sequence[Line], seconds: Mapping[Key, float]) -> bo
 
 
 def write(key: Key) -> str:
-    return " ".join(f"{tower} {size}" + (f"/{every}" if every else "") for tower, size, every in key)
+    towers = " ".join(f"{tower} {size}" + (f"/{every}" if every else "") for tower, size, every in key.towers)
+    return towers + (" kept" if key.keeps else "")
 
 
 def compare(case: Case, rounds: int) -> list[float]:

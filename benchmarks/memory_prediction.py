@@ -135,8 +135,9 @@ def stages_of(config: Config, names: list[str]) -> list[list[Case]]:
 
 def ways(cases: list[Case], micro_batch: int) -> tuple[bool, ...]:
     """Tokens kept or encoded again, where a stage fuses; those of a single micro-batch are in memory anyway."""
-    several = any(case.fuses and micro_batch < max(case.upper.values()) for case in cases)
-    return (True, False) if several else (True,)
+    if not any(case.fuses for case in cases):
+        return (False,)
+    return (True, False) if micro_batch < max(max(case.upper.values()) for case in cases) else (True,)
 
 
 def verdict(rows: list[Row]) -> bool:

@@ -16,7 +16,7 @@ from trimodal.sets.reading import draw_fold, draw_splits
 
 def row(option: str, seed: int, value: float, name: str = "stamps") -> dict[str, Any]:
     return {"set": name, "option": option, "seed": seed,
-            "figures": {"image-text R@5": value, "audio-text R@5": value + 0.2}}
+            "figures": {"image-text": value, "audio-text": value + 0.2}}
 
 
 def test_every_option_is_a_recipe_that_can_be_trained() -> None:
@@ -43,10 +43,10 @@ def test_an_option_is_compared_with_the_recipe_of_the_same_set_and_seed() -> Non
 
 
 def test_figures_are_those_of_the_lowest_validation_loss_of_the_last_stage() -> None:
-    metrics = [{key: value for keys in ablation.PAIRS.values() for key in keys} for value in (0.9, 0.2, 0.4)]
+    metrics = [{f"{way}_R@1": value for ways in ablation.PAIRS.values() for way in ways} for value in (0.9, 0.2, 0.4)]
     records = [{"kind": "validation", "stage": stage, "loss": loss, "metrics": one} for stage, loss, one in zip(
         ("align", "finetune", "finetune"), (0.1, 2.0, 1.0), metrics, strict=True)]
-    found = ablation.figures_of([*records, {"kind": "stage", "stage": "finetune", "steps": 7}])
+    found = ablation.figures_of([*records, {"kind": "stage", "stage": "finetune", "steps": 7}], "R@1")
     assert found["figures"] == dict.fromkeys(ablation.PAIRS, 0.4) and found["steps"] == {"finetune": 7}
 
 

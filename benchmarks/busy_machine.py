@@ -95,7 +95,8 @@ def train(kind: str) -> None:
     config = load_config(None, SETTINGS)
     row = next(row for row in config.stages if row.name == "align")
     case = steps.Case(config, row, row.tasks[0])
-    trainer, at_once = steps.Trainer(case), tuple((tower, case.upper[tower], 0) for tower in case.towers)
+    trainer = steps.Trainer(case)
+    at_once = steps.Key(tuple((tower, case.upper[tower], 0) for tower in case.towers))
     trainer.seconds(at_once)
     print(0.0, flush=True)
     for line in sys.stdin:

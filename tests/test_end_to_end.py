@@ -78,7 +78,7 @@ def test_the_folder_holds_what_was_promised(finished: Finished) -> None:
     assert [name for name in names if name.startswith("logs/tensorboard/events.out.tfevents.")]
     files = finished.report["files"]
     assert {f"reports/{name}" for name in files.values()} <= names
-    assert files.keys() == {"markdown", "losses", "progress", "gallery_image", "gallery_audio"}
+    assert files.keys() == {"markdown", "page", "losses", "progress", "gallery_image", "gallery_audio"}
     assert not [name for name in names if ".tmp" in name or ".writable" in name]
 
 

@@ -19,7 +19,7 @@ from tests.refusals import assert_told
 from tests.small_runs import RECIPE
 from trimodal.checkpoint import save
 from trimodal.config import Config, config_from_dict
-from trimodal.evaluation import protocols, report
+from trimodal.evaluation import phrases, protocols, report
 from trimodal.memory import devices
 from trimodal.training.run import build_model
 
@@ -89,6 +89,7 @@ def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(
     out, found = capsys.readouterr().out, told(folder)
     setting = protocols.Setting(device=torch.device("cpu"), amp=torch.bfloat16)
     expected, encoded = protocols.evaluate_split(trained.model, trained.data, "test", trained.config, setting)
+    assert found["evaluation"].pop("seconds") > 0
     assert found["evaluation"] == {"split": "test", "figures": expected, "facts": encoded.facts}
     assert report.format_table(expected) in out
     assert found["kind"] == "evaluation" and found["best"] == {"stage": "align", "epoch": 3, "loss": 1.25}
@@ -96,7 +97,7 @@ def test_the_figures_are_those_of_the_protocols_and_stand_in_table_and_report(
     assert len(found["gallery"]) == 4  # two captions of pictures, two of sounds
     markdown = folder / "out" / "reports" / found["files"]["markdown"]
     assert str(markdown) in out and markdown.read_text("utf-8").startswith(
-        f"# {report.PHRASES['title_evaluation']['en']}\n")
+        f"# {phrases.PHRASES['title_evaluation']['en']}\n")
 
 
 def test_split_limit_and_overrides(trained: Trained, folder: Path, capsys: Captured) -> None:
@@ -110,7 +111,7 @@ def test_split_limit_and_overrides(trained: Trained, folder: Path, capsys: Captu
         "samples": 16, "of": 64, "broken": 0, "subset_seed": 0, "nonfinite": {}}
     assert found["config"]["report"]["language"] == "zh" and found["gallery"] == []
     markdown = folder / "out" / "reports" / found["files"]["markdown"]
-    assert report.PHRASES["title_evaluation"]["zh"] in markdown.read_text("utf-8")
+    assert phrases.PHRASES["title_evaluation"]["zh"] in markdown.read_text("utf-8")
 
 
 def test_checkpoints_that_cannot_be_used(trained: Trained, folder: Path, capsys: Captured) -> None:

@@ -15,7 +15,7 @@ from model import TriModalModel
 from tests.refusals import assert_names, refused
 from tests.small_runs import RECIPE, float64
 from trimodal.config import Config, config_from_dict
-from trimodal.evaluation import metrics, protocols, trials
+from trimodal.evaluation import gallery, metrics, protocols, trials
 from trimodal.evaluation.protocols import Setting
 from trimodal.training.run import build_model
 
@@ -384,7 +384,7 @@ def test_without_a_trial_list_all_pairs_are_tried_and_said(tmp_path):
 def test_examples_show_the_best_answers_and_mark_the_right_one(tmp_path):
     config, data, oracle = _captioned(tmp_path)
     encoded = protocols.encode_split(oracle, data, "test", config, PLAIN)
-    rows = protocols.examples(encoded, data, "image", queries=4)
+    rows = gallery.examples(encoded, data, "image", queries=4)
     assert len(rows) == 4 and len({row["query"].split()[1] for row in rows}) == 4
     for row in rows:
         number = int(row["query"].split()[1])
@@ -393,7 +393,7 @@ def test_examples_show_the_best_answers_and_mark_the_right_one(tmp_path):
         assert best["right"] and best["picture"][0, 0].tolist() == [10 * number, 255 - 10 * number, 60]
         assert best["caption"] == f"number {number} phrase 0" and best["score"] == 1.0
         assert not any(answer["right"] for answer in row["answers"][1:])
-    assert protocols.examples(encoded, data, "audio", queries=4) == []
+    assert gallery.examples(encoded, data, "audio", queries=4) == []
 
 
 def test_examples_ask_each_wording_once(tmp_path):
@@ -402,12 +402,12 @@ def test_examples_ask_each_wording_once(tmp_path):
     ids, mask = data.tokenizer.encode([f"number {n}" for n in range(6)], 12)
     oracle = Oracle({tuple(row[keep].tolist()): n for n, (row, keep) in enumerate(zip(ids, mask, strict=True))})
     encoded = protocols.encode_split(oracle, data, "test", config, PLAIN)
-    rows = protocols.examples(encoded, data, "image", queries=12)
+    rows = gallery.examples(encoded, data, "image", queries=12)
     assert sorted(row["query"] for row in rows) == [f"number {n}" for n in range(6)]
 
 
 def test_examples_of_sounds_hold_log_mels(synthetic, evaluated):
-    row = protocols.examples(evaluated[1], synthetic[1], "audio", queries=2)[0]
+    row = gallery.examples(evaluated[1], synthetic[1], "audio", queries=2)[0]
     picture = row["answers"][0]["picture"]
     assert picture.ndim == 2 and picture.shape[1] == 80 and picture.dtype == np.float16
     assert 1 <= row["rank"] <= row["candidates"] and row["source"] == "synthetic"

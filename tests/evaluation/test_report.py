@@ -7,20 +7,22 @@ import math
 import os
 import re
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import trimodal
-from trimodal.evaluation import report
+from trimodal.evaluation import markdown, report
+from trimodal.evaluation.phrases import PHRASES
 
 NOW = datetime.datetime(2026, 3, 4, 5, 6, 7)
 
 
 def say(key: str, language: str = "en", **values: object) -> str:
     """A phrase of the report, whatever its words are."""
-    return report.PHRASES[key][language].format(**values)
+    return PHRASES[key][language].format(**values)
 
 
 def _records() -> list[dict]:
@@ -85,7 +87,7 @@ def test_the_json_holds_every_documented_key_and_what_was_given(written):
     align = found["stages"][1]
     assert align == {"stage": "align", "epochs": 2, "steps": 40, "samples": 400, "seconds": 60.0, "peak_gib": 1.5,
                      "predicted_gib": 1.4, "held_gib": 1.25, "measured_gib": 0.25, "data_wait_pct": 3.0,
-                     "samples_per_s": 50.0,
+                     "samples_per_s": 50.0, "validation_s": 0.0, "saving_s": 0.0, "waiting_s": pytest.approx(1.8),
                      "loss": pytest.approx(np.mean([4 / at for at in range(77, 81)]))}
     assert [found["validations"][1][name] for name in ("metrics", "chance", "candidates")] == [
         {"image_to_text_R@1": 0.25}, {"image_to_text_R@1": 0.125}, {"image_to_text_R@1": 8}]
@@ -141,7 +143,7 @@ def test_every_table_has_as_many_cells_in_each_row(written):
 
 
 def test_chinese_is_the_same_report_in_other_words(written):
-    chinese, english = report.render(json.loads(written[0].read_text("utf-8")), "zh"), written[1].read_text("utf-8")
+    chinese, english = markdown.render(json.loads(written[0].read_text("utf-8")), "zh"), written[1].read_text("utf-8")
     for key in ("title_training", "chance", "candidates", "licence", "stages"):
         assert say(key, "zh") in chinese and say(key, "en") in english and say(key, "en") not in chinese
     shape = [re.sub(r"[^#|`!*]", "", line) for line in english.splitlines()]
@@ -150,24 +152,23 @@ def test_chinese_is_the_same_report_in_other_words(written):
 
 
 def test_phrases_have_both_languages_with_the_same_places():
-    for key, words in report.PHRASES.items():
+    for key, words in PHRASES.items():
         assert words.keys() == {"zh", "en"} and words["zh"] and words["en"], key
         places = {language: sorted(name or "" for _, name, _, _ in string.Formatter().parse(text) if name is not None)
                   for language, text in words.items()}
         assert places["zh"] == places["en"], key
         assert not re.search(r"[\u4e00-\u9fff]", words["en"]), key
-    source = open(report.__file__, encoding="utf-8").read()
-    built = {f"title_{kind}" for kind in ("training", "evaluation")} | {f"gallery_{m}" for m in ("image", "audio")}
-    built |= {f"tower_{m}" for m in ("image", "text", "audio")}
-    unused = {key for key in report.PHRASES if source.count(f'"{key}"') + source.count(f"'{key}'") < 2
-              and key not in built and not key.startswith("stage_")}
-    assert unused == set()
+    folder = Path(report.__file__).parent
+    source = "".join(path.read_text("utf-8") for path in folder.glob("*.py") if path.name != "phrases.py")
+    built = tuple(name for name in re.findall(r"""f["'](\w+_)\{""", source))  # keys put together: f"stage_{key}"
+    assert {key for key in PHRASES if f'"{key}"' not in source and f"'{key}'" not in source
+            and not key.startswith(built)} == set()
 
 
 def test_an_evaluation_without_records_or_gallery(tmp_path):
     run = {**_run(), "kind": "evaluation", "evaluation": {"split": "test", "figures": {}, "facts": {}}}
     path, markdown = report.write_report(tmp_path, run, [], language="en", now=NOW)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md"]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".json", ".md"]
     text = markdown.read_text("utf-8")
     assert text.startswith(f"# {say('title_evaluation')}\n") and say("nothing") in text
     assert f"## {say('stages')}\n" not in text

@@ -40,6 +40,14 @@ def _records(path: Path) -> Iterator[dict[str, str]]:
                 yield found
 
 
+def counts(config: Config) -> dict[str, dict[str, int]]:
+    """How many samples are listed as broken, by set and split."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for line in _records(path_of(config)):
+        found.setdefault(line["key"].partition("/")[0], {}).setdefault(line["split"], set()).add(line["key"])
+    return {name: {split: len(keys) for split, keys in splits.items()} for name, splits in found.items()}
+
+
 def record(records: Sequence[dict[str, str]], config: Config) -> None:
     """Append to bad_samples.jsonl what it does not hold yet, one JSON object a line; a full disk costs this only."""
     path = path_of(config)

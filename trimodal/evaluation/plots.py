@@ -236,7 +236,7 @@ def _thumb(picture: np.ndarray) -> Any:
 
     size = _thumb_size(picture)
     if picture.ndim == 2:
-        return Image.fromarray(_spectrogram(picture)).resize(size, Image.Resampling.BILINEAR)
+        return Image.fromarray(spectrogram(picture)).resize(size, Image.Resampling.BILINEAR)
     scale = THUMB / max(picture.shape[:2])
     shape = tuple(max(1, round(side * scale)) for side in (picture.shape[1], picture.shape[0]))
     square = Image.new("RGB", size, (245, 245, 245))
@@ -245,7 +245,7 @@ def _thumb(picture: np.ndarray) -> Any:
     return square
 
 
-def _spectrogram(mel_TM: np.ndarray) -> np.ndarray:
+def spectrogram(mel_TM: np.ndarray) -> np.ndarray:
     """uint8 (M, T, 3), from dark to bright between its 5th percentile and its maximum."""
     image_MT = np.flipud(mel_TM.astype(np.float64).T)
     low, high = np.percentile(image_MT, 5), image_MT.max()

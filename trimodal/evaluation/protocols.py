@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets import Data, Loader
-from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config
+from trimodal.config import MODALITIES, Config
 from trimodal.data.batches import Batch, Split
 from trimodal.data.near import near_files
 from trimodal.data.splits import has_known_file
@@ -271,7 +271,7 @@ class _Gathered:
                 ids = own.caption_ids[captions]
             else:
                 ids = (own.image_ids if modality == "image" else own.audio_ids)[rows[order]]
-            items[modality] = Items(_rows(torch.cat(self.features[modality]), order), rows[order], ids)
+            items[modality] = Items(take(torch.cat(self.features[modality]), order), rows[order], ids)
         answers = {modality: Answers(torch.cat([p.logits_NK for p in parts]), torch.cat([p.concepts_NK for p in parts]),
                                      np.concatenate([p.rows_N for p in parts]))
                    for modality, parts in self.answers.items() if parts}
@@ -383,7 +383,7 @@ class _Pairs:
     ids_M: np.ndarray  # `Items.ids_N` of the second: equal for equal captions or files
 
 
-def _pair_items(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pairs:
+def pair_items(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pairs:
     """Match the encoded items of the two modalities in `pair` by their samples, merging equal files of the first.
 
     `members`: True at the table rows of the samples to use. Empty where a modality of the pair was not encoded.
@@ -394,11 +394,11 @@ def _pair_items(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) ->
     first_N = np.flatnonzero(members[first.rows_N] & np.isin(first.rows_N, second.rows_N))
     second_M = np.flatnonzero(members[second.rows_N] & np.isin(second.rows_N, first.rows_N))
     owners_M = np.searchsorted(first.rows_N[first_N], second.rows_N[second_M])
-    kept, file_N = _first_of_each(first.ids_N[first_N])
+    kept, file_N = first_of_each(first.ids_N[first_N])
     return _Pairs(first_N[kept], second_M, file_N[owners_M], second.ids_N[second_M])
 
 
-def _first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices, ascending, of the first occurrence of each id, and for each of the N ids which of these it equals."""
     _, first, group_N = np.unique(ids_N, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -411,10 +411,10 @@ def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.
 
     A file that stands in several samples is one, for which all their captions are right.
     """
-    p = _pair_items(encoded, pair, members)
+    p = pair_items(encoded, pair, members)
     if len(p.first_N) < 2:
         return {}
-    first, second = (_rows(encoded.items[name].features_NF, indices)
+    first, second = (take(encoded.items[name].features_NF, indices)
                      for name, indices in zip(pair, (p.first_N, p.second_M), strict=True))
     texts = pair[1] == "text"
 
@@ -425,21 +425,22 @@ def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.
                              encoded.captions_C[p.second_M[columns]])
 
     _, ids = np.unique(p.ids_M, return_inverse=True)
-    counted, _ = _first_of_each(p.owners_M * (ids.max() + 1) + ids if texts else ids)
+    counted, _ = first_of_each(p.owners_M * (ids.max() + 1) + ids if texts else ids)
     order = np.concatenate([counted, np.setdiff1d(np.arange(len(ids)), counted)])
-    figures = metrics.retrieval(first, _rows(second, counted), torch.from_numpy(p.owners_M[order]),
+    figures = metrics.retrieval(first, take(second, counted), torch.from_numpy(p.owners_M[order]),
                                 torch.from_numpy(ids[order]), names=pair, options=options, rerank=rerank(counted))
     if texts:
         times = data.tables[encoded.split].caption_times[encoded.captions_C[p.second_M]]
         each = np.repeat(np.arange(len(p.second_M)), times)  # equal captions of one clip are so many queries there
-        of_papers = metrics.retrieval(first, _rows(second, each), torch.from_numpy(p.owners_M[each]), names=pair,
+        of_papers = metrics.retrieval(first, take(second, each), torch.from_numpy(p.owners_M[each]), names=pair,
                                       options=options, rerank=rerank(each))
         figures = {name + suffix: found[name] for name in figures
                    for suffix, found in (("", figures), (PER_CAPTION, of_papers))}
     return figures
 
 
-def _rows(features: Tensor, rows: np.ndarray) -> Tensor:
+def take(features: Tensor, rows: np.ndarray) -> Tensor:
+    """Rows of a tensor, on its device."""
     return features[torch.from_numpy(rows).to(features.device)]
 
 
@@ -451,7 +452,7 @@ def _concepts(encoded: Encoded, modality: str, members: np.ndarray, options: met
         return {}
     own = np.flatnonzero(members[answers.rows_N])
     items = encoded.items[modality]
-    first, file_N = _first_of_each(items.ids_N[np.searchsorted(items.rows_N, answers.rows_N[own])])
+    first, file_N = first_of_each(items.ids_N[np.searchsorted(items.rows_N, answers.rows_N[own])])
     if len(first) < 2:
         return {}
     labels_NK = answers.concepts_NK[torch.from_numpy(own)]
@@ -464,16 +465,36 @@ def _concepts(encoded: Encoded, modality: str, members: np.ndarray, options: met
 # ---- speakers ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class SpeakerTrials:
+    """Pairs of sounds that are compared: indices of their `Items`, names and cosines."""
+
+    items_T2: np.ndarray
+    speakers_T2: np.ndarray
+    same_T: np.ndarray
+    scores_T: np.ndarray
+    about: str  # which trials these are
+
+
 def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
               options: metrics.Options) -> dict[str, Figure]:
-    """Verification on the official trials where they are there, else on pairs of our own; adds to the set's facts."""
+    """Verification of the speakers of one set; adds to the set's facts which trials it was."""
+    found = speaker_trials(encoded, data, members, config)
+    if found is None:
+        return {}
+    encoded.facts[data.tables[encoded.split].sources[int(np.flatnonzero(members)[0])]]["trials"] = found.about
+    return metrics.verification(found.scores_T, found.same_T, found.speakers_T2, options)
+
+
+def speaker_trials(encoded: Encoded, data: Data, members: np.ndarray, config: Config) -> SpeakerTrials | None:
+    """The official trials of a set where they are there, else pairs of our own; None without two speakers."""
     table, items = data.tables[encoded.split], encoded.items.get("audio")
     if items is None:
-        return {}
+        return None
     places = np.array([n for n, row in enumerate(items.rows_N) if members[row] and table.speakers[row]], np.int64)
     names = np.array([table.speakers[row] for row in items.rows_N[places]])
     if len(np.unique(names)) < 2:
-        return {}
+        return None
     source = table.sources[items.rows_N[places[0]]]
     ids = items.ids_N[places]
     published = SETS[source].trials
@@ -482,55 +503,8 @@ def _speakers(encoded: Encoded, data: Data, members: np.ndarray, config: Config,
         pairs_T2, about = trials.listed_trials(keys, names, ids, Path(config.paths.data_root) / source, published)
     else:
         pairs_T2, about = trials.own_trials(names, ids, "no trial list")
-    encoded.facts[source]["trials"] = about
-    same_T = names[pairs_T2[:, 0]] == names[pairs_T2[:, 1]]
-    features = _rows(items.features_NF, places).double().cpu()
+    features = take(items.features_NF, places).double().cpu()
     scores = torch.cat([(features[part[:, 0]] * features[part[:, 1]]).sum(1)
                         for part in torch.from_numpy(pairs_T2).split(10_000)])
-    return metrics.verification(scores.numpy(), same_T, names[pairs_T2], options)
-
-
-# ---- examples ----------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: int = 5) -> list[dict[str, Any]]:
-    """Retrieval results of `queries` captions among all images (`modality` "image") or sounds ("audio") of a split.
-
-    The captions are different, each the first of a file, and chosen at random by a fixed seed.
-
-    Returns:
-        For each caption {"query", "source", "modality", "rank" (of the best right answer, from 1, ties counted against
-        the model), "candidates", "answers": [{"picture": uint8 (H, W, 3) or log-mel float16 (T, 80), "caption",
-        "score", "right"}]}, with the `found` best answers, best first.
-    """
-    table = data.tables[encoded.split]
-    p = _pair_items(encoded, (modality, "text"), np.ones(len(table), bool))
-    if not len(p.first_N):
-        return []
-    gallery = _rows(encoded.items[modality].features_NF, p.first_N)
-    rows_G = encoded.items[modality].rows_N[p.first_N]
-    relation = metrics.Relation(torch.from_numpy(p.owners_M), torch.from_numpy(p.ids_M), len(p.first_N))
-    firsts = np.unique(p.owners_M, return_index=True)[1]  # one caption a file, and each wording once
-    firsts = firsts[np.unique(p.ids_M[firsts], return_index=True)[1]]
-    chosen = np.sort(np.random.default_rng(SAMPLING_SEED).permutation(firsts)[:queries])
-    out = []
-    for c in chosen.tolist():
-        query_F = _rows(encoded.items["text"].features_NF, p.second_M[c:c + 1])[0]
-        scores_G = (gallery @ query_F).nan_to_num(-2.0, -2.0, -2.0).cpu()
-        right_G = relation.tile(slice(0, len(p.first_N)), slice(c, c + 1))[:, 0]
-        reached = scores_G[right_G].max() - metrics.rounding(scores_G.dtype)
-        rank = 1 + int((scores_G[~right_G] >= reached).sum())
-        best = scores_G.sort(descending=True, stable=True).indices[:found].tolist()
-        source = table.sources[rows_G[p.owners_M[c]]]
-        out.append({"query": table.captions[encoded.captions_C[p.second_M[c]]], "source": source,
-                    "modality": modality, "rank": rank, "candidates": len(p.first_N),
-                    "answers": [{"picture": _picture(data, encoded.split, modality, int(rows_G[g])),
-                                 "caption": (table.captions_of(int(rows_G[g])) or ("",))[0],
-                                 "score": float(scores_G[g]), "right": bool(right_G[g])} for g in best]})
-    return out
-
-
-def _picture(data: Data, split: str, modality: str, row: int) -> np.ndarray:
-    store = data.splits[split].store
-    return store.image(row) if modality == "image" else store.mel(row)[:AUDIO_WINDOW_FRAMES]
+    return SpeakerTrials(places[pairs_T2], names[pairs_T2], names[pairs_T2[:, 0]] == names[pairs_T2[:, 1]],
+                         scores.numpy(), about)

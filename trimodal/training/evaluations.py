@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ from datasets import Data, load_data
 from model import load_model
 from trimodal.arguments import writing_to
 from trimodal.config import Config, config_from_dict
+from trimodal.data import bad_samples
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.errors import UserError
-from trimodal.evaluation import peers, protocols, report, rerank, zero_shot
+from trimodal.evaluation import gallery, peers, protocols, report, rerank, zero_shot
 from trimodal.files import check_writable
 from trimodal.inference.hub_models import PREFIX, HubModel, open_hub
 from trimodal.memory import devices
@@ -62,6 +64,7 @@ def evaluate(options: argparse.Namespace) -> Path:
         f"Out of memory ({cause}): {size} samples at a time"), sizes={} if is_hub else planned_sizes(
             config, DeviceSetup(device.type, precision.dtype, kernel=state["attention_kernel"],
                                 towers=state.get("towers", {}))))
+    start_s = time.perf_counter()
     found = (on_classes if options.zero_shot else on_data_sets)(options, model.to(device), state, config, setting)
     print(report.format_table(found.figures) + report.format_notes(found.figures, found.facts))
     run = {
@@ -69,12 +72,14 @@ def evaluate(options: argparse.Namespace) -> Path:
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
         "model": describe(model), "towers": {} if is_hub else tower_facts(model.towers, config.stages),
         "config": settings(own_settings(config, is_hub)), "data": found.data, "device": str(device),
-        "precision": precision.reason,
-        "evaluation": {"split": found.split, "figures": found.figures, "facts": found.facts},
+        "precision": precision.reason, **found.shown,
+        "evaluation": {"split": found.split, "figures": found.figures, "facts": found.facts,
+                       "seconds": time.perf_counter() - start_s},
     }
     with writing_to(folder):
-        _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=found.gallery)
-    print(f"Report: {markdown}")
+        _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=found.gallery,
+                                          media=found.media)
+    print(f"Report: {markdown}\nReport page: {markdown.with_suffix('.html')}")
     return markdown
 
 
@@ -86,6 +91,8 @@ class Found(NamedTuple):
     facts: dict[str, dict[str, Any]]
     data: dict[str, Any]
     gallery: list[dict[str, Any]]
+    shown: dict[str, Any]
+    media: dict[str, str]
 
 
 def on_data_sets(options: argparse.Namespace, model: Any, state: dict[str, Any], config: Config,
@@ -110,9 +117,10 @@ def on_data_sets(options: argparse.Namespace, model: Any, state: dict[str, Any],
     known = state.get("trained_on")
     if isinstance(known, torch.Tensor) and split != "train":
         protocols.mark_trained_on(encoded, data, config, known.numpy())
-    gallery = [row for modality in ("image", "audio")
-               for row in protocols.examples(encoded, data, modality, config.report.gallery_queries)]
-    return Found(split, figures, encoded.facts, data.describe(), gallery)
+    rows = [row for modality in ("image", "audio")
+            for row in gallery.examples(encoded, data, modality, config.report.gallery_queries)]
+    about = {**data.describe(), "broken": bad_samples.counts(config)}
+    return Found(split, figures, encoded.facts, about, rows, *gallery.collect(encoded, data, config))
 
 
 def on_classes(options: argparse.Namespace, model: Any, state: dict[str, Any], config: Config,
@@ -128,7 +136,7 @@ def on_classes(options: argparse.Namespace, model: Any, state: dict[str, Any], c
     figures, facts = zero_shot.classify(model, classes, prompts, config, setting, tokenizer)
     name = classes.folder.absolute().name
     told = {"prompts": list(prompts), "classes": list(classes.names)}
-    return Found("test", {name: {f"{classes.modality}-class": figures}}, {name: facts}, told, [])
+    return Found("test", {name: {f"{classes.modality}-class": figures}}, {name: facts}, told, [], {}, {})
 
 
 def read_data(config: Config, split: str, state: dict[str, Any], model: Any) -> Data:

@@ -31,7 +31,7 @@ LOG = Path("logs", "metrics.jsonl")
 MODELS = re.compile(r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt")  # names of a run's checkpoints
 EXPORTS = ("model.safetensors", "config.json")
 WRITTEN = "|".join((MODELS.pattern, r"model\.safetensors", r"config(_\d+)?\.(json|yaml)",
-                    r"metrics\.jsonl", r"report_\d{8}_\d{6}\w*\.(json|md|png)", r"\.\w+\.json",
+                    r"metrics\.jsonl", r"report_\d{8}_\d{6}\w*\.(json|md|html|png)", r"\.\w+\.json",
                     r"events\.out\.tfevents\..+"))  # names of all that `replacing` writes there
 OF_THE_DATA = "bad_samples.jsonl"  # what was found out about the user's files outlives a run
 SHOWN = 5  # names in one line
@@ -161,7 +161,7 @@ def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.dateti
     later += [path for path in _files(checkpoints) if path.name in EXPORTS and is_listed(folder, path)]
     stems = "|".join(re.escape(Path(file).stem) for file in reports)
     later += [path for path in _files(folder / "reports")
-              if reports and re.fullmatch(rf"({stems})(_\w+)?\.(json|md|png)", path.name)]
+              if reports and re.fullmatch(rf"({stems})(_\w+)?\.(json|md|html|png)", path.name)]
     moment = (now or datetime.datetime.now()).replace(microsecond=0)
     while os.path.lexists(place := folder / moment.strftime("abandoned_%Y%m%d_%H%M%S")):
         moment += datetime.timedelta(seconds=1)

@@ -16,9 +16,10 @@ from datasets import Loader, epoch_batches
 from trimodal.checkpoint import check_room, export, is_own, plain
 from trimodal.checkpoint import save as save_file
 from trimodal.config import FRAME_RATE_HZ, MODALITIES
+from trimodal.data import bad_samples
 from trimodal.data.batches import Batch, pool
 from trimodal.errors import CheckpointError, UserError
-from trimodal.evaluation import protocols, report
+from trimodal.evaluation import gallery, protocols, report
 from trimodal.memory import devices
 from trimodal.objectives.base import Losses
 from trimodal.redaction import command_line, settings
@@ -254,7 +255,7 @@ def first_recalls(figures: Mapping[str, Figure]) -> str:
 def show_examples(run: Run, encoded: protocols.Encoded | None) -> None:
     """A grid of what a few validation captions find, as a picture in TensorBoard."""
     for modality in ("image", "audio"):
-        if encoded and (rows := protocols.examples(encoded, run.data, modality, queries=4)):
+        if encoded and (rows := gallery.examples(encoded, run.data, modality, queries=4)):
             run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
 
 
@@ -278,6 +279,7 @@ def finish(run: Run) -> Path:
     if run.config.evaluation.rerank and not heads:
         run.tracker.event(f"evaluation.rerank={run.config.evaluation.rerank}: the best weights are of a stage without "
                           "the objective matching; nothing is re-ranked", run.progress.step)
+    start_s = time.perf_counter()
     figures, encoded = protocols.evaluate_split(run.model, run.data, "test", run.config, evaluation_setting(run), heads)
     protocols.mark_trained_on(encoded, run.data, run.config, run.trained_on.numpy())
     protocols.mark_near(encoded, run.data, run.config)
@@ -286,8 +288,9 @@ def finish(run: Run) -> Path:
     else:
         run.tracker.event(f"Evaluation: {NO_TEST}; {ADD_TEST}", run.progress.step)
     count = run.config.report.gallery_queries
-    gallery = [row for modality in ("image", "audio")
-               for row in protocols.examples(encoded, run.data, modality, count)] if count and figures else []
+    rows = [row for modality in ("image", "audio")
+            for row in gallery.examples(encoded, run.data, modality, count)] if count and figures else []
+    shown, media = gallery.collect(encoded, run.data, run.config)
     facts = {
         "kind": "training", "command": command_line(["python", *sys.argv]),
         "checkpoint": str(run.folder / "checkpoints" / "best_model.pt"),
@@ -295,9 +298,11 @@ def finish(run: Run) -> Path:
         "model": {"size": run.model.config.size, "parameters": sum(p.numel() for p in run.model.parameters())},
         "towers": tower_facts(run.model.towers, run.config.stages),
         "initialised_from": run.initialised_from, "config": settings(run.config.to_dict()),
-        "data": run.data.describe(), "device": str(run.device), "precision": run.precision.reason,
-        "predicted_gib": run.predicted_gib,
-        "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
+        "data": {**run.data.describe(), "broken": bad_samples.counts(run.config)},
+        "device": str(run.device), "precision": run.precision.reason,
+        "predicted_gib": run.predicted_gib, **shown,
+        "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts,
+                       "seconds": time.perf_counter() - start_s},
     }
     final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
              "progress": vars(run.progress).copy()}
@@ -306,11 +311,11 @@ def finish(run: Run) -> Path:
         with outputs.writing(run.folder, *(f"checkpoints/{name}" for name in outputs.EXPORTS)):
             export(final, run.folder / "checkpoints" / outputs.EXPORTS[0])
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
-                                          language=run.config.report.language, gallery=gallery)
+                                          language=run.config.report.language, gallery=rows, media=media)
     except (CheckpointError, OSError) as error:
         raise UserError(f"{error}; {AT_THE_END}") from None
     run.tracker.record({"kind": "report", "step": run.progress.step, "file": markdown.name})
-    run.tracker.say(f"Report: {markdown}")
+    run.tracker.say(f"Report: {markdown}\nReport page: {markdown.with_suffix('.html')}")
     return markdown
 
 

@@ -107,6 +107,17 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
      "成对的声音；✓ 同一说话人，✗ 不同说话人。下面是特征的余弦相似度。"),
     ("place", "right one at rank {rank} of {candidates}", "正确答案排第 {rank}，共 {candidates} 个"),
     ("at_rank", "rank {rank}", "第 {rank}"),
+    # ---- runs side by side
+    ("title_compare", "Runs side by side", "多次运行的比较"), ("run", "Run", "运行"), ("setting", "Setting", "设置"),
+    ("kind_of_training", "training", "训练"), ("kind_of_evaluation", "evaluation", "评测"),
+    ("settings", "Settings that differ", "不同的设置"), ("settings_same", "The same in all.", "全部相同。"),
+    ("compare_text", "▲ better, ▼ worse than A: 95 % intervals with no value in common. Other differences may be "
+     "chance.",
+     "▲ 好于 A，▼ 差于 A：两个 95 % 置信区间没有共同的值。其他差别可能只是偶然。"),
+    ("compare_other", "Not all were evaluated on the samples of A: the figures of those do not "
+     "compare, and have no mark.",
+     "有的运行评测所用的样本与 A 不同：它们的指标不能比较，也不作标记。"),
+    ("time_and_memory", "Time and memory", "用时与内存"),
     # ---- the report
     ("what", "What", "项目"), ("fact", "Value", "内容"), ("created", "Written", "生成时间"),
     ("command", "Command", "命令"), ("model", "Model, parameters", "模型，参数量"),

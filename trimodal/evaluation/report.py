@@ -44,6 +44,8 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
 What `write_report` is given as `run` are those keys that it cannot know itself: kind, command, checkpoint, best, model,
 towers, config, data, evaluation, similarities, map, retrievals, and "device", "precision", "predicted_gib" ({stage:
 GiB}); each may be missing.
+
+    python -m trimodal.evaluation.report compare A B ... [--html FILE]     # runs side by side: compare.py
 """
 
 import datetime
@@ -54,11 +56,14 @@ import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimodal import __version__
+from trimodal.arguments import Parser
+from trimodal.errors import UserError
 from trimodal.evaluation import markdown, page, verdict
 from trimodal.evaluation.charts import thinned
 from trimodal.evaluation.markdown import format_notes, format_table
@@ -260,3 +265,40 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and not isinstance(value, str):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Lay runs side by side; the exit code."""
+    from trimodal.evaluation import compare
+
+    parser = Parser("Lay runs side by side: settings that differ, figures, time and memory",
+                    "The first run is what the others are compared with.")
+    parser.add_argument("what", choices=("compare",), help="what to do")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's output folder, or a report_*.json")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page; FILE must not be there yet")
+    options = parser.parse_args(arguments)
+    try:
+        runs = compare.read_runs(options.runs)
+        print(compare.as_text(runs))
+        if options.html:
+            _write_page(options.html, compare.as_page(runs, locale_language()))
+    except UserError as error:
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write_page(path: Path, text: str) -> None:
+    try:
+        if not write_new(path.parent, {path.name: _bytes(text)}):
+            raise UserError(f"--html {path}: is there already; name another file")
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written ({error.strerror}); name another file") from None
+    print(f"\nPage: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

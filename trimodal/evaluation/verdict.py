@@ -96,7 +96,7 @@ def find_earlier(folder: Path, report: Report) -> dict[str, Any] | None:
         is_this_run = bool(report.get("stages")) and other.get("stages") == report["stages"]
         if theirs != mine or is_this_run:
             continue
-        same = _samples(other) == _samples(report)
+        same = samples_of(other) == samples_of(report)
         compared, found = differences(other, report) if same else (0, [])
         return {"file": path.name, "created": other.get("created"), "same_samples": same, "compared": compared,
                 "differences": [{**dict(zip(("set", "pair", "metric"), one.place, strict=True)),
@@ -115,7 +115,7 @@ def _newest_first(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path, found
 
 
-def _samples(report: Report) -> Any:
+def samples_of(report: Report) -> Any:
     """Digest of the samples that were evaluated."""
     return ((report.get("data") or {}).get("digests") or {}).get((report.get("evaluation") or {}).get("split"))
 

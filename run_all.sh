@@ -20,9 +20,9 @@ set -euo pipefail
 VENV_DIR=${VENV_DIR:-venv}
 PYTHON_HERE=$VENV_DIR/bin/python
 
-say() { echo "run_all: $*"; }
+say() { echo "run_all: $(text "$@")"; } # KEY VALUES...: a sentence of trimodal/messages.sh
 die() {
-    echo "run_all: $*" >&2
+    say "$@" >&2
     exit 2
 }
 usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"; }
@@ -48,24 +48,23 @@ check_flags() {
     done
 }
 
-newest_report() { # of the output folder $1; nothing where there is none
+newest_report() { # of the output folder $1: its page, or the text of an earlier release; nothing where there is none
     local file newest=
     for file in "$1"/reports/report_*.md; do
         if [ -f "$file" ] && { [ -z "$newest" ] || [ "$file" -nt "$newest" ]; }; then newest=$file; fi
     done
+    if [ -f "${newest%.md}.html" ]; then newest=${newest%.md}.html; fi
     echo "$newest"
 }
 
-what_next() { # $1: output folder, $2: report
-    cat <<EOP
-  report       $2
-  checkpoints  $1/checkpoints/best_model.pt, final_model.pt
-  curves       tensorboard --logdir=$1/logs/tensorboard
-Next, after source $VENV_DIR/bin/activate:
-  python evaluate.py --checkpoint $1/checkpoints/best_model.pt    the same measures, on any set: --datasets ...
-  python run_training.py --plan                                   what a run takes in memory, before it starts
-  ./run_all.sh --epochs 200                                       any flag of run_training.py; config.yaml explains the rest
-EOP
+what_next() { # $1: output folder, $2: page of the report
+    text report "$2"
+    text checkpoints "$1"
+    text curves "$1"
+    text next "$VENV_DIR"
+    text next_evaluate "$1"
+    text next_plan
+    text next_flags
 }
 
 main() {
@@ -77,40 +76,41 @@ main() {
             shift
             recipe=demo_pretrained
         fi
-        if given --config "$@"; then die "--demo brings its own --config; leave one of them out"; fi
+        if given --config "$@"; then die demo_config; fi
         set -- --config "recipes/$recipe.yaml" --model-size tiny "$@"
     fi
-    if given --demo "$@"; then die "--demo comes first, before all other flags"; fi
-    if given --pretrained "$@"; then die "--pretrained comes right after --demo; other recipes name towers themselves"; fi
+    if given --demo "$@"; then die demo_first; fi
+    if given --pretrained "$@"; then die pretrained_second; fi
     check_flags "$@"
 
-    say "[1/5] environment"
+    say step_environment
     bash setup_environment.sh
     if given --check "$@" || given --plan "$@" || given --doctor "$@"; then exec "$PYTHON_HERE" run_training.py "$@"; fi
     if ! given --resume "$@" && ! given --overwrite "$@" && ! given --init "$@"; then set -- "$@" --resume auto; fi
     answers=$("$PYTHON_HERE" run_training.py --check "$@") # what training would refuse ends here
     { IFS= read -r data_root && IFS= read -r output_dir && read -r names; } <<<"$answers"
 
-    say "[2/5] data: $names in $data_root"
+    say step_data "$names" "$data_root"
     # shellcheck disable=SC2086 # one word for each set
     "$PYTHON_HERE" download_datasets.py --datasets $names --data-root "$data_root" --skip-existing || fetched=$?
     if [ "$fetched" = 3 ]; then
-        say "some files can no longer be downloaded; training continues with those that are there"
+        say data_in_part
     elif [ "$fetched" != 0 ]; then
         exit "$fetched"
     fi
 
-    say "[3/5] training: images, text and audio separately, then together (Ctrl-C is safe: run this again to continue)"
+    say step_training
     "$PYTHON_HERE" run_training.py "$@"
 
-    say "[4/5] evaluation and report"
+    say step_report
     report=$(newest_report "$output_dir")
-    [ -n "$report" ] || die "no report in $output_dir/reports; make it with $PYTHON_HERE evaluate.py --checkpoint" \
-        "$output_dir/checkpoints/best_model.pt"
+    [ -n "$report" ] || die no_report "$output_dir" "$PYTHON_HERE" "$output_dir"
 
-    say "[5/5] done"
+    say step_done
     what_next "$output_dir" "$report"
 }
 
 cd -P "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck disable=SC1091 # a file of its own, which is checked as such
+source trimodal/messages.sh
 main "$@"

@@ -26,9 +26,9 @@ PROBE_S=${PROBE_S:-5}                                                   # empty:
 CPU_DISK_GB=2
 DEFAULT_DISK_GB=7
 
-say() { echo "setup: $*"; }
+say() { echo "setup: $(text "$@")"; } # KEY VALUES...: a sentence of trimodal/messages.sh
 die() {
-    echo "setup: $*" >&2
+    say "$@" >&2
     exit 2
 }
 usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]##*/}"; }
@@ -43,14 +43,14 @@ parse() {
             --torch-version) TORCH_VERSION=${2-nothing} && shift $(($# > 1)) ;;
             --torch-version=*) TORCH_VERSION=${1#*=} ;;
             -h | --help) usage && exit 0 ;;
-            *) die "unknown flag '$1'; known: --dev, --latest, --torch-version X, --dry-run, --help" ;;
+            *) die unknown_flag "$1" ;;
         esac
         shift
     done
     case $TORCH_VERSION in
         '' | [0-9]*.[0-9]*.[0-9]*) ;;
         [0-9]*.[0-9]*) TORCH_VERSION=$TORCH_VERSION.0 ;;
-        *) die "--torch-version: '$TORCH_VERSION' is no version; give one such as 2.11.0" ;;
+        *) die no_version "$TORCH_VERSION" ;;
     esac
 }
 
@@ -66,8 +66,8 @@ find_python() {
         fi
         no_venv=$name
     done
-    [ -z "$no_venv" ] || die "$no_venv has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)"
-    die "needs Python 3.10 to 3.13, found none among: $PYTHON; install one, or name it: PYTHON=/path/to/python3.11"
+    [ -z "$no_venv" ] || die no_venv "$no_venv"
+    die no_python "$PYTHON"
 }
 
 has_gpu() {
@@ -96,14 +96,14 @@ choose_place() {
     shown=${TORCH_INDEX_URL/\/\/*@///} # without a password
     PLACE=default PLACE_DISK_GB=$DEFAULT_DISK_GB
     if has_gpu; then
-        WHY="there is an NVIDIA GPU"
+        WHY=$(text why_gpu)
     elif [ -z "$TORCH_INDEX_URL" ]; then
-        WHY="there is no NVIDIA GPU, and TORCH_INDEX_URL is empty, so no CPU index is asked"
+        WHY=$(text why_not_asked)
     elif answers "$TORCH_INDEX_URL"; then
         PLACE=cpu PLACE_DISK_GB=$CPU_DISK_GB
-        WHY="there is no NVIDIA GPU, and $shown answers"
+        WHY=$(text why_answers "$shown")
     else
-        WHY="there is no NVIDIA GPU, but $shown gave no answer within $PROBE_S s; it also works on the CPU, only larger"
+        WHY=$(text why_silent "$shown" "$PROBE_S")
     fi
 }
 
@@ -165,8 +165,8 @@ check_disk() {
     local folder=$VENV free_gb
     while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
     free_gb=$(df -Pk "$folder" | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
-    say "needs about $1 GB of disk; $folder has $free_gb GB free"
-    [ "$free_gb" -ge "$1" ] || die "not enough disk: free some, or put the environment elsewhere: VENV_DIR=/other/disk/venv"
+    say disk "$1" "$folder" "$free_gb"
+    [ "$free_gb" -ge "$1" ] || die no_disk
 }
 
 ask_pip() {
@@ -177,8 +177,8 @@ ask_pip() {
 
 pip_install() {
     ask_pip "$@" || {
-        say "pip failed on: $* (its own lines above say why); running this script again continues from here" >&2
-        [ "$PLACE" != cpu ] || say "to do without the CPU index: TORCH_INDEX_URL= bash setup_environment.sh" >&2
+        say pip_failed "$*" >&2
+        [ "$PLACE" != cpu ] || say without_index >&2
         exit 1
     }
 }
@@ -189,8 +189,7 @@ install_tested() {
     if [ "$LATEST" = no ]; then
         grep -v '^torch' constraints.txt >"$tested"
         ask_pip -c "$tested" "$@" && return
-        say "the versions in constraints.txt are not all available for this Python and machine (pip's own lines above" \
-            "say which): taking the newest within the ranges of requirements*.txt"
+        say not_tested
     fi
     pip_install "$@"
 }
@@ -201,7 +200,7 @@ tested_torch() { # $@: options of pip
     if [ -n "$TORCH_VERSION" ] || [ "$LATEST" = yes ]; then return 1; fi
     while read -r spec; do specs+=("$spec"); done < <(grep '^torch' constraints.txt)
     ask_pip "$@" "${specs[@]}" && return
-    say "the torch of constraints.txt is not available here: taking the newest that requirements.txt allows"
+    say torch_not_tested
     return 1
 }
 
@@ -219,15 +218,14 @@ install_torch() {
     fi
     if [ "$PLACE" = default ] && ! torch_stays; then
         read -r -a specs <<<"$(state | sed -n 's/^torch=//p')"
-        say "a find-links or extra index brought other builds (${specs[*]}): taking the plain ones"
+        say other_builds "${specs[*]}"
         pip_install "torch===${specs[0]%+*}" "torchvision===${specs[1]%+*}" "torchaudio===${specs[2]%+*}"
     fi
 }
 
 verify() {
-    torch_stays || die "the torch packages do not fit together ($(state | grep ^torch=)): look for a find-links or" \
-        "extra-index-url in 'pip config list' that offers other builds, remove $VENV, and run this again"
-    "$VENV_PYTHON" - <<'EOP' || die "the three torch packages cannot be imported together: remove $VENV, and run this again"
+    torch_stays || die torch_apart "$(state | grep ^torch=)" "$VENV"
+    "$VENV_PYTHON" - <<'EOP' || die no_import "$VENV"
 import platform, torch, torchaudio, torchvision
 device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device in reach"
 print(f"setup: Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__},"
@@ -240,12 +238,12 @@ EOP
 make_environment() {
     local aside
     if [ -d "$VENV" ] && [ -n "$(ls -A "$VENV")" ]; then
-        [ -f "$VENV/pyvenv.cfg" ] || die "$VENV holds other things, no environment; name another folder in VENV_DIR"
-        say "$VENV_DIR does not run here, or was made for another folder: making it anew"
+        [ -f "$VENV/pyvenv.cfg" ] || die no_environment "$VENV"
+        say made_anew "$VENV_DIR"
         if [ ! -f "$STAMP" ] || [ -L "$VENV" ]; then
             aside=$VENV.before_$(date +%Y%m%d_%H%M%S)
-            if [ -e "$aside" ] || ! mv "$VENV" "$aside"; then die "$VENV cannot be renamed; name another in VENV_DIR"; fi
-            say "this script did not finish it, or it is a link, so it is kept as $aside"
+            if [ -e "$aside" ] || ! mv "$VENV" "$aside"; then die no_rename "$VENV"; fi
+            say kept_aside "$aside"
         fi
     fi
     "$BASE_PYTHON" -m venv --clear "$VENV"
@@ -273,24 +271,26 @@ main() {
     VENV=${VENV%/}
     PLACE=kept VENV_PYTHON=$VENV/bin/python STAMP=$VENV/setup_environment.stamp
     if complete && [ "$DRY_RUN" = no ]; then
-        say "nothing to do: $VENV_DIR has all of it ($(grep ^torch= "$STAMP"))"
+        say nothing_to_do "$VENV_DIR" "$(grep ^torch= "$STAMP")"
         return
     fi
     find_python
-    say "$("$BASE_PYTHON" -V) ($BASE_PYTHON); environment: $VENV_DIR"
+    say environment "$("$BASE_PYTHON" -V)" "$BASE_PYTHON" "$VENV_DIR"
     if usable && torch_stays; then
-        say "torch stays as it is ($(state | grep ^torch=))" && check_disk 1
+        say torch_stays "$(state | grep ^torch=)" && check_disk 1
     else
         choose_place
-        say "torch ${TORCH_VERSION:+$TORCH_VERSION }from the $PLACE index: $WHY" && check_disk "$PLACE_DISK_GB"
+        say torch_from "${TORCH_VERSION:+$TORCH_VERSION }" "$PLACE" "$WHY" && check_disk "$PLACE_DISK_GB"
     fi
     if [ "$DRY_RUN" = yes ]; then
-        if complete; then say "dry run: nothing to do"; else say "dry run: would install now"; fi
+        if complete; then say dry_nothing; else say dry_install; fi
         return
     fi
     install
-    say "done. Next: source $VENV_DIR/bin/activate"
+    say set_up "$VENV_DIR"
 }
 
 cd -P "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck disable=SC1091 # a file of its own, which is checked as such
+source trimodal/messages.sh
 main "$@"

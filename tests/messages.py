@@ -4,7 +4,7 @@
     python tests/messages.py --renew    # write it again, after a change of wording that is meant
 
 No other test asserts wording. A message is a text of two words or more in the sources that is no docstring; `{}`
-stands for a value. Lines of the shell scripts count where they call `say`, `die` or `echo`.
+stands for a value. What the shell scripts say stands in one table, trimodal/messages.sh.
 """
 
 import ast
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.project import ROOT, product_files
 
 SNAPSHOT = Path(__file__).with_name("messages.txt")
-SCRIPTS = ("run_all.sh", "setup_environment.sh")
-_SAID = re.compile(r"""\b(?:say|die|echo) ("(?:[^"\\]|\\.)*"|'[^']*')""")
+SCRIPTS = ("trimodal/messages.sh",)
+_SAID = re.compile(r"""\b(?:en|zh)=("(?:[^"\\]|\\.)*"|'[^']*')""")
 
 
 def texts(source: str) -> Iterator[str]:

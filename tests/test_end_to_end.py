@@ -17,8 +17,10 @@ import evaluate
 import run_training
 from model import load_model
 from tests import trees
+from tests.evaluation.test_page import Parsed
 from tests.refusals import assert_names, assert_told
 from tests.small_runs import records
+from trimodal.evaluation import page_media
 
 MIXED: dict[str, Any] = {
     "data": {"datasets": ["stamps", "synthetic"], "synthetic_images": 128, "synthetic_sounds": 128, "fit": "pad",
@@ -144,7 +146,24 @@ def test_what_is_printed(finished: Finished) -> None:
                for line in lines)
     [markdown] = (finished.folder / "reports").glob("*.md")
     assert_names(lines[-1], markdown)
+    assert_names(lines[-2], markdown.with_suffix(".html"))
     assert markdown.read_text("utf-8").startswith("# ")
+
+
+def test_the_page_shows_all_of_it(finished: Finished) -> None:
+    text = (finished.folder / "reports" / finished.report["files"]["page"]).read_text("utf-8")
+    page = Parsed(text)
+    assert {"results", "curves", "after_stages", "memory", "time", "data", "map", "similarities", "retrievals",
+            "environment", "config"} <= set(page.ids())
+    assert f"{finished.report['command']}\n" in page.text()
+    for query in (row["query"]["words"] for row in finished.report["retrievals"]):
+        assert f"{query}\n" in page.text()
+    shown = [attributes.get("src") or "" for tag, attributes in page.elements if tag in ("img", "audio")]
+    assert {uri.partition(";")[0] for uri in shown} == {"data:image/webp", "data:audio/ogg"}
+    assert len(finished.report["map"]["points"]) == text.count('class="point ') > 50
+    assert len(text) < page_media.MOST_BYTES + 1_000_000 and str(Path.home()) not in text
+    figures = finished.report["evaluation"]["figures"]["synthetic"]["image-text"]
+    assert all(f">{name}</bdi>" in text for name in figures)
 
 
 def test_tensorboard_shows_curves_and_found_pictures(finished: Finished) -> None:

@@ -25,6 +25,7 @@ from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
 
 SCRIPTS = ("setup_environment.sh", "run_all.sh", "tests/run.sh", ".ci/run", "benchmarks/gpu.sh")
+MESSAGES = "trimodal/messages.sh"
 NOBODY = "http://127.0.0.1:9/"  # the discard port: refuses at once
 Done = subprocess.CompletedProcess[str]
 
@@ -62,13 +63,13 @@ def roomy_disk(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, MESSAGES])
 def test_scripts_are_clean(script: str) -> None:
     assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0
     shellcheck = Path(sys.executable).with_name("shellcheck")
     run = subprocess.run([shellcheck, script], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "")
-    assert os.access(ROOT / script, os.X_OK)
+    assert os.access(ROOT / script, os.X_OK) == (script != MESSAGES), "which is not run, but read"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -83,6 +84,36 @@ def test_help(script: str, words: list[str], tmp_path: Path) -> None:
     run = bash(ROOT / script, "--help", cwd=tmp_path)
     assert run.returncode == 0 and [word for word in words if word not in run.stdout] == []
     assert "set -euo" not in run.stdout and os.listdir(tmp_path) == []
+
+
+# ---- what they say -----------------------------------------------------------------------------------------------
+
+
+def sentences() -> dict[str, tuple[str, str]]:
+    """English and Chinese by key."""
+    rows = re.findall(r"""^        (\w+)\)\n +en=(["'])(.*)\2\n +zh=(["'])(.*)\4 ;;$""",
+                      (ROOT / MESSAGES).read_text("utf-8"), re.MULTILINE)
+    return {key: (english, chinese) for key, _, english, _, chinese in rows}
+
+
+def test_each_sentence_stands_in_both_languages_and_is_said() -> None:
+    table, scripts = sentences(), "".join((ROOT / name).read_text("utf-8") for name in SCRIPTS[:2])
+    assert len(table) == (ROOT / MESSAGES).read_text("utf-8").count(" zh=") - 1 > 40, "all but that of an unknown key"
+    said = re.findall(r"\b(?:say|die|text) (\w+)", re.sub(r"(^| )#.*", "", scripts, flags=re.MULTILINE))
+    assert set(said) == table.keys()
+    for key, (english, chinese) in table.items():
+        assert english.count("%") == english.count("%s") == chinese.count("%s") == chinese.count("%"), key
+        assert english.isascii() and (re.search(r"[\u4e00-\u9fff]", chinese)), key
+
+
+@pytest.mark.parametrize(("variables", "is_chinese"), [
+    ({"LC_ALL": "", "LANG": "zh_CN.UTF-8"}, True), ({"LC_ALL": "C.UTF-8", "LANG": "zh_CN.UTF-8"}, False),
+    ({"LC_ALL": "zh_TW.UTF-8", "LANG": "C"}, True), ({"LC_ALL": "", "LC_MESSAGES": "", "LANG": ""}, False)])
+def test_they_speak_chinese_where_the_locale_is(variables: dict[str, str], is_chinese: bool) -> None:
+    run = bash("run_all.sh", "--demo", "--config", "own.yaml", env=variables)
+    assert run.returncode == 2 and sentences()["demo_config"][is_chinese] in run.stderr
+    run = bash("setup_environment.sh", "--never", env=variables)
+    assert run.returncode == 2 and sentences()["unknown_flag"][is_chinese].replace("%s", "--never") in run.stderr
 
 
 # ---- setup_environment.sh: what it would do ----------------------------------------------------------------------
@@ -251,8 +282,9 @@ REQUIRED = ("requirements.txt", "requirements-embeddings.txt", "requirements-tow
 def installed(folder: Path) -> Path:
     """The set-up beside an environment whose packages are those of this one, whose pip only records its work, and
     whose torch packages are imported in no time."""
-    for name in ("setup_environment.sh", "constraints.txt", *REQUIRED):
-        shutil.copy(ROOT / name, folder)
+    (folder / "trimodal").mkdir()
+    for name in ("setup_environment.sh", "trimodal/messages.sh", "constraints.txt", *REQUIRED):
+        shutil.copy(ROOT / name, folder / name)
     (folder / "venv" / "bin").mkdir(parents=True)
     (folder / "venv" / "bin" / "activate").write_text(f"VIRTUAL_ENV={folder}/venv\n")
     executable(folder / "venv" / "bin" / "python",

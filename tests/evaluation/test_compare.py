@@ -48,8 +48,8 @@ def test_what_exceeds_the_intervals_is_marked(two: list[str]) -> None:
     runs = compare.read_runs(two)
     marks = {place[2]: [mark for _, mark in cells] for place, cells in compare.figure_rows(runs)}
     assert marks == {"text_to_image_R@1": ["", "▲"], "text_to_image_median_rank": ["", "▼"]}
-    marks = {place[2]: cells[1][1] for place, cells in compare.figure_rows(compare.read_runs(two[::-1]))}
-    assert marks == {"text_to_image_R@1": "▼", "text_to_image_median_rank": "▲"}
+    turned = {place[2]: cells[1][1] for place, cells in compare.figure_rows(compare.read_runs(two[::-1]))}
+    assert turned == {"text_to_image_R@1": "▼", "text_to_image_median_rank": "▲"}
 
 
 def test_what_lies_within_the_intervals_or_has_none_is_not(tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def measured_rows(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
     stages = dict.fromkeys(stage["stage"] for run in runs for stage in run.report.get("stages") or [])
     rows = []
     for stage in stages:
-        own = [next((one for one in run.report.get("stages") or [] if one["stage"] == stage), {}) for run in runs]
+        own: list[dict[str, Any]] = [next((one for one in run.report.get("stages") or [] if one["stage"] == stage), {})
+                                     for run in runs]
         rows += [(f"{stage}, time", [seconds(one.get("seconds")) for one in own]),
                  (f"{stage}, samples/s", [number(one.get("samples_per_s")) for one in own]),
                  (f"{stage}, planned GiB", [number(one.get("predicted_gib")) for one in own]),

@@ -79,7 +79,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     with writing_to(folder):
         _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=found.gallery,
                                           media=found.media)
-    print(f"Report: {markdown}\nReport page: {markdown.with_suffix('.html')}")
+    print(f"Report page: {markdown.with_suffix('.html')}\nReport: {markdown}")
     return markdown
 
 

@@ -315,7 +315,7 @@ def finish(run: Run) -> Path:
     except (CheckpointError, OSError) as error:
         raise UserError(f"{error}; {AT_THE_END}") from None
     run.tracker.record({"kind": "report", "step": run.progress.step, "file": markdown.name})
-    run.tracker.say(f"Report: {markdown}\nReport page: {markdown.with_suffix('.html')}")
+    run.tracker.say(f"Report page: {markdown.with_suffix('.html')}\nReport: {markdown}")
     return markdown
 
 

@@ -300,7 +300,7 @@ def _reason(error: BaseException) -> str:
 
 def find_latest(folder: str | Path, say: Callable[[str], None] = print) -> Path | None:
     """The newest whole `checkpoint_epoch_*.pt`, or None; `say` gets one line for each other one that is passed over."""
-    for path in _by_age(folder):
+    for path in by_age(folder):
         try:
             verify(path)
         except CheckpointError as error:
@@ -316,7 +316,7 @@ def rotate(folder: str | Path, keep_last: int, keep_every: int = 10) -> list[Pat
     Other files (best_model.pt, final_model.pt, what `save` did not write) are never touched. Returns what was deleted.
     """
     removed = []
-    for path in [path for path in _by_age(folder) if is_own(path)][keep_last:]:
+    for path in [path for path in by_age(folder) if is_own(path)][keep_last:]:
         epoch, step = _position(path)
         whole_epoch = step == float("inf")
         if not (keep_every and whole_epoch and epoch % keep_every == 0):
@@ -328,10 +328,10 @@ def rotate(folder: str | Path, keep_last: int, keep_every: int = 10) -> list[Pat
 def later_than(path: str | Path) -> list[Path]:
     """The `checkpoint_epoch_*.pt` beside `path` that this project wrote and whose epoch or step is later."""
     path = Path(path)
-    return [other for other in _by_age(path.parent) if _position(other) > _position(path) and is_own(other)]
+    return [other for other in by_age(path.parent) if _position(other) > _position(path) and is_own(other)]
 
 
-def _by_age(folder: str | Path) -> list[Path]:
+def by_age(folder: str | Path) -> list[Path]:
     """All `checkpoint_epoch_N.pt` and `checkpoint_epoch_N_step_M.pt`, newest first; times of files say nothing here."""
     found = [path for path in Path(folder).glob("checkpoint_epoch_*") if _EPOCH_FILE.fullmatch(path.name)]
     return sorted(found, key=_position, reverse=True)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import evaluate
 from datasets import Data, load_data
+from model import open_model
 from tests.refusals import assert_told, refused
 from trimodal.config import Config, config_from_dict
 from trimodal.data.audio import decode_audio
@@ -159,6 +160,30 @@ def test_figures_are_those_of_the_library_sample_by_sample(hub: dict[str, Path],
     samples = sum(media in line for line in lines)
     assert encoded.facts["manifest"] == {"samples": samples, "of": 10, "broken": 0, "subset_seed": None,
                                          "nonfinite": {}}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_one_object_for_use_gives_the_same_features(hub: dict[str, Path], kind: str,
+                                                    data: tuple[Config, Data, list[dict[str, Any]]]) -> None:
+    config, loaded, lines = data
+    encoded = peers.encode(hub_models.open_hub(f"hub:{hub[kind]}"), loaded, "test", config, CPU)
+    model, media = open_model(f"hub:{hub[kind]}", "cpu"), "audio" if kind == "clap" else "image"
+    own = [line for line in lines if media in line]
+    texts = [text for line in own for text in ([line["text"]] if isinstance(line["text"], str) else line["text"])]
+    found = {media: model.encode(**{"images" if media == "image" else media: [line[media] for line in own]}),
+             "text": model.encode(texts=texts)}
+    for name, features in found.items():
+        torch.testing.assert_close(features, encoded.items[name].features_NF, rtol=0, atol=2e-6)
+        assert features.shape[1] == model.embed_dim
+    assert model.modalities == (media, "text") and model.description["kind"] == kind
+    probabilities = model.classify(texts[:2], **{"images" if media == "image" else media: own[0][media]})
+    assert probabilities.sum() == pytest.approx(1) and probabilities.shape == (1, 2)
+    with pytest.warns(UserWarning, match="1 of the texts"):
+        model.encode(texts=["a red picture " * 9])
+    with refused("images" if media == "audio" else "audio", media, "text"):
+        model.encode(**{"images" if media == "audio" else "audio": []})
+    with refused("fuse", f"hub:{hub[kind]}"):
+        model.fuse(texts=["a"])
 
 
 def test_a_broken_file_costs_one_sample(hub: dict[str, Path], tmp_path: Path,

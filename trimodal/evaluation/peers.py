@@ -76,7 +76,7 @@ class _Encoder:
         values = [item.value for item in items]
         return torch.cat(self.micro_batches.of(
             (modality,), len(values), lambda part: self.model.features(modality, values[part]),
-            weight=max(item.steps for item in items)))
+            weight=max(item.weight for item in items)))
 
     def _image(self, row: int) -> Prepared:
         """The whole picture; of a generated sample what training reads."""

@@ -22,13 +22,14 @@ from trimodal.data.tokenizer import Tokenizer, pad_rows
 from trimodal.inference.prepared import Prepared
 from trimodal.towers.settings import inputs_of
 
+ARGUMENTS = {"image": ("images",), "text": ("input_ids", "attention_mask"), "audio": ("audio", "audio_lengths")}
 TOKENS = 16  # texts whose lengths differ by less are encoded side by side
 
 
 class CheckpointModel:
     """A TriModalModel with the preprocessing that its checkpoint states; features are L2-normalised, (B, F)."""
 
-    modalities = MODALITIES
+    modalities, fuses = MODALITIES, True
 
     def __init__(self, model: Any, state: Mapping[str, Any]):
         """`model` and `state` as model.load_model gives them."""
@@ -55,35 +56,42 @@ class CheckpointModel:
         else:
             frames_TM = log_mel(wave_S).astype(np.float16)
             length = len(frames_TM)
-        return Prepared((frames_TM, length), math.ceil(len(frames_TM) / self.window_frames))
+        windows = math.ceil(len(frames_TM) / self.window_frames)
+        return Prepared((frames_TM, length), windows, windows)
 
     def read_texts(self, texts: Sequence[str]) -> list[Prepared]:
         longest = self.config.model.context_length
         lengths = self.tokenizer.lengths(texts)
         ids, offsets = self.tokenizer.encode_flat(texts, longest)
-        return [Prepared(ids[first:last], math.ceil((last - first) / TOKENS), bool(length > longest))
+        return [Prepared(ids[first:last], math.ceil((last - first) / TOKENS), is_cut=bool(length > longest))
                 for first, last, length in zip(offsets[:-1], offsets[1:], lengths, strict=True)]
 
     def features(self, modality: str, values: Sequence[Any]) -> Tensor:
-        """(B, F) of prepared values."""
-        inputs = [torch.from_numpy(array).to(self.device) for array in self._batch(modality, values)]
-        found: Tensor = getattr(self.model, f"{modality}_features")(*inputs)
+        """(B, F) of prepared values; of "fused" a value holds those of an item by modality."""
+        if modality == "fused":
+            inputs = {key: value for name in values[0]
+                      for key, value in self._inputs(name, [one[name] for one in values]).items()}
+            return self.model(**inputs)["fused_features"]
+        found: Tensor = getattr(self.model, f"{modality}_features")(*self._inputs(modality, values).values())
         return found
 
-    def _batch(self, modality: str, values: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    def _inputs(self, modality: str, values: Sequence[Any]) -> dict[str, Tensor]:
+        """Arguments of the model's `forward` for one modality."""
+        arrays: tuple[np.ndarray, ...]
         if modality == "image":
-            return (np.ascontiguousarray(np.stack(values).transpose(0, 3, 1, 2)),)
-        if modality == "audio":
-            return pad_sounds(values, 1 if "audio" in self.inputs else PATCH)
-        offsets = np.cumsum([0, *map(len, values)])
-        return pad_rows(np.concatenate(values), offsets, np.arange(len(values)), self.tokenizer.pad_id)
+            arrays = (np.ascontiguousarray(np.stack(values).transpose(0, 3, 1, 2)),)
+        elif modality == "audio":
+            arrays = pad_sounds(values, 1 if "audio" in self.inputs else PATCH)
+        else:
+            offsets = np.cumsum([0, *map(len, values)])
+            arrays = pad_rows(np.concatenate(values), offsets, np.arange(len(values)), self.tokenizer.pad_id)
+        return {name: torch.from_numpy(array).to(self.device) for name, array in
+                zip(ARGUMENTS[modality], arrays, strict=True)}
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.model.parameters())).device
 
-    def temperature(self, first: str, second: str) -> float:
-        """What cosines of two modalities were multiplied by in training."""
-        names = self.model.logit_scale
-        name = next(name for name in names if set(name.split("_")) == {first, second})
-        return float(names[name].detach().exp())
+    def scale(self, modality: str) -> float:
+        """What cosines of images, or of sounds, with texts were multiplied by in training."""
+        return float(self.model.logit_scale[f"{modality}_text"].detach().exp())

@@ -32,6 +32,8 @@ MODALITIES_OF = {"clip": ("image", "text"), "siglip": ("image", "text"), "clap":
 class HubModel:
     """One of MODELS in eval mode, with its preprocessing; features are L2-normalised, (B, F)."""
 
+    fuses = False
+
     def __init__(self, name: str, kind: str, model: Any, tokenizer: Any, media: Any):
         self.name, self.kind, self.model, self.tokenizer, self.media = name, kind, model, tokenizer, media
         self.modalities = MODALITIES_OF[kind]
@@ -65,7 +67,7 @@ class HubModel:
         fuses = bool(self.model.config.audio_config.enable_fusion)
         given = self.media(parts, sampling_rate=self.rate_hz, return_tensors="pt",
                            truncation="fusion" if fuses else "rand_trunc")  # nothing is longer than a window: no draw
-        return Prepared((given["input_features"], [len(part) for part in parts]), len(parts))
+        return Prepared((given["input_features"], [len(part) for part in parts]), len(parts), len(parts))
 
     @torch.inference_mode()
     def features(self, modality: str, values: Sequence[Any]) -> Tensor:
@@ -94,9 +96,9 @@ class HubModel:
         parts = (weights_X[:, None] * features_XF).split([len(lengths) for _, lengths in values])
         return F.normalize(torch.stack([part.sum(0) for part in parts]), dim=-1)
 
-    def temperature(self, first: str, second: str) -> float:
-        """What cosines of two modalities were multiplied by in training."""
-        scale = self.model.logit_scale_a if self.kind == "clap" else self.model.logit_scale
+    def scale(self, modality: str) -> float:
+        """What cosines of images, or of sounds, with texts were multiplied by in training."""
+        scale = self.model.logit_scale_a if modality == "audio" else self.model.logit_scale
         return float(scale.detach().exp())
 
     def _features(self, found: Any) -> Tensor:

@@ -9,6 +9,7 @@ Shape suffixes: N items, F embed_dim, K prompts.
 """
 
 import functools
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from trimodal.data.samples import BrokenSample
 from trimodal.data.workers import cpu_cores
 from trimodal.errors import UserError
-from trimodal.inference import given as given_inputs
-from trimodal.inference.prepared import Prepared
+from trimodal.inference.given import EXPECTED, WrongType, listed, picture, sound
+from trimodal.inference.prepared import BROKEN, Prepared
 from trimodal.memory.micro_batches import MicroBatches
 from trimodal.towers.base import digest_of
 from trimodal.towers.features import exact_products
@@ -39,7 +40,7 @@ OnBroken = Callable[[int, str], None]
 
 
 class OpenModel:
-    """What model.open_model returns.
+    """What model.open_model returns. Threads may share it.
 
     Attributes:
         modalities: those that it reads, of "image", "text" and "audio".
@@ -51,6 +52,7 @@ class OpenModel:
     def __init__(self, model: Any, device: torch.device, amp: torch.dtype | None, description: Mapping[str, Any]):
         """`model`: a CheckpointModel or a HubModel on `device`. `amp`: of autocast; None: float32."""
         self._model, self.device, self._amp = model, device, amp
+        self._lock = threading.Lock()  # of the tokenizer, whose settings change, and of the device
         self.modalities: tuple[str, ...] = tuple(model.modalities)
         self.embed_dim = int(model.embed_dim)
         self.description = dict(description)
@@ -81,23 +83,21 @@ class OpenModel:
         modality, elements, count = self._the_one(images=images, texts=texts, audio=audio)
         return self._encode(modality, elements, count, batch_size, progress, on_broken)
 
-    def _encode(self, modality: str, elements: Iterable[Any], count: int | None, batch_size: int | None,
-                progress: bool | None, on_broken: OnBroken | None) -> Tensor:
-        micro_batches = self._micro_batches(batch_size)
-        numbers, features = list[int](), list[Tensor]()
-        broken = list[int]()
-        bar = tqdm(total=count, desc=f"encoding {NAMES[modality]}", unit=modality, disable=None if progress is None else
-                   not progress, delay=1.0 if progress is None else 0.0)
-        with bar:
-            for batch in _batches(self._prepared(modality, elements, count, on_broken, broken), modality,
-                                  micro_batches):
-                numbers += [number for number, _ in batch]
-                features += self._features(modality, [item for _, item in batch], micro_batches)
-                bar.update(len(batch))
-        found = torch.full((len(numbers) + len(broken), self.embed_dim), torch.nan)
-        if numbers:
-            found[torch.tensor(numbers)] = torch.cat(features)
-        return found
+    def fuse(self, *, images: Any = None, texts: Any = None, audio: Any = None, batch_size: int | None = None,
+             progress: bool | None = None) -> Tensor:
+        """Encode items of several modalities together, through the fusion: [N, F] as `encode` gives it. Element i of
+        each list is of item i.
+
+        Raises:
+            UserError: as `encode` does; lists of different lengths; or a model without a fusion.
+        """
+        if not self._model.fuses:
+            raise UserError(f"fuse: {self.description['source']} has no fusion; use encode")
+        given = self._given(images=images, texts=texts, audio=audio)
+        counts = [count for _, count in given.values() if count is not None]
+        streams = [self._prepared(name, elements, count, None) for name, (elements, count) in given.items()]
+        return self._in_batches("fused", _together(tuple(given), streams), min(counts, default=None), batch_size,
+                                progress)
 
     def compare(self, a_NF: Tensor, b_KF: Tensor) -> Tensor:
         """Cosines of what `encode` gave, [N, K]; a NaN wherever a row could not be read."""
@@ -107,113 +107,147 @@ class OpenModel:
                 raise UserError(f"compare: {name} is {shape}; expected what encode gives, [N, {self.embed_dim}]")
         return F.normalize(a_NF.float(), dim=-1) @ F.normalize(b_KF.float(), dim=-1).T.to(a_NF.device)
 
-    def classify(self, prompts: Iterable[str | Sequence[str]], *, images: Any = None, texts: Any = None,
-                 audio: Any = None, batch_size: int | None = None, progress: bool | None = None,
+    def classify(self, prompts: Iterable[str | Sequence[str]], *, images: Any = None, audio: Any = None,
+                 batch_size: int | None = None, progress: bool | None = None,
                  on_broken: OnBroken | None = None) -> Tensor:
         """Probabilities of each prompt, [N, K], that sum to 1: a softmax of cosines at the temperature of training.
 
         Args:
             prompts: a text for each class, or several texts, whose mean is taken.
-            images, texts, audio, batch_size, progress, on_broken: as for `encode`.
+            images, audio, batch_size, progress, on_broken: as for `encode`.
         """
         groups = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         if isinstance(prompts, str) or not groups or not all(groups):
             raise UserError("classify: prompts: expected a list with a text, or several texts, for each class")
-        modality, elements, count = self._the_one(images=images, texts=texts, audio=audio)
+        modality, elements, count = self._the_one(images=images, texts=None, audio=audio)
         features_NF = self._encode(modality, elements, count, batch_size, progress, on_broken)
         each = self.encode(texts=[prompt for group in groups for prompt in group]).split(list(map(len, groups)))
-        scale = self._model.temperature(modality, "text") if modality != "text" else 100.0
         classes_KF = torch.stack([features.mean(0) for features in each])
-        return (scale * self.compare(features_NF, classes_KF)).softmax(dim=-1)
+        return (self._model.scale(modality) * self.compare(features_NF, classes_KF)).softmax(dim=-1)
 
-    # ---- one modality -------------------------------------------------------------------------------------------
+    # ---- what is given ------------------------------------------------------------------------------------------
+
+    def _given(self, **given: Any) -> dict[str, tuple[Iterable[Any], int | None]]:
+        """The elements of each modality that was given, and how many they are."""
+        found = {}
+        for modality, name in NAMES.items():
+            if given[name] is not None:
+                if modality not in self.modalities:
+                    raise UserError(f"{name}: this model reads {' and '.join(self.modalities)}")
+                found[modality] = listed(name, given[name])
+        if not found:
+            raise UserError(f"nothing to encode: give {', '.join(NAMES.values())}")
+        return found
 
     def _the_one(self, **given: Any) -> tuple[str, Iterable[Any], int | None]:
-        """The modality that was given, its elements, and how many they are."""
-        names = [name for name, value in given.items() if value is not None]
-        if len(names) != 1:
-            raise UserError(f"expected exactly one of images, texts and audio, got {' and '.join(names) or 'none'}")
-        modality = next(modality for modality, name in NAMES.items() if name == names[0])
-        if modality not in self.modalities:
-            raise UserError(f"{names[0]}: this model reads {' and '.join(self.modalities)}")
-        return modality, *given_inputs.listed(names[0], given[names[0]])
+        found = self._given(**given)
+        if len(found) > 1:
+            raise UserError(f"expected one of {', '.join(NAMES.values())}, got "
+                            f"{' and '.join(NAMES[name] for name in found)}; fuse takes several")
+        [(modality, (elements, count))] = found.items()
+        return modality, elements, count
 
-    def _prepared(self, modality: str, elements: Iterable[Any], count: int | None, on_broken: OnBroken | None,
-                  broken: list[int]) -> Iterator[tuple[int, Prepared]]:
-        """Yield the number of each element, and what it has become; those that cannot be read are added to `broken`."""
+    def _prepared(self, modality: str, elements: Iterable[Any], count: int | None,
+                  on_broken: OnBroken | None) -> Iterator[Prepared]:
+        """Yield what each element has become; BROKEN where it cannot be read and `on_broken` was told so."""
         if modality == "text":
             yield from self._texts(elements)
             return
-        threads = 1 if count == 1 else min(cpu_cores(), MAX_THREADS)
+        name, threads = NAMES[modality], 1 if count == 1 else min(cpu_cores(), MAX_THREADS)
         for number, found in enumerate(_ahead(functools.partial(self._read, modality), elements, threads)):
             if isinstance(found, Prepared):
-                yield number, found
-                continue
-            if isinstance(found, given_inputs.WrongType):
-                name = NAMES[modality]
-                raise UserError(f"{name}[{number}]: is a {found}; expected {given_inputs.EXPECTED[name]}")
-            if on_broken is None:
-                raise UserError(f"{NAMES[modality]}[{number}]: {found}")
-            broken.append(number)
-            on_broken(number, str(found))
+                yield found
+            elif isinstance(found, WrongType):
+                raise UserError(f"{name}[{number}]: is a {found}; expected {EXPECTED[name]}")
+            elif on_broken is None:
+                raise UserError(f"{name}[{number}]: {found}")
+            else:
+                on_broken(number, str(found))
+                yield BROKEN
 
     def _read(self, modality: str, element: Any) -> Prepared | Exception:
         try:
             if modality == "image":
-                prepared: Prepared = self._model.read_image(given_inputs.picture(element))
+                prepared: Prepared = self._model.read_image(picture(element))
             else:
-                prepared = self._model.read_sound(given_inputs.sound(element, self._model.rate_hz))
+                prepared = self._model.read_sound(sound(element, self._model.rate_hz))
             return prepared
-        except (BrokenSample, given_inputs.WrongType) as error:
+        except (BrokenSample, WrongType) as error:
             return error
 
-    def _texts(self, elements: Iterable[Any]) -> Iterator[tuple[int, Prepared]]:
-        numbered, cut = enumerate(elements), list[int]()
-        while part := list(islice(numbered, TEXTS_AT_ONCE)):
-            for number, value in part:
-                if not isinstance(value, str):
-                    raise UserError(f"texts[{number}]: is a {type(value).__name__}; expected a text")
-            for (number, _), prepared in zip(part, self._model.read_texts([value for _, value in part]), strict=True):
-                if prepared.is_cut:
-                    cut.append(number)
-                yield number, prepared
+    def _texts(self, elements: Iterable[Any]) -> Iterator[Prepared]:
+        remaining, first, cut = iter(elements), 0, list[int]()
+        while texts := list(islice(remaining, TEXTS_AT_ONCE)):
+            for number, text in enumerate(texts, first):
+                if not isinstance(text, str):
+                    raise UserError(f"texts[{number}]: is a {type(text).__name__}; expected {EXPECTED['texts']}")
+            with self._lock:
+                found = self._model.read_texts(texts)
+            cut += [number for number, prepared in enumerate(found, first) if prepared.is_cut]
+            first += len(texts)
+            yield from found
         if cut:
-            warnings.warn(f"{len(cut)} texts are longer than the model reads, and were cut there as in training; the "
-                          f"first is texts[{cut[0]}]", stacklevel=5)
+            warnings.warn(f"{len(cut)} of the texts are longer than the model reads and were cut, as in training; the "
+                          f"first is texts[{cut[0]}]", stacklevel=2)
 
-    # ---- batches ------------------------------------------------------------------------------------------------
+    # ---- in batches ---------------------------------------------------------------------------------------------
 
-    def _micro_batches(self, batch_size: int | None) -> MicroBatches:
+    def _encode(self, modality: str, elements: Iterable[Any], count: int | None, batch_size: int | None,
+                progress: bool | None, on_broken: OnBroken | None) -> Tensor:
+        return self._in_batches(modality, self._prepared(modality, elements, count, on_broken), count, batch_size,
+                                progress)
+
+    def _in_batches(self, modality: str, prepared: Iterable[Prepared], count: int | None, batch_size: int | None,
+                    progress: bool | None) -> Tensor:
+        """Features of all items in their order, [N, F], whatever the order in which they were encoded."""
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size: {batch_size} is below 1")
         size = batch_size or BATCH_SIZE[self.device.type]
-        return MicroBatches(self.device, self._amp, dict.fromkeys(NAMES, size))
+        micro_batches = MicroBatches(self.device, self._amp, {modality: size})
+        numbers, features = list[int](), [torch.empty(0, self.embed_dim)]
+        with tqdm(total=count, desc=f"encoding {NAMES.get(modality, modality)}", unit="",
+                  delay=1.0 if progress is None else 0.0, disable=None if progress is None else not progress) as bar:
+            for batch in _alike(prepared, size):
+                numbers += [number for number, _ in batch]
+                features += self._features(modality, [item for _, item in batch], micro_batches)
+                bar.update(len(batch))
+        found_NF = torch.empty(len(numbers), self.embed_dim)
+        found_NF[torch.tensor(numbers, dtype=torch.int64)] = torch.cat(features)
+        return found_NF
 
     @torch.inference_mode()
     def _features(self, modality: str, items: Sequence[Prepared], micro_batches: MicroBatches) -> list[Tensor]:
-        """Float32 on the CPU, [n, F] of each micro-batch."""
-        values = [item.value for item in items]
+        """Float32 on the CPU, [n, F] of each micro-batch of items that are alike."""
+        if items[0] is BROKEN:
+            return [torch.full((len(items), self.embed_dim), torch.nan)]
 
         def work(rows: slice) -> Tensor:
-            features: Tensor = self._model.features(modality, values[rows])
+            features: Tensor = self._model.features(modality, [item.value for item in items[rows]])
             return features.float().cpu()
 
-        with exact_products():
-            return micro_batches.of((modality,), len(items), work, weight=_weight(modality, items[0]))
+        with self._lock, exact_products():
+            return micro_batches.of((modality,), len(items), work, weight=items[0].weight)
 
 
-def _weight(modality: str, item: Prepared) -> int:
-    return item.steps if modality == "audio" else 1
+def _together(modalities: tuple[str, ...], streams: Sequence[Iterator[Prepared]]) -> Iterator[Prepared]:
+    """Yield the inputs of each item in all of its modalities as one."""
+    try:
+        for parts in zip(*streams, strict=True):
+            yield Prepared({name: part.value for name, part in zip(modalities, parts, strict=True)},
+                           steps=tuple(part.steps for part in parts), weight=max(part.weight for part in parts))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"fuse: {' and '.join(NAMES[name] for name in modalities)} differ in length") from None
 
 
-def _batches(prepared: Iterable[tuple[int, Prepared]], modality: str,
-             micro_batches: MicroBatches) -> Iterator[list[tuple[int, Prepared]]]:
-    """Yield lists of numbered items with equal `steps`, each as soon as it fills a micro-batch, the rest at the end."""
-    waiting: dict[int, list[tuple[int, Prepared]]] = {}
-    for number, item in prepared:
+def _alike(prepared: Iterable[Prepared], size: int) -> Iterator[list[tuple[int, Prepared]]]:
+    """Yield lists of numbered items with equal `steps`, each as soon as its items weigh `size`, the rest at the end."""
+    waiting: dict[Any, list[tuple[int, Prepared]]] = {}
+    for number, item in enumerate(prepared):
         alike = waiting.setdefault(item.steps, [])
         alike.append((number, item))
-        if len(alike) * _weight(modality, item) >= micro_batches.size[modality]:
+        if len(alike) * item.weight >= size:
             yield waiting.pop(item.steps)
     yield from waiting.values()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from trimodal.checkpoint import by_age
 from trimodal.errors import UserError
 from trimodal.inference.checkpoint_model import CheckpointModel
 from trimodal.inference.hub_models import open_hub
@@ -82,12 +83,9 @@ def _instead(path: Path) -> str:
     """Why a folder has no model that is meant beyond doubt, and what to do."""
     if "model_type" in hub.read_json(path, hub.CONFIG, str(path)):
         return f"is a folder of transformers; open it as hub:{path}"
-    unfinished = sorted(path.glob("checkpoint_epoch_*.pt")) + sorted(path.glob("checkpoints/checkpoint_epoch_*.pt"))
-    if unfinished:
-        return f"has no {BEST} yet; name one of its checkpoints, such as {unfinished[-1]}"
-    found = sorted(one.parent for one in path.glob(f"*/checkpoints/{BEST}"))
-    runs = [str(one.parent) for one in found]
-    if runs:
+    if newest_first := by_age(path / "checkpoints") or by_age(path):
+        return f"has no {BEST} yet; name one of its checkpoints, such as {newest_first[0]}"
+    if runs := sorted(str(best.parent.parent) for best in path.glob(f"*/checkpoints/{BEST}")):
         return f"holds {len(runs)} run{'s' * (len(runs) > 1)}; name one: {', '.join(runs[:5])}"
     return ("is empty" if not any(path.iterdir()) else f"holds neither {BEST} nor {WEIGHTS}") + (
         "; name the output folder of a run, or an exported folder")

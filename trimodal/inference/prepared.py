@@ -4,9 +4,16 @@ from typing import Any, NamedTuple
 
 
 class Prepared(NamedTuple):
-    """The inputs of one item. Items of one modality with equal `steps` are encoded side by side, so that hardly any
-    of what is computed is padding."""
+    """The inputs of one item, as `features` of the model that prepared it takes them.
 
-    value: Any  # what `features` of the model that prepared it takes
-    steps: int = 1  # of 16 tokens of a text; windows of a sound: so many times the memory of one
+    Items with equal `steps` are encoded side by side, so that little of what is computed is padding: of texts their
+    length, of sounds their windows. `weight` is how many times the memory of the shortest one an item takes.
+    """
+
+    value: Any
+    steps: Any = 1
+    weight: int = 1
     is_cut: bool = False  # a text, at the longest that the model reads
+
+
+BROKEN = Prepared(None, "broken")  # in place of what cannot be read

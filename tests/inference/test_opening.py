@@ -1,0 +1,67 @@
+"""From what a user names to the file that is opened: runs, exports, checkpoints, hubs; and one line for all else."""
+
+from pathlib import Path
+
+import pytest
+
+from model import open_model
+from tests.refusals import refused
+from trimodal.inference.opening import checkpoint_in
+
+
+def file(path: Path, content: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def test_a_folder_stands_for_its_best_weights(tmp_path: Path) -> None:
+    best = file(tmp_path / "run" / "checkpoints" / "best_model.pt")
+    file(tmp_path / "run" / "checkpoints" / "model.safetensors")
+    file(tmp_path / "run" / "demo" / "checkpoints" / "best_model.pt")
+    assert checkpoint_in(tmp_path / "run") == checkpoint_in(str(best.parent)) == checkpoint_in(best) == best
+    weights = file(tmp_path / "export" / "model.safetensors")
+    file(tmp_path / "export" / "config.json", '{"version": "0.2.0"}')
+    assert checkpoint_in(weights.parent) == weights
+
+
+def test_a_folder_without_one_model_takes_one_line(tmp_path: Path) -> None:
+    with refused(tmp_path / "gone"):
+        checkpoint_in(tmp_path / "gone")
+    (tmp_path / "empty").mkdir()
+    with refused(tmp_path / "empty", "empty"):
+        checkpoint_in(tmp_path / "empty")
+    runs = [file(tmp_path / "runs" / name / "checkpoints" / "best_model.pt").parent.parent for name in ("a", "b")]
+    with refused(tmp_path / "runs", *runs, 2):
+        checkpoint_in(tmp_path / "runs")
+    late = file(tmp_path / "young" / "checkpoints" / "checkpoint_epoch_12.pt")
+    file(tmp_path / "young" / "checkpoints" / "checkpoint_epoch_3.pt")
+    with refused(tmp_path / "young", "best_model.pt", late):
+        checkpoint_in(tmp_path / "young")
+    file(tmp_path / "clip" / "config.json", '{"model_type": "clip"}')
+    file(tmp_path / "clip" / "model.safetensors")
+    with refused(tmp_path / "clip", f"hub:{tmp_path / 'clip'}"):
+        checkpoint_in(tmp_path / "clip")
+    file(tmp_path / "photos" / "a.jpg")
+    with refused(tmp_path / "photos", "best_model.pt", "model.safetensors"):
+        checkpoint_in(tmp_path / "photos")
+
+
+def test_what_cannot_be_opened_takes_one_line(tmp_path: Path) -> None:
+    other = file(tmp_path / "other.pt", "not a checkpoint")
+    with refused(other):
+        open_model(other, "cpu")
+    weights = file(tmp_path / "other" / "model.safetensors", "no weights")
+    with refused(weights, "config.json"):
+        open_model(weights.parent, "cpu")
+    with refused("nowhere"):
+        open_model(other, "nowhere")
+    with refused("float8", "float32", "bfloat16", "float16", "auto"):
+        open_model(other, "cpu", "float8")
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:no/such/folder"])
+def test_a_hub_that_holds_nothing_takes_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with refused(name):
+        open_model(name, "cpu")

@@ -168,20 +168,21 @@ def test_one_object_for_use_gives_the_same_features(hub: dict[str, Path], kind: 
     config, loaded, lines = data
     encoded = peers.encode(hub_models.open_hub(f"hub:{hub[kind]}"), loaded, "test", config, CPU)
     model, media = open_model(f"hub:{hub[kind]}", "cpu"), "audio" if kind == "clap" else "image"
+    argument, other = ("audio", "images") if kind == "clap" else ("images", "audio")
     own = [line for line in lines if media in line]
     texts = [text for line in own for text in ([line["text"]] if isinstance(line["text"], str) else line["text"])]
-    found = {media: model.encode(**{"images" if media == "image" else media: [line[media] for line in own]}),
-             "text": model.encode(texts=texts)}
+    given: dict[str, Any] = {argument: [line[media] for line in own]}
+    found = {media: model.encode(**given), "text": model.encode(texts=texts)}
     for name, features in found.items():
         torch.testing.assert_close(features, encoded.items[name].features_NF, rtol=0, atol=2e-6)
         assert features.shape[1] == model.embed_dim
     assert model.modalities == (media, "text") and model.description["kind"] == kind
-    probabilities = model.classify(texts[:2], **{"images" if media == "image" else media: own[0][media]})
-    assert probabilities.sum() == pytest.approx(1) and probabilities.shape == (1, 2)
+    probabilities = model.classify(texts[:2], **given)
+    assert probabilities.sum(1) == pytest.approx(1) and probabilities.shape == (len(own), 2)
     with pytest.warns(UserWarning, match="1 of the texts"):
         model.encode(texts=["a red picture " * 9])
-    with refused("images" if media == "audio" else "audio", media, "text"):
-        model.encode(**{"images" if media == "audio" else "audio": []})
+    with refused(other, media, "text"):
+        model.encode(**{other: given[argument]})
     with refused("fuse", f"hub:{hub[kind]}"):
         model.fuse(texts=["a"])
 

@@ -58,6 +58,11 @@ def write_media(folder: Path) -> tuple[list[str], list[str]]:
     return images, audio
 
 
+def of(name: str, elements: Any) -> dict[str, Any]:
+    """An argument by its name."""
+    return {name: elements}
+
+
 @pytest.fixture(scope="module", params=["own", "towers"])
 def made(request: pytest.FixtureRequest, small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     """An untrained model's checkpoint, opened, and the features that evaluate.py has of files with captions."""
@@ -108,16 +113,16 @@ def test_half_precision_is_that_of_evaluation(made: Made, precision: torch.dtype
 def test_many_are_encoded_as_each_alone_and_stay_in_order(made: Made) -> None:
     texts = [f"{'a red square ' * (n % 4)}{word}" for n, word in enumerate(("low", "a", "tone", "high", "blue") * 3)]
     for name, items in (("texts", texts), ("images", made.images * 3), ("audio", made.audio * 2)):
-        alone = torch.cat([made.model.encode(**{name: one}) for one in items])
+        alone = torch.cat([made.model.encode(**of(name, one)) for one in items])
         for batch_size in (1, 4, 100):
-            together = made.model.encode(**{name: (one for one in items)}, batch_size=batch_size)
+            together = made.model.encode(**of(name, iter(items)), batch_size=batch_size)
             torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
 
 
 def test_none_or_one_in_place_of_a_list(made: Made) -> None:
     for name in ("images", "texts", "audio"):
-        assert made.model.encode(**{name: []}).shape == (0, made.model.embed_dim)
-        assert made.model.encode(**{name: iter(())}).dtype == torch.float32
+        assert made.model.encode(**of(name, [])).shape == (0, made.model.embed_dim)
+        assert made.model.encode(**of(name, iter(()))).dtype == torch.float32
     assert made.model.encode(texts="a").shape == made.model.encode(images=Path(made.images[0])).shape == (1, 8)
     assert torch.equal(made.model.encode(images=Image.open(made.images[0])), made.model.encode(images=made.images[:1]))
 
@@ -131,12 +136,12 @@ def test_fused_features_are_those_of_the_model(made: Made) -> None:
             ids, mask = reader.tokenizer.encode([TEXTS[n]], 12)
             mel, _ = reader.read_sound(decode_audio(made.audio[n])).value
             image = torch.from_numpy(picture).permute(2, 0, 1)[None]
-            one = {"images": made.images[n], "texts": TEXTS[n], "audio": made.audio[n]}
+            one: dict[str, Any] = {"images": made.images[n], "texts": TEXTS[n], "audio": made.audio[n]}
             every = {"images": image, "input_ids": ids, "attention_mask": mask, "audio": torch.from_numpy(mel)[None]}
             torch.testing.assert_close(made.model.fuse(**one), model(**every)["fused_features"], rtol=0, atol=2e-6)
             torch.testing.assert_close(made.model.fuse(images=made.images[n]), model(images=image)["fused_features"],
                                        rtol=0, atol=2e-6)
-    lists = {"images": made.images[:3], "texts": TEXTS[:3], "audio": made.audio}
+    lists: dict[str, Any] = {"images": made.images[:3], "texts": TEXTS[:3], "audio": made.audio}
     alone = torch.cat([made.model.fuse(**{name: values[n] for name, values in lists.items()}) for n in range(3)])
     torch.testing.assert_close(made.model.fuse(**lists), alone, rtol=0, atol=2e-6)
     with refused("images", "texts"):

@@ -4,6 +4,8 @@
     python search.py query "a dog barks"
     python search.py query --image dog.jpg --kind audio --top 5
     python search.py query --audio bark.wav --json
+    python search.py serve                                   # a page for the browser, at http://127.0.0.1:8000/
+    python search.py serve --host 0.0.0.0 --port 8080        # for every machine that reaches this one
 
 The index lies in ./outputs/index unless --index names another folder, never among the files that are indexed.
 Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted (the same command goes on where it was).
@@ -43,15 +45,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     query.add_argument("--kind", choices=("image", "audio"), help="only these (default: all kinds)")
     query.add_argument("--top", type=int, default=10, metavar="N", help="so many of each kind (default 10)")
     query.add_argument("--json", action="store_true", help="print JSON")
-    query.add_argument("--checkpoint", type=folder_name, metavar="FILE", help="where the model is now (default: where "
-                       "it was when the index was made)")
-    for command in (index, query):
+    serve = commands.add_parser("serve", help="open a page to search in, for the browser", description=(
+        "Serve a page that finds pictures and sounds by words, pictures, sounds and recordings, until Ctrl-C. Only "
+        "this machine can open it, unless --host names another address of it."))
+    serve.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default 8000)")
+    for command in (query, serve):
+        command.add_argument("--checkpoint", type=folder_name, metavar="FILE", help="where the model is now (default: "
+                             "where it was when the index was made)")
+    for command in (index, query, serve):
         command.add_argument("--index", type=folder_name, metavar="DIR", default="./outputs/index", help="folder of "
                              "the index (default ./outputs/index)")
         command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps")
     options = parser.parse_args(arguments)
     if options.command == "query" and options.top < 1:
         query.error(f"--top: {options.top} is below 1")
+    if options.command == "serve" and not 0 <= options.port <= 65535:
+        serve.error(f"--port: {options.port} is outside 0 to 65535")
     return options
 
 

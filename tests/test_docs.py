@@ -257,7 +257,9 @@ def command_problems(words: list[str]) -> list[str]:
         return []
     flags = [word.split("=")[0] for word in words[1:] if word.startswith("--")]
     found = [f"{script} has no {flag}" for flag in flags if flag not in known_flags(script)]
-    return found + [problem for flag, value in _values(words[1:]) for problem in _value_problems(flag, value)]
+    values = [(flag, value) for flag, value in _values(words[1:])
+              if flag or script != "search.py"]  # whose words are commands, folders and questions
+    return found + [problem for flag, value in values for problem in _value_problems(flag, value)]
 
 
 def _values(words: list[str]) -> Iterator[tuple[str, str]]:

@@ -357,6 +357,7 @@ def test_a_kind_that_the_index_lacks_is_told(browser: Any, model: Any, index: In
 def test_a_server_that_has_ended_is_told(browser: Any, model: Any, index: Index) -> None:
     with served(index, model) as server:
         page = Opened(browser, server.url)()
+        page.wait_for_load_state("networkidle")  # what this process has accepted and not answered would stay open
     page.fill("#text", "x")
     page.wait_for_selector("#status.trouble")
     assert page.locator("#status").text_content() == "The server does not answer; is it still running?"

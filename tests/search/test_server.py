@@ -4,6 +4,11 @@ import asyncio
 import io
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -15,7 +20,9 @@ from typing import Any
 import pytest
 import soundfile
 
-from tests.refusals import refused
+import search
+from tests.project import ROOT
+from tests.refusals import assert_told, refused
 from tests.search.serving import LONG, RATE_HZ, Answer, Server, served, tone, write_sound
 from trimodal.search import server as server_module
 from trimodal.search import thumbnails
@@ -295,8 +302,6 @@ class Watched:
 
 def test_one_call_of_the_model_at_a_time_and_none_for_browsers_that_have_gone(index: Index, model: Any,
                                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
     monkeypatch.setattr(server_module, "MAX_WAITING", 5)
     watched = Watched(model)
     with served(index, watched) as server, ThreadPoolExecutor(8) as pool:
@@ -338,3 +343,44 @@ def test_the_index_says_what_is_there(server: Server, index: Index) -> None:
     about = json.loads(server.ask("/api/index").body)
     assert about["name"] == "my media" and about["counts"] == {"image": 7, "audio": 4}
     assert LONG in names(server.ask("/api/search"), "image")
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def test_serve_refuses_in_one_line(index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert search.main(["serve", "--index", str(index.place), "--port", str(port)]) == 2
+        assert_told(capsys.readouterr().err, "--host", "127.0.0.1", "--port", port, 0)
+    assert search.main(["serve", "--index", str(tmp_path)]) == 2
+    assert_told(capsys.readouterr().err, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        search.main(["serve", "--port", "65536"])
+    assert ended.value.code == 2
+    assert_told(capsys.readouterr().err, "--port", 65536, 65535)
+
+
+@pytest.mark.timed
+def test_ctrl_c_ends_quietly_while_a_browser_waits_for_a_file(index: Index, tmp_path: Path) -> None:
+    """The program of the command, in a process of its own, as a terminal interrupts it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "large.wav").write_bytes(bytes(50 << 20))
+    entries = [Entry("audio", "large.wav", "00" * 32, 0.0, 1.0, 1, 1)]
+    (tmp_path / "index").mkdir()
+    write_index(tmp_path / "index", folder, index.model, entries, index.features("audio")[:1].numpy())
+    program = ("import sys\nfrom tests.search import things\nimport search\n"
+               "with things.small():\n    sys.exit(search.main(sys.argv[1:]))")
+    words = ["serve", "--index", str(tmp_path / "index"), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        told = next(line for line in process.stdout if "http://" in line)
+        port = int(re.findall(r"http://127\.0\.0\.1:(\d+)/", told)[0])
+        with socket.create_connection(("127.0.0.1", port)) as browser:  # which reads nothing
+            browser.sendall(b"GET /files/0 HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert Server(port).ask("/api/search?like=0").status == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")

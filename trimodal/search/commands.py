@@ -1,4 +1,4 @@
-"""What search.py does: `index` makes the index of a folder, `query` prints what is found in it.
+"""What search.py does: `index` makes the index of a folder, `query` prints what is found in it, `serve` opens a page.
 
 Shape suffix: F numbers of a feature.
 """
@@ -104,6 +104,20 @@ def query(options: argparse.Namespace) -> None:
     query_F = model.encode(**{name: [value]})[0]
     hits = {kind: found.search(query_F, kind, options.top) for kind in kinds}
     print(as_json(found, hits) if options.json else as_columns(found, hits))
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer a browser's searches in an index until Ctrl-C.
+
+    Raises:
+        UserError: the index or its model cannot be opened, or nothing can listen there.
+    """
+    from trimodal.search import server  # needs packages that the other commands do without
+
+    devices.prepare_process()
+    found = Index.open(options.index)
+    with server.listen(options.host, options.port) as listener:  # before the model is loaded, which takes a while
+        server.serve(found, model_of(found, options.checkpoint, options.device), options.host, listener)
 
 
 def model_of(found: Index, source: str | None, device: str) -> Any:

@@ -1,6 +1,7 @@
 """The search page: a server on this machine over one index and one model.
 
-    serve(Index.open("my_index"), open_model("best_model.pt"), "127.0.0.1", 8000)      # until Ctrl-C
+    with listen("127.0.0.1", 8000) as listener:
+        serve(Index.open("my_index"), open_model("best_model.pt"), "127.0.0.1", listener)      # until Ctrl-C
 
     GET  /                           the page, whose files are in static/
     GET  /api/index                  what is in the index, and what an upload may be
@@ -39,7 +40,7 @@ from trimodal.errors import UserError
 from trimodal.media import is_video
 from trimodal.search import thumbnails
 from trimodal.search.guard import Guard, Refused
-from trimodal.search.index import KINDS, Entry, Index
+from trimodal.search.index import KINDS, Entry, Index, printable
 
 if TYPE_CHECKING:
     import uvicorn
@@ -64,17 +65,13 @@ TYPES = {  # that browsers show or play; others are offered to be saved
     ".webm": "video/webm", ".ogv": "video/ogg", ".mkv": "video/x-matroska"}
 
 
-def serve(index: Index, model: "OpenModel", host: str, port: int, say: Callable[[str], Any] = print) -> None:
-    """Answer requests at `host`:`port` (0: any free one) until Ctrl-C.
-
-    Raises:
-        UserError: nothing can listen there.
-    """
-    with listen(host, port) as listener:
-        say(f"Searching {len(index.by_kind['image']):,} pictures and {len(index.by_kind['audio']):,} sounds of "
-            f"{index.folder}: {address(host, listener)} (Ctrl-C ends it)")
-        with contextlib.suppress(KeyboardInterrupt):
-            http_server(application(index, model, host)).run(sockets=[listener])
+def serve(index: Index, model: "OpenModel", host: str, listener: socket.socket) -> None:
+    """Answer requests at a socket that listens at `host`, until Ctrl-C."""
+    app = application(index, model, host)
+    print(f"Searching {len(index.by_kind['image']):,} pictures and {len(index.by_kind['audio']):,} sounds of "
+          f"{printable(index.folder)} at {address(host, listener)}; Ctrl-C ends it", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        http_server(app).run(sockets=[listener])
 
 
 def http_server(app: Guard) -> "uvicorn.Server":
@@ -87,7 +84,11 @@ def http_server(app: Guard) -> "uvicorn.Server":
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at `host`:`port`."""
+    """A socket that listens at `host`:`port` (0: any free one).
+
+    Raises:
+        UserError: nothing can listen there.
+    """
     where = f"--host {host} --port {port}"
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

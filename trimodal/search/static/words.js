@@ -7,7 +7,7 @@ const ENGLISH = {
   skip: "Skip to the results",
   box: "Words, or a picture or sound",
   placeholder: "Describe what you look for, or drop a picture or sound",
-  placeholderShort: "What do you look for?",
+  placeholderShort: "Search for…",
   go: "Search",
   choose: "Search by a picture or sound file",
   record: "Record a sound",

@@ -3,12 +3,14 @@
 #
 #   ./run_all.sh --demo                                               a small real data set, a tiny model, two CPU cores
 #   ./run_all.sh --demo --pretrained                                  the same on pretrained towers of images and text
+#   ./run_all.sh --demo --bilingual                                   the same with captions in Chinese and English
 #   ./run_all.sh                                                      the full job: base, config.yaml's sets and epochs
 #   ./run_all.sh --model-size base --batch-size 8 --epochs 50         any flags of run_training.py
 #   ./run_all.sh --datasets coco clotho --data-root /big/disk/data    data sets and their folder
 #   ./run_all.sh --config recipes/synthetic.yaml                      nothing to download: works offline once set up
 #
-# --demo stands for --config recipes/demo.yaml --model-size tiny, with --pretrained for recipes/demo_pretrained.yaml.
+# --demo stands for --config recipes/demo.yaml --model-size tiny; with --pretrained or --bilingual the recipe is
+# recipes/demo_pretrained.yaml or recipes/demo_bilingual.yaml.
 # --check, --plan and --doctor download no data and train nothing. Relative paths are relative to this folder. The
 # variables of setup_environment.sh apply here too.
 #
@@ -68,19 +70,23 @@ what_next() { # $1: output folder, $2: page of the report
 }
 
 main() {
-    local answers data_root output_dir names report fetched=0 recipe=demo
+    local answers data_root output_dir names report flag fetched=0 recipe=demo
     if given -h "$@" || given --help "$@"; then usage && return; fi
     if [ "${1-}" = --demo ]; then
         shift
-        if [ "${1-}" = --pretrained ]; then
-            shift
-            recipe=demo_pretrained
-        fi
+        case ${1-} in
+            --pretrained | --bilingual)
+                recipe=demo_${1#--}
+                shift
+                ;;
+        esac
         if given --config "$@"; then die demo_config; fi
         set -- --config "recipes/$recipe.yaml" --model-size tiny "$@"
     fi
     if given --demo "$@"; then die demo_first; fi
-    if given --pretrained "$@"; then die pretrained_second; fi
+    for flag in --pretrained --bilingual; do
+        if given "$flag" "$@"; then die pretrained_second "$flag"; fi
+    done
     check_flags "$@"
 
     say step_environment

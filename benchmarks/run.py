@@ -178,7 +178,15 @@ def pretrained() -> dict[str, float]:
         return pretrained(next(SEEDS))
 
 
-SEEDS = itertools.count()
+def bilingual() -> dict[str, float]:
+    """How well the demo in two languages finds pictures by Chinese captions; each run has the next seed."""
+    from benchmarks.learning import bilingual
+
+    with measurable():
+        return bilingual(next(BILINGUAL_SEEDS))
+
+
+SEEDS, BILINGUAL_SEEDS = itertools.count(), itertools.count()
 ALIGN_BF16 = partial(align, "align_same_bf16", "align_default_bf16", "align_dropped_bf16")
 FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "python_lines": Figure(13_000.0, lines, runs=1),
@@ -191,6 +199,8 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "pretrained_stamps_r5": Figure(None, pretrained, at_least=0.55),
            "pretrained_stamps_without_symbols_r5": Figure(None, pretrained, at_least=0.45),
            "pretrained_train_s": Figure(90.0, pretrained),
+           "chinese_r5_over_chance": Figure(None, bilingual, at_least=5.0),
+           "chinese_over_english": Figure(None, bilingual, at_least=0.8),
            "million_samples_start_s": Figure(20.0, million_samples, runs=5),
            "million_samples_memory_gb": Figure(1.0, million_samples, runs=5),
            "rerank_gain_r1": Figure(None, rerank, runs=1, at_least=2.0),

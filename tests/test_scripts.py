@@ -467,10 +467,11 @@ def test_run_all_demo(project: Path) -> None:
     assert "./out/reports/report_1.md" in run.stdout
 
 
-def test_run_all_demo_on_pretrained_towers(project: Path) -> None:
-    run, calls = run_all(project, "--demo", "--pretrained", "--epochs", "2")
+@pytest.mark.parametrize("kind", ["pretrained", "bilingual"])
+def test_run_all_demo_on_pretrained_towers(project: Path, kind: str) -> None:
+    run, calls = run_all(project, "--demo", f"--{kind}", "--epochs", "2")
     assert run.returncode == 0, run.stderr
-    flags = "--config recipes/demo_pretrained.yaml --model-size tiny --epochs 2 --resume auto"
+    flags = f"--config recipes/demo_{kind}.yaml --model-size tiny --epochs 2 --resume auto"
     assert calls[1:] == [f"run_training.py --check {flags}",
                          "download_datasets.py --datasets coco --data-root ./data --skip-existing",
                          f"run_training.py {flags}"]
@@ -512,7 +513,8 @@ def test_run_all_check_plan_and_doctor_fetch_nothing(project: Path, flag: str) -
 @pytest.mark.parametrize(("arguments", "named"), [
     (["--epoch", "3"], ["--epoch"]), (["-x"], ["-x"]), (["--epochs", "3", "--demo"], ["--demo"]),
     (["--demo", "--config", "config.yaml"], ["--demo", "--config"]),
-    (["--pretrained"], ["--pretrained", "--demo"]), (["--demo", "--epochs", "3", "--pretrained"], ["--pretrained"])])
+    (["--pretrained"], ["--pretrained", "--demo"]), (["--demo", "--epochs", "3", "--pretrained"], ["--pretrained"]),
+    (["--demo", "--pretrained", "--bilingual"], ["--bilingual"])])
 def test_run_all_refuses_flags_before_the_set_up(project: Path, arguments: list[str], named: list[str]) -> None:
     for _ in range(2):
         run, calls = run_all(project, *arguments)

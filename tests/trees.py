@@ -316,7 +316,8 @@ def stamps(data_root: Path, captions: int = 20) -> Path:
     for i in range(captions):
         (name, colour), thing = _colour(i), THINGS[i // len(COLOURS) % len(THINGS)]
         where = root / STAMP_FOLDERS[i % 4] / f"{name}-{thing}-{i}"
-        stamp(where, f"A {name} {thing}{'' if i < 64 else f' {i}'}.", colour, STAMP_MODES[i // 4 % 4])
+        english = f"A {name} {thing}{'' if i < 64 else f' {i}'}."
+        stamp(where, english, colour, STAMP_MODES[i // 4 % 4], chinese=f"第{i}张图片")
         if i % 4 == 0:
             rate_hz = (5_000, 11_025, 22_254, 44_100, 48_000)[i // 4 % 5]
             sound(where.with_suffix(".ogg"), tone(0.6, rate_hz, 100.0 * (i + 1)), rate_hz, channels=1 + i // 4 % 2)
@@ -338,13 +339,13 @@ def stamps(data_root: Path, captions: int = 20) -> Path:
     return root
 
 
-def stamp(where: Path, caption: str, colour: Sequence[int], mode: str = "RGBA") -> None:
+def stamp(where: Path, caption: str, colour: Sequence[int], mode: str = "RGBA", chinese: str = "图片") -> None:
     """X.png with a transparent frame, X.txt with a Chinese line below the English one, and X.dat."""
     where.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGBA", (36, 30), (0, 0, 0, 0))
     image.paste(Image.new("RGBA", (24, 18), (*colour, 255)), (6, 6))
     image.convert(mode).save(where.with_name(where.name + ".png"))
-    text = f"{caption}\nzh_CN.utf8=图片\nfr.utf8=Une image.\n"
+    text = f"{caption}\nzh_TW.utf8=圖\nzh_CN.utf8={chinese}\nfr.utf8=Une image.\n"
     where.with_name(where.name + ".txt").write_text(text, encoding="utf-8")
     where.with_name(where.name + ".dat").write_text("colorable\n", encoding="utf-8")
 

@@ -38,6 +38,7 @@ OBJECTIVES = ("masked", "contrastive", "matching", "concepts", "speaker", "words
 OF_PAIRS = ("contrastive", "matching")  # two inputs, compared with those of other samples
 OF_WORDS = ("words", "masked_words")  # the words of a caption, told from its image or sound
 
+LANGUAGES = ("en", "zh")  # of captions
 FOLDS = 5  # of stamps
 SAMPLE_RATE_HZ = 16_000
 FRAME_RATE_HZ = 100  # one log-mel frame every 10 ms
@@ -353,6 +354,7 @@ DEFAULT_STAGES = (
 @dataclass(frozen=True, kw_only=True, config=_RULES)
 class DataConfig:
     datasets: Annotated[tuple[str, ...], NotEmpty, NotRepeated] = ("coco", "clotho", "audiocaps")  # see sets
+    languages: Annotated[tuple[Annotated[str, _one_of(LANGUAGES)], ...], NotEmpty, NotRepeated] = ("en",)
     workers: CountOr0 | Auto = "auto"
     cache: StrictBool = True
     cache_dir: FolderOrFile | None = None

@@ -15,8 +15,8 @@ text() {
             en="--demo comes first, before all other flags"
             zh="--demo 要放在所有其他参数之前" ;;
         pretrained_second)
-            en="--pretrained comes right after --demo; other recipes name towers themselves"
-            zh="--pretrained 要紧跟在 --demo 之后；其他配方自己指定编码器" ;;
+            en="%s comes right after --demo, and alone; other recipes name towers themselves"
+            zh="%s 要紧跟在 --demo 之后，只写一个；其他配方自己指定编码器" ;;
         step_environment)
             en="[1/5] environment"
             zh="[1/5] 环境" ;;

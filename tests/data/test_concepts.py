@@ -20,6 +20,14 @@ def test_labels_come_first_and_words_by_the_samples_that_have_them() -> None:
     assert concept_names(TRAIN, 3) == ["apple", "traffic light", "grass"]
 
 
+def test_words_of_chinese_are_its_short_runs_and_pairs_of_longer_ones() -> None:
+    train = table((("一只红色的青蛙。", "a frog"), ()), (("青蛙和自行车",), ()), (("红色自行车", "a frog"), ()),
+                  (("狗",), ()), (("两只狗在草地上",), ()))
+    assert concept_names(train, 9) == ["frog", "狗", "红色", "自行", "行车", "青蛙"]  # 色自 stands once
+    ids, offsets = concepts_of(train, ["狗", "行车", "frog"])
+    assert [ids[offsets[i]:offsets[i + 1]].tolist() for i in range(5)] == [[2], [1], [1, 2], [0], [0]]
+
+
 def test_more_labels_than_classes_are_an_error() -> None:
     assert concept_names(TRAIN, 2) == ["apple", "traffic light"]
     with refused("model.num_classes", 1, 2):

@@ -1,4 +1,4 @@
-"""Mirroring: pictures of which all that is said stays true, in the one language whose words for it are known."""
+"""Mirroring: pictures of which all that is said stays true, in the two languages whose words for it are known."""
 
 import numpy as np
 import pytest
@@ -96,6 +96,16 @@ def test_what_a_mirror_makes_false_is_known_and_what_only_looks_like_it_too(know
     assert not stays_true("狗在猫的左边", known_english=True)  # a translation of a known set
 
 
+def test_of_chinese_captions_those_stay_true_that_name_no_side_and_no_writing() -> None:
+    stays = "一只狗在草地上奔跑。|穿红衣服的女孩|两只猫，一只狗|３个苹果！|一輛紅色的汽車|天上有飞机……".split("|")
+    false = ("狗在猫的左边|右手拿着球|一辆车向东开|朝西的房子|顺时针转动的风扇|字母Ｂ|写着停的牌子|５号球衣|红色的国旗"
+             "|三点钟|10:45的钟|商店的招牌“咖啡”|世界地图|停车标志|順時針|東邊的塔").split("|")
+    other = "右にいる犬|犬がいる|左 dog|a 狗|T恤|개 狗|собака 狗".split("|")
+    for known in (False, True):
+        assert [text for text in stays if not stays_true(text, known_english=known)] == []
+        assert [text for text in [*false, *other] if stays_true(text, known_english=known)] == []
+
+
 def test_labels_that_name_a_side_are_known_in_many_languages() -> None:
     sided = ("left_arm", "arm-left", "arm_L", "Right lung", "rightleg", "左", "右手", "gauche", "main droite", "links",
              "rechts", "izquierda", "destra", "справа", "vänster", "venstre", "kiri", "sağ", "يمين", "왼쪽", "digits",
@@ -113,9 +123,10 @@ def test_a_picture_is_mirrored_only_if_all_its_captions_and_labels_allow_it() ->
     table = SampleTable.pack([
         picture("a dog", "the dog runs"), picture("a dog", "a dog on the left"), picture("a dog", "un chien"),
         picture("un chien"), picture(), picture(labels=("dog",)), picture("a dog", labels=("pets", "left_paw")),
-        picture("An aardvark.", source="stamps"), picture("An aardvark."), picture("a dog", image="")])
+        picture("An aardvark.", source="stamps"), picture("An aardvark."), picture("a dog", image=""),
+        picture("a dog", "一只狗"), picture("a dog", "左边的狗")])
     assert may_mirror(table, ENGLISH_SETS).tolist() == [
-        True, False, False, False, True, True, False, True, False, False]
+        True, False, False, False, True, True, False, True, False, False, True, False]
     assert may_mirror(SampleTable.pack([]), ENGLISH_SETS).shape == (0,)
 
 

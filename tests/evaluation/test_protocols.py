@@ -126,6 +126,27 @@ def test_the_same_words_on_two_pictures_are_right_for_both(tmp_path):
     assert pair["text_to_image_R@1"]["chance"] == pair["image_to_text_R@1"]["chance"] == pytest.approx(5 / 9)
 
 
+def test_captions_of_each_language_are_also_scored_alone_on_the_same_pictures(tmp_path):
+    """Together both are right answers; a picture without a caption in one of them is left out of all parts."""
+    told = {(n, language): f"{word} {n}" for n in range(5) for word, language in (("number", "en"), ("item", "zh"))
+            if (n, language) != (4, "zh")}
+    config = _config(tmp_path, [{"image": _picture(tmp_path, n), "text": text, "language": language}
+                                for (n, language), text in told.items()], data={"languages": ["en", "zh"]})
+    data = load_data(config, ["test"])
+    ids, mask = data.tokenizer.encode(list(told.values()), 12)
+    oracle = Oracle({tuple(row[keep].tolist()): 0 if of == (1, "zh") else of[0]
+                     for of, row, keep in zip(told, ids, mask, strict=True)})  # wrong about one in Chinese
+    figures = protocols.evaluate_split(oracle, data, "test", config, PLAIN)[0]
+    assert figures.keys() == {"all", "manifest", "manifest_en", "manifest_zh"}
+    both, english, han = (figures[name]["image-text"] for name in ("manifest", "manifest_en", "manifest_zh"))
+    assert [both["text_to_image_R@1"][key] for key in ("queries", "candidates")] == [9, 5]
+    for one in (english, han):
+        assert [one["text_to_image_R@1"][key] for key in ("queries", "candidates")] == [4, 4]
+        assert one["image_to_text_R@1"]["chance"] == pytest.approx(1 / 4)
+    assert english["text_to_image_R@1"]["value"] == 1.0 and han["text_to_image_R@1"]["value"] == 0.75
+    assert both["image_to_text_R@1"]["chance"] == pytest.approx((4 * 2 / 9 + 1 / 9) / 5)
+
+
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     config = _config(tmp_path_factory.mktemp("synthetic"), None,

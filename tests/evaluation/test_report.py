@@ -15,6 +15,7 @@ from PIL import Image
 
 import trimodal
 from trimodal.evaluation import markdown, report
+from trimodal.evaluation.markdown import remarks
 from trimodal.evaluation.phrases import PHRASES
 
 NOW = datetime.datetime(2026, 3, 4, 5, 6, 7)
@@ -111,6 +112,11 @@ def test_what_later_stages_forget_is_seen(tmp_path):
         assert (say("after_stages_text") in text) == expected
     assert "| image_to_text_R@1 | 0.1250 | 0.5000 | - |" in text and "R@5 |" not in text
     assert "| audio_to_text_R@1 | - | 0.7500 | 0.2500 |" in text
+
+
+def test_further_rows_of_a_set_say_what_they_leave_out() -> None:
+    assert remarks("stamps_without_symbols_zh") == ["without_symbols", "one_language"]
+    assert remarks("stamps_en") == ["one_language"] and not remarks("stamps") and not remarks("my_enamels")
 
 
 def test_files_named_in_the_report_are_there_and_nothing_else(written):

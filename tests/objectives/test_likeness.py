@@ -15,7 +15,7 @@ from torch import Tensor
 from model import TriModalModel
 from tests.narrow import make_batch, narrow_model, plainly
 from tests.small_runs import SmallRuns, batches, differing, step, weights
-from trimodal.config import TrainingConfig
+from trimodal.config import TrainingConfig, load_config
 from trimodal.objectives.contrastive import (
     LIKENESS_TEMPERATURE,
     Contrastive,
@@ -26,6 +26,7 @@ from trimodal.objectives.contrastive import (
     pairwise_sigmoid,
     positives_of,
 )
+from trimodal.towers.captions import caption_vectors, model_for
 from trimodal.training import planner
 from trimodal.training.run import with_caption_vectors
 
@@ -137,6 +138,14 @@ def test_right_pairs_stay_right_however_alike_others_are() -> None:
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 SOFT = ("training.soft_targets=0.3", "training.false_negatives=0.95")
+
+
+def test_chinese_captions_are_compared_by_a_model_that_reads_them(tmp_path: Path) -> None:
+    config = load_config(None, [f"paths.data_root={str(tmp_path)!r}", "data.languages=[en, zh]"])
+    texts = ["a dog", "一只狗", "a red car", "一辆红色的汽车"]
+    dog, same, car, other = caption_vectors(texts, config).astype(np.float32)
+    assert min(dog @ same, car @ other) > 0.5 > max(dog @ other, car @ same, same @ other)
+    assert len(dog) == model_for(config.data.languages).width
 
 
 def test_captions_of_one_meaning_are_alike(small: SmallRuns, tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def test_names_and_keywords_are_captions_and_shades_of_skin_are_left_out(root: P
 
 def test_chinese_names_are_captions_of_the_same_samples(root: Path) -> None:
     english, chinese = read(root), read(root, "zh")
-    assert [replace(sample, captions=()) for sample in chinese] == [replace(sample, captions=()) for sample in english]
+    assert [replace(sample, captions=(), languages=()) for sample in chinese] == [
+        replace(sample, captions=(), languages=()) for sample in english]
     assert {sample.key: sample.captions for sample in chinese} == {
         "1f436": ("狗脸", "宠物、狗、狗脸"), "1f431": ("猫脸", "猫、猫脸"), "1f44b": ("挥手", "手"),
         "1f1f3-1f1f4": ("旗: 挪威", "旗", "旗: 布韦岛", "旗")}
@@ -82,6 +83,15 @@ def test_chinese_names_are_captions_of_the_same_samples(root: Path) -> None:
     assert read(root) == english  # English needs its own lists alone
     with refused(root / "annotations/zh.xml", "--datasets emoji"):
         read_splits("emoji", ["train"], setting(root, language="zh"))
+
+
+def test_both_languages_are_captions_of_one_picture(root: Path) -> None:
+    config = load_config(None, [f"paths.data_root={str(root.parent)!r}", "data.max_bad_pct=100",
+                                "data.languages=[en, zh]"])
+    found = {sample.key: sample for sample in read_splits("emoji", SPLITS, config)}
+    assert found["1f431"].captions == ("cat face", "cat, face, pet", "猫脸", "猫、猫脸")
+    assert found["1f431"].languages == ("en", "en", "zh", "zh")
+    assert [s.split for s in found.values()] == [s.split for s in read(root)]
 
 
 def test_sides_follow_from_the_names_alone(root: Path) -> None:

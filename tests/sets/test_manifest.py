@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests import trees
-from tests.refusals import refused
+from tests.refusals import assert_names, refused
+from trimodal.config import load_config
 from trimodal.data.samples import SPLITS, Sample, SampleTable
-from trimodal.sets import manifest
+from trimodal.sets import manifest, read_splits
 from trimodal.sets.manifest import read_manifest, worded_captions
 
 
@@ -122,6 +123,29 @@ def test_captions_without_words_are_dropped_and_doubles_counted(folder: Path) ->
     table = SampleTable.pack([sample])
     assert table[0].captions == ("A dog.", "A cat") and table.caption_times.tolist() == [2, 1]
     assert worded_captions([" ", "!"], "here") == ()
+
+
+def test_texts_in_wanted_languages_are_taken(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[dict[str, Any]] = [
+        {"image": "pictures/a.png", "text": ["a dog", "one dog"], "language": "en_US"},
+        {"image": "pictures/a.png", "text": "一只狗", "lang": "zh-CN"},
+        {"image": "pictures/c d.png", "text": "un chien", "lang": "fr"},
+        {"image": "pictures/c d.png", "text": "of no told language"}, {"text": "chat", "language": "fr"}]
+    path = jsonl(folder, *lines)
+
+    def read(*names: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+        config = load_config(None, ["data.datasets=[manifest]", f"data.manifest={str(path)!r}",
+                                    f"data.languages=[{', '.join(names)}]"])
+        return {s.key: (s.captions, s.languages) for s in read_splits("manifest", SPLITS, config)}
+
+    assert read("zh", "en") == {"pictures/a.png": (("a dog", "one dog", "一只狗"), ("en", "en", "zh")),
+                                "pictures/c d.png": (("of no told language",), ("",))}
+    assert read("zh")["pictures/a.png"] == (("一只狗",), ("zh",))
+    assert_names(caplog.records[-1].getMessage(), "data.languages", "zh", "en, fr", 4)
+    jsonl(folder, lines[2])
+    with refused("data.languages", "fr", path, "language"):
+        read("en")
+    assert_refused(jsonl(folder, {**lines[0], "language": "English words"}), 1, "language", "'English words'")
 
 
 def test_ids_are_file_name_and_start_unless_given(folder: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from tests import trees
 from tests.project import ROOT, product_files
-from tests.refusals import refused
+from tests.refusals import assert_names, refused
 from trimodal.config import Config, DataConfig, load_config
 from trimodal.data.samples import SPLITS
 from trimodal.errors import ConfigError
-from trimodal.sets import SETS, check_settings, read_splits
+from trimodal.sets import SETS, check_settings, read_split, read_splits
 
 
 def test_every_set_says_what_it_is() -> None:
@@ -67,6 +67,16 @@ def set_names(source: str) -> list[str]:
               if isinstance(word := getattr(node, name, None), str) and f"data.{word}" not in SETTINGS]
     named = re.compile(rf"(?<![a-z])({'|'.join(SETS)})(?![a-z])", re.IGNORECASE)
     return [word for word in words if " " not in word and word not in SETTINGS and named.search(word)]
+
+
+def test_a_set_without_captions_of_a_wanted_language_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with refused("data.languages", "zh", "synthetic", "en", error=ConfigError):
+        check_settings(load_config(None, ["data.datasets=[stamps, synthetic]", "data.languages=[zh]"]))
+    for names in ("[en]", "[en, zh]"):
+        config = check_settings(load_config(None, ["data.datasets=[synthetic]", f"data.languages={names}"]))
+        next(read_split("synthetic", "test", config))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert_names(line, "synthetic", "en", "zh", "data.languages")
 
 
 def test_nothing_but_the_registry_knows_a_set_by_name() -> None:

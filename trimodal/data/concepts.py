@@ -23,7 +23,11 @@ others our out outside over own some someone something she such taken taking tha
 they thing things this those three through together too toward towards two under until upon use used using various very
 was were what when where which while who whose will with within without you your
 """.split())
-_WORD = re.compile(r"[^\W\d_]{3,}")
+# Chinese is written without blanks: a run of characters between those that only count, point or join is a word where it
+# has one or two, and each two neighbours of a longer one are.
+_HAN = "\u3400-\u9fff"
+_STOP_CHARACTERS = "一二两三四五六七八九十几个只条张片朵颗棵匹辆架艘座幅位件的在和与了着是有这那些们"
+_WORD = re.compile(rf"[^\W\d_{_HAN}]{{3,}}|(?:(?![{_STOP_CHARACTERS}])[{_HAN}])+")
 
 
 def concept_names(train: SampleTable, limit: int) -> list[str]:
@@ -48,7 +52,16 @@ def concept_names(train: SampleTable, limit: int) -> list[str]:
 
 
 def content_words(normalised: str) -> list[str]:
-    return [word for word in _WORD.findall(normalised) if word not in STOP_WORDS]
+    return [word for word in words_in(normalised) if word not in STOP_WORDS]
+
+
+def words_in(normalised: str) -> list[str]:
+    """The words of a caption of three letters and more, and its Chinese ones."""
+    found: list[str] = []
+    for run in _WORD.findall(normalised):
+        is_long = len(run) > 2 and "\u3400" <= run[0] <= "\u9fff"
+        found += map("".join, itertools.pairwise(run)) if is_long else [run]
+    return found
 
 
 def concepts_of(table: SampleTable, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +75,7 @@ def concepts_of(table: SampleTable, names: Sequence[str]) -> tuple[np.ndarray, n
     for row in range(len(table)):
         words = {labels[code] for code in codes[of_labels[row]:of_labels[row + 1]]}
         for text in captions[of_captions[row]:of_captions[row + 1]]:
-            words.update(_WORD.findall(normalise_caption(text)))
+            words.update(words_in(normalise_caption(text)))
         ids = sorted(numbers[word] for word in words if word in numbers)
         found += ids
         lengths.append(len(ids))

@@ -2,8 +2,9 @@
 
     may_mirror(table, english_sets)     # bool [n]
 
-All captions have to be English, as only for English it is known which words mirroring makes false ("left", "reads").
-Lists of words decide whether a caption is English, without a language model; in doubt the image is not mirrored.
+All captions have to be English or Chinese, as only for these it is known which words mirroring makes false ("left",
+"reads", 左). Lists of words decide whether a caption is English, and its writing whether it is Chinese, without a
+language model; in doubt the image is not mirrored.
 """
 
 import functools
@@ -34,6 +35,12 @@ _FALSE_IN_A_MIRROR = re.compile(
     _SIDE + r"|(?<![a-z])(?:says?|saying|reads|written|writing|handwrit\w+|words?|letter(?:s|ing)?|texts?|alphabets?"
     r"|spell(?:s|ed|ing)|numbers?(?! of )|numbered|numerals?|digits?|initials|logos?|maps?|flags?|o'clock)(?![a-z])"
     r"|[\"\u201c\u201d]|\d:\d\d")
+# Nothing but Chinese characters, their signs and digits: kana would make it Japanese, Latin letters may be anything.
+_CHINESE = re.compile(r"(?=.*[\u3400-\u9fff])"
+                      r"[\u3400-\u9fff\u3000-\u301f\uff00-\uff20\u2010-\u2026\s\d!-/:-@\[-`{-~]+", re.S)
+# Sides and the compass (in any word: 东西 too), turning; writing, numbers, signs, maps, flags, times, quotes.
+_FALSE_IN_A_CHINESE_MIRROR = re.compile(
+    r"[左右东東西字文写寫号號旗]|[时時][针針]|[点點][钟鐘]|[标標商][志誌签籤语語]|商[标標]|地[图圖]|[\u300a-\u300f「」]|\d[:\uff1a]\d\d")
 # Labels are single words, which tell no language: left and right, in those that are written most.
 _SIDE_ELSEWHERE = re.compile(
     r"[左右]|왼|오른|ซ้าย|ขวา|बाए|दाए|बाय|दाय|يسار|يمين|چپ|راست|שמאל|ימין|лев[аоыу]|прав[аоыу]|слева|справа|αριστερ|δεξι"
@@ -51,8 +58,8 @@ def _words() -> dict[str, frozenset[str]]:
 
 
 def may_mirror(table: SampleTable, english_sets: Collection[str]) -> np.ndarray:
-    """For each sample, bool [n]: it has an image, its captions are English and stay true of the mirror image, and no
-    label names a side. `english_sets`: names of data sets whose captions are published in English."""
+    """For each sample, bool [n]: it has an image, its captions are English or Chinese and stay true of the mirror
+    image, and no label names a side. `english_sets`: names of data sets whose captions are published in English."""
     allowed = table.has_image
     rows = np.flatnonzero(allowed & table.has_text)
     english = {name for code, name in enumerate(table.sources.names)
@@ -80,12 +87,14 @@ def _is_translated(table: SampleTable, rows: np.ndarray) -> bool:
 
 
 def stays_true(caption: str, *, known_english: bool = False) -> bool:
-    """Whether a caption is English, and names nothing that mirroring changes: a side, a direction, writing, numbers...
+    """Whether a caption is English or Chinese, and names nothing that mirroring changes: a side, writing, numbers...
 
     `known_english`: the caption's data set is English, so an ASCII caption counts as English without a look at its
     words; one with other characters is still checked, as single captions may be translated.
     """
     text = caption.lower()
+    if _CHINESE.fullmatch(text):
+        return not _FALSE_IN_A_MIRROR.search(text) and not _FALSE_IN_A_CHINESE_MIRROR.search(text)
     return not _FALSE_IN_A_MIRROR.search(text) and ((known_english and text.isascii()) or is_english(text))
 
 

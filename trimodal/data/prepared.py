@@ -16,7 +16,7 @@ import numpy as np
 from trimodal.config import Config
 from trimodal.files import replacing
 
-FORMAT = 1  # counts up with every change of what is kept, or of how it is worked out
+FORMAT = 2  # counts up with every change of what is kept, or of how it is worked out
 MANY = 10_000  # samples or captions from which on it takes about a second
 
 Arrays = Mapping[str, np.ndarray]

@@ -57,6 +57,7 @@ class Sample:
     start_s: float = 0.0
     duration_s: float = 0.0  # 0 = to the end
     captions: tuple[str, ...] = ()  # as listed: the table keeps one of those with the same words, and how many they are
+    languages: tuple[str, ...] = ()  # of each caption, "en" or "zh"; "" or none at all: not known
     labels: tuple[str, ...] = ()  # names that the set brings: categories, folders, the user's labels
     speaker: str = ""
 
@@ -192,6 +193,7 @@ class SampleTable:
     duration_s: np.ndarray  # float64 [n]
     captions: Strings  # those of one sample differ in their words, see normalise_caption
     caption_times: np.ndarray  # int64 [captions]: how often the sample's list has the caption; papers count each
+    caption_languages: Names  # of each caption, as in Sample
     caption_offsets: np.ndarray  # int64 [n + 1]
     labels: Names
     label_offsets: np.ndarray  # int64 [n + 1]
@@ -218,6 +220,7 @@ class SampleTable:
             duration_s=np.array([row.duration_s for row in rows], np.float64),
             captions=Strings.pack(text for texts in captions for text in texts),
             caption_times=np.array([times for texts in captions for times in texts.values()], np.int64),
+            caption_languages=Names.pack(itertools.chain.from_iterable(map(_languages, rows, captions))),
             caption_offsets=offsets_of([len(texts) for texts in captions]),
             labels=Names.pack(label for row in rows for label in row.labels),
             label_offsets=offsets_of([len(row.labels) for row in rows]),
@@ -234,12 +237,18 @@ class SampleTable:
             key=self.keys[index], source=self.sources[index], split=self.splits[index],
             image=self.images[index], audio=self.audio[index],
             start_s=float(self.start_s[index]), duration_s=float(self.duration_s[index]),
-            captions=self.captions_of(index), labels=tuple(self.labels[j] for j in labels),
+            captions=self.captions_of(index), languages=self._languages_of(index),
+            labels=tuple(self.labels[j] for j in labels),
             speaker=self.speakers[index],
         )
 
     def captions_of(self, index: int) -> tuple[str, ...]:
         return tuple(self.captions[j] for j in range(self.caption_offsets[index], self.caption_offsets[index + 1]))
+
+    def _languages_of(self, index: int) -> tuple[str, ...]:
+        found = tuple(self.caption_languages[j]
+                      for j in range(self.caption_offsets[index], self.caption_offsets[index + 1]))
+        return found if any(found) else ()
 
     @property
     def has_image(self) -> np.ndarray:
@@ -267,7 +276,7 @@ class SampleTable:
             images=self.images.select(chosen), audio=self.audio.select(chosen),
             start_s=self.start_s[chosen], duration_s=self.duration_s[chosen],
             captions=self.captions.select(caption_rows), caption_times=self.caption_times[caption_rows],
-            caption_offsets=caption_offsets,
+            caption_languages=self.caption_languages.select(caption_rows), caption_offsets=caption_offsets,
             labels=self.labels.select(label_rows), label_offsets=label_offsets,
             speakers=self.speakers.select(chosen),
         )
@@ -288,10 +297,12 @@ class SampleTable:
         return SampleTable(**joined)
 
     def digest(self) -> str:
-        """SHA-256 over every column in order but caption_times, file names without their folders: the same wherever the
-        data lies, and however often a caption is listed, which training does not see."""
+        """SHA-256 over every column in order but what training does not see of captions (how often each is listed, and
+        its language, where that is the same for all). File names count without their folders, so that it is the same
+        wherever the data lies."""
         state = hashlib.sha256()
-        for f in (f for f in fields(self) if f.name != "caption_times"):
+        unseen = {"caption_times"} | ({"caption_languages"} if len(self.caption_languages.names) < 2 else set())
+        for f in (f for f in fields(self) if f.name not in unseen):
             column = getattr(self, f.name)
             if f.name in ("images", "audio"):
                 codes, paths = column.distinct()
@@ -341,6 +352,14 @@ def _counted(texts: Sequence[str]) -> dict[str, int]:
             one = first.setdefault(normalise_caption(text), text)
             times[one] = times.get(one, 0) + 1
     return times
+
+
+def _languages(row: Sample, kept: Mapping[str, int]) -> Iterable[str]:
+    """The language of each caption that is kept of a sample."""
+    if not row.languages:
+        return itertools.repeat("", len(kept))
+    of = dict(zip(reversed(row.captions), reversed(row.languages), strict=True))  # of equal texts the first
+    return (of[text] for text in kept)
 
 
 def _encode(text: str) -> bytes:

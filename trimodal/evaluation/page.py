@@ -17,7 +17,7 @@ from trimodal.evaluation import verdict
 from trimodal.evaluation.charts import Bar, Line, bars, figure, histogram, interval_bar, line_chart, seconds
 from trimodal.evaluation.elements import Html, both, data, element, join, section, table, words
 from trimodal.evaluation.map_chart import map_figure
-from trimodal.evaluation.markdown import note
+from trimodal.evaluation.markdown import note, remarks
 from trimodal.evaluation.phrases import PHRASES, distinct, duration, interval, number, times
 from trimodal.evaluation.retrievals import retrieval_section
 
@@ -113,8 +113,8 @@ def _results(report: Report) -> Html | None:
 
 
 def _note(name: str, facts: Mapping[str, Any], has_figures: bool) -> Html | None:
-    if name.endswith("_without_symbols"):
-        return element("p", words("without_symbols"))
+    if keys := remarks(name):
+        return element("p", [words(key) for key in keys])
     own = facts.get(name)
     texts = {language: note(own, {key: text[language] for key, text in PHRASES.items()}, has_figures)
              for language in ("en", "zh")}

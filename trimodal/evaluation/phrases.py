@@ -163,6 +163,8 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("nonfinite", "features that are not finite, counted as errors: {}", "含非有限值、按错误计的特征：{}"),
     ("without_symbols", "Without letters, digits and signs, which their shapes alone tell apart.",
      "不含字母、数字和符号（它们仅凭形状即可区分）。"),
+    ("one_language", "With the captions of one language alone, of the files that have captions in all.",
+     "只用一种语言的描述，且只含各语言都有描述的文件。"),
     ("trials", "speaker trials: {}", "说话人验证的试验：{}"), ("sentence_end", "; ", "；"),
     ("gallery", "Examples", "检索示例"),
     ("gallery_text", "Held-out captions drawn at random and their best answers; a green frame marks a right one.",

@@ -9,7 +9,9 @@
 the fusion), "speakers" (verification). The set "all" holds the samples of all sets together; with several sets its
 candidates come from all of them. "coco_1k" are
 the means of the five folds of 1,000 pictures of COCO's 5,000. "stamps" stands a second time as
-"stamps_without_symbols": letters and digits are told apart by their shapes alone.
+"stamps_without_symbols": letters and digits are told apart by their shapes alone. Where a set has captions in several
+languages, all are right answers of their file, and "stamps_en", "stamps_zh" are retrieval with those of one language
+alone, each of the same files: those that have captions in all of them.
 
 Retrieval is over all captions of each sample, and counts each file once, however many samples have it. R@K and the
 other figures of captions stand twice: `R@K` counts equal captions of a file once, and every file that has the words is
@@ -298,6 +300,7 @@ def score(encoded: Encoded, data: Data, config: Config, scores: PairScores | Non
                 pairs["speakers"] = _speakers(encoded, data, members, config, options)
         figures[name] = {pair: found for pair, found in pairs.items() if found}
         figures |= _in_folds(encoded, data, name, members, options)
+        figures |= _by_language(encoded, data, name, members, options, scores)
     if len(data.tables[encoded.split].sources.names) == 1:
         figures[ALL] = figures[data.tables[encoded.split].sources.names[0]]
     return {name: pairs for name, pairs in figures.items() if pairs}
@@ -323,6 +326,25 @@ def _in_folds(encoded: Encoded, data: Data, name: str, members: np.ndarray, opti
                       "candidates": round(float(np.mean([part[metric]["candidates"] for part in parts])))}
              for metric, figure in parts[0].items()}
     return {label: {"image-text": means}}
+
+
+def _by_language(encoded: Encoded, data: Data, name: str, members: np.ndarray, options: metrics.Options,
+                 scores: PairScores | None) -> Figures:
+    """Retrieval with the captions of one language alone, for each in which a set has some, of the samples that have all
+    of them: {"stamps_zh": ...}; {} where they are all in one, or it is not known in which."""
+    table = data.tables[encoded.split]
+    languages = table.caption_languages
+    owners_C = np.repeat(np.arange(len(table)), table.caption_count)
+    captions = {language: (languages.codes == code) & members[owners_C]
+                for code, language in enumerate(languages.names) if language}
+    captions = {language: own_C for language, own_C in captions.items() if own_C.any()}
+    if name == ALL or len(captions) < 2:
+        return {}
+    has_all = np.all([np.bincount(owners_C[own_C], minlength=len(table)) > 0 for own_C in captions.values()], axis=0)
+    return {f"{name}_{language}": {
+        f"{first}-text": found for first in ("image", "audio")
+        if (found := _retrieval(encoded, data, (first, "text"), has_all, options, scores, captions=own_C))}
+        for language, own_C in captions.items()}
 
 
 def evaluate_split(model: Any, data: Data, split: str, config: Config, setting: Setting,
@@ -383,16 +405,20 @@ class _Pairs:
     ids_M: np.ndarray  # `Items.ids_N` of the second: equal for equal captions or files
 
 
-def pair_items(encoded: Encoded, pair: tuple[str, str], members: np.ndarray) -> _Pairs:
+def pair_items(encoded: Encoded, pair: tuple[str, str], members: np.ndarray,
+                captions: np.ndarray | None = None) -> _Pairs:
     """Match the encoded items of the two modalities in `pair` by their samples, merging equal files of the first.
 
-    `members`: True at the table rows of the samples to use. Empty where a modality of the pair was not encoded.
+    `members`: True at the table rows of the samples to use; `captions`: likewise of its captions (None: all). Empty
+    where a modality of the pair was not encoded.
     """
     if not set(pair) <= encoded.items.keys():
         return _Pairs(*np.empty((4, 0), np.int64))
     first, second = (encoded.items[name] for name in pair)
     first_N = np.flatnonzero(members[first.rows_N] & np.isin(first.rows_N, second.rows_N))
     second_M = np.flatnonzero(members[second.rows_N] & np.isin(second.rows_N, first.rows_N))
+    if captions is not None:
+        second_M = second_M[captions[encoded.captions_C[second_M]]]
     owners_M = np.searchsorted(first.rows_N[first_N], second.rows_N[second_M])
     kept, file_N = first_of_each(first.ids_N[first_N])
     return _Pairs(first_N[kept], second_M, file_N[owners_M], second.ids_N[second_M])
@@ -406,12 +432,13 @@ def first_of_each(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _retrieval(encoded: Encoded, data: Data, pair: tuple[str, str], members: np.ndarray, options: metrics.Options,
-               scores: PairScores | None = None) -> dict[str, Figure]:
+               scores: PairScores | None = None, captions: np.ndarray | None = None) -> dict[str, Figure]:
     """Both directions, each file and each of its wordings once; with captions also as papers count, caption by caption.
 
-    A file that stands in several samples is one, for which all their captions are right.
+    A file that stands in several samples is one, for which all their captions are right. `captions`: as `pair_items`
+    takes them.
     """
-    p = pair_items(encoded, pair, members)
+    p = pair_items(encoded, pair, members, captions)
     if len(p.first_N) < 2:
         return {}
     first, second = (take(encoded.items[name].features_NF, indices)

@@ -7,6 +7,7 @@ Adding a set: one module here, with a `SET` as `base` describes it.
 
 import importlib
 import itertools
+import logging
 import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from trimodal.data.samples import SPLITS, Sample
 from trimodal.errors import ConfigError, UserError, similar
 from trimodal.sets.base import DataSet, Source
 from trimodal.sets.reading import download_command, missing
+
+_log = logging.getLogger(__name__)
 
 _MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 SETS: dict[str, DataSet] = {found.name: found for found in sorted(
@@ -31,11 +34,24 @@ __all__ = ["ALL", "NEEDS_NOTHING", "SETS", "SOURCES", "check_settings", "downloa
 def check_settings(config: Config) -> Config:
     """`config` again; raises ConfigError where a set is unknown, or a setting of one does not fit."""
     unknown = [_unknown(name) for name in config.data.datasets if name not in SETS]
-    found = unknown + [problem for data_set in SETS.values() if data_set.problems
+    wordless = [_wordless(name, config) for name in config.data.datasets
+                if name in SETS and SETS[name].english and not _languages(name, config)]
+    found = unknown + wordless + [problem for data_set in SETS.values() if data_set.problems
                        for problem in data_set.problems(config.data)]
     if found:
         raise ConfigError("; ".join(found))
     return config
+
+
+def _languages(name: str, config: Config) -> list[str]:
+    """The languages wanted of a set in which it has captions."""
+    there = (*(("en",) if SETS[name].english else ()), *SETS[name].also_in)
+    return [language for language in config.data.languages if language in there]
+
+
+def _wordless(name: str, config: Config) -> str:
+    return (f"data.languages: {', '.join(config.data.languages)}, but the set {name} has captions in en alone; add en, "
+            "or leave out the set")
 
 
 def _unknown(name: str) -> str:
@@ -55,6 +71,10 @@ def read_splits(name: str, splits: Sequence[str], config: Config) -> Iterator[Sa
         if split not in SPLITS:
             raise UserError(f"split {split!r} is unknown; known: {', '.join(SPLITS)}")
     root = Path(config.paths.data_root).absolute() / name
+    found = _languages(name, config)
+    if found and (lacking := [one for one in config.data.languages if one not in found]):
+        _log.warning("%s: has captions in %s, and none in %s (data.languages)", name, ", ".join(found),
+                     ", ".join(lacking))
     if SETS[name].source and not root.is_dir():
         raise missing(root, config)
     samples = iter(SETS[name].read(root, splits, config))

@@ -187,7 +187,8 @@ class DataSet:
     read: Callable[[Path, Sequence[str], Config], Iterable[Sample]]
     source: Source | None = None  # None: nothing to download
     note: str = ""  # why there is nothing to download
-    english: bool = True  # the language of its captions
+    english: bool = True  # whether its captions are; of those that may be in any language, false
+    also_in: tuple[str, ...] = ()  # further languages in which it has captions
     problems: Callable[[DataConfig], list[str]] | None = None  # what is wrong with its settings
     listed: Callable[[Path, str, Config], int] | None = None  # samples of a split when whole; of sets that never are
     state: Callable[[Config], str] | None = None  # digest of all that `read` depends on but the files of its samples,

@@ -18,7 +18,7 @@ from typing import Any
 from trimodal.errors import UserError
 from trimodal.media import PICTURE_SUFFIXES, SOUND_SUFFIXES
 
-COLUMNS = ("image", "audio", "start", "duration", "text", "labels", "speaker", "split", "id")
+COLUMNS = ("image", "audio", "start", "duration", "text", "language", "labels", "speaker", "split", "id")
 DELIMITERS = (",", ";", "\t", "|")
 
 _OTHERS = {
@@ -30,6 +30,7 @@ _OTHERS = {
     "duration": "duration_s dur",
     "text": "texts caption captions title titles sentence sentences prompt prompts transcript transcripts "
             "transcription description descriptions comment",
+    "language": "lang locale",
     "labels": "label class classes category categories tag tags",
     "speaker": "speaker_id spk",
     "split": "subset partition",

@@ -1,5 +1,5 @@
 """Emoji: the colour pictures of the font Noto Color Emoji, with the names and keywords that Unicode gives them in
-English or Chinese (`data.emoji_language`).
+English and Chinese (`data.languages`).
 
 A picture is rendered once, when the set is completed. Which pictures are samples, their order, keys and splits follow
 from the English names in either language.
@@ -128,8 +128,8 @@ def _training_files(folder: Path) -> Iterator[str]:
 def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
     """The captions are the name and all keywords. Of the pictures 10 % are test and 10 % val, drawn by their English
     names; those that look alike, as the flags of some countries do, are one sample with all their names."""
-    language = config.data.emoji_language
-    for name in (FONT, *ENGLISH, *lists_of(language)):
+    wanted = ("zh",) if config.data.emoji_language == "zh" else config.data.languages
+    for name in dict.fromkeys((FONT, *ENGLISH, *(path for language in wanted for path in lists_of(language)))):
         existing(root / name, config)
     there, alike = names_in(root / PICTURES), dict[str, list[Emoji]]()
     for emoji in emoji_in(root):
@@ -138,23 +138,24 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
             alike.setdefault(digest, []).append(emoji)
     sides = draw_splits((same[0].name for same in alike.values()),
                         *(round(share * len(alike)) for share in HELD_OUT.values()))
-    words = {one.text: (one.name, one.keywords) for one in emoji_in(root, language)}
+    words = {language: {one.text: (one.name, one.keywords) for one in emoji_in(root, language)} for language in wanted}
     found = sum(map(len, alike.values()))
     if 100 * (NUMBER - found) > config.data.max_bad_pct * NUMBER:
         raise UserError(f"{root / PICTURES}: holds {found:,} of {NUMBER:,} pictures; get the others with: "
                         f"{download_command('emoji', config)}")
     for split in splits:
-        for first, *others in alike.values():
-            if sides[first.name] == split:
-                texts = (text for one in (first, *others) for text in words[one.text])
-                yield Sample(key=first.file_name.removesuffix(".png"), source="emoji", split=split,
-                             image=str(root / PICTURES / first.file_name),
-                             captions=worded_captions(texts, f"emoji {first.name}"))
+        for same in (same for same in alike.values() if sides[same[0].name] == split):
+            captions = {language: worded_captions((text for one in same for text in texts[one.text]),
+                                                  f"emoji {same[0].name}") for language, texts in words.items()}
+            yield Sample(key=same[0].file_name.removesuffix(".png"), source="emoji", split=split,
+                         image=str(root / PICTURES / same[0].file_name),
+                         captions=tuple(itertools.chain(*captions.values())),
+                         languages=tuple(language for language, texts in captions.items() for _ in texts))
 
 
 _LICENCE = "pictures: SIL Open Font License 1.1, tools Apache-2.0 (Google); names: Unicode licence (Unicode, Inc.)"
 SET = DataSet(
-    name="emoji", order=6, licence=_LICENCE, read=_read, splits="80, 10 and 10 % of the pictures",
+    name="emoji", order=6, licence=_LICENCE, also_in=("zh",), read=_read, splits="80, 10 and 10 % of the pictures",
     source=Source(
         name="emoji", title="Noto Color Emoji 2.042 with the English and Chinese names of CLDR 41",
         page="https://github.com/googlefonts/noto-emoji", licence=_LICENCE, items=ITEMS, defaults=("emoji",),

@@ -3,10 +3,11 @@
     {"image": "photos/1.jpg", "text": ["a dog on grass", "a dog"], "labels": ["dog"], "split": "train"}
     {"audio": "talk.flac", "start": 12.5, "duration": 10, "text": "a door slams", "speaker": "anna", "split": "train"}
 
-Keys (columns of a CSV): image, audio, start and duration (seconds), text, labels, speaker, split, id, or what other
-programs call them (see columns.py); all optional, but a line needs an image, an audio file or a text. A text is one
-caption, or several as a list, in a cell as JSON, Python or numpy write it: ["a dog", "a dog on grass"]; labels
-likewise, in a CSV also parted by ";". Lines that name the same file, and the same stretch of it, are one sample with
+Keys (columns of a CSV): image, audio, start and duration (seconds), text, language (of the text: en, zh-CN), labels,
+speaker, split, id, or what other programs call them (see columns.py); all optional, but a line needs an image, an audio
+file or a text. A text is one caption, or several as a list, in a cell as JSON, Python or numpy write it: ["a dog",
+"a dog on grass"]; labels likewise, in a CSV also parted by ";". Of texts whose language is told, those are taken whose
+language `data.languages` names. Lines that name the same file, and the same stretch of it, are one sample with
 all their captions. Relative paths start at the manifest's folder. No path, ".." or link leads out of that folder, or
 out of `data.manifest_root` where that is given: a manifest made by somebody else cannot name other files of yours.
 """
@@ -25,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from trimodal.config import Config, DataConfig
+from trimodal.config import LANGUAGES, Config, DataConfig
 from trimodal.data import prepared
 from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample, stable_hash
 from trimodal.data.splits import LEAST_VAL, Groups, two_of_each_kind
@@ -35,7 +36,7 @@ from trimodal.sets import columns, written_lists
 from trimodal.sets.base import DataSet
 from trimodal.sets.columns import Columns
 from trimodal.sets.listed_files import File, Files
-from trimodal.sets.reading import worded_captions
+from trimodal.sets.reading import in_languages, worded_captions
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", *DELIMITERS)
@@ -112,6 +113,7 @@ class _Row:
     start_s: float
     duration_s: float
     captions: tuple[str, ...]
+    languages: tuple[str, ...]  # of each caption; "" where the line names none
     labels: tuple[str, ...]
     speaker: str
     name: str  # the default id
@@ -142,6 +144,7 @@ class _Row:
         return _Row(
             line=line, key=take("id", _word, ""), split=take("split", _split, ""), image=image, audio=audio,
             start_s=start_s, duration_s=take("duration", _seconds, 0.0), captions=captions,
+            languages=(take("language", _language, ""),) * len(captions),
             labels=tuple(dict.fromkeys(take("labels", partial(written_lists.texts, between=reading.between), ()))),
             speaker=take("speaker", _word, ""), name=f"{name}@{start_s:g}" if "start" in given else name)
 
@@ -163,7 +166,8 @@ class _Row:
 
     def sample(self) -> Sample:
         return Sample(key=self.key, source="manifest", split=self.split, image=self.image.path, audio=self.audio.path,
-                      start_s=self.start_s, duration_s=self.duration_s, captions=self.captions, labels=self.labels,
+                      start_s=self.start_s, duration_s=self.duration_s, captions=self.captions,
+                      languages=self.languages if any(self.languages) else (), labels=self.labels,
                       speaker=self.speaker)
 
 
@@ -285,6 +289,14 @@ def _word(value: Any) -> str:
     return written_lists.encodable(str(value).strip())
 
 
+def _language(value: Any) -> str:
+    """The two or three small letters with which a code of a language begins: "zh" of "zh-CN" or "zh_CN.utf8"."""
+    found = re.fullmatch(r"([a-z]{2,3})([-_.@].*)?", value.strip().lower()) if isinstance(value, str) else None
+    if not found:
+        raise ValueError("expected the code of a language such as en, zh or zh-CN")
+    return found[1]
+
+
 def _split(value: Any) -> str:
     """"train", "val" or "test" for a name of a split, whatever its case, such as "Training" or "validation"."""
     split = columns.SPLIT_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
@@ -357,6 +369,7 @@ def _united(reading: _Reading, rows: list[_Row]) -> list[_Row]:
                                           "names the same file and stretch")
         one.key, one.speaker = one.key or row.key, one.speaker or row.speaker
         one.captions += row.captions
+        one.languages += row.languages
         one.labels = tuple(dict.fromkeys((*one.labels, *row.labels)))
     return united
 
@@ -418,14 +431,35 @@ def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]
     if not settings.manifest:
         raise UserError(_NO_LIST)
     found = list(read_manifest(Path(settings.manifest).absolute(), settings.manifest_root, settings.max_bad_pct))
+    found = _in_wanted_languages(found, settings)
     for split in splits:
         yield from (sample for sample in found if sample.split == split)
+
+
+def _in_wanted_languages(samples: Sequence[Sample], settings: DataConfig) -> list[Sample]:
+    """The samples without captions in languages that are not wanted; those that were such a caption alone are gone.
+
+    Raises:
+        UserError: no caption is left.
+    """
+    found = [in_languages(sample, settings.languages) for sample in samples]
+    others = Counter(language for sample in samples for language in sample.languages
+                     if language and language not in settings.languages)
+    if others:
+        told = (f"{others.total():,} captions in {', '.join(sorted(others))} are left out, as data.languages is "
+                f"{', '.join(settings.languages)}")
+        if not any(sample.captions for sample in found):
+            raise UserError(f"data.manifest: {settings.manifest}: {told}, and no other is there; name the language of "
+                            f"the captions there ({', '.join(LANGUAGES)}), or leave out the column language")
+        _log.warning("manifest: %s", told)
+    return [sample for sample in found if sample.captions or sample.image or sample.audio]
 
 
 def _state(config: Config) -> str:
     settings = config.data
     path = Path(settings.manifest or "").absolute()
-    return prepared.digest([str(path), sha256_of(path), str(settings.manifest_root), str(settings.max_bad_pct)])
+    return prepared.digest([str(path), sha256_of(path), str(settings.manifest_root), str(settings.max_bad_pct),
+                            *settings.languages])
 
 
 def _problems(settings: DataConfig) -> list[str]:

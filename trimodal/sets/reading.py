@@ -1,17 +1,18 @@
 """What the readers of several sets need: folders, rows of lists, captions, splits of our own, and missing files."""
 
 import csv
+import dataclasses
 import itertools
 import logging
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from trimodal.config import Config
-from trimodal.data.samples import normalise_caption
+from trimodal.data.samples import SPLITS, Sample, normalise_caption
 from trimodal.errors import UserError
 from trimodal.sets import inventory
 
@@ -82,6 +83,34 @@ def worded_captions(texts: Iterable[str], where: str) -> tuple[str, ...]:
         if normalise_caption(text):
             found.append(text.strip())
     return tuple(found)
+
+
+def in_languages(sample: Sample, wanted: Collection[str]) -> Sample:
+    """The sample with its captions in the languages wanted, and those whose language is not known."""
+    if not sample.languages:
+        return sample
+    return _with_captions(sample, [(text, language) for text, language in
+                                   zip(sample.captions, sample.languages, strict=True)
+                                   if not language or language in wanted])
+
+
+def on_one_side(samples: Iterable[Sample]) -> list[Sample]:
+    """The samples, and a caption that stands in several splits in one of them alone: test, before val, before train.
+
+    For sets whose split is drawn by their English captions: two of these may have one translation.
+    """
+    samples, strict = list(samples), SPLITS[::-1]
+    side = dict[str, str]()
+    for sample in samples:
+        for text in map(normalise_caption, sample.captions):
+            side[text] = min(side.get(text, sample.split), sample.split, key=strict.index)
+    return [_with_captions(sample, [pair for pair in zip(sample.captions, sample.languages, strict=True)
+                                    if side[normalise_caption(pair[0])] == sample.split]) for sample in samples]
+
+
+def _with_captions(sample: Sample, captions: Sequence[tuple[str, str]]) -> Sample:
+    return dataclasses.replace(sample, captions=tuple(text for text, _ in captions),
+                               languages=tuple(language for _, language in captions))
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------

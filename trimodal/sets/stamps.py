@@ -1,6 +1,7 @@
 """Tux Paint stamps: drawings and photographs with captions, sound effects and spoken captions; the set of the demo."""
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,11 +12,21 @@ from trimodal.data.samples import Sample, normalise_caption
 from trimodal.errors import UserError
 from trimodal.sets import inventory
 from trimodal.sets.base import Count, DataSet, File, Item, Source
-from trimodal.sets.reading import MAX_CAPTION_CHARS, download_command, draw_fold, worded_captions
+from trimodal.sets.reading import (
+    MAX_CAPTION_CHARS,
+    download_command,
+    draw_fold,
+    in_languages,
+    on_one_side,
+    worded_captions,
+)
 
+_log = logging.getLogger(__name__)
 VERSION = "2022.06.04"
 PACKAGE = f"tuxpaint-stamps-default_{VERSION}-1_all.deb"
 TARBALL = f"tuxpaint-stamps-{VERSION}.tar.gz"
+CHINESE = "zh_CN.utf8="  # begins the line of a caption in simplified characters
+MAX_LINES = 1_000  # of X.txt; the real ones have some 80, a language each
 SYMBOLS = "symbols"  # the folder of letters, digits and signs, the easy part of the set
 VAL = 0.1  # of the distinct captions; test is one of FOLDS parts of them
 
@@ -38,24 +49,37 @@ ITEMS = (
 
 def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:
     """Stamps with an English caption (line 1 of X.txt) and a picture X.png, a sound effect X.ogg or X.wav, or both.
-    A few are drawn as X.svg alone, which nothing here renders: these give their sound.
+    A few are drawn as X.svg alone, which nothing here renders: these give their sound. Nine in ten have a Chinese
+    caption as well (the line zh_CN.utf8=...).
 
     The label is the top folder. Equal captions stand on one side: of the distinct captions of the whole set 20 % are
     test (`data.fold` says which) and 10 % val, so leaving out symbols/ (`data.stamps_symbols: false`) moves no stamp to
-    another side.
+    another side. The English captions alone decide, whatever `data.languages` says, so that a stamp of test is one in
+    each language; a Chinese caption that stands on several sides ("a mouse", "a rat") is left out of all but one.
     """
     found = list(_stamps(root))
     if not found:
         raise UserError(f"{root}: holds no captioned stamp; get them with: {download_command('stamps', config)}")
-    sides = draw_fold((normalise_caption(stamp.captions[0]) for stamp in found), config.data.fold, FOLDS, VAL)
+    english = [normalise_caption(stamp.captions[0]) for stamp in found]
+    sides = draw_fold(english, config.data.fold, FOLDS, VAL)
+    found = on_one_side(replace(stamp, split=sides[text]) for stamp, text in zip(found, english, strict=True))
+    found = [in_languages(stamp, config.data.languages) for stamp in found]
+    _say_lacking(found, config.data.languages)
     for split, stamp in itertools.product(splits, found):
-        if sides[normalise_caption(stamp.captions[0])] != split:
+        if stamp.split != split:
             continue
         if stamp.labels == (SYMBOLS,) and not config.data.stamps_symbols:
             continue
         audio = stamp.audio if stamp.audio and _audible(stamp.audio) else ""
         if stamp.image or audio:
-            yield replace(stamp, split=split, audio=audio)
+            yield replace(stamp, audio=audio)
+
+
+def _say_lacking(stamps: Sequence[Sample], wanted: Sequence[str]) -> None:
+    """A line on the stamps that have no caption in a language that is wanted."""
+    for language in wanted:
+        if lacking := sum(language not in stamp.languages for stamp in stamps):
+            _log.warning("stamps: %d of %d have no caption in %s", lacking, len(stamps), language)
 
 
 def _stamps(root: Path) -> Iterator[Sample]:
@@ -69,12 +93,24 @@ def _stamps(root: Path) -> Iterator[Sample]:
             image, audio = first_of(stem, ".png"), first_of(stem, ".ogg", ".wav")
             if not image and not (audio and first_of(stem, ".svg")):
                 continue
-            with open(os.path.join(folder, stem + ".txt"), encoding="utf-8-sig", errors="replace") as file:
-                captions = worded_captions([file.readline(MAX_CAPTION_CHARS + 1)], file.name)
-            if captions:
+            captions = _captions(os.path.join(folder, stem + ".txt"))
+            if "en" in captions:
                 path = Path(folder, stem).relative_to(root)
                 yield Sample(key=path.as_posix(), source="stamps", split="", image=image, audio=audio,
-                             captions=captions, labels=path.parts[:-1][:1])
+                             captions=tuple(captions.values()), languages=tuple(captions), labels=path.parts[:-1][:1])
+
+
+def _captions(path: str) -> dict[str, str]:
+    """The captions of X.txt by language: English in the first line, the first Chinese one further below."""
+    found = dict[str, str]()
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        lines = iter(lambda: file.readline(MAX_CAPTION_CHARS + 1), "")
+        for number, line in enumerate(itertools.islice(lines, MAX_LINES)):
+            language, text = ("en", line) if number == 0 else ("zh", line.removeprefix(CHINESE))
+            captions = worded_captions([text], path) if number == 0 or text != line else ()
+            if captions:
+                found.setdefault(language, captions[0])
+    return found
 
 
 def _audible(path: str) -> bool:
@@ -102,7 +138,7 @@ def _problems(settings: DataConfig) -> list[str]:
 
 
 SET = DataSet(
-    name="stamps", order=5, licence=_LICENCE, read=_read, problems=_problems,
+    name="stamps", order=5, licence=_LICENCE, also_in=("zh",), read=_read, problems=_problems,
     splits="70, 10 and 20 % of the distinct captions",
     without_label={"stamps_without_symbols": SYMBOLS},
     source=Source(

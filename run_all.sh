@@ -69,8 +69,15 @@ what_next() { # $1: output folder, $2: page of the report
     text next_flags
 }
 
+how_to_search() { # $1: data folder, $2: output folder
+    text search
+    text search_index "$1" "$2" "$2"
+    text search_query "$2"
+    text search_serve "$2"
+}
+
 main() {
-    local answers data_root output_dir names report flag fetched=0 recipe=demo
+    local answers data_root output_dir names report flag fetched=0 recipe=demo is_demo=
     if given -h "$@" || given --help "$@"; then usage && return; fi
     if [ "${1-}" = --demo ]; then
         shift
@@ -82,6 +89,7 @@ main() {
         esac
         if given --config "$@"; then die demo_config; fi
         set -- --config "recipes/$recipe.yaml" --model-size tiny "$@"
+        is_demo=yes
     fi
     if given --demo "$@"; then die demo_first; fi
     for flag in --pretrained --bilingual; do
@@ -114,6 +122,7 @@ main() {
 
     say step_done
     what_next "$output_dir" "$report"
+    if [ -n "$is_demo" ] && [[ " $names " = *" stamps "* ]]; then how_to_search "$data_root" "$output_dir"; fi
 }
 
 cd -P "$(dirname "${BASH_SOURCE[0]}")"

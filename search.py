@@ -33,6 +33,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     index.add_argument("--checkpoint", type=folder_name, metavar="FILE", help="best_model.pt, any other checkpoint, "
                        "the output folder of a run, an exported folder, or hub:OWNER/NAME (or hub:FOLDER) of a CLIP, "
                        "SigLIP or CLAP of transformers (default: that of the index, where there is one)")
+    index.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave out files and folders "
+                       "whose name or path matches, such as '*.gif' or 'old/*'; may be given again")
     index.add_argument("--replace", action="store_true", help="where the index is of another folder or model, put this "
                        "one in its place")
     query = commands.add_parser("query", help="print what is most like a text, a picture or a sound", description=(

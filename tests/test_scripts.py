@@ -8,6 +8,7 @@ import functools
 import http.server
 import os
 import re
+import shlex
 import shutil
 import socketserver
 import subprocess
@@ -20,9 +21,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests import constraints
+import search
+from tests import constraints, trees
 from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
+from tests.search import things
 
 SCRIPTS = ("setup_environment.sh", "run_all.sh", "tests/run.sh", ".ci/run", "benchmarks/gpu.sh")
 MESSAGES = "trimodal/messages.sh"
@@ -475,6 +478,28 @@ def test_run_all_demo_on_pretrained_towers(project: Path, kind: str) -> None:
     assert calls[1:] == [f"run_training.py --check {flags}",
                          "download_datasets.py --datasets coco --data-root ./data --skip-existing",
                          f"run_training.py {flags}"]
+
+
+def test_the_demo_ends_with_commands_that_search_its_pictures_and_sounds(
+        project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "answers").write_text("./data\n./out\nstamps\n")
+    run, _ = run_all(project, "--demo")
+    lines = [line.strip().split("    ")[0] for line in run.stdout.splitlines()]
+    named = [shlex.split(line) for line in lines if line.startswith("python search.py ")]
+    assert [words[2] for words in named] == ["index", "query", "serve"]
+    assert run.stdout.splitlines()[-1].split()[:2] == ["python", "search.py"]
+    search.parse(named[2][2:])
+    monkeypatch.chdir(project)
+    trees.stamps(project / "data")
+    (project / "out" / "checkpoints").mkdir()
+    shutil.copy(things.CHECKPOINT, project / "out" / "checkpoints")
+    with things.small():
+        for words in named[:2]:
+            assert search.main([*words[2:], "--device", "cpu"]) == 0
+    found = capsys.readouterr().out
+    assert found.count(".ogg (0.6 s)") == 5 and ".png\n" in found and "_desc" not in found
+    (project / "answers").write_text("./data\n./out\ncoco\n")
+    assert "search.py" not in run_all(project, "--demo")[0].stdout, "no such commands for other sets"
 
 
 def test_run_all_stops_where_its_settings_are_refused_or_data_are_missing(project: Path) -> None:

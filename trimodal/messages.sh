@@ -59,6 +59,18 @@ text() {
         next_flags)
             en="  ./run_all.sh --epochs 200                                       any flag of run_training.py; config.yaml explains the rest"
             zh="  ./run_all.sh --epochs 200                                       run_training.py 的任何参数；其余设置见 config.yaml" ;;
+        search)
+            en="Search the pictures and sounds of this demo, once they are indexed:"
+            zh="搜索这份演示数据里的图片和声音，先建立索引：" ;;
+        search_index)
+            en="  python search.py index %s/stamps --exclude '*_desc*' --checkpoint %s/checkpoints/best_model.pt --index %s/index    without spoken names"
+            zh="  python search.py index %s/stamps --exclude '*_desc*' --checkpoint %s/checkpoints/best_model.pt --index %s/index    不含念出名称的录音" ;;
+        search_query)
+            en='  python search.py query "a bird sings" --index %s/index    by words; with --image or --audio: by a picture or a sound'
+            zh='  python search.py query "a bird sings" --index %s/index    用文字搜索；用 --image 或 --audio 则以图片或声音来搜索' ;;
+        search_serve)
+            en="  python search.py serve --index %s/index    the same on a page for the browser"
+            zh="  python search.py serve --index %s/index    同样的搜索，在浏览器的页面上进行" ;;
         # ---- setup_environment.sh
         unknown_flag)
             en="unknown flag '%s'; known: --dev, --latest, --torch-version X, --dry-run, --help"

@@ -169,7 +169,7 @@ def test_what_a_closed_folder_held_is_not_forgotten(folder: Path, tmp_path: Path
     found = build.find(folder)
     found.files = [file for file in found.files if not file.path.startswith("sub/")]
     found.unread = ["sub"]
-    monkeypatch.setattr(build, "find", lambda folder: found)
+    monkeypatch.setattr(build, "find", lambda *given: found)
     summary, index = indexed(folder, tmp_path / "index")
     assert sorted(names(index)) == sorted(EVERYTHING) and not summary.num_forgotten
 

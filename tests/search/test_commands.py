@@ -78,6 +78,12 @@ def test_kinds_stand_side_by_side_or_below_one_another(made: Path, monkeypatch: 
     beside = capsys.readouterr().out
     [head] = columns(beside)
     assert head.count("best of") == 2 and len(beside.splitlines()) == 5
+    monkeypatch.setenv("COLUMNS", "113")
+    monkeypatch.setattr(Index, "search", lambda *given, search=Index.search: [
+        hit._replace(entry=hit.entry._replace(path="很长的文件夹/" * 9 + hit.entry.path)) for hit in search(*given)])
+    assert run("query", "a tone", "--index", made / "index", "--top", "2") == 0
+    cut = capsys.readouterr().out.splitlines()[:3]
+    assert [commands._width(line.split(" s)")[0]) <= 113 for line in cut] == [True] * 3 and cut[1].count("…") == 2
     monkeypatch.setenv("COLUMNS", "50")
     assert run("query", "a tone", "--index", made / "index", "--top", "2") == 0
     below = capsys.readouterr().out

@@ -29,6 +29,14 @@ def test_files_are_known_by_their_suffix_and_hidden_ones_are_left_out(tmp_path: 
     assert (found.num_others, found.skipped, found.unread) == (1, [], [])
 
 
+def test_what_matches_a_pattern_is_left_out(tmp_path: Path) -> None:
+    place = files(tmp_path / "photos", "a.png", "a.gif", "old/b.png", "sub/old/c.png", "sub/d.png", "sub/e_small.png")
+    assert paths(find(place, ["*.gif", "old", "*_small.*"])) == ["a.png", "sub/d.png"]
+    assert paths(find(place, ["old/*", "sub/d.png"])) == ["a.gif", "a.png", "sub/e_small.png", "sub/old/c.png"]
+    with refused(place):
+        find(place, ["*"])
+
+
 def test_links_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
     place = files(tmp_path / "photos", "z/own.png")
     other = files(tmp_path / "elsewhere", "far.png", "deep/far.wav")

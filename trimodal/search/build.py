@@ -60,11 +60,12 @@ class Summary:
 
 
 def build_index(folder: Path, place: Path, model: Any, source: str, *, replace: bool = False,
-                say: Callable[[str], None] = print) -> Summary:
+                exclude: Sequence[str] = (), say: Callable[[str], None] = print) -> Summary:
     """Make or renew the index in `place` of what lies in `folder`, encoded by an OpenModel from `source`.
 
     Args:
         replace: an index of another folder or model may be there, and goes; what it holds of the same model is used.
+        exclude: patterns of names and paths to leave out, see `find`.
         say: receives a line where another process has to be waited for.
 
     Raises:
@@ -72,7 +73,7 @@ def build_index(folder: Path, place: Path, model: Any, source: str, *, replace: 
             be written.
     """
     begin_s, folder = time.perf_counter(), folder.resolve()
-    found = find(folder)
+    found = find(folder, exclude)
     with _writing(place):
         place.mkdir(parents=True, exist_ok=True)
     with locked(place / "index", lambda: say(f"{place}: another process is indexing into it; waiting")):

@@ -21,7 +21,7 @@ from trimodal.search.index import FILE, KINDS, Hit, Index, Kind, printable
 
 NAMES: dict[Kind, str] = {"image": "pictures", "audio": "sounds"}
 DEFAULT = "outputs/index"
-BETWEEN = 4  # blanks between two columns of results
+BETWEEN, NARROWEST = 3, 55  # letters between two columns of results, and of a column, 30 of them for the name
 
 
 # ---- index -------------------------------------------------------------------------------------------------------
@@ -42,7 +42,8 @@ def index(options: argparse.Namespace) -> None:
         source = Index.open(place).model.source
     model = open_model(source, options.device)
     print(f"Model: {source}, which reads {', '.join(model.modalities)}; device: {model.device}")
-    summary = build_index(Path(options.folder), place, model, lasting_name(source), replace=options.replace)
+    summary = build_index(Path(options.folder), place, model, lasting_name(source), replace=options.replace,
+                          exclude=options.exclude)
     print(describe(summary, place))
 
 
@@ -56,7 +57,7 @@ def lasting_name(source: str) -> str:
 
 def describe(summary: Summary, place: Path) -> str:
     """What an indexing did: counts by kind, what was skipped and why, speed, and what to do next."""
-    rows = [("", "entries", "encoded now", "known before")]
+    rows = [("", "entries", "encoded", "reused")]
     for kind, name in NAMES.items():
         total, new = summary.entries[kind], summary.encoded[kind]
         rows.append((name, f"{total:,}", f"{new:,}", f"{total - new:,}"))
@@ -143,23 +144,31 @@ def as_json(found: Index, hits: dict[Kind, list[Hit]]) -> str:
 
 
 def as_columns(found: Index, hits: dict[Kind, list[Hit]]) -> str:
-    """Kinds side by side, or one below the other where the terminal is narrow: the cosines of two kinds are not to be
+    """Kinds side by side where the terminal is wide enough, else one below the other: cosines of two kinds cannot be
     compared, so they are never one list."""
-    columns = [[f"{NAMES[kind]}, best of {len(found.by_kind[kind]):,}", *map(_line, itertools.count(1), own)]
+    width = shutil.get_terminal_size((0, 0)).columns  # 0: it is no terminal
+    room = (width - BETWEEN * (len(hits) - 1)) // len(hits)
+    is_wide = len(hits) > 1 and room >= NARROWEST
+    columns = [[f"{NAMES[kind]}, best of {len(found.by_kind[kind]):,}",
+                *(_line(rank, hit, room if is_wide else 0) for rank, hit in enumerate(own, 1))]
                for kind, own in hits.items()]
-    width = shutil.get_terminal_size((100, 24)).columns
-    longest = [max(map(_width, column)) for column in columns]
     legend = f"score: cosine, and by how many standard deviations it is above the mean of its column; in {found.folder}"
-    if sum(longest) + BETWEEN * (len(columns) - 1) > width:
+    if not is_wide:
         return "\n".join([*itertools.chain.from_iterable([*column, ""] for column in columns), legend])
-    beside = [(" " * BETWEEN).join(cell + " " * (size - _width(cell)) for cell, size in zip(line, longest, strict=True))
-              for line in itertools.zip_longest(*columns, fillvalue="")]
-    return "\n".join([*map(str.rstrip, beside), "", legend])
+    lines = [(" " * BETWEEN).join(cell + " " * (room - _width(cell)) for cell in cells).rstrip()
+             for cells in itertools.zip_longest(*columns, fillvalue="")]
+    return "\n".join([*lines, "", legend])
 
 
-def _line(rank: int, hit: Hit) -> str:
-    lasts = f" ({hit.entry.duration_s:.1f} s)" if hit.entry.duration_s else ""
-    return f"{rank:3}  {hit.score:6.3f}  {hit.deviations:+5.1f} sd  {printable(hit.entry.path)}{lasts}"
+def _line(rank: int, hit: Hit, room: int) -> str:
+    """A hit in one line; of a path that has no room the end is shown. `room` 0: any."""
+    name = printable(hit.entry.path) + (f" ({hit.entry.duration_s:.1f} s)" if hit.entry.duration_s else "")
+    line = f"{rank:3}  {hit.score:6.3f}  {hit.deviations:+5.1f} sd  "
+    if room and len(line) + _width(name) > room:
+        while len(line) + 1 + _width(name) > room:
+            name = name[1:]
+        name = f"…{name}"
+    return line + name
 
 
 def _width(text: str) -> int:

@@ -1,7 +1,7 @@
 """What lies in a folder: its pictures, sounds and videos, known by the suffixes that the trainer knows.
 
-Names that begin with a dot are left out. Links are followed, each folder is read once, and a link to a folder that
-holds the whole one, such as "/", is not followed.
+Names that begin with a dot are left out, and those that match a pattern. Links are followed, each folder is read once,
+and a link to a folder that holds the whole one, such as "/", is not followed.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +64,9 @@ class Found:
         return any(path.startswith(f"{folder}/") for folder in self.unread)
 
 
-def find(folder: Path) -> Found:
-    """Look through a folder and all folders below it.
+def find(folder: Path, exclude: Sequence[str] = ()) -> Found:
+    """Look through a folder and all folders below it, without files and folders whose name, or path from `folder`,
+    matches one of `exclude` (* any letters, ? one, [ab] one of these).
 
     Raises:
         UserError: it is no folder, or holds no picture, sound or video that could be read.
@@ -89,7 +91,9 @@ def find(folder: Path) -> Found:
                     continue
                 seen.add(identity)
             for entry in _entries(folder / below):
-                _add(entry, f"{below}/{entry.name}".lstrip("/"), found, waiting, links)
+                path = f"{below}/{entry.name}".lstrip("/")
+                if not any(fnmatchcase(name, pattern) for name in (entry.name, path) for pattern in exclude):
+                    _add(entry, path, found, waiting, links)
     found.files.sort()
     found.skipped.sort()
     if not found.files:

@@ -159,7 +159,7 @@ def test_the_page_shows_all_of_it(finished: Finished) -> None:
     for query in (row["query"]["words"] for row in finished.report["retrievals"]):
         assert f"{query}\n" in page.text()
     shown = [attributes.get("src") or "" for tag, attributes in page.elements if tag in ("img", "audio")]
-    assert {uri.partition(";")[0] for uri in shown} == {"data:image/webp", "data:audio/ogg"}
+    assert {uri.partition(";")[0] for uri in shown} == {"data:image/webp", "data:audio/mpeg"}
     assert len(finished.report["map"]["points"]) == text.count('class="point ') > 50
     assert len(text) < page_media.MOST_BYTES + 1_000_000 and str(Path.home()) not in text
     figures = finished.report["evaluation"]["figures"]["synthetic"]["image-text"]

@@ -134,5 +134,5 @@ def media() -> dict[str, str]:
         Image.new("RGB", (64, 48), colour).save(out, "WEBP")
         found[name] = uri("image/webp", out.getvalue())
     out = io.BytesIO()
-    soundfile.write(out, 0.2 * np.sin(np.arange(8000) * 0.2), 16_000, format="OGG", subtype="OPUS")
-    return {**found, "sound": uri("audio/ogg", out.getvalue())}
+    soundfile.write(out, 0.2 * np.sin(np.arange(8000) * 0.2), 16_000, format="MP3")
+    return {**found, "sound": uri("audio/mpeg", out.getvalue())}

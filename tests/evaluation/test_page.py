@@ -3,13 +3,13 @@
 import html.parser
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.browser import chromium
 from tests.evaluation import reports
 from trimodal.evaluation import page
 from trimodal.evaluation.elements import VOID
@@ -169,10 +169,6 @@ def test_a_page_asks_nothing_of_others_and_names_no_more_than_the_markdown() -> 
 
 # ---- in a browser ------------------------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]
-
 
 class Shown:
     """Pages in one browser; what they complain of and ask for."""
@@ -199,13 +195,8 @@ class Shown:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: setup_environment.sh --dev")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with chromium() as browser:
         yield Shown(browser, tmp_path_factory.mktemp("page"))
-        browser.close()
 
 
 @pytest.mark.parametrize("width", [1200, 360])

@@ -39,7 +39,8 @@ def test_pairs_that_are_not_better_are_named() -> None:
         "audio", "text", value=0.02, low=0.0, high=0.04)}}
     text = verdict.sentence(reports.composed(reports.run(figures), []))
     for language, words in text.items():
-        assert PHRASES["verdict_some"][language].format(missed=PHRASES["short_text_to_audio_R@1"][language]) in words
+        shown, missed = (PHRASES[f"short_text_to_{name}_R@1"][language] for name in ("image", "audio"))
+        assert PHRASES["verdict_some"][language].format(shown=shown, missed=missed) in words
 
 
 def test_without_figures_nothing_is_claimed() -> None:

@@ -9,7 +9,7 @@ Shape suffixes: Q queries, G gallery (candidates of a query), N items of a first
 width, T trials.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,15 @@ from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, Config
 from trimodal.evaluation import metrics
 from trimodal.evaluation.embedding_map import NEIGHBOURS, lay_out
 from trimodal.evaluation.page_media import MOST_BYTES, THUMBNAIL, Media
-from trimodal.evaluation.protocols import SAMPLING_SEED, Encoded, first_of_each, pair_items, speaker_trials, take
+from trimodal.evaluation.protocols import (
+    SAMPLING_SEED,
+    Encoded,
+    SpeakerTrials,
+    first_of_each,
+    pair_items,
+    speaker_trials,
+    take,
+)
 
 PAIRS = (("image", "text"), ("audio", "text"), ("image", "audio"))
 DIRECTIONS = (("text", "image"), ("text", "audio"), ("image", "audio"))
@@ -39,11 +47,13 @@ def collect(encoded: Encoded, data: Data, config: Config) -> tuple[dict[str, Any
     """What the page shows of an encoded split, as plain data ("similarities", "map", "retrievals"; see the functions
     below), and its pictures and sounds as data: URIs by key. Without a gallery (report.gallery_queries: 0) there are no
     retrievals, pictures and sounds."""
-    wanted = config.report.gallery_queries > 0
+    table, wanted = data.tables[encoded.split], config.report.gallery_queries > 0
     media = Media(data.splits[encoded.split], MOST_BYTES if wanted else 0)
-    found = retrievals(encoded, data, media) + trials(encoded, data, config, media) if wanted else []
+    tried = {name: made for code, name in enumerate(table.sources.names)
+             if (made := speaker_trials(encoded, data, table.sources.codes == code, config))}
+    found = retrievals(encoded, data, media) + trials(encoded, data, tried, media) if wanted else []
     shown = {"retrievals": found, "map": embedding_map(encoded, data, media),
-             "similarities": similarities(encoded, data, config)}
+             "similarities": similarities(encoded, data, tried)}
     return shown, media.uris
 
 
@@ -56,6 +66,8 @@ class Search(NamedTuple):
     direction: tuple[str, str]  # modalities of the queries and of the candidates
     queries_Q: np.ndarray  # indices into the Items of the first
     gallery_G: np.ndarray  # and of the second
+    queries_QF: Tensor  # their features
+    gallery_GF: Tensor
     right: Callable[[int], Tensor]  # of query q: bool [G], on the CPU
 
 
@@ -78,18 +90,25 @@ def searching(encoded: Encoded, data: Data, direction: tuple[str, str]) -> Searc
     if direction[0] == "text":
         own = np.unique(p.owners_M, return_index=True)[1]  # one caption a file, and each wording once
         own = own[np.unique(p.ids_M[own], return_index=True)[1]]
-        return Search(direction, p.second_M[own], p.first_N, lambda q: relation.tile(
-            slice(0, len(p.first_N)), slice(own[q], own[q] + 1))[:, 0])
-    kept, _ = first_of_each(p.ids_M)
-    return Search(direction, p.first_N, p.second_M[kept], lambda q: relation.tile(
-        slice(q, q + 1), slice(0, len(p.second_M)))[0, torch.from_numpy(kept)])
+        queries_Q, gallery_G = p.second_M[own], p.first_N
+
+        def right(q: int) -> Tensor:
+            return relation.tile(slice(0, len(p.first_N)), slice(own[q], own[q] + 1))[:, 0]
+    else:
+        kept, _ = first_of_each(p.ids_M)
+        queries_Q, gallery_G = p.first_N, p.second_M[kept]
+
+        def right(q: int) -> Tensor:
+            return relation.tile(slice(q, q + 1), slice(0, len(p.second_M)))[0, torch.from_numpy(kept)]
+
+    queries_QF, gallery_GF = (take(encoded.items[name].features_NF, indices)
+                              for name, indices in zip(direction, (queries_Q, gallery_G), strict=True))
+    return Search(direction, queries_Q, gallery_G, queries_QF, gallery_GF, right)
 
 
-def result_of(encoded: Encoded, search: Search, q: int) -> Result:
+def result_of(search: Search, q: int) -> Result:
     """What query q finds, scores that are not finite last."""
-    asked, among = (encoded.items[name].features_NF for name in search.direction)
-    gallery_GF = among if len(search.gallery_G) == len(among) else take(among, search.gallery_G)
-    scores_G = (gallery_GF @ asked[int(search.queries_Q[q])]).nan_to_num(-2.0, -2.0, -2.0).cpu()
+    scores_G = (search.gallery_GF @ search.queries_QF[q]).nan_to_num(-2.0, -2.0, -2.0).cpu()
     right_G = search.right(q)
     best = scores_G[right_G].max()
     wrong = scores_G[~right_G]
@@ -113,7 +132,7 @@ def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: i
     table, rows_N = data.tables[encoded.split], encoded.items[modality].rows_N
     out = []
     for q in sorted(_drawn(len(search.queries_Q), queries), key=lambda q: search.queries_Q[q]):
-        result = result_of(encoded, search, q)
+        result = result_of(search, q)
         best = result.scores_G.sort(descending=True, stable=True).indices[:found].tolist()
         rows = [int(rows_N[search.gallery_G[g]]) for g in best]
         out.append({"query": _words(encoded, data, "text", int(search.queries_Q[q])),
@@ -151,7 +170,7 @@ def retrievals(encoded: Encoded, data: Data, media: Media) -> list[dict[str, Any
         if len(search.gallery_G) < 2:
             continue
         drawn = _drawn(len(search.queries_Q), MOST_QUERIES)
-        results = {q: result_of(encoded, search, q)[:2] for q in drawn}
+        results = {q: result_of(search, q)[:2] for q in drawn}
         best = sorted((q for q in drawn if results[q][0] == 1), key=lambda q: -results[q][1])[:SHOWN["best"]]
         worst = sorted((q for q in drawn if results[q][0] > 1), key=lambda q: (-results[q][0], results[q][1]))
         worst = worst[:SHOWN["worst"]]
@@ -162,7 +181,7 @@ def retrievals(encoded: Encoded, data: Data, media: Media) -> list[dict[str, Any
 
 
 def _retrieval(encoded: Encoded, data: Data, search: Search, q: int, kind: str, media: Media) -> dict[str, Any]:
-    result = result_of(encoded, search, q)
+    result = result_of(search, q)
     order = result.scores_G.sort(descending=True, stable=True).indices
     shown = order[:ANSWERS].tolist()
     if not result.right_G[shown].any():
@@ -194,16 +213,12 @@ def _words(encoded: Encoded, data: Data, modality: str, index: int) -> str:
     return (table.captions_of(row) or (table.speakers[row],))[0]
 
 
-def trials(encoded: Encoded, data: Data, config: Config, media: Media) -> list[dict[str, Any]]:
-    """Speaker trials as `retrievals` has them: those that are clearest, and those in which the model errs most: one
+def trials(encoded: Encoded, data: Data, tried: Mapping[str, SpeakerTrials], media: Media) -> list[dict[str, Any]]:
+    """Speaker trials, by set, as `retrievals` has them: the clearest, and those in which the model errs most: one
     speaker whose sounds differ, two speakers whose sounds are alike."""
     found: list[dict[str, Any]] = []
-    for source in data.tables[encoded.split].sources.names:
-        members = data.tables[encoded.split].sources.codes == data.tables[encoded.split].sources.names.index(source)
-        found_trials = speaker_trials(encoded, data, members, config)
-        if found_trials is None:
-            continue
-        pairs_T2, scores_T, same_T = found_trials.items_T2, found_trials.scores_T, found_trials.same_T
+    for source, made in tried.items():
+        pairs_T2, scores_T, same_T = made.items_T2, made.scores_T, made.same_T
         order_T = np.argsort(np.where(np.isfinite(scores_T), scores_T, -2.0), kind="stable")
         alike, unlike = order_T[same_T[order_T]], order_T[~same_T[order_T]]
         for kind, chosen in (("best", [*alike[::-1][:TRIALS], *unlike[:TRIALS]]),
@@ -219,8 +234,9 @@ def trials(encoded: Encoded, data: Data, config: Config, media: Media) -> list[d
 # ---- similarities ------------------------------------------------------------------------------------------------
 
 
-def similarities(encoded: Encoded, data: Data, config: Config) -> dict[str, dict[str, Any]]:
-    """Histograms of the cosines of what belongs together, and of what does not, by pair of modalities, and of speakers.
+def similarities(encoded: Encoded, data: Data, tried: Mapping[str, SpeakerTrials]) -> dict[str, dict[str, Any]]:
+    """Histograms of the cosines of what belongs together, and of what does not, by pair of modalities, and of the
+    speaker trials of each set.
 
     Of at most MOST_COMPARED files of the first modality, with all that belongs to them.
 
@@ -233,9 +249,8 @@ def similarities(encoded: Encoded, data: Data, config: Config) -> dict[str, dict
         scores, right = _compared(encoded, data, pair)
         if right.any() and not right.all():
             found["-".join(pair)] = _histograms(scores, right)
-    for code, source in enumerate(data.tables[encoded.split].sources.names):
-        made = speaker_trials(encoded, data, data.tables[encoded.split].sources.codes == code, config)
-        if made is not None and made.same_T.any() and not made.same_T.all():
+    for source, made in tried.items():
+        if made.same_T.any() and not made.same_T.all():
             found[f"speakers ({source})"] = _histograms(made.scores_T, made.same_T)
     return found
 

@@ -72,15 +72,15 @@ def _webp(pixels_HWC: np.ndarray, side: int, shape: tuple[int, int] | None = Non
 
 
 def _sound(wave: np.ndarray) -> str:
-    """As Opus, some 4 kB a second, or, where this computer's library cannot write it, half as long as WAV."""
+    """As MP3, some 4 kB a second, which every browser plays and which is written six times as fast as Opus; where this
+    computer's library cannot write it, half as long as WAV."""
     import soundfile
 
-    is_opus = soundfile.check_format("OGG", "OPUS")
-    kept = wave[:round((SOUND_S if is_opus else SOUND_S / 2) * SAMPLE_RATE_HZ)]
+    is_mp3 = "MP3" in soundfile.available_formats()
+    kept = wave[:round((SOUND_S if is_mp3 else SOUND_S / 2) * SAMPLE_RATE_HZ)]
     out = io.BytesIO()
-    kind, subtype = ("OGG", "OPUS") if is_opus else ("WAV", "PCM_16")
-    soundfile.write(out, np.clip(kept, -1, 1), SAMPLE_RATE_HZ, format=kind, subtype=subtype)
-    return _uri("audio/ogg" if is_opus else "audio/wav", out.getvalue())
+    soundfile.write(out, np.clip(kept, -1, 1), SAMPLE_RATE_HZ, format="MP3" if is_mp3 else "WAV")
+    return _uri("audio/mpeg" if is_mp3 else "audio/wav", out.getvalue())
 
 
 def _uri(kind: str, content: bytes) -> str:

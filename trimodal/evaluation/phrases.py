@@ -10,7 +10,7 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("title_training", "Training report", "训练报告"),
     ("title_evaluation", "Evaluation report", "评测报告"),
     # ---- the verdict
-    ("comma", ", ", "，"),
+    ("comma", ", ", "，"), ("listed", ", ", "、"),
     ("verdict", "On the {split} split the model {parts}: {judgement}; {earlier}.",
      "在 {split} 划分上，模型{parts}：{judgement}；{earlier}。"),
     ("verdict_nothing", "Nothing was evaluated, so there is no verdict.", "没有可评测的内容，因此没有结论。"),
@@ -40,7 +40,8 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("short_image_to_concepts_mAP", "concepts of images", "图像的概念"),
     ("short_audio_to_concepts_mAP", "concepts of sounds", "声音的概念"),
     ("verdict_one", "better than chance", "好于随机"), ("verdict_all", "all better than chance", "全部好于随机"),
-    ("verdict_some", "better than chance, but not shown to be for {missed}", "好于随机，但“{missed}”还看不出来"),
+    ("verdict_some", "better than chance for {shown}, not shown to be for {missed}",
+     "“{shown}”好于随机，“{missed}”看不出好于随机"),
     ("verdict_none", "not shown to be better than chance", "看不出好于随机"),
     ("earlier_none", "this folder has no earlier run of the same recipe to compare with",
      "这个文件夹里没有同一配方的更早结果可供比较"),

@@ -137,13 +137,13 @@ def _sentence(report: Report, say: Mapping[str, str]) -> str:
                                              candidates=figure["candidates"]) for metric, figure in chosen]
     are_above = [above_chance(metric, figure) for metric, figure in chosen]
     judgement = "all" if all(are_above) else "some" if any(are_above) else "none"
-    missed = say["comma"].join(say[f"short_{metric}"] for (metric, _), above in zip(chosen, are_above, strict=True)
-                               if not above)
+    names = {is_above: say["listed"].join(say[f"short_{metric}"] for (metric, _), above in zip(
+        chosen, are_above, strict=True) if bool(above) == is_above) for is_above in (True, False)}
     if len(chosen) == 1:
         judgement = "one" if are_above[0] else "none"
-    return say["verdict"].format(
-        split=(report.get("evaluation") or {}).get("split"), parts=say["comma"].join(parts),
-        judgement=say[f"verdict_{judgement}"].format(missed=missed), earlier=_against(report.get("earlier"), say))
+    judged = say[f"verdict_{judgement}"].format(shown=names[True], missed=names[False])
+    return say["verdict"].format(split=(report.get("evaluation") or {}).get("split"), parts=say["comma"].join(parts),
+                                 judgement=judged, earlier=_against(report.get("earlier"), say))
 
 
 def _chosen(report: Report) -> list[tuple[str, Mapping[str, Any]]]:

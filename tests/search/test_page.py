@@ -239,12 +239,12 @@ def test_a_recording_of_the_browser_is_searched(opened: Opened) -> None:
     with page.expect_response("**/api/search?kind=audio") as response:
         page.keyboard.press("r")
     assert response.value.status == 200, response.value.text()
-    settled(page, liked="Your recording")
+    settled(page, liked="your recording")
     page.keyboard.press("r")
     page.wait_for_selector("#record[aria-pressed=true]")
     page.keyboard.press("Escape")
     page.wait_for_selector("#record[aria-pressed=false]")
-    assert "Your recording" in page.locator("#query").text_content()
+    assert "your recording" in page.locator("#query").text_content()
 
 
 def refusing(name: str) -> str:
@@ -267,6 +267,7 @@ def test_a_file_that_is_no_picture_and_one_that_is_too_large_are_told(opened: Op
     give(page, tmp_path / "text.png", "image/png", "drop")
     page.wait_for_selector("#status.trouble")
     assert page.locator("#status").text_content().startswith("Not readable: the file is text")
+    assert page.locator("main li").count() == 0 and not page.locator("#query").is_visible()
     opened.errors = [error for error in opened.errors if "422" not in error]  # the browser's own line
     page.evaluate("""() => { const file = new File([new Uint8Array(65 << 20)], "a.wav", { type: "audio/wav" });
       const given = new DataTransfer(); given.items.add(file);
@@ -351,4 +352,6 @@ def test_a_server_that_has_ended_is_told(browser: Any, model: Any, index: Index)
     page.fill("#text", "x")
     page.wait_for_selector("#status.trouble")
     assert page.locator("#status").text_content() == "The server does not answer; is it still running?"
+    with page.expect_request("**/api/search?text=x"):  # the same again
+        page.keyboard.press("Enter")
     page.context.close()

@@ -36,11 +36,10 @@ async function ask(query, step) {
     const response = await fetch(addressOf(query), { signal: mine.signal, ...(query.file && { method: "POST", body: query.file }) });
     const answer = response.ok ? await response.json() : await response.text();
     if (mine !== newest) return;
-    if (response.ok) showAnswer(query, answer);
-    else tell(reasonOf(response.status, answer.trim()), "trouble");
+    if (response.ok) return showAnswer(query, answer);
+    showFailure(reasonOf(response.status, answer.trim()));
   } catch (error) {
-    if (mine !== newest) return;
-    tell(say("gone"), "trouble");
+    if (mine === newest) showFailure(say("gone"));
   } finally {
     clearTimeout(busy);
     if (mine === newest) $("results").setAttribute("aria-busy", "false");
@@ -65,6 +64,13 @@ function showAnswer(query, answer) {
   tell(isQuery ? say("found", results.best()) : "", isQuery ? "heard" : "");
   document.title = say("tab", query.text || query.name || about.name);
   if (isQuery && scrollY > 200) scrollTo({ top: 0 });
+}
+
+function showFailure(reason) {
+  results.clear(); // they would be taken for the answer
+  asked = {}; // so that the same may be asked again
+  $("query").hidden = true;
+  tell(reason, "trouble");
 }
 
 function reasonOf(status, line) {
@@ -160,6 +166,7 @@ function kindOf(file) {
   return /^audio\//.test(file.type) ? "audio" : "";
 }
 
+$("query").querySelector("img").addEventListener("error", (event) => { event.target.hidden = true; }); // TIFF, say
 $("choose").addEventListener("click", () => $("file").click());
 $("file").addEventListener("change", () => {
   if ($("file").files.length) askFile($("file").files[0]);

@@ -53,6 +53,7 @@ audio.addEventListener("timeupdate", () => {
   const part = Math.min(1, Math.max(0, audio.currentTime - entry.start_s) / (length(entry) || 1));
   row.querySelector(".bars").style.setProperty("--played", `${100 * part}%`);
   row.querySelector(".position").value = 1000 * part;
+  row.querySelector(".position").setAttribute("aria-valuetext", clock(audio.currentTime - entry.start_s));
   show(!audio.paused);
   const isStretch = audio.duration > entry.start_s + length(entry) + 0.5;
   if (isStretch && part === 1 && !audio.paused) audio.pause();

@@ -40,6 +40,12 @@ export function show(answer) {
   }
 }
 
+/** Show no results. */
+export function clear() {
+  show({ image: [], audio: [] });
+  for (const { section } of Object.values(lists)) section.querySelector(".nothing").hidden = true;
+}
+
 /** The names of the best picture and sound, for the announcement. */
 export function best() {
   return kinds.map((kind) => lists[kind].entries[0] && baseName(lists[kind].entries[0])).filter(Boolean);

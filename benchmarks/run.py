@@ -178,6 +178,14 @@ def pretrained() -> dict[str, float]:
         return pretrained(next(SEEDS))
 
 
+def onnx() -> dict[str, float]:
+    """The largest difference of the ONNX graphs of all sizes and of the pretrained demo from their models."""
+    from benchmarks.export_difference import measured
+
+    with measurable():
+        return measured()
+
+
 def bilingual() -> dict[str, float]:
     """How well the demo in two languages finds pictures by Chinese captions; each run has the next seed."""
     from benchmarks.learning import bilingual
@@ -195,6 +203,7 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "free_machine_cost": Figure(3.0, busy_machine, runs=5),
            "busy_machine_slowdown": Figure(2.5, busy_machine, runs=5),
            "cached_align_speedup": Figure(None, cached_align, runs=5, at_least=20.0),
+           "onnx_largest_difference": Figure(1e-4, onnx, runs=1),
            "pretrained_cache_s": Figure(60.0, pretrained_cache),
            "pretrained_stamps_r5": Figure(None, pretrained, at_least=0.55),
            "pretrained_stamps_without_symbols_r5": Figure(None, pretrained, at_least=0.45),

@@ -213,3 +213,47 @@ def test_pictures_reach_tensorboard(tmp_path: Path) -> None:
     board.Reload()
     [picture] = board.Images("examples/image")
     assert (picture.step, picture.height, picture.width) == (5, 8, 12)
+
+
+def layout(logs: Path) -> dict[str, dict[str, list[str]]]:
+    """Titles of charts and their tags, by category, as the tab Custom Scalars shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    board = EventAccumulator(str(logs / "tensorboard"))
+    board.Reload()
+    found = layout_pb2.Layout.FromString(board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    return {category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+            for category in found.category}
+
+
+def test_each_metric_is_in_one_chart_with_its_chance_and_each_loss_with_that_of_validation(tmp_path: Path) -> None:
+    """After a resume as well, which writes curves of other stages than before."""
+    first = Tracker(tmp_path)
+    first.step(step_record(10, stage="pretrain"), planned_gib=1.5)
+    first.close()
+    tracker = Tracker(tmp_path, last_step=10)
+    tracker.step(step_record(20), planned_gib=1.5)
+    tracker.validation({**validation_record(20), "chance": {"image_to_text_R@1": 0.01}})
+    tracker.close()
+    found = layout(tmp_path)
+    assert found["Retrieval, with chance"] == {
+        "image_to_text_R@1": ["retrieval/image_to_text_R@1$", "retrieval/image_to_text_R@1_chance$"]}
+    losses = found["Losses, training and validation"]
+    assert losses["align"] == ["loss/align$", "validation/align/loss$"] and losses["pretrain"] == ["loss/pretrain$"]
+    assert losses["align: contrastive_image_text"] == [
+        "parts/align/contrastive_image_text$", "validation/align/contrastive_image_text$"]
+    assert found["Machine"]["memory, GiB"] == ["train/memory_gib$", "train/memory_planned_gib$"]
+    assert scalars(tmp_path)["train/memory_planned_gib"] == [(10, 1.5), (20, 1.5)]
+
+
+def test_the_number_of_skipped_steps_is_a_curve_that_a_resume_continues(tmp_path: Path) -> None:
+    first = Tracker(tmp_path)
+    first.step(step_record(10))
+    first.skipped_step("not finite", 11, samples=["a"])
+    first.step(step_record(20))
+    first.close()
+    second = Tracker(tmp_path, last_step=20)
+    second.skipped_step("not finite", 21)
+    second.close()
+    assert scalars(tmp_path)["train/skipped_steps"] == [(10, 0), (11, 1), (20, 1), (21, 2)]

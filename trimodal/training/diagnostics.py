@@ -264,7 +264,7 @@ def report_skipped_step(world: World, tracker: Tracker, finding: Finding, facts:
         cause += "; done again, with the weights of one step later, it is finite"
         cause += "" if loss_scale is None else f" without the loss scale, now {loss_scale:g}"
     more = f" and {len(first.keys) - SHOWN} more" if len(first.keys) > SHOWN else ""
-    tracker.event(f"[{facts['stage']}] step {facts['step']} skipped: not finite in {cause} "
-                  f"(samples {', '.join(first.keys[:SHOWN])}{more})", facts["step"], parts=bad,
-                  found=first.kind, name=first.name, samples=first.keys[:SHOWN], of=len(first.keys))
+    tracker.skipped_step(f"[{facts['stage']}] step {facts['step']} skipped: not finite in {cause} "
+                         f"(samples {', '.join(first.keys[:SHOWN])}{more})", facts["step"], parts=bad,
+                         found=first.kind, name=first.name, samples=first.keys[:SHOWN], of=len(first.keys))
     return cause

@@ -313,9 +313,11 @@ class StepLog:
         self.window_start = (now, self.samples)
         for name in facts.keys() & {"temperature", "bias"}:
             facts[name] = {pair: float(value) for pair, value in facts[name].items()}
+        planned = self.run.predicted_gib.get(facts["stage"])
         self.run.tracker.step({
             **facts, "samples_per_s": (self.samples - before) / max(now - start, 1e-9),
-            "data_wait_pct": self.clock.wait_pct, "memory_gib": devices.peak_gib(self.run.device)[0]})
+            "data_wait_pct": self.clock.wait_pct, "memory_gib": devices.peak_gib(self.run.device)[0],
+        }, planned_gib=None if planned is None else planned + self.run.held_gib)
 
     def _skipped(self, inputs: Inputs, facts: dict[str, Any]) -> None:
         """Log a step that was not finite and changed nothing; many in a row end the run."""

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from trimodal.files import back_up, replacing, say_kept
 from trimodal.redaction import without_secrets
+from trimodal.training.board import LAYOUT, PLANNED, SKIPPED, charts, points_of, step_points, validation_points
 
 EVENTS = ".trimodal"  # ends the names of our event files: others may lie beside them
-PER_STEP = ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib")  # curves train/NAME
 
 
 class Tracker:
@@ -32,6 +32,8 @@ class Tracker:
         self.path, self.writes = logs / "metrics.jsonl", writes
         self.bar: Any = None
         self.has_lost = False
+        self.tags = set[str]()  # of the curves that there are
+        self.skipped = 0
         if not writes:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -41,6 +43,9 @@ class Tracker:
             drop_events_after(logs / "tensorboard", last_step)
         if self.path.exists():
             drop_after(self.path, last_step)
+        for record in read_records(self.path):
+            self.tags |= points_of(record).keys()
+            self.skipped += bool(record.get("skipped_step"))
         self.file = open(self.path, "ab")
         self.board = SummaryWriter(str(logs / "tensorboard"), purge_step=last_step + 1, flush_secs=10,
                                    filename_suffix=EVENTS)
@@ -95,11 +100,11 @@ class Tracker:
             with contextlib.suppress(OSError):
                 os.fsync(self.file.fileno())
 
-    def _show(self, method: str, *given: Any, **named: Any) -> None:
-        """Call a method of TensorBoard's writer, which has ended for good once it could not write."""
+    def _show(self, write: Callable[[Any], Any]) -> None:
+        """Let `write` use TensorBoard's writer, which has ended for good once it could not write."""
         if self.writes:
             try:
-                getattr(self.board, method)(*given, **named)
+                write(self.board)
             except OSError as error:
                 self._lost(error)
 
@@ -108,25 +113,21 @@ class Tracker:
             self.has_lost = True
             self.say(f"{self.path.parent}: records are lost ({error.strerror}); training goes on. Free space")
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """One training step, in both logs."""
+    def step(self, record: Mapping[str, Any], planned_gib: float | None = None) -> None:
+        """One training step, in both logs; `planned_gib`: what `memory_gib` was planned to be."""
         self.record({"kind": "step", **record})
-        stage = record["stage"]
-        self._curves(record["step"], {
-            f"loss/{stage}": record["loss"],
-            **{f"parts/{stage}/{name}": value for name, value in record["parts"].items()},
-            **{f"temperature/{pair}": value for pair, value in record["temperature"].items()},
-            **{f"bias/{pair}": value for pair, value in record.get("bias", {}).items()},  # of the sigmoid loss alone
-            **{f"lr/{pattern}": rate for pattern, rate in record.get("lr_of", {}).items()},
-            **{f"train/{name}": record[name] for name in PER_STEP}})
+        planned = {} if planned_gib is None else {PLANNED: planned_gib}
+        self._curves(record["step"], {**step_points(record), **planned, SKIPPED: self.skipped})
+
+    def skipped_step(self, message: str, step: int, **facts: Any) -> None:
+        """A step that was not finite, as an event and a curve of their number."""
+        self.event(message, step, skipped_step=True, **facts)
+        self.skipped += 1
+        self._curves(step, {SKIPPED: self.skipped})
 
     def validation(self, record: Mapping[str, Any]) -> None:
         self.record({"kind": "validation", **record})
-        loss = {} if record["loss"] is None else {"loss": record["loss"]}  # None: there is nothing to validate on
-        self._curves(record["step"], {
-            **{f"validation/{record['stage']}/{name}": value for name, value in {**loss, **record["parts"]}.items()},
-            **{f"retrieval/{name}": value for name, value in record["metrics"].items()},
-            **{f"retrieval/{name}_chance": value for name, value in record.get("chance", {}).items()}})
+        self._curves(record["step"], validation_points(record))
 
     def memory(self, stage: str, planned_gib: float, measured_gib: float, process_gib: float, at: int) -> None:
         """Add the memory of a stage to TensorBoard at step `at`.
@@ -138,11 +139,25 @@ class Tracker:
         self._curves(at, {f"memory/{stage}/{name}_gib": value for name, value in values.items()})
 
     def _curves(self, step: int, points: Mapping[str, float]) -> None:
+        """Add a point to each curve; where one is new, the charts are laid out anew."""
         for name, value in points.items():
-            self._show("add_scalar", name, value, step)
+            self._show(lambda board, name=name, value=value: board.add_scalar(name, value, step))  # type: ignore[misc]
+        if self.writes and not points.keys() <= self.tags:
+            from torch.utils.tensorboard.summary import custom_scalars
+
+            self.tags |= points.keys()
+            summary = custom_scalars(charts(self.tags))  # SummaryWriter.add_custom_scalars knows no step
+            self._show(lambda board: board.file_writer.add_summary(summary, step))
 
     def picture(self, name: str, pixels_HWC: np.ndarray, step: int) -> None:
-        self._show("add_image", name, pixels_HWC, step, dataformats="HWC")
+        self._show(lambda board: board.add_image(name, pixels_HWC, step, dataformats="HWC"))
+
+    def sound(self, name: str, wave_S: np.ndarray, rate_hz: int, step: int) -> None:
+        """A sound to play; what is beyond -1 to 1 is cut off."""
+        self._show(lambda board: board.add_audio(name, np.clip(wave_S, -1, 1)[None], step, rate_hz))
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        self._show(lambda board: board.add_text(name, markdown, step))
 
     def close(self) -> None:
         """End both logs; what comes later is dropped."""
@@ -150,7 +165,7 @@ class Tracker:
         if self.writes:
             with contextlib.suppress(OSError):  # a full disk: what ends the run is told, and not this
                 self.file.close()
-            self._show("close")
+            self._show(lambda board: board.close())
         self.writes = False
 
 
@@ -215,6 +230,7 @@ def drop_events_after(folder: Path, last_step: int) -> None:
 
     files, count = event_files(folder), 0
     heads: list[Any] = []
+    layouts: list[Any] = []  # of which the last one counts
     kept: dict[tuple[int, str], Any] = {}
     for path in files:
         for event in LegacyEventFileLoader(str(path)).Load():  # ends where a record is cut off or damaged
@@ -222,15 +238,17 @@ def drop_events_after(folder: Path, last_step: int) -> None:
                 heads.append(event)
             elif event.HasField("session_log"):  # a resumed run's purge_step: what came before it from there on
                 kept = {key: one for key, one in kept.items() if key[0] < event.step}
+            elif (tags := " ".join(value.tag for value in event.summary.value)) == LAYOUT:
+                layouts += [event] if event.step <= last_step else []
             else:
                 count += 1
                 if event.step <= last_step:
-                    kept[event.step, " ".join(value.tag for value in event.summary.value)] = event
+                    kept[event.step, tags] = event
     if len(kept) == count:
         return
     with replacing(files[0]) as file:
         writer = RecordWriter(file)
-        for event in (*heads[:1], *(kept[key] for key in sorted(kept))):
+        for event in (*heads[:1], *(kept[key] for key in sorted(kept)), *layouts[-1:]):
             writer.write(event.SerializeToString())
     for path in files[1:]:
         path.unlink()

@@ -95,6 +95,7 @@ SAFE = {
     "download.unpack.remove_below": ("shutil.rmtree unlink rmdir", "ARCHIVE-DIGEST and, of clips, process-NUMBER in "
                                      "our staging folders, and these folders when empty"),
     "training.tracking.Tracker.__init__": ("open(ab) SummaryWriter", "adds records; an event file is a new one"),
+    "training.examples.write_projector": ("replacing", "files of a run, behind outputs.writing"),
     "training.tracking.drop_after": ("replacing", "our records; a file with lines of others is kept beside before"),
     "training.tracking.drop_events_after":
         ("replacing unlink", "our event files, by name or by what they hold, once one of them holds all that is kept"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import evaluate
 import run_training
@@ -82,6 +83,38 @@ def test_the_folder_holds_what_was_promised(finished: Finished) -> None:
     assert {f"reports/{name}" for name in files.values()} <= names
     assert files.keys() == {"markdown", "page", "losses", "progress", "gallery_image", "gallery_audio"}
     assert not [name for name in names if ".tmp" in name or ".writable" in name]
+
+
+def test_tensorboard_shows_curves_charts_pictures_sounds_words_and_points(finished: Finished) -> None:
+    """As its own readers find them in the folder."""
+    from google.protobuf import text_format
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+    folder = finished.folder / "logs" / "tensorboard"
+    board = EventAccumulator(str(folder), {"audio": 0, "images": 0})
+    board.Reload()
+    tags = board.Tags()
+    assert {"loss/align", "train/memory_planned_gib", "train/skipped_steps", "retrieval/text_to_audio_R@10_chance",
+            "memory/align/planned_gib"} <= {*tags["scalars"]}
+    assert {*tags["images"]} == {"examples/image", "examples/audio"}
+    assert {*tags["audio"]} == {f"sounds/{number}" for number in range(1, 5)}
+    sound = board.Audio("sounds/1")[0]
+    assert sound.sample_rate == 16_000 and sound.encoded_audio_string.startswith(b"RIFF")
+    assert 16_000 * 2 * 5 + 100 > len(sound.encoded_audio_string) > 1_000
+    assert {"custom_scalars__config__", "run/settings/text_summary", "run/test_figures/text_summary",
+            "sounds/asked_for/text_summary"} <= {*tags["tensors"]}
+    config = text_format.Parse((folder / "projector_config.pbtxt").read_text("utf-8"), ProjectorConfig())
+    assert len(config.embeddings) == 2
+    for one in config.embeddings:
+        head, *labels = (folder / one.metadata_path).read_text("utf-8").splitlines()
+        points = [line.split("\t") for line in (folder / one.tensor_path).read_text("utf-8").splitlines()]
+        assert head.split("\t") == ["words", "modality", "set", "class"] and len(labels) == len(points) <= 400
+        assert {line.split("\t")[1] for line in labels} == {"image", "text", "audio"}
+        assert all(len(line.split("\t")) == 4 for line in labels) and {len(point) for point in points} == {8}
+        with Image.open(folder / one.sprite.image_path) as sprite:
+            across, down = (side // tile for side, tile in zip(sprite.size, one.sprite.single_image_dim, strict=True))
+            assert across * down >= len(points)
 
 
 def test_every_kind_of_record_is_there_with_all_its_parts(finished: Finished) -> None:

@@ -20,7 +20,7 @@ from trimodal import checkpoint, doctor
 from trimodal.files import remove_left
 from trimodal.training import outputs, plans, resume, run
 from trimodal.training.run import Options
-from trimodal.training.tracking import EVENTS, Tracker
+from trimodal.training.tracking import EVENTS, Tracker, event_files
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 
@@ -209,7 +209,8 @@ def test_a_run_that_goes_back_keeps_what_lay_further_on(small: SmallRuns, whole:
         "checkpoint_epoch_3.pt", "checkpoint_epoch_4.pt", "best_model.pt", "final_model.pt", "model.safetensors",
         "config.json")}
     assert {name for name in gone if name.startswith("reports/")} == {n for n in before if n.startswith("reports/")}
-    [events] = (name for name in before if name.startswith(outputs.BOARD.as_posix()))
+    assert {name for name in before if "projector_" in name} <= gone
+    [events] = (name for name in before if "events.out.tfevents" in name)
     assert {name: before[name] for name in [*gone, "logs/metrics.jsonl", "config.yaml", events]} == moved
     last = checkpoint.load(folder / "checkpoints" / "checkpoint_epoch_2.pt")["progress"]["step"]
     assert [line for line in records(folder) if not line.get("resumed")] == [
@@ -329,7 +330,7 @@ def test_auto_after_a_kill_while_going_back_goes_on_from_the_earlier_one(
 
 def test_what_a_kill_leaves_of_an_event_file_is_not_shown(small: SmallRuns, whole: Path, tmp_path: Path) -> None:
     folder = copy_of(whole, tmp_path / "run")
-    [shown] = (folder / outputs.BOARD).iterdir()
+    [shown] = event_files(folder / outputs.BOARD)
     left = shown.with_name(f"{shown.name}.77.tmp")
     shutil.copy(shown, left)  # TensorBoard takes it for one more file of the run
     small.train(folder, *QUICK, "training.epochs=5", resume="auto")

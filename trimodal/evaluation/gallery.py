@@ -131,11 +131,11 @@ def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: i
         return []
     table, rows_N = data.tables[encoded.split], encoded.items[modality].rows_N
     out = []
-    for q in sorted(_drawn(len(search.queries_Q), queries), key=lambda q: search.queries_Q[q]):
+    for q in sorted(draw(len(search.queries_Q), queries), key=lambda q: search.queries_Q[q]):
         result = result_of(search, q)
         best = result.scores_G.sort(descending=True, stable=True).indices[:found].tolist()
         rows = [int(rows_N[search.gallery_G[g]]) for g in best]
-        out.append({"query": _words(encoded, data, "text", int(search.queries_Q[q])),
+        out.append({"query": words(encoded, data, "text", int(search.queries_Q[q])),
                     "source": table.sources[encoded.items["text"].rows_N[search.queries_Q[q]]],
                     "modality": modality, "rank": result.rank, "candidates": len(search.gallery_G),
                     "answers": [{"picture": _picture(data, encoded.split, modality, row),
@@ -145,7 +145,7 @@ def examples(encoded: Encoded, data: Data, modality: str, queries: int, found: i
     return out
 
 
-def _drawn(count: int, most: int) -> list[int]:
+def draw(count: int, most: int) -> list[int]:
     return np.random.default_rng(SAMPLING_SEED).permutation(count)[:most].tolist()
 
 
@@ -169,7 +169,7 @@ def retrievals(encoded: Encoded, data: Data, media: Media) -> list[dict[str, Any
     for search in filter(None, (searching(encoded, data, direction) for direction in DIRECTIONS)):
         if len(search.gallery_G) < 2:
             continue
-        drawn = _drawn(len(search.queries_Q), MOST_QUERIES)
+        drawn = draw(len(search.queries_Q), MOST_QUERIES)
         results = {q: result_of(search, q)[:2] for q in drawn}
         best = sorted((q for q in drawn if results[q][0] == 1), key=lambda q: -results[q][1])[:SHOWN["best"]]
         worst = sorted((q for q in drawn if results[q][0] > 1), key=lambda q: (-results[q][0], results[q][1]))
@@ -200,11 +200,11 @@ def item(encoded: Encoded, data: Data, modality: str, index: int, media: Media) 
     """A picture, caption or sound as the page shows it."""
     row = int(encoded.items[modality].rows_N[index])
     picture = media.picture(row) if modality == "image" else media.spectrogram(row) if modality == "audio" else None
-    return {"words": _words(encoded, data, modality, index), "picture": picture,
+    return {"words": words(encoded, data, modality, index), "picture": picture,
             "sound": media.sound(row) if modality == "audio" else None}
 
 
-def _words(encoded: Encoded, data: Data, modality: str, index: int) -> str:
+def words(encoded: Encoded, data: Data, modality: str, index: int) -> str:
     """The caption itself, or the first one of a picture or sound, or who speaks."""
     table = data.tables[encoded.split]
     if modality == "text":
@@ -260,7 +260,7 @@ def _compared(encoded: Encoded, data: Data, pair: tuple[str, str]) -> tuple[np.n
     p = pair_items(encoded, pair, np.ones(len(data.tables[encoded.split]), bool))
     if len(p.first_N) < 2:
         return np.empty(0), np.empty(0, bool)
-    chosen = np.sort(_drawn(len(p.first_N), MOST_COMPARED))
+    chosen = np.sort(draw(len(p.first_N), MOST_COMPARED))
     own = np.flatnonzero(np.isin(p.owners_M, chosen))
     own = own[first_of_each(p.ids_M[own])[0]]
     relation = metrics.Relation(torch.from_numpy(p.owners_M), torch.from_numpy(p.ids_M), len(p.first_N))
@@ -302,7 +302,7 @@ def embedding_map(encoded: Encoded, data: Data, media: Media) -> dict[str, Any] 
         share of a point's N nearest neighbours that are its nearest on the map, "kept_pca": on that of the
         principal components alone}
     """
-    chosen = _map_items(encoded)
+    chosen = map_items(encoded)
     if len(chosen) < 3:
         return None
     parts = []
@@ -318,14 +318,14 @@ def embedding_map(encoded: Encoded, data: Data, media: Media) -> dict[str, Any] 
             "neighbours": min(NEIGHBOURS, len(chosen) - 1), "kept": layout.kept, "kept_pca": layout.kept_pca}
 
 
-def _map_items(encoded: Encoded) -> list[tuple[str, int]]:
+def map_items(encoded: Encoded) -> list[tuple[str, int]]:
     """Modality and index of the items of randomly drawn samples, one of each modality that the sample has; images
     first, then texts, then sounds."""
     firsts = {name: dict(zip(*np.unique(items.rows_N, return_index=True), strict=True))
               for name, items in encoded.items.items()}
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *(items.rows_N for items in encoded.items.values())]))
     chosen: list[tuple[str, int]] = []
-    for row in rows[_drawn(len(rows), MAP_POINTS)].tolist():
+    for row in rows[draw(len(rows), MAP_POINTS)].tolist():
         own = [(name, int(firsts[name][row])) for name in encoded.items if row in firsts[name]]
         if len(chosen) + len(own) > MAP_POINTS:
             break
@@ -337,5 +337,5 @@ def _about(encoded: Encoded, data: Data, modality: str, index: int, media: Media
     table, row = data.tables[encoded.split], int(encoded.items[modality].rows_N[index])
     sample = table[row]
     return {"modality": modality, "set": sample.source, "class": next(iter(sample.labels), sample.speaker) or None,
-            "words": _words(encoded, data, modality, index)[:200], "sample": row,
+            "words": words(encoded, data, modality, index)[:200], "sample": row,
             "picture": media.picture(row, THUMBNAIL) if modality == "image" else None}

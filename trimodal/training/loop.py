@@ -28,6 +28,7 @@ from trimodal.objectives.step import Share, shared_batch
 from trimodal.towers.settings import frozen_until
 from trimodal.training import plans
 from trimodal.training.diagnostics import Figures, Finding, Inputs, contrasts_of, locate, report_skipped_step
+from trimodal.training.examples import show_examples
 from trimodal.training.frozen import open_features, read_features
 from trimodal.training.optimizer import freeze, lr_factors
 from trimodal.training.pace import Pace
@@ -48,7 +49,7 @@ from trimodal.training.stage import (
     reduce_gradients,
     shrink,
 )
-from trimodal.training.validation import ADD_TEST, NO_TEST, finish, show_examples, validate
+from trimodal.training.validation import ADD_TEST, NO_TEST, finish, validate
 
 T = TypeVar("T")
 

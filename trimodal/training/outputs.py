@@ -28,11 +28,13 @@ LEDGER = ".written.json"  # digests of files that do not hold their own, by name
 GOING_BACK = ".going_back.json"  # what is being moved away, until it is
 BOARD = Path("logs", "tensorboard")
 LOG = Path("logs", "metrics.jsonl")
+PROJECTOR = tuple(BOARD / f"projector_{name}" for name in (
+    "tensors.tsv", "centred.tsv", "metadata.tsv", "sprite.png", "config.pbtxt"))
 MODELS = re.compile(r"checkpoint_epoch_\d+(_step_\d+)?\.pt|(best|final)_model\.pt")  # names of a run's checkpoints
 EXPORTS = ("model.safetensors", "config.json")
 WRITTEN = "|".join((MODELS.pattern, r"model\.safetensors", r"config(_\d+)?\.(json|yaml)",
                     r"metrics\.jsonl", r"report_\d{8}_\d{6}\w*\.(json|md|html|png)", r"\.\w+\.json",
-                    r"events\.out\.tfevents\..+"))  # names of all that `replacing` writes there
+                    r"events\.out\.tfevents\..+", r"projector_\w+\.\w+"))  # names of all that `replacing` writes there
 OF_THE_DATA = "bad_samples.jsonl"  # what was found out about the user's files outlives a run
 SHOWN = 5  # names in one line
 
@@ -104,6 +106,7 @@ def own_files(folder: Path) -> list[Path]:
     found = [path for path in _files(checkpoints) if MODELS.fullmatch(path.name) and checkpoint.is_own(path)]
     found += [path for name in EXPORTS if is_listed(folder, path := checkpoints / name)]
     found += event_files(folder / BOARD)
+    found += [path for name in PROJECTOR if is_listed(folder, path := folder / name)]
     found += [path for path in logs.glob("bad_step_*.pt") if checkpoint.is_own(path)]  # of earlier releases
     log = folder / LOG
     return found + ([log] if not log.is_symlink() and is_own_log(log) else [])
@@ -158,7 +161,8 @@ def go_back(folder: Path, name: str, epoch: int, step: int, now: datetime.dateti
     has_results = any(record["kind"] == "stage" for record in records) or later
     if not (checkpoint.later_than(checkpoints / name) or reports or (has_results and not step)):
         return None
-    later += [path for path in _files(checkpoints) if path.name in EXPORTS and is_listed(folder, path)]
+    later += [path for path in (*(checkpoints / name for name in EXPORTS), *(folder / name for name in PROJECTOR))
+              if is_listed(folder, path)]
     stems = "|".join(re.escape(Path(file).stem) for file in reports)
     later += [path for path in _files(folder / "reports")
               if reports and re.fullmatch(rf"({stems})(_\w+)?\.(json|md|html|png)", path.name)]

@@ -143,8 +143,9 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     for name in ("", *FOLDERS, outputs.BOARD):
         remove_left(folder / name, outputs.WRITTEN)
     back = outputs.go_back(folder, checkpoint_name(progress), progress.epoch, progress.step)
-    outputs.write_settings(folder, settings(config.to_dict()))
+    path = outputs.write_settings(folder, settings(config.to_dict()))
     run.tracker = Tracker(folder / "logs", progress.step)
+    run.tracker.text("run/settings", f"```yaml\n{path.read_text('utf-8')}```", progress.step + 1)
     if state:
         run.best = state["best"]
         within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""

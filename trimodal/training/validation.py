@@ -25,6 +25,7 @@ from trimodal.objectives.base import Losses
 from trimodal.redaction import command_line, settings
 from trimodal.towers.settings import frozen_until, tower_facts
 from trimodal.training import outputs
+from trimodal.training.examples import write_projector
 from trimodal.training.frozen import read_features
 from trimodal.training.run import Run, description
 from trimodal.training.stage import Stage, compute_losses, make_step, shrink
@@ -252,13 +253,6 @@ def first_recalls(figures: Mapping[str, Figure]) -> str:
     return shown
 
 
-def show_examples(run: Run, encoded: protocols.Encoded | None) -> None:
-    """A grid of what a few validation captions find, as a picture in TensorBoard."""
-    for modality in ("image", "audio"):
-        if encoded and (rows := gallery.examples(encoded, run.data, modality, queries=4)):
-            run.tracker.picture(f"examples/{modality}", report.retrieval_grid(rows), run.progress.step)
-
-
 # ---- the end of the run ------------------------------------------------------------------------------------------
 
 
@@ -284,7 +278,9 @@ def finish(run: Run) -> Path:
     protocols.mark_trained_on(encoded, run.data, run.config, run.trained_on.numpy())
     protocols.mark_near(encoded, run.data, run.config)
     if figures:
-        run.tracker.say(report.format_table(figures) + report.format_notes(figures, encoded.facts))
+        table = report.format_table(figures) + report.format_notes(figures, encoded.facts)
+        run.tracker.say(table)
+        run.tracker.text("run/test_figures", f"```text\n{table}\n```", run.progress.step)
     else:
         run.tracker.event(f"Evaluation: {NO_TEST}; {ADD_TEST}", run.progress.step)
     count = run.config.report.gallery_queries
@@ -310,6 +306,7 @@ def finish(run: Run) -> Path:
         save_file(final, run.folder / "checkpoints" / "final_model.pt")
         with outputs.writing(run.folder, *(f"checkpoints/{name}" for name in outputs.EXPORTS)):
             export(final, run.folder / "checkpoints" / outputs.EXPORTS[0])
+        write_projector(run, encoded)
         _, markdown = report.write_report(run.folder / "reports", facts, read_records(run.tracker.path),
                                           language=run.config.report.language, gallery=rows, media=media)
     except (CheckpointError, OSError) as error:

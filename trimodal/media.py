@@ -1,9 +1,10 @@
 """What pictures, sounds and videos have in common: the names of their files, how FFmpeg's libraries open them, and what
 a file that cannot be read is in truth."""
 
-import io
 import os
 from typing import IO, Any
+
+from trimodal import members
 
 # By these names videos are known wherever a file is a picture, a sound or a part of a data set; in any case of letters.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts", ".flv",
@@ -43,7 +44,7 @@ _SOUNDS: tuple[Signature, ...] = ((0, b"fLaC", "FLAC"), (0, b"OggS", "Ogg"), (0,
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def open_container(source: str | IO[bytes] | io.RawIOBase, formats: str, **options: str) -> Any:
+def open_container(source: members.Source, formats: str, **options: str) -> Any:
     """The container (av.container.InputContainer) of a file that is of one of FFmpeg's `formats`; `options` are those
     of its demuxers.
 
@@ -53,7 +54,8 @@ def open_container(source: str | IO[bytes] | io.RawIOBase, formats: str, **optio
     import av
 
     try:
-        return av.open(source, metadata_errors="ignore", options={"format_whitelist": formats, **options})
+        opened = members.source(source) if isinstance(source, str) else source
+        return av.open(opened, metadata_errors="ignore", options={"format_whitelist": formats, **options})
     except av.ArgumentError:  # which a format that is not in the list gets
         raise ValueError("of a format that is not read here") from None
 
@@ -118,7 +120,7 @@ def kind_of(path: str, wanted: str) -> str:
         known kind.
     """
     try:
-        with open(path, "rb") as file:
+        with members.open_bytes(path) as file:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
@@ -159,7 +161,7 @@ def _text(head: bytes) -> str:
 
 def is_still(path: str) -> bool:
     """Whether a file of MP4's kind holds a still picture (HEIC, AVIF), of which FFmpeg would show one tile."""
-    with open(path, "rb") as file:
+    with members.open_bytes(path) as file:
         return _is_still(file.read(64))
 
 

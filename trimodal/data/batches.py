@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimodal import members
 from trimodal.config import FRAME_RATE_HZ, NUM_MELS, Config
 from trimodal.data import bad_samples, prepared
 from trimodal.data.concepts import concepts_of
@@ -266,7 +267,7 @@ class BatchReader:
         if row == NO_ITEM:
             return f"the batch of {sample_names(table, self.jobs[k][1] % VISIT)}"
         paths = {"image": table.images[row], "audio": table.audio[row]}
-        return " or ".join(dict.fromkeys(paths[name] for name in self.inputs[task] if paths.get(name))) or (
+        return " or ".join(dict.fromkeys(members.shown(paths[name]) for name in self.inputs[task] if paths.get(name))) or (
             sample_names(table, np.array([row])))
 
     def __getitem__(self, k: int) -> Result:

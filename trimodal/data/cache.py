@@ -35,6 +35,7 @@ from typing import Any, BinaryIO, ClassVar, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from trimodal import members
 from trimodal.config import Config
 from trimodal.data import codecs
 from trimodal.data.codecs import Kind
@@ -108,7 +109,7 @@ def read_all(read: Callable[[AnyItem], T], items: Sequence[AnyItem], config: Con
         return found
 
     def name(job: int, number: int) -> str:
-        return items[job * CHUNK if number == NO_ITEM else number][0]
+        return members.shown(items[job * CHUNK if number == NO_ITEM else number][0])
 
     jobs = range(math.ceil(len(items) / CHUNK))
     wanted = min(cpu_cores(), 16) if config.data.workers == "auto" else config.data.workers
@@ -126,7 +127,7 @@ def read_all(read: Callable[[AnyItem], T], items: Sequence[AnyItem], config: Con
 
 def common_folder(paths: Iterable[str]) -> str:
     """The deepest folder that all of `paths` are below; "" where there is none."""
-    folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    folders = {os.path.dirname(os.path.abspath(file)) for file in set(map(members.file_of, paths))}
     return os.path.commonpath(folders) if folders else ""
 
 
@@ -229,12 +230,12 @@ def made_from(kind: Kind, config: Config) -> str:
 
 
 def file_lines(items: Iterable[Item], config: Config) -> Iterator[bytes]:
-    """Name, stretch, size and date of each file, for digests. Files below data_root are named from there: it may
+    """Name, stretch, size and date of each file or, of a member, its shard, for digests. Those below data_root are named from there: it may
     move."""
     root = os.path.join(os.path.abspath(config.paths.data_root), "")
     state_of = functools.cache(_size_and_date)  # a file may have many stretches
     for path, start_s, duration_s in items:
-        size, changed_ns = state_of(path)
+        size, changed_ns = state_of(members.file_of(path))
         line = f"\0{path.removeprefix(root)}\0{start_s!r} {duration_s!r} {size} {changed_ns}"
         yield line.encode("utf-8", "surrogateescape")
 

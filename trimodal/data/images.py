@@ -8,15 +8,14 @@
 import contextlib
 import io
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from trimodal import media
+from trimodal import media, members
 from trimodal.data import metadata
 from trimodal.data.samples import BrokenSample, decoding
 
@@ -116,7 +115,7 @@ def has_flawed_metadata(path: str) -> bool:
     """Whether `decode_image` reads a picture whose metadata is damaged: Pillow alone refuses it, or cannot turn it
     upright."""
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as image:
+        with Image.open(members.source(path), formats=PICTURE_FORMATS) as image:
             image.load()
             ImageOps.exif_transpose(image)
         return False
@@ -148,15 +147,15 @@ def _read_picture(path: str) -> np.ndarray:
 
     Of an animation only the first frame is decoded, so the number of frames needs no bound.
     """
-    if os.path.getsize(path) > MAX_FILE_BYTES:
-        raise BrokenSample(f"has {os.path.getsize(path):,} bytes, over {MAX_FILE_BYTES:,}")
+    if (size := members.size_of(path)) > MAX_FILE_BYTES:
+        raise BrokenSample(f"has {size:,} bytes, over {MAX_FILE_BYTES:,}")
     if metadata.is_unfinished(path):
         found = _pixels_alone(path, is_whole=False)
         if found is None:
             raise BrokenSample("has zeros in place of its last rows, as an unfinished download; fetch it again")
         return found
     try:
-        return _decode(path)
+        return _decode(members.source(path))
     except (BrokenSample, MemoryError):
         raise
     except Exception:
@@ -166,7 +165,7 @@ def _read_picture(path: str) -> np.ndarray:
         return found
 
 
-def _decode(source: str | io.BytesIO, orientation: int | None = None) -> np.ndarray:
+def _decode(source: str | IO[bytes], orientation: int | None = None) -> np.ndarray:
     with Image.open(source, formats=PICTURE_FORMATS) as image:
         return pixels_of(image, orientation)
 
@@ -201,7 +200,7 @@ def _orientation(image: Image.Image) -> int:
 def _pixels_alone(path: str, *, is_whole: bool = True) -> np.ndarray | None:
     """Decode a JPEG, PNG or TIFF file after its metadata are removed; None where it is of another format, or its pixels
     cannot be decoded or are incomplete. `is_whole` False: a JPEG file whose end is known to be missing."""
-    with open(path, "rb") as file:
+    with members.open_bytes(path) as file:
         if not file.read(len(metadata.PNG)).startswith((metadata.JPEG, metadata.PNG, *metadata.TIFF)):
             return None
         file.seek(0)

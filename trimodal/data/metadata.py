@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from trimodal import members
+
 ORIENTATION = 0x0112  # the tag of EXIF
 UPRIGHT = 1
 PNG, JPEG, TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", (b"II*\0", b"MM\0*")  # first bytes
@@ -92,7 +94,7 @@ def has_all_scans(jpeg: bytes) -> bool:
 
 def is_unfinished(path: str) -> bool:
     """Whether a JPEG file ends with zeros that a download has not filled. Others may have zeros behind their end."""
-    with open(path, "rb") as file:
+    with members.open_bytes(path) as file:
         if file.read(len(JPEG)) != JPEG:
             return False
         file.seek(-min(len(_ZEROS), file.seek(0, 2)), 2)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trimodal import members
 from trimodal.config import Config
 from trimodal.data import cache, images, tracks
 from trimodal.data.batches import Split
@@ -60,10 +61,11 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
             show(f"{len(items)} {split} {kind}s")
             side = cache.cache_side(config.model.image_side)
             results = list(cache.read_all(partial(_examine, kind, side), items, config))
-            bad = [(item[0], reason.removeprefix(f"{item[0]}: ")) for item, reason in zip(items, results, strict=True)
+            names = [members.shown(path) for path, *_ in items]
+            bad = [(name, reason.removeprefix(f"{name}: ")) for name, reason in zip(names, results, strict=True)
                    if isinstance(reason, str)]
             found.broken += bad
-            found.odd += [(item[0], oddity) for item, oddity in zip(items, results, strict=True)
+            found.odd += [(name, oddity) for name, oddity in zip(names, results, strict=True)
                           if isinstance(oddity, Oddity)]
             found.worst_pct = max(found.worst_pct, 100 * len(bad) / len(items))
             found.counts.append(f"{len(items):,} of {total:,} {split} {kind}s read"

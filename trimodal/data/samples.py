@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trimodal import media
+from trimodal import media, members
 
 SPLITS = ("train", "val", "test")
 # An empty cell of a table that was made text before it was saved; in small letters.
@@ -33,16 +33,16 @@ class BrokenSample(ValueError):
 @contextmanager
 def decoding(path: str, wanted: str) -> Iterator[None]:
     """Raise what fails within as a BrokenSample that says why `path` is no "picture" or "sound", as `wanted`."""
-    if not os.path.isfile(path):
-        raise BrokenSample(f"{path}: no such file")
+    if not os.path.isfile(members.file_of(path)):
+        raise BrokenSample(f"{members.shown(path)}: no such file")
     try:
         yield
     except BrokenSample as error:
-        raise BrokenSample(f"{path}: {media.kind_of(path, wanted) or error}") from None
+        raise BrokenSample(f"{members.shown(path)}: {media.kind_of(path, wanted) or error}") from None
     except Exception as error:  # damaged files make the decoders raise nearly any type
         if isinstance(error, MemoryError) and not type(error).__module__.startswith("av."):
             raise  # FFmpeg's own says that the file asks for absurd sizes
-        raise BrokenSample(f"{path}: {media.problem_of(path, error, wanted)}") from None
+        raise BrokenSample(f"{members.shown(path)}: {media.problem_of(path, error, wanted)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Sample:
     key: str  # stable id, unique within (source, split)
     source: str  # name of the set: "coco", "clotho", ...
     split: str  # one of SPLITS
-    image: str = ""  # absolute path of an image or video; "" = none; "SCHEME:N" = generated
-    audio: str = ""  # absolute path of a sound or video; "" = none; "SCHEME:N" = generated
+    image: str = ""  # absolute path of an image or video, or of a member of a shard, see members; "" = none;
+    audio: str = ""  # "SCHEME:N" = generated. That of a sound or video likewise
     start_s: float = 0.0
     duration_s: float = 0.0  # 0 = to the end
     captions: tuple[str, ...] = ()  # as listed: the table keeps one of those with the same words, and how many they are
@@ -306,7 +306,7 @@ class SampleTable:
             column = getattr(self, f.name)
             if f.name in ("images", "audio"):
                 codes, paths = column.distinct()
-                names = [text.rsplit("/", 1)[-1].rsplit("\\", 1)[-1] for text in paths]
+                names = [members.name_of(text) for text in paths]
                 column = Strings.pack(names[code] for code in codes.tolist())
             for part in [column] if isinstance(column, np.ndarray) else column.hashed():
                 state.update(np.ascontiguousarray(part).tobytes())

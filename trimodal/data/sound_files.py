@@ -2,53 +2,18 @@
 parts of a joined MP3 file, and WAV and AU files whose writer was killed before it wrote how many samples they hold.
 """
 
-import io
 import itertools
 import mmap
-import os
 import zlib
-from typing import IO, Any
+from typing import IO
 
-Source = str | io.RawIOBase
+from trimodal import members
+from trimodal.members import Source, Stretch
+
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _PADDING_BYTES = 4096  # behind the samples of a WAV or MP3 file
 _FRAME_BYTES = 256  # of MP3, which hold its own header
 _MAX_CHUNKS = 1000  # before the samples
-
-
-class Stretch(io.RawIOBase):
-    """The bytes `first` to `last` of a file as a file of its own, of which only what is asked for is ever in memory.
-    With `head`, its first bytes are these."""
-
-    def __init__(self, path: str, first: int, last: int, head: bytes = b"") -> None:
-        self.file, self.first, self.size, self.head = open(path, "rb"), first, last - first, head
-        self.at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence])
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.first + self.at)
-        content = bytearray(self.file.read(max(0, min(len(buffer), self.size - self.at))))
-        head = self.head[self.at: self.at + len(content)]
-        content[: len(head)] = head
-        buffer[: len(content)] = content
-        self.at += len(content)
-        return len(content)
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
 
 
 # ---- Ogg and MP3 ---------------------------------------------------------------------------------------------------
@@ -57,14 +22,14 @@ class Stretch(io.RawIOBase):
 def ogg_links(path: str) -> tuple[list[tuple[int, int]], bool]:
     """First and last byte of each link of a chained Ogg file, none of a file of one piece; and whether pages are lost
     or damaged amid one. A page that begins a stream, after one that does not, begins a link."""
-    with open(path, "rb") as file:
+    with members.open_bytes(path) as file:
         if file.read(4) != b"OggS":
             return [], False
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _links_of_pages(content)
+    with members.mapped(path) as content:
+        return _links_of_pages(content)
 
 
-def _links_of_pages(content: mmap.mmap) -> tuple[list[tuple[int, int]], bool]:
+def _links_of_pages(content: mmap.mmap | bytes) -> tuple[list[tuple[int, int]], bool]:
     begins, next_page = list[int](), dict[bytes, int]()
     at, in_head, is_lost, has_holes = 0, False, False, False
     while 0 <= at <= len(content) - 27:
@@ -94,10 +59,10 @@ def joined_mp3(path: str) -> list[tuple[int, int]]:
     """First and last byte of each part of MP3 files that were joined, as in podcasts; none of other files. libsndfile
     reads as much as the header of the first states."""
     begins = [0]
-    with open(path, "rb") as file:
+    with members.open_bytes(path) as file:
         while end := _end_of_mp3(file, begins[-1]):
             begins.append(end)
-    return list(itertools.pairwise([*begins, os.path.getsize(path)])) if len(begins) > 1 else []
+    return list(itertools.pairwise([*begins, members.size_of(path)])) if len(begins) > 1 else []
 
 
 def _end_of_mp3(file: IO[bytes], first: int) -> int:
@@ -128,20 +93,20 @@ def _is_frame(begin: bytes) -> bool:
 
 
 def mended_au(path: str) -> Source:
-    """`path`; of an AU file whose header states 0 bytes of samples, the same file behind a header that says that its
-    length is unknown, so that decoders read to the end."""
-    with open(path, "rb") as file:
+    """The file or member; of an AU file whose header states 0 bytes of samples, the same file behind a header that says
+    that its length is unknown, so that decoders read to the end."""
+    with members.open_bytes(path) as file:
         head = file.read(12)
     if head[:4] != b".snd" or any(head[8:]):
-        return path
-    return Stretch(path, 0, os.path.getsize(path), head[:8] + b"\xff" * 4)
+        return members.source(path)
+    return Stretch(path, 0, members.size_of(path), head[:8] + b"\xff" * 4)
 
 
 def states_too_few_samples(path: str) -> bool:
     """Whether a WAV or RF64 file holds more samples than its header states: its writer was killed before it wrote the
     final length, so the header says 0 or the length of some time before."""
-    with open(path, "rb") as file:
-        head, size = file.read(12), os.path.getsize(path)
+    with members.open_bytes(path) as file:
+        head, size = file.read(12), members.size_of(path)
         if head[8:] != b"WAVE" or head[:4] not in (b"RIFF", b"RF64"):
             return False
         found = _samples_chunk(file)

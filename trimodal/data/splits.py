@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from trimodal import members
 from trimodal.data import generated
 from trimodal.data.samples import SampleTable, Strings, normalise_caption, stable_hash
 
@@ -35,9 +36,10 @@ def key_of(found: os.stat_result, path: str) -> str:
 
 
 def file_key(path: str) -> str:
-    """`key_of`, and of a file that is not there its path."""
+    """`key_of`, with its place in that file for a member of a shard, and of a file that is not there its path."""
+    file = members.file_of(path)
     try:
-        return key_of(os.stat(path), path)
+        return key_of(os.stat(file), file) + path.removeprefix(file)
     except (OSError, ValueError):
         return path
 
@@ -208,10 +210,11 @@ def _file_names(table: SampleTable, data_root: str) -> Iterator[tuple[str, int, 
             if generated.is_generated(path):
                 yield kind, code, f"{kind} {path}"
             elif path:
-                absolute = os.path.abspath(path)
-                yield kind, code, _without_links(absolute, folders)
+                file = members.file_of(path)
+                absolute, member = os.path.abspath(file), path.removeprefix(file)
+                yield kind, code, _without_links(absolute, folders) + member
                 if absolute.startswith(owns):
-                    yield kind, code, absolute.removeprefix(root)
+                    yield kind, code, absolute.removeprefix(root) + member
 
 
 def _without_links(path: str, folders: dict[str, str]) -> str:

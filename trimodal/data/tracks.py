@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimodal import media
+from trimodal import media, members
 from trimodal.data.samples import BrokenSample
-from trimodal.data.sound_files import Source, Stretch, joined_mp3, mended_au, ogg_links, states_too_few_samples
+from trimodal.data.sound_files import joined_mp3, mended_au, ogg_links, states_too_few_samples
+from trimodal.members import Source, Stretch
 
 if TYPE_CHECKING:
     import soundfile
@@ -185,7 +186,7 @@ def oddities(path: str, start_s: float, duration_s: float) -> tuple[float, bool]
     import soundfile
 
     try:
-        stores_floats = soundfile.info(path).subtype in ("FLOAT", "DOUBLE")
+        stores_floats = soundfile.info(members.source(path)).subtype in ("FLOAT", "DOUBLE")
     except soundfile.LibsndfileError:
         stores_floats = False
     found = _read_mono(path, start_s, duration_s)
@@ -201,7 +202,8 @@ def _read(path: str, start_s: float, duration_s: float, new_sink: Callable[[], S
     links, has_holes = ogg_links(path)
     links = links or joined_mp3(path)
     if not links:
-        return [_read_link(path, start_s, duration_s, new_sink, has_holes=has_holes)]
+        return [_read_link(mended_au(path), start_s, duration_s, new_sink, has_holes=has_holes,
+                           is_cut=states_too_few_samples(path))]
     found, at_s, end_s = list[Sink](), 0.0, start_s + duration_s if duration_s else math.inf
     for first, last in links:
         link = Stretch(path, first, last)
@@ -230,13 +232,11 @@ def _length_s(link: Source) -> float:
 
 
 def _read_link(source: Source, start_s: float, duration_s: float, new_sink: Callable[[], Sink], *,
-               has_holes: bool = False) -> Sink:
-    """Decode one part by libsndfile, or by FFmpeg where that cannot, delivers less, or would close `has_holes`."""
+               has_holes: bool = False, is_cut: bool = False) -> Sink:
+    """Decode one part by libsndfile, or by FFmpeg where that cannot, delivers less, or would close `has_holes`; a file
+    that `is_cut` by FFmpeg alone."""
     import soundfile
 
-    is_cut = False
-    if isinstance(source, str):
-        is_cut, source = states_too_few_samples(source), mended_au(source)
     first = None if is_cut else new_sink()
     damage = None
     try:

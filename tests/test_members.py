@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -44,7 +45,7 @@ def in_parquet(path: Path) -> str:
     return members.in_parquet(str(shard), 1, 0, "media.bytes", path.name)
 
 
-def saved(name: str, **settings: object) -> Callable[[Path], Path]:
+def saved(name: str, **settings: Any) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         Image.fromarray(NOISE).save(folder / name, **settings)
         return folder / name
@@ -95,11 +96,13 @@ def unfinished_wav(folder: Path) -> Path:
 PICTURES = [saved("a.jpg", quality=90), turned, *(saved(f"a.{end}") for end in ("png", "webp", "gif", "bmp", "tif",
                                                                                 "jp2", "ppm", "avif"))]
 SOUNDS = [recorded("a.wav"), recorded("a.flac"), recorded("a.ogg"), recorded("a.opus", format="OGG", subtype="OPUS"),
-          recorded("a.mp3"), recorded("a.au"), recorded("a.aiff"), joined(recorded("a.ogg")),
+          recorded("a.mp3"), lambda folder: trees.sound(folder / "a.m4a", trees.tone()), recorded("a.au"),
+          recorded("a.aiff"), joined(recorded("a.ogg")),
           joined(recorded("a.mp3")), unfinished_wav, recorded("a.wav", np.stack([trees.tone(), -trees.tone()], 1))]
 BROKEN_PICTURES = [text("a.jpg"), cut(saved("a.png")), cut(saved("a.jpg"), 0.0), cut(saved("a.tif")),
                    cut(saved("a.webp"))]
-BROKEN_SOUNDS = [text("a.wav"), cut(recorded("a.ogg"), 0.0), recorded("a.wav", np.zeros(99)), cut(recorded("a.mp3"), .01)]
+BROKEN_SOUNDS = [text("a.wav"), cut(recorded("a.ogg"), 0.0), recorded("a.wav", np.zeros(99)),
+                 cut(recorded("a.mp3"), 0.01)]
 
 
 @pytest.mark.parametrize("pack", [in_tar, in_parquet])

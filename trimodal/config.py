@@ -114,6 +114,12 @@ def _not_blank(path: str) -> str:
     return path
 
 
+def _with_place(sentence: str) -> str:
+    if sentence.count("{}") != 1:
+        raise ValueError("needs {} once, where the name of the class goes; write for example 'a photo of a {}'")
+    return sentence
+
+
 def _regular_expression(pattern: str) -> str:
     try:
         re.compile(pattern)
@@ -153,6 +159,7 @@ Switch = Annotated[Literal["on", "off"], BeforeValidator(_switch)]
 NotEmpty, NotRepeated = AfterValidator(_not_empty), AfterValidator(_not_repeated)
 Pattern = Annotated[str, AfterValidator(_regular_expression)]
 FolderOrFile = Annotated[str, AfterValidator(_not_blank)]
+Patterns = FolderOrFile | Annotated[tuple[FolderOrFile, ...], NotEmpty]
 
 _RULES = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -369,6 +376,10 @@ class DataConfig:
     timeout_s: PositiveOr0 = 120.0
     manifest: str | None = None
     manifest_root: FolderOrFile | None = None
+    shards: Patterns | dict[Literal["train", "val", "test"], Patterns] | None = None
+    shards_captions: tuple[str, ...] | Auto = "auto"  # names of fields
+    folder: FolderOrFile | None = None
+    folder_caption: Annotated[str, AfterValidator(_with_place)] | None = None  # of files without one, by their class
     coco_split: Literal["auto", "karpathy", "2017"] = "auto"
     audiocaps_version: Literal[1, 2] = 1
     stamps_symbols: StrictBool = True

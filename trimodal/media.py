@@ -2,7 +2,7 @@
 a file that cannot be read is in truth."""
 
 import os
-from typing import IO, Any
+from typing import Any
 
 from trimodal import members
 
@@ -41,6 +41,8 @@ _PICTURES: tuple[Signature, ...] = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG\r\n\x1a\n", "PNG"), (0, b"GIF8", "GIF"), (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"), (8, b"WEBP", "WebP"))
 _SOUNDS: tuple[Signature, ...] = ((0, b"fLaC", "FLAC"), (0, b"OggS", "Ogg"), (0, b"ID3", "MP3"), (8, b"WAVE", "WAV"))
+_MORE_PICTURES: tuple[Signature, ...] = ((0, b"BM", "BMP"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"))
+_VIDEOS: tuple[Signature, ...] = ((4, b"ftyp", "MP4"), (0, b"\x1a\x45\xdf\xa3", "Matroska"), (8, b"AVI ", "AVI"))
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -136,6 +138,15 @@ def kind_of(path: str, wanted: str) -> str:
     return f"is a {medium} ({kind})" if kind and medium != wanted else ""
 
 
+def medium_of(content: bytes) -> str:
+    """"picture", "sound" or "video" by the first bytes of a file; "" where they tell nothing."""
+    if _find(content, _PICTURES) or _is_still(content) or _find(content, _MORE_PICTURES):
+        return "picture"
+    if _find(content, _SOUNDS):
+        return "sound"
+    return "video" if _find(content, _VIDEOS) else ""
+
+
 def _find(head: bytes, signatures: tuple[Signature, ...]) -> str:
     return next((what for start, magic, what in signatures if head.startswith(magic, start)), "")
 
@@ -184,3 +195,14 @@ def _still(head: bytes, wanted: str) -> str:
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a video by its name."""
     return os.fspath(path).lower().endswith(VIDEO_SUFFIXES)
+
+
+def has_sound(path: str) -> bool:
+    """Whether a video has a sound track; False where it cannot be opened, which its picture will tell."""
+    import av
+
+    try:
+        with open_container(path, VIDEO_FORMATS) as container:
+            return bool(container.streams.audio)
+    except (av.FFmpegError, OSError, ValueError):
+        return False

@@ -59,13 +59,16 @@ def test_lists_that_several_splits_need_are_read_once(tmp_path: Path, monkeypatc
 SETTINGS = {f"data.{field.name}" for field in fields(DataConfig)}  # keys of config.yaml, which the user knows
 
 
+WORDS = {"folder", "shards"}  # names of sets that are words of their own
+
+
 def set_names(source: str) -> list[str]:
     """Identifiers and strings of `source` that hold the name of a set. Sentences and examples for people are none."""
     tree = ast.parse(source)
     words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     words += [word for node in ast.walk(tree) for name in ("id", "attr", "arg", "name")
               if isinstance(word := getattr(node, name, None), str) and f"data.{word}" not in SETTINGS]
-    named = re.compile(rf"(?<![a-z])({'|'.join(SETS)})(?![a-z])", re.IGNORECASE)
+    named = re.compile(rf"(?<![a-z])({'|'.join(SETS.keys() - WORDS)})(?![a-z])", re.IGNORECASE)
     return [word for word in words if " " not in word and word not in SETTINGS and named.search(word)]
 
 

@@ -62,7 +62,8 @@ def test_items_have_names_and_places_of_their_own(source: Source) -> None:
 
 def test_all_means_the_four_sets() -> None:
     assert ALL == ("coco", "clotho", "audiocaps", "voxceleb")
-    assert set(SOURCES) == {*ALL, "stamps", "emoji"} and set(NEEDS_NOTHING) == {"synthetic", "manifest"}
+    assert set(SOURCES) == {*ALL, "stamps", "emoji"}
+    assert set(NEEDS_NOTHING) == {"synthetic", "manifest", "shards", "folder"}
 
 
 def test_defaults_select_what_training_reads() -> None:

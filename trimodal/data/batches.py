@@ -267,8 +267,8 @@ class BatchReader:
         if row == NO_ITEM:
             return f"the batch of {sample_names(table, self.jobs[k][1] % VISIT)}"
         paths = {"image": table.images[row], "audio": table.audio[row]}
-        return " or ".join(dict.fromkeys(members.shown(paths[name]) for name in self.inputs[task] if paths.get(name))) or (
-            sample_names(table, np.array([row])))
+        named = dict.fromkeys(members.shown(paths[name]) for name in self.inputs[task] if paths.get(name))
+        return " or ".join(named) or sample_names(table, np.array([row]))
 
     def __getitem__(self, k: int) -> Result:
         """Read, augment and collate the samples of job k.

@@ -230,8 +230,8 @@ def made_from(kind: Kind, config: Config) -> str:
 
 
 def file_lines(items: Iterable[Item], config: Config) -> Iterator[bytes]:
-    """Name, stretch, size and date of each file or, of a member, its shard, for digests. Those below data_root are named from there: it may
-    move."""
+    """Name, stretch, size and date of each file, for digests; a member of a shard has the size and date of its shard.
+    What lies below data_root is named from there: it may move."""
     root = os.path.join(os.path.abspath(config.paths.data_root), "")
     state_of = functools.cache(_size_and_date)  # a file may have many stretches
     for path, start_s, duration_s in items:

@@ -7,6 +7,7 @@
 """
 
 import functools
+import itertools
 import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from trimodal.data.samples import SampleTable, Strings, normalise_caption, stabl
 VAL_PCT = 5  # of train, where a set has no validation split
 LEAST_VAL = 2  # samples of a kind: a single one can be compared with nothing
 MOST_VAL_PART = 5  # at most a fifth of a kind is held out for that
+HELD_OUT = {"test": 0.1, "val": 0.1}  # shares of a set that has no splits; the rest is train
 
 
 # ---- samples of the same file --------------------------------------------------------------------------------------
@@ -102,6 +104,48 @@ def carve_val(train: SampleTable) -> tuple[SampleTable, SampleTable]:
     return train.select(np.flatnonzero(~is_val)), train.select(np.flatnonzero(is_val)).with_split("val")
 
 
+def draw_sides(keys: Sequence[str], kinds: Sequence[Counter[Hashable]]) -> list[str]:
+    """A split for each group of samples that belong together: the groups in the order of a hash of their keys, of which
+    HELD_OUT are cut off the head. `kinds`: how many samples of each kind a group has; of few samples as many are held
+    out as can be compared, or none (`two_of_each_kind`).
+
+    The same whatever the order, and few samples change sides when some are added.
+    """
+    order = np.argsort([stable_hash(key) for key in keys], kind="stable").tolist()
+    ends = [("test", HELD_OUT["test"]), ("val", sum(HELD_OUT.values())), ("train", 1.0)]
+    sides = [next(name for name, end in ends if place < round(end * len(order))) for place in range(len(order))]
+    held = Counter((side, kind) for side, n in zip(sides, order, strict=True) for kind in kinds[n].elements())
+    if any(held[side, kind] < LEAST_VAL for side in HELD_OUT for _, kind in list(held)):
+        sides = two_of_each_kind(sides, [kinds[number] for number in order])
+    found = [""] * len(order)
+    for side, number in zip(sides, order, strict=True):
+        found[number] = side
+    return found
+
+
+def draw_splits_of(table: SampleTable) -> list[str]:
+    """A split for each sample of a table, by its key: see `draw_sides`. Samples of one file stay together."""
+    groups, rows_of = _groups_of_files(table), dict[int, list[int]]()
+    for row in range(len(table)):
+        rows_of.setdefault(groups.root(row), []).append(row)
+    has = list(zip(table.has_image.tolist(), table.has_audio.tolist(), table.has_text.tolist(), strict=True))
+    of_kind = {there: Counter[Hashable](_pairs(there)) for there in set(has)}
+    sides = draw_sides([min(table.keys[row] for row in rows) for rows in rows_of.values()],
+                       [of_kind[has[rows[0]]] if len(rows) == 1 else  # a million samples share a few counters
+                        sum((of_kind[has[row]] for row in rows), Counter[Hashable]()) for rows in rows_of.values()])
+    found = [""] * len(table)
+    for side, rows in zip(sides, rows_of.values(), strict=True):
+        for row in rows:
+            found[row] = side
+    return found
+
+
+def _pairs(has: Sequence[bool]) -> list[tuple[str, ...]]:
+    """The pairs of modalities that a sample has; else its one."""
+    there = [name for name, one in zip(("image", "audio", "text"), has, strict=True) if one]
+    return list(itertools.combinations(there, 2)) or [tuple(there)]
+
+
 def two_of_each_kind(sides: Sequence[str], kinds: Sequence[Counter[Hashable]]) -> list[str]:
     """Move groups of samples between splits until test and val have two samples of a kind or none, see `carve_val`.
 
@@ -134,14 +178,7 @@ def group_numbers(table: SampleTable) -> np.ndarray:
     as long as no group comes to hold more than 1 % of the samples or ten (of fewer than a hundred a tenth): a caption
     that many share, such as "a dog", would tie all of them together.
     """
-    groups = Groups(len(table))
-    files: dict[str, list[int]] = {}
-    key_of_path = functools.cache(file_key)
-    for row in range(len(table)):
-        for path in {table.images[row], table.audio[row]} - {""}:
-            files.setdefault(key_of_path(path), []).append(row)
-    for rows in files.values():
-        groups.join(rows)
+    groups = _groups_of_files(table)
     captions: dict[str, list[int]] = {}
     for row in range(len(table)):
         for text in {normalise_caption(caption) for caption in table.captions_of(row)}:
@@ -152,6 +189,16 @@ def group_numbers(table: SampleTable) -> np.ndarray:
         if groups.size_of(captions[text]) <= most:
             groups.join(captions[text])
     return np.unique([groups.root(row) for row in range(len(table))], return_inverse=True)[1].astype(np.int64)
+
+
+def _groups_of_files(table: SampleTable) -> "Groups":
+    groups, files, key_of_path = Groups(len(table)), dict[str, list[int]](), functools.cache(file_key)
+    for row in range(len(table)):
+        for path in {table.images[row], table.audio[row]} - {""}:
+            files.setdefault(key_of_path(path), []).append(row)
+    for rows in files.values():
+        groups.join(rows)
+    return groups
 
 
 class Groups:

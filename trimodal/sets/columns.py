@@ -75,7 +75,7 @@ class Columns:
             column = _kind_of(name, value) if meaning == "file" else meaning
             if column == "labels" and column != _key(name):
                 _check_labels(name, value)
-            if column == "text" and column in found and _stem(name) and _stem(name) == _stem(names[column]):
+            if column == "text" and column in found and stem_of(name) and stem_of(name) == stem_of(names[column]):
                 found[column] = [*(found[column] if isinstance(found[column], list) else [found[column]]), value]
             elif column in found:
                 raise ValueError(f"two columns for {column}: {names[column]!r} and {name!r}; leave one out")
@@ -114,7 +114,7 @@ def understand(names: Sequence[str], where: str) -> Columns:
             raise UserError(f"{where}: unknown column {name!r:.60}; {_hint(name)}")
         other = of.setdefault(meaning, name)
         if meaning not in ("", "file") and other is not name and not (
-                meaning == "text" and _stem(name) and _stem(name) == _stem(other)):
+                meaning == "text" and stem_of(name) and stem_of(name) == stem_of(other)):
             raise UserError(f"{where}: {other!r:.60} and {name!r:.60} are two columns for {meaning}; leave one out")
         meanings.append(meaning)
     return Columns(tuple(names), tuple(meanings))
@@ -132,7 +132,7 @@ def meaning_of(name: str) -> str | None:
         return ""
     if key in _FILES:
         return "file"
-    return _MEANINGS.get(key) or ("text" if _stem(name) else None)
+    return _MEANINGS.get(key) or ("text" if stem_of(name) else None)
 
 
 def delimiter_of(header: str, usual: str) -> str:
@@ -172,7 +172,7 @@ def _key(name: str) -> str:
     return re.sub(r"[\s\-]+", "_", name[:100].strip().lower())
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """ "caption" of "caption_1"; "" where the column is none of several captions."""
     numbered = _NUMBERED.fullmatch(_key(name))
     return numbered[1] if numbered and _MEANINGS.get(numbered[1]) == "text" else ""

@@ -28,8 +28,8 @@ from typing import Any, TextIO
 
 from trimodal.config import LANGUAGES, Config, DataConfig
 from trimodal.data import prepared
-from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample, stable_hash
-from trimodal.data.splits import LEAST_VAL, Groups, two_of_each_kind
+from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample
+from trimodal.data.splits import Groups, draw_sides
 from trimodal.errors import UserError
 from trimodal.files import sha256_of
 from trimodal.sets import columns, written_lists
@@ -45,7 +45,6 @@ MAX_BYTES = 2_000_000_000  # five million lines of 400
 MAX_LINES = 5_000_000  # of CSV rows too: about 1 KB of memory each while the file is checked
 MAX_LINE_CHARS = 1_000_000  # of a row; thousands of captions for one picture
 MAX_SECONDS = 1e7  # four months: beyond any recording
-HELD_OUT = {"test": 0.1, "val": 0.1}  # shares where no line names a split; the rest is train
 NO_FILE = File("", -1)
 
 _log = logging.getLogger(__name__)
@@ -400,16 +399,10 @@ def _check_splits(reading: _Reading, rows: list[_Row]) -> None:
 
 
 def _draw_splits(rows: list[_Row]) -> None:
-    """Order the groups of rows that belong together by a hash of their first id, and cut the shares off its head; of
-    few rows as many as can be compared, or none."""
-    ordered = sorted(_connected(rows), key=lambda group: stable_hash(min(row.key for row in group)))
-    ends = [("test", HELD_OUT["test"]), ("val", sum(HELD_OUT.values())), ("train", 1.0)]
-    sides = [next(name for name, end in ends if place < round(end * len(ordered))) for place in range(len(ordered))]
-    counts = Counter((side, kind) for side, group in zip(sides, ordered, strict=True) for row in group
-                     for kind in row.kinds())
-    if any(counts[side, kind] < LEAST_VAL for side in HELD_OUT for _, kind in list(counts)):
-        sides = two_of_each_kind(sides, [Counter(kind for row in group for kind in row.kinds()) for group in ordered])
-    for group, split in zip(ordered, sides, strict=True):
+    groups = list(_connected(rows))
+    sides = draw_sides([min(row.key for row in group) for group in groups],
+                       [Counter(kind for row in group for kind in row.kinds()) for group in groups])
+    for group, split in zip(groups, sides, strict=True):
         for row in group:
             row.split = split
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from trimodal.config import Config
-from trimodal.data.samples import SPLITS, Sample, normalise_caption
+from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption
+from trimodal.data.splits import draw_splits_of
 from trimodal.errors import UserError
 from trimodal.sets import inventory
 
@@ -135,6 +136,15 @@ def draw_fold(units: Iterable[str], fold: int, folds: int, val: float) -> dict[s
     first, last = (round(len(order) * number / folds) for number in (fold, fold + 1))
     sides = ["test"] * (last - first) + ["val"] * round(val * len(order))
     return dict(itertools.zip_longest(order[first:] + order[:first], sides[:len(order)], fillvalue="train"))
+
+
+def by_split(table: SampleTable, splits: Sequence[str]) -> Iterator[Sample]:
+    """The samples of some splits of a table, one split after the other; where no sample has a split, they are drawn."""
+    names = draw_splits_of(table) if table.splits.names == ("",) else np.array(table.splits.names)[table.splits.codes]
+    sides = np.array(names)
+    for split in splits:
+        for row in np.flatnonzero(sides == split).tolist():
+            yield dataclasses.replace(table[row], split=split)
 
 
 # ---- what is not there -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".opus", ".oga", ".aa
 WITH_SOUND = (*SOUND_SUFFIXES, *VIDEO_SUFFIXES)  # of two files with one name the earlier suffix is taken
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".heic",
                     ".heif", ".jfif", ".ppm", ".pgm")
+SUFFIXES = (*PICTURE_SUFFIXES, *WITH_SOUND)  # of all that is read
 # FFmpeg tries no other formats: some are playlists, and it opens the files and addresses that these name.
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,asf,flv,ogg"
 SOUND_FORMATS = f"{VIDEO_FORMATS},wav,w64,aiff,au,caf,flac,mp3,aac,ac3,amr,ape,wv,tta"

@@ -56,8 +56,12 @@ def test_files_of_one_stem_are_one_sample(root: Path, caplog: pytest.LogCaptureF
     (root / "a.b.txt").write_text("one\n\n two \n")
     (root / "d" / "1.json").write_text(json.dumps({"caption": "three", "speaker": "anna"}))
     (root / "readme.txt").write_text("no sample")
+    pictures(root, "e/1.jpg")
+    (root / "e" / "1.txt").write_text("four,\nand five")
+    (root / "e" / "1.json").write_text(json.dumps({"caption": "four,\nand five"}))  # as img2dataset writes it
     found = read(root.parent)
-    assert {key: one.captions for key, one in found.items()} == {"a.b": ("one", "two"), "a.c": (), "d/1": ("three",)}
+    assert {key: one.captions for key, one in found.items()} == {
+        "a.b": ("one", "two"), "a.c": (), "d/1": ("three",), "e/1": ("four,\nand five",)}
     assert found["d/1"].audio and found["d/1"].image.endswith("1.jpg") and found["d/1"].speaker == "anna"
     assert "d/1" in caplog.text and "a.c" in caplog.text, "what is left out, and what has no caption"
 

@@ -95,6 +95,7 @@ def test_the_parquet_of_img2dataset(tmp_path: Path, jpg: bytes) -> None:
     table(tmp_path / "shards" / "00000.parquet", rows)
     found = read(tmp_path)
     assert keys(found) == ["00000/000000", "00000/000001"] and found[0].captions == ("number 0",)
+    assert members.shown(found[0].image).endswith("00000.parquet: 000000.jpg")
     assert np.array_equal(decode_image(found[0].image), decode_image(tmp_path / "of" / "a.jpg"))
 
 

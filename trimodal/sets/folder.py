@@ -3,7 +3,8 @@
     folder/dog/1.jpg                 a picture with the label "dog"
     folder/dog/2.wav                 a sound with that label
     folder/walks/3.mp4               a picture (its middle frame) and its sound
-    folder/4.jpg  folder/4.txt       a picture and its captions, one a line (or a .json, as in shards)
+    folder/4.jpg  folder/4.txt       a picture and its captions, one a line; or a .json, as in shards. img2dataset
+                                     writes both, and a text of several lines is one caption where its .json says so
 
 Folders train, val and test at the top are splits; without them 80, 10 and 10 % of the samples by their keys.
 """
@@ -27,12 +28,11 @@ from trimodal.errors import UserError
 from trimodal.sets import inventory
 from trimodal.sets.base import DataSet
 from trimodal.sets.columns import SPLIT_NAMES
-from trimodal.sets.fields import MAX_TEXT_BYTES, TEXTS, Reading, class_names, field_of, media_of
+from trimodal.sets.fields import MAX_TEXT_BYTES, TEXTS, Reading, class_names, field_of, flat, media_of
 from trimodal.sets.reading import by_split
 
 NAME = "folder"
 FORMAT = 1  # counts up with every change of what is found in a tree
-MEDIA = (*media.PICTURE_SUFFIXES, *media.SOUND_SUFFIXES, *media.VIDEO_SUFFIXES)
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def find(root: Path) -> list[Found]:
         by_stem: dict[str, dict[str, str]] = {}
         for name in names:
             stem, end = os.path.splitext(name)
-            if end.lower() in MEDIA or end[1:].lower() in TEXTS:
+            if end.lower() in media.SUFFIXES or end[1:].lower() in TEXTS:
                 by_stem.setdefault(stem, {}).setdefault(end[1:].lower(), os.path.join(folder, name))
         below = Path(folder).relative_to(root)
         found += [Found((below / stem).as_posix(), files) for stem, files in sorted(by_stem.items()) if media_of(files)]
@@ -105,6 +105,8 @@ def _sample(found: Found, splits: dict[str, str], sounding: dict[str, bool], rea
             config: Config) -> Sample | None:
     of = media_of(found.files)
     fields = {end: _text(found.files[end], end, reading) for end in TEXTS if end in found.files}
+    if isinstance(fields.get("txt"), str) and fields["txt"] not in flat({"json": fields.get("json")}).values():
+        fields["txt"] = fields["txt"].splitlines()
     sample = reading.sample(NAME, found.stem, of, fields, sounding.get(of.videos[0]) if of.videos else None)
     if sample is None:
         return None
@@ -119,13 +121,12 @@ def _sample(found: Found, splits: dict[str, str], sounding: dict[str, bool], rea
 
 
 def _text(path: str, end: str, reading: Reading) -> Any:
-    """The value of a .txt (its lines, which are captions each), .json or .cls."""
+    """The value of a .txt, .json or .cls."""
     if os.path.getsize(path) > MAX_TEXT_BYTES:
         reading.notes.add(f"texts of over {MAX_TEXT_BYTES:,} bytes are left out", path)
         return None
     with open(path, "rb") as file:
-        value = field_of(end, file.read(), reading.notes, path)
-    return value.splitlines() if end == "txt" else value
+        return field_of(end, file.read(), reading.notes, path)
 
 
 def _videos_with_sound(found: Sequence[Found], config: Config) -> dict[str, bool]:

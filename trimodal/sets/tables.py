@@ -103,12 +103,14 @@ def _rows(table: Any, path: str, found: Sequence[_Column],
         there = {one.name: _is_there(table, path, group, one.bytes) for one in found}
         for number, row in enumerate(rows):
             of: dict[str, list[str]] = {"picture": [], "sound": [], "video": []}
+            key = next((str(row[name]) for name in KEYS if row.get(name)), "")
             for one in found:
                 if there[one.name] is None or there[one.name][number]:
                     file_name = (row.get(one.name) or {}).get("path") if one.path else ""
                     name = f"row {first + number}" + (f", {os.path.basename(file_name)}" if file_name else "")
+                    if key and f".{one.name}" in media.SUFFIXES:
+                        name = f"{key}.{one.name}"  # as in a tar
                     of[one.kind].append(members.in_parquet(path, group, number, one.bytes, name))
-            key = next((str(row[name]) for name in KEYS if row.get(name)), "")
             yield key, Media(of["picture"], of["sound"], of["video"]), {
                 name: _named(row[name], class_names.get(name, ())) for name in wanted if name in row}
         first += len(rows)

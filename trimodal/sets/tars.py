@@ -15,7 +15,7 @@ from trimodal.errors import UserError
 from trimodal.sets.fields import MAX_TEXT_BYTES, TEXTS, Notes, Reading, field_of, media_of
 
 BLOCK = tarfile.BLOCKSIZE
-MEDIA = tuple(end[1:] for end in (*media.PICTURE_SUFFIXES, *media.SOUND_SUFFIXES, *media.VIDEO_SUFFIXES))
+MEDIA = tuple(end[1:] for end in media.SUFFIXES)
 # Webdataset's rule: a key ends at the first dot of the name, what follows is the extension; names without either and
 # hidden ones (._7.jpg of macOS) are none. Names with two underscores around are its own.
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")

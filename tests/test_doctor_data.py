@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import soundfile
 import torch
 
 from datasets import load_data
-from tests import trees
+from tests import shard_files, trees
 from tests.data.test_data_faults import hanging
 from tests.project import ROOT
 from tests.refusals import assert_names, refused
@@ -23,6 +24,7 @@ from tests.test_doctor import PICTURES, WORDS, case_of, configured, opened, own_
 from trimodal import doctor
 from trimodal.data import bad_samples, cache, probe
 from trimodal.data.batches import pool
+from trimodal.data.near import near_files
 from trimodal.doctor import Case, Finding
 from trimodal.memory.devices import Fit
 from trimodal.training import resume, saving
@@ -43,6 +45,30 @@ def test_a_missing_set_comes_with_its_command_and_the_others_are_counted(tmp_pat
     assert f"python download_datasets.py --datasets coco --data-root {tmp_path}/data" in missing.advice
     assert_names(row(found, "data: synthetic").found.splitlines()[0], "train", "64 audio+text", "64 image+text", 256)
     assert case.config.data.datasets == ("synthetic",) and list(case.tasks) == ["words"]
+
+
+def test_shards_are_counted_with_what_they_lack(tmp_path: Path) -> None:
+    """A shard that was cut: its samples are counted, the member within which it ends is a broken file, and what stood
+    behind it is told to be gone; so are pictures that the training split has as well."""
+    pictures = {f"{n:02}.jpg": trees.noise(tmp_path / "of" / f"{n}.jpg", (64, 48), n).read_bytes() for n in range(20)}
+    texts = {name.replace("jpg", "txt"): f"number {name}".encode() for name in pictures}
+    path = shard_files.tar(tmp_path / "data" / "shards" / "train" / "0.tar", dict(sorted((pictures | texts).items())))
+    with tarfile.open(path) as archive:
+        cut = archive.getmember("15.jpg").offset_data + 100
+    path.write_bytes(path.read_bytes()[:cut])
+    shard_files.tar(tmp_path / "data" / "shards" / "test" / "0.tar", {"1.jpg": pictures["03.jpg"], "1.txt": b"again",
+                                                                     "2.jpg": pictures["19.jpg"], "2.txt": b"new"})
+    case = case_of(tmp_path, "data.datasets=[shards]", "data.max_bad_pct=50")
+    counted = row(list(doctor.check_data(case)), "data: shards")
+    assert counted.state == "warn" and counted.advice
+    assert_names(counted.found.replace("\n", " "), "train", "13 image+text", "val", "test", "2 image+text", path,
+                 "15.jpg")
+    files = row(list(doctor.check_files(case)), "files: shards")
+    assert files.state == "warn" and f"{path}: 15.jpg" in files.found
+    load_data(case.trial)  # fills the cache
+    assert case.data is not None
+    filled = load_data(case.config)
+    assert len(near_files(filled.splits["test"], filled.splits["train"], case.config)["image"]) == 1
 
 
 def test_without_any_set_nothing_follows(tmp_path: Path) -> None:

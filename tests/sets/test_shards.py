@@ -373,7 +373,7 @@ def test_a_shard_is_looked_through_once(tmp_path: Path, jpg: bytes, monkeypatch:
     said = notes(caplog)
     caplog.clear()
     assert read(tmp_path) == first and len(looked) == 4
-    assert notes(caplog) == said and "3 samples" in said, "what was left out is said at each start"
+    assert notes(caplog) == said and "left out: 3" in said, "what was left out is said at each start"
     tar(tmp_path / "shards" / "1.tar", {"1.jpg": jpg, "9.jpg": jpg})
     assert "1/9" in keys(read(tmp_path)) and looked[4:] == ["1.tar"]
     assert not read(tmp_path, None, "data.shards_captions=[x]")[0].captions

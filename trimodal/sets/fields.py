@@ -21,6 +21,7 @@ from trimodal.sets.reading import MAX_CAPTION_CHARS
 TEXTS = ("txt", "json", "cls")  # endings of what describes a picture or sound
 MAX_TEXT_BYTES = 1_000_000  # of one of them; thousands of captions
 AUTO = ()  # captions are of the first of these names that has any, else of the first that columns takes for text
+NO_CAPTION = "samples without a caption"
 FIRST = ("txt", "caption", "captions", "text", "texts")
 
 
@@ -34,8 +35,10 @@ class Notes:
         count, first = self.found.get(what, (0, where))
         self.found[what] = count + times, first
 
-    def lines(self) -> Iterator[str]:
-        yield from (f"{count:,} {what} (the first: {first:.200})" for what, (count, first) in self.found.items())
+    def lines(self, captioned: bool = True) -> list[str]:
+        """A line for each; without captions at all (not `captioned`) it is no news that samples have none."""
+        return [f"{what}: {count:,} (the first: {first:.200})" for what, (count, first) in self.found.items()
+                if captioned or what != NO_CAPTION]
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Reading:
         fields = flat(fields)
         captions = tuple(self._captions(key, fields))
         if not captions:
-            self.notes.add("samples have no caption", key)
+            self.notes.add(NO_CAPTION, key)
         return Sample(key=key, source=source, split="", image=image, audio=audio, captions=captions,
                       labels=tuple(dict.fromkeys(self._labels(key, fields))), speaker=_speaker(fields))
 

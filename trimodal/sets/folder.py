@@ -86,8 +86,7 @@ def read_folder(root: Path, config: Config) -> tuple[SampleTable, list[str]]:
     table = SampleTable.pack(filter(None, (_sample(one, splits, sounding, reading, config) for one in found)))
     if splits:
         _check_sides(table)
-    lines += [line for what, line in zip(reading.notes.found, reading.notes.lines(), strict=True)
-              if table.has_text.any() or "no caption" not in what]
+    lines += reading.notes.lines(bool(table.has_text.any()))
     if labels := sorted(table.labels.names):
         lines.append(f"{len(labels):,} labels: {', '.join(labels):.100}")
     return table, lines

@@ -192,8 +192,8 @@ def read_shards(root: Path, config: Config) -> tuple[list[SampleTable], list[str
         tables.append(_index(shard, reading, config).with_split(shard.split))
     if not any(map(len, tables)):
         raise UserError(f"{shards[0].path}: neither this shard nor another ({len(shards):,} in all) holds a picture or "
-                        f"sound{''.join(f'; {line}' for line in list(reading.notes.lines())[:2])}")
-    return tables, list(reading.notes.lines())
+                        f"sound{''.join(f'; {line}' for line in reading.notes.lines()[:2])}")
+    return tables, reading.notes.lines(any(table.has_text.any() for table in tables))
 
 
 def _read(root: Path, splits: Sequence[str], config: Config) -> Iterator[Sample]:

@@ -194,6 +194,14 @@ def bilingual() -> dict[str, float]:
         return bilingual(next(BILINGUAL_SEEDS))
 
 
+def search() -> dict[str, float]:
+    """Milliseconds from a request to the page's server to its whole answer, of 200 texts and 100,000 entries."""
+    from benchmarks.search import measured
+
+    with measurable():
+        return measured()
+
+
 SEEDS, BILINGUAL_SEEDS = itertools.count(), itertools.count()
 ALIGN_BF16 = partial(align, "align_same_bf16", "align_default_bf16", "align_dropped_bf16")
 FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
@@ -225,6 +233,7 @@ FIGURES = {"suite_s": Figure(720.0, suite), "suite_tmp_gb": Figure(1.0, suite),
            "scratch_stamps_audio_r5": Figure(None, scratch, runs=1, at_least=0.60),
            "plan_slowest_s": Figure(10.0, partial(waiting, "plan_slowest_s")),
            "first_step_s": Figure(12.0, partial(waiting, "first_step_s")),
+           "search_100k_ms": Figure(50.0, search), "search_100k_p95_ms": Figure(None, search),
            "validation_share_pct": Figure(10.0, partial(waiting, "validation_share_pct")),
            **{f"time_to_quality_{name}": Figure(0.3333, partial(time_to_quality, name))
               for name in ("synthetic", "stamps")}}

@@ -339,6 +339,12 @@ def test_a_port_in_use_is_told_in_one_line() -> None:
         listen("192.0.2.1", 0)
 
 
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        with listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_the_index_says_what_is_there(server: Server, index: Index) -> None:
     about = json.loads(server.ask("/api/index").body)
     assert about["name"] == "my media" and about["counts"] == {"image": 7, "audio": 4}

@@ -92,7 +92,11 @@ def listen(host: str, port: int) -> socket.socket:
     where = f"--host {host} --port {port}"
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(place[:2], family=family)
+        listener = socket.create_server(place[:2], family=family)
+        # asyncio does this for sockets whose proto is IPPROTO_TCP alone, and here it is 0; without it an answer's body
+        # waits up to 40 ms for the browser to acknowledge its head.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except PermissionError:
         raise UserError(f"{where}: only the system may listen there; take a port above 1023, or 0 for any free one"
                         ) from None

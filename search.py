@@ -1,6 +1,7 @@
 """Search your own pictures, sounds and videos by words, by a picture or by a sound.
 
     python search.py index ~/photos --checkpoint outputs/checkpoints/best_model.pt     # once, and after changes
+    python search.py index ~/photos --exclude '*.gif'                                  # --replace: for another folder
     python search.py query "a dog barks"
     python search.py query --image dog.jpg --kind audio --top 5
     python search.py query --audio bark.wav --json

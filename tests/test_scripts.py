@@ -470,6 +470,13 @@ def test_run_all_demo(project: Path) -> None:
     assert "./out/reports/report_1.md" in run.stdout
 
 
+def test_run_all_ends_with_the_page_of_the_report(project: Path) -> None:
+    (project / "out" / "reports").mkdir(parents=True)
+    (project / "out" / "reports" / "report_1.html").touch()
+    run, _ = run_all(project, "--demo")
+    assert run.returncode == 0 and "./out/reports/report_1.html" in run.stdout and ".md" not in run.stdout
+
+
 @pytest.mark.parametrize("kind", ["pretrained", "bilingual"])
 def test_run_all_demo_on_pretrained_towers(project: Path, kind: str) -> None:
     run, calls = run_all(project, "--demo", f"--{kind}", "--epochs", "2")

@@ -25,7 +25,8 @@ def made(value: float, margin: float | None = 0.05, rate: float = 1e-4, **given:
     figures = {"stamps": {"image-text": {"text_to_image_R@1": reports.figure(value, 0.01, low, high),
                                          "text_to_image_median_rank": reports.figure(
                                              100 * value, 500.0, low and 100 * low, high and 100 * high)}}}
-    config = {"training": {"learning_rate": rate, "seed": 0}, "stages": [{"name": "align", "share": rate}],
+    config = {"training": {"learning_rate": rate, "seed": 0}, "stages": [{"name": "align", "tasks": [
+        {"inputs": ["image", "text"], "objectives": {"contrastive": 1.0}, "passes": rate}]}],
               "paths": {"output_dir": str(value)}}
     return reports.composed(reports.run(figures, **{"config": config, **given}), reports.records())
 
@@ -63,7 +64,8 @@ def test_what_lies_within_the_intervals_or_has_none_is_not(tmp_path: Path) -> No
 
 def test_settings_that_differ_are_told_and_no_others(two: list[str]) -> None:
     assert compare.differing_settings(compare.read_runs(two)) == [
-        ("training.learning_rate", ["0.0001", "0.0002"]), ("stages.align.share", ["0.0001", "0.0002"])]
+        ("training.learning_rate", ["0.0001", "0.0002"]), ("stages.align.tasks.image+text.passes",
+                                                                     ["0.0001", "0.0002"])]
     assert compare.differing_settings(compare.read_runs([two[0], two[0]])) == []
 
 
@@ -71,9 +73,9 @@ def test_the_terminal_shows_all_of_it(two: list[str], capsys: pytest.CaptureFixt
     assert report.main(["compare", *two]) == 0
     lines = capsys.readouterr().out.splitlines()
     for expected in (r"training\.learning_rate +0\.0001 +0\.0002", r"stamps  text_to_image_R@1 +0\.2000 \[0\.1500, "
-                     r"0\.2500\]  0\.5000 \[0\.4500, 0\.5500\] ▲", r"align, time +40\.0 s +40\.0 s",
-                     r"align, planned GiB +0\.9000 +0\.9000", r"align, measured GiB +1 +1",
-                     r"evaluation, time +5\.0 s +5\.0 s"):
+                     r"0\.2500\]  0\.5000 \[0\.4500, 0\.5500\] ▲", r"align  Time +40\.0 s +40\.0 s",
+                     r"align  Predicted peak of tensors, GiB +0\.9000 +0\.9000",
+                     r"align  Measured of them, GiB +1 +1", r"evaluation at the end +5\.0 s +5\.0 s"):
         assert [line for line in lines if re.fullmatch(expected, line)], expected
     assert PHRASES["compare_other"]["en"] not in lines
 

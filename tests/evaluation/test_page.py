@@ -113,6 +113,9 @@ def test_the_data_table_tells_what_was_left_out() -> None:
     for said in (PHRASES["left_broken"]["en"].format(n=3), PHRASES["left_gone"]["zh"].format(n=20, of=120),
                  PHRASES["left_broken"]["en"].format(n=2), PHRASES["left_alone"]["en"].format(n=10)):
         assert said in text
+    found["evaluation"]["facts"]["stamps"] |= {"subset_seed": 0}
+    text = Parsed(page.render(found)).text()
+    assert PHRASES["left_subset"]["en"].format(n=10) in text and PHRASES["left_alone"]["zh"].format(n=10) not in text
 
 
 def test_time_adds_up_to_the_stage() -> None:
@@ -178,10 +181,10 @@ class Shown:
         self.complaints: list[str] = []
         self.requests: list[str] = []
 
-    def open(self, text: str, width: int = 1200, dark: bool = False) -> Any:
+    def open(self, text: str, width: int = 1200, dark: bool = False, touch: bool = False) -> Any:
         (self.folder / "page.html").write_text(text, "utf-8", "backslashreplace")
         context = self.browser.new_context(viewport={"width": width, "height": 800},
-                                           color_scheme="dark" if dark else "light")
+                                           color_scheme="dark" if dark else "light", has_touch=touch)
         opened = context.new_page()
         opened.on("console", lambda message: self.complaints.append(message.text))
         opened.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -224,6 +227,17 @@ def test_what_is_under_the_pointer_is_told(shown: Shown) -> None:
     assert width == 64
     assert opened.locator(".links").get_attribute("d").count("M") == 2, "to its caption and its sound"
     opened.locator("h1").hover()
+    assert not opened.locator("#tip").is_visible()
+    opened.context.close()
+
+
+def test_a_finger_reads_charts_too(shown: Shown) -> None:
+    opened = shown.open(page.render(KINDS["own_towers"], reports.media()), width=360, touch=True)
+    opened.locator("svg.lines").first.tap()
+    assert "part_of_pretrain" in opened.locator("#tip").inner_text(), "and it stays there"
+    opened.locator("circle.point").first.tap()
+    assert opened.locator("#tip img").is_visible()
+    opened.locator("h1").tap()
     assert not opened.locator("#tip").is_visible()
     opened.context.close()
 

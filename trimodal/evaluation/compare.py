@@ -78,16 +78,17 @@ def _report_in(path: Path) -> dict[str, Any]:
 
 
 def flat_settings(report: Mapping[str, Any]) -> dict[str, str]:
-    """Settings by dotted key, stages by their names, and what else decides a run."""
+    """Settings by dotted key, and what else decides a run."""
     found: dict[str, str] = {}
 
     def add(prefix: str, value: Any) -> None:
         if isinstance(value, Mapping) and value:
             for key, inner in value.items():
                 add(f"{prefix}.{key}", inner)
-        elif isinstance(value, list) and value and all(isinstance(one, Mapping) and "name" in one for one in value):
-            for one in value:
-                add(f"{prefix}.{one['name']}", {key: inner for key, inner in one.items() if key != "name"})
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            for n, one in enumerate(value, start=1):  # stages by their names, tasks by their inputs
+                add(f"{prefix}.{one.get('name') or '+'.join(one.get('inputs') or [str(n)])}", {
+                    key: inner for key, inner in one.items() if key not in ("name", "inputs")})
         else:
             found[prefix.lstrip(".")] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
@@ -135,19 +136,18 @@ def evaluated_alike(runs: Sequence[Compared]) -> bool:
     return len({json.dumps(verdict.samples_of(run.report)) for run in runs}) == 1
 
 
-def measured_rows(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
-    """Time and memory of each stage, and of the evaluation."""
+def measured_rows(runs: Sequence[Compared]) -> list[tuple[str, str, list[str]]]:
+    """Time and memory of each stage, and of the evaluation: stage, key of PHRASES, a value for each run."""
     stages = dict.fromkeys(stage["stage"] for run in runs for stage in run.report.get("stages") or [])
     rows = []
     for stage in stages:
         own: list[dict[str, Any]] = [next((one for one in run.report.get("stages") or [] if one["stage"] == stage), {})
                                      for run in runs]
-        rows += [(f"{stage}, time", [seconds(one.get("seconds")) for one in own]),
-                 (f"{stage}, samples/s", [number(one.get("samples_per_s")) for one in own]),
-                 (f"{stage}, planned GiB", [number(one.get("predicted_gib")) for one in own]),
-                 (f"{stage}, measured GiB", [number(one.get("measured_gib")) for one in own])]
+        rows.append((stage, "stage_seconds", [seconds(one.get("seconds")) for one in own]))
+        rows += [(stage, f"stage_{key}", [number(one.get(key)) for one in own])
+                 for key in ("samples_per_s", "predicted_gib", "measured_gib")]
     evaluations = [(run.report.get("evaluation") or {}).get("seconds") for run in runs]
-    return [*rows, ("evaluation, time", [seconds(took) for took in evaluations])]
+    return [*rows, ("", "time_evaluation", [seconds(took) for took in evaluations])]
 
 
 # ---- as text -----------------------------------------------------------------------------------------------------
@@ -165,7 +165,8 @@ def as_text(runs: Sequence[Compared]) -> str:
     parts.append(PHRASES["compare_text"]["en"])
     if not evaluated_alike(runs):
         parts.append(PHRASES["compare_other"]["en"])
-    parts.append(aligned([["time and memory", *letters], *([name, *values] for name, values in measured_rows(runs))]))
+    rows = [[f"{stage}  {PHRASES[key]['en']}".lstrip(), *values] for stage, key, values in measured_rows(runs)]
+    parts.append(aligned([["time and memory", *letters], *rows]))
     return "\n\n".join(parts)
 
 
@@ -257,6 +258,6 @@ def _measured(runs: Sequence[Compared], letters: Sequence[str]) -> Html | None:
     rows = [Bar(join([element("b", run.letter), ", ", data(stage["stage"])]), time_parts(stage),
                 seconds(stage["seconds"]))
             for run in runs for stage in run.report.get("stages") or [] if stage.get("seconds")]
-    told = [[data(name), *values] for name, values in measured_rows(runs)]
-    return section("time_and_memory", bars(rows),
-                   table([words("what"), *letters], told, numbers=range(1, len(letters) + 1)))
+    told = [[data(stage), words(key), *values] for stage, key, values in measured_rows(runs)]
+    return section("time_and_memory", bars(rows), table([words("stage_stage"), words("what"), *letters], told,
+                                                        numbers=range(2, len(letters) + 2)))

@@ -32,6 +32,11 @@ function showTip(event, lines, picture) {
   tip.style.top = Math.max(4, top) + "px";
 }
 const hideTip = () => { tip.hidden = true; };
+// A finger that is lifted leaves the tip there, until the next touch elsewhere.
+const whenGone = (node, hide) => node.addEventListener("pointerleave", (event) => {
+  if (event.pointerType !== "touch") hide();
+});
+document.addEventListener("pointerdown", (event) => { if (!event.target.closest("svg")) hideTip(); });
 
 // Where the pointer is, in the units of a chart.
 function place(svg, event) {
@@ -60,7 +65,7 @@ for (const svg of document.querySelectorAll(".lines")) {
   };
   svg.addEventListener("pointermove", move);
   svg.addEventListener("pointerdown", move);
-  svg.addEventListener("pointerleave", () => { cursor.remove(); hideTip(); });
+  whenGone(svg, () => { cursor.remove(); hideTip(); });
 }
 
 // Histograms: the shares of the band under the pointer.
@@ -68,7 +73,7 @@ for (const band of document.querySelectorAll("[data-tip]")) {
   const show = (event) => showTip(event, [band.dataset.tip]);
   band.addEventListener("pointermove", show);
   band.addEventListener("pointerdown", show);
-  band.addEventListener("pointerleave", hideTip);
+  whenGone(band, hideTip);
 }
 
 // The map: the point nearest to the pointer, and lines to the other points of its sample.
@@ -100,7 +105,7 @@ for (const svg of document.querySelectorAll(".map")) {
   };
   svg.addEventListener("pointermove", move);
   svg.addEventListener("pointerdown", move);
-  svg.addEventListener("pointerleave", leave);
+  whenGone(svg, leave);
   for (const button of document.querySelectorAll("[data-by]:not(svg)"))
     button.addEventListener("click", () => {
       const { by } = button.dataset;

@@ -46,6 +46,6 @@ def _item(item: Mapping[str, Any], media: Mapping[str, str]) -> list[Html | None
 
 def _below(answer: Mapping[str, Any]) -> Html:
     rank = answer.get("rank")
-    return element("p", f"{'✓' if answer['right'] else '✗'} ", f"{answer['score'] + 0.0:.2f}",
+    return element("p", f"{'✓' if answer['right'] else '✗'} ", f"{round(answer['score'], 2) + 0.0:.2f}",  # never -0.00
                    [" · ", words("at_rank", rank=number(rank))] if rank else None,
                    class_="good" if answer["right"] else "faint")

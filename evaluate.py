@@ -5,7 +5,7 @@
     python evaluate.py --checkpoint best_model.pt --zero-shot DIR      # DIR/dog/1.wav, DIR/rain/7.wav, ...
     python evaluate.py --checkpoint hub:openai/clip-vit-base-patch32 --datasets coco
 
-Prints one aligned table and writes report_*.json and report_*.md to the output folder's reports/.
+Prints one aligned table and writes report_*.json, .md and .html (the page) to the output folder's reports/.
 Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
 """
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import trimodal
-from trimodal.evaluation import markdown, report
+from trimodal.evaluation import markdown, report, verdict
 from trimodal.evaluation.markdown import remarks
 from trimodal.evaluation.phrases import PHRASES
 
@@ -131,6 +131,7 @@ def test_files_named_in_the_report_are_there_and_nothing_else(written):
 
 def test_the_markdown_says_what_was_measured(written):
     text = written[1].read_text("utf-8")
+    assert verdict.sentence(json.loads(written[0].read_text("utf-8")))["en"] == text.splitlines()[2]
     assert "| image-text | image_to_text_R@1 | **0.2500** | 0.2000 - 0.3000 | 0.1000 | 2.5 | 1,234 | 50 |" in text
     assert "image_to_text_median_rank | **14** | 0.2000 - 0.3000 | 77.5 | - |" in text  # less is better: no "times"
     for note in (say("samples", samples=90, of=100), say("subset", subset_seed=0), say("broken", broken=2)):

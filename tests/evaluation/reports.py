@@ -62,7 +62,8 @@ def run(figures: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
             "data": {"counts": {"stamps": {"train": {"image+text": 700, "captions": 700}, "test": {"image+text": 100}}},
                      "digests": {"train": "ab12", "test": "cd34"}, "licences": {"stamps": "GPL-2"},
                      "broken": {"stamps": {"train": 3}}, "available": {}},
-            "evaluation": {"split": "test", "figures": figures, "facts": {"stamps": FACTS}, "seconds": 5.0}, **given}
+            "evaluation": {"split": "test", "figures": figures, "facts": {"stamps": FACTS}}, "evaluation_s": 5.0,
+            **given}
 
 
 def composed(of: dict[str, Any], lines: list[dict[str, Any]], **given: Any) -> dict[str, Any]:

@@ -146,8 +146,7 @@ def measured_rows(runs: Sequence[Compared]) -> list[tuple[str, str, list[str]]]:
         rows.append((stage, "stage_seconds", [seconds(one.get("seconds")) for one in own]))
         rows += [(stage, f"stage_{key}", [number(one.get(key)) for one in own])
                  for key in ("samples_per_s", "predicted_gib", "measured_gib")]
-    evaluations = [(run.report.get("evaluation") or {}).get("seconds") for run in runs]
-    return [*rows, ("", "time_evaluation", [seconds(took) for took in evaluations])]
+    return [*rows, ("", "time_evaluation", [seconds(run.report.get("evaluation_s")) for run in runs])]
 
 
 # ---- as text -----------------------------------------------------------------------------------------------------

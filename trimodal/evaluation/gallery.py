@@ -308,7 +308,7 @@ def embedding_map(encoded: Encoded, data: Data, media: Media) -> dict[str, Any] 
     parts = []
     for name in MODALITIES:
         if own := [index for modality, index in chosen if modality == name]:
-            features_NF = take(encoded.items[name].features_NF, np.array(own)).double().cpu().numpy()
+            features_NF = take(encoded.items[name].features_NF, np.array(own)).cpu().double().numpy()
             features_NF = np.nan_to_num(features_NF, nan=0.0, posinf=0.0, neginf=0.0)
             parts.append(features_NF - features_NF.mean(0))
     layout = lay_out(np.concatenate(parts))

@@ -226,7 +226,7 @@ def _time(report: Report) -> Html | None:
     stages = report.get("stages") or []
     rows = [Bar(data(stage["stage"]), time_parts(stage), seconds(stage["seconds"])) for stage in stages
             if stage.get("seconds")]
-    if (took := (report.get("evaluation") or {}).get("seconds")) is not None:
+    if (took := report.get("evaluation_s")) is not None:
         rows.append(Bar(words("time_evaluation"), {"time_evaluation": took}, seconds(took)))
     keys = ("stage", "epochs", "steps", "samples", "seconds", "samples_per_s", "data_wait_pct", "loss")
     told = [[data(stage["stage"]), *(seconds(stage[key]) if key == "seconds" else number(stage.get(key))

@@ -31,8 +31,9 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     validations   [{"stage", "epoch", "step", "loss", "metrics": {name: value}, "chance": {name: value}, "candidates":
                   {name: count}}]
     evaluation    {"split", "figures": {set: {pair: {metric: {"value", "chance", "candidates", "queries", "low",
-                  "high"}}}}, "seconds": that it took, "facts": {set: {"samples", "of", "broken", "trained_on",
-                  "subset_seed", "nonfinite", "trials", "near": {modality: files}}}}
+                  "high"}}}}, "facts": {set: {"samples", "of", "broken", "trained_on", "subset_seed", "nonfinite",
+                  "trials", "near": {modality: files}}}}
+    evaluation_s  seconds that this took
     earlier       what differs from the newest earlier report in this folder of the same recipe: verdict.find_earlier
     similarities  {pair: {"low", "high", "right": counts in bins of equal width between them, "wrong", "separation"}}
     map           {"points": [...], "of", "neighbours", "kept", "kept_pca"}: gallery.embedding_map
@@ -42,8 +43,8 @@ The JSON file (schema 1; a later schema may add keys, never change one). None st
     files         {"markdown", "page", "losses", "progress", "gallery_image", "gallery_audio"}: names of files beside it
 
 What `write_report` is given as `run` are those keys that it cannot know itself: kind, command, checkpoint, best, model,
-towers, config, data, evaluation, similarities, map, retrievals, and "device", "precision", "predicted_gib" ({stage:
-GiB}); each may be missing.
+towers, config, data, evaluation, evaluation_s, similarities, map, retrievals, and "device", "precision",
+"predicted_gib" ({stage: GiB}); each may be missing.
 
     python -m trimodal.evaluation.report compare A B ... [--html FILE]     # runs side by side: compare.py
 """
@@ -121,7 +122,7 @@ def compose(run: Mapping[str, Any], records: Sequence[Mapping[str, Any]], galler
             now: datetime.datetime) -> dict[str, Any]:
     """The report as plain data, all but `files`."""
     named = ("kind", "command", "checkpoint", "initialised_from", "best", "model", "towers", "config", "data",
-             "evaluation", "similarities", "map", "retrievals")
+             "evaluation", "evaluation_s", "similarities", "map", "retrievals")
     report = {
         "schema": SCHEMA, "created": now.isoformat(timespec="seconds"), **{name: run.get(name) for name in named},
         "environment": environment(run),

@@ -73,8 +73,8 @@ def evaluate(options: argparse.Namespace) -> Path:
         "model": describe(model), "towers": {} if is_hub else tower_facts(model.towers, config.stages),
         "config": settings(own_settings(config, is_hub)), "data": found.data, "device": str(device),
         "precision": precision.reason, **found.shown,
-        "evaluation": {"split": found.split, "figures": found.figures, "facts": found.facts,
-                       "seconds": time.perf_counter() - start_s},
+        "evaluation": {"split": found.split, "figures": found.figures, "facts": found.facts},
+        "evaluation_s": time.perf_counter() - start_s,
     }
     with writing_to(folder):
         _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=found.gallery,

@@ -297,8 +297,8 @@ def finish(run: Run) -> Path:
         "data": {**run.data.describe(), "broken": bad_samples.counts(run.config)},
         "device": str(run.device), "precision": run.precision.reason,
         "predicted_gib": run.predicted_gib, **shown,
-        "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts,
-                       "seconds": time.perf_counter() - start_s},
+        "evaluation": {"split": "test", "figures": figures, "facts": encoded.facts},
+        "evaluation_s": time.perf_counter() - start_s,
     }
     final = {**description(run), "model_state_dict": run.model.state_dict(), **run.best,
              "progress": vars(run.progress).copy()}

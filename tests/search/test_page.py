@@ -280,12 +280,31 @@ def test_the_newest_query_wins_and_waiting_is_shown(opened: Opened, gated: Gated
     page.fill("#text", "slow")
     page.wait_for_selector("#results[aria-busy=true]")
     assert page.locator("#status").text_content() == "Searching…" and gated.is_waiting.wait(10)
-    page.fill("#text", "fast")
-    page.keyboard.press("Enter")
+    with page.expect_event("requestfailed") as given_up:
+        page.fill("#text", "fast")
+        page.keyboard.press("Enter")
+    assert given_up.value.url.endswith("?text=slow")
     gated.go_on.set()
     settled(page)
     assert page.url.endswith("?text=fast") and page.locator("#results").get_attribute("aria-busy") == "false"
-    assert [url for url in opened.requests if "api/search?" in url][-1].endswith("text=fast")
+
+
+def test_an_answer_that_comes_late_is_not_shown(opened: Opened) -> None:
+    """It has been given up; and it would not be shown if it came nevertheless."""
+    page = opened(script="window.fetch = ((own) => (url, options) => own(url, { ...options, signal: null }))(fetch)")
+    late = list[Any]()
+    page.route("**/api/search?text=late", lambda route: late.append(route))
+    page.fill("#text", "late")
+    while not late:
+        page.wait_for_timeout(20)
+    page.fill("#text", "new")
+    settled(page)
+    before = names(page, "image"), page.locator("#image .score").all_text_contents()
+    with page.expect_response("**/api/search?text=late"):
+        late[0].continue_()
+    page.wait_for_timeout(200)
+    assert (names(page, "image"), page.locator("#image .score").all_text_contents()) == before
+    assert page.url.endswith("?text=new") and page.input_value("#text") == "new"
 
 
 def test_chinese_light_and_dark_and_a_phone(opened: Opened) -> None:

@@ -335,7 +335,7 @@ def test_a_port_in_use_is_told_in_one_line() -> None:
         port = taken.getsockname()[1]
         with refused("--port", port, "127.0.0.1"):
             listen("127.0.0.1", port)
-    with refused("--host", "192.0.2.1"):  # of no machine
+    with refused("--host", "192.0.2.1", "127.0.0.1", "0.0.0.0"):  # of no machine
         listen("192.0.2.1", 0)
 
 

@@ -17,7 +17,9 @@ Shape suffixes: F embed_dim.
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import socket
 import tempfile
 import traceback
@@ -101,8 +103,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"{where}: only the system may listen there; take a port above 1023, or 0 for any free one"
                         ) from None
     except OSError as error:
-        raise UserError(f"{where}: cannot listen there ({error.strerror}); take another port, or 0 for any free one"
-                        ) from None
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"{where}: another program listens there; take another port, or 0 for any free one"
+                            ) from None
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise UserError(f"{where}: cannot listen there ({reason}); --host takes an address of this machine: 127.0.0.1 "
+                        "for itself alone, 0.0.0.0 for all that reach it") from None
 
 
 def address(host: str, listener: socket.socket) -> str:

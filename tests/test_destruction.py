@@ -59,6 +59,8 @@ SAFE = {
     "download.state.State.write_licence": ("replacing", "only over a text whose digest the marker knows"),
     "doctor.check_memory": ("shutil.copytree", "kept plans, into the temporary folder"),
     "doctor.main": ("TemporaryDirectory", "a new folder"),
+    "export.hub.write": ("TemporaryDirectory write_text os.rename", "a new folder beside, which becomes the one that "
+                         "was asked for where nothing is"),
     "export.onnx.write": ("TemporaryDirectory write_text shutil.copyfile os.rename",
                            "in a new folder, which then gets a name that nothing has"),
     "export.onnx.write_rules": ("write_text write_text", "in that new folder"),

@@ -31,6 +31,7 @@ ROOM = 1.02  # times the bytes of the tensors
 
 _MARK = b"trimodal checkpoint, sha256 of the bytes before this line: "
 _COMMENT_BYTES = len(_MARK) + 64
+TOKENIZER = "tokenizer.json"  # may lie beside config.json, where {"file": TOKENIZER} stands for its text
 _BESIDE = {"int64": "<i8", "float32": "<f4", "float64": "<f8"}  # tensors in config.json, and their bytes
 _EPOCH_FILE = re.compile(r"checkpoint_epoch_(\d+)(?:_step_(\d+))?\.pt")
 
@@ -95,6 +96,11 @@ def _written_tensor(value: Any) -> dict[str, Any]:
         raise TypeError(f"config.json holds no {name or type(value).__name__}; of tensors {', '.join(_BESIDE)}")
     values = {name: base64.b64encode(value.numpy().astype(_BESIDE[name]).tobytes()).decode("ascii")}
     return values if value.ndim == 1 else values | {"shape": list(value.shape)}
+
+
+def _read_value(value: dict[str, Any], folder: Path) -> Any:
+    """What stands in config.json for a small tensor, or for the text of the tokenizer's file beside it."""
+    return (folder / TOKENIZER).read_text("utf-8") if value == {"file": TOKENIZER} else _read_tensor(value)
 
 
 def _read_tensor(value: dict[str, Any]) -> Any:
@@ -212,7 +218,8 @@ def load_export(path: str | Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        others = json.loads(Path(path).with_name("config.json").read_text("utf-8"), object_hook=_read_tensor)
+        others = json.loads(Path(path).with_name("config.json").read_text("utf-8"),
+                            object_hook=lambda value: _read_value(value, Path(path).parent))
         return {**others, "model_state_dict": load_file(path)}
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read, with the config.json beside it ({_reason(error)})") from None

@@ -143,7 +143,7 @@ def test_what_is_there_is_never_written_over(run: Path, exported: Path, capsys: 
     ("python run_training.py --model-size=base --lr 1e-3 --resume auto", "--model-size=base --lr 1e-3"),
     ("python run_training.py --output-dir 8 --batch-size 8 /a/b c", "--batch-size 8"),
     ("python /a/run_training.py --config recipes/demo.yaml --plan", "--config recipes/demo.yaml"),
-    ("python run_training.py --config /home/a/recipes/own.yaml --datasets coco a/b x=1", "--datasets coco"),
+    ("python run_training.py --config /data/a/recipes/own.yaml --datasets coco a/b x=1", "--datasets coco"),
     ("python run_training.py model.size=tiny model.image.tower=a model.text.weights=/a data.manifest=a.jsonl",
      "model.size=tiny"),
     ("python run_training.py stages.align.lr_factor=0.5 training.x=a/b paths.data_root=a memory.budget_gb=8",

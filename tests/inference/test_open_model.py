@@ -17,19 +17,22 @@ from model import load_model, open_model
 from tests.refusals import refused
 from tests.small_runs import SmallRuns
 from tests.tiny_towers import SIDE, by_name
+from tests.towers.test_hub_sounds import saved
 from trimodal.checkpoint import save
-from trimodal.config import config_from_dict
+from trimodal.config import AUDIO_WINDOW_FRAMES, config_from_dict
 from trimodal.data import codecs
 from trimodal.data.audio import decode_audio
 from trimodal.data.images import decode_image
 from trimodal.evaluation import protocols
 from trimodal.evaluation.micro_batches import Setting
+from trimodal.inference import checkpoint_model
 from trimodal.inference.open_model import OpenModel
 from trimodal.training import evaluations
 from trimodal.training.run import description
 
-TOWERS = (f"model.image_size={SIDE}", *(f"model.{name}.tower=./tiny_{name}" for name in ("image", "text")),
-          *(f"stages.{name}.trainable=['(?!(image|text)\\\\.tower).*']"
+OWN, TOWERS = "own", "towers"  # a pretrained tower of each modality
+PRETRAINED = (f"model.image_size={SIDE}", *(f"model.{name}.tower=./tiny_{name}" for name in ("image", "text")),
+          *(f"stages.{name}.trainable=['(?!(image|text|audio)\\\\.tower).*']"
             for name in ("pretrain", "align", "finetune")),
           "stages.pretrain.tasks=[{inputs: [image, text], objectives: {contrastive: 1}}]",
           "stages.pretrain.image_keep=1", "stages.align.audio_keep=1", "stages.align.drop_path=0")
@@ -63,7 +66,7 @@ def of(name: str, elements: Any) -> dict[str, Any]:
     return {name: elements}
 
 
-@pytest.fixture(scope="module", params=["own", "towers"])
+@pytest.fixture(scope="module", params=[OWN, TOWERS])
 def made(request: pytest.FixtureRequest, small: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     """An untrained model's checkpoint, opened, and the features that evaluate.py has of files with captions."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -72,9 +75,13 @@ def made(request: pytest.FixtureRequest, small: SmallRuns, tmp_path_factory: pyt
     lines = [{**one, "text": text, "split": "test"} for one, text in zip(media, TEXTS, strict=True)]
     (folder / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     overrides = ["data.datasets=[synthetic,manifest]", f"data.manifest={folder / 'own.jsonl'}", "data.audio_max_s=2"]
+    pretrained: tuple[str, ...] = ()
+    if request.param == TOWERS:
+        saved(folder / "ast", "ast")
+        pretrained = (*PRETRAINED, f"model.audio.tower=hub:{folder / 'ast'}")
     with by_name(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(codecs, "EXACT_BYTES", 500)  # the cache then keeps some as JPEG, as it does photographs
-        run = small.open(folder / "run", *overrides, *(TOWERS if request.param == "towers" else ()))
+        run = small.open(folder / "run", *overrides, *pretrained)
         path = folder / "run" / "checkpoints" / "best_model.pt"
         save({**description(run), "stage": "align", "epoch": 1, "loss": 1.0,
               "model_state_dict": run.model.state_dict()}, path)
@@ -134,10 +141,11 @@ def test_fused_features_are_those_of_the_model(made: Made) -> None:
         for n in range(3):
             picture = reader.read_image(decode_image(made.images[n])).value
             ids, mask = reader.tokenizer.encode([TEXTS[n]], 12)
-            mel, _ = reader.read_sound(decode_audio(made.audio[n])).value
+            mel, length = reader.read_sound(decode_audio(made.audio[n], rate_hz=reader.rate_hz)).value
             image = torch.from_numpy(picture).permute(2, 0, 1)[None]
             one: dict[str, Any] = {"images": made.images[n], "texts": TEXTS[n], "audio": made.audio[n]}
-            every = {"images": image, "input_ids": ids, "attention_mask": mask, "audio": torch.from_numpy(mel)[None]}
+            every = {"images": image, "input_ids": ids, "attention_mask": mask, "audio": torch.from_numpy(mel)[None],
+                     "audio_lengths": torch.tensor([length])}
             torch.testing.assert_close(made.model.fuse(**one), model(**every)["fused_features"], rtol=0, atol=2e-6)
             torch.testing.assert_close(made.model.fuse(images=made.images[n]), model(images=image)["fused_features"],
                                        rtol=0, atol=2e-6)
@@ -219,6 +227,19 @@ def test_a_long_list_is_read_as_it_is_encoded(made: Made) -> None:
         patch.setattr(made.model._model, "features", counted)
         assert made.model.encode(audio=waves(), batch_size=8).shape == (60, 8)
     assert encoded == read == 60
+
+
+def test_a_long_sound_is_encoded_some_windows_at_a_time(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "audio" in made.model._model.inputs:
+        pytest.skip("pretrained towers read all windows of a sound at once")
+    monkeypatch.setattr(checkpoint_model, "WINDOWS_AT_ONCE", 1)
+    lengths: list[int] = []
+    tower = made.model._model.model.audio
+    hook = tower.register_forward_hook(lambda _, given, found: lengths.append(given[0].shape[1]))
+    found = made.model.encode(audio=made.audio[1])
+    hook.remove()
+    torch.testing.assert_close(found, made.expected["audio"][1:2], rtol=0, atol=2e-6)
+    assert len(lengths) == 3 and max(lengths) == AUDIO_WINDOW_FRAMES
 
 
 def test_threads_may_share_a_model(made: Made) -> None:

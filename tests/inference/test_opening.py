@@ -27,7 +27,7 @@ def test_a_folder_stands_for_its_best_weights(tmp_path: Path) -> None:
 
 def test_a_folder_without_one_model_takes_one_line(tmp_path: Path) -> None:
     with refused(tmp_path / "gone"):
-        checkpoint_in(tmp_path / "gone")
+        open_model(tmp_path / "gone", "cpu")
     (tmp_path / "empty").mkdir()
     with refused(tmp_path / "empty", "empty"):
         checkpoint_in(tmp_path / "empty")

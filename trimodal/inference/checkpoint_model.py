@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimodal.blocks import Tokens
 from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, SAMPLE_RATE_HZ, config_from_dict
 from trimodal.data import codecs
 from trimodal.data.audio import log_mel
@@ -23,6 +24,7 @@ from trimodal.inference.prepared import Prepared
 from trimodal.towers.settings import inputs_of
 
 ARGUMENTS = {"image": ("images",), "text": ("input_ids", "attention_mask"), "audio": ("audio", "audio_lengths")}
+WINDOWS_AT_ONCE = 32  # of a long sound
 TOKENS = 16  # texts whose lengths differ by less are encoded side by side
 
 
@@ -72,8 +74,20 @@ class CheckpointModel:
             inputs = {key: value for name in values[0]
                       for key, value in self._inputs(name, [one[name] for one in values]).items()}
             return self.model(**inputs)["fused_features"]
-        found: Tensor = getattr(self.model, f"{modality}_features")(*self._inputs(modality, values).values())
+        inputs = self._inputs(modality, values)
+        if modality == "audio" and "audio" not in self.inputs:
+            return self._sound_features(*inputs.values())
+        found: Tensor = getattr(self.model, f"{modality}_features")(*inputs.values())
         return found
+
+    def _sound_features(self, audio_BTM: Tensor, lengths_B: Tensor) -> Tensor:
+        """Features of sounds of as many windows, so many of these at a time: an hour of sound takes no more memory than
+        a few minutes. Windows are encoded alone in any case."""
+        at_once = WINDOWS_AT_ONCE * self.window_frames
+        parts = [self.model.audio(part_BTM, (lengths_B - n * at_once).clamp(max=part_BTM.shape[1]))
+                 for n, part_BTM in enumerate(audio_BTM.split(at_once, 1))]
+        tokens_BND, valid_BN = (torch.cat(list(values), 1) for values in zip(*parts, strict=True))
+        return self.model.features("audio", Tokens(tokens_BND, valid_BN))
 
     def _inputs(self, modality: str, values: Sequence[Any]) -> dict[str, Tensor]:
         """Arguments of the model's `forward` for one modality."""

@@ -63,14 +63,11 @@ def checkpoint_in(source: str | Path) -> Path:
     """The file to load: `source` itself, or best_model.pt of a run's folder, or model.safetensors of an export.
 
     Raises:
-        UserError: nothing is there, or the folder holds none or several of them; the line names what is there.
+        UserError: the folder holds none or several of them; the line names what is there.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise UserError(f"{source}: no such file or folder; name a checkpoint, the output folder of a run, an exported "
-                        "folder, or hub:OWNER/NAME")
+    if not path.is_dir():
+        return path  # loading says what is wrong with it
     for folder in (path, path / "checkpoints"):
         if (folder / BEST).is_file():
             return folder / BEST

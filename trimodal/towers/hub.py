@@ -7,6 +7,7 @@ everything else reads that folder alone. Of a checkpoint with two towers only th
 import importlib
 import json
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -244,21 +245,31 @@ def described(tower_family: str, modality: str, source: str, folder: Path, taken
 
 
 class quiet:
-    """Inside, transformers prints no bars and no warnings: what they would say is checked here."""
+    """Inside, transformers prints no bars and no warnings: what they would say is checked here. Threads may be inside
+    at the same time."""
+
+    _lock, _inside = threading.Lock(), 0
+    _before = (0, False)
 
     def __enter__(self) -> None:
         from transformers.utils import logging
 
-        self.before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        with quiet._lock:
+            if not quiet._inside:
+                quiet._before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+                logging.set_verbosity_error()
+                logging.disable_progress_bar()
+            quiet._inside += 1
 
     def __exit__(self, *_: object) -> None:
         from transformers.utils import logging
 
-        logging.set_verbosity(self.before[0])
-        if self.before[1]:
-            logging.enable_progress_bar()
+        with quiet._lock:
+            quiet._inside -= 1
+            if not quiet._inside:
+                logging.set_verbosity(quiet._before[0])
+                if quiet._before[1]:
+                    logging.enable_progress_bar()
 
 
 def reason_of(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from trimodal.errors import UserError
 from trimodal.evaluation import gallery, peers, protocols, report, rerank, zero_shot
 from trimodal.files import check_writable
 from trimodal.inference.hub_models import PREFIX, HubModel, open_hub
+from trimodal.inference.opening import checkpoint_in
 from trimodal.memory import devices
 from trimodal.redaction import command_line, settings
 from trimodal.sets import check_settings
@@ -51,7 +52,8 @@ def evaluate(options: argparse.Namespace) -> Path:
     device = devices.choose_device(options.device)
     is_hub = options.checkpoint.startswith(PREFIX)
     model: Any
-    model, state = (open_hub(options.checkpoint), {}) if is_hub else load_model(options.checkpoint)
+    model, state = (open_hub(options.checkpoint), {}) if is_hub else load_model(
+        checkpoint_in(options.checkpoint))
     config = configuration(options, state.get("config", {}))
     config = config if is_hub else replace(config, model=model.config)
     precision = devices.choose_precision(device, config.training.use_amp and not is_hub)

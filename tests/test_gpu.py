@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import model as model_module
+from model import open_model
 from tests.killing import OFTEN, assert_same, in_process, with_files
 from tests.objectives import test_exactness
 from tests.objectives.test_exactness import far
@@ -222,6 +224,21 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_back(small: SmallRuns, tmp_p
         config = small.config(tmp_path / "run", f"training.epochs={epochs}")
         report = loop.train(config, Options(place, "auto"))
         assert report is not None and json.loads(report.with_suffix(".json").read_text("utf-8"))["best"]
+
+
+def test_a_model_for_use_gives_the_features_of_the_cpu(small: SmallRuns, tmp_path: Path) -> None:
+    small.train(tmp_path / "run", "training.epochs=3")
+    rng = np.random.default_rng(0)
+    given: dict[str, Any] = {
+        "images": [rng.integers(0, 256, (40, 50, 3), np.uint8) for _ in range(5)], "texts": ["a red circle", "low"] * 3,
+        "audio": [(rng.normal(0, 0.1, 16_000 * (1 + 12 * (n % 2))), 16_000) for n in range(5)]}
+    cpu, cuda, half = (open_model(tmp_path / "run", *way) for way in (("cpu",), ("cuda",), ("auto", "bfloat16")))
+    for name, elements in given.items():
+        argument: dict[str, Any] = {name: elements}
+        expected = cpu.encode(**argument)
+        torch.testing.assert_close(cuda.encode(**argument), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(half.encode(**argument), expected, rtol=0, atol=0.05)
+    assert cuda.digest == cpu.digest and half.device.type == "cuda"
 
 
 # ---- the programs ------------------------------------------------------------------------------------------------

@@ -95,9 +95,9 @@ class OpenModel:
             raise UserError(f"fuse: {self.description['source']} has no fusion; use encode")
         given = self._given(images=images, texts=texts, audio=audio)
         counts = [count for _, count in given.values() if count is not None]
-        streams = [self._prepared(name, elements, count, None) for name, (elements, count) in given.items()]
-        return self._in_batches("fused", _together(tuple(given), streams), min(counts, default=None), batch_size,
-                                progress)
+        size = self._batch_size(batch_size)
+        streams = [self._prepared(name, elements, count, size) for name, (elements, count) in given.items()]
+        return self._in_batches("fused", _together(tuple(given), streams), min(counts, default=None), size, progress)
 
     def compare(self, a_NF: Tensor, b_KF: Tensor) -> Tensor:
         """Cosines of what `encode` gave, [N, K]; a NaN wherever a row could not be read."""
@@ -147,14 +147,15 @@ class OpenModel:
         [(modality, (elements, count))] = found.items()
         return modality, elements, count
 
-    def _prepared(self, modality: str, elements: Iterable[Any], count: int | None,
-                  on_broken: OnBroken | None) -> Iterator[Prepared]:
-        """Yield what each element has become; BROKEN where it cannot be read and `on_broken` was told so."""
+    def _prepared(self, modality: str, elements: Iterable[Any], count: int | None, size: int,
+                  on_broken: OnBroken | None = None) -> Iterator[Prepared]:
+        """Yield what each element has become; BROKEN where it cannot be read and `on_broken` was told so. About `size`
+        are prepared ahead."""
         if modality == "text":
             yield from self._texts(elements)
             return
         name, threads = NAMES[modality], 1 if count == 1 else min(cpu_cores(), MAX_THREADS)
-        for number, found in enumerate(_ahead(functools.partial(self._read, modality), elements, threads)):
+        for number, found in enumerate(_ahead(functools.partial(self._read, modality), elements, threads, size)):
             if isinstance(found, Prepared):
                 yield found
             elif isinstance(found, WrongType):
@@ -194,15 +195,18 @@ class OpenModel:
 
     def _encode(self, modality: str, elements: Iterable[Any], count: int | None, batch_size: int | None,
                 progress: bool | None, on_broken: OnBroken | None) -> Tensor:
-        return self._in_batches(modality, self._prepared(modality, elements, count, on_broken), count, batch_size,
+        size = self._batch_size(batch_size)
+        return self._in_batches(modality, self._prepared(modality, elements, count, size, on_broken), count, size,
                                 progress)
 
-    def _in_batches(self, modality: str, prepared: Iterable[Prepared], count: int | None, batch_size: int | None,
+    def _batch_size(self, given: int | None) -> int:
+        if given is not None and given < 1:
+            raise UserError(f"batch_size: {given} is below 1")
+        return given or BATCH_SIZE[self.device.type]
+
+    def _in_batches(self, modality: str, prepared: Iterable[Prepared], count: int | None, size: int,
                     progress: bool | None) -> Tensor:
         """Features of all items in their order, [N, F], whatever the order in which they were encoded."""
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is below 1")
-        size = batch_size or BATCH_SIZE[self.device.type]
         micro_batches = MicroBatches(self.device, self._amp, {modality: size})
         numbers, features = list[int](), [torch.empty(0, self.embed_dim)]
         with tqdm(total=count, desc=f"encoding {NAMES.get(modality, modality)}", unit="",
@@ -252,19 +256,27 @@ def _alike(prepared: Iterable[Prepared], size: int) -> Iterator[list[tuple[int, 
     yield from waiting.values()
 
 
-def _ahead(work: Callable[[Any], Any], elements: Iterable[Any], threads: int) -> Iterator[Any]:
-    """Yield, in order, what `work` makes of each element; so many threads do it, one element each ahead."""
+def _ahead(work: Callable[[Any], Any], elements: Iterable[Any], threads: int, size: int) -> Iterator[Any]:
+    """Yield, in order, what `work` makes of each element. Threads do it for the next `size` elements, or for fewer
+    where what they have made weighs as much: while a batch is encoded, they read the one after it."""
     if threads == 1:
         yield from map(work, elements)
         return
-    waiting: deque[Future[Any]] = deque()
+    remaining, waiting = iter(elements), deque[Future[Any]]()
     pool = ThreadPoolExecutor(threads, "reading")
     try:
-        for element in elements:
-            waiting.append(pool.submit(work, element))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
+        while True:
+            while len(waiting) < size and sum(map(_weight, waiting)) < size:
+                try:
+                    waiting.append(pool.submit(work, next(remaining)))
+                except StopIteration:
+                    break
+            if not waiting:
+                return
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _weight(reading: Future[Any]) -> int:
+    return getattr(reading.result(), "weight", 0) if reading.done() else 0

@@ -19,7 +19,7 @@ from tests.small_runs import SmallRuns
 from tests.tiny_towers import SIDE, by_name
 from tests.towers.test_hub_sounds import saved
 from trimodal.checkpoint import save
-from trimodal.config import AUDIO_WINDOW_FRAMES, config_from_dict
+from trimodal.config import AUDIO_WINDOW_FRAMES, MODALITIES, config_from_dict
 from trimodal.data import codecs
 from trimodal.data.audio import decode_audio
 from trimodal.data.images import decode_image
@@ -28,7 +28,7 @@ from trimodal.evaluation.micro_batches import Setting
 from trimodal.inference import checkpoint_model
 from trimodal.inference.open_model import OpenModel
 from trimodal.training import evaluations
-from trimodal.training.run import description
+from trimodal.training.run import aligned_modalities, description
 
 OWN, TOWERS = "own", "towers"  # a pretrained tower of each modality
 PRETRAINED = (f"model.image_size={SIDE}", *(f"model.{name}.tower=./tiny_{name}" for name in ("image", "text")),
@@ -255,3 +255,18 @@ def test_what_a_model_says_of_itself(made: Made) -> None:
     assert made.model.digest == open_model(made.folder / "checkpoints" / "best_model.pt", "cpu").digest
     assert json.loads(json.dumps(made.model.description)) == made.model.description
     assert made.model.description["datasets"] == ["synthetic", "manifest"]
+
+
+def test_a_modality_that_training_has_not_compared_is_not_read(small: SmallRuns, tmp_path: Path) -> None:
+    pairs = "[{inputs: [image, text], objectives: {contrastive: 1}}]"
+    run = small.open(tmp_path / "run", *(
+        f"stages.{name}.tasks={pairs}" for name in ("pretrain", "align", "finetune")), "stages.align.audio_keep=1")
+    path = tmp_path / "run" / "checkpoints" / "best_model.pt"
+    state = {**description(run), "stage": "align", "epoch": 1, "loss": 1.0, "model_state_dict": run.model.state_dict()}
+    save(state, path)
+    model = open_model(path, "cpu")
+    assert model.modalities == ("image", "text") and model.encode(texts="a").shape == (1, 8)
+    with refused("audio", "image", "text"):
+        model.encode(audio=[])
+    assert aligned_modalities(run.config, run.data, {"modalities": ["audio", "text"]}) == MODALITIES
+    assert aligned_modalities(run.config, run.data, {"of": "a release that kept none"}) == MODALITIES

@@ -25,7 +25,7 @@ from trimodal.export.onnx import write_rules
 from trimodal.export.public import is_public, public_name
 from trimodal.inference.opening import WEIGHTS, checkpoint_in
 
-STATE = ("schema", "concepts", "attention_kernel", "normalisation", "stage", "epoch", "loss")
+STATE = ("schema", "modalities", "concepts", "attention_kernel", "normalisation", "stage", "epoch", "loss")
 SETTINGS = {"data": ("datasets", "fit", "cache", "audio_max_s"), "training": ("use_amp",)}  # others stay the defaults
 
 

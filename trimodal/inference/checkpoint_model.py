@@ -31,11 +31,12 @@ TOKENS = 16  # texts whose lengths differ by less are encoded side by side
 class CheckpointModel:
     """A TriModalModel with the preprocessing that its checkpoint states; features are L2-normalised, (B, F)."""
 
-    modalities, fuses = MODALITIES, True
+    fuses = True
 
     def __init__(self, model: Any, state: Mapping[str, Any]):
         """`model` and `state` as model.load_model gives them."""
         self.model = model
+        self.modalities = tuple(state.get("modalities") or MODALITIES)  # those that training has compared
         self.config = replace(config_from_dict(dict(state["config"])), model=model.config)
         self.embed_dim = int(model.config.embed_dim)
         self.tokenizer = Tokenizer.from_json(state["tokenizer"])

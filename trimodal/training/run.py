@@ -14,7 +14,8 @@ from datasets import Data, load_data
 from model import TriModalModel
 from trimodal.blocks import KERNELS
 from trimodal.checkpoint import describe_mismatch, find_latest, has_tower
-from trimodal.config import Config
+from trimodal.config import MODALITIES, Config
+from trimodal.data.batches import pool
 from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.features import Features
 from trimodal.data.splits import file_hashes, has_known_file
@@ -90,6 +91,7 @@ class Run:
     initialised_from: dict[str, Any] | None = None  # what `take_weights` took; None: a run from nothing
     left_out: tuple[str, ...] | None = None  # see saving.left_out_of_checkpoints; None: not looked at yet
     trained_on: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # splits.file_hashes
+    modalities: tuple[str, ...] = MODALITIES  # see aligned_modalities
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision.dtype is None:
@@ -158,6 +160,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
         run.tracker.event(headline(initialised_from), progress.step)
         run.tracker.say(format_table(initialised_from))
     remember_splits(run, state, source.trained_on if source else None)
+    run.modalities = aligned_modalities(config, data, state or (source.state if source else None))
     return run
 
 
@@ -205,6 +208,15 @@ def with_caption_vectors(data: Data, config: Config) -> Data:
         name: split if name == "test" else replace(
             split, caption_vectors=caption_vectors(split.table.captions.tolist(), config))
         for name, split in data.splits.items()})
+
+
+def aligned_modalities(config: Config, data: Data, before: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The modalities whose features a contrastive task with samples compares, and those of the checkpoint `before`
+    that the run goes on from or begins with; features of others mean nothing beside them."""
+    compared = {name for row in config.stages for task in row.tasks if "contrastive" in task.objectives
+                and len(pool(data.tables["train"], task.inputs)) >= 2 for name in task.inputs}
+    known = before.get("modalities", MODALITIES) if before else ()
+    return tuple(name for name in MODALITIES if name in compared or name in known)
 
 
 def remember_splits(run: Run, state: Mapping[str, Any] | None, trained_on: torch.Tensor | None = None) -> None:
@@ -356,6 +368,7 @@ def description(run: Run) -> dict[str, Any]:
         "speakers": list(run.data.speakers),
         "splits": run.splits,
         "trained_on": run.trained_on,
+        "modalities": list(run.modalities),
         "attention_kernel": run.kernel,
         **({"initialised_from": run.initialised_from} if run.initialised_from else {}),
         "normalisation": {"image_mean": list(model_module.IMAGE_MEAN), "image_std": list(model_module.IMAGE_STD),

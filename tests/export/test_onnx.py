@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,8 +177,9 @@ sys.meta_path.insert(0, Refuse())
 
 
 def block(text: str) -> str:
-    """The program in a manual."""
-    return text.partition("```python\n")[2].partition("```")[0]
+    """The program in a manual, from its first line on, without its comments."""
+    program = text.partition("from example import")[2].partition("```")[0]
+    return re.sub(r" +#.*", "", f"from example import{program}")
 
 
 def test_the_manual_s_example_runs_without_torch_and_gives_the_model_s_numbers(exported: Export, tmp_path: Path
@@ -189,7 +191,8 @@ def test_the_manual_s_example_runs_without_torch_and_gives_the_model_s_numbers(e
     drawing.save(tmp_path / "picture.png")
     wave = sound(50_000)
     soundfile.write(tmp_path / "sound.wav", np.stack([wave, 0.5 * wave], 1), 16_000, subtype="FLOAT")
-    program = block((exported.folder / "README.md").read_text("utf-8"))
+    manuals = (exported.folder / "README.md", ROOT / "docs" / "using.md", ROOT / "docs" / "using_en.md")
+    [program] = {block(path.read_text("utf-8")) for path in manuals}
     show = "\nfor found in (images, texts, sounds, together):\n    for name, value in found.items():\n" \
            "        np.save(name, value)\n"
     subprocess.run([sys.executable, "-I", "-c",

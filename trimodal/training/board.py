@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from trimodal.evaluation.protocols import PER_CAPTION
+
 PER_STEP = ("lr", "grad_norm", "samples_per_s", "data_wait_pct", "memory_gib")  # curves train/NAME
 SKIPPED, PLANNED, CHANCE = "train/skipped_steps", "train/memory_planned_gib", "_chance"
 LAYOUT = "custom_scalars__config__"  # TensorBoard's tag of the charts
@@ -50,15 +52,16 @@ def validation_points(record: Mapping[str, Any]) -> Points:
 
 def charts(tags: Collection[str]) -> Charts:
     """Each metric with its chance level, each loss in training with that in validation, and TOGETHER, of those tags
-    that there are."""
-    retrieval = {tag.removeprefix("retrieval/"): [tag, tag + CHANCE] for tag in tags if tag + CHANCE in tags}
+    that there are. Metrics as papers count them stay among the scalars."""
+    retrieval = {tag.removeprefix("retrieval/"): [tag, tag + CHANCE] for tag in sorted(tags, key=_by_metric)
+                 if tag + CHANCE in tags and not tag.endswith(PER_CAPTION)}
     losses = {}
     for tag in tags:
         kind, _, name = tag.partition("/")
         if kind in ("loss", "parts"):
             checked = f"validation/{name}" + "/loss" * (kind == "loss")
             losses[name.replace("/", ": ")] = [tag, *([checked] if checked in tags else [])]
-    found = {"Retrieval, with chance": _sorted(retrieval), "Losses, training and validation": _sorted(losses)}
+    found = {"Retrieval, with chance": retrieval, "Losses, training and validation": dict(sorted(losses.items()))}
     for category, members in TOGETHER.items():
         found[category] = {title: own for title, patterns in members.items() if (
             own := sorted(tag for tag in tags if any(re.fullmatch(pattern, tag) for pattern in patterns)))}
@@ -66,5 +69,7 @@ def charts(tags: Collection[str]) -> Charts:
             for category, members in found.items() if members}
 
 
-def _sorted(found: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    return dict(sorted(found.items()))
+def _by_metric(tag: str) -> tuple[str, str]:
+    """R@1 of all directions, then R@5 and so on: the order of retrieval/IMAGE_to_TEXT_METRIC."""
+    metric = tag.split("_", 3)[-1]
+    return re.sub(r"\d+", lambda found: f"{int(found[0]):03}", metric), tag

@@ -63,12 +63,18 @@ def compared(name: str, folder: Path) -> Iterator[Row]:
 
 
 def measured(names: tuple[str, ...] = MODELS) -> dict[str, float]:
-    """The largest difference over all models and graphs."""
+    """The largest difference over all models and graphs, each of which is printed."""
     largest = 0.0
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            largest = max(largest, *(row.difference for row in compared(name, Path(folder))))
+            for row in compared(name, Path(folder)):
+                print(described(row), flush=True)
+                largest = max(largest, row.difference)
     return {"onnx_largest_difference": largest}
+
+
+def described(row: Row) -> str:
+    return f"| {row.model} | {row.graph.name} | {row.megabytes:.1f} | {row.difference:.1e} |"
 
 
 # ---- times -------------------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             for row in compared(name, Path(folder)):
                 times = "".join(f" {value:.1f} |" for value in (times_ms(row) if options.times else ()))
-                print(f"| {name} | {row.graph.name} | {row.megabytes:.1f} | {row.difference:.1e} |{times}", flush=True)
+                print(described(row) + times, flush=True)
     if options.times:
         with tempfile.TemporaryDirectory() as folder:
             for way, value in front_ends(Path(folder)):

@@ -325,7 +325,7 @@ def test_out_of_memory_halves_the_parts_from_there_on_and_changes_nothing(tmp_pa
     untroubled = protocols.encode_split(oracle, data, "test", config, PLAIN)
     for name, items in untroubled.items.items():
         assert torch.equal(encoded.items[name].features_NF, items.features_NF)
-    with refused("evaluation", "--device cpu"):
+    with refused("--device cpu"):
         protocols.encode_split(Small(oracle.numbers, error, most=0), data, "test", config, PLAIN)
 
 

@@ -15,6 +15,7 @@ import tokenizers
 from PIL import Image, ImageOps
 
 FOLDER = Path(__file__).resolve().parent
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class Exported:
@@ -62,7 +63,7 @@ class Exported:
 
 def read_picture(path: str, rule: dict) -> np.ndarray:
     """The square that the model reads, [3, S, S]: upright, transparency over white, shrunk as data sets are kept."""
-    with Image.open(path) as file:
+    with Image.open(path, formats=FORMATS) as file:
         picture = ImageOps.exif_transpose(file)
     if picture.has_transparency_data:
         above, picture = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")

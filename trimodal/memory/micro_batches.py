@@ -43,7 +43,7 @@ class MicroBatches:
             devices.free_cached(self.device)
             if size == 1:
                 raise UserError(f"out of memory on {self.device} with one sample at a time ({cause}); free the device "
-                                "for this, or choose the device cpu")
+                                "for this, or take the CPU (--device cpu)")
             self.size = {known: max(1, value // 2) for known, value in self.size.items()}
             self.less(max(self.size.values()), cause)
         return found

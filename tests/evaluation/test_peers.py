@@ -18,9 +18,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import evaluate
+import search
 from datasets import Data, load_data
 from model import open_model
 from tests.refusals import assert_told, refused
+from tests.search import things
 from trimodal.config import Config, config_from_dict
 from trimodal.data.audio import decode_audio
 from trimodal.evaluation import metrics, peers, protocols
@@ -214,6 +216,24 @@ def test_evaluate_writes_a_report(hub: dict[str, Path], data: tuple[Config, Data
     assert "image_to_text_R@1" in capsys.readouterr().out
     assert evaluate.main(["--checkpoint", f"hub:{hub['clip']}", *given, "evaluation.rerank=5"]) == 2
     assert_told(capsys.readouterr().err, "evaluation.rerank=5", str(hub["clip"]))
+
+
+@pytest.mark.parametrize(("name", "reads", "other"), [("clip", "image", "audio"), ("clap", "audio", "image")])
+def test_a_folder_is_searched_by_what_a_model_reads(hub: dict[str, Path], name: str, reads: str, other: str,
+                                                    tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    things.folder(tmp_path / "media")
+    place, model = ["--index", str(tmp_path / "index"), "--device", "cpu"], f"hub:{hub[name]}"
+    assert search.main(["index", str(tmp_path / "media"), "--checkpoint", model, *place]) == 0
+    told = capsys.readouterr().out
+    assert f"{2 if reads == 'image' else 4} {'sounds' if reads == 'image' else 'pictures'} that the model" in told
+    assert search.main(["query", "a loud tone", "--json", *place]) == 0
+    [(kind, hits)] = json.loads(capsys.readouterr().out).items()
+    assert kind == reads and len(hits) == (5 if reads == "image" else 3)
+    assert search.main(["query", "a", "--kind", other, *place]) == 2
+    assert_told(capsys.readouterr().err, "--kind", other, tmp_path / "index")
+    flag, file = ("--audio", "low.wav") if reads == "image" else ("--image", "red.png")
+    assert search.main(["query", flag, str(tmp_path / "media" / file), *place]) == 2
+    assert_told(capsys.readouterr().err, reads, "text")
 
 
 def test_what_cannot_be_opened_takes_one_line(hub: dict[str, Path], tmp_path: Path) -> None:

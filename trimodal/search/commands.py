@@ -7,6 +7,7 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import shutil
 import unicodedata
 from pathlib import Path
@@ -76,13 +77,13 @@ def describe(summary: Summary, place: Path) -> str:
         lines.append(f"Forgotten: {summary.num_forgotten:,} entries, whose files are gone or cannot be read any more")
     lines.append(f"Time: {summary.seconds:.1f} s, {files / max(summary.seconds, 1e-9):,.1f} files/s; "
                  f"{(place / FILE).stat().st_size / 1e6:,.1f} MB in {place / FILE}")
-    lines.append(f'Next: {command_for("query", place)} "a dog barks"')
+    lines.append(f'Next: {command_for("query", place)} "a dog barks", or {command_for("serve", place)}')
     return "\n".join(lines)
 
 
 def command_for(name: str, place: Path) -> str:
     """The words that start a command on the index in `place`."""
-    return f"python search.py {name}" + ("" if str(place) == DEFAULT else f" --index {place}")
+    return f"python search.py {name}" + ("" if str(place) == DEFAULT else f" --index {shlex.quote(str(place))}")
 
 
 # ---- query -------------------------------------------------------------------------------------------------------

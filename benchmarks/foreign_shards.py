@@ -20,8 +20,6 @@ import functools
 import http.server
 import json
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,18 +41,19 @@ if __name__ == "__main__":
 import numpy as np
 import pytest
 import soundfile
+import torch
 import webdataset
 from PIL import Image
 
 from benchmarks.attention_memory import cpu_name
-from datasets import Data, Loader, epoch_batches, load_data
+from datasets import Data, Loader, epoch_batches, load_data, read_tables
 from tests import killing, shard_files
-from tests.small_runs import SmallRuns, differing, records
-from trimodal.config import Config
+from tests.small_runs import RECIPE, SmallRuns, differing, records
+from trimodal.config import Config, config_from_dict
 from trimodal.data.batches import Batch, pool
 from trimodal.data.generated import generate_image, generate_sound
-from trimodal.data.samples import SampleTable
-from trimodal.sets import read_splits
+from trimodal.data.samples import SPLITS
+from trimodal.memory.devices import peak_gib, reset_peak
 from trimodal.sets.synthetic import image_captions, sound_captions
 
 IMG2DATASET = "img2dataset==1.47.0"
@@ -189,23 +188,43 @@ def index(samples: int, folder: Path) -> None:
 
 
 def read(folder: Path, name: str) -> None:
-    config = SmallRuns.__new__(SmallRuns)
-    config.data_root, config.plans = folder, folder / "plans"
-    config.plans.mkdir(exist_ok=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    own = config.config(folder / "out", "data.datasets=[shards]")
-    table = SampleTable.pack(read_splits("shards", ("train", "val", "test"), own))
-    took_s = time.perf_counter() - start
-    size = sum(array.nbytes for array in table.arrays().values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"{name} start: {len(table):,} samples in {took_s:.1f} s; {peak / 1024:.0f} MiB more at the peak; the table "
-          f"{size / len(table):.0f} bytes a sample", flush=True)
+    """Read the set as a run does that starts."""
+    config = config_from_dict(RECIPE, [f"paths.data_root={folder}", "data.datasets=[shards]"])
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before_gib, begin = peak_gib(cpu).gib, time.perf_counter()
+    tables = read_tables(config, SPLITS).values()
+    took_s, more_gib = time.perf_counter() - begin, peak_gib(cpu).gib - before_gib
+    samples = sum(map(len, tables))
+    held = sum(array.nbytes for table in tables for array in table.arrays().values())
+    print(f"{name} start: {samples:,} samples in {took_s:.1f} s, {1024 * more_gib:.0f} MiB more at the peak; "
+          f"the tables hold {held / samples:.0f} bytes a sample", flush=True)
+
+
+def comparison(folder: Path, venv: Path, samples: int) -> bool:
+    """Print the table; whether nothing differs."""
+    small, all_equal = SmallRuns(folder / "shared"), True
+    for name in ("pictures", "sounds"):
+        (folder / name).mkdir()
+    pictures = by_img2dataset(environment(venv), folder / "pictures", samples)
+    sounds = by_webdataset(folder / "sounds", samples)
+    rows = [(f"{IMG2DATASET}, webdataset", pictures["webdataset"], pictures["files"]),
+            (f"{IMG2DATASET}, parquet", pictures["parquet"], pictures["files"]),
+            (f"webdataset=={webdataset.__version__}, .flac and .json", sounds["shards"], sounds["files"])]
+    print(f"{'written by':<42}{'samples':>8}{'batches':>8}{'tensors apart':>14}{'steps':>6}  killed and resumed",
+          flush=True)
+    for number, (what, shards, files) in enumerate(rows):
+        (own := folder / str(number)).mkdir()
+        with (own / "said.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            cells, equal = compare(small, own, shards, files)
+        all_equal &= equal
+        print(f"{what:<42}{cells[0]:>8}{cells[1]:>8}{cells[2]:>14}{cells[3]:>6}  {cells[4]}", flush=True)
+    return all_equal
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--samples", type=int, default=96, help="0: no comparison")
     parser.add_argument("--venv", type=Path, help="environment with img2dataset, made if need be; default: a new one")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--read", nargs=2, help=argparse.SUPPRESS)
@@ -216,27 +235,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="foreign_shards_") as name:
         folder = Path(name)
         print(f"{cpu_name()}, load {os.getloadavg()[0]:.1f} before; {date.today()}", flush=True)
-        small, ok = SmallRuns(folder / "shared"), True
-        (folder / "pictures").mkdir()
-        (folder / "sounds").mkdir()
-        pictures = by_img2dataset(environment(options.venv or folder / "venv"), folder / "pictures", options.samples)
-        sounds = by_webdataset(folder / "sounds", options.samples)
-        rows = [(f"{IMG2DATASET}, webdataset", pictures["webdataset"], pictures["files"]),
-                (f"{IMG2DATASET}, parquet", pictures["parquet"], pictures["files"]),
-                (f"webdataset=={webdataset.__version__}, .flac and .json", sounds["shards"], sounds["files"])]
-        print(f"{'written by':<42}{'samples':>8}{'batches':>8}{'tensors apart':>14}{'steps':>6}  killed and resumed",
-              flush=True)
-        for number, (what, shards, files) in enumerate(rows):
-            (folder / str(number)).mkdir()
-            with (folder / f"{number}.log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-                cells, equal = compare(small, folder / str(number), shards, files)
-            ok &= equal
-            print(f"{what:<42}{cells[0]:>8}{cells[1]:>8}{cells[2]:>14}{cells[3]:>6}  {cells[4]}", flush=True)
+        is_equal = not options.samples or comparison(folder, options.venv or folder / "venv", options.samples)
         if options.index:
-            (folder / "many").mkdir()
             index(options.index, folder / "many")
-        shutil.rmtree(folder / "venv", ignore_errors=True)
-    return 0 if ok else 1
+    return 0 if is_equal else 1
 
 
 if __name__ == "__main__":

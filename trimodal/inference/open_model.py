@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -235,14 +235,11 @@ class OpenModel:
 
 def _together(modalities: tuple[str, ...], streams: Sequence[Iterator[Prepared]]) -> Iterator[Prepared]:
     """Yield the inputs of each item in all of its modalities as one."""
-    try:
-        for parts in zip(*streams, strict=True):
-            yield Prepared({name: part.value for name, part in zip(modalities, parts, strict=True)},
-                           steps=tuple(part.steps for part in parts), weight=max(part.weight for part in parts))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"fuse: {' and '.join(NAMES[name] for name in modalities)} differ in length") from None
+    for parts in zip_longest(*streams):
+        if None in parts:
+            raise UserError(f"fuse: {' and '.join(NAMES[name] for name in modalities)} differ in length")
+        yield Prepared({name: part.value for name, part in zip(modalities, parts, strict=True)},
+                       steps=tuple(part.steps for part in parts), weight=max(part.weight for part in parts))
 
 
 def _alike(prepared: Iterable[Prepared], size: int) -> Iterator[list[tuple[int, Prepared]]]:

@@ -1,7 +1,6 @@
 """A folder to share: the same numbers as the run, a model card from its report, and nothing of its paths or machine."""
 
 import json
-import os
 import platform
 import socket
 import struct
@@ -95,7 +94,8 @@ def test_no_file_names_the_user_or_the_machine(exported: Path) -> None:
     assert {path.name for path in exported.iterdir()} == FILES
     for path in exported.iterdir():
         content = path.read_bytes().lower()
-        assert TELLTALE.encode() not in content and os.sep.join(["", "tmp", ""]).encode() not in content, path.name
+        for name in (TELLTALE, "/tmp/", "./tiny_"):  # the last are folders of towers
+            assert name.encode() not in content, (path.name, name)
     with (exported / "model.safetensors").open("rb") as file:
         [size] = struct.unpack("<Q", file.read(8))
         assert json.loads(file.read(size))["__metadata__"] == {"format": "pt"}

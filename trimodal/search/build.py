@@ -248,6 +248,7 @@ class _Building:
     def _write(self, entries: Sequence[Entry], known: Mapping[Key, Known]) -> None:
         """Write the index, if it is another one than before, and the list of what was skipped; end the journal."""
         earlier, summary = self.earlier, self.summary
+        summary.skipped = list({one.path: one for one in summary.skipped}.values())  # a video fails twice
         summary.entries.update(entry.kind for entry in entries)
         names = {(entry.kind, entry.path) for entry in entries}
         if earlier is not None:

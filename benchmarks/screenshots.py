@@ -101,16 +101,13 @@ class Camera:
 def shoot_all(camera: Camera, work: Path) -> None:
     """All pictures; paths are named from the project's folder, since some are to be seen."""
     report = max((ROOT / RUN / "reports").glob("report_*.html")).as_uri()
-    camera.shoot("report", report, "body")
-    camera.shoot("report_map", report, "svg", lambda page: page.locator(MAP).first.evaluate(
+    camera.shoot("report", report, "svg", lambda page: page.locator(MAP).first.evaluate(
         "element => element.scrollIntoView()"))
     with serving("-m", "tensorboard.main", "--logdir", RUN / "logs" / "tensorboard", "--port", "0", "--host",
                  "127.0.0.1") as address:
         light = f"{address}?darkMode=false"
         camera.shoot("tensorboard_charts", f"{light}#custom_scalars", "tf-custom-scalar-multi-line-chart-card svg",
                      settle_s=6)
-        camera.shoot("tensorboard_pictures", f"{light}#images", "tf-image-loader img", settle_s=4)
-        camera.shoot("tensorboard_sounds", f"{light}#audio", "tf-audio-loader audio", settle_s=4)
         camera.shoot("tensorboard_projector", f"{light}#projector", "iframe", lambda page: page.reload(), settle_s=20)
     write_files(work / "files")
     command("search.py", "index", work / "files", "--checkpoint", RUN, "--index", work / "index")

@@ -238,6 +238,8 @@ def test_a_checkpoint_that_is_none(mistake: Main, tmp_path: Path, kind: str) -> 
     named = ["checkpoint_epoch_*.pt"] if kind == "weights" else ["--resume", path, *why]
     assert_names(mistake("--resume", str(path)), *named)
     assert not (tmp_path / "out" / "logs").exists()
+    if kind == "folder":  # as that of a run, which this is not
+        why = ["best_model.pt", "model.safetensors"]
     assert_names(mistake("--checkpoint", str(path), main=evaluate.main), path, *why)
 
 

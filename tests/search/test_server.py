@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -241,11 +242,17 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(3_751_000))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("kind", "body", "status"), [
-    ("image", b"", 422), ("audio", b"", 422), ("image", b"hello", 422), ("audio", os.urandom(4000), 422),
-    ("image", b"<html></html>", 422), ("image", bomb(), 422), ("image", b"\x89PNG\r\n\x1a\n" + bytes(99), 422),
-    ("audio", b"RIFF\xff\xff\xff\xffWAVEfmt " + bytes(99), 422), ("audio", b"#EXTM3U\nhttp://127.0.0.1:9/x.ts\n", 422),
-    ("image", b"<svg xmlns='http://www.w3.org/2000/svg'/>", 422), ("text", b"a dog", 400), ("", b"a dog", 400)])
+REFUSED_UPLOADS = {  # kind, body, status
+    "no picture": ("image", b"", 422), "no sound": ("audio", b"", 422), "word": ("image", b"hello", 422),
+    "noise": ("audio", random.Random(0).randbytes(4000), 422), "page": ("image", b"<html></html>", 422),
+    "bomb": ("image", bomb(), 422), "cut picture": ("image", b"\x89PNG\r\n\x1a\n" + bytes(99), 422),
+    "cut sound": ("audio", b"RIFF\xff\xff\xff\xffWAVEfmt " + bytes(99), 422),
+    "playlist": ("audio", b"#EXTM3U\nhttp://127.0.0.1:9/x.ts\n", 422),
+    "vector graphics": ("image", b"<svg xmlns='http://www.w3.org/2000/svg'/>", 422),
+    "text": ("text", b"a dog", 400), "no kind": ("", b"a dog", 400)}
+
+
+@pytest.mark.parametrize(("kind", "body", "status"), REFUSED_UPLOADS.values(), ids=REFUSED_UPLOADS)
 def test_uploads_that_are_refused(server: Server, kind: str, body: bytes, status: int) -> None:
     assert_refused(server.ask(f"/api/search?kind={kind}", "POST", body), status)
 

@@ -82,15 +82,25 @@ def write(source: str, folder: Path, modalities: Sequence[str] = MODALITIES, pix
 
 
 def write_graph(graph: Graph, path: Path) -> None:
-    """Write a graph as ONNX, with its weights in a file PATH.data beside it where they take over 2 GB."""
+    """Write a graph as ONNX, with its weights in a file PATH.data beside it where they take over 2 GB.
+
+    Raises:
+        UserError: torch's exporter cannot follow it.
+    """
     inputs = graph.examples(graph.traced, torch.Generator().manual_seed(SEED))
     shapes = [{i: torch.export.Dim.DYNAMIC for i, size in enumerate(axes) if isinstance(size, str)}
               for axes in graph.inputs.values()]
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            graph.eval(), tuple(inputs), dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=list(graph.inputs), output_names=list(graph.outputs),
-            dynamic_shapes=tuple(shapes))
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.onnx.export(
+                graph.eval(), tuple(inputs), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=list(graph.inputs), output_names=list(graph.outputs), dynamic_shapes=tuple(shapes))
+    except Exception as error:  # the exporter raises nearly any type
+        if isinstance(error, MemoryError):
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f"{graph.name}: torch cannot make a graph of it ({reason}); leave it out, with --modalities"
+                        ) from None
     assert program is not None
     _strip(program.model, graph)
     program.save(path)

@@ -128,7 +128,7 @@ def _tile(data: Data, encoded: Encoded, name: str, row: int) -> Any:
 
 
 def _settings() -> str:
-    """projector_config.pbtxt, whose paths are from its own folder. The page opens with the last tensor."""
+    """projector_config.pbtxt, whose paths are from its own folder. The page opens with the first tensor by name."""
     tensors, centred, labels, sprite, _ = (path.name for path in outputs.PROJECTOR)
     return "".join(f"""embeddings {{
   tensor_name: "{title}"
@@ -136,4 +136,4 @@ def _settings() -> str:
   metadata_path: "{labels}"
   sprite {{ image_path: "{sprite}" single_image_dim: {TILE} single_image_dim: {TILE} }}
 }}
-""" for title, name in (("embeddings", tensors), ("less the mean of each modality", centred)))
+""" for title, name in (("embeddings", tensors), ("centred by modality", centred)))

@@ -124,7 +124,7 @@ def front_ends(folder: Path) -> Iterator[tuple[str, float]]:
     lengths = torch.full((8,), waves.shape[1])
     for name, module in (("convolution", LogMel()), ("operator STFT", StftLogMel())):
         path = folder / "front_end.onnx"
-        torch.onnx.export(module, (waves, lengths), path, dynamo=True, opset_version=onnx.OPSET, verbose=False,
+        torch.onnx.export(module.eval(), (waves, lengths), path, dynamo=True, opset_version=onnx.OPSET, verbose=False,
                           input_names=["waves", "lengths"], external_data=False)
         session = session_of(path)
         needed = {one.name for one in session.get_inputs()}

@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    bound_waiting()
+    bound_waiting(print if options.command == "index" else lambda line: None)  # a query prints its answer alone
     try:
         from trimodal.search import commands  # loads torch, which --help need not
 

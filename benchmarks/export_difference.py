@@ -21,6 +21,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from trimodal.openmp import bound_waiting
+
+if __name__ == "__main__":
+    bound_waiting()
+
 import numpy as np
 import torch
 from torch import nn

@@ -173,7 +173,7 @@ def test_a_finished_run_without_its_report_is_evaluated_again(
     assert records(folder, "step", "validation") == records(whole, "step", "validation"), "nothing is trained again"
     first = json.loads(next((whole / "reports").glob("*.json")).read_text("utf-8"))
     second = json.loads(report.with_suffix(".json").read_text("utf-8"))
-    assert first["evaluation"].pop("seconds") > 0 and second["evaluation"].pop("seconds") > 0
+    assert first["evaluation_s"] > 0 and second["evaluation_s"] > 0
     for name in ("evaluation", "best", "stages", "validations", "model", "data"):
         assert second[name] == first[name], name
     assert differing(mathematics(folder, "final_model.pt"), mathematics(whole, "final_model.pt")) == []

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from trimodal.config import Config
 from trimodal.data import prepared
@@ -184,6 +183,8 @@ def read_shards(root: Path, config: Config) -> tuple[list[SampleTable], list[str
     Raises:
         UserError: see `find_shards`; or a shard is damaged as a whole, or none holds a sample.
     """
+    from tqdm import tqdm  # here, since download_datasets.py knows all sets and needs none of it
+
     base, shards = find_shards(root, config)
     captions = () if config.data.shards_captions == "auto" else config.data.shards_captions
     reading = Reading(captions, class_names(base))

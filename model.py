@@ -35,8 +35,9 @@ from trimodal.config import (
 )
 from trimodal.errors import UserError
 from trimodal.inputs import check_audio, check_ids, check_images
-from trimodal.towers.base import PretrainedTower, build_tower
+from trimodal.towers.base import PretrainedTower
 from trimodal.towers.encoder import PretrainedEncoder
+from trimodal.towers.opening import build_tower
 from trimodal.towers.settings import open_towers, with_towers
 
 if TYPE_CHECKING:

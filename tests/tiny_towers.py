@@ -2,6 +2,7 @@
 dropout, padding."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimodal.towers import base, settings
+from trimodal.towers import opening, settings
 from trimodal.towers.base import (
     Encoded,
     ImageInput,
@@ -18,9 +19,9 @@ from trimodal.towers.base import (
     SoundInput,
     TextInput,
     describe,
-    open_tower,
     sealed,
 )
+from trimodal.towers.opening import open_tower
 
 FAMILY = "tiny"
 SIDE, WORDS = 48, 60
@@ -91,12 +92,12 @@ def by_name() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings, "open_tower", opened)
-        patch.setitem(base.FAMILIES, FAMILY, __name__)
+        patch.setitem(opening.FAMILIES, FAMILY, sys.modules[__name__])
         yield
 
 
 @pytest.fixture
 def tiny_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets `build_tower` build them again."""
-    monkeypatch.setitem(base.FAMILIES, FAMILY, __name__)
+    monkeypatch.setitem(opening.FAMILIES, FAMILY, sys.modules[__name__])
     yield

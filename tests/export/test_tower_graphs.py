@@ -15,7 +15,8 @@ from trimodal.config import model_config_from_dict
 from trimodal.errors import ConfigError
 from trimodal.export import onnx
 from trimodal.export.graphs import graphs_of
-from trimodal.towers.base import Encoded, PretrainedTower, open_tower
+from trimodal.towers.base import Encoded, PretrainedTower
+from trimodal.towers.opening import open_tower
 
 
 def model_with(*towers: PretrainedTower, **settings: Any) -> TriModalModel:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from trimodal.memory.tracker import tracing
-from trimodal.towers.base import Encoded, PretrainedTower, build_tower, open_tower
+from trimodal.towers.base import Encoded, PretrainedTower
+from trimodal.towers.opening import build_tower, open_tower
 
 transformers: Any = importlib.import_module("transformers")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}

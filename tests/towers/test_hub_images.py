@@ -12,7 +12,8 @@ from PIL import Image
 from tests.refusals import refused
 from tests.towers.checks import GRID, TINY, check_protocol, close, edit_json, made, transformers
 from trimodal.data.images import fit_eval
-from trimodal.towers.base import ImageInput, PretrainedTower, open_tower
+from trimodal.towers.base import ImageInput, PretrainedTower
+from trimodal.towers.opening import open_tower
 
 NO_MLP = {key: value for key, value in GRID.items() if key != "intermediate_size"}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -9,8 +9,9 @@ import torch
 
 from tests.refusals import refused
 from tests.towers.checks import TINY, check_protocol, close, edit_json, made, transformers, with_statistics
-from trimodal.towers.base import Encoded, PretrainedTower, SoundInput, open_tower
+from trimodal.towers.base import Encoded, PretrainedTower, SoundInput
 from trimodal.towers.front_ends import features_of, real_frames, window_samples
+from trimodal.towers.opening import open_tower
 
 AST = {**TINY, "num_mel_bins": 32, "max_length": 64, "frequency_stride": 16, "time_stride": 16}
 HTSAT = {"patch_embeds_hidden_size": 16, "hidden_size": 128, "depths": [1, 1, 2, 1],

@@ -11,8 +11,9 @@ from tokenizers import models, pre_tokenizers, processors
 
 from tests.refusals import refused
 from tests.towers.checks import TINY, check_padding, check_protocol, close, edit_json, made, transformers
-from trimodal.towers.base import PretrainedTower, TextInput, open_tower
+from trimodal.towers.base import PretrainedTower, TextInput
 from trimodal.towers.hub_texts import tokens_of
+from trimodal.towers.opening import open_tower
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"abcdefgh", "dog", "cat", "runs", ".", "a"]
 WORDS = list(dict.fromkeys(WORDS))

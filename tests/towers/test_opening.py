@@ -19,7 +19,7 @@ from tests.refusals import assert_names, refused
 from tests.test_safety import as_pickle, as_torch_file, unsprung
 from tests.towers.checks import GRID, close, edit_json, made
 from trimodal.errors import ConfigError, UserError
-from trimodal.towers.base import build_tower, open_tower
+from trimodal.towers.opening import build_tower, open_tower
 
 NAME, COMMIT = "somebody/tiny", "0" * 40
 
@@ -158,7 +158,7 @@ def of_an_address() -> str:
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    head = "from trimodal.towers.base import open_tower\nfrom trimodal.errors import UserError\n"
+    head = "from trimodal.towers.opening import open_tower\nfrom trimodal.errors import UserError\n"
     return subprocess.run([sys.executable, "-c", head + code], cwd=ROOT, text=True, capture_output=True,
                           env={**kept, **environment, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
 

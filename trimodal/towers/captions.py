@@ -18,7 +18,8 @@ from tqdm import tqdm
 from trimodal.config import Config
 from trimodal.data import prepared
 from trimodal.data.tokenizer import Tokenizer
-from trimodal.towers.base import PretrainedTower, TextInput, open_tower
+from trimodal.towers.base import PretrainedTower, TextInput
+from trimodal.towers.opening import open_tower
 
 BATCH = 64
 

@@ -11,7 +11,8 @@ from trimodal.config import Config, ModelConfig, StageConfig
 from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.tokenizer import Tokenizer
 from trimodal.errors import ConfigError
-from trimodal.towers.base import ImageInput, Load, PretrainedTower, SoundInput, TextInput, open_tower
+from trimodal.towers.base import ImageInput, Load, PretrainedTower, SoundInput, TextInput
+from trimodal.towers.opening import open_tower
 
 
 def open_towers(config: ModelConfig, names: Collection[str] | None = None, *,

@@ -52,7 +52,8 @@ from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import learn
 from trimodal.objectives.step import Rows, Share, Step
 from trimodal.towers import captions
-from trimodal.towers.base import SoundInput, build_tower
+from trimodal.towers.base import SoundInput
+from trimodal.towers.opening import build_tower
 from trimodal.towers.settings import frozen_until
 from trimodal.training.fitting import Limits, Measure, Plan, plan_fit, plan_of
 from trimodal.training.optimizer import MovingAverage, Optimizer, freeze

@@ -25,8 +25,9 @@ from trimodal.errors import UserError
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.redaction import settings
-from trimodal.towers.base import Load, PretrainedTower, build_tower
+from trimodal.towers.base import Load, PretrainedTower
 from trimodal.towers.captions import caption_vectors
+from trimodal.towers.opening import build_tower
 from trimodal.towers.settings import decoded_kinds, inputs_of, open_towers, tokenizer_of, with_towers
 from trimodal.training import outputs
 from trimodal.training.compiling import CompiledBlocks, wants_compiling

@@ -19,7 +19,8 @@ from trimodal.checkpoint import check_room, plain, rotate
 from trimodal.checkpoint import save as save_file
 from trimodal.config import Config
 from trimodal.errors import CheckpointError, Stopped
-from trimodal.towers.base import PretrainedTower, build_tower, digest_of
+from trimodal.towers.base import PretrainedTower, digest_of
+from trimodal.towers.opening import build_tower
 from trimodal.towers.settings import trains
 from trimodal.training.optimizer import block_matrices
 from trimodal.training.run import Run, checkpoint_name, description

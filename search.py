@@ -9,10 +9,13 @@
     python search.py serve --host 0.0.0.0 --port 8080        # for every machine that reaches this one
 
 The index lies in ./outputs/index unless --index names another folder, never among the files that are indexed.
-Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted (the same command goes on where it was).
+Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted (the same command goes on where it was),
+141 nobody reads the output any more, such as head.
 """
 
 import argparse
+import io
+import os
 import sys
 
 from trimodal.arguments import Parser, environment_needed, folder_name
@@ -22,6 +25,15 @@ from trimodal.redaction import without_secrets
 
 with environment_needed("torch"):
     import trimodal.config  # noqa: F401
+
+
+def words(text: str) -> str:
+    """Type of an argument: something to look for."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError('is empty; say what to look for, such as "a dog barks"')
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that Python kept so
+        raise argparse.ArgumentTypeError("is no UTF-8; set the terminal to UTF-8")
+    return text
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -41,7 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     query = commands.add_parser("query", help="print what is most like a text, a picture or a sound", description=(
         "Print the best pictures and the best sounds, each ranked by itself."))
     question = query.add_mutually_exclusive_group(required=True)
-    question.add_argument("texts", nargs="?", type=folder_name, metavar="TEXT", help='such as "a dog barks"')
+    question.add_argument("texts", nargs="?", type=words, metavar="TEXT", help='such as "a dog barks"')
     question.add_argument("--image", dest="images", type=folder_name, metavar="FILE", help="a picture, or a video for "
                           "its middle frame")
     question.add_argument("--audio", type=folder_name, metavar="FILE", help="a sound, or a video for its sound track")
@@ -70,17 +82,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files have letters that a terminal may lack
     bound_waiting(print if options.command == "index" else lambda line: None)  # a query prints its answer alone
     try:
         from trimodal.search import commands  # loads torch, which --help need not
 
         getattr(commands, options.command)(options)
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nInterrupted; what is encoded is kept, and the same command goes on", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the end of Python writes what is left
+        return 141
     return 0
 
 

@@ -1,6 +1,9 @@
 """The commands of search.py: what they print, and what they refuse in one line."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +11,20 @@ import pytest
 
 import search
 from tests import trees
-from tests.refusals import assert_told
+from tests.project import ROOT
+from tests.refusals import assert_told, refused
 from tests.search import things
 from trimodal.search import commands
-from trimodal.search.index import FILE, Index
+from trimodal.search.build import build_index
+from trimodal.search.index import FILE, Hit, Index, printable
+
+SMALL_COMMAND = """
+import sys
+import search
+from tests.search import things
+with things.small():
+    sys.exit(search.main())
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -110,10 +123,10 @@ def test_what_cannot_be_done_is_told_in_one_line(made: Path, tmp_path: Path,
     ):
         assert run(*words) == 2, words
         assert_told(capsys.readouterr().err, *named)
-    for refused in (["query"], ["query", "a", "--image", "b.png"], ["query", "a", "--top", "0"],
-                    ["query", "a", "--kind", "video"], ["index", ""], ["index"], [], ["delete"]):
+    for mistaken in (["query"], ["query", "a", "--image", "b.png"], ["query", "a", "--top", "0"],
+                     ["query", "a", "--kind", "video"], ["index", ""], ["index"], [], ["delete"]):
         with pytest.raises(SystemExit) as ended:
-            search.main(refused)
+            search.main(mistaken)
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -138,3 +151,57 @@ def test_names_of_models_mean_the_same_in_every_folder(tmp_path: Path, monkeypat
     assert commands.lasting_name("best.pt") == str(tmp_path / "best.pt")
     assert commands.lasting_name("hub:clip") == f"hub:{tmp_path / 'clip'}"
     assert commands.lasting_name("hub:openai/clip-vit-base-patch32") == "hub:openai/clip-vit-base-patch32"
+
+
+def test_texts_that_are_none_are_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "  ", os.fsdecode(b"a dog \xff")):
+        with pytest.raises(SystemExit) as ended:
+            search.main(["query", text])
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert_told(told, "TEXT")
+        assert "path" not in told
+
+
+def test_names_with_line_breaks_take_one_line_and_no_terminal_obeys_them(made: Path) -> None:
+    assert printable("a\nb\x1b[2J\u2028.png") == "a\\nb\\x1b[2J\\u2028.png"
+    assert printable("猫 狗's.png") == "猫 狗's.png"
+    entry = Index.open(made / "index").by_kind["image"][0]
+    assert "\n" not in commands._line(1, Hit(entry._replace(path="x\ny.png"), 0.5, 1.0), 0)
+
+
+def test_what_is_printed_reaches_any_reader(made: Path, tmp_path: Path) -> None:
+    things.folder(tmp_path / "声音")
+    with things.small():
+        assert run("index", tmp_path / "声音", "--checkpoint", things.CHECKPOINT, "--index", tmp_path / "index") == 0
+    command = [sys.executable, "-c", SMALL_COMMAND, "query", "--image", str(tmp_path / "声音/red.png"), "--index",
+               str(tmp_path / "index"), "--device", "cpu"]
+    reading, writing = os.pipe()
+    os.close(reading)  # as of a reader that has had enough
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+    ended = subprocess.run(command, capture_output=True, cwd=ROOT, check=False,
+                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (ended.returncode, ended.stderr) == (0, b"") and rb"\u58f0" in ended.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a while")
+def test_what_another_user_may_not_read_or_write_is_told_in_one_line(tmp_path: Path) -> None:
+    folder, model = things.folder(tmp_path / "media"), things.model()
+    build_index(folder, tmp_path / "index", model, "a model", say=print)
+    for above in (tmp_path, *tmp_path.parents):
+        if above.stat().st_uid == 0 and len(above.parts) > 2:
+            above.chmod(0o755)
+    (tmp_path / "closed" / "inner").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with refused(tmp_path / "index"):
+            build_index(folder, tmp_path / "index", model, "a model", say=print)
+        with refused(tmp_path / "closed/inner", "Permission denied"):
+            build_index(tmp_path / "closed/inner", tmp_path / "new", model, "a model", say=print)
+        with refused(tmp_path / "closed" / FILE, "Permission denied"):
+            Index.open(tmp_path / "closed")
+    finally:
+        os.seteuid(0)

@@ -74,9 +74,11 @@ def build_index(folder: Path, place: Path, model: Any, source: str, *, replace: 
     """
     begin_s, folder = time.perf_counter(), folder.resolve()
     found = find(folder, exclude)
-    with _writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    with locked(place / "index", lambda: say(f"{place}: another process is indexing into it; waiting")):
+    with contextlib.ExitStack() as held:
+        with _writing(place):
+            place.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(place / "index", lambda: say(f"{place}: another process is indexing into it; "
+                                                                   "waiting")))
         remove_left(place, "|".join(map(re.escape, (FILE, SKIPPED))))
         building = _Building(folder, place, model, ModelName.of(model, source), found)
         if not replace:

@@ -37,12 +37,12 @@ def index(options: argparse.Namespace) -> None:
     devices.prepare_process()
     place, source = Path(options.index), options.checkpoint
     if source is None:
-        if not (place / FILE).exists():
+        if not os.path.exists(place / FILE):
             raise UserError(f"--checkpoint: is needed for a new index ({place} holds none); name the model to encode "
                             "with, such as outputs/checkpoints/best_model.pt or hub:openai/clip-vit-base-patch32")
         source = Index.open(place).model.source
     model = open_model(source, options.device)
-    print(f"Model: {source}, which reads {', '.join(model.modalities)}; device: {model.device}")
+    print(f"Model: {printable(source)}, which reads {', '.join(model.modalities)}; device: {model.device}")
     summary = build_index(Path(options.folder), place, model, lasting_name(source), replace=options.replace,
                           exclude=options.exclude)
     print(describe(summary, place))
@@ -131,9 +131,10 @@ def model_of(found: Index, source: str | None, device: str) -> Any:
     source = source or found.model.source
     model = open_model(source, device)
     if model.digest != found.model.digest:
+        again = ["index", str(found.folder), "--index", str(found.place), "--checkpoint", source, "--replace"]
         raise UserError(f"{found.place}: {source} has other weights ({model.digest:.12}) than the model that made the "
                         f"index ({found.model.digest:.12}); name that one with --checkpoint, or index again: python "
-                        f"search.py index {found.folder} --index {found.place} --checkpoint {source} --replace")
+                        f"search.py {shlex.join(again)}")
     return model
 
 
@@ -153,7 +154,8 @@ def as_columns(found: Index, hits: dict[Kind, list[Hit]]) -> str:
     columns = [[f"{NAMES[kind]}, best of {len(found.by_kind[kind]):,}",
                 *(_line(rank, hit, room if is_wide else 0) for rank, hit in enumerate(own, 1))]
                for kind, own in hits.items()]
-    legend = f"score: cosine, and by how many standard deviations it is above the mean of its column; in {found.folder}"
+    legend = (f"score: cosine, and by how many standard deviations it is above the mean of its column; in "
+              f"{printable(found.folder)}")
     if not is_wide:
         return "\n".join([*itertools.chain.from_iterable([*column, ""] for column in columns), legend])
     lines = [(" " * BETWEEN).join(cell + " " * (room - _width(cell)) for cell in cells).rstrip()

@@ -12,6 +12,8 @@ Shape suffixes: N entries of one kind, K candidates, F numbers of a feature.
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,12 +85,16 @@ class Index:
         """Open the index in the folder `place`; its features are mapped into memory.
 
         Raises:
-            UserError: there is none, or it is damaged or of a later release.
+            UserError: there is none, or it cannot be read, is damaged or of a later release.
         """
         path = Path(place) / FILE
-        if not path.is_file():
+        try:
+            path.open("rb").close()  # the library says of a file that may not be read that it is not there
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise UserError(f"{place}: holds no index; make it with: python search.py index FOLDER --checkpoint FILE "
-                            f"--index {place}")
+                            f"--index {shlex.quote(str(place))}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); allow it, or name another --index") from None
         try:
             return cls._read(path)
         except UserError:
@@ -201,5 +207,6 @@ def _blocks(features: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path as a terminal can show it, whatever bytes it is made of."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as a terminal can show it in one line, whatever bytes it is made of."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)

@@ -71,7 +71,11 @@ def find(folder: Path, exclude: Sequence[str] = ()) -> Found:
     Raises:
         UserError: it is no folder, or holds no picture, sound or video that could be read.
     """
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # of the folders above it
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); allow it, or name another folder") from None
+    if not is_folder:
         raise UserError(f"{folder}: is {'no folder' if folder.exists() else 'not there'}; name one with pictures, "
                         "sounds or videos")
     found = Found()

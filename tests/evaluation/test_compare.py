@@ -1,6 +1,7 @@
 """Runs side by side: what differs, what exceeds the intervals, on the terminal and as a page."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -113,6 +114,16 @@ def test_the_page_is_written_and_nothing_over_what_is_there(two: list[str], tmp_
     assert target.read_text() == "of the user"
     assert report.main(["compare", *two, "--html", str(tmp_path / "none" / "x.html")]) == 2
     assert_told(capsys.readouterr().err, "--html", tmp_path / "none" / "x.html")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(two: list[str], tmp_path: Path) -> None:
+    target = tmp_path / "both.html"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run([sys.executable, "-m", "trimodal.evaluation.report", "compare", *two, "--html", target],
+                              cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.stderr, done.returncode) == ("", 0) and target.exists()
 
 
 @pytest.mark.parametrize("words", HOSTILE)

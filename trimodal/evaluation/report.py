@@ -283,13 +283,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         runs = compare.read_runs(options.runs)
-        print(compare.as_text(runs))
         if options.html:
             _write_page(options.html, compare.as_page(runs, locale_language()))
     except UserError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
+    _show(compare.as_text(runs) + (f"\n\nPage: {options.html}" if options.html else ""))
     return 0
+
+
+def _show(text: str) -> None:
+    """Print to a reader that may have seen enough, such as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def _write_page(path: Path, text: str) -> None:
@@ -298,7 +306,6 @@ def _write_page(path: Path, text: str) -> None:
             raise UserError(f"--html {path}: is there already; name another file")
     except OSError as error:
         raise UserError(f"--html {path}: cannot be written ({error.strerror}); name another file") from None
-    print(f"\nPage: {path}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def test_channels_that_cancel_each_other_are_not_lost() -> None:
 @pytest.mark.parametrize("value", [
     np.zeros((4, 5, 7)), np.zeros((0, 5, 3), np.uint8), np.full((4, 5, 3), 255.0), np.full((4, 5, 3), np.nan),
     np.zeros((4, 5, 3), np.int64), np.zeros(4, np.uint8), torch.zeros(5, 4, 3, dtype=torch.uint8), "gone.jpg",
-    Image.new("F", (4, 5))])
+    Image.new("F", (4, 5)), Image.new("RGB", (0, 0))])
 def test_what_is_no_picture_is_broken(value: Any) -> None:
     with refused(error=BrokenSample):
         picture(value)
@@ -72,10 +72,21 @@ def test_what_is_no_picture_is_broken(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [
     (np.zeros(99), 16_000), (np.zeros(0), 16_000), (np.full(99, np.inf), 16_000), (np.ones(99), 10),
-    (np.ones((99, 99)), 16_000), (np.ones((9, 9, 9)), 16_000), (np.ones(99), 16_000.5), (["a"], 16_000), "gone.wav"])
+    (np.ones((99, 99)), 16_000), (np.ones((9, 9, 9)), 16_000), (np.ones(99), 16_000.5), (["a"], 16_000), "gone.wav",
+    (np.ones(99), float("nan"))])
 def test_what_is_no_sound_is_broken(value: Any) -> None:
     with refused(error=BrokenSample):
         sound(value, 16_000)
+
+
+def test_integers_that_no_file_has_are_not_taken_for_silence() -> None:
+    with refused("int64", error=BrokenSample):
+        sound((np.arange(99), 16_000), 16_000)
+
+
+def test_a_folder_is_not_told_to_be_missing(tmp_path: Path) -> None:
+    with refused(tmp_path, "folder", error=BrokenSample):
+        picture(tmp_path)
 
 
 @pytest.mark.parametrize("value", [None, 3, b"bytes", {"path": "a"}, ("a.jpg",)])

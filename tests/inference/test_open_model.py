@@ -184,7 +184,8 @@ def test_what_cannot_be_read_is_named_and_left_out_on_request(made: Made, tmp_pa
     ({"images": 3}, ("images", "int")), ({"texts": b"a"}, ("texts", "bytes")), ({"audio": {"a": 1}}, ("audio", "dict")),
     ({"texts": ["a", None]}, ("texts[1]", "NoneType")), ({"images": [None]}, ("images[0]", "NoneType")),
     ({"audio": [(np.zeros(9), "16000")]}, ("audio[0]", "tuple")), ({"audio": [np.zeros(9)]}, ("audio[0]", "ndarray")),
-    ({"texts": "a", "batch_size": 0}, ("batch_size", "0"))])
+    ({"texts": "a", "batch_size": 0}, ("batch_size", "0")), ({"texts": "a", "batch_size": "8"}, ("batch_size", "8")),
+    ({"texts": ["a", "\ud83d"]}, ("texts[1]", r"\ud83d"))])
 def test_wrong_arguments_take_one_line(made: Made, given: dict[str, Any], named: tuple[str, ...]) -> None:
     with refused(*named):
         made.model.encode(**given)
@@ -193,7 +194,8 @@ def test_wrong_arguments_take_one_line(made: Made, given: dict[str, Any], named:
 def test_wrong_features_and_prompts_take_one_line(made: Made) -> None:
     with refused("compare", "b", "[7]"):
         made.model.compare(torch.zeros(2, 8), torch.zeros(7))
-    for prompts in ("a", [], ["a", []]):
+    wrong: list[Any] = ["a", [], ["a", []], None, [3]]
+    for prompts in wrong:
         with refused("classify", "prompts"):
             made.model.classify(prompts, images=[])
 

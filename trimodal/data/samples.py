@@ -34,7 +34,8 @@ class BrokenSample(ValueError):
 def decoding(path: str, wanted: str) -> Iterator[None]:
     """Raise what fails within as a BrokenSample that says why `path` is no "picture" or "sound", as `wanted`."""
     if not os.path.isfile(members.file_of(path)):
-        raise BrokenSample(f"{members.shown(path)}: no such file")
+        is_folder = os.path.isdir(members.file_of(path))
+        raise BrokenSample(f"{members.shown(path)}: {'is a folder; name its files' if is_folder else 'no such file'}")
     try:
         yield
     except BrokenSample as error:

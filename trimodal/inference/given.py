@@ -25,7 +25,6 @@ EXPECTED = {
     "images": "a path, a picture of PIL, an array [H, W, 3] or a tensor [3, H, W]",
     "texts": "a text",
     "audio": "a path, or a pair (waveform, rate in Hz)"}
-RANGE = 2.0 ** 15  # of 16-bit samples
 
 
 class WrongType(TypeError):
@@ -74,6 +73,8 @@ def picture(value: Any) -> np.ndarray:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
+    if 0 in image.size:
+        raise BrokenSample(f"has {image.width} x {image.height} pixels")
     try:
         return pixels_of(image)
     except (BrokenSample, MemoryError):
@@ -110,9 +111,10 @@ def sound(value: Any, rate_hz: int) -> np.ndarray:
         raise WrongType(type(value).__name__)
     given, given_hz = value
     wave = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
-    if wave.ndim not in (1, 2) or wave.dtype.kind not in "fi" or given_hz != round(given_hz):
-        raise BrokenSample(f"a waveform of {wave.dtype} {list(wave.shape)} at {given_hz} Hz; expected samples [S], or "
-                           "[S, channels], and a whole number of Hz")
+    is_sound = wave.dtype.kind == "f" or wave.dtype in (np.int8, np.int16, np.int32)
+    if wave.ndim not in (1, 2) or not is_sound or given_hz % 1 != 0:
+        raise BrokenSample(f"a waveform of {wave.dtype} {list(wave.shape)} at {given_hz} Hz; expected floats, int16 or "
+                           "int32, samples [S] or [S, channels], and a whole number of Hz")
     wave_SC = wave[:, None] if wave.ndim == 1 else wave if wave.shape[0] >= wave.shape[1] else wave.T
     if wave.dtype.kind == "i":
         wave_SC = wave_SC / -float(np.iinfo(wave.dtype).min)

@@ -9,12 +9,14 @@ Shape suffixes: N items, F embed_dim, K prompts.
 """
 
 import functools
+import re
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, zip_longest
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ NAMES = {"image": "images", "text": "texts", "audio": "audio"}  # of the argumen
 BATCH_SIZE = {"cpu": 32, "cuda": 128, "mps": 32}
 MAX_THREADS = 8
 TEXTS_AT_ONCE = 1024  # tokenised, before any of them is encoded
+HALF = re.compile("[\ud800-\udfff]")  # of a UTF-16 pair; also a byte that Python could not decode
 
 OnBroken = Callable[[int, str], None]
 
@@ -116,7 +119,10 @@ class OpenModel:
             prompts: a text for each class, or several texts, whose mean is taken.
             images, audio, batch_size, progress, on_broken: as for `encode`.
         """
-        groups = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        try:
+            groups = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        except TypeError:  # not iterable
+            groups = []
         if isinstance(prompts, str) or not groups or not all(groups):
             raise UserError("classify: prompts: expected a list with a text, or several texts, for each class")
         modality, elements, count = self._the_one(images=images, texts=None, audio=audio)
@@ -182,6 +188,8 @@ class OpenModel:
             for number, text in enumerate(texts, first):
                 if not isinstance(text, str):
                     raise UserError(f"texts[{number}]: is a {type(text).__name__}; expected {EXPECTED['texts']}")
+                if half := HALF.search(text):
+                    raise UserError(f"texts[{number}]: holds half a character, {ascii(half[0])[1:-1]}; decode it anew")
             with self._lock:
                 found = self._model.read_texts(texts)
             cut += [number for number, prepared in enumerate(found, first) if prepared.is_cut]
@@ -200,8 +208,8 @@ class OpenModel:
                                 progress)
 
     def _batch_size(self, given: int | None) -> int:
-        if given is not None and given < 1:
-            raise UserError(f"batch_size: {given} is below 1")
+        if given is not None and (not isinstance(given, Integral) or given < 1):
+            raise UserError(f"batch_size: {given!r}; expected a whole number from 1 on")
         return given or BATCH_SIZE[self.device.type]
 
     def _in_batches(self, modality: str, prepared: Iterable[Prepared], count: int | None, size: int,

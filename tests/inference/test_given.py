@@ -84,6 +84,13 @@ def test_integers_that_no_file_has_are_not_taken_for_silence() -> None:
         sound((np.arange(99), 16_000), 16_000)
 
 
+def test_integers_kept_as_floats_are_refused_and_loud_floats_are_not() -> None:
+    wave = np.sin(np.arange(8_000) / 9).astype(np.float32)
+    assert np.array_equal(sound((1.5 * wave, 16_000), 16_000), 1.5 * wave)
+    with refused(32767, 32768, error=BrokenSample):
+        sound((np.float32(32767) * wave / wave.max(), 16_000), 16_000)
+
+
 def test_a_folder_is_not_told_to_be_missing(tmp_path: Path) -> None:
     with refused(tmp_path, "folder", error=BrokenSample):
         picture(tmp_path)

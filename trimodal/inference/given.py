@@ -25,6 +25,7 @@ EXPECTED = {
     "images": "a path, a picture of PIL, an array [H, W, 3] or a tensor [3, H, W]",
     "texts": "a text",
     "audio": "a path, or a pair (waveform, rate in Hz)"}
+MAX_PEAK = 100.0  # of samples that are meant to lie in -1..1: loud ones go somewhat beyond, integers kept as floats far
 
 
 class WrongType(TypeError):
@@ -118,6 +119,8 @@ def sound(value: Any, rate_hz: int) -> np.ndarray:
     wave_SC = wave[:, None] if wave.ndim == 1 else wave if wave.shape[0] >= wave.shape[1] else wave.T
     if wave.dtype.kind == "i":
         wave_SC = wave_SC / -float(np.iinfo(wave.dtype).min)
+    elif wave.size and (peak := float(np.abs(wave).max())) > MAX_PEAK:
+        raise BrokenSample(f"a waveform of floats up to {peak:.6g}; expected -1 to 1: divide what was 16-bit by 32768")
     return waveform_of(np.asarray(wave_SC, np.float32), int(given_hz), rate_hz)
 
 

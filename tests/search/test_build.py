@@ -218,6 +218,18 @@ def test_a_folder_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) 
         indexed(folder, tmp_path / "file" / "index")
 
 
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("name", [FILE, NAME, build.SKIPPED])
+def test_a_file_of_the_user_by_a_name_of_the_index_stays(folder: Path, tmp_path: Path, name: str,
+                                                         replace: bool) -> None:
+    (tmp_path / "index").mkdir()
+    own = tmp_path / "index" / name
+    own.write_text('{"mine": 1}\n', "utf-8")
+    with refused(own, "--index"):
+        indexed(folder, tmp_path / "index", replace=replace)
+    assert own.read_text("utf-8") == '{"mine": 1}\n'
+
+
 # ---- kills -------------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from trimodal import media
 from trimodal.errors import UserError
 from trimodal.files import locked, remove_left, replacing
 from trimodal.search.index import FILE, KINDS, Entry, Index, Kind, ModelName, write_index
-from trimodal.search.journal import NAME, Journal, read_journal
+from trimodal.search.journal import NAME, Journal, is_journal, read_journal
 from trimodal.search.walk import CHANGED, File, Found, Skipped, digests, find, has_changed
 
 SKIPPED = "skipped.jsonl"
@@ -69,8 +69,8 @@ def build_index(folder: Path, place: Path, model: Any, source: str, *, replace: 
         say: receives a line where another process has to be waited for.
 
     Raises:
-        UserError: `folder` holds nothing that can be read, or `place` an index of another folder or model, or it cannot
-            be written.
+        UserError: `folder` holds nothing that can be read, or `place` an index of another folder or model or a file of
+            the user's by a name that is needed, or it cannot be written.
     """
     begin_s, folder = time.perf_counter(), folder.resolve()
     found = find(folder, exclude)
@@ -79,6 +79,7 @@ def build_index(folder: Path, place: Path, model: Any, source: str, *, replace: 
             place.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(place / "index", lambda: say(f"{place}: another process is indexing into it; "
                                                                    "waiting")))
+        _check_own(place)
         remove_left(place, "|".join(map(re.escape, (FILE, SKIPPED))))
         building = _Building(folder, place, model, ModelName.of(model, source), found)
         if not replace:
@@ -95,6 +96,23 @@ def _writing(place: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror}); free space, or choose another --index; what "
                         "is encoded is kept") from None
+
+
+def _check_own(place: Path) -> None:
+    """Raise UserError where a file that would be written over is none that indexing has written. Of the index itself
+    Index.open does so."""
+    for name, is_own in ((NAME, is_journal), (SKIPPED, _is_list_of_skipped)):
+        path = place / name
+        if path.exists() and not (path.is_file() and is_own(path)):
+            raise UserError(f"{path}: is no file of an index and would be written over; name another --index, or move "
+                            "that file")
+
+
+def _is_list_of_skipped(path: Path) -> bool:
+    try:
+        return all(json.loads(line).keys() == set(Skipped._fields) for line in path.read_text("utf-8").splitlines())
+    except (ValueError, AttributeError):
+        return False
 
 
 class _Building:

@@ -100,7 +100,8 @@ class Index:
         except UserError:
             raise
         except Exception as error:  # damage makes the library, and the lines below, raise any
-            raise UserError(f"{path}: is damaged ({error}); remove it, and index again") from None
+            raise UserError(f"{path}: is damaged, or no index ({error}); remove it or name another --index, and index "
+                            "again") from None
 
     @classmethod
     def _read(cls, path: Path) -> "Index":

@@ -22,6 +22,7 @@ import numpy as np
 from trimodal.search.index import Entry
 
 NAME = "encoded.journal"
+_BEGIN = b'{"model": "'
 
 
 class Record(NamedTuple):
@@ -45,6 +46,12 @@ def read_journal(path: Path) -> tuple[str, list[Record], int]:
             digest = header["model"]
         whole = end
     return digest, records, whole
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file can be a journal, be it one whose first line was cut off by a kill."""
+    with path.open("rb") as file:
+        return _BEGIN.startswith(file.read(len(_BEGIN)))
 
 
 def _whole(path: Path, content: np.ndarray) -> Iterator[tuple[dict[str, Any], int, int]]:

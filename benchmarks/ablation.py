@@ -1,22 +1,23 @@
 """Which ways of learning earn their place? Each option of training by itself, against the recipe, at equal CPU time.
 
-    python download_datasets.py --datasets stamps
-    python benchmarks/ablation.py screen                      # each option on both sets, one seed; about 2 hours
-    python benchmarks/ablation.py best                        # the best four and the recipe, three seeds; about an hour
+    python download_datasets.py --datasets stamps emoji
+    python benchmarks/ablation.py screen                      # each option on stamps and synthetic, one seed; 2 hours
+    python benchmarks/ablation.py best                        # best four and recipe, three seeds, emoji too; 1.5 hours
     python benchmarks/ablation.py table                       # all that has been run
-    python benchmarks/ablation.py final                       # recipe and winner on five folds of stamps: half an hour
     python benchmarks/ablation.py folds --against DIR         # this tree and an older one, as they are: half an hour
 
 What an epoch of each stage costs with an option is measured first, in CPU seconds, so other work on the machine does
 not count. Then it has as many epochs as come nearest to the time of the recipe's; the table has the CPU seconds that
 the whole took. Figures are those of the validation split at the epoch that best_model.pt would be of. Runs are ended
-after their last validation, so that nothing here reads the test split before `final` and `folds`. What has been run is
-kept in ablation.json beside this file, failures too: the same command goes on where it was stopped, and `--runs 1` ends
-it after one run. Figures are R@5 on stamps. On `synthetic`, whose R@5 is 1 with every option, they are R@1, after an
-eighth of its recipe's passes.
+after their last validation, so that nothing here reads the test split before `folds`. What has been run is kept in
+ablation.json beside this file, failures too: the same command goes on where it was stopped, and `--runs 1` ends it
+after one run. Figures are R@5 on stamps, and on emoji, which has the demo's recipe with half of its epochs. On
+`synthetic`, whose R@5 is 1 with every option, they are R@1, after an eighth of its recipe's passes. What ranks an
+option is the share of all queries that it answers, less the recipe's, mean over sets: each query counts once, or the
+ten sounds of stamps would weigh as much as its 75 pictures.
 
-`final` and `folds` read test splits: of each fifth of the captions in turn, so that every captioned picture and every
-sound is a query once. A figure is over the queries of all five, its interval Wilson's, 95 %.
+`folds` reads test splits: of each fifth of the captions in turn, so that every captioned picture and every sound is a
+query once. A figure is over the queries of all five, its interval Wilson's, 95 %.
 """
 
 import argparse
@@ -42,16 +43,19 @@ if __name__ == "__main__":
 
 from benchmarks.beside_open_clip import cpu_s, machine
 from benchmarks.run import commit
-from trimodal.config import load_config
+from trimodal.config import Config, load_config
 from trimodal.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUND = Path(__file__).with_suffix(".json")
-RECIPES = {"stamps": "demo", "synthetic": "synthetic"}
+RECIPES = {"stamps": "demo", "synthetic": "synthetic", "emoji": "demo"}
+SCREENED = ("stamps", "synthetic")
 USUAL: dict[str, tuple[str, ...]] = {
-    "stamps": (), "synthetic": ("stages.align.tasks.0.passes=0.05", "stages.align.tasks.1.passes=0.6")}
+    "stamps": (), "synthetic": ("stages.align.tasks.0.passes=0.05", "stages.align.tasks.1.passes=0.6"),
+    "emoji": ("data.datasets=[emoji]", "training.epochs=9")}
 BEST, SEEDS, FOLDS = 4, (0, 1, 2), range(5)
-METRICS = {"stamps": "R@5", "synthetic": "R@1"}
+METRICS = {"stamps": "R@5", "synthetic": "R@1", "emoji": "R@5"}
+QUERIES = {"stamps": {"image-text": 75, "audio-text": 10}}  # in validation; as many of each where none stand
 PAIRS = {"image-text": ("image_to_text", "text_to_image"), "audio-text": ("audio_to_text", "text_to_audio")}
 LAST = "finetune"  # stage of both recipes
 COST = -1  # in the place of the seed: what an epoch costs
@@ -77,9 +81,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "average of the weights": ("training.ema_decay=0.99",),
     "other captions per visit": ("training.captions_per_visit=1",),
 }
-ONLY = {"other captions per visit": "synthetic",  # a stamp has one caption
-        "half the pretraining": "stamps", "twice the pretraining": "stamps",  # shares of its recipe
-        "hardly any finetuning": "stamps", "twice the finetuning": "stamps"}
+ONLY: dict[str, tuple[str, ...]] = {
+    "other captions per visit": ("synthetic",),  # a picture of the others has one caption
+    **dict.fromkeys(("half the pretraining", "twice the pretraining", "hardly any finetuning", "twice the finetuning"),
+                    ("stamps", "emoji"))}  # shares of the demo's recipe
 
 
 # ---- runs on the validation split --------------------------------------------------------------------------------
@@ -97,7 +102,11 @@ def keep(one: Mapping[str, Any]) -> None:
 
 
 def names_of(name: str) -> list[str]:
-    return [option for option in OPTIONS if ONLY.get(option, name) == name]
+    return [option for option in OPTIONS if name in ONLY.get(option, RECIPES)]
+
+
+def recipe_of(name: str, option: str) -> Config:
+    return load_config(ROOT / "recipes" / f"{RECIPES[name]}.yaml", [*USUAL[name], *OPTIONS[option]])
 
 
 @dataclass
@@ -149,7 +158,7 @@ def watch(name: str, settings: Sequence[str], data_root: Path) -> Watched:
 
 def costs(name: str, option: str, data_root: Path) -> dict[str, Any]:
     """CPU seconds of an epoch of each stage with an option, validation included: of the second of two."""
-    stages = load_config(ROOT / "recipes" / f"{RECIPES[name]}.yaml").stages
+    stages = recipe_of(name, option).stages
     run = watch(name, [*OPTIONS[option], *(f"stages.{row.name}.share=1" for row in stages),
                        f"training.epochs={2 * len(stages)}"], data_root)
     if run.problem:
@@ -165,12 +174,10 @@ def cost_of(name: str, option: str) -> dict[str, float]:
 def equal_epochs(name: str, option: str) -> int:
     """Epochs with an option that take as long as the recipe's without."""
     def per_epoch(option: str) -> float:
-        config = load_config(ROOT / "recipes" / f"{RECIPES[name]}.yaml", OPTIONS[option])
-        cost, shares = cost_of(name, option), sum(row.share for row in config.stages)
-        return sum(row.share / shares * cost[row.name] for row in config.stages)
+        stages, cost = recipe_of(name, option).stages, cost_of(name, option)
+        return sum(row.share * cost[row.name] for row in stages) / sum(row.share for row in stages)
 
-    usual = load_config(ROOT / "recipes" / f"{RECIPES[name]}.yaml").training.epochs
-    return round(usual * per_epoch("recipe") / per_epoch(option))
+    return round(recipe_of(name, "recipe").training.epochs * per_epoch("recipe") / per_epoch(option))
 
 
 def train(name: str, option: str, seed: int, data_root: Path) -> dict[str, Any]:
@@ -186,8 +193,9 @@ def figures_of(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, A
     best = min((record for record in records if record["kind"] == "validation" and record["stage"] == LAST),
                key=lambda record: record["loss"])
     metrics = best["metrics"]
-    values = {way: metrics[f"{way}_{metric}"] for ways in PAIRS.values() for way in ways}
-    return {"figures": {pair: statistics.mean(values[way] for way in ways) for pair, ways in PAIRS.items()},
+    values = {way: metrics[key] for ways in PAIRS.values() for way in ways if (key := f"{way}_{metric}") in metrics}
+    return {"figures": {pair: statistics.mean(values[way] for way in ways) for pair, ways in PAIRS.items()
+                        if ways[0] in values},
             "metrics": {f"{way}_{metric}": round(value, 4) for way, value in values.items()},
             "steps": {record["stage"]: record["steps"] for record in records if record["kind"] == "stage"}}
 
@@ -220,36 +228,30 @@ def go_on(wanted: Sequence[tuple[str, str, int]], options: argparse.Namespace) -
 # ---- which is best -----------------------------------------------------------------------------------------------
 
 
-def scores(rows: Iterable[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, float]:
-    """Option -> mean of its figures over the sets, less that of the recipe on the same sets; with these seeds alone.
-    Options of which a run is missing or failed are left out."""
-    by_run = {(one["set"], one["option"], one["seed"]): statistics.mean(one["figures"].values())
-              for one in rows if "figures" in one}
-    gains = {}
+def answered(one: Mapping[str, Any]) -> float:
+    """Share of the queries that a run answers, of both pairs and all ways."""
+    figures, known = one["figures"], QUERIES.get(one["set"], {})
+    queries = {pair: known.get(pair, 1) for pair in figures}
+    return sum(figures[pair] * queries[pair] for pair in figures) / sum(queries.values())
+
+
+def gains(rows: Iterable[Mapping[str, Any]], seeds: Sequence[int] = SEEDS, sets: Sequence[str] = tuple(RECIPES)
+          ) -> dict[str, list[float]]:
+    """Option -> what it gains over the recipe of the same set and seed, of each seed the mean over the sets that it is
+    for; the best option first. Options of which a run is missing or failed are left out."""
+    by_run = {(one["set"], one["option"], one["seed"]): answered(one) for one in rows if "figures" in one}
+    found = {}
     for option in OPTIONS:
-        runs = [(name, seed) for name in RECIPES if option in names_of(name) for seed in seeds]
-        if all((name, one, seed) in by_run for name, seed in runs for one in (option, "recipe")):
-            gains[option] = statistics.mean(by_run[name, option, seed] - by_run[name, "recipe", seed]
-                                            for name, seed in runs)
-    return gains
+        own = [name for name in sets if option in names_of(name)]
+        if own and all((name, one, seed) in by_run for name in own for seed in seeds for one in (option, "recipe")):
+            found[option] = [statistics.mean(by_run[name, option, seed] - by_run[name, "recipe", seed] for name in own)
+                             for seed in seeds]
+    return dict(sorted(found.items(), key=lambda one: -statistics.mean(one[1])))
 
 
-def ranked(rows: Iterable[Mapping[str, Any]], seeds: Sequence[int]) -> list[str]:
-    gains = scores(rows, seeds)
-    return sorted(gains, key=lambda option: -gains[option])
-
-
-def finalists(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def finalists(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The best options of the screening, and the recipe."""
-    return ["recipe", *[option for option in ranked(rows, SEEDS[:1]) if option != "recipe"][:BEST]]
-
-
-def winner(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Of those with three seeds the best on validation, which may be the recipe."""
-    best = [option for option in ranked(rows, SEEDS) if option in finalists(rows)]
-    if not best:
-        raise SystemExit("error: no option has three seeds on both sets yet; run `best` first")
-    return best[0]
+    return ["recipe", *[option for option in gains(rows, SEEDS[:1], SCREENED) if option != "recipe"][:BEST]]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -273,9 +275,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                              f"{statistics.mean(one['cpu_s'] for one in good):5.0f} "
                              f"{statistics.mean(sum(one['steps'].values()) for one in good):5.0f}  "
                              f"{' '.join(OPTIONS[option])}")
-    gains = scores(rows, SEEDS[:1])
-    lines.append("gain over the recipe, mean of both pairs and of both sets, seed 0: " + ", ".join(
-        f"{option} {gains[option]:+.3f}" for option in ranked(rows, SEEDS[:1])))
+    lines.append("gain over the recipe in queries answered, mean of stamps and synthetic, seed 0: " + ", ".join(
+        f"{option} {one:+.3f}" for option, (one,) in gains(rows, SEEDS[:1], SCREENED).items()))
+    lines.append("mean of all three sets, three seeds: " + ", ".join(
+        f"{option} {statistics.mean(each):+.3f} ({' '.join(f'{one:+.3f}' for one in each)})"
+        for option, each in gains(rows).items()))
     return "\n".join(lines)
 
 
@@ -303,7 +307,7 @@ sys.exit(run_training.main())
 """  # an older tree, unchanged, with the same folds as `data.fold`
 
 
-def test_fold(fold: int, settings: Sequence[str], data_root: Path, tree: Path | None = None) -> dict[str, Any]:
+def test_fold(fold: int, data_root: Path, tree: Path | None = None) -> dict[str, Any]:
     """The test figures of one fold of stamps by name of KEYS, and the seconds of training. `tree`: an older one, whose
     cache is its own."""
     with tempfile.TemporaryDirectory(prefix="folds_") as temporary:
@@ -312,7 +316,7 @@ def test_fold(fold: int, settings: Sequence[str], data_root: Path, tree: Path | 
         else:
             program = ["-c", OLDER, str(fold), f"data.cache_dir={temporary}/cache"]
         subprocess.run([sys.executable, *program, "--config", "recipes/demo.yaml", "--model-size", "tiny",
-                        "--data-root", str(data_root), "--output-dir", f"{temporary}/run", *settings],
+                        "--data-root", str(data_root), "--output-dir", f"{temporary}/run"],
                        cwd=tree or ROOT, check=True, stdout=subprocess.DEVNULL)
         report = json.loads(next(Path(temporary, "run", "reports").glob("report_*.json")).read_text("utf-8"))
     figures = report["evaluation"]["figures"]["stamps"]
@@ -343,16 +347,16 @@ def print_folds(label: str, folds: Sequence[Mapping[str, Any]]) -> None:
               f"by fold {each}; training {statistics.mean(one['seconds'] for one in folds):.0f} s", flush=True)
 
 
-def compare(sides: Mapping[str, tuple[Sequence[str], Path | None]], data_root: Path, runs: int | None = None
+def compare(sides: Mapping[str, Path | None], data_root: Path, runs: int | None = None
             ) -> dict[str, list[dict[str, Any]]]:
-    """The folds of each side, in turns, by label: those that are kept, and at most so many `runs` more."""
+    """The folds of each tree (None: this one), in turns, by label: those that are kept, and at most so many `runs`
+    more."""
     for fold in FOLDS:
-        for label, (settings, tree) in sides.items():
+        for label, tree in sides.items():
             if _kept(label, fold) or runs == 0:
                 continue
             runs = runs and runs - 1
-            facts = facts_of("folds", label, fold, settings)
-            keep(facts | {"test": test_fold(fold, settings, data_root, tree)})
+            keep(facts_of("folds", label, fold, ()) | {"test": test_fold(fold, data_root, tree)})
             print(f"{label}: fold {fold} done", flush=True)
     folds = {label: [one["test"] for fold in FOLDS if (one := _kept(label, fold))] for label in sides}
     for label, done in folds.items():
@@ -372,35 +376,32 @@ def own_label() -> str:
 def measured() -> dict[str, float]:
     """For `benchmarks/run.py`: R@5 of the recipe as it is, over five folds, which may have been trained already."""
     label = own_label()
-    folds = compare({label: ((), None)}, ROOT / "data")[label]
+    folds = compare({label: None}, ROOT / "data")[label]
     return {key: pooled(folds, key)[0] for key in KEYS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["screen", "best", "table", "final", "folds"])
+    parser.add_argument("what", choices=["screen", "best", "table", "folds"])
     parser.add_argument("--runs", type=int, help="end after so many runs (default: all)")
     parser.add_argument("--only", nargs="+", choices=list(OPTIONS), help="options to screen (default: all)")
-    parser.add_argument("--sets", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--sets", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="(default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="of `best` (default: all)")
     parser.add_argument("--against", type=Path, help="folds: an older tree of this project")
-    parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder with stamps (default ./data)")
+    parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder with the sets (default ./data)")
     options = parser.parse_args(argv)
     options.data_root = options.data_root.resolve()
     print(f"{date.today().isoformat()}, {commit()}, {machine()}", flush=True)
     rows = [one for one in found() if one["set"] in RECIPES]
     if options.what == "screen":
         go_on([(name, option, SEEDS[0]) for option in options.only or OPTIONS for name in options.sets
-               if option in names_of(name)], options)
+               if name in SCREENED and option in names_of(name)], options)
     elif options.what == "best":
-        go_on([(name, option, seed) for seed in SEEDS for option in finalists(rows) for name in RECIPES
+        go_on([(name, option, seed) for seed in options.seeds for option in finalists(rows) for name in options.sets
                if option in names_of(name)], options)
-    elif options.what == "final":
-        compare({f"final: {option}": ((*OPTIONS[option], f"training.epochs={equal_epochs('stamps', option)}"), None)
-                 for option in dict.fromkeys(("recipe", winner(rows)))}, options.data_root, options.runs)
-        return
     elif options.what == "folds":
-        older = {f"folds: {options.against.name}": ((), options.against.resolve())} if options.against else {}
-        compare({own_label(): ((), None), **older}, options.data_root, options.runs)
+        older = {f"folds: {options.against.name}": options.against.resolve()} if options.against else {}
+        compare({own_label(): None, **older}, options.data_root, options.runs)
         return
     print(table([one for one in found() if one["set"] in RECIPES]))
 

@@ -31,15 +31,23 @@ def test_every_option_is_a_recipe_that_can_be_trained() -> None:
 def test_an_option_is_compared_with_the_recipe_of_the_same_set_and_seed() -> None:
     rows = [row("recipe", 0, 0.3), row("recipe", 0, 0.6, "synthetic"), row("adamw", 0, 0.2),
             row("adamw", 0, 0.4, "synthetic"), row("sigmoid", 0, 0.5), row("half the pretraining", 0, 0.4)]
-    gains = ablation.scores(rows, (0,))
-    assert gains == pytest.approx({"recipe": 0.0, "adamw": -0.15, "half the pretraining": 0.1}), "sigmoid lacks a run"
-    assert ablation.ranked(rows, (0,)) == ["half the pretraining", "recipe", "adamw"]
+    gains = ablation.gains(rows, (0,), ablation.SCREENED)
+    assert list(gains) == ["half the pretraining", "recipe", "adamw"], "sigmoid lacks a run"
+    assert [round(gain, 6) for gain, in gains.values()] == [0.1, 0.0, -0.15]
     assert ablation.finalists(rows) == ["recipe", "half the pretraining", "adamw"]
-    with pytest.raises(SystemExit, match="three seeds"):
-        ablation.winner(rows)
-    rows += [row("recipe", seed, 0.3, name) for seed in (1, 2) for name in ablation.RECIPES]
-    rows += [row("half the pretraining", seed, 0.2) for seed in (1, 2)]
-    assert ablation.winner(rows) == "recipe", "it was better with one seed alone"
+    assert ablation.gains(rows) == {}, "no run of other seeds and of emoji"
+    rows += [row(option, seed, value, name) for option, value in (("recipe", 0.3), ("half the pretraining", 0.2))
+             for seed in ablation.SEEDS for name in ablation.RECIPES if seed or name == "emoji"]
+    gains = ablation.gains(rows)
+    assert list(gains) == ["recipe", "half the pretraining"], "it was better with one seed of one set alone"
+    assert gains["half the pretraining"] == pytest.approx([0.0, -0.1, -0.1])
+
+
+def test_each_query_counts_once() -> None:
+    """Of 75 pictures and 10 sounds, not of two pairs."""
+    better = {**row("adamw", 0, 0.3), "figures": {"image-text": 0.3, "audio-text": 1.0}}
+    gains = ablation.gains([row("recipe", 0, 0.3), better], (0,), ("stamps",))
+    assert gains["adamw"] == pytest.approx([(1.0 - 0.5) * 10 / 85])
 
 
 def test_figures_are_those_of_the_lowest_validation_loss_of_the_last_stage() -> None:
@@ -48,6 +56,9 @@ def test_figures_are_those_of_the_lowest_validation_loss_of_the_last_stage() -> 
         ("align", "finetune", "finetune"), (0.1, 2.0, 1.0), metrics, strict=True)]
     found = ablation.figures_of([*records, {"kind": "stage", "stage": "finetune", "steps": 7}], "R@1")
     assert found["figures"] == dict.fromkeys(ablation.PAIRS, 0.4) and found["steps"] == {"finetune": 7}
+    pictures = {key: value for key, value in metrics[0].items() if "audio" not in key}
+    found = ablation.figures_of([{**records[1], "metrics": pictures}], "R@1")
+    assert found["figures"] == {"image-text": 0.9} and len(found["metrics"]) == 2, "a set without sounds"
 
 
 def test_equal_time_is_epochs_by_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trimodal.arguments import Parser, environment_needed, folder_name
+from trimodal.arguments import Parser, environment_needed, exit_code, folder_name
 from trimodal.errors import UserError
 
 with environment_needed("requests", "tqdm", "numpy"):
@@ -33,7 +33,7 @@ EXAMPLES = """examples:
   python download_datasets.py --datasets all --status
   python download_datasets.py --datasets coco --local /data/coco2017 --dry-run --json
 exit code: 0 everything is there, 1 a transfer failed or files are missing or damaged, 2 you need to do something, 3
-what is there can be used and the rest cannot be had any more (deleted clips of AudioCaps), 130 stopped"""
+what is there can be used and the rest cannot be had any more (deleted clips of AudioCaps), 130 stopped, 141 unread"""
 
 
 def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOURCES,
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None, *, table: Mapping[str, Source] = SOU
         print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
         return MEND
     except KeyboardInterrupt:
-        print("\nstopped; what has arrived is kept, the same command goes on from there", file=sys.stderr)
+        looks = arguments.dry_run or arguments.status or arguments.verify
+        print("\nstopped" + "; what has arrived is kept, the same command goes on" * (not looks), file=sys.stderr)
         return 130
     _print_outcomes(outcomes)
     codes = [outcome.code for outcome in outcomes]
@@ -141,9 +142,8 @@ def _show(arguments: argparse.Namespace, names: list[str], table: Mapping[str, S
     """Print what --status or --dry-run asks for, as a table, as lines, or as one JSON object."""
     look, lines = (status, status_lines) if arguments.status else (plan, plan_lines)
     found = [look(name, table, options) for name in names]
-    for line in [json.dumps({"sets": found}, ensure_ascii=False)] if arguments.json else lines(found):
-        print(line)
+    print(json.dumps({"sets": found}, ensure_ascii=False) if arguments.json else "\n".join(lines(found)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

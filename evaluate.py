@@ -6,13 +6,13 @@
     python evaluate.py --checkpoint hub:openai/clip-vit-base-patch32 --datasets coco
 
 Prints one aligned table and writes report_*.json, .md and .html (the page) to the output folder's reports/.
-Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
+Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted, 141 nobody reads the output any more.
 """
 
 import argparse
 import sys
 
-from trimodal.arguments import Parser, environment_needed, folder_name
+from trimodal.arguments import Parser, environment_needed, exit_code, folder_name
 from trimodal.errors import UserError
 from trimodal.openmp import bound_waiting
 from trimodal.redaction import without_secrets
@@ -72,4 +72,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

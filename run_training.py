@@ -6,7 +6,7 @@
     python run_training.py --check        # are flags and settings right? Like --plan and --doctor, it trains nothing
 
 Exit codes: 0 done, 1 the run could not go on or the doctor found a fault, 2 a mistake in what was asked for, 3 stopped
-by a signal after the step in hand, which is saved, 130 stopped at once.
+by a signal after the step in hand, which is saved, 130 stopped at once, 141 nobody reads the output.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimodal.arguments import Parser, environment_needed
+from trimodal.arguments import Parser, environment_needed, exit_code
 from trimodal.errors import ReportedByMain, Stopped, TrainingError, UserError
 from trimodal.openmp import bound_waiting
 from trimodal.redaction import without_secrets
@@ -140,10 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(stopped, file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        advice = "" if options.doctor else " Go on with --resume auto from the newest checkpoint"
-        print(f"\nStopped at once.{advice}", file=sys.stderr)
+        looks = options.check or options.plan or options.doctor
+        print("\nStopped at once." + " --resume auto goes on from the newest checkpoint" * (not looks), file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -9,16 +9,14 @@
     python search.py serve --host 0.0.0.0 --port 8080        # for every machine that reaches this one
 
 The index lies in ./outputs/index unless --index names another folder, never among the files that are indexed.
-Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted (the same command goes on where it was),
-141 nobody reads the output any more, such as head.
+Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted (index goes on where it was), 141 nobody
+reads the output any more, such as head.
 """
 
 import argparse
-import io
-import os
 import sys
 
-from trimodal.arguments import Parser, environment_needed, folder_name
+from trimodal.arguments import Parser, environment_needed, exit_code, folder_name
 from trimodal.errors import UserError
 from trimodal.openmp import bound_waiting
 from trimodal.redaction import without_secrets
@@ -82,25 +80,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files have letters that a terminal may lack
     bound_waiting(print if options.command == "index" else lambda line: None)  # a query prints its answer alone
     try:
         from trimodal.search import commands  # loads torch, which --help need not
 
         getattr(commands, options.command)(options)
-        sys.stdout.flush()
     except UserError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nInterrupted; what is encoded is kept, and the same command goes on", file=sys.stderr)
+        kept = "; what is encoded is kept, and the same command goes on" * (options.command == "index")
+        print(f"\nInterrupted{kept}", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the end of Python writes what is left
-        return 141
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

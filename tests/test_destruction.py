@@ -20,8 +20,7 @@ MODE = re.compile(r"[rwaxbt+]{1,4}")
 
 # Module and function -> (its calls in their order, why they harm nothing of the user's).
 SAFE = {
-    "search.main": ("os.open", "the null device, in the place of a pipe whose reader has gone"),
-    "evaluation.report._show": ("os.open", "the null device, in the place of a pipe whose reader has gone"),
+    "arguments.exit_code": ("os.open", "the null device, in the place of an output that cannot be written"),
     "download.acquire._finish": ("rmdir", "the folder of archives, only when empty"),
     "download.acquire._copied":
         ("replacing shutil.copyfileobj", "copies beside, then http.put, which keeps what differs"),

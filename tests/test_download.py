@@ -249,6 +249,18 @@ def test_interrupted_by_the_user(server: Loopback, tmp_path: Path) -> None:
     assert process.returncode == 130 and len(errors.strip().splitlines()) == 1, errors
 
 
+@pytest.mark.parametrize(("flags", "is_kept"), [([], True), (["--status"], False), (["--verify"], False)])
+def test_a_look_that_is_interrupted_says_nothing_of_transfers(
+        flags: list[str], is_kept: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_get", "_show"):
+        monkeypatch.setattr(download_datasets, name, interrupted)
+    assert run("--datasets", "stamps", *flags) == 130
+    assert ("kept" in capsys.readouterr().err) == is_kept
+
+
 # --- Without a download ----------------------------------------------------------------------------------------------
 
 

@@ -233,6 +233,14 @@ def test_commands_parse_call_and_return() -> None:
             and (lines := (ROOT / f"{name}.py").read_text("utf-8").count("\n")) >= 150} == {}
 
 
+def test_every_command_ends_well_where_its_output_cannot_be_written() -> None:
+    """They all go through the one function that sees to it. model.py's lines are those of a module."""
+    started = {path.relative_to(ROOT).as_posix(): end[1].strip() for path in product_files()
+               if len(end := path.read_text("utf-8").split('if __name__ == "__main__":\n')) == 2}
+    assert {name for name, end in started.items() if end != "sys.exit(exit_code(main))"} == {
+        "model.py", "trimodal/export/example.py"} and len(started) == 8
+
+
 def test_no_large_file() -> None:
     assert [str(path) for path in tracked() if path.stat().st_size > MAX_FILE_BYTES] == []
 

@@ -20,6 +20,7 @@ from tests.project import ROOT
 from tests.refusals import assert_names, assert_told
 from tests.small_runs import RECIPE, SmallRuns
 from trimodal import checkpoint
+from trimodal.arguments import exit_code, writing_to
 from trimodal.config import SIZES
 from trimodal.data import cache as cache_module
 from trimodal.training import run as run_module
@@ -55,6 +56,61 @@ def mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Main:
         return error.removesuffix("\n")
 
     return run
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------
+
+
+def prints(text: str) -> Callable[[], int]:
+    return lambda: print(text) or 0
+
+
+def asks_for_help() -> int:
+    run_training.main(["--help"])
+    raise AssertionError("help ends the command")
+
+
+def writes_a_file() -> int:
+    with writing_to(Path("folder")):
+        print("x" * 100_000)
+    return 0
+
+
+@pytest.mark.parametrize("main", [prints("a line"), prints("x" * 100_000), asks_for_help, writes_a_file])
+@pytest.mark.parametrize("has_reader", [True, False])
+def test_an_output_that_cannot_be_written(main: Callable[[], int], has_reader: bool, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """One line where the disk is full; silence where a reader such as `head` has had enough."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full if has_reader else pipe)
+        status = exit_code(main)
+        told = capsys.readouterr().err
+    if has_reader:
+        assert_told(told, os.strerror(errno.ENOSPC))
+    assert (status, bool(told)) == ((2, True) if has_reader else (141, False))
+
+
+def test_a_command_passes_its_own_mistakes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> int:
+        raise BrokenPipeError("of another pipe")
+
+    with pytest.raises(BrokenPipeError, match="another"):
+        exit_code(fails)
+    monkeypatch.setattr(sys, "stdout", None)  # closed by the caller
+    assert exit_code(prints("a line")) == 0
+
+
+@pytest.mark.parametrize(("flags", "has_saved"), [([], True), (["--check"], False), (["--plan"], False)])
+def test_only_a_training_that_is_interrupted_says_how_to_go_on(
+        flags: list[str], has_saved: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_training, "run", interrupted)
+    assert run_training.main(flags) == 130
+    assert ("--resume" in capsys.readouterr().err) == has_saved
 
 
 # ---- what was asked for --------------------------------------------------------------------------------------------

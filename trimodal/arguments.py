@@ -1,12 +1,14 @@
-"""Command lines: mistakes of the user take one line."""
+"""Command lines: mistakes of the user take one line, and so does an output that cannot be written."""
 
 import argparse
 import contextlib
 import importlib.util
+import io
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from trimodal.errors import UserError
 from trimodal.redaction import without_secrets
@@ -28,6 +30,55 @@ def folder_name(name: str) -> str:
     if not name.strip():
         raise argparse.ArgumentTypeError("is empty; name a path ('.' is the folder you are in)")
     return name
+
+
+class Unwritten(Exception):
+    """What was printed could not be written. No OSError, which would be taken for one of the file in hand."""
+
+
+class _Output:
+    """A stream that raises Unwritten for what it cannot write."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._told(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._told(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @staticmethod
+    def _told(work: Callable[..., Any], *given: str) -> Any:
+        try:
+            return work(*given)
+        except OSError as error:
+            raise Unwritten(error.strerror) from error
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Run a command: what its `main` returns; where stdout cannot be written, 2 after one line, or 141 where its reader
+    has had enough, as `head` has."""
+    if (stream := sys.stdout) is None:  # closed by the caller, who wants nothing printed
+        return main()
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # names of files have letters that a terminal may lack
+    output = _Output(stream)
+    try:
+        with contextlib.redirect_stdout(cast(TextIO, output)):
+            try:
+                return main()
+            finally:
+                output.flush()
+    except Unwritten as unwritten:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # the end of Python writes what is left
+        if isinstance(unwritten.__cause__, BrokenPipeError):
+            return 141
+        print(f"error: the output cannot be written ({unwritten}); free space, or send it elsewhere", file=sys.stderr)
+        return 2
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The commands of search.py: what they print, and what they refuse in one line."""
 
+import errno
 import json
 import os
 import subprocess
@@ -22,8 +23,9 @@ SMALL_COMMAND = """
 import sys
 import search
 from tests.search import things
+from trimodal.arguments import exit_code
 with things.small():
-    sys.exit(search.main())
+    sys.exit(exit_code(search.main))
 """
 
 
@@ -117,18 +119,45 @@ def test_what_cannot_be_done_is_told_in_one_line(made: Path, tmp_path: Path,
              (tmp_path / "gone.pt",)),
             (("index", tmp_path, "--index", made / "index"), (tmp_path, made / "media", "--replace")),
             (("query", "a", "--index", tmp_path / "gone"), (tmp_path / "gone", "search.py")),
-            (("query", "--image", tmp_path / "gone.png", "--index", made / "index"), (tmp_path / "gone.png",)),
-            (("query", "--audio", of_red, "--index", made / "index"), (of_red,)),
+            (("query", "--image", tmp_path / "gone.png", "--index", made / "index"),
+             ("--image", tmp_path / "gone.png")),
+            (("query", "--audio", of_red, "--index", made / "index"), ("--audio", of_red)),
             (("query", "a", "--index", made / "index", "--checkpoint", tmp_path / "gone.pt"), (tmp_path / "gone.pt",)),
     ):
         assert run(*words) == 2, words
-        assert_told(capsys.readouterr().err, *named)
+        told = capsys.readouterr().err
+        assert_told(told, *named)
+        assert "[0]" not in told, "a name of the API's"
     for mistaken in (["query"], ["query", "a", "--image", "b.png"], ["query", "a", "--top", "0"],
                      ["query", "a", "--kind", "video"], ["index", ""], ["index"], [], ["delete"]):
         with pytest.raises(SystemExit) as ended:
             search.main(mistaken)
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_questions_that_the_model_does_not_read_whole_are_told_by_their_option(
+        made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run("query", "a red circle " * 200, "--index", made / "index") == 0
+    told = capsys.readouterr().err
+    assert "TEXT" in told and told.count("\n") == 1 and "[0]" not in told
+    monkeypatch.setattr(things.model(), "modalities", ("image",))
+    monkeypatch.setattr(commands, "open_model", lambda *given: things.model())
+    for words, named in ((["a"], "TEXT"), (["--audio", made / "media/low.wav"], "--audio")):
+        assert run("query", *words, "--index", made / "index") == 2
+        assert_told(capsys.readouterr().err, named, "image")
+
+
+@pytest.mark.parametrize("words", [["index", "folder"], ["query", "a"], ["serve"]])
+def test_only_an_indexing_that_is_interrupted_says_that_its_work_is_kept(
+        words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, words[0], interrupted)
+    assert run(*words) == 130
+    assert ("kept" in capsys.readouterr().err) == (words[0] == "index")
 
 
 def test_a_model_that_was_trained_on_is_refused(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -181,6 +210,10 @@ def test_what_is_printed_reaches_any_reader(made: Path, tmp_path: Path) -> None:
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, check=False)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (141, b"")
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    assert ended.returncode == 2
+    assert_told(ended.stderr.decode(), os.strerror(errno.ENOSPC))
     ended = subprocess.run(command, capture_output=True, cwd=ROOT, check=False,
                            env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (0, b"") and rb"\u58f0" in ended.stdout

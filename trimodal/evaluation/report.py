@@ -63,7 +63,7 @@ from pathlib import Path
 from typing import Any
 
 from trimodal import __version__
-from trimodal.arguments import Parser
+from trimodal.arguments import Parser, exit_code
 from trimodal.errors import UserError
 from trimodal.evaluation import markdown, page, verdict
 from trimodal.evaluation.charts import thinned
@@ -288,16 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
-    _show(compare.as_text(runs) + (f"\n\nPage: {options.html}" if options.html else ""))
+    print(compare.as_text(runs) + (f"\n\nPage: {options.html}" if options.html else ""))
     return 0
-
-
-def _show(text: str) -> None:
-    """Print to a reader that may have seen enough, such as `head`."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def _write_page(path: Path, text: str) -> None:
@@ -309,4 +301,4 @@ def _write_page(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

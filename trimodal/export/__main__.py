@@ -4,7 +4,7 @@
     python -m trimodal.export onnx outputs/demo FOLDER     # to run without torch: graphs of the towers and the fusion
 
 The checkpoint is a file, or the output folder of a run. FOLDER must not exist yet.
-Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted.
+Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted, 141 nobody reads the output any more.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from trimodal.arguments import Parser, folder_name
+from trimodal.arguments import Parser, exit_code, folder_name
 from trimodal.config import MODALITIES
 from trimodal.errors import UserError
 from trimodal.redaction import without_secrets
@@ -56,4 +56,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

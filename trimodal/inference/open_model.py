@@ -42,6 +42,10 @@ HALF = re.compile("[\ud800-\udfff]")  # of a UTF-16 pair; also a byte that Pytho
 OnBroken = Callable[[int, str], None]
 
 
+class TextsCut(UserWarning):
+    """Texts are longer than the model reads."""
+
+
 class OpenModel:
     """What model.open_model returns. Threads may share it.
 
@@ -197,7 +201,7 @@ class OpenModel:
             yield from found
         if cut:
             warnings.warn(f"{len(cut)} of the texts are longer than the model reads and were cut, as in training; the "
-                          f"first is texts[{cut[0]}]", stacklevel=2)
+                          f"first is texts[{cut[0]}]", TextsCut, stacklevel=2)
 
     # ---- in batches ---------------------------------------------------------------------------------------------
 

@@ -9,18 +9,24 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from model import open_model
 from trimodal.data.probe import by_reason
 from trimodal.errors import UserError
+from trimodal.inference.open_model import TextsCut
 from trimodal.memory import devices
 from trimodal.search.build import SKIPPED, Summary, build_index
 from trimodal.search.index import FILE, KINDS, Hit, Index, Kind, printable
 
 NAMES: dict[Kind, str] = {"image": "pictures", "audio": "sounds"}
+FLAGS = {"texts": "TEXT", "images": "--image", "audio": "--audio"}  # of query, by the arguments of encode
 DEFAULT = "outputs/index"
 BETWEEN, NARROWEST = 3, 55  # letters between two columns of results, and of a column, 30 of them for the name
 
@@ -103,9 +109,31 @@ def query(options: argparse.Namespace) -> None:
     model = model_of(found, options.checkpoint, options.device)
     [(name, value)] = [(name, value) for name in ("texts", "images", "audio")
                        if (value := getattr(options, name)) is not None]
-    query_F = model.encode(**{name: [value]})[0]
+    query_F = encode_question(model, name, value)
     hits = {kind: found.search(query_F, kind, options.top) for kind in kinds}
     print(as_json(found, hits) if options.json else as_columns(found, hits))
+
+
+def encode_question(model: Any, name: str, value: str) -> Tensor:
+    """The feature of what a query asks for, [F]. `name`: of the argument of encode.
+
+    Raises:
+        UserError: the model does not read its kind, or the file cannot be read.
+    """
+    if (kind := {"images": "image", "texts": "text"}.get(name, name)) not in model.modalities:
+        raise UserError(f"{FLAGS[name]}: this model reads no {kind}, but {' and '.join(model.modalities)}")
+
+    def refuse(number: int, reason: str) -> None:
+        raise UserError(f"{FLAGS[name]}: {reason}")
+
+    with warnings.catch_warnings(record=True) as said:
+        features_NF = model.encode(**{name: [value]}, on_broken=refuse)
+    for one in said:
+        if one.category is TextsCut:
+            print(f"{FLAGS[name]}: is longer than the model reads and was cut, as in training", file=sys.stderr)
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return features_NF[0]
 
 
 def serve(options: argparse.Namespace) -> None:

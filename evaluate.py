@@ -26,9 +26,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         (__doc__ or "").split("\n\n", 1)[0],
         "Settings are those of the checkpoint; any key can be overridden: evaluation.batch_size=16 "
         "report.language=en")
-    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best_model.pt, any other "
-                        "checkpoint, the folder of a run or an export, or hub:OWNER/NAME (or hub:FOLDER) of a CLIP, "
-                        "SigLIP or CLAP of transformers")
+    parser.add_argument("--checkpoint", type=folder_name, metavar="FILE", required=True, help="best_model.pt, any "
+                        "other checkpoint, the folder of a run or an export, or hub:OWNER/NAME (or hub:FOLDER) of a "
+                        "CLIP, SigLIP or CLAP of transformers")
     parser.add_argument("--datasets", nargs="+", metavar="SET", help=f"any of {', '.join(SETS)} (default: as trained)")
     parser.add_argument("--zero-shot", type=folder_name, metavar="DIR", help="instead of data sets: a folder of class "
                         "folders of pictures or sounds, classified by prompts")

@@ -14,6 +14,7 @@ P values of a patch, L text tokens, T frames of M mels, X audio windows, F embed
 
 import functools
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -435,6 +436,9 @@ def open_model(source: str | Path, device: str = "auto", precision: str = "float
     """
     from trimodal.inference.opening import opened_checkpoint, opened_hub
 
+    if not isinstance(source, str | os.PathLike) or not str(source).strip():
+        raise UserError(f"open_model: the source is {source!r}; name a checkpoint, the output folder of a run, an "
+                        "exported folder, or hub:NAME")
     if str(source).startswith("hub:"):
         return opened_hub(str(source), device, precision)
     return opened_checkpoint(source, device, precision, load_model)

@@ -17,12 +17,15 @@ import evaluate
 import run_training
 from tests import trees
 from tests.project import ROOT
-from tests.refusals import assert_names, assert_told
+from tests.refusals import assert_names, assert_told, refused
 from tests.small_runs import RECIPE, SmallRuns
 from trimodal import checkpoint
 from trimodal.arguments import exit_code, writing_to
 from trimodal.config import SIZES
 from trimodal.data import cache as cache_module
+from trimodal.evaluation import compare, zero_shot
+from trimodal.export import __main__ as export
+from trimodal.training import initial
 from trimodal.training import run as run_module
 
 Main = Callable[..., str]
@@ -231,6 +234,28 @@ def test_no_task_of_a_stage_has_samples(mistake: Main, tmp_path: Path) -> None:
 
 
 # ---- folders and checkpoints ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("read", [
+    initial.find_checkpoint, lambda name: compare.read_runs([name, name]),
+    lambda name: zero_shot.read_classes(Path(name))])
+def test_a_folder_that_is_closed_to_the_user(read: Callable[[str], object], tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with refused(tmp_path, os.strerror(errno.EACCES)):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize(("main", "given"), [
+    (evaluate.main, ["--checkpoint", ""]), (export.main, ["onnx", "", "folder"]),
+    (export.main, ["hub", " ", "folder"])])
+def test_no_name_is_not_the_folder_that_one_is_in(main: Callable[[list[str]], int], given: list[str],
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(main, given) == 2
+    assert_told(capsys.readouterr().err, "empty")
 
 
 def test_an_output_folder_that_cannot_be_written(mistake: Main, tmp_path: Path) -> None:

@@ -96,6 +96,15 @@ def environment_needed(*loaded_later: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(place: str | Path) -> Iterator[None]:
+    """An OSError within, as pathlib raises it in a folder that is closed to the user, becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read ({error.strerror}); allow it, or name another one") from None
+
+
+@contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
     """An OSError within becomes one line that says what to do about the folder."""
     try:

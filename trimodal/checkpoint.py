@@ -100,7 +100,12 @@ def _written_tensor(value: Any) -> dict[str, Any]:
 
 def _read_value(value: dict[str, Any], folder: Path) -> Any:
     """What stands in config.json for a small tensor, or for the text of the tokenizer's file beside it."""
-    return (folder / TOKENIZER).read_text("utf-8") if value == {"file": TOKENIZER} else _read_tensor(value)
+    if value != {"file": TOKENIZER}:
+        return _read_tensor(value)
+    with _part(folder / TOKENIZER):
+        text = (folder / TOKENIZER).read_text("utf-8")
+        json.loads(text)  # a file that was cut off is told here, by its name
+    return text
 
 
 def _read_tensor(value: dict[str, Any]) -> Any:
@@ -212,17 +217,31 @@ def load_export(path: str | Path) -> dict[str, Any]:
     The weights are under "model_state_dict".
 
     Raises:
-        CheckpointError: one of the two files is missing or damaged.
+        CheckpointError: a file is missing or damaged; the line names this one.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = Path(path)
+    with _part(path):
+        weights = load_file(path)
+    with _part(path.with_name("config.json")):
+        others = json.loads(path.with_name("config.json").read_text("utf-8"),
+                            object_hook=lambda value: _read_value(value, path.parent))
+        return {**others, "model_state_dict": weights}
+
+
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[None]:
+    """What cannot be read within is the file `path` of an exported folder."""
+    from safetensors import SafetensorError
+
     try:
-        others = json.loads(Path(path).with_name("config.json").read_text("utf-8"),
-                            object_hook=lambda value: _read_value(value, Path(path).parent))
-        return {**others, "model_state_dict": load_file(path)}
+        yield
+    except CheckpointError:  # of another file
+        raise
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read, with the config.json beside it ({_reason(error)})") from None
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"cannot be read ({_reason(error)})"
+        raise CheckpointError(f"{path}: {reason}; take a whole copy of its folder") from None
 
 
 def verify(path: str | Path) -> None:

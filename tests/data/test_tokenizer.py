@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe words", b'{"model": {"type": "WordPiece"}}'])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "words.json").write_bytes(content)
-    with refused("model.word_embeddings"):
+    with refused("model.word_embeddings", tmp_path / "words.json"):
         load_tokenizer(ModelConfig(size="nano", word_embeddings=f"file:{tmp_path / 'words.json'}"))
 
 

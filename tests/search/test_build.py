@@ -212,6 +212,17 @@ def test_what_the_model_does_not_read_is_counted(folder: Path, tmp_path: Path) -
     assert summary.without == {"sounds that the model does not read": 2}
 
 
+def test_a_place_that_could_not_be_opened_again_is_refused_before_anything_is_encoded(folder: Path,
+                                                                                      tmp_path: Path) -> None:
+    place, model = tmp_path / os.fsdecode(b"an index \xff"), Recorded()
+    for use in (lambda: indexed(folder, place, model), lambda: Index.open(place)):
+        with refused(r"an index \xff", "UTF-8", "--index"):
+            use()
+    assert model.names == [] and not place.exists()
+    folder = folder.rename(tmp_path / os.fsdecode(b"media \xff"))
+    assert indexed(folder, tmp_path / "index")[1].folder == folder, "what is indexed may have any name"
+
+
 def test_a_folder_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with refused(tmp_path / "file" / "index", "--index"):

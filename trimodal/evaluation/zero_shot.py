@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets import Data
+from trimodal.arguments import reading
 from trimodal.config import Config
 from trimodal.data.batches import pad_captions, prepare_split
 from trimodal.data.samples import Sample, SampleTable
@@ -56,7 +57,9 @@ def read_classes(folder: Path) -> Classes:
     Raises:
         UserError: fewer than two classes with files, an empty one, or pictures beside sounds.
     """
-    if not folder.is_dir():
+    with reading(f"--zero-shot {folder}"):
+        is_folder = folder.is_dir()
+    if not is_folder:
         raise UserError(f"--zero-shot {folder}: no such folder")
     found: dict[str, list[Path]] = {}
     kinds: Counter[str] = Counter()

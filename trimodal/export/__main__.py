@@ -25,7 +25,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__ or "")
     parser.prog = "python -m trimodal.export"
     parser.add_argument("kind", choices=KINDS, help="what is written")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best_model.pt, or the output folder of a run")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=folder_name,
+                        help="best_model.pt, or the output folder of a run")
     parser.add_argument("folder", metavar="FOLDER", type=folder_name, help="a new folder")
     parser.add_argument("--modalities", nargs="+", choices=MODALITIES, help="with onnx: towers to write (default: all)")
     parser.add_argument("--pixels", choices=("uint8", "float32"), help="with onnx: type of the pixels that image.onnx "

@@ -10,6 +10,7 @@ code of a folder is run and no pickle is opened.
 Shape suffixes: H, W pixels, S samples of a sound, X windows, B items, F feature width.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from trimodal.arguments import reading
 from trimodal.errors import UserError
 from trimodal.inference.prepared import Prepared
 from trimodal.towers import hub
@@ -144,8 +146,10 @@ def open_hub(name: str) -> HubModel:
 
 def _folder(name: str) -> Path:
     """Where the files are: a local folder, or that of the hub's cache, into which they are fetched."""
-    place = Path(name.removeprefix(PREFIX)).expanduser()
-    return place if place.is_dir() else hub.fetch(name.removeprefix(PREFIX), name)
+    place = Path(os.path.expanduser(name.removeprefix(PREFIX)))
+    with reading(name):
+        is_local = place.is_dir()
+    return place if is_local else hub.fetch(name.removeprefix(PREFIX), name)
 
 
 def _kind(name: str, folder: Path) -> str:

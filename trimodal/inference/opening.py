@@ -1,11 +1,13 @@
 """Opening a model for use: which file a folder's model is in, the device, and what the model says of itself."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trimodal.arguments import reading
 from trimodal.checkpoint import by_age
 from trimodal.errors import UserError
 from trimodal.inference.checkpoint_model import CheckpointModel
@@ -36,7 +38,9 @@ def opened_hub(name: str, device: str, precision: str) -> OpenModel:
 
 
 def _setting(device: str, precision: str) -> tuple[torch.device, torch.dtype | None]:
-    place = devices.choose_device(device)
+    if not isinstance(device, str | torch.device):
+        raise UserError(f"device: {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'")
+    place = devices.choose_device(str(device), "device")
     if precision == "auto":
         return place, devices.choose_precision(place, use_amp=True).dtype
     if precision not in PRECISIONS:
@@ -63,17 +67,18 @@ def checkpoint_in(source: str | Path) -> Path:
     """The file to load: `source` itself, or best_model.pt of a run's folder, or model.safetensors of an export.
 
     Raises:
-        UserError: the folder holds none or several of them; the line names what is there.
+        UserError: the folder holds none or several of them, and the line names what is there; or it cannot be read.
     """
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        return path  # loading says what is wrong with it
-    for folder in (path, path / "checkpoints"):
-        if (folder / BEST).is_file():
-            return folder / BEST
-    if (path / WEIGHTS).is_file() and "model_type" not in hub.read_json(path, hub.CONFIG, str(source)):
-        return path / WEIGHTS
-    raise UserError(f"{source}: {_instead(path)}")
+    path = Path(os.path.expanduser(source))
+    with reading(source):
+        if not path.is_dir():
+            return path  # loading says what is wrong with it
+        for folder in (path, path / "checkpoints"):
+            if (folder / BEST).is_file():
+                return folder / BEST
+        if (path / WEIGHTS).is_file() and "model_type" not in hub.read_json(path, hub.CONFIG, str(source)):
+            return path / WEIGHTS
+        raise UserError(f"{source}: {_instead(path)}")
 
 
 def _instead(path: Path) -> str:

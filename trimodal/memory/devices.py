@@ -268,8 +268,8 @@ class Precision(NamedTuple):
     reason: str
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The device called "auto" (CUDA, else CPU), "cpu", "cuda", "cuda:1" or "mps".
+def choose_device(name: str = "auto", where: str = "--device") -> torch.device:
+    """The device called "auto" (CUDA, else CPU), "cpu", "cuda", "cuda:1" or "mps". `where` names it in messages.
 
     Raises:
         UserError: unknown, or not in this machine; lists what is.
@@ -284,7 +284,7 @@ def choose_device(name: str = "auto") -> torch.device:
     exact = "cuda:0" if name == "cuda" else name
     if exact not in found:
         names = [f"{one} ({torch.cuda.get_device_name(one)})" if one.startswith("cuda") else one for one in found]
-        raise UserError(f"--device: {name!r} is not in this machine; it has {', '.join(names)}, and 'auto' chooses")
+        raise UserError(f"{where}: {name!r} is not in this machine; it has {', '.join(names)}, and 'auto' chooses")
     return torch.device(exact)
 
 

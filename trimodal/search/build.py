@@ -25,7 +25,7 @@ from tqdm import tqdm
 from trimodal import media
 from trimodal.errors import UserError
 from trimodal.files import locked, remove_left, replacing
-from trimodal.search.index import FILE, KINDS, Entry, Index, Kind, ModelName, write_index
+from trimodal.search.index import FILE, KINDS, Entry, Index, Kind, ModelName, check_name, write_index
 from trimodal.search.journal import NAME, Journal, is_journal, read_journal
 from trimodal.search.walk import CHANGED, File, Found, Skipped, digests, find, has_changed
 
@@ -70,8 +70,9 @@ def build_index(folder: Path, place: Path, model: Any, source: str, *, replace: 
 
     Raises:
         UserError: `folder` holds nothing that can be read, or `place` an index of another folder or model or a file of
-            the user's by a name that is needed, or it cannot be written.
+            the user's by a name that is needed, or it cannot be written, or its name is no UTF-8.
     """
+    check_name(place)
     begin_s, folder = time.perf_counter(), folder.resolve()
     found = find(folder, exclude)
     with contextlib.ExitStack() as held:

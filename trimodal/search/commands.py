@@ -40,14 +40,14 @@ def index(options: argparse.Namespace) -> None:
     Raises:
         UserError: see build_index; or the checkpoint cannot be opened.
     """
-    devices.prepare_process()
+    device = chosen_device(options.device)
     place, source = Path(options.index), options.checkpoint
     if source is None:
         if not os.path.exists(place / FILE):
             raise UserError(f"--checkpoint: is needed for a new index ({place} holds none); name the model to encode "
                             "with, such as outputs/checkpoints/best_model.pt or hub:openai/clip-vit-base-patch32")
         source = Index.open(place).model.source
-    model = open_model(source, options.device)
+    model = open_model(source, device)
     print(f"Model: {printable(source)}, which reads {', '.join(model.modalities)}; device: {model.device}")
     summary = build_index(Path(options.folder), place, model, lasting_name(source), replace=options.replace,
                           exclude=options.exclude)
@@ -58,7 +58,8 @@ def lasting_name(source: str) -> str:
     """A model's name that means the same in every folder."""
     if source.startswith("hub:"):
         name = source.removeprefix("hub:")
-        return f"hub:{os.path.abspath(os.path.expanduser(name))}" if Path(name).expanduser().is_dir() else source
+        place = os.path.abspath(os.path.expanduser(name))
+        return f"hub:{place}" if os.path.isdir(place) else source
     return os.path.abspath(os.path.expanduser(source))
 
 
@@ -101,12 +102,12 @@ def query(options: argparse.Namespace) -> None:
     Raises:
         UserError: the index or its model cannot be opened, or the question cannot be read.
     """
-    devices.prepare_process()
+    device = chosen_device(options.device)
     found = Index.open(options.index)
     kinds = [options.kind] if options.kind else [kind for kind in KINDS if found.by_kind[kind]]
     if empty := [kind for kind in kinds if not found.by_kind[kind]]:
         raise UserError(f"--kind {empty[0]}: {options.index} holds no {NAMES[empty[0]]}")
-    model = model_of(found, options.checkpoint, options.device)
+    model = model_of(found, options.checkpoint, device)
     [(name, value)] = [(name, value) for name in ("texts", "images", "audio")
                        if (value := getattr(options, name)) is not None]
     query_F = encode_question(model, name, value)
@@ -144,10 +145,16 @@ def serve(options: argparse.Namespace) -> None:
     """
     from trimodal.search import server  # needs packages that the other commands do without
 
-    devices.prepare_process()
+    device = chosen_device(options.device)
     found = Index.open(options.index)
     with server.listen(options.host, options.port) as listener:  # before the model is loaded, which takes a while
-        server.serve(found, model_of(found, options.checkpoint, options.device), options.host, listener)
+        server.serve(found, model_of(found, options.checkpoint, device), options.host, listener)
+
+
+def chosen_device(name: str) -> str:
+    """The device that --device names, which is in this machine; the process is made ready for it."""
+    devices.prepare_process()
+    return str(devices.choose_device(name))
 
 
 def model_of(found: Index, source: str | None, device: str) -> Any:

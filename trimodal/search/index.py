@@ -85,8 +85,9 @@ class Index:
         """Open the index in the folder `place`; its features are mapped into memory.
 
         Raises:
-            UserError: there is none, or it cannot be read, is damaged or of a later release.
+            UserError: there is none, or it cannot be read, is damaged or of a later release; or see check_name.
         """
+        check_name(place)
         path = Path(place) / FILE
         try:
             path.open("rb").close()  # the library says of a file that may not be read that it is not there
@@ -135,6 +136,15 @@ class Index:
         as float64; equal ones in the order of the entries."""
         found = nearest(self.features(kind), query_F, top)
         return [Hit(self.by_kind[kind][row], score, deviations) for row, score, deviations in found]
+
+
+def check_name(place: str | Path) -> None:
+    """Raise UserError where an index's folder has a name that is no UTF-8, which the library that maps files wants."""
+    try:
+        os.fspath(place).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{printable(place)}: is no UTF-8, as the name of an index must be; choose another --index"
+                        ) from None
 
 
 # ---- searching ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from trimodal.towers.base import Input, PretrainedTower, describe
 CONFIG, CARD = "config.json", "README.md"
 SMALL_FILES = ("*.json", "*.txt", "*.model", CARD)
 NOT_SETTINGS = ("model_type", "transformers_version", "dtype", "architectures", "auto_map", "_name_or_path")
+WHOLE = "take a whole copy of it"  # true of what was fetched and of the user's own
 MAX_LAYERS, MAX_SIZE = 1_000, 2**24  # a description from elsewhere does not fill time or memory
 WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))  # the first kind
 
@@ -135,7 +136,7 @@ def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
     """A file of settings, {} where there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or may not be read.
     """
     try:
         found = json.loads((folder / name).read_text("utf-8"))
@@ -144,8 +145,11 @@ def read_json(folder: Path, name: str, where: str) -> dict[str, Any]:
         return found
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {folder / name} is damaged ({reason_of(error)})") from None
+    except OSError as error:
+        raise UserError(f"{where}: {folder / name} cannot be read ({error.strerror}); allow it, or name another folder"
+                        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {folder / name} is damaged ({reason_of(error)}); {WHOLE}") from None
 
 
 def kind_of(folder: Path, kinds: Mapping[str, Kind], modality: str, where: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model import TriModalModel
 from trimodal import checkpoint
+from trimodal.arguments import reading
 from trimodal.config import MODALITIES
 from trimodal.data.tokenizer import Tokenizer
 from trimodal.errors import CheckpointError, UserError
@@ -77,12 +78,13 @@ def find_checkpoint(given: str) -> Path:
         UserError: there is none.
     """
     path = Path(given)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"--init: {path}: no such file or folder; give a checkpoint, or the output folder of a run")
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    files = [folder / name for name in FILES if (folder / name).is_file()]
+    with reading(f"--init: {path}"):
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise UserError(f"--init: {path}: no such file or folder; give a checkpoint, or the output folder of a run")
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        files = [folder / name for name in FILES if (folder / name).is_file()]
     found = files[0] if files else checkpoint.find_latest(folder)
     if found is None:
         raise UserError(f"--init: {folder}: holds no checkpoint: {', '.join(FILES)} or checkpoint_epoch_N.pt")

@@ -34,7 +34,7 @@ from trimodal.data.splits import carve_val, file_key
 from trimodal.data.store import open_store
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
 from trimodal.data.workers import Workers, cpu_cores, in_line
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.sets import SETS, listed, read_splits
 
 MAX_WORKERS = 8
@@ -321,4 +321,4 @@ def _checked(results: Generator[Result, None, None], reader: BatchReader) -> Ite
             passed += 1
             yield batch
     if first and not passed:
-        raise UserError(f"data: none of the {total} samples can be read; the first: {first}")
+        raise UserError(f"data: none of the {counted(total, 'sample')} can be read; the first: {first}")

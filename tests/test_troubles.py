@@ -1,6 +1,7 @@
 """One list with ten troubles that people report: the doctor names each in a line of its own."""
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.refusals import assert_names
 from tests.test_doctor import case_of
 from trimodal import doctor
 from trimodal.doctor import Finding
+from trimodal.errors import counted
 
 RATE_HZ = 16_000
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
@@ -99,3 +101,9 @@ def test_each_trouble_is_named_in_one_line(
     lines = [line for one in findings if one.check == check for line in one.found.splitlines()]
     (line,) = [line for line in lines if all(word.lower() in line.lower() for word in words)]
     assert_names(line, *names)
+
+
+def test_one_thing_is_no_plural(findings: list[Finding]) -> None:
+    said = " ".join(f"{one.found} {one.advice}" for one in findings)
+    assert re.search(r"\b1 sound\b", said) and not re.search(r"(?<![\d.,-])1 (?!times)[a-z]+s\b", said)
+    assert [counted(n, "entry", "entries") for n in (0, 1, 1200)] == ["0 entries", "1 entry", "1,200 entries"]

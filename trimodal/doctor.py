@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimodal.config import Config, StageConfig, TaskConfig
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.redaction import without_secrets
 from trimodal.training.signals import Interruption
 
@@ -225,8 +225,8 @@ def check_device(case: Case) -> Iterator[Finding]:
     devices.use_deterministic(case.config.training.deterministic)
     (torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)).sum().item()  # raises where it cannot compute
     case.device = device
-    yield Finding("device", "ok", f"{devices.device_name(device)}, {precision.reason}; {cpu_cores()} CPU cores, "
-                                  f"{torch.get_num_threads()} threads")
+    yield Finding("device", "ok", f"{devices.device_name(device)}, {precision.reason}; "
+                                  f"{counted(cpu_cores(), 'CPU core')}, {counted(torch.get_num_threads(), 'thread')}")
     free, total = devices.free_and_total_gib(device)
     short = free < case.config.budget_gb
     yield Finding("device memory", "warn" if short else "ok",
@@ -283,7 +283,8 @@ def check_data(case: Case) -> Iterator[Finding]:
     if case.data is None:
         return
     for name, splits in case.data.counts().items():
-        lines = [f"{split}: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items() if n or kind != "captions")
+        lines = [f"{split}: " + ", ".join(counted(n, "caption") if kind == "captions" else f"{n:,} {kind}"
+                                          for kind, n in counts.items() if n or kind != "captions")
                  for split, counts in splits.items()]
         lines += [line for line in dict.fromkeys(said) if line.startswith(name)]
         missing = any("not there" in line for line in lines)
@@ -362,8 +363,8 @@ def _near_files(data: "Data", config: Config) -> Iterator[Finding]:
     for split in ("val", "test"):
         for modality, pairs in near_files(data.splits[split], data.splits["train"], reading).items():
             for row, other in pairs[:1].tolist():
-                lines.append(f"{split}: {len(pairs)} {modality} files, such as {data.tables[split].keys[row]} and "
-                             f"{data.tables['train'].keys[other]}")
+                lines.append(f"{split}: {counted(len(pairs), f'{modality} file')}, such as "
+                             f"{data.tables[split].keys[row]} and {data.tables['train'].keys[other]}")
     if lines:
         yield Finding("data: near-equal files", "warn", "\n".join(lines),
                       "look at them; what was copied belongs on one side of the split")
@@ -465,9 +466,9 @@ def _room_for_cache(data: "Data", config: Config, towers: "dict[str, PretrainedT
                       "data.cache_dir=ANOTHER_DISK")
     else:
         yield Finding("disk: cache", "ok" if needed < room else "warn",
-                      f"a run first decodes {files:,} files into {folder}: about {needed / GB:.1f} GB; free for it "
-                      f"{max(room, 0) / GB:.1f} GB", "" if needed < room else "free space, data.cache_dir=ANOTHER_DISK "
-                      "or a larger data.cache_max_gb; else each use decodes anew")
+                      f"a run first decodes {counted(files, 'file')} into {folder}: about {needed / GB:.1f} GB; free "
+                      f"for it {max(room, 0) / GB:.1f} GB", "" if needed < room else "free space, "
+                      "data.cache_dir=ANOTHER_DISK or a larger data.cache_max_gb; else each use decodes anew")
 
 
 def check_memory(case: Case) -> Iterator[Finding]:
@@ -486,7 +487,8 @@ def check_memory(case: Case) -> Iterator[Finding]:
     config, tasks = settings_of(run, case.trial), {name: tasks for name, (tasks, _) in case.tasks.items()}
     case.run = run
     yield Finding("model", "ok", f"{config.model.size}, {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} M "
-                                 f"parameters; {len(run.data.concepts)} concepts, {len(run.data.speakers)} speakers")
+                                 f"parameters; {counted(len(run.data.concepts), 'concept')}, "
+                                 f"{counted(len(run.data.speakers), 'speaker')}")
     if taken := run.initialised_from:
         yield Finding("initial weights", "ok", f"{headline(taken)}\n{format_table(taken)}")
     yield from guarded("disk: features", _room_for_features, run)
@@ -495,8 +497,8 @@ def check_memory(case: Case) -> Iterator[Finding]:
         yield Finding(f"memory: {name}", "ok", f"{plan.peak_bytes / GIB:.2f} GiB + {plan.allowance_bytes / GIB:.2f} "
                       f"kept free, of {plan.budget_bytes / GIB:g}; micro-batch (of) {describe_towers(plan)}")
     if (hours := config.training.max_hours) is not None:
-        yield Finding("training.max_hours", "ok", f"{hours:g} h for at most {config.training.epochs} epochs; how many "
-                      "fit is known once steps have been timed")
+        yield Finding("training.max_hours", "ok", f"{hours:g} h for at most "
+                      f"{counted(config.training.epochs, 'epoch')}; how many fit is known once steps have been timed")
 
 
 def _room_for_features(run: "Run") -> Iterator[Finding]:

@@ -39,6 +39,11 @@ class Stopped(Exception):
         self.is_saved = is_saved
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number and what it counts, "1 file" or "1,200 files"; `plural` where that is not `noun` and an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def similar(name: str, known: Iterable[str]) -> str:
     """End of a message about a name that is unknown: the known one that is most like it, or all of them."""
     known = list(known)

@@ -20,6 +20,7 @@ from tests.project import ROOT
 from tests.refusals import assert_told
 from tests.small_runs import SmallRuns
 from tests.tiny_towers import SIDE, by_name
+from trimodal.errors import counted
 from trimodal.export import __main__ as command
 from trimodal.export.public import is_public, public_command
 
@@ -109,7 +110,7 @@ def test_the_card_tells_figures_data_training_and_licences(run: Path, exported: 
     assert f"| synthetic | image_to_text_R@5 | {figure['value']:.4f} |" in card
     assert f"| {figure['chance']:.4f} | {figure['candidates']} | {figure['queries']} |" in card
     assert "python run_training.py --epochs 3 --datasets synthetic manifest training.seed=1`" in card
-    assert f"Hardware: cpu, {report['environment']['cpus']} CPU cores" in card
+    assert f"Hardware: cpu, {counted(report['environment']['cpus'], 'CPU core')}" in card
     for name, licence in report["data"]["licences"].items():
         assert f"| data set {name} | {licence} |" in card
     for name, tower in report["towers"].items():

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,10 @@ def test_index_says_what_it_did_and_what_comes_next(made: Path, tmp_path: Path,
     assert run("index", folder, "--index", tmp_path / "new") == 0, "by the same model"
     told = capsys.readouterr().out
     assert [line.split()[1:] for line in told.splitlines() if line.startswith("pictures")] == [["5", "0", "5"]]
+    (folder / "red.png").unlink()
+    assert run("index", folder, "--index", tmp_path / "new") == 0
+    told = capsys.readouterr().out
+    assert "1 video;" in told and "1 entry," in told and not re.search(r"(?<![\d.,/-])1 [a-z]+s\b", told)
 
 
 def test_query_by_text_picture_and_sound(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

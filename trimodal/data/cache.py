@@ -41,7 +41,7 @@ from trimodal.data import codecs
 from trimodal.data.codecs import Kind
 from trimodal.data.samples import BrokenSample, offsets_of
 from trimodal.data.workers import NO_ITEM, Workers, cpu_cores, in_line
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.files import bytes_below, hold_lock, nearest_existing, replacing, sync_folder
 
 AnyItem = TypeVar("AnyItem", bound=tuple[Any, ...])
@@ -406,7 +406,7 @@ def _fill(folder: Path, contents: Contents, room: float) -> None:
     entry, number = PartialEntry(folder, contents), len(contents)
     kept, kept_bytes = len(entry.sizes), entry.size
     if kept:
-        print(f"Cache: {contents.name}: going on from {kept} of {number} {contents.unit}s", flush=True)
+        print(f"Cache: {contents.name}: going on from {kept} of {counted(number, contents.unit)}", flush=True)
     with closing(entry), closing(contents.encode(range(kept, number))) as each:
         for encoded in tqdm(each, f"{contents.verb} {contents.name}s", number, initial=kept, unit=contents.unit,
                             disable=None):

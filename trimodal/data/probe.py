@@ -17,6 +17,7 @@ from trimodal.data import cache, images, tracks
 from trimodal.data.batches import Split
 from trimodal.data.codecs import KINDS, Kind
 from trimodal.data.store import Store, items_of
+from trimodal.errors import counted
 
 FILES = 64  # images, and sounds, of each split that are decoded
 LOUD = 2.0  # full scale is 1; overshoots of a codec or a mix stay below twice that
@@ -58,7 +59,7 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
             items, total = _some_files(one.store, name, kind)
             if not items:
                 continue
-            show(f"{len(items)} {split} {kind}s")
+            show(counted(len(items), f"{split} {kind}"))
             side = cache.cache_side(config.model.image_side)
             results = list(cache.read_all(partial(_examine, kind, side), items, config))
             names = [members.shown(path) for path, *_ in items]
@@ -68,7 +69,7 @@ def probe(splits: Mapping[str, Split], name: str, config: Config, show: Callable
             found.odd += [(name, oddity) for name, oddity in zip(names, results, strict=True)
                           if isinstance(oddity, Oddity)]
             found.worst_pct = max(found.worst_pct, 100 * len(bad) / len(items))
-            found.counts.append(f"{len(items):,} of {total:,} {split} {kind}s read"
+            found.counts.append(f"{len(items):,} of {counted(total, f'{split} {kind}')} read"
                                 + (f", {len(bad)} broken" if bad else ""))
     return found
 
@@ -103,7 +104,8 @@ def by_reason(broken: Sequence[tuple[str, str]]) -> list[str]:
     for group in sorted(groups.values(), key=len, reverse=True):
         more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
         lines.append(f"{len(group)}: {group[0][1][:200]}: {', '.join(path for path, _ in group[:NAMED])}{more}")
-    return lines[:REASONS] + ([f"and {len(lines) - REASONS} further reasons"] if len(lines) > REASONS else [])
+    more = len(lines) - REASONS
+    return lines[:REASONS] + ([f"and {counted(more, 'further reason')}"] if more > 0 else [])
 
 
 def describe(odd: Sequence[tuple[str, Oddity]]) -> Iterator[tuple[str, str]]:
@@ -112,11 +114,12 @@ def describe(odd: Sequence[tuple[str, Oddity]]) -> Iterator[tuple[str, str]]:
     cancels = [path for path, one in odd if one.cancels]
     flawed = [path for path, one in odd if one.flawed]
     if loud:
-        yield (f"{len(loud)} sounds far louder than full scale, which is 1: {loud[0][0]} (peak {loud[0][1]:,.6g})",
+        yield (f"{counted(len(loud), 'sound')} far louder than full scale, which is 1: {loud[0][0]} (peak "
+               f"{loud[0][1]:,.6g})",
                "scale sounds of floating-point numbers to -1 to 1 (those of 16 bits by 1/32,768)")
     if cancels:
-        yield (f"{len(cancels)} sounds with channels that cancel each other, of which the loudest is taken: "
+        yield (f"{counted(len(cancels), 'sound')} with channels that cancel each other, of which the loudest is taken: "
                f"{cancels[0]}", "save these sounds with one channel")
     if flawed:
-        yield (f"{len(flawed)} images with damage beside the pixels (metadata), read without: {flawed[0]}",
+        yield (f"{counted(len(flawed), 'image')} with damage beside the pixels (metadata), read without: {flawed[0]}",
                "save these images anew where they stand the wrong way up")

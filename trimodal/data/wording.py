@@ -13,6 +13,7 @@ import numpy as np
 from trimodal.data.batches import Split
 from trimodal.data.samples import EMPTY_CELLS, normalise_caption
 from trimodal.data.tokenizer import Tokenizer
+from trimodal.errors import counted
 
 SHOWN = 60  # characters of a caption
 MANY = 0.05  # a share that is worth a warning
@@ -45,12 +46,13 @@ class Wording:
         if self.unknown:
             found.append(_unknown_line(self.unknown, self.words))
         if self.empty:
-            examples = ", ".join(f"{count:,} times {text!r}" for text, count in self.empty.most_common(3))
-            found.append(f"{self.empty.total():,} captions look like empty cells that were saved as text: {examples}")
+            examples = ", ".join(f"{counted(count, 'time')} {text!r}" for text, count in self.empty.most_common(3))
+            found.append(f"{counted(self.empty.total(), 'caption')} like empty cells that were saved as text: "
+                         f"{examples}")
         if self.odd:
-            examples = ", ".join(f"{count:,} times {text!r}" for text, count in self.odd.most_common(3))
-            found.append(f"{self.odd.total():,} captions look like numbers, names of files, several captions in one, "
-                         f"or text in a wrong encoding or with markup: {examples}")
+            examples = ", ".join(f"{counted(count, 'time')} {text!r}" for text, count in self.odd.most_common(3))
+            found.append(f"{counted(self.odd.total(), 'caption')} like numbers, names of files, several captions in "
+                         f"one, or text in a wrong encoding or with markup: {examples}")
         return found
 
     def advice(self) -> str:

@@ -26,7 +26,7 @@ from trimodal.download.progress import in_threads
 from trimodal.download.remote import NoRange, RemoteFile
 from trimodal.download.selection import Options, Selection, as_published, fetch_bytes
 from trimodal.download.state import LICENCE, State, contents_path, write_contents
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.files import check_writable, locked, remove_left, replacing
 from trimodal.redaction import without_secrets
 from trimodal.sets import inventory
@@ -288,7 +288,7 @@ def _obtain_lists(job: Job) -> None:
 
 def _adopted(job: Job, item: Item) -> bool:
     if number := job.state.adopt(item):
-        job.say(f"{item.name}: {number:,} files are here, as many as published; taken over, contents not checked")
+        job.say(f"{item.name}: {counted(number, 'file')} here, as many as published; taken over, contents not checked")
     return bool(number)
 
 
@@ -375,7 +375,7 @@ def _complete_item(job: Job, item: Item, fetched: Sequence[Fetched | RemoteFile]
     _remove_archives(job, item, here)
     checked = "digest right" if all(record["checked"]) else "no digest is published"
     checked = "a sample, read in pieces" if len(here) < len(fetched) else checked
-    job.say(f"{item.name}: {checked}, {record['files']:,} files, {record['bytes'] / 1e6:,.1f} MB")
+    job.say(f"{item.name}: {checked}, {counted(record['files'], 'file')}, {record['bytes'] / 1e6:,.1f} MB")
 
 
 def _unpack(job: Job, item: Item, parts: Sequence[Path | RemoteFile], record: dict[str, Any]) -> dict[str, Any]:
@@ -398,7 +398,7 @@ def _unpack(job: Job, item: Item, parts: Sequence[Path | RemoteFile], record: di
         unpack.move_into(staging, job.folder.resolve() / item.into, announce=kept.append)
     finally:
         if kept:
-            job.say(f"{item.name}: {len(kept):,} files that were there differ from its own and are kept, the first as "
+            job.say(f"{item.name}: {counted(len(kept), 'file')} there before, not as its own and so kept, the first as "
                     f"{kept[0]}")
     return record
 

@@ -16,6 +16,7 @@ from trimodal.download.http import Mismatch, check_file
 from trimodal.download.progress import in_threads
 from trimodal.download.selection import Options, as_published, fetch_bytes
 from trimodal.download.state import contents_path, entries, missing
+from trimodal.errors import counted
 from trimodal.files import nearest_existing
 from trimodal.redaction import without_secrets
 from trimodal.sets import NEEDS_NOTHING, inventory
@@ -181,9 +182,10 @@ def _lines_of_plan(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  left out by --max-gb: {', '.join(found['left_out_by_max_gb'])}"
     if found["one_of"]:
         yield "  one of these files is enough; they are tried in this order"
-    part = f", a sample of {found['sample']} files of each" if found["sample"] else ""
+    part = f", a sample of {counted(found['sample'], 'file')} of each" if found["sample"] else ""
     size = _gb(found["bytes_to_fetch"]) if found["files_to_fetch"] else "0"
-    yield (f"  to fetch: {found['files_to_fetch']} files or archives{part}, {size}; space "
+    files = counted(found["files_to_fetch"], "file or archive", "files or archives")
+    yield (f"  to fetch: {files}{part}, {size}; space "
            f"needed: {_gb(found['bytes_needed'], '0')}, free: {_gb(found['bytes_free'])}")
 
 
@@ -294,7 +296,7 @@ def _verdict(job: Job, files: int, damaged: Mapping[str, list[str]], unreadable:
     """Missing or damaged files are mended by a download; those that came as they are may be done without."""
     number = sum(map(len, damaged.values()))
     absent = [item.name for item in job.state.todo(sizes=False) if item.name not in damaged]
-    detail = f"{files - number:,} files are right"
+    detail = f"{counted(files - number, 'file')} right"
     detail += f", {number:,} damaged" if number else ""
     detail += f", {len(unreadable):,} cannot be opened" if unreadable else ""
     detail += f", missing: {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}" if absent else ""

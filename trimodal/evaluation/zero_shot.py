@@ -26,7 +26,7 @@ from trimodal.data.batches import pad_captions, prepare_split
 from trimodal.data.samples import Sample, SampleTable
 from trimodal.data.store import open_store
 from trimodal.data.tokenizer import Tokenizer
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.evaluation import metrics, peers, protocols
 from trimodal.evaluation.metrics import Figure
 from trimodal.evaluation.micro_batches import Setting
@@ -70,14 +70,14 @@ def read_classes(folder: Path) -> Classes:
         found.setdefault(name, []).extend(path for path, _ in files)
         kinds.update(kind for _, kind in files)
     if empty := [name for name, files in found.items() if not files]:
-        raise UserError(f"--zero-shot {folder}: {len(empty)} folders hold no pictures or sounds, such as {empty[0]!r}; "
-                        "each folder is a class")
+        raise UserError(f"--zero-shot {folder}: {counted(len(empty), 'folder')} without pictures or sounds, such as "
+                        f"{empty[0]!r}; each folder is a class")
     if len(found) < 2:
-        raise UserError(f"--zero-shot {folder}: holds {len(found)} class folders, needs two or more, such as "
-                        f"{folder}/dog/1.jpg and {folder}/cat/7.jpg")
+        raise UserError(f"--zero-shot {folder}: holds {counted(len(found), 'class folder')}, needs two or more, such "
+                        f"as {folder}/dog/1.jpg and {folder}/cat/7.jpg")
     if len(kinds) > 1:
-        raise UserError(f"--zero-shot {folder}: holds {kinds['image']} pictures and {kinds['audio']} sounds; give them "
-                        "a folder each")
+        raise UserError(f"--zero-shot {folder}: holds {counted(kinds['image'], 'picture')} and "
+                        f"{counted(kinds['audio'], 'sound')}; give them a folder each")
     numbers = np.repeat(np.arange(len(found)), [len(files) for files in found.values()])
     return Classes(folder, next(iter(kinds)), tuple(found), tuple(path for files in found.values() for path in files),
                    numbers)
@@ -119,7 +119,7 @@ def classify(model: Any, classes: Classes, prompts: Sequence[str], config: Confi
     encoded = encode(model, data, "test", config, quick)
     items = encoded.items.get(classes.modality)
     if items is None:
-        raise UserError(f"--zero-shot {classes.folder}: none of its {len(classes.files)} files can be read")
+        raise UserError(f"--zero-shot {classes.folder}: none of its {counted(len(classes.files), 'file')} can be read")
     class_KF = class_features(model, classes.names, prompts, config, quick, tokenizer)
     rows = torch.from_numpy(classes.classes_N[items.rows_N]).to(class_KF.device)
     figures = metrics.identification(items.features_NF @ class_KF.T, rows, prefix=f"{classes.modality}_to_class",

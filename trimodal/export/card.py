@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimodal import __version__
+from trimodal.errors import counted
 from trimodal.export.public import public_command, public_name
 from trimodal.sets import SETS
 
@@ -133,17 +134,18 @@ def training_lines(state: Mapping[str, Any], report: Mapping[str, Any] | None) -
     for name, splits in report["data"]["counts"].items():
         yield f"{name}: " + "; ".join(f"{split} {_counts(kinds)}" for split, kinds in splits.items())
     yield f"Command: `{public_command(report['command'])}`"
-    stages = ", ".join(f"{row['stage']} {row['epochs']} epochs in {row['seconds'] / 60:.1f} minutes"
+    stages = ", ".join(f"{row['stage']} {counted(row['epochs'], 'epoch')} in {row['seconds'] / 60:.1f} minutes"
                        for row in report["stages"])
     yield f"Stages: {stages}"
     machine, packages = report["environment"], report["environment"]["packages"]
-    yield f"Hardware: {machine['device']}, {machine['cpus']} CPU cores; {machine['precision']}"
+    yield f"Hardware: {machine['device']}, {counted(machine['cpus'], 'CPU core')}; {machine['precision']}"
     yield f"Software: Python {machine['python']}, torch {packages.get('torch')}, trimodal {packages.get('trimodal')}"
     yield f"Date: {report['created'][:10]}"
 
 
 def _counts(kinds: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    return ", ".join(counted(count, "caption") if kind == "captions" else f"{count:,} {kind}"
+                     for kind, count in kinds.items())
 
 
 # ---- licences ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from trimodal.arguments import reading
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.inference.prepared import Prepared
 from trimodal.towers import hub
 
@@ -136,7 +136,7 @@ def open_hub(name: str) -> HubModel:
         except Exception as error:  # files from elsewhere may provoke any
             raise UserError(f"{name}: cannot be opened ({hub.reason_of(error)}); fetch {folder} again") from None
     if lacking := sorted(loading["missing_keys"]):
-        raise UserError(f"{name}: its weights lack {len(lacking)} parameters, such as {lacking[0]}; fetch "
+        raise UserError(f"{name}: its weights lack {counted(len(lacking), 'parameter')}, such as {lacking[0]}; fetch "
                         f"{folder} again")
     if len(tokenizer) < model.config.text_config.vocab_size // 2:  # without its files the library makes one of 5 words
         raise UserError(f"{name}: {folder} holds no tokenizer of its own ({len(tokenizer)} words, the model knows "

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from trimodal.data.samples import BrokenSample
 from trimodal.data.workers import cpu_cores
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.inference.given import EXPECTED, WrongType, listed, picture, sound
 from trimodal.inference.prepared import BROKEN, Prepared
 from trimodal.memory.micro_batches import MicroBatches
@@ -200,7 +200,7 @@ class OpenModel:
             first += len(texts)
             yield from found
         if cut:
-            warnings.warn(f"{len(cut)} of the texts are longer than the model reads and were cut, as in training; the "
+            warnings.warn(f"{counted(len(cut), 'text')} longer than the model reads and cut, as in training; the "
                           f"first is texts[{cut[0]}]", TextsCut, stacklevel=2)
 
     # ---- in batches ---------------------------------------------------------------------------------------------

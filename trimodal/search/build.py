@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trimodal import media
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.files import locked, remove_left, replacing
 from trimodal.search.index import FILE, KINDS, Entry, Index, Kind, ModelName, check_name, write_index
 from trimodal.search.journal import NAME, Journal, is_journal, read_journal
@@ -150,7 +150,7 @@ class _Building:
             known = self._known()
         entries = self._entries(wanted, known)
         if not entries:
-            raise UserError(f"{self.folder}: none of its {len(self.found.files)} files can be read"
+            raise UserError(f"{self.folder}: none of its {counted(len(self.found.files), 'file')} can be read"
                             + "".join(f", such as {path} ({reason})" for path, reason in self.summary.skipped[:1]))
         self._write(entries, known)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import open_model
 from trimodal.data.probe import by_reason
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.inference.open_model import TextsCut
 from trimodal.memory import devices
 from trimodal.search.build import SKIPPED, Summary, build_index
@@ -74,14 +74,15 @@ def describe(summary: Summary, place: Path) -> str:
                                                                                            strict=True))])
              for row in rows]
     files = sum(summary.files.values())
-    lines.append(f"Files: {', '.join(f'{count:,} {name}' for name, count in sorted(summary.files.items()))}; "
-                 f"{summary.num_others:,} of other kinds")
-    lines += [f"  {count:,} {what}" for what, count in sorted(summary.without.items())]
+    sorts = ", ".join(counted(count, name[:-1]) for name, count in sorted(summary.files.items()))
+    lines.append(f"Files: {sorts}; {summary.num_others:,} of other kinds")
+    lines += [f"  {counted(count, what.replace('s ', ' ', 1), what)}"
+              for what, count in sorted(summary.without.items())]
     if summary.skipped:
         lines.append(f"Skipped: {len(summary.skipped):,}, listed in {place / SKIPPED}:")
         lines += [f"  {printable(line)}" for line in by_reason(summary.skipped)]
     if summary.num_forgotten:
-        lines.append(f"Forgotten: {summary.num_forgotten:,} entries, whose files are gone or cannot be read any more")
+        lines.append(f"Forgotten: {counted(summary.num_forgotten, 'entry', 'entries')}, gone or no longer to be read")
     lines.append(f"Time: {summary.seconds:.1f} s, {files / max(summary.seconds, 1e-9):,.1f} files/s; "
                  f"{(place / FILE).stat().st_size / 1e6:,.1f} MB in {place / FILE}")
     lines.append(f'Next: {command_for("query", place)} "a dog barks", or {command_for("serve", place)}')

@@ -38,7 +38,7 @@ from starlette.staticfiles import StaticFiles
 
 from trimodal.data import tracks
 from trimodal.data.samples import BrokenSample, decoding
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.media import is_video
 from trimodal.search import thumbnails
 from trimodal.search.guard import Guard, Refused
@@ -70,8 +70,9 @@ TYPES = {  # that browsers show or play; others are offered to be saved
 def serve(index: Index, model: "OpenModel", host: str, listener: socket.socket) -> None:
     """Answer requests at a socket that listens at `host`, until Ctrl-C."""
     app = application(index, model, host)
-    print(f"Searching {len(index.by_kind['image']):,} pictures and {len(index.by_kind['audio']):,} sounds of "
-          f"{printable(index.folder)} at {address(host, listener)}; Ctrl-C ends it", flush=True)
+    print(f"Searching {counted(len(index.by_kind['image']), 'picture')} and "
+          f"{counted(len(index.by_kind['audio']), 'sound')} of {printable(index.folder)} at "
+          f"{address(host, listener)}; Ctrl-C ends it", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         http_server(app).run(sockets=[listener])
 

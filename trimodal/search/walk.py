@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimodal import media
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.files import sha256_of
 
 SUFFIXES = (*media.PICTURE_SUFFIXES, *media.WITH_SOUND)
@@ -103,7 +103,7 @@ def find(folder: Path, exclude: Sequence[str] = ()) -> Found:
     if not found.files:
         other = f"; {found.skipped[0].path}: {found.skipped[0].reason}" if found.skipped else ""
         raise UserError(f"{folder}: holds no pictures, sounds or videos, as their names tell (.jpg, .png, .wav, .mp3, "
-                        f".mp4 and others of these kinds), but {found.num_others} other files{other}")
+                        f".mp4 and others of these kinds), but {counted(found.num_others, 'other file')}{other}")
     return found
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.media import PICTURE_SUFFIXES, SOUND_SUFFIXES
 
 COLUMNS = ("image", "audio", "start", "duration", "text", "language", "labels", "speaker", "split", "id")
@@ -160,7 +160,7 @@ def describe(columns: Sequence[Columns]) -> list[str]:
     taken: Counter[tuple[str, str]] = sum((one.taken for one in columns), Counter())
     left_out: Counter[str] = sum((one.left_out for one in columns), Counter())
     of = Counter(name for name, _ in taken)
-    told = [f"{name!r:.60} as {column}" + (f" ({count:,} lines)" if of[name] > 1 else "")
+    told = [f"{name!r:.60} as {column}" + (f" ({counted(count, 'line')})" if of[name] > 1 else "")
             for (name, column), count in taken.items()]
     more = [f"and {len(told) - 8} more"] if len(told) > 8 else []
     return ([f"columns: {', '.join(told[:8] + more)}"] if told else []) + (

@@ -24,7 +24,7 @@ from trimodal.config import Config
 from trimodal.data import prepared
 from trimodal.data.samples import SPLITS, Sample, SampleTable
 from trimodal.data.splits import file_key
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.sets import inventory
 from trimodal.sets.base import DataSet
 from trimodal.sets.columns import SPLIT_NAMES
@@ -79,7 +79,7 @@ def read_folder(root: Path, config: Config) -> tuple[SampleTable, list[str]]:
     splits = _splits(found)
     if splits:
         left_out = Counter(one.stem.split("/")[0] for one in found if one.stem.split("/")[0] not in splits)
-        lines += [f"{name} is beside the folders of splits, and its {count:,} samples are left out"
+        lines += [f"{name} is beside the folders of splits, and left out with its {counted(count, 'sample')}"
                   for name, count in left_out.items()]
         found = [one for one in found if one.stem.split("/")[0] in splits]
     sounding = _videos_with_sound(found, config)
@@ -88,7 +88,7 @@ def read_folder(root: Path, config: Config) -> tuple[SampleTable, list[str]]:
         _check_sides(table)
     lines += reading.notes.lines(bool(table.has_text.any()))
     if labels := sorted(table.labels.names):
-        lines.append(f"{len(labels):,} labels: {', '.join(labels):.100}")
+        lines.append(f"{counted(len(labels), 'label')}: {', '.join(labels):.100}")
     return table, lines
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimodal.data.splits import key_of
+from trimodal.errors import counted
 from trimodal.sets.reading import names_in
 
 SHOWN = 3  # missing files that are named
@@ -92,8 +93,8 @@ class Files:
 
     def describe(self) -> list[str]:
         """A line for each way of writing in spite of which files were found."""
-        return [f"{len(files):,} file names are written with {way}, such as {self.example[way]!r:.100}: the files are "
-                "there without that, and taken" for way, files in self.written.items()]
+        return [f"{counted(len(files), 'file name')} written with {way}, such as {self.example[way]!r:.100}: there "
+                "without that, and taken" for way, files in self.written.items()]
 
     def _number(self, key: str) -> int:
         return self.numbers.setdefault(key, len(self.numbers))

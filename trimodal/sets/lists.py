@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from trimodal.data.samples import SPLITS
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.media import WITH_SOUND
 from trimodal.sets.base import Source
 from trimodal.sets.reading import names_in
@@ -90,4 +90,4 @@ def row_count_note(path: Path, published: int) -> str:
             rows = sum(1 for _ in csv.reader(file)) - 1 if path.suffix == ".csv" else sum(1 for _ in file)
         except csv.Error:
             rows = 0
-    return f"has {rows:,} rows, {published:,} are published" if rows != published else ""
+    return f"has {counted(rows, 'row')}, published with {published:,}" if rows != published else ""

@@ -30,7 +30,7 @@ from trimodal.config import LANGUAGES, Config, DataConfig
 from trimodal.data import prepared
 from trimodal.data.samples import EMPTY_CELLS, SPLITS, Sample
 from trimodal.data.splits import Groups, draw_sides
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.files import sha256_of
 from trimodal.sets import columns, written_lists
 from trimodal.sets.base import DataSet
@@ -257,8 +257,9 @@ def _csv_lines(reading: _Reading, lines: Iterator[str]) -> Iterator[tuple[int, d
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise reading.error(number, f"{len(cells)} cells, but the header has {len(header)} columns (a text "
-                                            "that holds the delimiter needs quotes)")
+                raise reading.error(number, f"{counted(len(cells), 'cell')}, but the header has "
+                                            f"{counted(len(header), 'column')} (a text that holds the delimiter needs "
+                                            "quotes)")
             if meant.has_swallowed(cells, delimiter):
                 raise reading.error(number, "a cell goes on over the lines behind it, which look like samples; is a "
                                             "quote never closed?")
@@ -317,12 +318,12 @@ def _check_missing(reading: _Reading, limit_pct: float) -> list[str]:
     missing, total = len(files.missing), len(files.numbers)
     if not missing:
         return []
-    told = f"{missing:,} of {total:,} files are not there"
+    told = f"{missing:,} of {counted(total, 'file')} not there"
     more = f", and {missing - len(files.shown):,} more" if missing > len(files.shown) else ""
     if 100 * missing > limit_pct * total:
         raise UserError(f"{reading.path}: {told}, more than data.max_bad_pct={limit_pct:g} allows: "
                         f"{'; '.join(files.shown)}{more}; get the files, mend the list, or raise data.max_bad_pct")
-    return [f"{told} and count as broken: {'; '.join(files.shown)}{more}"]
+    return [f"{told}, taken as broken: {'; '.join(files.shown)}{more}"]
 
 
 def _notes(reading: _Reading, rows: list[_Row]) -> Iterator[str]:
@@ -333,16 +334,16 @@ def _notes(reading: _Reading, rows: list[_Row]) -> Iterator[str]:
     yield from columns.describe(list(reading.columns.values()))
     yield from reading.files.describe()
     if joined := [label for row in rows for label in row.labels if any(sign in label for sign in ",;|")]:
-        yield (f"{len(joined):,} labels hold a comma, a semicolon or a bar, such as {joined[0]!r:.60}: "
+        yield (f"{counted(len(joined), 'label')} with a comma, a semicolon or a bar, such as {joined[0]!r:.60}: "
                "each is one label; several are a list, or in a CSV have ';' between them")
     if empty := [name for row in rows for name in (*row.labels, row.speaker) if name.lower() in EMPTY_CELLS]:
-        yield (f"{len(empty):,} labels and speakers look like empty cells that were saved as text, such as "
-               f"{empty[0]!r}: leave these cells empty")
+        yield (f"{counted(len(empty), 'label or speaker', 'labels and speakers')} like empty cells that were saved "
+               f"as text, such as {empty[0]!r}: leave these cells empty")
     if shared := [size for unit, size in Counter(row.unit() for row in rows).items() if unit and size > 1]:
-        yield (f"{sum(shared):,} lines name {len(shared):,} file{'s' if len(shared) > 1 else ''} (or "
+        yield (f"{sum(shared):,} lines name {counted(len(shared), 'file')} (or "
                "stretches): those of the same file and stretch are one sample with all their captions")
     if reading.lists:
-        yield (f"{reading.lists:,} cell{'s' if reading.lists > 1 else ''} with a list, as JSON, Python, "
+        yield (f"{counted(reading.lists, 'cell')} with a list, as JSON, Python, "
                "pandas or numpy write it: each of its texts counts")
 
 
@@ -439,8 +440,8 @@ def _in_wanted_languages(samples: Sequence[Sample], settings: DataConfig) -> lis
     others = Counter(language for sample in samples for language in sample.languages
                      if language and language not in settings.languages)
     if others:
-        told = (f"{others.total():,} captions in {', '.join(sorted(others))} are left out, as data.languages is "
-                f"{', '.join(settings.languages)}")
+        told = (f"left out, as data.languages is {', '.join(settings.languages)}: "
+                f"{counted(others.total(), 'caption')} in {', '.join(sorted(others))}")
         if not any(sample.captions for sample in found):
             raise UserError(f"data.manifest: {settings.manifest}: {told}, and no other is there; name the language of "
                             f"the captions there ({', '.join(LANGUAGES)}), or leave out the column language")

@@ -14,7 +14,7 @@ import numpy as np
 from trimodal.config import Config
 from trimodal.data.samples import SPLITS, Sample, SampleTable, normalise_caption
 from trimodal.data.splits import draw_splits_of
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.sets import inventory
 
 SPLIT_SEED = 2017  # of the splits that we draw ourselves; never the training seed, so that everybody has the same
@@ -65,7 +65,8 @@ def rows(path: Path, columns: Sequence[str], *, encoding: str = "utf-8-sig",
                 if len(cells) >= len(header):
                     yield dict(zip(header, cells, strict=False))
                 elif cells:
-                    raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns")
+                    raise UserError(f"{path}, line {reader.line_num}: {counted(len(cells), 'cell')}, but "
+                                    f"{counted(len(header), 'column')}")
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}, line {reader.line_num}: damaged ({error}); rename it and download the set again"
                             ) from None
@@ -183,7 +184,7 @@ def report_absent(root: Path, split: str, found: int, absent: Sequence[str], con
         return
     name, total = root.name, found + len(absent)
     limit_pct = 100.0 if never_whole else config.data.max_bad_pct
-    count = (f"{name} {split}: {len(absent)} of the {total} files in its list are not there (the first: "
+    count = (f"{name} {split}: {len(absent):,} of the {counted(total, 'file')} in its list not there (the first: "
              f"{', '.join(absent[:3])})")
     if not is_partial(root) and (not found or 100 * len(absent) > limit_pct * total):
         raise UserError(f"{count}; get them with: {download_command(name, config)}"

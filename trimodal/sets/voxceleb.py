@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trimodal.config import Config
 from trimodal.data.samples import SPLITS, Sample, stable_hash
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.sets import inventory
 from trimodal.sets.base import GB, HF_HOST, Choose, Copies, Count, DataSet, File, FileList, Item, Source, Trials, rank
 from trimodal.sets.reading import download_command, folders_in, rows
@@ -222,7 +222,8 @@ def _find_copies(local: Path, lists: Sequence[tuple[str, Path]]) -> Copies:
             without.setdefault(why, []).append(speaker)
     numbers = sorted(Counter(place.rpartition("/")[0] for place in links).items())
     return Copies(links=tuple((source, place) for place, source in links.items()), numbers=dict(numbers),
-                  left_out=(*(f"{len(found):,} speakers, as {found[0]}: {why}" for why, found in without.items()),
+                  left_out=(*(f"{counted(len(found), 'speaker')}, as {found[0]}: {why}"
+                              for why, found in without.items()),
                             *unread))
 
 

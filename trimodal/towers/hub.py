@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from trimodal.errors import UserError, similar
+from trimodal.errors import UserError, counted, similar
 from trimodal.towers.base import Input, PretrainedTower, describe
 
 CONFIG, CARD = "config.json", "README.md"
@@ -222,8 +222,9 @@ def load(folder: Path, kind: Kind, config: Any, where: str) -> Any:
     missing = [name for name in found["missing_keys"] if not any(fnmatch(name, one) for one in kind.may_lack)]
     if missing or found["mismatched_keys"]:
         names = sorted([*missing, *(str(one[0]) for one in found["mismatched_keys"])])
-        raise UserError(f"{where}: the weights in {folder} lack {len(names)} parameters of {kind.model} or have others "
-                        f"in their place, such as {names[0]}; fetch them again, or name the model they belong to")
+        raise UserError(f"{where}: the weights in {folder} lack {counted(len(names), 'parameter')} of {kind.model} or "
+                        f"have others in their place, such as {names[0]}; take a whole copy of them, or name the model "
+                        "they belong to")
     return kind.part(model)
 
 

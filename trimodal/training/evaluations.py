@@ -15,7 +15,7 @@ from trimodal.arguments import writing_to
 from trimodal.config import Config, config_from_dict
 from trimodal.data import bad_samples
 from trimodal.data.tokenizer import Tokenizer, load_tokenizer
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.evaluation import gallery, peers, protocols, report, rerank, zero_shot
 from trimodal.files import check_writable
 from trimodal.inference.hub_models import PREFIX, HubModel, open_hub
@@ -63,7 +63,7 @@ def evaluate(options: argparse.Namespace) -> Path:
         check_writable(folder)
     devices.cap_allocator(device, int(config.budget_gb * devices.GIB))
     setting = protocols.Setting(device=device, amp=precision.dtype, limit=options.limit, less=lambda size, cause: print(
-        f"Out of memory ({cause}): {size} samples at a time"), sizes={} if is_hub else planned_sizes(
+        f"Out of memory ({cause}): {counted(size, 'sample')} at a time"), sizes={} if is_hub else planned_sizes(
             config, DeviceSetup(device.type, precision.dtype, kernel=state["attention_kernel"],
                                 towers=state.get("towers", {}))))
     start_s = time.perf_counter()

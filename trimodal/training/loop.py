@@ -118,7 +118,7 @@ def run_stages(config: Config, options: Options, world: World, interruption: Int
         for row in config.stages:
             span = range(first, first + epochs[row.name])
             if not span and (pace.hours is None or not stage_epochs(config)[row.name]):
-                run.tracker.say(f"[{row.name}] skipped: {config.training.epochs} epochs are too few for its share")
+                run.tracker.say(f"[{row.name}] skipped: training.epochs={config.training.epochs} is too few for it")
             elif span and run.progress.epoch < span[-1]:
                 found, skipped = tasks[row.name]
                 for line in skipped:

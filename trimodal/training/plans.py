@@ -17,7 +17,7 @@ from trimodal.config import Config, TaskConfig, config_from_dict
 from trimodal.data import tokenizer
 from trimodal.data.samples import SampleTable
 from trimodal.distributed import place_in_world
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.files import replacing
 from trimodal.memory import devices
 from trimodal.memory.devices import CONTEXT_GIB, GIB, Fit
@@ -210,8 +210,8 @@ def print_plan(config: Config, device_name: str, *, as_json: bool = False, init:
           f"{', '.join(f'{n} {size}' for n, size in batches.items())}{shared}")
     print(format_plan(plans))
     if config.training.max_hours is not None:
-        print(f"training.max_hours={config.training.max_hours:g}: of at most {config.training.epochs} epochs as many "
-              "as fit, once steps have been timed")
+        print(f"training.max_hours={config.training.max_hours:g}: of at most "
+              f"{counted(config.training.epochs, 'epoch')} as many as fit, once steps have been timed")
 
 
 def format_plan(plans: Mapping[str, Plan]) -> str:

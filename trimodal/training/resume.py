@@ -8,7 +8,7 @@ from typing import Any
 
 from trimodal.checkpoint import find_latest, load
 from trimodal.config import OWN_IMAGE_SIDE, Config
-from trimodal.errors import CheckpointError, UserError
+from trimodal.errors import CheckpointError, UserError, counted
 from trimodal.memory.devices import choose_device
 from trimodal.redaction import settings
 from trimodal.sets import SETS, read_split
@@ -74,7 +74,7 @@ def find_state(config: Config, options: Options) -> dict[str, Any] | None:
         kept = " (not used: the words are those of the checkpoint)" if line.startswith(WORDS) else ""
         print(f"Changed since this checkpoint: {line}{kept}")
     if changed and (done := state["progress"]["epoch_step"]):
-        print(f"The {done} steps of its unfinished epoch count as done, whatever they would hold now")
+        print(f"Done of its unfinished epoch, whatever it would hold now: {counted(done, 'step')}")
     best = _best_beside(path, state["progress"]["epoch"])
     if best and (by := _judged_otherwise(config, state, changed, best["stage"])):
         print(f"{', '.join(by)}: losses before and after do not compare, so the best weights are chosen anew from here "
@@ -97,8 +97,8 @@ def _judged_otherwise(config: Config, state: Mapping[str, Any], changed: Sequenc
 def _refuse_to_start_anew(folder: Path) -> None:
     """Raise UserError where `folder` has checkpoints of which none can be read, as a fresh run would replace them."""
     if damaged := sorted(folder.glob("checkpoint_epoch_*.pt")):
-        raise UserError(f"--resume auto: none of the {len(damaged)} checkpoints in {folder} can be read; see to the "
-                        "disk, or start anew with --overwrite or in another --output-dir")
+        raise UserError(f"--resume auto: none of the {counted(len(damaged), 'checkpoint')} in {folder} can be read; "
+                        "see to the disk, or start anew with --overwrite or in another --output-dir")
 
 
 def _best_beside(path: Path, epoch: int) -> dict[str, Any]:

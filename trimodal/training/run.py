@@ -21,7 +21,7 @@ from trimodal.data.features import Features
 from trimodal.data.splits import file_hashes, has_known_file
 from trimodal.data.tokenizer import Tokenizer, load_word_table
 from trimodal.distributed import World
-from trimodal.errors import UserError
+from trimodal.errors import UserError, counted
 from trimodal.files import check_writable, hold_lock, remove_left
 from trimodal.memory import devices
 from trimodal.redaction import settings
@@ -151,7 +151,7 @@ def open_run(config: Config, options: Options, state: dict[str, Any] | None, wor
     run.tracker.text("run/settings", f"```yaml\n{path.read_text('utf-8')}```", progress.step + 1)
     if state:
         run.best = state["best"]
-        within = f" and {progress.epoch_step} steps of the next" if progress.epoch_step else ""
+        within = f" and {counted(progress.epoch_step, 'step')} of the next" if progress.epoch_step else ""
         moved = f"; what came after it is in {back}" if back else ""
         run.tracker.event(f"Resumed after epoch {progress.epoch}{within} (step {progress.step}){moved}", progress.step,
                           resumed=True)
@@ -242,7 +242,7 @@ def remember_splits(run: Run, state: Mapping[str, Any] | None, trained_on: torch
     if changed:
         done = run.progress.epoch_step
         run.tracker.event(f"Changed since this checkpoint: samples of {', '.join(changed)}"
-                          + (f"; the {done} steps of its unfinished epoch count as done" if done else ""),
+                          + (f"; done of its unfinished epoch: {counted(done, 'step')}" if done else ""),
                           run.progress.step)
 
 

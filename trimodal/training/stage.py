@@ -15,7 +15,7 @@ from trimodal.checkpoint import describe_mismatch
 from trimodal.config import Config, StageConfig, TaskConfig, TrainingConfig
 from trimodal.data.batches import Batch, pool
 from trimodal.distributed import World
-from trimodal.errors import ConfigError, UserError
+from trimodal.errors import ConfigError, UserError, counted
 from trimodal.memory import devices
 from trimodal.objectives import OBJECTIVES, build_objective
 from trimodal.objectives.base import Losses, learn
@@ -112,8 +112,9 @@ def active_tasks(row: StageConfig, data: Any) -> tuple[list[TaskConfig], list[st
         if visited >= 2 and possible:
             tasks += possible
         elif samples >= 2 and possible:
-            skipped.append(f"[{row.name}] passes={task.passes:g} of {samples} samples with {' and '.join(task.inputs)} "
-                           f"are {visited} an epoch: {', '.join(task.objectives)} on them is skipped")
+            skipped.append(f"[{row.name}] passes={task.passes:g} of {samples} samples with "
+                           f"{' and '.join(task.inputs)}: {visited} an epoch: {', '.join(task.objectives)} on "
+                           "them is skipped")
         else:
             wanted = " and ".join(task.inputs) if possible else "named speakers"
             skipped.append(f"[{row.name}] no samples with {wanted}: {', '.join(task.objectives)} on them is skipped")
@@ -218,8 +219,8 @@ def own_jobs(run: Run, jobs: list[Any]) -> list[Any]:
     world = run.world
     least = min(len(indices) for _, indices in jobs)
     if least < world.size:
-        raise UserError(f"torchrun: {world.size} processes, but a step of some task has {least} samples; start at most "
-                        f"{least}, or add data")
+        raise UserError(f"torchrun: {world.size} processes, but a step of some task has {counted(least, 'sample')}; "
+                        f"start at most {least}, or add data")
     return [(task, indices[world.share(len(indices))]) for task, indices in jobs]
 
 

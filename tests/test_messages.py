@@ -1,5 +1,7 @@
 """The words of all messages are those of the snapshot: a change of wording is seen in review, in one file."""
 
+import re
+
 import pytest
 
 from tests import messages
@@ -7,6 +9,10 @@ from tests import messages
 
 def test_every_message_is_as_in_the_snapshot() -> None:
     assert messages.changes() == [], "is this change of wording meant? Then run python tests/messages.py --renew"
+
+
+def test_no_message_says_of_files_that_may_be_the_users_own_that_they_were_fetched() -> None:
+    assert re.findall(r".*\bfetch (?:it|them|\{\}) again.*", messages.messages()) == []
 
 
 @pytest.mark.parametrize(("source", "found"), [

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+WHOLE = "take a whole copy of it"  # of a damaged file: true of what was fetched and of the user's own
 _LINE_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from trimodal import members
+from trimodal.errors import WHOLE
 
 # By these names videos are known wherever a file is a picture, a sound or a part of a data set; in any case of letters.
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".webm", ".mkv", ".avi", ".ts", ".mts", ".m2ts", ".flv",
@@ -21,7 +22,6 @@ SOUND_FORMATS = f"{VIDEO_FORMATS},wav,w64,aiff,au,caf,flac,mp3,aac,ac3,amr,ape,w
 
 _HEAD_BYTES = 4096  # that tell what a file is
 _SHOWN = 40  # letters of a text
-_AGAIN = "fetch it again"
 Signature = tuple[int, bytes, str]  # where some bytes stand, the bytes, what they tell
 _TEXTS = (  # how files of text begin, blanks left out, in small letters
     ((b"version https://git-lfs", b"version https://hawser"),
@@ -128,12 +128,12 @@ def kind_of(path: str, wanted: str) -> str:
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
     if not head:
-        return f"is empty (0 bytes); {_AGAIN}"
+        return f"is empty (0 bytes); {WHOLE}"
     if not head.strip(b"\0"):
-        return f"begins with nothing but zeros, as an unfinished download does; {_AGAIN}"
+        return f"begins with nothing but zeros, as an unfinished download does; {WHOLE}"
     if archive := _find(head, _ARCHIVES):
         return f"is an archive ({archive}); unpack it"
-    if phrase := _text(head) or _find(head, _OTHERS) or (_is_still(head) and _still(head, wanted)):
+    if phrase := _text(head, wanted) or _find(head, _OTHERS) or (_is_still(head) and _still(head, wanted)):
         return phrase
     medium, kind = ("picture", found) if (found := _find(head, _PICTURES)) else ("sound", _find(head, _SOUNDS))
     return f"is a {medium} ({kind})" if kind and medium != wanted else ""
@@ -152,12 +152,13 @@ def _find(head: bytes, signatures: tuple[Signature, ...]) -> str:
     return next((what for start, magic, what in signatures if head.startswith(magic, start)), "")
 
 
-def _text(head: bytes) -> str:
+def _text(head: bytes, wanted: str) -> str:
+    itself = f"take the {wanted or 'file'} itself"
     begin = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if phrase := next((phrase for starts, phrase in _TEXTS if begin.startswith(starts)), ""):
         return phrase
     if begin.startswith((b"<!doctype html", b"<html", b"<head")) or (begin.startswith(b"<") and b"<html" in begin):
-        return f"is a web page (HTML), as a failed download leaves; {_AGAIN}"
+        return f"is a web page (HTML), as a failed download leaves; {itself}"
     if begin.startswith(b"<") and b"<svg" in begin:
         return "is a drawing in SVG, which is not read here; convert it to PNG"
     try:
@@ -168,7 +169,7 @@ def _text(head: bytes) -> str:
         letters = head[: error.start].decode()
     if any(ord(letter) < 32 and letter not in "\t\n\r\f" for letter in letters):
         return ""
-    return f"is text ({' '.join(letters.split())[:_SHOWN]!r}); {_AGAIN}"
+    return f"is text ({' '.join(letters.split())[:_SHOWN]!r}); {itself}"
 
 
 def is_still(path: str) -> bool:

@@ -165,6 +165,21 @@ def test_where_captions_come_from(tmp_path: Path, jpg: bytes, texts: dict[str, b
     assert found.captions == expected
 
 
+def test_fields_for_captions_that_are_nowhere_are_refused_with_those_that_are(tmp_path: Path, jpg: bytes) -> None:
+    tar(tmp_path / "shards" / "0.tar", {"1.jpg": jpg, "1.json": b'{"title": "one", "url": "a"}', "1.txt": b"a text"})
+    tar(tmp_path / "shards" / "1.tar", {"1.jpg": jpg, "1.json": b'{"subtitle": "two"}'})
+    assert len(read(tmp_path, None, "data.shards_captions=[subtitle,title]")) == 2, "not in every shard"
+    for _ in range(2):  # from what is kept of the shards
+        with refused("data.shards_captions", "nope", "subtitle", "title", "txt", "url"):
+            read(tmp_path, None, "data.shards_captions=[title,nope]")
+    table(tmp_path / "table" / "0.parquet", [{"jpg": jpg, "words": "a text", "width": 7}])
+    with refused("data.shards_captions", "nope", "width", "words"):
+        read(tmp_path, tmp_path / "table", "data.shards_captions=[nope]")
+    tar(tmp_path / "bare" / "0.tar", {"1.jpg": jpg})
+    with refused("data.shards_captions", "nope", "auto"):
+        read(tmp_path, tmp_path / "bare", "data.shards_captions=[nope]")
+
+
 # ---- names -------------------------------------------------------------------------------------------------------
 
 
@@ -376,7 +391,7 @@ def test_a_shard_is_looked_through_once(tmp_path: Path, jpg: bytes, monkeypatch:
     assert notes(caplog) == said and "left out: 3" in said, "what was left out is said at each start"
     tar(tmp_path / "shards" / "1.tar", {"1.jpg": jpg, "9.jpg": jpg})
     assert "1/9" in keys(read(tmp_path)) and looked[4:] == ["1.tar"]
-    assert not read(tmp_path, None, "data.shards_captions=[x]")[0].captions
+    assert len(read(tmp_path, None, "data.shards_captions=[txt]")) == len(first) + 1
     assert looked[5:] == ["0.tar", "1.tar", "2.tar"]
 
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from trimodal import media, members
 from trimodal.data import metadata
 from trimodal.data.samples import BrokenSample, decoding
+from trimodal.errors import WHOLE
 
 # What may be decoded. All of it is checked before memory is taken for pixels.
 MAX_PIXELS = 89_000_000  # just below the size at which Pillow warns; 267 MB as RGB
@@ -152,7 +153,7 @@ def _read_picture(path: str) -> np.ndarray:
     if metadata.is_unfinished(path):
         found = _pixels_alone(path, is_whole=False)
         if found is None:
-            raise BrokenSample("has zeros in place of its last rows, as an unfinished download; fetch it again")
+            raise BrokenSample(f"has zeros in place of its last rows, as an unfinished copy; {WHOLE}")
         return found
     try:
         return _decode(members.source(path))

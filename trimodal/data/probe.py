@@ -104,8 +104,8 @@ def by_reason(broken: Sequence[tuple[str, str]]) -> list[str]:
     for group in sorted(groups.values(), key=len, reverse=True):
         more = f" and {len(group) - NAMED} more" if len(group) > NAMED else ""
         lines.append(f"{len(group)}: {group[0][1][:200]}: {', '.join(path for path, _ in group[:NAMED])}{more}")
-    more = len(lines) - REASONS
-    return lines[:REASONS] + ([f"and {counted(more, 'further reason')}"] if more > 0 else [])
+    others = len(lines) - REASONS
+    return lines[:REASONS] + ([f"and {counted(others, 'further reason')}"] if others > 0 else [])
 
 
 def describe(odd: Sequence[tuple[str, Oddity]]) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimodal.config import ModelConfig
-from trimodal.errors import UserError
+from trimodal.errors import WHOLE, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class Tokenizer:
         try:
             self._backend = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the package raises plain Exception
-            raise UserError(f"{where}: is no tokenizer that can be read ({_reason(error)}); take a whole copy of it"
+            raise UserError(f"{where}: is no tokenizer that can be read ({_reason(error)}); {WHOLE}"
                             ) from None
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from trimodal.arguments import reading
-from trimodal.errors import UserError, counted
+from trimodal.errors import WHOLE, UserError, counted
 from trimodal.inference.prepared import Prepared
 from trimodal.towers import hub
 
@@ -134,13 +134,13 @@ def open_hub(name: str) -> HubModel:
         except MemoryError:
             raise
         except Exception as error:  # files from elsewhere may provoke any
-            raise UserError(f"{name}: cannot be opened ({hub.reason_of(error)}); fetch {folder} again") from None
+            raise UserError(f"{name}: {folder} cannot be opened ({hub.reason_of(error)}); {WHOLE}") from None
     if lacking := sorted(loading["missing_keys"]):
-        raise UserError(f"{name}: its weights lack {counted(len(lacking), 'parameter')}, such as {lacking[0]}; fetch "
-                        f"{folder} again")
+        raise UserError(f"{name}: the weights in {folder} lack {counted(len(lacking), 'parameter')}, such as "
+                        f"{lacking[0]}; {WHOLE}")
     if len(tokenizer) < model.config.text_config.vocab_size // 2:  # without its files the library makes one of 5 words
         raise UserError(f"{name}: {folder} holds no tokenizer of its own ({len(tokenizer)} words, the model knows "
-                        f"{model.config.text_config.vocab_size}); fetch it again")
+                        f"{model.config.text_config.vocab_size}); {WHOLE}")
     return HubModel(name, kind, model.eval(), tokenizer, media)
 
 

@@ -9,7 +9,7 @@ column of a parquet table, and a value. Which names mean what is in `columns`, a
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ TEXTS = ("txt", "json", "cls")  # endings of what describes a picture or sound
 MAX_TEXT_BYTES = 1_000_000  # of one of them; thousands of captions
 AUTO = ()  # captions are of the first of these names that has any, else of the first that columns takes for text
 NO_CAPTION = "samples without a caption"
+MOST_NAMED = 30  # fields
 FIRST = ("txt", "caption", "captions", "text", "texts")
 
 
@@ -30,6 +31,10 @@ class Notes:
     """What a reader may not expect of a set: how often, and where first."""
 
     found: dict[str, tuple[int, str]] = field(default_factory=dict)
+    fields: set[str] = field(default_factory=set)  # names: those asked for, as far as there are such, and some others
+
+    def see(self, names: Iterable[str], asked: Sequence[str]) -> None:
+        self.fields.update(name for name in names if name in asked or len(self.fields) < MOST_NAMED)
 
     def add(self, what: str, where: str, times: int = 1) -> None:
         count, first = self.found.get(what, (0, where))
@@ -65,6 +70,9 @@ class Reading:
                ) -> Sample | None:
         """The sample with these media, of which a video is a picture and, if it has any, a sound; None without media.
         `has_sound`: whether the video has, where that is known."""
+        fields = flat(fields)
+        if self.captions != AUTO:
+            self.notes.see((name for name in fields if f".{name}" not in media.SUFFIXES), self.captions)
         if not found:
             self.notes.add("samples without a picture or sound are left out", key)
             return None
@@ -76,7 +84,6 @@ class Reading:
             image = image or video
             if not audio and (media.has_sound(video) if has_sound is None else has_sound):
                 audio = video
-        fields = flat(fields)
         captions = tuple(self._captions(key, fields))
         if not captions:
             self.notes.add(NO_CAPTION, key)

@@ -27,7 +27,7 @@ import numpy as np
 from trimodal.config import Config
 from trimodal.data import prepared
 from trimodal.data.samples import Sample, SampleTable
-from trimodal.errors import UserError
+from trimodal.errors import UserError, similar
 from trimodal.sets import inventory
 from trimodal.sets.base import DataSet
 from trimodal.sets.columns import SPLIT_NAMES
@@ -37,7 +37,7 @@ from trimodal.sets.tables import read_table
 from trimodal.sets.tars import read_tar
 
 NAME = "shards"
-FORMAT = 1  # counts up with every change of what is found in a shard
+FORMAT = 2  # counts up with every change of what is found in a shard
 READERS = {".tar": read_tar, ".parquet": read_table}
 COMPRESSED = {".tar.gz": "gunzip", ".tgz": "gunzip -S .tgz", ".tar.bz2": "bunzip2", ".tar.xz": "unxz",
               ".tar.zst": "unzstd"}
@@ -165,10 +165,13 @@ def _index(shard: Shard, reading: Reading, config: Config) -> SampleTable:
         own = dataclasses.replace(reading, notes=Notes())
         read = READERS[os.path.splitext(shard.path)[1]]
         table = SampleTable.pack(read(shard.path, f"{shard.name}/", NAME, own))
-        notes = np.frombuffer(json.dumps(own.notes.found).encode("utf-8", "surrogatepass"), np.uint8)
+        noticed = json.dumps([own.notes.found, sorted(own.notes.fields)])
+        notes = np.frombuffer(noticed.encode("utf-8", "surrogatepass"), np.uint8)
         found = prepared.keep(config, "shard", state, {**table.arrays(), "notes": notes})
-    for what, (count, first) in json.loads(found["notes"].tobytes().decode("utf-8", "surrogatepass")).items():
+    told, fields = json.loads(found["notes"].tobytes().decode("utf-8", "surrogatepass"))
+    for what, (count, first) in told.items():
         reading.notes.add(what, first, count)
+    reading.notes.see(fields, reading.captions)
     return SampleTable.from_arrays(found)
 
 
@@ -181,7 +184,8 @@ def read_shards(root: Path, config: Config) -> tuple[list[SampleTable], list[str
     """The samples of each shard, with their splits, and lines for the log.
 
     Raises:
-        UserError: see `find_shards`; or a shard is damaged as a whole, or none holds a sample.
+        UserError: see `find_shards`; or a shard is damaged as a whole, none holds a sample, or none a field that is to
+            hold captions.
     """
     from tqdm import tqdm  # here, since download_datasets.py knows all sets and needs none of it
 
@@ -194,6 +198,10 @@ def read_shards(root: Path, config: Config) -> tuple[list[SampleTable], list[str
     if not any(map(len, tables)):
         raise UserError(f"{shards[0].path}: neither this shard nor another ({len(shards):,} in all) holds a picture or "
                         f"sound{''.join(f'; {line}' for line in reading.notes.lines()[:2])}")
+    there = sorted(reading.notes.fields)
+    if unknown := [name for name in captions if name not in there]:
+        raise UserError(f"data.shards_captions: {unknown[0]!r:.60} is no field in {base}. "
+                        + (f"{similar(unknown[0], there):.300}" if there else "There are none; leave it at auto"))
     return tables, reading.notes.lines(any(table.has_text.any() for table in tables))
 
 

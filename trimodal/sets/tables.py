@@ -12,7 +12,7 @@ from typing import Any
 
 from trimodal import media, members
 from trimodal.data.samples import Sample
-from trimodal.errors import UserError
+from trimodal.errors import WHOLE, UserError
 from trimodal.sets import columns
 from trimodal.sets.fields import AUTO, TEXTS, Media, Reading
 
@@ -42,10 +42,13 @@ def read_table(path: str, prefix: str, source: str, reading: Reading) -> list[Sa
     try:
         table = members.open_table(path, os.stat(path).st_mtime_ns)
         found = _columns(table, path)
+        if reading.captions != AUTO:
+            of_media = {one.name for one in found}
+            reading.notes.see((name for name in table.schema_arrow.names if name not in of_media), reading.captions)
         rows = list(_rows(table, path, found, reading))
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: is no parquet table that can be read ({str(error).splitlines()[0]:.100}); fetch it "
-                        "again, or take it out of data.shards") from None
+        raise UserError(f"{path}: is no parquet table that can be read ({str(error).splitlines()[0]:.100}); {WHOLE}, "
+                        "or take it out of data.shards") from None
     keys = [key for key, _, _ in rows]
     is_named = all(keys) and len(set(keys)) == len(keys)
     samples = [reading.sample(source, prefix + (key if is_named else f"{number:06}"), of_row, fields)

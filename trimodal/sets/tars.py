@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from trimodal import media, members
 from trimodal.data.samples import Sample
-from trimodal.errors import UserError
+from trimodal.errors import WHOLE, UserError
 from trimodal.sets.fields import MAX_TEXT_BYTES, TEXTS, Notes, Reading, field_of, media_of
 
 BLOCK = tarfile.BLOCKSIZE
@@ -97,8 +97,8 @@ def _members(file: IO[bytes], path: str, notes: Notes) -> Iterator[_Found]:
     except tarfile.TarError as error:
         if not last:
             if size:
-                raise UserError(f"{path}: is no tar ({media.kind_of(path, '') or error}); fetch it again, or take it "
-                                "out of data.shards") from None
+                raise UserError(f"{path}: is no tar ({media.kind_of(path, '') or error}); {WHOLE}, or take it out "
+                                "of data.shards") from None
             notes.add("shards are empty files", path)
             return
         end = size + 1

@@ -254,8 +254,8 @@ def complete(where: str) -> Iterator[None]:
         log.setLevel(before[0])
         log.propagate = before[1]
     if heard.missing:
-        raise UserError(f"{where}: the weights are not complete ({heard.missing}); fetch them again, or name the model "
-                        "they belong to")
+        raise UserError(f"{where}: the weights are not complete ({heard.missing}); take a whole copy of them, or name "
+                        "the model they belong to")
 
 
 class _Heard(logging.Handler):

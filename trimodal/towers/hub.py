@@ -17,13 +17,12 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from trimodal.errors import UserError, counted, similar
+from trimodal.errors import WHOLE, UserError, counted, similar
 from trimodal.towers.base import Input, PretrainedTower, describe
 
 CONFIG, CARD = "config.json", "README.md"
 SMALL_FILES = ("*.json", "*.txt", "*.model", CARD)
 NOT_SETTINGS = ("model_type", "transformers_version", "dtype", "architectures", "auto_map", "_name_or_path")
-WHOLE = "take a whole copy of it"  # true of what was fetched and of the user's own
 MAX_LAYERS, MAX_SIZE = 1_000, 2**24  # a description from elsewhere does not fill time or memory
 WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))  # the first kind
 
@@ -198,7 +197,7 @@ def config_of(folder: Path, kind: Kind, where: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # files made to deceive may provoke any
-        raise UserError(f"{where}: {folder / CONFIG} is damaged ({reason_of(error)}); fetch it again") from None
+        raise UserError(f"{where}: {folder / CONFIG} is damaged ({reason_of(error)}); {WHOLE}") from None
 
 
 def load(folder: Path, kind: Kind, config: Any, where: str) -> Any:
@@ -218,7 +217,7 @@ def load(folder: Path, kind: Kind, config: Any, where: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # files made to deceive may provoke any
-        raise UserError(f"{where}: {folder} cannot be loaded ({reason_of(error)}); fetch it again") from None
+        raise UserError(f"{where}: {folder} cannot be loaded ({reason_of(error)}); {WHOLE}") from None
     missing = [name for name in found["missing_keys"] if not any(fnmatch(name, one) for one in kind.may_lack)]
     if missing or found["mismatched_keys"]:
         names = sorted([*missing, *(str(one[0]) for one in found["mismatched_keys"])])

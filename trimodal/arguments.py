@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
@@ -23,6 +24,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {without_secrets(message)}; see --help\n")
+
+
+def columns_of(text: str) -> int:
+    """Columns of a terminal that a text takes: Chinese letters take two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else not unicodedata.combining(letter)
+               for letter in text)
 
 
 def folder_name(name: str) -> str:

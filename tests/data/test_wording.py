@@ -73,7 +73,7 @@ def test_empty_cells_saved_as_text_are_counted(tmp_path: Path) -> None:
     found = look(tmp_path, "nan", "nan", "None", "NULL.", "n/a", "a nan", "black")
     assert found.empty == {"nan": 2, "None": 1, "NULL.": 1, "n/a": 1} and found.empty.total() == 5
     (line,) = [line for line in found.lines() if "nan" in line]
-    assert_names(line, 5, "2 times 'nan'", "1 times 'None'")
+    assert_names(line, 5, "2 times 'nan'", "1 time 'None'")
     assert found.advice()
     assert {str(value).lower() for value in (float("nan"), None)} <= EMPTY_CELLS
 

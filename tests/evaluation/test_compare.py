@@ -14,6 +14,7 @@ from tests.evaluation import reports
 from tests.evaluation.test_page import HOSTILE, Parsed
 from tests.project import ROOT
 from tests.refusals import assert_told
+from trimodal.arguments import columns_of
 from trimodal.evaluation import compare, report
 from trimodal.evaluation.phrases import PHRASES
 
@@ -70,7 +71,24 @@ def test_settings_that_differ_are_told_and_no_others(two: list[str]) -> None:
     assert compare.differing_settings(compare.read_runs([two[0], two[0]])) == []
 
 
-def test_the_terminal_shows_all_of_it(two: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_speaks_the_language_of_the_locale(two: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns are aligned, though Chinese letters are two wide."""
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    assert report.main(["compare", *two]) == 0
+    told = capsys.readouterr().out
+    for key in ("kind_of_training", "settings", "results", "compare_text", "time_and_memory", "time_evaluation"):
+        assert PHRASES[key]["zh"] in told and PHRASES[key]["en"] not in told.splitlines(), key
+    head, _, *rows = told.split("\n\n")[-1].splitlines()
+    at = columns_of(head[:head.rindex("B")])
+    assert {columns_of(row[:row.rindex("  ") + 2]) for row in rows} == {at}
+    assert report.main(["compare", two[0], two[0]]) == 0
+    assert PHRASES["settings_same"]["zh"] in capsys.readouterr().out
+
+
+def test_the_terminal_shows_all_of_it(two: list[str], monkeypatch: pytest.MonkeyPatch,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
     assert report.main(["compare", *two]) == 0
     lines = capsys.readouterr().out.splitlines()
     for expected in (r"training\.learning_rate +0\.0001 +0\.0002", r"stamps  text_to_image_R@1 +0\.2000 \[0\.1500, "
@@ -96,8 +114,8 @@ def test_runs_of_any_kind_and_release_stand_beside_each_other(tmp_path: Path) ->
     for kind, found in reports.kinds().items():
         put(tmp_path / kind, found)
     runs = compare.read_runs([*(str(tmp_path / kind) for kind in reports.kinds()), str(OLD)])
-    assert "EER" in compare.as_text(runs) and runs[-1].name in compare.as_text(runs)
     for language in ("zh", "en"):
+        assert "EER" in (text := compare.as_text(runs, language)) and runs[-1].name in text
         ids = Parsed(compare.as_page(runs, language)).ids()
         assert {"settings", "results", "curves", "time_and_memory"} <= set(ids) and len(ids) == len(set(ids))
 

@@ -181,7 +181,7 @@ def test_one_object_for_use_gives_the_same_features(hub: dict[str, Path], kind: 
     assert model.modalities == (media, "text") and model.description["kind"] == kind
     probabilities = model.classify(texts[:2], **given)
     assert probabilities.sum(1) == pytest.approx(1) and probabilities.shape == (len(own), 2)
-    with pytest.warns(UserWarning, match="1 of the texts"):
+    with pytest.warns(UserWarning, match="1 text cut"):
         model.encode(texts=["a red picture " * 9])
     with refused(other, media, "text"):
         model.encode(**{other: given[argument]})

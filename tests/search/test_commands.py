@@ -16,6 +16,7 @@ from tests import trees
 from tests.project import ROOT
 from tests.refusals import assert_told, refused
 from tests.search import things
+from trimodal.arguments import columns_of
 from trimodal.search import commands
 from trimodal.search.build import build_index
 from trimodal.search.index import FILE, Hit, Index, printable
@@ -103,14 +104,14 @@ def test_kinds_stand_side_by_side_or_below_one_another(made: Path, monkeypatch: 
         hit._replace(entry=hit.entry._replace(path="很长的文件夹/" * 9 + hit.entry.path)) for hit in search(*given)])
     assert run("query", "a tone", "--index", made / "index", "--top", "2") == 0
     cut = capsys.readouterr().out.splitlines()[:3]
-    assert [commands._width(line.split(" s)")[0]) <= 113 for line in cut] == [True] * 3 and cut[1].count("…") == 2
+    assert [columns_of(line.split(" s)")[0]) <= 113 for line in cut] == [True] * 3 and cut[1].count("…") == 2
     monkeypatch.setenv("COLUMNS", "50")
     assert run("query", "a tone", "--index", made / "index", "--top", "2") == 0
     below = capsys.readouterr().out
     assert len(columns(below)) == 2
     for text in (beside, below):
         assert all(word in text for word in ("  1  ", "  2  ", " sd  ", " s)", "cosine"))
-    assert commands._width("猫a\u0301") == 3
+    assert columns_of("猫a\u0301") == 3
 
 
 def test_what_cannot_be_done_is_told_in_one_line(made: Path, tmp_path: Path,

@@ -40,7 +40,7 @@ def test_what_was_taken_is_told_once_for_all_lines() -> None:
     mixed.given({"path": "a.png", "Caption": ""})
     plain.given({"image": "a.png", "text": "x"})
     (line,) = describe([mixed, plain])
-    assert_names(line, "'path' as audio (3 lines", "'path' as image (1 lines", "'Caption' as text")
+    assert_names(line, "'path' as audio (3 lines", "'path' as image (1 line", "'Caption' as text")
     assert describe([plain]) == []
 
 

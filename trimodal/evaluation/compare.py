@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimodal.arguments import reading
+from trimodal.arguments import columns_of, reading
 from trimodal.errors import UserError
 from trimodal.evaluation import verdict
 from trimodal.evaluation.charts import Bar, Line, bars, figure, line_chart, seconds
@@ -154,27 +154,30 @@ def measured_rows(runs: Sequence[Compared]) -> list[tuple[str, str, list[str]]]:
 # ---- as text -----------------------------------------------------------------------------------------------------
 
 
-def as_text(runs: Sequence[Compared]) -> str:
-    """The comparison for a terminal, in English."""
+def as_text(runs: Sequence[Compared], language: str) -> str:
+    """The comparison for a terminal."""
+    def say(key: str) -> str:
+        return PHRASES[key][language]
+
     letters = [run.letter for run in runs]
-    parts = ["\n".join(f"{run.letter}  {run.name}  ({run.report.get('kind')}, {_when(run.report)})" for run in runs)]
-    settings = differing_settings(runs)
-    rows = [[name, *map(_short, values)] for name, values in settings]
-    parts.append(aligned([["settings that differ", *letters], *rows]) if rows else "settings: the same in all")
+    parts = ["\n".join(f"{run.letter}  {run.name}  ({say(_kind(run.report))}, {_when(run.report)})" for run in runs)]
+    rows = [[name, *map(_short, values)] for name, values in differing_settings(runs)]
+    parts.append(aligned([[say("settings"), *letters], *rows] if rows else [[say("settings")], [say("settings_same")]]))
     rows = [[f"{place[0]}  {place[2]}", *(_cell(*cell) for cell in cells)] for place, cells in figure_rows(runs)]
-    parts.append(aligned([["figures", *letters], *rows]) if rows else "figures: none")
-    parts.append(PHRASES["compare_text"]["en"])
+    parts.append(aligned([[say("results"), *letters], *rows] if rows else [[say("results")], [say("nothing")]]))
+    parts.append(say("compare_text"))
     if not evaluated_alike(runs):
-        parts.append(PHRASES["compare_other"]["en"])
-    rows = [[f"{stage}  {PHRASES[key]['en']}".lstrip(), *values] for stage, key, values in measured_rows(runs)]
-    parts.append(aligned([["time and memory", *letters], *rows]))
+        parts.append(say("compare_other"))
+    rows = [[f"{stage}  {say(key)}".lstrip(), *values] for stage, key, values in measured_rows(runs)]
+    parts.append(aligned([[say("time_and_memory"), *letters], *rows]))
     return "\n\n".join(parts)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows as columns, a line below the first."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(map(columns_of, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell + " " * (width - columns_of(cell))
+                       for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
@@ -189,6 +192,11 @@ def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[:most - 3] + "..."
 
 
+def _kind(report: Mapping[str, Any]) -> str:
+    """The key of PHRASES of what was run."""
+    return f"kind_of_{report.get('kind') or 'training'}"
+
+
 def _when(report: Mapping[str, Any]) -> str:
     return str(report.get("created") or "")[:16].replace("T", " ")
 
@@ -199,7 +207,7 @@ def _when(report: Mapping[str, Any]) -> str:
 def as_page(runs: Sequence[Compared], language: str) -> str:
     """The comparison as one HTML file."""
     letters = [run.letter for run in runs]
-    about = [[element("b", run.letter), data(run.name), words(f"kind_of_{run.report.get('kind') or 'training'}"),
+    about = [[element("b", run.letter), data(run.name), words(_kind(run.report)),
               _when(run.report), element("code", data(run.report.get("command") or ""))] for run in runs]
     head = element("header", language_buttons(), element("h1", words("title_compare")),
                    table(["", words("run"), words("what"), words("created"), words("command")], about))

@@ -110,6 +110,7 @@ PHRASES: dict[str, dict[str, str]] = {key: {"en": en, "zh": zh} for key, en, zh 
     ("at_rank", "rank {rank}", "第 {rank}"),
     # ---- runs side by side
     ("title_compare", "Runs side by side", "多次运行的比较"), ("run", "Run", "运行"), ("setting", "Setting", "设置"),
+    ("page", "Page", "网页"),
     ("kind_of_training", "training", "训练"), ("kind_of_evaluation", "evaluation", "评测"),
     ("settings", "Settings that differ", "不同的设置"), ("settings_same", "The same in all.", "全部相同。"),
     ("compare_text", "▲ better, ▼ worse than A: 95 % intervals with no value in common. Other differences may be "

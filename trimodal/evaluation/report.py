@@ -68,7 +68,7 @@ from trimodal.errors import UserError
 from trimodal.evaluation import markdown, page, verdict
 from trimodal.evaluation.charts import thinned
 from trimodal.evaluation.markdown import format_notes, format_table
-from trimodal.evaluation.phrases import locale_language
+from trimodal.evaluation.phrases import PHRASES, locale_language
 from trimodal.evaluation.plots import flat_values, loss_curves, loss_parts, progress_curves, retrieval_grid
 from trimodal.files import rename_to_free, replacing
 from trimodal.redaction import without_secrets
@@ -280,15 +280,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("compare",), help="what to do")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's output folder, or a report_*.json")
     parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page; FILE must not be there yet")
-    options = parser.parse_args(arguments)
+    options, language = parser.parse_args(arguments), locale_language()
     try:
         runs = compare.read_runs(options.runs)
         if options.html:
-            _write_page(options.html, compare.as_page(runs, locale_language()))
+            _write_page(options.html, compare.as_page(runs, language))
     except UserError as error:
         print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
-    print(compare.as_text(runs) + (f"\n\nPage: {options.html}" if options.html else ""))
+    print(compare.as_text(runs, language))
+    if options.html:
+        print(f"\n{PHRASES['page'][language]}: {options.html}")
     return 0
 
 

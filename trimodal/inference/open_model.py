@@ -200,8 +200,8 @@ class OpenModel:
             first += len(texts)
             yield from found
         if cut:
-            warnings.warn(f"{counted(len(cut), 'text')} longer than the model reads and cut, as in training; the "
-                          f"first is texts[{cut[0]}]", TextsCut, stacklevel=2)
+            warnings.warn(f"{counted(len(cut), 'text')} cut to what the model reads, as in training; the first is "
+                          f"texts[{cut[0]}]", TextsCut, stacklevel=2)
 
     # ---- in batches ---------------------------------------------------------------------------------------------
 

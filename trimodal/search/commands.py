@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from model import open_model
+from trimodal.arguments import columns_of
 from trimodal.data.probe import by_reason
 from trimodal.errors import UserError, counted
 from trimodal.inference.open_model import TextsCut
@@ -194,7 +194,7 @@ def as_columns(found: Index, hits: dict[Kind, list[Hit]]) -> str:
               f"{printable(found.folder)}")
     if not is_wide:
         return "\n".join([*itertools.chain.from_iterable([*column, ""] for column in columns), legend])
-    lines = [(" " * BETWEEN).join(cell + " " * (room - _width(cell)) for cell in cells).rstrip()
+    lines = [(" " * BETWEEN).join(cell + " " * (room - columns_of(cell)) for cell in cells).rstrip()
              for cells in itertools.zip_longest(*columns, fillvalue="")]
     return "\n".join([*lines, "", legend])
 
@@ -203,14 +203,8 @@ def _line(rank: int, hit: Hit, room: int) -> str:
     """A hit in one line; of a path that has no room the end is shown. `room` 0: any."""
     name = printable(hit.entry.path) + (f" ({hit.entry.duration_s:.1f} s)" if hit.entry.duration_s else "")
     line = f"{rank:3}  {hit.score:6.3f}  {hit.deviations:+5.1f} sd  "
-    if room and len(line) + _width(name) > room:
-        while len(line) + 1 + _width(name) > room:
+    if room and len(line) + columns_of(name) > room:
+        while len(line) + 1 + columns_of(name) > room:
             name = name[1:]
         name = f"…{name}"
     return line + name
-
-
-def _width(text: str) -> int:
-    """Columns of a terminal that a text takes: Chinese letters take two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else not unicodedata.combining(letter)
-               for letter in text)

@@ -73,6 +73,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "masked words 0.3": objectives(masked_words=0.3), "masked words 1.0": objectives(masked_words=1.0),
     "words 0.2, masked words 0.3": objectives(words=0.2, masked_words=0.3),
     "soft targets 0.2": ("training.soft_targets=0.2",), "soft targets 0.5": ("training.soft_targets=0.5",),
+    "soft targets 0.8": ("training.soft_targets=0.8",),
+    "soft targets 0.5, words 0.2": ("training.soft_targets=0.5", *objectives(words=0.2)),
     "false negatives 0.8": ("training.false_negatives=0.8",),
     "soft targets 0.2, false negatives 0.8": ("training.soft_targets=0.2", "training.false_negatives=0.8"),
     "half the pretraining": ("stages.pretrain.share=0.5",), "twice the pretraining": ("stages.pretrain.share=6",),

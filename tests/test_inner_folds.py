@@ -1,4 +1,4 @@
-"""The benchmark that compares settings of the demo on pretrained towers without its test split."""
+"""The benchmark that compares settings of a demo without its test split."""
 
 from benchmarks import inner_folds
 from trimodal.config import FOLDS
@@ -21,8 +21,10 @@ def test_what_is_test_in_the_demo_is_test_in_all_parts() -> None:
 
 
 def test_figures_are_of_the_lowest_validation_loss_and_of_the_last_epoch() -> None:
-    records = [{"kind": "validation", "epoch": epoch, "loss": loss, "metrics": {"image_to_text_R@5": value}}
-               for epoch, loss, value in ((1, 3.0, 0.1), (2, 2.0, 0.5), (3, 2.5, 0.6))]
+    records = [{"kind": "validation", "stage": stage, "epoch": epoch, "loss": loss,
+                "metrics": {"image_to_text_R@5": value}}
+               for stage, epoch, loss, value in (("pretrain", 1, 0.5, 0.1), ("align", 1, 3.0, 0.1),
+                                                 ("align", 2, 2.0, 0.5), ("align", 3, 2.5, 0.6))]
     found = inner_folds.figures_of([*records, {"kind": "stage", "stage": "align"}])
     assert (found["epoch"], found["epochs"]) == (2, 3)
     line = inner_folds.line_of("mean", [found | {"cpu_s": 7.0}])

@@ -43,8 +43,21 @@ class Unwritten(Exception):
     """What was printed could not be written. No OSError, which would be taken for one of the file in hand."""
 
 
+_unwritten: list[Callable[[str], None]] = []  # who is told, see `telling_of_output`
+
+
+@contextlib.contextmanager
+def telling_of_output(tell: Callable[[str], None]) -> Iterator[None]:
+    """Within, no line that cannot be written ends what is being done: `tell` learns why, and it is left out."""
+    _unwritten.append(tell)
+    try:
+        yield
+    finally:
+        _unwritten.remove(tell)
+
+
 class _Output:
-    """A stream that raises Unwritten for what it cannot write."""
+    """A stream that raises Unwritten for what it cannot write, or tells who wants to know."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -63,7 +76,10 @@ class _Output:
         try:
             return work(*given)
         except OSError as error:
-            raise Unwritten(error.strerror) from error
+            if not _unwritten:
+                raise Unwritten(error.strerror) from error
+            _unwritten[-1](str(error.strerror))
+            return 0
 
 
 def exit_code(main: Callable[[], int]) -> int:

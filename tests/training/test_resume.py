@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.refusals import refused
 from tests.small_runs import SmallRuns, records
 from tests.tiny_towers import by_name
 from trimodal import checkpoint
+from trimodal.arguments import exit_code
 from trimodal.errors import Stopped, UserError
 from trimodal.training import loop
 from trimodal.training import run as run_module
@@ -130,6 +132,34 @@ def test_a_signal_saves_within_the_epoch_and_the_run_goes_on_to_the_same_bits(sm
     assert f"SIGTERM after step {step}, " in said.splitlines()[-1]
     assert records(folder)[-1]["step"] == step, "what was done is recorded, and nothing more"
     small.train(folder, *recipe(small), "training.save_every_minutes=0", resume="auto")
+    assert_same(folder, whole)
+
+
+def test_an_output_that_nobody_reads_any_more_stops_training_as_a_signal_does(
+        small: SmallRuns, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, more, said = tmp_path / "run", (*recipe(small), "training.save_every_minutes=0"), list[Stopped]()
+    reading, writing = os.pipe()
+
+    def train_epoch(run: Run, *rest: Any, whole: Any = loop.train_epoch) -> Any:
+        if not run.progress.epoch:
+            os.close(reading)
+        return whole(run, *rest)
+
+    def main() -> int:
+        try:
+            small.train(folder, *more)
+        except Stopped as stopped:
+            said.append(stopped)
+        return 3
+
+    with monkeypatch.context() as patch, os.fdopen(writing, "w", buffering=1) as pipe:
+        patch.setattr(sys, "stdout", pipe)
+        patch.setattr(loop, "train_epoch", train_epoch)
+        assert exit_code(main) == 141
+    [stopped] = said
+    assert stopped.is_saved and "Stopped by output that cannot be written (" in str(stopped)
+    assert checkpoint.find_latest(folder / "checkpoints") == folder / "checkpoints" / "checkpoint_epoch_1.pt"
+    small.train(folder, *more, resume="auto")
     assert_same(folder, whole)
 
 

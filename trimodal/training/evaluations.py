@@ -68,7 +68,6 @@ def evaluate(options: argparse.Namespace) -> Path:
                                 towers=state.get("towers", {}))))
     start_s = time.perf_counter()
     found = (on_classes if options.zero_shot else on_data_sets)(options, model.to(device), state, config, setting)
-    print(report.format_table(found.figures) + report.format_notes(found.figures, found.facts))
     run = {
         "kind": "evaluation", "command": command_line(["python", "evaluate.py", *options.arguments]),
         "checkpoint": options.checkpoint, "best": {name: state.get(name) for name in ("stage", "epoch", "loss")},
@@ -81,6 +80,7 @@ def evaluate(options: argparse.Namespace) -> Path:
     with writing_to(folder):
         _, markdown = report.write_report(folder, run, [], language=config.report.language, gallery=found.gallery,
                                           media=found.media)
+    print(report.format_table(found.figures) + report.format_notes(found.figures, found.facts))
     print(f"Report page: {markdown.with_suffix('.html')}\nReport: {markdown}")
     return markdown
 

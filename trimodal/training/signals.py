@@ -1,4 +1,5 @@
-"""Signals that ask a run to stop: the first lets the step in hand end and be saved, a second stops at once."""
+"""What asks a run to stop: the first signal lets the step in hand end and be saved, a second stops at once. Output that
+can no longer be written, such as into a pipe that was closed, counts as a first."""
 
 import contextlib
 import os
@@ -9,11 +10,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from trimodal.arguments import telling_of_output
+
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, what ends jobs, what cluster schedulers send some time before
 
 
 class Interruption:
-    """Knows whether a signal has asked to stop.
+    """Knows what has asked to stop.
 
     with Interruption() as interruption:
         with interruption.can_wait():  # here somebody looks at `asked`, after each step
@@ -21,7 +24,7 @@ class Interruption:
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self.asked = ""  # name of the signal
+        self.asked = ""  # name of the signal, or what cannot be written
         self.now = now
         self._waits = False
         self._process = os.getpid()
@@ -45,9 +48,14 @@ class Interruption:
     def can_wait(self) -> Iterator[None]:
         self._waits = True
         try:
-            yield
+            with telling_of_output(self._cannot_write):
+                yield
         finally:
             self._waits = False
+
+    def _cannot_write(self, why: str) -> None:
+        if not self.asked:
+            self.asked, self._asked_s = f"output that cannot be written ({why})", self.now()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Raises KeyboardInterrupt where there is nothing to wait for, or it was asked before."""

@@ -346,9 +346,9 @@ def _task(inputs: str, **objectives: float) -> TaskConfig:
 
 
 DEFAULT_STAGES = (
-    StageConfig(name="pretrain", share=0.2, image_keep=0.25, audio_keep=0.25, tasks=(
+    StageConfig(name="pretrain", share=0.06, image_keep=0.25, audio_keep=0.25, tasks=(
         _task("image", masked=1.0), _task("audio", masked=1.0, speaker=1.0), _task("text", masked=1.0))),
-    StageConfig(name="align", share=0.6, image_keep=0.5, audio_keep=0.5, drop_path=0.1, tasks=(
+    StageConfig(name="align", share=0.74, image_keep=0.5, audio_keep=0.5, drop_path=0.1, tasks=(
         _task("image+text", contrastive=1.0), _task("audio+text", contrastive=1.0),
         _task("image+audio", contrastive=0.5))),
     StageConfig(name="finetune", share=0.2, lr_factor=0.3, drop_path=0.1, tasks=(

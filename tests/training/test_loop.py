@@ -16,7 +16,7 @@ from tests import trees
 from tests.refusals import assert_names, refused
 from tests.small_runs import SmallRuns, apart, batches, differing, float64, records, step, trained, weights
 from tests.training.test_tracking import scalars
-from trimodal.config import Config, StageConfig, TaskConfig
+from trimodal.config import Config, StageConfig, TaskConfig, load_config
 from trimodal.errors import ConfigError, TrainingError
 from trimodal.memory import devices
 from trimodal.training import loop, plans, resume, validation
@@ -47,9 +47,10 @@ def test_stages_share_any_number_of_epochs(shares: tuple[float, ...]) -> None:
 
 
 def test_shares_of_the_defaults() -> None:
-    default = {epochs: list(resume.stage_epochs(sharing(epochs, 0.2, 0.6, 0.2)).values())
-               for epochs in (1, 2, 3, 4, 7, 100)}
-    assert default == {1: [0, 1, 0], 2: [0, 1, 1], 3: [1, 1, 1], 4: [1, 2, 1], 7: [1, 4, 2], 100: [20, 60, 20]}
+    default = {epochs: list(resume.stage_epochs(load_config(None, [f"training.epochs={epochs}"])).values())
+               for epochs in (1, 2, 3, 4, 7, 50, 100)}
+    assert default == {1: [0, 1, 0], 2: [0, 2, 0], 3: [1, 1, 1], 4: [1, 2, 1], 7: [1, 5, 1], 50: [3, 37, 10],
+                       100: [6, 74, 20]}
 
 
 def test_one_epoch_trains_one_stage_and_says_which_are_skipped(small: SmallRuns, tmp_path: Path,

@@ -343,8 +343,9 @@ def test_other_stages_than_were_trained_are_refused(small: SmallRuns, whole: Pat
 ])
 def test_a_resumed_run_may_have_more_or_fewer_epochs(epochs: int, epoch: int, epoch_step: int, stage: str,
                                                      expected: dict[str, int]) -> None:
-    config = load_config(None, [f"training.epochs={epochs}"])
-    begun = load_config(None, ["training.epochs=10"])
+    shares = ["stages.pretrain.share=0.2", "stages.align.share=0.6"]
+    config = load_config(None, [f"training.epochs={epochs}", *shares])
+    begun = load_config(None, ["training.epochs=10", *shares])
     state = {"stage": stage, "stage_epochs": resume.stage_epochs(begun), "config": begun.to_dict(),
              "progress": {"epoch": epoch, "epoch_step": epoch_step}}
     assert [row.share for row in config.stages] == [0.2, 0.6, 0.2]

@@ -258,9 +258,8 @@ def finalists(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every option's figures (of METRICS), by set: mean over seeds and each seed's; time; settings."""
-    lines = [f"{'set':10} {'option':38} {'seeds':5} {'image-text':24} {'audio-text':24} {'s':>5} {'CPU s':>5} "
-             f"{'steps':>5}  settings"]
+    """Every option's figures (of METRICS), by set: mean over seeds and each seed's; CPU seconds; steps."""
+    lines = [f"{'set':10} {'option':38} {'seeds':5} {'image-text':25} {'audio-text':25} {'CPU s':>5} {'steps':>5}"]
     for name in RECIPES:
         for option in names_of(name):
             own = sorted((one for one in rows if (one["set"], one["option"]) == (name, option)),
@@ -273,11 +272,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 each = " ".join(f"{value:.3f}" for value in values)
                 cells.append(f"{statistics.mean(values):.3f} ({each})" if values else "-")
             if good:
-                lines.append(f"{name:10} {option:38} {len(good):5} {cells[0]:24} {cells[1]:24} "
-                             f"{statistics.mean(one['seconds'] for one in good):5.0f} "
+                lines.append(f"{name:10} {option:38} {len(good):5} {cells[0]:25} {cells[1]:25} "
                              f"{statistics.mean(one['cpu_s'] for one in good):5.0f} "
-                             f"{statistics.mean(sum(one['steps'].values()) for one in good):5.0f}  "
-                             f"{' '.join(OPTIONS[option])}")
+                             f"{statistics.mean(sum(one['steps'].values()) for one in good):5.0f}")
     lines.append("gain over the recipe in queries answered, mean of stamps and synthetic, seed 0: " + ", ".join(
         f"{option} {one:+.3f}" for option, (one,) in gains(rows, SEEDS[:1], SCREENED).items()))
     lines.append("mean of all three sets, three seeds: " + ", ".join(

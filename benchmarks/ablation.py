@@ -5,6 +5,7 @@
     python benchmarks/ablation.py best                        # best four and recipe, three seeds, emoji too; 1.5 hours
     python benchmarks/ablation.py table                       # all that has been run
     python benchmarks/ablation.py folds --against DIR         # this tree and an older one, as they are: half an hour
+    python benchmarks/ablation.py words                       # how many held-out captions have words that were trained
 
 What an epoch of each stage costs with an option is measured first, in CPU seconds, so other work on the machine does
 not count. Then it has as many epochs as come nearest to the time of the recipe's; the table has the CPU seconds that
@@ -21,6 +22,7 @@ query once. A figure is over the queries of all five, its interval Wilson's, 95 
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -43,7 +45,9 @@ if __name__ == "__main__":
 
 from benchmarks.beside_open_clip import cpu_s, machine
 from benchmarks.run import commit
+from datasets import load_data
 from trimodal.config import Config, load_config
+from trimodal.data.concepts import content_words
 from trimodal.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -369,6 +373,27 @@ def _kept(label: str, fold: int) -> dict[str, Any]:
     return next((one for one in found() if (one["set"], one["option"], one["seed"]) == ("folds", label, fold)), {})
 
 
+def print_known_words(data_root: Path) -> None:
+    """How many held-out pictures have a caption of which a content word, and of which the last one, is in a training
+    caption of the same fold: what a model that begins with random weights may know."""
+    shares, numbers = [], []
+    for fold in FOLDS:
+        tables = load_data(load_config(ROOT / "recipes" / "demo.yaml", [
+            f"data.fold={fold}", f"paths.data_root={json.dumps(str(data_root))}"]), ["train", "test"]).tables
+        captions = {name: [content_words(table.captions[i].lower()) for i in range(len(table.captions))]
+                    for name, table in tables.items()}
+        trained = {word for words in captions["train"] for word in words}
+        numbers.append(len(captions["train"]))
+        test = tables["test"]
+        own = [captions["test"][first:end] for first, end in itertools.pairwise(test.caption_offsets.tolist())]
+        queries = [words for words, has_image in zip(own, test.has_image.tolist(), strict=True) if words and has_image]
+        shares += [(any(trained & set(words) for words in one), any(words and words[-1] in trained for words in one))
+                   for one in queries]
+    known, last = (statistics.mean(column) for column in zip(*shares, strict=True))
+    print(f"{len(shares)} held-out pictures: {known:.3f} have a caption with a word of a training caption, {last:.3f} "
+          f"one whose last word is one; {min(numbers)} to {max(numbers)} training captions")
+
+
 def own_label() -> str:
     return f"folds: {commit().removesuffix('+')}"
 
@@ -382,7 +407,7 @@ def measured() -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["screen", "best", "table", "folds"])
+    parser.add_argument("what", choices=["screen", "best", "table", "folds", "words"])
     parser.add_argument("--runs", type=int, help="end after so many runs (default: all)")
     parser.add_argument("--only", nargs="+", choices=list(OPTIONS), help="options to screen (default: all)")
     parser.add_argument("--sets", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="(default: all)")
@@ -402,6 +427,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.what == "folds":
         older = {f"folds: {options.against.name}": options.against.resolve()} if options.against else {}
         compare({own_label(): None, **older}, options.data_root, options.runs)
+        return
+    elif options.what == "words":
+        print_known_words(options.data_root)
         return
     print(table([one for one in found() if one["set"] in RECIPES]))
 

@@ -5,7 +5,7 @@
     python benchmarks/ablation.py best                        # best four and recipe, three seeds, emoji too; 1.5 hours
     python benchmarks/ablation.py table                       # all that has been run
     python benchmarks/ablation.py folds --against DIR         # this tree and an older one, as they are: half an hour
-    python benchmarks/ablation.py words                       # how many held-out captions have words that were trained
+    python benchmarks/ablation.py vocabulary                  # how many held-out captions have words that were trained
 
 What an epoch of each stage costs with an option is measured first, in CPU seconds, so other work on the machine does
 not count. Then it has as many epochs as come nearest to the time of the recipe's; the table has the CPU seconds that
@@ -407,7 +407,7 @@ def measured() -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["screen", "best", "table", "folds", "words"])
+    parser.add_argument("what", choices=["screen", "best", "table", "folds", "vocabulary"])
     parser.add_argument("--runs", type=int, help="end after so many runs (default: all)")
     parser.add_argument("--only", nargs="+", choices=list(OPTIONS), help="options to screen (default: all)")
     parser.add_argument("--sets", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="(default: all)")
@@ -428,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         older = {f"folds: {options.against.name}": options.against.resolve()} if options.against else {}
         compare({own_label(): None, **older}, options.data_root, options.runs)
         return
-    elif options.what == "words":
+    elif options.what == "vocabulary":
         print_known_words(options.data_root)
         return
     print(table([one for one in found() if one["set"] in RECIPES]))

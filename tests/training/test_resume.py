@@ -180,6 +180,16 @@ def test_each_signal_asks_once_while_somebody_looks_and_stops_at_once_where_nobo
     assert signal.getsignal(getattr(signal, name)) == before
 
 
+def test_a_signal_that_comes_after_its_reader_has_gone_is_the_first_one() -> None:
+    """Ctrl-C ends `tee` as well, which may be faster."""
+    with Interruption() as interruption, interruption.can_wait():
+        interruption._cannot_write("Broken pipe")
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.asked == "output that cannot be written (Broken pipe)"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_what_torchrun_sends_on_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     clock = [0.0]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trimodal import media
+from trimodal.arguments import reading
 from trimodal.errors import UserError, counted
 from trimodal.files import sha256_of
 
@@ -71,10 +72,8 @@ def find(folder: Path, exclude: Sequence[str] = ()) -> Found:
     Raises:
         UserError: it is no folder, or holds no picture, sound or video that could be read.
     """
-    try:
+    with reading(folder):  # as are the folders above it
         is_folder = folder.is_dir()
-    except OSError as error:  # of the folders above it
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); allow it, or name another folder") from None
     if not is_folder:
         raise UserError(f"{folder}: is {'no folder' if folder.exists() else 'not there'}; name one with pictures, "
                         "sounds or videos")

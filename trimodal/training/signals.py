@@ -1,5 +1,6 @@
 """What asks a run to stop: the first signal lets the step in hand end and be saved, a second stops at once. Output that
-can no longer be written, such as into a pipe that was closed, counts as a first."""
+can no longer be written, such as into a pipe that was closed, asks as well, and counts as no signal: Ctrl-C ends the
+reader, too."""
 
 import contextlib
 import os
@@ -29,7 +30,7 @@ class Interruption:
         self._waits = False
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
-        self._asked_s = 0.0
+        self._signalled_s: float | None = None
         # torchrun sends on to its processes what a terminal has sent to them already
         self._echo_s = 2.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
@@ -55,7 +56,7 @@ class Interruption:
 
     def _cannot_write(self, why: str) -> None:
         if not self.asked:
-            self.asked, self._asked_s = f"output that cannot be written ({why})", self.now()
+            self.asked = f"output that cannot be written ({why})"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Raises KeyboardInterrupt where there is nothing to wait for, or it was asked before."""
@@ -64,7 +65,7 @@ class Interruption:
             if name != "SIGINT":  # a worker that reads data goes when it is told to; Ctrl-C is for its parent as well
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-        elif self._waits and not self.asked:
-            self.asked, self._asked_s = name, self.now()
-        elif not self.asked or self.now() - self._asked_s >= self._echo_s:
+        elif self._waits and self._signalled_s is None:
+            self.asked, self._signalled_s = self.asked or name, self.now()
+        elif self._signalled_s is None or self.now() - self._signalled_s >= self._echo_s:
             raise KeyboardInterrupt(name)
